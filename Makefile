@@ -1,0 +1,46 @@
+# make demo: the whole pipeline on bundled cells. make test: all tests. Both do the set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo "make setup   virtual environment in $(VENV) with requirements.txt"
+	@echo "make demo    real cells to a trained, exported model (about 10 minutes on 2 cores)"
+	@echo "make test    all tests"
+	@echo "make check   ruff and mypy"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: python >= 3.11 is needed, $$($(PYTHON) --version) found; set PYTHON=/path/to/python3.12"; exit 1; }
+	@command -v g++ >/dev/null || { echo "error: g++ is missing (DeepSpeed compiles with it): apt-get install g++"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module: apt-get install python3-venv"; exit 1; }
+	@echo 'int main(){}' | g++ -xc++ -o /dev/null -include Python.h -I"$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')" - 2>/dev/null || \
+	  { echo "error: the headers of $(PYTHON) are missing (DeepSpeed compiles with them): apt-get install python3-dev"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m sclong_ds.demo --out demo_run
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf demo_run .pytest_cache .mypy_cache .ruff_cache
