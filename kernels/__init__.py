@@ -1,0 +1,1 @@
+"""Fused operators of the Performers. `reference.py` holds the one definition of each operator in plain torch."""
