@@ -1,0 +1,84 @@
+"""Per-gene statistics of the training cells: the predictor to beat and the start of the bias.
+
+A value is log1p(target_sum * count / total of the cell), as the loader computes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.dedup import Progress
+from sclong_ds.store import CellStore, GeneStats
+
+TARGET_SUM = 1.0e4
+
+
+def gene_statistics(
+    store: CellStore,
+    rows: range,
+    *,
+    target_sum: float = TARGET_SUM,
+    progress: Progress | None = None,
+) -> GeneStats:
+    """Compute the statistics of a range of cells, chunk by chunk.
+
+    Args:
+        store: Cells.
+        rows: The training cells; they begin and end at chunk borders.
+        target_sum: Total to which a cell is scaled.
+        progress: Called after every chunk.
+
+    Returns:
+        The statistics; the same bytes for the same store.
+    """
+    n_genes = store.n_genes
+    n_expressing, total_counts = np.zeros(n_genes, np.int64), np.zeros(n_genes, np.int64)
+    sums = np.zeros(n_genes, np.float64)
+    n_values, mean, squares = 0, 0.0, 0.0
+    for chunk in range(len(store.chunk_rows) - 1):
+        first, last = int(store.chunk_rows[chunk]), int(store.chunk_rows[chunk + 1])
+        if first < rows.start or last > rows.stop:
+            continue
+        cells = store.read_chunk(chunk)
+        totals = np.repeat(store.row_total[first:last], np.diff(cells.indptr))
+        values = np.log1p(target_sum * cells.data / totals)
+        n_expressing += np.bincount(cells.indices, minlength=n_genes)
+        # float64 weights are exact here: a chunk's counts add up to less than 2^53.
+        counts = np.bincount(cells.indices, weights=cells.data, minlength=n_genes)
+        total_counts += counts.astype(np.int64)
+        sums += np.bincount(cells.indices, weights=values, minlength=n_genes)
+        if len(values):
+            # Chan's update: sums of squares lose digits over 10^11 values.
+            delta, n_new = float(values.mean()) - mean, len(values)
+            squares += float(((values - values.mean()) ** 2).sum())
+            squares += delta**2 * n_values * n_new / (n_values + n_new)
+            n_values += n_new
+            mean += delta * n_new / n_values
+        if progress:
+            progress("statistics", last - rows.start, len(rows))
+    seen = n_expressing > 0
+    mean_expressed = np.full(n_genes, mean)
+    mean_expressed[seen] = sums[seen] / n_expressing[seen]
+    return GeneStats(
+        n_expressing=n_expressing,
+        total_counts=total_counts,
+        mean_expressed=mean_expressed,
+        mean_expressed_all=mean,
+        var_expressed_all=squares / n_values if n_values else 0.0,
+        target_sum=target_sum,
+    )
+
+
+def write_statistics(path: Path, stats: GeneStats) -> None:
+    """Write statistics as the npz that `Corpus.gene_stats` reads."""
+    np.savez(
+        path,
+        n_expressing=stats.n_expressing,
+        total_counts=stats.total_counts,
+        mean_expressed=stats.mean_expressed,
+        mean_expressed_all=stats.mean_expressed_all,
+        var_expressed_all=stats.var_expressed_all,
+        target_sum=stats.target_sum,
+    )

@@ -1,0 +1,45 @@
+"""Progress of long work: a bar on a terminal, about one log line a minute elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 60.0
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def stage_progress(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function to call with (stage, done, all); a new stage starts a new bar.
+
+    Args:
+        unit: What is counted, such as cells.
+    """
+    bar: tqdm | None = None
+    current = ""
+    last_line = time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal bar, current, last_line
+        if not sys.stderr.isatty():
+            if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+                _log.info("%s: %d of %d %s", stage, done, total, unit)
+                last_line = time.monotonic()
+            return
+        if bar is None or stage != current:
+            if bar is not None:
+                bar.close()
+            bar, current = tqdm(total=total, desc=stage, unit=f" {unit}"), stage
+        bar.update(done - bar.n)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.close()

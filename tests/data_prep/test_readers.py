@@ -1,0 +1,423 @@
+"""Readers: every format gives the same matrix; what is broken is refused with its reason."""
+
+import gzip
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import io, sparse
+
+from data_prep import readers_hdf5, readers_text, source
+from data_prep.readers import detect_format, open_source, source_hash
+from data_prep.source import Source, UnusableError, gather_rows
+
+N_CELLS, N_GENES = 7, 11
+COUNTS = np.random.default_rng(3).poisson(0.7, (N_CELLS, N_GENES)).astype(np.int32)
+CELLS = [f"cell{i}" for i in range(N_CELLS)]
+GENES = [f"G{i}" for i in range(N_GENES)]
+
+
+def gene_share(names: np.ndarray) -> float:
+    return float(np.mean([str(name).startswith("G") for name in names]))
+
+
+def opened(path: Path, **options: str) -> Source:
+    return open_source(path, gene_share=gene_share, **options)
+
+
+def values(found: Source, name: str = "X") -> np.ndarray:
+    matrix = next(matrix for matrix in found.matrices if matrix.name == name)
+    return sparse.vstack(list(matrix.blocks())).toarray()
+
+
+def table(matrix: object = COUNTS) -> anndata.AnnData:
+    var = pd.DataFrame({"name": [f"n{i}" for i in range(N_GENES)]}, index=GENES)
+    obs = pd.DataFrame({"donor": ["a", "b", "a", "b", "a", "b", "a"]}, index=CELLS)
+    obs["donor"] = obs["donor"].astype("category")
+    return anndata.AnnData(matrix, obs=obs, var=var)
+
+
+def write_tenx_v3(path: Path, genomes: list[str], types: list[str]) -> Path:
+    packed = sparse.csr_matrix(COUNTS)
+    with h5py.File(path, "w") as root:
+        group = root.create_group("matrix")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(packed, name)
+        group["shape"], group["barcodes"] = [N_GENES, N_CELLS], np.array(CELLS, dtype="S")
+        for name, column in (("id", GENES), ("name", GENES), ("genome", genomes)):
+            group[f"features/{name}"] = np.array(column, dtype="S")
+        group["features/feature_type"] = np.array(types, dtype="S")
+    return path
+
+
+def write_mtx(folder: Path, *, version: int, packed: bool = False, prefix: str = "") -> Path:
+    folder.mkdir()
+    io.mmwrite(folder / "m.mtx", sparse.coo_matrix(COUNTS.T), field="integer", symmetry="general")
+    tail = "\tGene Expression" if version == 3 else ""
+    parts = {
+        "matrix.mtx": (folder / "m.mtx").read_text(),
+        "barcodes.tsv": "".join(f"{name}\n" for name in CELLS),
+        ("features.tsv" if version == 3 else "genes.tsv"): "".join(
+            f"{name}\t{name}{tail}\n" for name in GENES
+        ),
+    }
+    (folder / "m.mtx").unlink()
+    for name, text in parts.items():
+        data = gzip.compress(text.encode()) if packed else text.encode()
+        (folder / f"{prefix}{name}{'.gz' if packed else ''}").write_bytes(data)
+    return folder
+
+
+def write_loom(path: Path) -> Path:
+    with h5py.File(path, "w") as root:
+        root["matrix"] = COUNTS.T
+        root["layers/spliced"] = COUNTS.T + 1
+        root["row_attrs/Gene"] = GENES
+        root["row_attrs/length"] = np.arange(N_GENES)
+        root["col_attrs/CellID"] = CELLS
+        root["col_attrs/donor"] = [f"d{i % 2}" for i in range(N_CELLS)]
+    return path
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        COUNTS,
+        COUNTS.astype(np.float64),
+        sparse.csr_matrix(COUNTS),
+        sparse.csc_matrix(COUNTS.astype(np.float32)),
+    ],
+    ids=["dense", "dense64", "csr", "csc"],
+)
+@pytest.mark.parametrize("kind", ["h5ad", "zarr 2", "zarr 3"])
+@pytest.mark.filterwarnings(
+    "ignore:Writing zarr v2 data", "ignore:zarr v3 autosharding", "ignore:Consolidated metadata"
+)
+def test_anndata_of_every_storage(tmp_path: Path, matrix: object, kind: str) -> None:
+    path = tmp_path / "cells"
+    adata = table(matrix)
+    if kind == "h5ad":
+        adata.write_h5ad(path)
+    else:
+        with anndata.settings.override(zarr_write_format=int(kind[-1])):
+            adata.write_zarr(path)
+    found = opened(path)
+    assert found.format == kind.split()[0]
+    np.testing.assert_array_equal(values(found), COUNTS)
+    assert found.barcodes.tolist() == CELLS
+    assert found.obs["donor"].tolist() == ["a", "b", "a", "b", "a", "b", "a"]
+    assert found.matrices[0].gene_columns["index"].tolist() == GENES
+    assert found.matrices[0].gene_columns["name"][2] == "n2"
+
+
+def test_raw_and_layers_have_their_own_genes(tmp_path: Path) -> None:
+    adata = table()
+    adata.raw = table()
+    adata = adata[:, :4].copy()
+    adata.layers["counts"] = adata.X * 2
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    found = opened(tmp_path / "a.h5ad")
+    assert [matrix.name for matrix in found.matrices] == ["X", "raw.X", "layers/counts"]
+    np.testing.assert_array_equal(values(found, "raw.X"), COUNTS)
+    assert found.matrices[1].gene_columns["index"].tolist() == GENES
+    np.testing.assert_array_equal(values(found, "layers/counts"), COUNTS[:, :4] * 2)
+
+
+def test_anndata_before_version_0_7(tmp_path: Path) -> None:
+    packed = sparse.csr_matrix(COUNTS)
+    names = [(name.encode(),) for name in GENES]
+    with h5py.File(tmp_path / "old.h5ad", "w") as root:
+        root["X"] = COUNTS.astype(np.float32)
+        root["var"] = np.array(names, dtype=[("index", "S8")])
+        root["obs"] = np.array([(name.encode(), 1) for name in CELLS], dtype="S8,i4")
+        root["raw.var"] = np.array(names, dtype=[("index", "S8")])
+        group = root.create_group("raw.X")
+        group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = "csr", COUNTS.shape
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(packed, name)
+    found = opened(tmp_path / "old.h5ad")
+    assert found.barcodes.tolist() == CELLS
+    np.testing.assert_array_equal(values(found, "X"), COUNTS)
+    np.testing.assert_array_equal(values(found, "raw.X"), COUNTS)
+
+
+def test_tenx_version_3_keeps_the_genes_only(tmp_path: Path) -> None:
+    types = ["Gene Expression"] * (N_GENES - 2) + ["Antibody Capture", "Gene Expression"]
+    found = opened(write_tenx_v3(tmp_path / "a.h5", ["GRCh38"] * N_GENES, types))
+    keep = [i for i in range(N_GENES) if i != N_GENES - 2]
+    assert found.format == "10x_h5"
+    np.testing.assert_array_equal(values(found), COUNTS[:, keep])
+    assert found.matrices[0].gene_columns["id"].tolist() == [GENES[i] for i in keep]
+
+
+def test_tenx_version_3_with_two_genomes_asks(tmp_path: Path) -> None:
+    genomes = ["GRCh38"] * 5 + ["mm10"] * (N_GENES - 5)
+    path = write_tenx_v3(tmp_path / "a.h5", genomes, ["Gene Expression"] * N_GENES)
+    with pytest.raises(UnusableError, match=r"several genomes \(GRCh38, mm10\)"):
+        opened(path)
+    np.testing.assert_array_equal(values(opened(path, genome="GRCh38")), COUNTS[:, :5])
+    with pytest.raises(ValueError, match="no genome 'hg19'"):
+        opened(path, genome="hg19")
+
+
+def test_tenx_version_2_takes_the_human_genome(tmp_path: Path) -> None:
+    packed = sparse.csr_matrix(COUNTS)
+    with h5py.File(tmp_path / "a.h5", "w") as root:
+        for genome in ("hg19", "mm10"):
+            group = root.create_group(genome)
+            for name in ("data", "indices", "indptr"):
+                group[name] = getattr(packed, name)
+            group["shape"], group["barcodes"] = [N_GENES, N_CELLS], np.array(CELLS, dtype="S")
+            group["genes"] = np.array([f"{genome}{name}" for name in GENES], dtype="S")
+    found = opened(tmp_path / "a.h5")
+    np.testing.assert_array_equal(values(found), COUNTS)
+    assert found.matrices[0].gene_columns["genes"][0] == "hg19G0"
+    assert opened(tmp_path / "a.h5", genome="mm10").matrices[0].gene_columns["genes"][0] == "mm10G0"
+
+
+@pytest.mark.parametrize(("version", "packed"), [(2, False), (3, True), (3, False)])
+def test_matrix_market_folders(tmp_path: Path, version: int, packed: bool) -> None:
+    found = opened(write_mtx(tmp_path / "mtx", version=version, packed=packed))
+    assert found.format == "10x_mtx"
+    np.testing.assert_array_equal(values(found), COUNTS)
+    assert found.barcodes.tolist() == CELLS
+
+
+def test_a_matrix_file_with_a_sample_name_in_front(tmp_path: Path) -> None:
+    folder = write_mtx(tmp_path / "mtx", version=3, packed=True, prefix="GSM1_")
+    other = write_mtx(tmp_path / "other", version=3, packed=True, prefix="GSM2_")
+    for file in other.iterdir():
+        file.rename(folder / file.name)
+    with pytest.raises(ValueError, match="2 matrix files"):
+        opened(folder)
+    path = folder / "GSM1_matrix.mtx.gz"
+    np.testing.assert_array_equal(values(opened(path)), COUNTS)
+    before = source_hash(path)
+    (folder / "GSM2_barcodes.tsv.gz").unlink()
+    assert source_hash(path) == before
+
+
+def test_loom(tmp_path: Path) -> None:
+    found = opened(write_loom(tmp_path / "a.loom"))
+    assert found.format == "loom"
+    np.testing.assert_array_equal(values(found), COUNTS)
+    np.testing.assert_array_equal(values(found, "layers/spliced"), COUNTS + 1)
+    assert found.barcodes.tolist() == CELLS
+    assert set(found.matrices[0].gene_columns) == {"Gene"}
+    assert found.obs["donor"].tolist() == ["d0", "d1"] * 3 + ["d0"]
+
+
+def table_text(separator: str, *, genes_in_rows: bool, corner: bool = True) -> str:
+    rows, columns, data = (GENES, CELLS, COUNTS.T) if genes_in_rows else (CELLS, GENES, COUNTS)
+    lines = [([""] if corner else []) + columns]
+    lines += [[row, *map(str, line)] for row, line in zip(rows, data, strict=True)]
+    return "".join(separator.join(line) + "\n" for line in lines)
+
+
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+@pytest.mark.parametrize("corner", [True, False], ids=["named corner", "as R writes it"])
+@pytest.mark.parametrize("format", ["csv", "tsv"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_tables(
+    tmp_path: Path, genes_in_rows: bool, corner: bool, format: str, packed: bool
+) -> None:
+    separator = readers_text.SEPARATORS[format]
+    data = table_text(separator, genes_in_rows=genes_in_rows, corner=corner).encode()
+    path = tmp_path / f"table.{format}"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    found = opened(path)
+    assert found.format == format
+    np.testing.assert_array_equal(values(found), COUNTS)
+    assert found.barcodes.tolist() == CELLS
+    assert found.matrices[0].gene_columns["index"].tolist() == GENES
+
+
+def test_small_blocks_give_the_same_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(sparse.csr_matrix(COUNTS)).write_h5ad(tmp_path / "csr.h5ad")
+    table(sparse.csc_matrix(COUNTS)).write_h5ad(tmp_path / "csc.h5ad")
+    table().write_h5ad(tmp_path / "dense.h5ad")
+    write_mtx(tmp_path / "mtx", version=3)
+    (tmp_path / "t.csv").write_text(table_text(",", genes_in_rows=True))
+    for module in (source, readers_hdf5, readers_text):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 12)
+    monkeypatch.setattr(source, "GATHER_ENTRIES", 15)
+    for name in ("csr.h5ad", "csc.h5ad", "dense.h5ad", "mtx", "t.csv"):
+        found = opened(tmp_path / name)
+        assert len(list(found.matrices[0].blocks())) > 1, name
+        np.testing.assert_array_equal(values(found), COUNTS, err_msg=name)
+
+
+def test_entries_outside_the_matrix_are_refused() -> None:
+    outside = (np.array([0]), np.array([5]), np.array([1]))
+    with pytest.raises(ValueError, match="gene 5, but there are 5"):
+        list(gather_rows(lambda: iter([outside]), shape=(3, 5), n_entries=1))
+
+
+def cut(path: Path, share: float) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def break_truncated_h5ad(folder: Path) -> Path:
+    table().write_h5ad(folder / "a.h5ad")
+    cut(folder / "a.h5ad", 0.6)
+    return folder / "a.h5ad"
+
+
+def break_text_named_h5ad(folder: Path) -> Path:
+    (folder / "a.h5ad").write_text(table_text("\t", genes_in_rows=True))
+    return folder / "a.h5ad"
+
+
+def break_no_barcodes(folder: Path) -> Path:
+    path = write_mtx(folder / "mtx", version=3)
+    (path / "barcodes.tsv").unlink()
+    return path
+
+
+def break_cut_gzip(folder: Path) -> Path:
+    path = write_mtx(folder / "mtx", version=3, packed=True)
+    cut(path / "matrix.mtx.gz", 0.5)
+    return path
+
+
+def break_cut_matrix(folder: Path) -> Path:
+    path = write_mtx(folder / "mtx", version=3)
+    lines = (path / "matrix.mtx").read_text().splitlines()
+    (path / "matrix.mtx").write_text("\n".join(lines[:-3]) + "\n")
+    return path
+
+
+def break_one_barcode_more(folder: Path) -> Path:
+    path = write_mtx(folder / "mtx", version=3)
+    with (path / "barcodes.tsv").open("a") as file:
+        file.write("cell7\n")
+    return path
+
+
+def break_word_in_matrix(folder: Path) -> Path:
+    path = write_mtx(folder / "mtx", version=3)
+    lines = (path / "matrix.mtx").read_text().splitlines()
+    lines[-1] = "1 1 many"
+    (path / "matrix.mtx").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def break_ragged(folder: Path) -> Path:
+    lines = table_text(",", genes_in_rows=False).splitlines()
+    lines[3] = lines[3].rsplit(",", 3)[0]
+    (folder / "a.csv").write_text("\n".join(lines) + "\n")
+    return folder / "a.csv"
+
+
+def break_word_in_table(folder: Path) -> Path:
+    lines = table_text(",", genes_in_rows=False).splitlines()
+    lines[4] = lines[4][:-1] + "x"
+    (folder / "a.csv").write_text("\n".join(lines) + "\n")
+    return folder / "a.csv"
+
+
+def break_header_only(folder: Path) -> Path:
+    (folder / "a.csv").write_text(table_text(",", genes_in_rows=False).splitlines()[0] + "\n")
+    return folder / "a.csv"
+
+
+def break_other_hdf5(folder: Path) -> Path:
+    with h5py.File(folder / "a.h5", "w") as root:
+        root["weights"] = np.zeros(3)
+    return folder / "a.h5"
+
+
+def break_packed_h5ad(folder: Path) -> Path:
+    table().write_h5ad(folder / "a.h5ad")
+    (folder / "a.h5ad.gz").write_bytes(gzip.compress((folder / "a.h5ad").read_bytes()))
+    return folder / "a.h5ad.gz"
+
+
+def break_wrong_pointers(folder: Path) -> Path:
+    table(sparse.csr_matrix(COUNTS)).write_h5ad(folder / "a.h5ad")
+    with h5py.File(folder / "a.h5ad", "r+") as root:
+        root["X/indptr"][-1] = 10_000
+    return folder / "a.h5ad"
+
+
+def break_column_numbers(folder: Path) -> Path:
+    table(sparse.csr_matrix(COUNTS)).write_h5ad(folder / "a.h5ad")
+    with h5py.File(folder / "a.h5ad", "r+") as root:
+        root["X/indices"][0] = N_GENES
+    return folder / "a.h5ad"
+
+
+def break_image(folder: Path) -> Path:
+    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    return folder / "a.png"
+
+
+def break_empty_file(folder: Path) -> Path:
+    (folder / "a.csv").touch()
+    return folder / "a.csv"
+
+
+def break_empty_folder(folder: Path) -> Path:
+    (folder / "a").mkdir()
+    return folder / "a"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (break_truncated_h5ad, "damaged HDF5 file, most likely cut short"),
+        (break_text_named_h5ad, "ends in .h5ad, but the content is text"),
+        (break_no_barcodes, "no barcodes: expected one of barcodes.tsv"),
+        (break_cut_gzip, "cut short"),
+        (break_cut_matrix, "announces .* values and holds"),
+        (break_one_barcode_more, "11 features and 8 barcodes"),
+        (break_word_in_matrix, "not a number|invalid"),
+        (break_ragged, "line 4 has 9 fields, expected 12"),
+        (break_word_in_table, "line 5, field 12 is 'x', not a number"),
+        (break_header_only, "0 rows"),
+        (break_other_hdf5, "an HDF5 file with weights"),
+        (break_packed_h5ad, "gunzip it first"),
+        (break_wrong_pointers, "index pointers do not fit"),
+        (break_column_numbers, "indices"),
+        (break_image, "neither HDF5 nor text"),
+        (break_empty_file, "the file is empty"),
+        (break_empty_folder, "a folder with nothing"),
+    ],
+)
+def test_broken_inputs_are_one_clear_error(
+    tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
+    path = make(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        values(opened(path))
+    assert not isinstance(error.value, UnusableError)
+    assert path.name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_format_asked_for_must_be_the_one_found(tmp_path: Path) -> None:
+    path = tmp_path / "table.txt"
+    path.write_text(table_text("\t", genes_in_rows=True))
+    assert detect_format(path) == "tsv"
+    with pytest.raises(ValueError, match="the manifest says h5ad, the content is tsv"):
+        opened(path, format="h5ad")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        opened(tmp_path / "a.h5ad")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        source_hash(tmp_path / "a.h5ad")
+
+
+def test_the_source_hash_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    first = write_mtx(tmp_path / "one", version=3)
+    second = write_mtx(tmp_path / "two", version=3)
+    assert source_hash(first) == source_hash(second)
+    (second / "barcodes.tsv").write_text("other\n" * N_CELLS)
+    assert source_hash(first) != source_hash(second)
