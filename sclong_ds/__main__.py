@@ -1,0 +1,46 @@
+"""`python -m sclong_ds COMMAND`: dispatch to the module of the command, which is imported only then."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "plan": ("sclong_ds.plan", "memory, FLOPs and GPU-hours of a run, before submitting it"),
+    "export": ("sclong_ds.checkpoint", "checkpoint to a model folder (safetensors)"),
+    "embed": ("sclong_ds.embed", "cells to embeddings, AnnData out"),
+    "evaluate": ("sclong_ds.evaluate", "zero-shot scores of embeddings against baselines"),
+    "report": ("sclong_ds.report", "one HTML page about a run"),
+}
+"""Command to module and help; a module has add_arguments(parser) and run(args)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 bad usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m sclong_ds",
+        description="Train with `deepspeed --module sclong_ds.pretrain`; these commands go with it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if argv[:1] == [name]:
+            import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        return import_module(COMMANDS[args.command][0]).run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

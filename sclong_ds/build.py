@@ -1,0 +1,291 @@
+"""Set a training run up: check its inputs, build model and engine, open the run folder, resume.
+
+`check_inputs` needs no process group; `build` is called by every rank. Reads the corpus, the gene
+graph and the newest checkpoint; writes config.yaml, ds_config.json, genes.tsv, gene_graph.npz and
+run.json into the run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sclong_ds import checkpoint
+from sclong_ds.checkpoint import TrainState
+from sclong_ds.config import RunConfig, read_yaml, to_dict, to_yaml
+from sclong_ds.engine import (
+    Ranks,
+    build_partitioned,
+    count_parameters,
+    initialize,
+    resolve_ds_config,
+)
+from sclong_ds.graph_file import read_gene_graph
+from sclong_ds.model.performer import layer_features
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective import bin_labels
+from sclong_ds.run_folder import update_run_json, write_atomic
+from sclong_ds.signals import StopRequest, lock_run_folder
+from sclong_ds.store import Corpus
+from sclong_ds.tracking import Tracker
+
+# The messages are part of the training log.
+log = logging.getLogger("sclong_ds.pretrain")
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything a training run consists of; `state` is what changes from step to step."""
+
+    config: RunConfig
+    ranks: Ranks
+    corpus: Corpus
+    model: ScLong
+    engine: Any
+    tracker: Tracker
+    stop: StopRequest
+    state: TrainState
+    run_dir: Path
+    lock: IO[str] | None = None
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Check what the command line must name, before any process group is joined.
+
+    Raises:
+        ValueError: A required setting is missing.
+        FileNotFoundError: A named file or folder does not exist.
+    """
+    required = {
+        "data.corpus": (config.data.corpus, "the folder that `python -m data_prep finalize` made"),
+        "run.dir": (config.run.dir, "the run folder to make or to resume"),
+    }
+    if config.model.gene_encoder == "graph":
+        made = (
+            "the file that `python -m data_prep gene-graph` made (or model.gene_encoder=embedding)"
+        )
+        required["model.gene_graph"] = (config.model.gene_graph, made)
+    for key, (value, meaning) in required.items():
+        if value is None:
+            raise ValueError(f"{key} is not set: add {key}=PATH, {meaning}")
+    for key, path in {
+        "model.gene_graph": config.model.gene_graph,
+        "model.gene_vectors": config.model.gene_vectors,
+    }.items():
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"{key}={path}: no such file")
+    if not Path(str(config.data.corpus)).is_dir():
+        raise FileNotFoundError(f"data.corpus={config.data.corpus}: no such folder")
+
+
+def refuse_changes(saved: Path, config: RunConfig) -> None:
+    """Refuse to resume a run under another model or data section; paths may change, their content may not.
+
+    Raises:
+        ValueError: What differs.
+    """
+    if not saved.is_file():
+        return
+    before, now = read_yaml(saved), to_dict(config)
+    paths = {"data.corpus", "model.gene_graph", "model.gene_vectors"}
+    lines = [
+        f"{section}.{key}: {before[section].get(key)!r} -> {value!r}"
+        for section in ("model", "data")
+        for key, value in now[section].items()
+        if before[section].get(key) != value and f"{section}.{key}" not in paths
+    ]
+    if lines:
+        raise ValueError(
+            f"run.dir={saved.parent}: cannot resume with a changed configuration ({'; '.join(lines)}); "
+            f"undo the change or use a new run.dir"
+        )
+
+
+def check_same_on_all_ranks(config: RunConfig, state: TrainState) -> None:
+    """Check that all ranks read the same files and draw the same random features.
+
+    Raises:
+        ValueError: Which ranks differ from rank 0.
+    """
+    features = [
+        layer_features(stack, name=name, layer=0, seed=config.model.projection_seed, redraw_index=0)
+        .numpy()
+        .tobytes()
+        for name, stack in (
+            ("large_encoder", config.model.large_encoder),
+            ("decoder", config.model.decoder),
+        )
+    ]
+    settings = to_yaml(replace(config, run=replace(config.run, dir=None)))
+    mine = hashlib.sha256(b"".join(features) + repr(state).encode() + settings.encode()).hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    different = [r for r, other in enumerate(everyone) if other != everyone[0]]
+    if different:
+        raise ValueError(
+            f"ranks {different} have another configuration, corpus, gene graph or random features than rank 0: "
+            f"check that all nodes see the same files and have the same library versions"
+        )
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """Return what run.json says about the run, for the report."""
+    return {
+        "n_cells_train": len(run.corpus.split("train")),
+        "n_cells_validation": len(run.corpus.split("validation")),
+        "n_genes": len(run.corpus.genes),
+        "n_datasets": len(run.corpus.datasets),
+        "expression_bins": bin_labels(),
+        "parameters": parameters_by_part(run.model),
+        "corpus": str(Path(str(run.config.data.corpus)).resolve()),
+        "world_size": run.ranks.world_size,
+        "device": device_name(run.ranks.device),
+        "ds_config": run.config.engine.ds_config,
+    }
+
+
+def parameters_by_part(model: ScLong) -> dict[str, int]:
+    """Return the number of parameters of each part of the model."""
+    return {name: count_parameters(part) for name, part in model.named_children()}
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def describe(
+    config: RunConfig, ranks: Ranks, corpus: Corpus, model: ScLong, ds_config: dict[str, Any]
+) -> None:
+    """Log at the start what will run."""
+    e = config.engine
+    log.info("configuration:\n%s", to_yaml(config).rstrip())
+    log.info(
+        "corpus: %d training cells, %d validation cells, %d genes, %d datasets",
+        len(corpus.split("train")), len(corpus.split("validation")), len(corpus.genes), len(corpus.datasets),
+    )  # fmt: skip
+    parts = parameters_by_part(model)
+    log.info(
+        "parameters: %s (%s)",
+        f"{sum(parts.values()):,}",
+        ", ".join(f"{k} {v:,}" for k, v in parts.items()),
+    )
+    log.info(
+        "batch: %d cells = %d a micro-batch x %d accumulation steps x %d ranks; ZeRO stage %d, %s, on %s",
+        e.train_batch_size, e.train_micro_batch_size_per_gpu, ds_config["gradient_accumulation_steps"],
+        ranks.world_size, ds_config["zero_optimization"]["stage"], e.precision, device_name(ranks.device),
+    )  # fmt: skip
+    log.info("attention: FAVOR+ in plain torch (kernels.reference)")
+
+
+def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> Run:
+    """Build the model, the engine and the tracker, and go back to the newest checkpoint."""
+    assert config.data.corpus is not None and config.run.dir is not None
+    run_dir = Path(config.run.dir)
+    corpus = Corpus(config.data.corpus)
+    if corpus.gene_stats.target_sum != config.data.target_sum:
+        raise ValueError(
+            f"data.target_sum: got {config.data.target_sum:g}, the corpus statistics are for {corpus.gene_stats.target_sum:g}"
+        )
+    ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
+    model = build_partitioned(
+        lambda: make_model(config, corpus), seed=config.run.seed, ds_config=ds_config
+    )
+    for performer in model.performers().values():
+        performer.recompute = config.engine.activation_checkpointing
+    state = TrainState(
+        step=0,
+        cells_seen=0,
+        world_size=ranks.world_size,
+        seed=config.run.seed,
+        corpus_hash=corpus.hash,
+        genes_hash=corpus.genes.hash,
+        graph_hash=_sha256(config.model.gene_graph) if config.model.gene_graph else None,
+    )
+    check_same_on_all_ranks(config, state)
+    describe(config, ranks, corpus, model, ds_config)
+    engine = initialize(model, optim=config.optim, ds_config=ds_config)
+    tracker = Tracker(config, run_dir, enabled=ranks.rank == 0)
+    run = Run(config, ranks, corpus, model, engine, tracker, stop, state, run_dir)
+    if not dry_run:
+        open_run_folder(run, ds_config)
+    return run
+
+
+def make_model(config: RunConfig, corpus: Corpus) -> ScLong:
+    """Build the model for a corpus: its genes, the gene graph, and the data's mean as the first prediction."""
+    model, stats = config.model, corpus.gene_stats
+    graph = (
+        read_gene_graph(model.gene_graph, genes_hash=corpus.genes.hash)
+        if model.gene_graph
+        else None
+    )
+    vectors = np.load(model.gene_vectors, allow_pickle=False) if model.gene_vectors else None
+    mean = stats.mean_expressed if model.gene_bias else stats.mean_expressed_all
+    return ScLong(
+        model, n_genes=len(corpus.genes), graph=graph, gene_vectors=vectors, output_mean=mean
+    )
+
+
+def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
+    """Lock the run folder, write what the run consists of, resume, start the tracker."""
+    run_dir, config = run.run_dir, run.config
+    if run.ranks.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run.lock = lock_run_folder(run_dir, wait_s=60)
+        if (run_dir / "checkpoints").exists():
+            refuse_changes(run_dir / "config.yaml", config)
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        write_atomic(run_dir / "config.yaml", to_yaml(config).encode())
+        write_atomic(run_dir / "ds_config.json", (json.dumps(ds_config, indent=2) + "\n").encode())
+        run.corpus.genes.write(run_dir / "genes.tsv")
+        if config.model.gene_graph:
+            shutil.copyfile(config.model.gene_graph, run_dir / "gene_graph.npz")
+    dist.barrier()
+    found = checkpoint.load(run.engine, run_dir / "checkpoints")
+    if found is not None:
+        changed = [
+            n
+            for n in ("seed", "corpus_hash", "genes_hash", "graph_hash")
+            if getattr(found, n) != getattr(run.state, n)
+        ]
+        if changed:
+            raise ValueError(
+                f"run.dir={run_dir}: cannot resume, {', '.join(changed)} differ from the checkpoint's; "
+                f"use the same corpus, gene graph and run.seed, or a new run.dir"
+            )
+        run.state = found
+    run.tracker.start(
+        params={"world_size": run.ranks.world_size, "parameters": count_parameters(run.model)},
+        tags={
+            "corpus_hash": run.state.corpus_hash,
+            "genes_hash": run.state.genes_hash,
+            "graph_hash": str(run.state.graph_hash),
+        },
+        artifacts=[run_dir / "config.yaml", run_dir / "ds_config.json"],
+        resumed=found is not None,
+    )
+    if run.ranks.rank == 0:
+        update_run_json(run_dir, summary=summary(run))
+    run.tracker.event(
+        "start" if found is None else "resume", step=run.state.step, world_size=run.ranks.world_size
+    )
+    log.info(
+        "run folder %s: %s",
+        run_dir,
+        "new run" if found is None else f"resuming after step {found.step}",
+    )
+
+
+def _sha256(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

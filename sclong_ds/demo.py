@@ -1,0 +1,232 @@
+"""`make demo`: real cells to a trained, exported, used model with the commands a user would type.
+
+430 human immune cells in three formats and one broken file are converted, finalized and verified;
+the gene graph is built; `sclong_tiny` is pretrained under ZeRO-3 on the GPUs, or on two CPU
+processes, interrupted with Ctrl-C's signal and resumed; the model is exported, embeds the held-out
+cells, and a report is written. Everything goes below --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sclong_ds.run_folder import read_events, read_metrics, read_run_json
+
+ROOT = Path(__file__).parents[1]
+CELLS = ROOT / "data_prep" / "resources" / "demo"
+HELD_OUT = "immune_c"
+INTERRUPT_AT = 60
+"""Optimizer step after which the run is interrupted."""
+MARK = ".sclong_ds_demo"
+"""Marks a folder as this program's, which may be deleted by the next demo."""
+
+
+class DemoError(Exception):
+    """A step of the demo did not do what it must; the message says which."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sclong_ds.demo", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_run"), help="folder to make (default: demo_run)"
+    )
+    out = parser.parse_args(argv).out.resolve()
+    if out.exists() and not (out / MARK).exists():
+        print(f"error: {out} exists and is not a demo's: give another --out", file=sys.stderr)
+        return 1
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+    started = time.monotonic()
+    try:
+        prepare(out)
+        pretrain(out)
+        use(out)
+        print(summary(out, minutes=(time.monotonic() - started) / 60))
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prepare(out: Path) -> None:
+    """Convert the cells, finish and check the corpus, build the gene graph."""
+    corpus = out / "corpus"
+    say(
+        "convert three datasets; the fourth file is broken and must be reported, not stop the others"
+    )
+    command(
+        "data_prep", "convert", CELLS / "manifest.tsv", "--out", corpus, "--jobs", 2, expected=1
+    )
+    entries = json.loads(command("data_prep", "status", corpus, "--json", capture=True))["datasets"]
+    statuses = {e["dataset_id"]: e["status"] for e in entries}
+    if (
+        sorted(statuses.values()) != ["failed", "ok", "ok", "ok"]
+        or statuses["immune_broken"] != "failed"
+    ):
+        raise DemoError(f"convert: expected three good datasets and a failed one, got {statuses}")
+    say(f"finalize: drop duplicates, hold out {HELD_OUT}, shuffle, write the Zarr corpus")
+    command("data_prep", "finalize", corpus, "--validation-datasets", HELD_OUT)
+    say("verify: read everything again")
+    command("data_prep", "verify", corpus)
+    say("gene graph from the Gene Ontology")
+    command("data_prep", "gene-graph", "--genes", corpus / "genes.tsv", "--out", out / "graph.npz")
+
+
+def pretrain(out: Path) -> None:
+    """Train, interrupt the run as Ctrl-C would, and start the same command again."""
+    run_dir = out / "runs" / "demo"
+    launch = [
+        Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks(), "--module", "sclong_ds.pretrain",
+        "--config", "sclong_tiny", f"run.dir={run_dir}", f"data.corpus={out / 'corpus'}",
+        f"model.gene_graph={out / 'graph.npz'}",
+    ]  # fmt: skip
+    say(
+        f"pretrain sclong_tiny with ZeRO-3 on {ranks()} {'GPU(s)' if torch.cuda.is_available() else 'CPU processes'}"
+    )
+    process = subprocess.Popen(
+        list(map(str, launch)), cwd=ROOT, env=environment(), start_new_session=True
+    )
+    try:
+        while process.poll() is None and last_step(run_dir) < INTERRUPT_AT:
+            time.sleep(0.2)
+    finally:
+        # Also when the demo itself is interrupted: the ranks have a session of their own.
+        if process.poll() is None:
+            say(f"interrupt the run after step {last_step(run_dir)} (Ctrl-C)")
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait()
+    if last_step(run_dir) < INTERRUPT_AT or not list((run_dir / "checkpoints").glob("step_*")):
+        raise DemoError(
+            f"pretrain stopped with status {process.returncode} before step {INTERRUPT_AT}"
+        )
+    say("start the same command again: it resumes")
+    done = subprocess.run(list(map(str, launch)), cwd=ROOT, env=environment(), check=False)
+    if done.returncode != 0:
+        raise DemoError(f"the resumed run ended with status {done.returncode}")
+
+
+def use(out: Path) -> None:
+    """Export the model, embed the held-out cells, write the report."""
+    say("export to safetensors")
+    command("sclong_ds", "export", out / "runs" / "demo", "--out", out / "model")
+    say("embed the held-out cells")
+    held_out = next(CELLS.glob(f"{HELD_OUT}.*"))
+    command("sclong_ds", "embed", out / "model", held_out, "--out", out / "embedded.h5ad")
+    say("report")
+    command("sclong_ds", "report", out / "runs" / "demo", "--out", out / "report.html")
+
+
+def summary(out: Path, *, minutes: float) -> str:
+    """Return where everything is and the table of what ran."""
+    run_dir = out / "runs" / "demo"
+    rows = read_metrics(run_dir)
+    train, scores = [r for r in rows if "train/loss" in r], [r for r in rows if "val/mse" in r]
+    about = read_run_json(run_dir)["summary"]
+    entries = json.loads(command("data_prep", "status", out / "corpus", "--json", capture=True))[
+        "datasets"
+    ]
+    good = [e for e in entries if e["status"] == "ok"]
+    rate = sorted(r["perf/cells_per_s"] for r in train)[len(train) // 2]
+    resumed = [e["step"] for e in read_events(run_dir) if e["event"] == "resume"]
+    first, last = scores[0], scores[-1]
+    table = {
+        "cells": f"{about['n_cells_train']} for training, {about['n_cells_validation']} held out",
+        "datasets": f"{len(good)} converted, {len(entries) - len(good)} failed (the broken file)",
+        "genes mapped": f"{max(e['n_genes_mapped'] for e in good):,} of {about['n_genes']:,}",
+        "parameters": f"{sum(about['parameters'].values()):,}",
+        "ranks": f"{about['world_size']} x {about['device']}, {about['ds_config']}",
+        "steps": f"{train[-1]['step']:.0f}, interrupted and resumed after step {', '.join(map(str, resumed))}",
+        "training loss": f"{train[0]['train/loss']:.3f} first, {train[-1]['train/loss']:.3f} last",
+        "variance of the masked values": f"{last['val/target_variance']:.3f}",
+        "masked MSE, held-out cells": f"{first['val/mse']:.3f} before, {last['val/mse']:.3f} after training",
+        "per-gene-mean predictor": f"{last['val/baseline_mse']:.3f}",
+        "Pearson, held-out cells": f"{last['val/pearson']:.3f} (per-gene mean {last['val/baseline_pearson']:.3f})",
+        "cells/s": f"{rate:.2f} (median)",
+        "wall time": f"{minutes:.1f} minutes",
+    }
+    places = {
+        "run folder": run_dir,
+        "model": out / "model",
+        "embedded cells": out / "embedded.h5ad",
+        "report": out / "report.html",
+        "MLflow store": out / "runs" / "mlflow.db",
+    }
+    width = max(map(len, [*table, *places]))
+    lines = ["", *(f"{k:<{width}}  {v}" for k, v in table.items()), ""]
+    lines += [f"{k:<{width}}  {v}" for k, v in places.items()]
+    lines.append(f"{'open MLflow':<{width}}  {mlflow_command(out)}")
+    if last["val/mse"] > 0.9 * last["val/baseline_mse"]:
+        raise DemoError(
+            "the model did not beat the per-gene-mean predictor by 10%:" + "\n".join(lines)
+        )
+    return "\n".join(lines)
+
+
+def mlflow_command(out: Path) -> str:
+    """Return the command that shows the runs in a browser."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return f"the tracking server is {uri}"
+    return f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri sqlite:///{out / 'runs' / 'mlflow.db'}"
+
+
+def ranks() -> int:
+    """Return how many processes to train with: the GPUs found (a divisor of the batch of 4), or 2 on a CPU."""
+    gpus = torch.cuda.device_count()
+    return max(n for n in (1, 2, 4) if n <= gpus) if gpus else 2
+
+
+def last_step(run_dir: Path) -> int:
+    """Return the last step in metrics.jsonl; 0 before the first."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return 0
+    return int(max((r["step"] for r in read_metrics(run_dir)), default=0))
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the commands; without a GPU, DeepSpeed is told so."""
+    found = dict(os.environ)
+    return found if torch.cuda.is_available() else found | {"DS_ACCELERATOR": "cpu"}
+
+
+def command(*args: object, expected: int = 0, capture: bool = False) -> str:
+    """Run `python -m ARGS`, check its exit status, and return what it printed when captured."""
+    line = [sys.executable, "-m", *map(str, args)]
+    print(f"$ python -m {' '.join(map(str, args))}", flush=True)
+    done = subprocess.run(
+        line,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE if capture else None,
+        check=False,
+    )
+    if done.returncode != expected:
+        raise DemoError(
+            f"`python -m {' '.join(map(str, args))}` ended with status {done.returncode}, not {expected}"
+        )
+    return done.stdout or ""
+
+
+def say(text: str) -> None:
+    """Print a heading."""
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,498 @@
+"""Cell embeddings from an exported model: raw counts in any format in, AnnData out.
+
+    python -m sclong_ds embed MODEL_DIR INPUT --out OUT.h5ad [--batch-size N] [--device cuda]
+
+Reads MODEL_DIR (`python -m sclong_ds export`) and INPUT: any file or folder that `data_prep` reads,
+under the same rules (raw counts, human genes, refused with the reason otherwise), or a finalized
+corpus folder. Writes OUT.h5ad with the same cells in the same order: `obsm["X_sclong"]`, the
+harmonised counts in `X`, the annotation of the input with `n_genes_mapped` and `n_counts_mapped` in
+`obs`, and how it was made in `uns["sclong"]`. Memory holds one block of cells.
+
+The embedding of a cell is the mean of its contextual representations (`ScLong.encode`) over the
+genes it expresses, so that the many zeros, which differ between panels and depths, do not outweigh
+them. A cell without a count of a gene of the model has nothing to average: its row is zero, and a
+warning says how many there are.
+
+Shapes: B cells, G genes, C base width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+from anndata.io import sparse_dataset, write_elem
+from scipy.sparse import csr_matrix
+from tqdm import tqdm
+
+from data_prep.counts import exact_counts
+from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, read_harmonized
+from data_prep.source import BLOCK_CELLS
+from sclong_ds.data import log1p_normalise
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.model_dir import load_model
+from sclong_ds.store import MAX_COUNT, Corpus
+
+KEY = "X_sclong"
+"""Name of the embedding in obsm."""
+POOLING = "mean over the expressed genes"
+UNS_KEY = "sclong"
+_LOG_INTERVAL_S = 60.0
+# HDF5 guesses tiny chunks for arrays that start empty; level 1 packs counts nearly as well as 9.
+_STORAGE = {"chunks": (2**17,), "compression": "gzip", "compression_opts": 1}
+_FEW_GENES = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountBlock:
+    """Consecutive cells of an input."""
+
+    counts: csr_matrix
+    """(B, G) raw counts in the model's gene order."""
+    n_input_counts: int
+    """Sum of their counts over all genes of the input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """An opened input: who the cells are, and their counts in blocks."""
+
+    obs: pd.DataFrame
+    """Annotation, one row a cell in input order; the index holds the barcodes."""
+    blocks: Callable[[], Iterator[CountBlock]]
+    """Starts a new pass over all cells, in order."""
+    n_genes_input: int
+    """Genes of the input."""
+    n_genes_mapped: int
+    """Genes of the model that the input has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How much of an input reached the model, and how much of the model was reached."""
+
+    n_cells: int
+    n_cells_without_counts: int
+    """Cells without a count of a gene of the model; their embedding is zero."""
+    n_genes_input: int
+    n_genes_mapped: int
+    n_genes_model: int
+    counts_kept: float
+    """Share of the input's counts that fell on genes of the model; 0 if it has none."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `python -m sclong_ds embed`."""
+    add_input_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.h5ad", help="file to write")
+    parser.add_argument(
+        "--no-counts", action="store_true", help="leave the counts (X) out of the file"
+    )
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `embed` and `evaluate` share: the model, the cells and how to run."""
+    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="exported model")
+    parser.add_argument(
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="raw counts (h5ad, AnnData zarr, 10x h5 or mtx, loom, csv, tsv) or a finalized corpus",
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="only this split of a corpus (train, validation, test)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="cells at a time (default %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU where there is one",
+    )
+    parser.add_argument(
+        "--min-genes-mapped",
+        type=_positive,
+        default=MIN_GENES_MAPPED,
+        metavar="N",
+        help="refuse inputs with fewer genes of the model (default %(default)s)",
+    )
+    parser.add_argument(
+        "--min-share-mapped",
+        type=_share,
+        default=MIN_SHARE_MAPPED,
+        metavar="SHARE",
+        help="refuse inputs of whose genes a smaller share is in the model (default %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `python -m sclong_ds embed`.
+
+    Args:
+        args: Parsed arguments of `add_arguments`.
+
+    Returns:
+        0.
+
+    Raises:
+        FileNotFoundError: No such model or input.
+        ValueError: An input that is not counts of known human genes, or a wrong option.
+    """
+    check_out(args.out, input=args.input)
+    model = load_model(args.model_dir, device=choose_device(args.device))
+    cells = open_cells(
+        args.input,
+        genes=model.genes,
+        split=args.split,
+        min_genes=args.min_genes_mapped,
+        min_share=args.min_share_mapped,
+    )
+    coverage = embed_to_file(
+        model,
+        cells,
+        out=args.out,
+        model_dir=args.model_dir,
+        batch_size=args.batch_size,
+        with_counts=not args.no_counts,
+    )
+    print(
+        f"{args.out}: {coverage.n_cells} cells, {KEY} of width {model.config.base_dim}; "
+        f"{coverage.n_genes_mapped} of the model's {coverage.n_genes_model} genes, "
+        f"{coverage.counts_kept:.1%} of the counts"
+    )
+    return 0
+
+
+def open_cells(
+    path: Path,
+    *,
+    genes: GeneVocabulary,
+    split: str | None = None,
+    min_genes: int = MIN_GENES_MAPPED,
+    min_share: float = MIN_SHARE_MAPPED,
+) -> Cells:
+    """Open an input in the gene order of a model; the counts are read on demand.
+
+    Args:
+        path: Anything that `data_prep` reads, or a corpus folder.
+        genes: Genes of the model.
+        split: Split of a corpus; None takes all cells.
+        min_genes: Fewest genes of the model that an input must have.
+        min_share: Smallest share (0 to 1) of the input's genes that the model must know.
+
+    Raises:
+        FileNotFoundError: No such input, or a corpus that is not finalized.
+        ValueError: Not raw counts of known human genes, a corpus of other genes, or no such split.
+    """
+    if (path / "corpus.json").is_file() or (path / "ledger").is_dir():
+        return _open_corpus(path, genes=genes, split=split)
+    if split is not None:
+        raise ValueError(
+            f"--split {split}: {path} is no corpus and has no splits; leave --split out"
+        )
+    opened = read_harmonized(path, genes=genes, min_genes=min_genes, min_share=min_share)
+
+    def blocks() -> Iterator[CountBlock]:
+        for block in opened.matrix.blocks():
+            counts = exact_counts(block, where=opened.matrix.name)
+            yield CountBlock(counts=opened.gene_map.apply(counts), n_input_counts=int(counts.sum()))
+
+    return Cells(
+        obs=opened.source.obs.set_axis(pd.Index(opened.source.barcodes, dtype=object), axis=0),
+        blocks=blocks,
+        n_genes_input=opened.matrix.shape[1],
+        n_genes_mapped=opened.gene_map.n_mapped,
+    )
+
+
+def embed_counts(
+    model: ScLong,
+    counts: csr_matrix,
+    *,
+    batch_size: int = 8,
+    on_cells: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Return the embeddings of cells.
+
+    Args:
+        model: From `load_model`, with its `transform`.
+        counts: (n, G) raw counts in the model's gene order, without stored zeros.
+        batch_size: Cells at a time; changes memory and speed, not the result (beyond rounding).
+        on_cells: Called with the number of cells of each finished batch.
+
+    Returns:
+        (n, C) float32; zero for a cell without counts.
+
+    Raises:
+        ValueError: Another number of genes than the model's.
+    """
+    if counts.shape[1] != model.n_genes:
+        raise ValueError(f"got counts of {counts.shape[1]} genes, the model has {model.n_genes}")
+    device = next(model.parameters()).device
+    embedded = np.zeros((counts.shape[0], model.config.base_dim), dtype=np.float32)
+    with torch.inference_mode():
+        for start in range(0, counts.shape[0], batch_size):
+            part = counts[start : start + batch_size]
+            values = log1p_normalise(part, target_sum=model.transform.target_sum)
+            x = torch.from_numpy(values).to(device)
+            expressed = (x > 0).to(x.dtype)
+            # A matrix product: a masked copy of the largest array here would double the memory.
+            total = torch.bmm(expressed[:, None, :], model.encode(x))[:, 0]
+            mean = total / expressed.sum(dim=1, keepdim=True).clamp(min=1.0)
+            embedded[start : start + batch_size] = mean.cpu().numpy()
+            if on_cells is not None:
+                on_cells(part.shape[0])
+    return embedded
+
+
+def embed_to_file(
+    model: ScLong, cells: Cells, *, out: Path, model_dir: Path, batch_size: int, with_counts: bool
+) -> Coverage:
+    """Embed all cells of an input and write the h5ad; it appears whole or not at all.
+
+    Args:
+        model: From `load_model`.
+        cells: From `open_cells`, with the genes of the model.
+        out: File to write; replaced if it exists.
+        model_dir: Where the model is, for the record.
+        batch_size: Cells at a time.
+        with_counts: Whether to write the counts as X.
+
+    Returns:
+        What was embedded.
+
+    Raises:
+        ValueError: Values that are not counts, found while reading.
+    """
+    n_cells, n_genes = len(cells.obs), model.n_genes
+    n_genes_mapped, n_counts = np.zeros(n_cells, dtype=np.int32), np.zeros(n_cells, dtype=np.int64)
+    done, n_input_counts = 0, 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _whole_file(out) as file, progress(n_cells) as on_cells:
+        embedded = _begin_anndata(file, n_cells, model, with_counts=with_counts)
+        for block in cells.blocks():
+            part = slice(done, done + block.counts.shape[0])
+            n_genes_mapped[part] = np.diff(block.counts.indptr)
+            n_counts[part] = np.asarray(block.counts.sum(axis=1)).ravel()
+            embedded[part] = embed_counts(
+                model, block.counts, batch_size=batch_size, on_cells=on_cells
+            )
+            if with_counts:
+                sparse_dataset(file["X"]).append(_as_uint32(block.counts))
+            done, n_input_counts = part.stop, n_input_counts + block.n_input_counts
+        if done != n_cells:
+            raise ValueError(f"the input lists {n_cells} cells, but its matrix holds {done}")
+        coverage = Coverage(
+            n_cells=n_cells,
+            n_cells_without_counts=int((n_counts == 0).sum()),
+            n_genes_input=cells.n_genes_input,
+            n_genes_mapped=cells.n_genes_mapped,
+            n_genes_model=n_genes,
+            counts_kept=float(n_counts.sum() / max(n_input_counts, 1)),
+        )
+        obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
+        write_elem(file, "obs", _plain_columns(obs))
+        write_elem(file, "uns", {UNS_KEY: _record(model, model_dir, coverage)})
+    _warn(coverage)
+    return coverage
+
+
+def weights_hash(model_dir: Path) -> str:
+    """Return the SHA-256 (hex) of a model's weights file: it tells two models apart."""
+    with (model_dir / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: cuda is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def check_out(out: Path, *, input: Path) -> None:
+    """Refuse an output that is no h5ad, or that would write over the input.
+
+    Raises:
+        ValueError: A wrong name or place.
+    """
+    if out.suffix != ".h5ad":
+        raise ValueError(f"--out {out}: the name must end in .h5ad")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file")
+    target, source = out.resolve(), input.resolve()
+    if target == source or (source.is_dir() and source in target.parents):
+        raise ValueError(f"--out {out} would write over the input {input}; choose another place")
+
+
+@contextmanager
+def progress(n_cells: int) -> Iterator[Callable[[int], None]]:
+    """Show embedded cells: a bar on a terminal, a log line a minute elsewhere.
+
+    Args:
+        n_cells: Cells in all.
+
+    Yields:
+        A function to call with the number of newly finished cells.
+    """
+    bar = tqdm(total=n_cells, desc="embed", unit="cell", disable=not sys.stderr.isatty())
+    done, logged = 0, time.monotonic()
+
+    def on_cells(n: int) -> None:
+        nonlocal done, logged
+        done += n
+        bar.update(n)
+        if bar.disable and time.monotonic() - logged >= _LOG_INTERVAL_S:
+            logged = time.monotonic()
+            _log.info("embedded %d of %d cells", done, n_cells)
+
+    with bar:
+        yield on_cells
+
+
+def _open_corpus(path: Path, *, genes: GeneVocabulary, split: str | None) -> Cells:
+    corpus = Corpus(path)
+    if corpus.genes.hash != genes.hash:
+        raise ValueError(
+            f"{path} is a corpus of other genes ({len(corpus.genes)}) than the model's "
+            f"({len(genes)}); embed the source files instead, which maps their genes"
+        )
+    rows = np.arange(len(corpus)) if split is None else corpus.split(split)
+    if not len(rows):
+        raise ValueError(f"{path}: split '{split}' has no cells")
+    parts = [rows[start : start + BLOCK_CELLS] for start in range(0, len(rows), BLOCK_CELLS)]
+
+    def blocks() -> Iterator[CountBlock]:
+        for part in parts:
+            counts = corpus.rows(part)
+            yield CountBlock(counts=counts, n_input_counts=int(counts.sum(dtype=np.int64)))
+
+    return Cells(
+        obs=pd.concat([corpus.to_anndata(part).obs for part in parts]),
+        blocks=blocks,
+        n_genes_input=len(genes),
+        n_genes_mapped=len(genes),
+    )
+
+
+@contextmanager
+def _whole_file(out: Path) -> Iterator[h5py.File]:
+    """Open a new HDF5 file under a temporary name, and move it into place when all went well."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        with h5py.File(partial, "w") as file:
+            yield file
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _begin_anndata(
+    file: h5py.File, n_cells: int, model: ScLong, *, with_counts: bool
+) -> h5py.Dataset:
+    """Write the skeleton of an AnnData file; return its room for the embeddings."""
+    file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    for name in ("layers", "obsm", "obsp", "varm", "varp"):
+        write_elem(file, name, {})
+    genes = model.genes
+    var = pd.DataFrame({"symbol": genes.symbols, "class": genes.classes}, index=list(genes.ids))
+    write_elem(file, "var", _plain_columns(var))
+    if with_counts:
+        nothing = csr_matrix((0, len(genes)), dtype=np.uint32)
+        # 64 bits from the start: `append` cannot widen the row pointers later.
+        write_elem(file, "X", nothing, dataset_kwargs=_STORAGE | {"indptr_dtype": np.int64})
+    embedded = file["obsm"].create_dataset(
+        KEY, shape=(n_cells, model.config.base_dim), dtype=np.float32
+    )
+    embedded.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    return embedded
+
+
+def _record(model: ScLong, model_dir: Path, coverage: Coverage) -> dict[str, Any]:
+    return {
+        "model_dir": str(model_dir.resolve()),
+        "weights_sha256": weights_hash(model_dir),
+        "genes_hash": model.genes.hash,
+        "transform": asdict(model.transform),
+        "pooling": POOLING,
+        "coverage": asdict(coverage),
+    }
+
+
+def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose text columns are categories, as AnnData stores them.
+
+    Columns of mixed types, which old files and text formats bring along, become text.
+    """
+    columns = {
+        name: values.astype(object).where(values.isna(), values.astype(str)).astype("category")
+        for name, values in table.items()
+        if values.dtype == object or isinstance(values.dtype, pd.StringDtype)
+    }
+    return table.assign(**columns)
+
+
+def _as_uint32(counts: csr_matrix) -> csr_matrix:
+    if counts.nnz and counts.data.max() > MAX_COUNT:
+        raise ValueError(
+            f"a gene of a cell has {counts.data.max()} counts; counts must be below 2^32"
+        )
+    return counts.astype(np.uint32)
+
+
+def _warn(coverage: Coverage) -> None:
+    if coverage.n_cells_without_counts:
+        _log.warning(
+            "%d of %d cells have no count of a gene of the model: their embedding is zero",
+            coverage.n_cells_without_counts,
+            coverage.n_cells,
+        )
+    if coverage.n_genes_mapped < _FEW_GENES * coverage.n_genes_model:
+        _log.warning(
+            "the input has %d of the model's %d genes; the others are read as not expressed",
+            coverage.n_genes_mapped,
+            coverage.n_genes_model,
+        )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, must be a whole number of 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    value = float(text)  # argparse reports what is no number
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, must be a number from 0 to 1")
+    return value

@@ -1,0 +1,1 @@
+"""The scLong model: gene encoder, expression encoder, dual Performer encoder, decoder."""

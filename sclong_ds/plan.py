@@ -1,0 +1,406 @@
+"""What a run will need: memory, cells/s, GPU-hours, checkpoint size, loader speed.
+
+    python -m sclong_ds plan --config sclong_1b --nodes 8 --gpus-per-node 8 --device h100
+
+Parameters and FLOPs are exact (`sclong_ds.costs`); memory (`sclong_ds.memory`), time and cells/s
+are predictions. Reads the configuration, the DeepSpeed JSON, and the corpus and the gene graph that
+the configuration names; writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sclong_ds.config import RunConfig, load_config
+from sclong_ds.costs import (
+    activation_bytes,
+    backward_flops_per_cell,
+    flops_per_cell,
+    parameter_counts,
+    recompute_flops_per_cell,
+    training_flops_per_cell,
+)
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.graph_file import read_gene_graph
+from sclong_ds.memory import Setup, Zero, largest_micro_batch, memory_per_rank, zero_settings
+from sclong_ds.store import Corpus
+
+SCLONG_CELLS = 48_024_242
+"""Cells of the scLong corpus: an epoch when neither --cells nor data.corpus says otherwise."""
+USABLE_SHARE = 0.92
+"""Share of the device memory that a run may plan with; the rest is lost to fragmentation."""
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator, or one rank's share of a CPU machine."""
+
+    memory_gib: float
+    """Memory that the driver offers, GiB."""
+    bf16_tflops: float
+    """Peak of dense bf16 matrix products, TFLOP/s."""
+    fp32_tflops: float
+    """Peak in fp32 (not TF32, which torch leaves off), TFLOP/s."""
+    reserve_gib: float = 2.0
+    """Taken by the CUDA context, NCCL and cuBLAS, GiB."""
+
+    def usable_bytes(self) -> int:
+        """Return the memory that tensors may fill."""
+        return int((self.memory_gib * USABLE_SHARE - self.reserve_gib) * GIB)
+
+
+DEVICES: Mapping[str, Device] = {
+    "a100": Device(79.1, 312, 19.5),
+    "a100_40gb": Device(39.4, 312, 19.5),
+    "b200": Device(178.3, 2250, 75),
+    "h100": Device(79.1, 989, 67),
+    "h100_pcie": Device(79.1, 756, 51),
+    "h200": Device(139.7, 989, 67),
+    "l40s": Device(44.4, 362, 91.6),
+    "rtx4090": Device(23.5, 165, 82.6),
+}
+"""Accelerators, SXM form unless named otherwise; peaks from NVIDIA's data sheets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a run is planned."""
+
+    nodes: int
+    gpus_per_node: int
+    device: str
+    """Key of `DEVICES` or `cpu`."""
+    mfu: float
+    """Model FLOP/s utilisation: share of the peak that forward and backward reach; what activation
+    checkpointing recomputes does not count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a run is planned for."""
+
+    n_genes: int
+    n_edges: int
+    """Edges of the gene graph; 0 without one."""
+    cells: int
+    """Training cells of one epoch."""
+
+
+def find_device(name: str, *, ranks_per_node: int) -> Device:
+    """Return a known device; `cpu` is this machine, divided among the ranks of a node.
+
+    A CPU core counts as 32 fp32 FLOP per cycle (two AVX2 multiply-adds) at 3 GHz, and as a fifth of
+    that in bf16.
+
+    Args:
+        name: Key of `DEVICES` or `cpu`.
+        ranks_per_node: Ranks on one node.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if name == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        tflops = 0.096 * len(os.sched_getaffinity(0)) / ranks_per_node
+        return Device(memory / ranks_per_node, tflops / 5, tflops, reserve_gib=0.7)
+    if name not in DEVICES:
+        raise ValueError(f"--device {name}: unknown; known devices are {', '.join(DEVICES)}, cpu")
+    return DEVICES[name]
+
+
+def make_plan(
+    config: RunConfig, ds_config: Mapping[str, Any], *, site: Site, work: Workload
+) -> dict[str, Any]:
+    """Compute the whole plan.
+
+    Args:
+        config: The run's configuration.
+        ds_config: What `engine.resolve_ds_config` returns.
+        site: Nodes, ranks, device and utilisation.
+        work: Genes, edges and cells.
+
+    Returns:
+        What `--json` prints: sizes in bytes, times in seconds or hours.
+
+    Raises:
+        ValueError: Unknown device or ZeRO stage, or more top genes than genes.
+    """
+    model, genes = config.model, work.n_genes
+    if model.top_seq_len >= genes:
+        raise ValueError(
+            f"model.top_seq_len: got {model.top_seq_len}, must be below the number of genes {genes}"
+        )
+    device = find_device(site.device, ranks_per_node=site.gpus_per_node)
+    setup = Setup(site.nodes * site.gpus_per_node, site.device == "cpu", genes, work.n_edges)
+    zero = zero_settings(ds_config)
+    parameters = _with_total(parameter_counts(model, genes))
+    recomputes = config.engine.activation_checkpointing
+    flops = {
+        "forward": _with_total(flops_per_cell(model, genes, work.n_edges)),
+        "backward": _with_total(backward_flops_per_cell(model, genes, work.n_edges)),
+        "recompute": recompute_flops_per_cell(model, genes) if recomputes else 0,
+    }
+    batch = [key for key in ds_config if "batch_size" in key or "accumulation" in key]
+    return {
+        **asdict(site),
+        **asdict(work),
+        "world_size": setup.world_size,
+        "device": {"name": site.device, **asdict(device)},
+        "precision": config.engine.precision,
+        "parameters": parameters,
+        "flops_per_cell": flops,
+        "batch": {key: ds_config[key] for key in batch},
+        "memory": _memory_plan(config, zero, setup, device),
+        "time": _time_plan(config, device, site, work),
+        "checkpoint": _checkpoint_plan(config, zero, parameters["total"]),
+    }
+
+
+def _with_total(parts: dict[str, int]) -> dict[str, int]:
+    return parts | {"total": sum(parts.values())}
+
+
+def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) -> dict[str, Any]:
+    """Predict memory as configured, and in all stages with and without checkpointing."""
+    engine, model = config.engine, config.model
+    e = 2 if engine.precision == "bf16" else 4
+    micro, usable = engine.train_micro_batch_size_per_gpu, device.usable_bytes()
+
+    def row(stage: int, recompute: bool) -> dict[str, Any]:
+        # Parameters can be offloaded in stage 3 only; overlap and bucket sizes stay as configured.
+        other = replace(zero, stage=stage, offload_param=zero.offload_param and stage == 3)
+        memory = memory_per_rank(
+            model, other, setup, micro_batch=micro, element_bytes=e, recompute=recompute
+        )
+        fits = largest_micro_batch(
+            model, other, setup, usable_bytes=usable, element_bytes=e, recompute=recompute
+        )
+        kept = activation_bytes(model, setup.n_genes, element_bytes=e, recompute=recompute)
+        cells = engine.train_batch_size // setup.world_size
+        return {
+            "stage": stage,
+            "activation_checkpointing": recompute,
+            "parts_bytes": asdict(memory),
+            "states_bytes": memory.states(),
+            "kept_per_cell_bytes": sum(kept.values()),
+            "peak_bytes": memory.peak(),
+            "largest_micro_batch": fits,
+            "largest_dividing_micro_batch": max(
+                (m for m in range(1, min(fits, cells) + 1) if cells % m == 0), default=0
+            ),
+        }
+
+    table = [row(stage, recompute) for stage in (1, 2, 3) for recompute in (False, True)]
+    configured = row(zero.stage, engine.activation_checkpointing)
+    return configured | {
+        "predicted": True,
+        "micro_batch": micro,
+        "usable_bytes": usable,
+        "fits": micro <= configured["largest_micro_batch"],
+        "stages": table,
+    }
+
+
+def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) -> dict[str, Any]:
+    """Predict rates and times at the stated utilisation."""
+    engine, cells = config.engine, work.cells
+    micro = engine.train_micro_batch_size_per_gpu
+    flops = training_flops_per_cell(config.model, work.n_genes, work.n_edges, micro_batch=micro)
+    peak = (device.bf16_tflops if engine.precision == "bf16" else device.fp32_tflops) * 1e12
+    per_rank = peak * site.mfu / flops
+    all_ranks = per_rank * site.nodes * site.gpus_per_node
+    run_cells = config.run.max_steps * engine.train_batch_size
+    return {
+        "training_flops_per_cell": flops,
+        "cells_per_s_per_rank": per_rank,
+        "cells_per_s": all_ranks,
+        "step_time_s": engine.train_batch_size / all_ranks,
+        "steps_per_epoch": math.ceil(cells / engine.train_batch_size),
+        "epoch_hours": cells / all_ranks / 3600,
+        "gpu_hours_per_epoch": cells / per_rank / 3600,
+        "run_steps": config.run.max_steps,
+        "run_epochs": run_cells / cells,
+        "run_hours": run_cells / all_ranks / 3600,
+        "run_gpu_hours": run_cells / per_rank / 3600,
+        "loader_cells_per_s": all_ranks,
+        "loader_cells_per_s_per_node": all_ranks / site.nodes,
+    }
+
+
+def _checkpoint_plan(config: RunConfig, zero: Zero, parameters: int) -> dict[str, int]:
+    """Size the files: fp32 weights and two moments; stages 1 and 2 add the model's own weights."""
+    weights = 0 if zero.stage == 3 else (2 if config.engine.precision == "bf16" else 4)
+    size = (12 + weights) * parameters
+    return {
+        "bytes": size,
+        # The next one is complete before the oldest goes.
+        "disk_bytes": size * (config.checkpoint.keep_last + 1),
+        "every_n_steps": config.checkpoint.every_n_steps,
+        "exported_bytes": 4 * parameters,
+    }
+
+
+def format_plan(plan: Mapping[str, Any]) -> str:
+    """Return the plan as text: a line per figure, a table of parts and one of ZeRO stages.
+
+    Args:
+        plan: What `make_plan` returns.
+    """
+    batch, edges = plan["batch"], plan["n_edges"]
+    lines = [
+        f"{plan['nodes']} nodes x {plan['gpus_per_node']} {plan['device']['name']} = "
+        f"{plan['world_size']} ranks, {plan['precision']}; {plan['n_genes']:,} genes, "
+        + (f"{edges:,} graph edges" if edges else "no gene graph given"),
+        f"{batch['train_batch_size']} cells per step = {batch['train_micro_batch_size_per_gpu']} "
+        f"per rank x {plan['world_size']} ranks x "
+        f"{batch['gradient_accumulation_steps']} accumulated",
+        "",
+        *_cost_lines(plan),
+        "",
+        *_memory_lines(plan),
+        "",
+        *_time_lines(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _cost_lines(plan: Mapping[str, Any]) -> list[str]:
+    flops, training = plan["flops_per_cell"], plan["time"]["training_flops_per_cell"]
+    lines = [f"{'Exact':20}{'parameters':>16}{'forward':>14}{'backward':>14}  GFLOP per cell"]
+    for part, count in plan["parameters"].items():
+        both = [f"{flops[way].get(part, 0) / 1e9:14,.3f}" for way in ("forward", "backward")]
+        lines.append(f"  {part:18}{count:>16,}{''.join(both)}")
+    lines.append(
+        f"  {training / 1e9:,.1f} GFLOP to train a cell; gene_encoder runs once per micro-batch"
+    )
+    if flops["recompute"]:
+        lines.append(
+            f"  activation checkpointing repeats {flops['recompute'] / 1e9:,.1f} GFLOP per cell "
+            f"({flops['recompute'] / training:.0%} more)"
+        )
+    return lines
+
+
+def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
+    memory, switch = plan["memory"], {True: "on", False: "off"}
+    lines = [
+        f"Memory per rank, predicted, GiB (ZeRO-{memory['stage']}, activation checkpointing "
+        f"{switch[memory['activation_checkpointing']]}, micro-batch {memory['micro_batch']})"
+    ]
+    lines += [
+        f"  {name:18}{_gib(size):>10}" for name, size in memory["parts_bytes"].items() if size
+    ]
+    lines += [
+        f"  {'peak':18}{_gib(memory['peak_bytes']):>10}  "
+        f"{'fits' if memory['fits'] else 'DOES NOT FIT'}: {_gib(memory['usable_bytes'])} usable of "
+        f"{plan['device']['memory_gib']:.1f}",
+        "",
+        f"  {'stage':8}{'checkpointing':15}{'states':>9}{'per cell':>10}{'peak':>9}   "
+        "largest micro-batch (one that divides the batch)",
+    ]
+    lines += [
+        f"  ZeRO-{row['stage']:<3}{switch[row['activation_checkpointing']]:15}"
+        f"{_gib(row['states_bytes']):>9}{_gib(row['kept_per_cell_bytes']):>10}"
+        f"{_gib(row['peak_bytes']):>9}   "
+        f"{row['largest_micro_batch']} ({row['largest_dividing_micro_batch']})"
+        for row in memory["stages"]
+    ]
+    return lines
+
+
+def _time_lines(plan: Mapping[str, Any]) -> list[str]:
+    time, saved = plan["time"], plan["checkpoint"]
+    hours = "rank-hours" if plan["device"]["name"] == "cpu" else "GPU-hours"
+    return [
+        f"Time, predicted at {plan['mfu']:.0%} of peak, validation and checkpoints not included",
+        f"  {time['cells_per_s']:,.4g} cells/s, {time['cells_per_s_per_rank']:,.4g} per rank, "
+        f"{time['step_time_s']:,.4g} s per step",
+        f"  epoch of {plan['cells']:,} cells: {time['steps_per_epoch']:,} steps, "
+        f"{time['epoch_hours']:,.4g} h, {time['gpu_hours_per_epoch']:,.4g} {hours}",
+        f"  run.max_steps {time['run_steps']:,}: {time['run_epochs']:.3g} epochs, "
+        f"{time['run_hours']:,.4g} h, {time['run_gpu_hours']:,.4g} {hours}",
+        f"  the loader must give {time['loader_cells_per_s']:,.4g} cells/s, "
+        f"{time['loader_cells_per_s_per_node']:,.4g} per node",
+        "",
+        f"Checkpoint {_gib(saved['bytes'])} GiB every {saved['every_n_steps']} steps; disk for "
+        f"those kept and the next {_gib(saved['disk_bytes'])} GiB; exported model "
+        f"{_gib(saved['exported_bytes'])} GiB",
+    ]
+
+
+def _gib(size: float) -> str:
+    value = size / GIB
+    return f"{value:,.2f}" if value >= 1 else f"{value:.4f}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `python -m sclong_ds plan`."""
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE|PRESET", help="complete YAML or name of a preset")
+    add("--nodes", required=True, type=_positive, metavar="N", help="number of nodes")
+    add("--gpus-per-node", required=True, type=_positive, metavar="M", help="ranks on each node")
+    add("--device", default="h100", help=f"{', '.join(DEVICES)} or cpu (default: %(default)s)")
+    add("--mfu", default=0.4, type=_share, help="share of the peak reached (default: %(default)s)")
+    add(
+        "--cells",
+        type=_positive,
+        help=f"cells of an epoch (default: those of data.corpus, else {SCLONG_CELLS})",
+    )
+    add("--json", action="store_true", help="print one JSON document instead of tables")
+    add("overrides", nargs="*", metavar="key=value", help="as in training: engine.ds_config=zero1")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; return the exit status.
+
+    Raises:
+        ValueError: Wrong configuration, unknown device, or batch sizes that do not divide.
+        FileNotFoundError: A named file or folder does not exist.
+    """
+    config = load_config(args.config, args.overrides)
+    site = Site(
+        nodes=args.nodes, gpus_per_node=args.gpus_per_node, device=args.device, mfu=args.mfu
+    )
+    find_device(site.device, ranks_per_node=site.gpus_per_node)
+    work = _workload(config, args.cells)
+    # Imported late: deepspeed takes seconds, and says on stdout which accelerator it found.
+    with contextlib.redirect_stdout(sys.stderr):
+        from sclong_ds.engine import resolve_ds_config
+
+    ds_config = resolve_ds_config(config.engine, world_size=site.nodes * site.gpus_per_node)
+    plan = {"config": args.config} | make_plan(config, ds_config, site=site, work=work)
+    print(json.dumps(plan, indent=2) if args.json else format_plan(plan))
+    return 0
+
+
+def _workload(config: RunConfig, cells: int | None) -> Workload:
+    """Count genes, edges and training cells of the files that the configuration names."""
+    corpus = Corpus(config.data.corpus) if config.data.corpus else None
+    genes = corpus.genes if corpus else GeneVocabulary.bundled()
+    graph = config.model.gene_graph
+    n_edges = len(read_gene_graph(graph, genes_hash=genes.hash)[1]) if graph else 0
+    known = len(corpus.split("train")) if corpus else SCLONG_CELLS
+    return Workload(n_genes=len(genes), n_edges=n_edges, cells=cells or known)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, must be 1 or more")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, must be above 0 and at most 1")
+    return value

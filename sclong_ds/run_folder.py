@@ -1,0 +1,271 @@
+"""The files a run writes about itself; everything else about a run is derived from them.
+
+`sclong_ds.tracking` writes them during training (rank 0), `sclong_ds.report` and tests read them:
+`run.json` (ids, status, environment), `metrics.jsonl` (one JSON object per logged row) and
+`events.jsonl` (start, resume, signal, checkpoint, ...). Both .jsonl files only ever grow.
+
+JSON has no NaN: a non-finite metric is `null` in metrics.jsonl, with a `non_finite` event that says
+which of nan, inf, -inf it was; `read_metrics` gives NaN for it. After a kill, a resumed run repeats
+a few steps: `read_metrics` keeps the last row of a step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+RUN_FILE = "run.json"
+
+log = logging.getLogger(__name__)
+
+# What decides the numbers of a run, as recorded in run.json.
+_PACKAGES = (
+    "sclong_ds", "torch", "deepspeed", "triton", "torch-geometric", "numpy", "zarr", "anndata",
+    "mlflow",
+)  # fmt: skip
+_run_file_lock = threading.Lock()
+
+
+class RunFolder:
+    """The append-only files of a run; opening repairs a last line that a kill cut short."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._metrics = _open_lines(path / METRICS_FILE)
+        self._events = _open_lines(path / EVENTS_FILE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one row of metrics.jsonl and hand it to the operating system.
+
+        Args:
+            step: Optimizer step of the row.
+            metrics: Name to value; non-finite values become null plus a `non_finite` event.
+        """
+        row: dict[str, object] = {"step": int(step)}
+        odd: dict[str, str] = {}
+        for name, value in metrics.items():
+            number = value if isinstance(value, int) else float(value)
+            row[name] = number if math.isfinite(number) else None
+            if row[name] is None:
+                odd[name] = str(number)
+        _append(self._metrics, row | {"time": time.time()})
+        if odd:
+            self.append_event("non_finite", step=step, values=odd)
+
+    def append_event(self, name: str, *, step: int, **fields: object) -> None:
+        """Write one row of events.jsonl: time, event name, step and any further fields."""
+        _append(self._events, {"time": time.time(), "event": name, "step": int(step), **fields})
+
+    def close(self) -> None:
+        """Close both files; closing twice is allowed."""
+        self._metrics.close()
+        self._events.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Return the rows of metrics.jsonl by step; of rows repeated after a restart, the last.
+
+    Args:
+        run_dir: Run folder.
+
+    Returns:
+        Rows sorted by step, a training row before the validation row of its step. A validation
+        row is one with a `val/` metric; null values are NaN.
+
+    Raises:
+        FileNotFoundError: No metrics.jsonl in the folder.
+        ValueError: A line other than the last is not a row.
+    """
+    latest = {}
+    for row in read_every_row(run_dir):
+        latest[row["step"], any(k.startswith("val/") for k in row)] = row
+    return [latest[key] for key in sorted(latest)]
+
+
+def read_every_row(run_dir: Path) -> list[dict[str, float]]:
+    """Return the rows of metrics.jsonl as written, repeated steps too; raises as `read_metrics`."""
+    rows = _read_lines(run_dir / METRICS_FILE)
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of events.jsonl in the order written; an absent file is an empty list."""
+    path = run_dir / EVENTS_FILE
+    return _read_lines(path) if path.exists() else []
+
+
+def read_run_json(run_dir: Path) -> dict[str, Any]:
+    """Return run.json; an absent file is an empty dict."""
+    path = run_dir / RUN_FILE
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); was it edited by hand?") from None
+
+
+def update_run_json(run_dir: Path, **fields: object) -> dict[str, Any]:
+    """Merge fields into run.json (created if absent), atomically, and return the whole."""
+    with (
+        _run_file_lock
+    ):  # the sender's thread saves its offset here while training adds its own fields
+        merged = read_run_json(run_dir) | fields
+        text = json.dumps(_plain(merged), indent=2, allow_nan=False) + "\n"
+        write_atomic(run_dir / RUN_FILE, text.encode())
+    return merged
+
+
+def record_start(run_dir: Path, *, resumed: bool) -> dict[str, Any]:
+    """Write into run.json who runs, on what, and how often the run was restarted; return it.
+
+    Args:
+        run_dir: Run folder; `run_id` and `created` of an existing run.json are kept.
+        resumed: Whether training continues from a checkpoint; adds one to `restarts`.
+    """
+    old = read_run_json(run_dir)
+    return update_run_json(
+        run_dir,
+        run_id=old.get("run_id") or uuid.uuid4().hex,
+        mlflow_run_id=old.get("mlflow_run_id"),
+        mlflow_tracking_uri=old.get("mlflow_tracking_uri"),
+        slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+        commit=git_commit(),
+        created=old.get("created") or now(),
+        restarts=int(old.get("restarts", 0)) + int(resumed),
+        status="RUNNING",
+        ended=None,
+        environment=environment(),
+    )
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file at once: readers and kills see the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def git_commit() -> str:
+    """Return the commit of this checkout (`-dirty` if edited), or the version if it is none."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / ".git").exists():
+        command = [
+            "git",
+            "-C",
+            str(root),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=40",
+            "--exclude=*",
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            done = None
+        if done is not None and done.returncode == 0:
+            return done.stdout.strip()
+    return f"version {_version('sclong_ds') or 'unknown'}"
+
+
+def environment() -> dict[str, str]:
+    """Return host, platform, Python and the versions of the packages that shape a run."""
+    found = {name: _version(name) for name in _PACKAGES}
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu_cores": str(os.cpu_count()),
+        **{name: version for name, version in found.items() if version},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _append(file: BinaryIO, row: Mapping[str, object]) -> None:
+    file.write(json.dumps(_plain(row), allow_nan=False).encode() + b"\n")
+    file.flush()
+
+
+def _plain(value: object) -> object:
+    """Return what JSON can hold: numbers of other libraries as Python's, the rest as text."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    item = getattr(value, "item", None)  # numpy and torch scalars
+    return _plain(item()) if callable(item) else str(value)
+
+
+def _open_lines(path: Path) -> BinaryIO:
+    """Open a JSON-lines file for appending, after cutting off an unfinished last line."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+            log.warning("%s: dropped an unfinished last line (%d bytes)", path, len(data) - whole)
+    return path.open("ab")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # what follows the last newline is unfinished
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not {"step", "time"} <= row.keys():
+            raise ValueError(
+                f"{path}: line {number} is not a row with step and time: {line[:60]!r}; remove it"
+            )
+        rows.append(row)
+    return rows

@@ -1,0 +1,186 @@
+"""The model: published sizes, stated order of genes, batch invariance, and that it uses what it is given."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch_geometric.nn import SGConv
+
+from sclong_ds.config import PerformerConfig, load_config
+from sclong_ds.model.gene_encoder import GeneEncoder
+from sclong_ds.model.sclong import ScLong, expression_order
+
+G = 60
+
+
+def small_graph(n=G, edges=300, seed=0):
+    rng = np.random.default_rng(seed)
+    flat = np.unique(rng.integers(0, n * n, edges))
+    return np.stack([flat % n, flat // n]).astype(np.int64), rng.random(len(flat)).astype(
+        np.float32
+    )
+
+
+def small_model(seed=0, graph=True, **changes):
+    stack = PerformerConfig(depth=2, heads=2, dim_head=8, nb_features=None, ff_mult=2)
+    settings = dict(
+        base_dim=16, large_dim=24, top_seq_len=12, expression_hidden=8, large_encoder=stack, mini_encoder=stack,
+        decoder=stack, gene_bias=False,
+    )  # fmt: skip
+    config = dataclasses.replace(load_config("sclong_tiny").model, **(settings | changes))
+    torch.manual_seed(seed)
+    model = ScLong(config, n_genes=G, graph=small_graph() if graph else None)
+    torch.nn.init.normal_(model.head.weight)  # the head starts at zero, which would hide the rest
+    return model.eval()
+
+
+def cells(b=4, dtype=torch.float32, seed=1):
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.rand(b, G, generator=gen, dtype=dtype) * 4 * (torch.rand(b, G, generator=gen) < 0.4)
+    mask = (torch.rand(b, G, generator=gen) < 0.15) & (x > 0)
+    return x, mask
+
+
+def on_meta(preset):
+    config = load_config(preset).model
+    graph = (np.zeros((2, 1), dtype=np.int64), np.ones(1, dtype=np.float32))
+    with torch.device("meta"):
+        return ScLong(config, n_genes=27_874, graph=graph)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_published_configuration_has_the_published_parameters():
+    model = on_meta("sclong_1b")
+    assert count(model.large_encoder) == 991_441_920
+    assert count(model.mini_encoder) == count(model.decoder) == 1_463_200
+    assert (
+        count(model.to_large) + count(model.large_encoder) + count(model.from_large)
+        == 991_441_920 + 257_280 + 2_560 + 256_200 + 400
+    )
+    genes = 2 * 27_874 * 200 + 200 * 200 + 200
+    assert count(model.gene_encoder) == genes
+    assert count(model) == 1_006_126_261
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_100m_preset_is_named_after_its_size():
+    assert 95e6 < count(on_meta("sclong_100m")) < 105e6
+
+
+def test_order_puts_hidden_values_last_and_breaks_ties_by_gene():
+    x = torch.tensor([[0.0, 5.0, 0.0, 2.0, 5.0, 0.0]])
+    mask = torch.tensor([[False, True, False, False, False, True]])
+    assert expression_order(x, mask).tolist() == [[4, 3, 0, 2, 1, 5]]
+    assert expression_order(x, None).tolist() == [[1, 4, 3, 0, 2, 5]]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_a_cell_does_not_depend_on_its_batch(dtype, tolerance):
+    model = small_model().to(dtype)
+    x, mask = cells(6, dtype=dtype)
+    whole = model(x, mask)
+    for b in range(6):
+        alone = model(x[b : b + 1], mask[b : b + 1])[0]
+        assert (whole[b] - alone).norm() <= tolerance * alone.norm()
+    shuffled = model(x.flip(0), mask.flip(0)).flip(0)
+    assert (whole - shuffled).norm() <= tolerance * whole.norm()
+
+
+def test_hidden_values_are_not_seen():
+    model = small_model()
+    x, mask = cells()
+    assert mask.any()
+    other = torch.where(mask, x + 1.7, x)
+    assert torch.equal(model(x, mask), model(other, mask))
+    assert not torch.equal(model(x), model(other))
+
+
+def test_every_part_has_a_gradient():
+    model = small_model(gene_encoder_layers=2).train()
+    x, mask = cells()
+    model(x, mask).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for recompute in (False, True):
+        model = small_model().train()
+        for performer in model.performers().values():
+            performer.recompute = recompute
+        x, mask = cells()
+        model(x, mask).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_gene_encoder_is_the_published_convolution():
+    """SGConv without self loops on the gene table, plus the gene vectors."""
+    edges, weights = small_graph()
+    encoder = GeneEncoder(G, 16, layers=1, graph=(edges, weights), vectors=None)
+    reference = SGConv(16, 16, K=1, add_self_loops=False)
+    reference.lin.weight.data.copy_(encoder.linears[0].weight)
+    reference.lin.bias.data.copy_(encoder.linears[0].bias)
+    convolved = reference(encoder.table, torch.from_numpy(edges), torch.from_numpy(weights))
+    torch.testing.assert_close(encoder(), convolved + encoder.vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_gene_without_neighbours_gets_the_bias():
+    graph = (np.array([[1], [0]]), np.ones(1, dtype=np.float32))
+    encoder = GeneEncoder(3, 4, layers=1, graph=graph, vectors=np.zeros((3, 4)))
+    torch.testing.assert_close(encoder()[2], encoder.linears[0].bias)
+
+
+def test_graph_and_values_matter():
+    model = small_model()
+    x, mask = cells()
+    before = model(x, mask)
+    model.gene_encoder._graph = small_graph(seed=9)
+    model.gene_encoder._adjacency = None
+    assert not torch.allclose(before, model(x, mask))
+
+
+def test_redraw_changes_the_features_and_comes_back():
+    model = small_model()
+    x, mask = cells()
+    first = model(x, mask)
+    model.redraw_features(1)
+    assert not torch.equal(first, model(x, mask))
+    model.redraw_features(0)
+    assert torch.equal(first, model(x, mask))
+
+
+def test_features_stay_float32_under_bf16():
+    model = small_model().bfloat16()
+    x, mask = cells()
+    assert model(x, mask).dtype == torch.bfloat16
+    assert model.decoder._features(x.device)[0].dtype == torch.float32
+
+
+def test_starts_at_the_mean_it_is_given():
+    config = dataclasses.replace(small_model().config, gene_bias=True)
+    mean = np.linspace(0.5, 3, G)
+    model = ScLong(config, n_genes=G, graph=small_graph(), output_mean=mean)
+    x, mask = cells()
+    torch.testing.assert_close(model(x, mask), torch.tensor(mean, dtype=torch.float32).expand(4, G))
+
+
+def test_wrong_inputs_are_named():
+    config = small_model().config
+    with pytest.raises(ValueError, match="gene-graph"):
+        ScLong(config, n_genes=G, graph=None)
+    with pytest.raises(ValueError, match="would ignore it"):
+        ScLong(
+            dataclasses.replace(config, gene_encoder="embedding"), n_genes=G, graph=small_graph()
+        )
+    with pytest.raises(ValueError, match="top_seq_len"):
+        ScLong(dataclasses.replace(config, top_seq_len=G), n_genes=G, graph=small_graph())
+    with pytest.raises(ValueError, match="gene_vectors"):
+        ScLong(config, n_genes=G, graph=small_graph(), gene_vectors=np.zeros((G, 3)))

@@ -1,0 +1,106 @@
+"""The strict loader: complete files, exact types, named mistakes."""
+
+import dataclasses
+import typing
+
+import pytest
+import yaml
+
+from sclong_ds import config as c
+from sclong_ds.config import load_config, preset_names, to_dict, to_yaml
+
+
+def test_presets_are_there_and_complete():
+    assert {"sclong_tiny", "sclong_100m", "sclong_1gpu", "sclong_1b"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_and_survives_a_round_trip(name, tmp_path):
+    config = load_config(name)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load_config(copy) == config
+
+
+def test_overrides_are_typed():
+    config = load_config(
+        "sclong_tiny",
+        ["run.max_steps=7", "optim.betas=[0.8, 0.9]", "run.dir=2024-01-01", "optim.lr=1"],
+    )
+    assert config.run.max_steps == 7
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.run.dir == "2024-01-01"
+    assert config.optim.lr == 1.0
+    assert load_config("sclong_tiny", ["run.dir=null"]).run.dir is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.large_encoder.dept=3", r"dept: unknown key \(did you mean 'depth'\?\)"),
+        ("modell.base_dim=3", r"modell: unknown key \(did you mean 'model'\?\)"),
+        ("run.max_steps=1.5", "run.max_steps: expected int, got 1.5"),
+        ("run.max_steps=true", "run.max_steps: expected int, got True"),
+        ("optim.lr=1e-4", "write 0.0001"),
+        ("model.head=tree", "got 'tree' .*allowed: mlp, linear"),
+        ("objective.mask_prob=1.5", "allowed: 0 < p <= 1"),
+        ("run.max_steps", "write section.key=value"),
+        ("optim.betas=[0.9]", "expected a list of 2 values"),
+        ("engine.train_batch_size=0", "engine.train_batch_size: got 0, must be >= 1"),
+        ("optim.lr=.nan", "finite"),
+        ("model=3", "override"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("sclong_tiny", [override])
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ValueError, match="would be ignored"):
+        load_config("sclong_tiny", ["optim.name=adam"])
+    with pytest.raises(ValueError, match="must be a multiple"):
+        load_config("sclong_tiny", ["engine.train_micro_batch_size_per_gpu=3"])
+
+
+def test_file_mistakes_are_named(tmp_path):
+    tree = to_dict(load_config("sclong_tiny"))
+    missing = tmp_path / "missing.yaml"
+    del tree["optim"]["lr"]
+    missing.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=r"missing.yaml: missing optim.lr"):
+        load_config(missing)
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("run:\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(ValueError, match=r"twice.yaml: line 3: key 'seed' is given twice"):
+        load_config(twice)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [1\n")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(broken)
+    with pytest.raises(FileNotFoundError, match="presets are"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_every_field_is_documented():
+    """A string under each field says what it means."""
+    import ast
+    import inspect
+
+    for node in ast.parse(inspect.getsource(c)).body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Section")):
+            body = node.body
+            for i, statement in enumerate(body):
+                if isinstance(statement, ast.AnnAssign):
+                    after = body[i + 1]
+                    assert isinstance(after, ast.Expr), f"{node.name}.{statement.target.id}"
+                    assert isinstance(after.value, ast.Constant), (
+                        f"{node.name}.{statement.target.id}"
+                    )
+
+
+def test_config_is_frozen_and_has_no_defaults():
+    sections = typing.get_type_hints(c.RunConfig).values()
+    for cls in [c.RunConfig, c.PerformerConfig, *sections]:
+        assert cls.__dataclass_params__.frozen
+        assert all(f.default is dataclasses.MISSING for f in dataclasses.fields(cls)), cls

@@ -1,0 +1,337 @@
+"""`embed`: order, pooling, independence of batches, harmonisation, refusals."""
+
+import argparse
+import dataclasses
+import gzip
+import logging
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from data_prep.convert import Settings, convert_dataset, prepare_corpus
+from data_prep.finalize import finalize
+from data_prep.harmonize import GeneResolver
+from data_prep.manifest import Dataset
+from sclong_ds import embed
+from sclong_ds.config import PerformerConfig, load_config
+from sclong_ds.data import log1p_normalise
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.model_dir import Transform, load_model, write_model_dir
+from sclong_ds.store import Corpus
+
+N_GENES, N_CELLS = 60, 23
+
+
+@pytest.fixture(scope="module")
+def genes() -> GeneVocabulary:
+    """The first genes of the bundled table that have a symbol of their own."""
+    bundled = GeneVocabulary.bundled()
+    named = [i for i, gene in enumerate(bundled.ids) if bundled.symbols[i] != gene][:N_GENES]
+    columns = (bundled.ids, bundled.symbols, bundled.classes)
+    return GeneVocabulary(*(tuple(column[i] for i in named) for column in columns))
+
+
+@pytest.fixture(scope="module")
+def model_dir(genes: GeneVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    genes.write(folder / "genes.tsv")
+    stack = PerformerConfig(depth=1, heads=2, dim_head=4, nb_features=8, ff_mult=2)
+    config = dataclasses.replace(
+        load_config("sclong_tiny").model,
+        base_dim=8,
+        large_dim=16,
+        top_seq_len=16,
+        gene_encoder="embedding",
+        large_encoder=stack,
+        mini_encoder=stack,
+        decoder=stack,
+    )
+    torch.manual_seed(0)
+    write_model_dir(
+        folder / "exported",
+        weights=ScLong(
+            config, n_genes=N_GENES, graph=None, output_mean=np.zeros(N_GENES)
+        ).state_dict(),
+        model=config,
+        transform=Transform(name="log1p_total", target_sum=1.0e4),
+        redraw_index=0,
+        genes=folder / "genes.tsv",
+        graph=None,
+        provenance={"step": 0},
+    )
+    return folder / "exported"
+
+
+@pytest.fixture(scope="module")
+def counts() -> csr_matrix:
+    """Counts of 23 cells; cell 5 has none."""
+    rng = np.random.default_rng(0)
+    dense = rng.poisson(1.0, (N_CELLS, N_GENES))
+    dense[5] = 0
+    return csr_matrix(dense)
+
+
+@pytest.fixture
+def h5ad(counts: csr_matrix, genes: GeneVocabulary, tmp_path: Path) -> Path:
+    """The cells with shuffled genes named by symbol, and one unknown gene."""
+    order = np.random.default_rng(1).permutation(N_GENES)
+    unknown = np.full((N_CELLS, 1), 2)
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical(np.where(np.arange(N_CELLS) % 2, "B", "T")),
+            "score": np.linspace(0, 1, N_CELLS),
+        },
+        index=[f"cell{i}" for i in reversed(range(N_CELLS))],
+    )
+    var = pd.DataFrame(index=[genes.symbols[i] for i in order] + ["NoSuchGene"])
+    shuffled = csr_matrix(np.hstack([counts.toarray()[:, order], unknown]).astype(np.float32))
+    anndata.AnnData(shuffled, obs=obs, var=var).write_h5ad(tmp_path / "cells.h5ad")
+    return tmp_path / "cells.h5ad"
+
+
+def run(*arguments: object, min_genes: int = 10) -> int:
+    parser = argparse.ArgumentParser()
+    embed.add_arguments(parser)
+    given = [str(argument) for argument in arguments]
+    return embed.run(parser.parse_args([*given, "--min-genes-mapped", str(min_genes)]))
+
+
+def test_output_has_the_cells_of_the_input_in_order(
+    model_dir: Path, h5ad: Path, counts: csr_matrix, genes: GeneVocabulary, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "out.h5ad"
+    assert run(model_dir, h5ad, "--out", out, "--device", "cpu") == 0
+    source, result = anndata.read_h5ad(h5ad), anndata.read_h5ad(out)
+    assert list(result.obs_names) == list(source.obs_names)
+    assert list(result.var_names) == list(genes.ids)
+    assert list(result.obs["cell_type"]) == list(source.obs["cell_type"])
+    np.testing.assert_array_equal(result.obs["score"], source.obs["score"])
+    np.testing.assert_array_equal(result.X.toarray(), counts.toarray())
+    np.testing.assert_array_equal(result.obs["n_genes_mapped"], np.diff(counts.indptr))
+    np.testing.assert_array_equal(result.obs["n_counts_mapped"], np.ravel(counts.sum(axis=1)))
+    record = result.uns["sclong"]
+    assert record["genes_hash"] == genes.hash
+    assert record["transform"]["target_sum"] == 1.0e4
+    assert record["coverage"]["n_genes_mapped"] == N_GENES
+    assert record["coverage"]["n_genes_input"] == N_GENES + 1
+    assert record["coverage"]["n_cells_without_counts"] == 1
+    assert record["coverage"]["counts_kept"] == counts.sum() / (counts.sum() + 2 * N_CELLS)
+    assert not list(out.parent.glob(".*"))
+
+
+def test_embedding_is_the_mean_over_expressed_genes(
+    model_dir: Path, h5ad: Path, counts: csr_matrix, tmp_path: Path
+) -> None:
+    run(model_dir, h5ad, "--out", tmp_path / "out.h5ad", "--device", "cpu")
+    embedded = anndata.read_h5ad(tmp_path / "out.h5ad").obsm[embed.KEY]
+    assert embedded.dtype == np.float32
+    model = load_model(model_dir)
+    with torch.no_grad():
+        vectors = model.encode(torch.from_numpy(log1p_normalise(counts, target_sum=1.0e4))).numpy()
+    for cell in (0, 7, N_CELLS - 1):
+        expected = vectors[cell][counts[cell].indices].mean(axis=0)
+        np.testing.assert_allclose(embedded[cell], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cell_without_counts_is_kept_as_zeros_and_reported(
+    model_dir: Path, h5ad: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        run(model_dir, h5ad, "--out", tmp_path / "out.h5ad", "--device", "cpu")
+    result = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert not result.obsm[embed.KEY][5].any()
+    assert np.delete(result.obsm[embed.KEY], 5, axis=0).any(axis=1).all()
+    assert np.isfinite(result.obsm[embed.KEY]).all()
+    assert "1 of 23 cells" in caplog.text
+
+
+def test_batch_size_and_batch_mates_do_not_matter(model_dir: Path, counts: csr_matrix) -> None:
+    model = load_model(model_dir)
+    alone = embed.embed_counts(model, counts, batch_size=1)
+    scale = np.abs(alone).max()
+    for batch_size in (4, N_CELLS):
+        together = embed.embed_counts(model, counts, batch_size=batch_size)
+        assert np.abs(together - alone).max() <= 1e-5 * scale
+    backwards = embed.embed_counts(model, counts[::-1], batch_size=4)[::-1]
+    assert np.abs(backwards - alone).max() <= 1e-5 * scale
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3 * scale
+
+
+def test_formats_and_blocks_give_the_same_embedding(
+    model_dir: Path,
+    h5ad: Path,
+    counts: csr_matrix,
+    genes: GeneVocabulary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = pd.DataFrame(counts.toarray(), columns=list(genes.ids))
+    table.index = [f"cell{i}" for i in range(N_CELLS)]
+    with gzip.open(tmp_path / "cells.csv.gz", "wt") as file:
+        table.to_csv(file)
+    run(model_dir, h5ad, "--out", tmp_path / "a.h5ad", "--device", "cpu")
+    run(model_dir, tmp_path / "cells.csv.gz", "--out", tmp_path / "b.h5ad", "--device", "cpu")
+    monkeypatch.setattr("data_prep.source.BLOCK_ENTRIES", 100)
+    run(model_dir, h5ad, "--out", tmp_path / "c.h5ad", "--device", "cpu", "--batch-size", "3")
+    a, b, c = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in "abc")
+    for other in (b, c):
+        np.testing.assert_array_equal(other.X.toarray(), a.X.toarray())
+        np.testing.assert_allclose(other.obsm[embed.KEY], a.obsm[embed.KEY], rtol=1e-4, atol=1e-5)
+
+
+def test_output_can_be_embedded_again(model_dir: Path, h5ad: Path, tmp_path: Path) -> None:
+    run(model_dir, h5ad, "--out", tmp_path / "once.h5ad", "--device", "cpu")
+    run(model_dir, tmp_path / "once.h5ad", "--out", tmp_path / "twice.h5ad", "--device", "cpu")
+    once, twice = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("once", "twice"))
+    np.testing.assert_array_equal(once.obsm[embed.KEY], twice.obsm[embed.KEY])
+    assert list(once.obs.columns) == list(twice.obs.columns)
+    assert twice.uns["sclong"]["coverage"]["counts_kept"] == 1.0
+
+
+def test_no_counts_leaves_x_out(model_dir: Path, h5ad: Path, tmp_path: Path) -> None:
+    run(model_dir, h5ad, "--out", tmp_path / "out.h5ad", "--no-counts", "--device", "cpu")
+    result = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert result.X is None
+    assert result.shape == (N_CELLS, N_GENES)
+    assert result.obsm[embed.KEY].shape == (N_CELLS, 8)
+
+
+@pytest.fixture
+def corpus(h5ad: Path, genes: GeneVocabulary, tmp_path: Path) -> Path:
+    """The cells (but the empty one) as a corpus with a validation split."""
+    folder = tmp_path / "corpus"
+    settings = Settings(genes_hash=genes.hash, min_genes_mapped=10)
+    prepare_corpus(folder, genes=genes, settings=settings)
+    dataset = Dataset(dataset_id="tiny", path=h5ad, obs_columns="cell_type")
+    resolver = GeneResolver(genes)
+    entry = convert_dataset(dataset, corpus=folder, settings=settings, resolver=resolver)
+    assert entry["status"] == "ok", entry["reason"]
+    finalize(folder, validation_fraction=0.3, split_by="cell")
+    return folder
+
+
+def test_corpus_and_its_splits(
+    model_dir: Path, corpus: Path, h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "BLOCK_CELLS", 4)
+    run(model_dir, h5ad, "--out", tmp_path / "file.h5ad", "--device", "cpu")
+    run(model_dir, corpus, "--out", tmp_path / "all.h5ad", "--device", "cpu")
+    held_out = tmp_path / "validation.h5ad"
+    run(model_dir, corpus, "--out", held_out, "--split", "validation", "--device", "cpu")
+    names = ("file", "all", "validation")
+    source, everything, validation = (
+        anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in names
+    )
+    opened = Corpus(corpus)
+    assert everything.n_obs == len(opened) == N_CELLS - 1
+    np.testing.assert_array_equal(everything.X.toarray(), opened.rows(range(len(opened))).toarray())
+    rows = source.obs_names.get_indexer(everything.obs["barcode"])
+    np.testing.assert_allclose(
+        everything.obsm[embed.KEY], source.obsm[embed.KEY][rows], rtol=1e-4, atol=1e-5
+    )
+    assert list(everything.obs["cell_type"]) == list(source.obs["cell_type"].iloc[rows])
+    split = opened.split("validation")
+    assert 0 < len(split) < len(opened)
+    assert list(validation.obs_names) == [str(row) for row in split]
+    np.testing.assert_allclose(
+        validation.obsm[embed.KEY], everything.obsm[embed.KEY][split], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_refuses_an_unknown_split_and_a_corpus_of_other_genes(
+    model_dir: Path, corpus: Path, genes: GeneVocabulary
+) -> None:
+    with pytest.raises(ValueError, match="this corpus has"):
+        embed.open_cells(corpus, genes=genes, split="night")
+    fewer = GeneVocabulary(genes.ids[1:], genes.symbols[1:], genes.classes[1:])
+    with pytest.raises(ValueError, match="other genes"):
+        embed.open_cells(corpus, genes=fewer)
+    (corpus / "corpus.json").unlink()
+    with pytest.raises(FileNotFoundError, match="not finalized"):
+        embed.open_cells(corpus, genes=genes)
+
+
+def test_text_columns_of_mixed_types_become_categories() -> None:
+    table = pd.DataFrame({"mixed": ["a", 1, None], "number": [1.5, 2.0, 3.0]})
+    plain = embed._plain_columns(table)
+    assert plain["mixed"].cat.categories.tolist() == ["1", "a"]
+    assert plain["mixed"].isna().tolist() == [False, False, True]
+    assert plain["number"].dtype == np.float64
+
+
+@pytest.fixture
+def broken_late(genes: GeneVocabulary, tmp_path: Path) -> Path:
+    """Counts in the first block, a fraction in the last cell."""
+    dense = np.ones((40, N_GENES), dtype=np.float32)
+    dense[-1, 0] = 0.5
+    cells = anndata.AnnData(csr_matrix(dense), var=pd.DataFrame(index=list(genes.ids)))
+    cells.write_h5ad(tmp_path / "late.h5ad")
+    return tmp_path / "late.h5ad"
+
+
+def test_error_while_reading_leaves_the_old_output(
+    model_dir: Path, broken_late: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.source.BLOCK_CELLS", 10)
+    out = tmp_path / "out" / "out.h5ad"
+    out.parent.mkdir()
+    out.write_bytes(b"old")
+    with pytest.raises(ValueError, match="not counts"):
+        run(model_dir, broken_late, "--out", out, "--device", "cpu")
+    assert out.read_bytes() == b"old"
+    assert [file.name for file in out.parent.iterdir()] == ["out.h5ad"]
+
+
+def test_refuses_an_output_over_the_input_or_of_another_type(
+    model_dir: Path, h5ad: Path, tmp_path: Path
+) -> None:
+    before = h5ad.read_bytes()
+    with pytest.raises(ValueError, match="write over the input"):
+        run(model_dir, h5ad, "--out", h5ad.parent / "." / h5ad.name)
+    with pytest.raises(ValueError, match="write over the input"):
+        run(model_dir, tmp_path, "--out", tmp_path / "inside.h5ad")
+    with pytest.raises(ValueError, match=r"must end in \.h5ad"):
+        run(model_dir, h5ad, "--out", tmp_path / "out.csv")
+    assert h5ad.read_bytes() == before
+
+
+def test_refuses_low_coverage_and_values_that_are_not_counts(
+    model_dir: Path, h5ad: Path, genes: GeneVocabulary, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="only 60 of 61 genes"):
+        run(model_dir, h5ad, "--out", tmp_path / "out.h5ad", min_genes=61)
+    scaled = np.random.default_rng(0).normal(size=(5, N_GENES)).astype(np.float32)
+    var = pd.DataFrame(index=list(genes.ids))
+    anndata.AnnData(scaled, var=var).write_h5ad(tmp_path / "scaled.h5ad")
+    with pytest.raises(ValueError, match="scaled"):
+        run(model_dir, tmp_path / "scaled.h5ad", "--out", tmp_path / "out.h5ad")
+    assert not (tmp_path / "out.h5ad").exists()
+
+
+def test_refuses_what_is_not_there(model_dir: Path, h5ad: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        run(model_dir, tmp_path / "absent.h5ad", "--out", tmp_path / "out.h5ad")
+    with pytest.raises(FileNotFoundError, match="no exported model"):
+        run(tmp_path, h5ad, "--out", tmp_path / "out.h5ad")
+    with pytest.raises(ValueError, match="no corpus"):
+        run(model_dir, h5ad, "--out", tmp_path / "out.h5ad", "--split", "validation")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_refuses_a_gpu_that_is_not_there() -> None:
+    assert embed.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="no CUDA GPU"):
+        embed.choose_device("cuda")
+
+
+@pytest.mark.parametrize("option", [("--batch-size", "0"), ("--min-share-mapped", "1.5")])
+def test_bad_options_are_usage_errors(option: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, tmp_path, "--out", tmp_path / "out.h5ad", *option)
+    assert stopped.value.code == 2

@@ -1,0 +1,289 @@
+"""`evaluate`: scores that can be checked by hand, left-out cells, stored embeddings, refusals."""
+
+import argparse
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from sclong_ds import embed, evaluate
+from sclong_ds.config import PerformerConfig, load_config
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.model_dir import Transform, write_model_dir
+
+N_GENES, N_PER_TYPE = 60, 20
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def genes() -> GeneVocabulary:
+    bundled = GeneVocabulary.bundled()
+    return GeneVocabulary(
+        bundled.ids[:N_GENES], bundled.symbols[:N_GENES], bundled.classes[:N_GENES]
+    )
+
+
+def write_model(folder: Path, genes: GeneVocabulary, *, seed: int) -> Path:
+    """Export a small model with random weights."""
+    genes.write(folder / "genes.tsv")
+    stack = PerformerConfig(depth=1, heads=2, dim_head=4, nb_features=8, ff_mult=2)
+    config = dataclasses.replace(
+        load_config("sclong_tiny").model,
+        base_dim=8,
+        large_dim=16,
+        top_seq_len=16,
+        gene_encoder="embedding",
+        large_encoder=stack,
+        mini_encoder=stack,
+        decoder=stack,
+    )
+    torch.manual_seed(seed)
+    model = ScLong(config, n_genes=N_GENES, graph=None, output_mean=np.zeros(N_GENES))
+    write_model_dir(
+        folder / "exported",
+        weights=model.state_dict(),
+        model=config,
+        transform=Transform(name="log1p_total", target_sum=1.0e4),
+        redraw_index=0,
+        genes=folder / "genes.tsv",
+        graph=None,
+        provenance={"step": 0},
+    )
+    return folder / "exported"
+
+
+@pytest.fixture(scope="module")
+def model_dir(genes: GeneVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), genes, seed=0)
+
+
+@pytest.fixture(scope="module")
+def cells(genes: GeneVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clear types in two batches, a rare type, cells without a type and without counts."""
+    rng = np.random.default_rng(0)
+    types = np.repeat(["B", "NK", "T", "rare", "", "T"], [*[N_PER_TYPE] * 3, 3, 2, 1])
+    rates = np.full((len(types), N_GENES), 0.5)
+    for i, name in enumerate(("B", "NK", "T")):
+        rates[types == name, i * 20 : i * 20 + 20] = 6.0
+    counts = rng.poisson(rates)
+    counts[-1] = 0
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical([name or None for name in types]),
+            "batch": np.where(np.arange(len(types)) % 2, "one", "two"),
+            "all_one": "same",
+        },
+        index=[f"cell{i}" for i in range(len(types))],
+    )
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    var = pd.DataFrame(index=list(genes.ids))
+    anndata.AnnData(csr_matrix(counts.astype(np.float32)), obs=obs, var=var).write_h5ad(path)
+    return path
+
+
+def parse(*arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    given = [str(argument) for argument in arguments]
+    return parser.parse_args([*given, "--min-genes-mapped", "10", "--device", "cpu"])
+
+
+def run(*arguments: object) -> int:
+    return evaluate.run(parse(*arguments))
+
+
+def test_writes_scores_table_and_picture(
+    model_dir: Path, cells: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "scores"
+    assert run(model_dir, cells, "--label", "cell_type", "--batch", "batch", "--out", out) == 0
+    report = json.loads((out / "scores.json").read_text())
+    assert report["labels"] == {"B": 20, "NK": 20, "T": 20}
+    assert report["rare_labels"] == {"rare": 3}
+    assert report["left_out"] == {
+        "no label": 2,
+        "no batch": 0,
+        "no counts of the model's genes": 1,
+        "label with fewer than 5 cells": 3,
+    }
+    assert report["n_cells"] == 60
+    assert report["majority_accuracy"] == pytest.approx(1 / 3)
+    assert set(report["scores"]) == {"sclong", "pca", "hvg_pca"}
+    names = set(report["scores"]["sclong"])
+    assert names == {
+        "knn_accuracy",
+        "knn_macro_f1",
+        "kmeans_ari",
+        "kmeans_nmi",
+        "label_asw",
+        "batch_asw",
+        "batch_mixing",
+    }
+    assert report["scores"]["pca"]["knn_accuracy"] > 0.95
+    assert report["scores"]["pca"]["kmeans_ari"] > 0.9
+    table = pd.read_csv(out / "scores.tsv", sep="\t", index_col="representation")
+    for representation, scores in report["scores"].items():
+        for name, value in scores.items():
+            assert table.loc[representation, name] == pytest.approx(value)
+    assert (out / "tsne.png").read_bytes().startswith(PNG)
+    assert sorted(file.name for file in out.iterdir()) == ["scores.json", "scores.tsv", "tsne.png"]
+    assert "60 cells, 3 labels of cell_type" in capsys.readouterr().out
+
+
+def test_stored_embedding_of_the_same_model_is_taken_over(
+    model_dir: Path,
+    cells: Path,
+    genes: GeneVocabulary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    embedded = embed_file(model_dir, cells, tmp_path / "embedded.h5ad")
+    monkeypatch.setattr(evaluate, "draw", lambda *_, **__: b"")
+    run(model_dir, cells, "--label", "cell_type", "--out", tmp_path / "fresh")
+    calls = []
+    real = evaluate.embed_counts
+
+    def counted(*args: object, **kwargs: object) -> np.ndarray:
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "embed_counts", counted)
+    run(model_dir, embedded, "--label", "cell_type", "--out", tmp_path / "stored")
+    assert not calls
+    fresh, stored = (
+        json.loads((tmp_path / name / "scores.json").read_text())["scores"]
+        for name in ("fresh", "stored")
+    )
+    for representation in fresh:
+        assert stored[representation] == pytest.approx(fresh[representation], abs=1e-3)
+    (tmp_path / "other").mkdir()
+    other = write_model(tmp_path / "other", genes, seed=1)
+    with caplog.at_level(logging.INFO):
+        run(other, embedded, "--label", "cell_type", "--out", tmp_path / "anew")
+    assert len(calls) == 1
+    assert "another model" in caplog.text
+
+
+def embed_file(model_dir: Path, cells: Path, out: Path, *options: str) -> Path:
+    parser = argparse.ArgumentParser()
+    embed.add_arguments(parser)
+    given = [str(model_dir), str(cells), "--out", str(out), "--min-genes-mapped", "10", *options]
+    embed.run(parser.parse_args([*given, "--device", "cpu"]))
+    return out
+
+
+def test_stored_embedding_without_counts_is_refused(
+    model_dir: Path, cells: Path, tmp_path: Path
+) -> None:
+    embedded = embed_file(model_dir, cells, tmp_path / "embedded.h5ad", "--no-counts")
+    with pytest.raises(ValueError, match="without --no-counts"):
+        run(model_dir, embedded, "--label", "cell_type", "--out", tmp_path / "out")
+
+
+def test_label_scores_tell_structure_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["a", "b"], 50)
+    apart = rng.normal(size=(100, 3)) + 20 * (labels == "a")[:, None]
+    perfect = evaluate.label_scores(apart, labels, seed=0)
+    assert perfect["knn_accuracy"] == perfect["knn_macro_f1"] == 1.0
+    assert perfect["kmeans_ari"] == perfect["kmeans_nmi"] == pytest.approx(1.0)
+    assert perfect["label_asw"] > 0.9
+    noise = evaluate.label_scores(rng.normal(size=(100, 3)), labels, seed=0)
+    assert noise["knn_accuracy"] < 0.7
+    assert abs(noise["kmeans_ari"]) < 0.1
+    assert abs(noise["label_asw"] - 0.5) < 0.05
+    assert evaluate.label_scores(apart, labels, seed=0) == perfect
+
+
+def test_macro_f1_counts_a_small_label_as_much_as_a_large_one() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["large", "small"], [95, 5])
+    scores = evaluate.label_scores(rng.normal(size=(100, 3)), labels, seed=0)
+    assert scores["knn_accuracy"] > 0.9
+    assert scores["knn_macro_f1"] < 0.6
+
+
+def test_batch_scores_tell_mixed_from_separated() -> None:
+    rng = np.random.default_rng(0)
+    labels, batches = np.repeat(["a", "b"], 100), np.tile(["x", "y"], 100)
+    x = rng.normal(size=(200, 3)) + 50 * (labels == "a")[:, None]
+    mixed = evaluate.batch_scores(x, labels, batches, seed=0)
+    shifted = x + np.array([0, 20, 0]) * (batches == "x")[:, None]
+    apart = evaluate.batch_scores(shifted, labels, batches, seed=0)
+    assert mixed["batch_mixing"] > 0.9
+    assert mixed["batch_asw"] > 0.9
+    assert apart["batch_mixing"] == pytest.approx(0.0)
+    assert apart["batch_asw"] < 0.2
+
+
+def test_batch_width_is_undefined_where_batches_are_the_labels() -> None:
+    labels = np.repeat(["a", "b"], 20)
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    scores = evaluate.batch_scores(x, labels, labels, seed=0)
+    assert scores["batch_asw"] is None
+    assert evaluate.score_table({"sclong": scores})["batch_asw"].isna().all()
+
+
+def test_baselines_are_principal_components_of_the_variable_genes() -> None:
+    rng = np.random.default_rng(0)
+    counts = csr_matrix(rng.poisson(1.0, (30, 40)))
+    counts[counts[:, 0].nonzero()[0], 0] = 200
+    values = evaluate.normalise(counts, target_sum=1.0e4)
+    totals = np.asarray(counts.sum(axis=1))
+    np.testing.assert_allclose(
+        values.toarray(), np.log1p(1.0e4 * counts.toarray() / totals), rtol=1e-5
+    )
+    found = evaluate.baselines(values, seed=0)["pca"]
+    assert found.shape == (30, 29)
+    centred = values.toarray() - values.toarray().mean(axis=0)
+    singular = np.linalg.svd(centred, compute_uv=False)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=0), singular[:29], rtol=1e-3)
+
+
+def test_only_the_variable_genes_enter_the_second_baseline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "VARIABLE_GENES", 5)
+    rng = np.random.default_rng(0)
+    dense = rng.normal(scale=0.01, size=(30, 40))
+    dense[:, 10:15] *= 1000
+    found = evaluate.baselines(csr_matrix(dense), seed=0)["hvg_pca"]
+    dense[:, :10], dense[:, 15:] = 0.0, 0.0
+    expected = evaluate.baselines(csr_matrix(dense), seed=0)["hvg_pca"]
+    assert found.shape == (30, 4)
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_wrong_columns_before_it_embeds(
+    model_dir: Path, cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> np.ndarray:
+        raise AssertionError("embedded before the columns were checked")
+
+    monkeypatch.setattr(evaluate, "embed_counts", never)
+    with pytest.raises(ValueError, match=r"--label type: .* has cell_type, batch, all_one"):
+        run(model_dir, cells, "--label", "type", "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"--batch donor: .* has cell_type, batch, all_one"):
+        run(model_dir, cells, "--label", "cell_type", "--batch", "donor", "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="1 labels have 5 cells or more"):
+        run(model_dir, cells, "--label", "all_one", "--out", tmp_path / "out")
+    options = ("--label", "cell_type", "--batch", "all_one", "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="all scored cells are of one batch"):
+        run(model_dir, cells, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_a_file_as_output_folder(model_dir: Path, cells: Path) -> None:
+    with pytest.raises(ValueError, match="is a file"):
+        run(model_dir, cells, "--label", "cell_type", "--out", cells)
+    with pytest.raises(ValueError, match="--seed -1"):
+        run(model_dir, cells, "--label", "cell_type", "--out", cells.parent / "x", "--seed", "-1")

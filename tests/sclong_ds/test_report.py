@@ -1,0 +1,217 @@
+import argparse
+import base64
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sclong_ds import plots, report
+from sclong_ds.run_folder import RunFolder, update_run_json
+
+NASTY = '<script>alert("x")</script>&'
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a page refers to, its text and its table cells; checks that tags are closed."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.cells: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "data")]
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._open and self._open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+    def value(self, name: str) -> str:
+        return self.cells[self.cells.index(name) + 1]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of 30 steps that was stopped after step 12, and resumed at step 10 an hour later."""
+    folder = tmp_path / "trial"
+    clock = 1_700_000_000.0
+    monkeypatch.setattr("sclong_ds.run_folder.time.time", lambda: clock)
+    for first, last, name in ((1, 12, "start"), (11, 30, "resume")):
+        with RunFolder(folder) as files:
+            files.append_event(name, step=first - 1, world_size=2, note=NASTY)
+            for step in range(first, last + 1):
+                clock += 2.0
+                figures = {"train/loss": 30.0 / step, "train/lr": 1e-3, "train/grad_norm": 1.0}
+                speed = {"perf/cells_per_s": 2.5, "perf/step_time_s": 2.0, "mem/peak_gib": 1.5}
+                files.append_metrics(step, {**figures, **speed, "cells_seen": 4 * step})
+                if step % 10 == 0:
+                    bins = {"val/mse/bin_0": 0.25, "val/baseline_mse/bin_0": 0.5}
+                    scores = {"val/mse": 12.0 / step, "val/baseline_mse": 0.8, "val/pearson": 0.7}
+                    files.append_metrics(step, {**scores, **bins, "cells_seen": 4 * step})
+        clock += 3600.0
+    (folder / "config.yaml").write_text(f"model: '{NASTY}'\n")
+    (folder / "ds_config.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (folder / "plots").mkdir()
+    figure = plots.prediction_density_figure(np.arange(9.0), np.arange(9.0))
+    (folder / "plots" / "predicted_vs_true.png").write_bytes(plots.png_bytes(figure))
+    update_run_json(
+        folder,
+        status="FINISHED",
+        restarts=1,
+        commit="0123456789abcdef",
+        created="2023-11-14T22:13:20+00:00",
+        environment={"host": NASTY, "python": "3.11.7"},
+        summary={
+            "n_cells_train": 372,
+            "n_genes": 27874,
+            "parameters": {"gene_encoder": 1000, "decoder": 234},
+            "expression_bins": ["low", "high"],
+            "note": NASTY,
+        },
+    )
+    return folder
+
+
+def call(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return report.run(parser.parse_args(list(argv)))
+
+
+def test_page_states_the_numbers_of_the_run(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new_folder" / "report.html"
+    assert call(str(run_dir), "--out", str(out)) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    page = Page(out.read_text(encoding="utf-8"))
+    assert page.value("Training cells") == "372"
+    assert page.value("Genes") == "27,874"
+    assert page.value("Parameters") == "1,234"
+    assert page.value("of which gene encoder") == "1,000"
+    assert page.value("Training masked MSE, first step") == "30"
+    last = float(np.mean([30.0 / s for s in range(21, 31)]))
+    assert page.value("Training masked MSE, mean of last 10 steps") == f"{last:.4g}"
+    assert page.value("Validation masked MSE, first") == "1.2"
+    assert page.value("Validation masked MSE, last") == "0.4"
+    assert page.value("Per-gene mean predictor, same values") == "0.8"
+    assert page.value("Steps") == "30"
+    assert page.value("Wall time") == "64 s", "the hour between the two processes does not count"
+    assert "50% lower than the per-gene mean (0.8)" in page.text
+    assert "commit 0123456789ab" in page.text
+    assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+
+
+def test_restart_shows_as_two_processes(run_dir: Path) -> None:
+    text = report.build_page(report.read_run(run_dir))
+    cells = Page(text).cells
+    head = cells.index("Last event") + 1
+    rows = [cells[head + 7 * n : head + 7 * (n + 1)] for n in range(2)]
+    assert [(r[0], r[4], r[5], r[6]) for r in rows] == [
+        ("1", "0", "12", "start"),
+        ("2", "10", "30", "resume"),
+    ]
+
+
+def test_page_needs_nothing_else_and_runs_nothing(run_dir: Path) -> None:
+    text = report.build_page(report.read_run(run_dir))
+    page = Page(text)
+    assert len(page.sources) == page.tags.count("img") == 6
+    assert all(
+        s.startswith(("data:image/svg+xml;base64,", "data:image/png;")) for s in page.sources
+    )
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert not re.search(r"url\(|@import|https?://", text)
+    for source in page.sources:
+        assert len(base64.b64decode(source.partition(",")[2], validate=True)) > 1000
+
+
+def test_every_text_of_the_run_is_escaped(run_dir: Path) -> None:
+    text = report.build_page(report.read_run(run_dir))
+    assert "<script" not in text
+    assert Page(text).text.count(NASTY) == 5  # events (2), summary, environment, config.yaml
+
+
+def test_bare_metrics_are_enough(tmp_path: Path) -> None:
+    """A run that was killed before anything else was written still has a page."""
+    with RunFolder(tmp_path / "bare") as files:
+        files.append_metrics(1, {"train/loss": 1.0})
+    page = Page(report.build_page(report.read_run(tmp_path / "bare")))
+    assert "Status not recorded" in page.text
+    assert "Validation" not in page.text
+    assert "Genes" not in page.cells
+    assert "not recorded" not in page.cells
+
+
+def test_validation_alone_has_a_page(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run") as files:
+        files.append_metrics(0, {"val/mse": float("nan"), "val/baseline_mse": 0.5})
+    page = Page(report.build_page(report.read_run(tmp_path / "run")))
+    assert "No training step was logged." in page.text
+    assert "not recorded" in page.text
+
+
+def test_many_validations_are_thinned_to_the_first_and_last(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run") as files:
+        for step in range(101):
+            files.append_metrics(step, {"val/mse": 1.0})
+    text = report.build_page(report.read_run(tmp_path / "run"))
+    assert "12 of 101 validations, evenly spread." in text
+    cells = Page(text).cells
+    assert "0" in cells
+    assert "100" in cells
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"step": 1, "train/lo', b"{}\n"])
+def test_nothing_to_report_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "report.html"
+    run_dir.mkdir()
+    if content is not None:
+        (run_dir / "metrics.jsonl").write_bytes(content)
+    assert call(str(run_dir), "--out", str(out)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(rf"error: {re.escape(str(run_dir))}.*metrics\.jsonl.*\n", printed.err)
+    assert not out.exists()
+
+
+def test_unknown_run_without_a_store_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert call("no_such_run") == 1
+    assert re.fullmatch(r"error: no_such_run: no such run folder.*\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_run_json_is_one_clear_line(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (run_dir / "run.json").write_text("{")
+    assert call(str(run_dir), "--out", str(tmp_path / "r.html")) == 1
+    assert "run.json: not JSON" in capsys.readouterr().err
+    with pytest.raises(json.JSONDecodeError):
+        json.loads((run_dir / "run.json").read_text())

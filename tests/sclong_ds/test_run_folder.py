@@ -1,0 +1,126 @@
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sclong_ds import run_folder
+from sclong_ds.run_folder import (
+    RunFolder,
+    read_events,
+    read_metrics,
+    read_run_json,
+    record_start,
+    update_run_json,
+)
+
+
+def test_rows_come_back_by_step_with_full_precision(tmp_path: Path) -> None:
+    loss = 0.1 + 0.2
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(1, {"train/loss": loss, "cells_seen": 4})
+        folder.append_metrics(0, {"val/mse": np.float32(0.5)})
+        folder.append_event("checkpoint", step=1, path=Path("checkpoints/1"), norm=np.float32(2))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[1]["train/loss"] == loss
+    assert isinstance(rows[1]["cells_seen"], int)
+    assert rows[0]["val/mse"] == 0.5
+    (event,) = read_events(tmp_path)
+    assert (event["event"], event["path"], event["norm"]) == ("checkpoint", "checkpoints/1", 2.0)
+
+
+def test_last_row_of_a_repeated_step_wins_per_kind(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(2, {"train/loss": 9.0})
+        folder.append_metrics(2, {"val/mse": 8.0})
+        folder.append_metrics(3, {"train/loss": 7.0})
+        folder.append_metrics(2, {"train/loss": 1.0})
+    rows = read_metrics(tmp_path)
+    assert [(r["step"], r.get("train/loss"), r.get("val/mse")) for r in rows] == [
+        (2, 1.0, None),
+        (2, None, 8.0),
+        (3, 7.0, None),
+    ]
+
+
+def test_torn_last_line_is_ignored_and_then_cut_off(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(1, {"train/loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    with path.open("ab") as file:
+        file.write(b'{"step": 2, "train/lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(2, {"train/loss": 2.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [b"oops\n", b"5\n", b'{"train/loss": 1.0}\n'])
+def test_damaged_line_is_named(tmp_path: Path, bad: bytes) -> None:
+    good = b'{"step": 1, "train/loss": 1.0, "time": 0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + bad + good)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 "):
+        read_metrics(tmp_path)
+
+
+def test_non_finite_values_are_null_with_an_event(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(4, {"train/loss": math.nan, "train/grad_norm": -math.inf})
+        folder.append_event("skipped_step", step=4, grad_norm=math.inf)
+    text = (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "events.jsonl").read_text()
+    for line in text.splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    (row,) = read_metrics(tmp_path)
+    assert math.isnan(row["train/loss"])
+    assert math.isnan(row["train/grad_norm"])
+    odd, skipped = read_events(tmp_path)
+    assert odd["event"] == "non_finite"
+    assert odd["values"] == {"train/loss": "nan", "train/grad_norm": "-inf"}
+    assert skipped["grad_norm"] == "inf"
+
+
+def test_run_json_merges_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    update_run_json(tmp_path, summary={"n_genes": np.int64(7)})
+    assert update_run_json(tmp_path, status="FINISHED")["summary"] == {"n_genes": 7}
+    assert read_run_json(tmp_path) == {"summary": {"n_genes": 7}, "status": "FINISHED"}
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_restarts_are_counted_under_one_run_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first = record_start(tmp_path, resumed=False)
+    second = record_start(tmp_path, resumed=True)
+    assert (first["restarts"], second["restarts"]) == (0, 1)
+    assert first["run_id"] == second["run_id"]
+    assert first["created"] == second["created"]
+    assert second["slurm_job_id"] == "77"
+    assert second["environment"]["numpy"] == np.__version__
+
+
+def test_commit_names_the_checkout_and_says_when_it_is_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*args: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *identity, *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "sclong_ds"
+    package.mkdir()
+    (package / "run_folder.py").write_text("1\n")
+    monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
+    assert run_folder.git_commit().startswith("version ")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    assert run_folder.git_commit() == head
+    (package / "run_folder.py").write_text("2\n")
+    assert run_folder.git_commit() == f"{head}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_folder.git_commit().startswith("version ")

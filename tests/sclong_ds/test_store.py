@@ -1,0 +1,355 @@
+"""The byte code, the cell store and the corpus folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import sparse
+
+from sclong_ds.store import (
+    CellStore,
+    CellWriter,
+    Corpus,
+    PackedCells,
+    decode,
+    encode,
+    read_catalogue,
+    write_catalogue,
+)
+
+BOUNDARIES = [1, 2, 254, 255, 256, 257, 511, 512, 65_535, 65_536, 2**24 - 1, 2**24, 2**32 - 1]
+
+
+def random_counts(seed: int, n_cells: int = 200, n_genes: int = 2_000) -> sparse.csr_matrix:
+    rng = np.random.default_rng(seed)
+    matrix = sparse.random(n_cells, n_genes, density=0.05, format="csr", random_state=rng)
+    matrix.data = rng.choice([1] * 40 + BOUNDARIES, size=matrix.nnz)
+    matrix.sort_indices()
+    return matrix
+
+
+def assert_same(found: sparse.csr_matrix, expected: sparse.csr_matrix) -> None:
+    expected = sparse.csr_matrix(expected)
+    expected.eliminate_zeros()
+    assert found.shape == expected.shape
+    assert found.data.dtype == np.uint32
+    np.testing.assert_array_equal(found.indptr, expected.indptr)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_array_equal(found.data.astype(np.int64), expected.data)
+
+
+def write_store(path: Path, matrix: sparse.csr_matrix, *, block: int = 37, **options: int) -> None:
+    options = {"chunk_entries": 1024, "chunks_per_shard": 4} | options
+    with CellWriter(path, n_genes=matrix.shape[1], **options) as writer:  # type: ignore[arg-type]
+        for start in range(0, matrix.shape[0], block):
+            rows = np.arange(start, min(start + block, matrix.shape[0]))
+            writer.append(matrix[rows], source={"source_row": 10 * rows})
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> sparse.csr_matrix:
+    n_genes = draw(st.integers(1, 1200))
+    value = st.sampled_from(BOUNDARIES) | st.integers(1, 2**32 - 1)
+    cell = st.dictionaries(st.integers(0, n_genes - 1), value, max_size=8)
+    cells = draw(st.lists(cell, max_size=6))
+    indices = [gene for genes in cells for gene in sorted(genes)]
+    data = [genes[gene] for genes in cells for gene in sorted(genes)]
+    indptr = np.cumsum([0, *(len(genes) for genes in cells)])
+    shape = (len(cells), n_genes)
+    return sparse.csr_matrix((np.array(data, np.int64), np.array(indices, int), indptr), shape)
+
+
+@settings(max_examples=80, deadline=None)
+@given(matrices())
+def test_encoding_is_lossless(matrix: sparse.csr_matrix) -> None:
+    packed = encode(matrix)
+    assert_same(decode(packed.gap, packed.count, packed.row_entries, matrix.shape[1]), matrix)
+    np.testing.assert_array_equal(packed.row_nnz, np.diff(matrix.indptr))
+    np.testing.assert_array_equal(packed.row_total, np.asarray(matrix.sum(axis=1)).ravel())
+
+
+def test_encoding_of_a_known_cell() -> None:
+    counts = np.array([5, 256, 0x01020304])
+    packed = encode(
+        sparse.csr_matrix((counts, np.array([3, 258, 1000]), np.array([0, 3])), (1, 2000))
+    )
+    # From gene 3 to 258 with low byte 0: the bytes of a stepping stone, told apart by what follows.
+    assert list(zip(packed.gap.tolist(), packed.count.tolist(), strict=True)) == [
+        (4, 5), (255, 0), (0, 1), (255, 0), (255, 0), (232, 4), (0, 3), (0, 2), (0, 1),
+    ]  # fmt: skip
+
+
+def test_stored_zeros_are_skipped() -> None:
+    matrix = sparse.csr_matrix(
+        (np.array([0, 4, 0]), np.array([1, 5, 7]), np.array([0, 2, 3])), (2, 9)
+    )
+    packed = encode(matrix)
+    np.testing.assert_array_equal(packed.row_nnz, [1, 0])
+    assert_same(decode(packed.gap, packed.count, packed.row_entries, 9), matrix)
+
+
+@pytest.mark.parametrize(
+    ("data", "indices", "message"),
+    [
+        ([1, 2**32], [0, 1], "allowed are 0 to 4294967295"),
+        ([1, -1], [0, 1], "counts from -1"),
+        ([1.0, 2.0], [0, 1], "stored as integers"),
+        ([1, 2], [1, 0], "row 0: column indices are not increasing"),
+        ([1, 2], [1, 1], "row 0: column indices are not increasing"),
+    ],
+)
+def test_encode_refuses(data: list[float], indices: list[int], message: str) -> None:
+    matrix = sparse.csr_matrix((np.array(data), np.array(indices), np.array([0, 2])), (1, 4))
+    with pytest.raises(ValueError, match=message):
+        encode(matrix)
+
+
+@pytest.mark.parametrize(
+    ("gap", "count", "entries", "message"),
+    [
+        ([0], [1], [1], "begins with a continued count"),
+        ([1, 0], [1, 1], [1, 1], "begins with a continued count"),
+        ([1, 0, 0, 0, 0], [1] * 5, [5], "more than four bytes"),
+        ([9, 9], [1, 1], [2], "gene index 17, the corpus has 10"),
+        ([1, 1], [1, 1], [3], "for 3 entries"),
+    ],
+)
+def test_decode_refuses(gap: list[int], count: list[int], entries: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(np.array(gap, np.uint8), np.array(count, np.uint8), np.array(entries), 10)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_store_returns_rows_in_the_order_asked(tmp_path: Path, codec: str) -> None:
+    matrix = random_counts(1)
+    write_store(tmp_path / "cells.zarr", matrix, codec=codec)
+    store = CellStore(tmp_path / "cells.zarr")
+    assert (len(store), store.n_genes, store.n_values) == (200, 2_000, matrix.nnz)
+    indices = np.random.default_rng(0).integers(0, 200, 300)
+    assert_same(store.rows(indices), matrix[indices])
+    assert_same(store.rows([]), matrix[:0])
+    assert_same(pickle.loads(pickle.dumps(store)).rows([5, 1]), matrix[[5, 1]])
+    np.testing.assert_array_equal(store.row_total, np.asarray(matrix.sum(axis=1)).ravel())
+    np.testing.assert_array_equal(store.row_nnz, np.diff(matrix.indptr))
+    np.testing.assert_array_equal(store.table("source_row"), 10 * np.arange(200))
+    assert store.tables == ("source_row",)
+
+
+def test_chunks_hold_whole_cells(tmp_path: Path) -> None:
+    matrix = random_counts(2)
+    write_store(tmp_path / "cells.zarr", matrix)
+    store = CellStore(tmp_path / "cells.zarr")
+    assert store.chunk_rows[0] == 0
+    assert store.chunk_rows[-1] == 200
+    assert np.all(np.diff(store.chunk_rows) > 0)
+    parts = [store.read_chunk(chunk) for chunk in range(len(store.chunk_rows) - 1)]
+    assert len(parts) > 8  # several shards
+    assert_same(sparse.vstack(parts, format="csr"), matrix)
+    # No chunk could have taken the first cell of the next one.
+    entries = np.add.reduceat(store.row_entries.astype(int), store.chunk_rows[:-1])
+    following = store.row_entries[store.chunk_rows[1:-1]]
+    assert np.all(entries <= 1024)
+    assert np.all(entries[:-1] + following > 1024)
+
+
+def test_end_chunk_starts_a_new_one(tmp_path: Path) -> None:
+    matrix = random_counts(3, n_cells=6)
+    with CellWriter(tmp_path / "cells.zarr", n_genes=2_000) as writer:
+        writer.end_chunk()
+        writer.append(matrix[:2])
+        writer.end_chunk()
+        writer.end_chunk()
+        writer.append(matrix[2:])
+    store = CellStore(tmp_path / "cells.zarr")
+    np.testing.assert_array_equal(store.chunk_rows, [0, 2, 6])
+    assert_same(store.rows(range(6)), matrix)
+
+
+def test_cells_without_counts_and_empty_stores(tmp_path: Path) -> None:
+    write_store(tmp_path / "zeros.zarr", sparse.csr_matrix((3, 50), dtype=np.int64))
+    store = CellStore(tmp_path / "zeros.zarr")
+    assert store.rows([2, 0]).nnz == 0
+    np.testing.assert_array_equal(store.chunk_rows, [0, 3])
+    write_store(tmp_path / "empty.zarr", sparse.csr_matrix((0, 50), dtype=np.int64))
+    assert len(CellStore(tmp_path / "empty.zarr")) == 0
+
+
+def read_documented(path: Path, c: int) -> sparse.csr_array:
+    """Read chunk c with the lines of the docstring of sclong_ds.cells, without any code of ours."""
+    group = zarr.open_group(path, mode="r")
+    first, last = group["chunk_rows"][c : c + 2]
+    n, size = group["row_entries"][first:last].astype(int), group.attrs["chunk_entries"]
+    cell = np.repeat(np.arange(first, last), n)
+    gap = group["gap"][c * size : c * size + n.sum()].astype(int)
+    count = group["count"][c * size : c * size + n.sum()].astype(int)
+    ends = np.cumsum(gap)
+    gene = ends - np.repeat(np.concatenate(([0], ends))[np.cumsum(n) - n], n) - 1
+    order = np.arange(len(gap)) - np.maximum.accumulate(np.where(gap > 0, np.arange(len(gap)), 0))
+    X = scipy.sparse.coo_array((count << 8 * order, (cell - first, gene))).tocsr()
+    X.eliminate_zeros()
+    return X
+
+
+def test_documented_reader_reads_every_chunk(tmp_path: Path) -> None:
+    import sclong_ds.cells
+
+    matrix = random_counts(4)
+    write_store(tmp_path / "cells.zarr", matrix)
+    rows = CellStore(tmp_path / "cells.zarr").chunk_rows
+    for chunk in range(len(rows) - 1):
+        found = read_documented(tmp_path / "cells.zarr", chunk).toarray()
+        expected = matrix[rows[chunk] : rows[chunk + 1]].toarray()
+        np.testing.assert_array_equal(found, expected[: found.shape[0], : found.shape[1]])
+        assert found.sum() == expected.sum()
+    # The docstring shows these very lines.
+    source = Path(__file__).read_text().split('mode="r")\n')[1].split("    return X")[0]
+    assert source in str(sclong_ds.cells.__doc__)
+
+
+def test_file_sizes(tmp_path: Path) -> None:
+    """Counts of one byte take two bytes and a little; compressed, about one."""
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(1, 27_875) ** 0.7
+    popularity = rng.permutation(popularity / popularity.sum())
+    draws = [rng.choice(27_874, size=3_000, p=popularity) for _ in range(150)]
+    rows = np.repeat(np.arange(150), 3_000)
+    ones = np.ones(len(rows), np.int64)
+    matrix = sparse.coo_matrix((ones, (rows, np.concatenate(draws))), (150, 27_874)).tocsr()
+    for codec, most in (("zstd", 1.25), ("none", 2.3)):
+        path = tmp_path / f"{codec}.zarr"
+        write_store(path, matrix, codec=codec, chunk_entries=2**16)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        assert size / matrix.nnz < most
+
+
+@pytest.mark.parametrize("fault", ["raise", "columns", "table", "type"])
+def test_failed_writing_leaves_nothing(tmp_path: Path, fault: str) -> None:
+    matrix = random_counts(5, n_cells=4)
+
+    def write() -> None:
+        with CellWriter(tmp_path / "cells.zarr", n_genes=2_000) as writer:
+            writer.append(matrix, source={"a": np.arange(4)})
+            if fault == "columns":
+                writer.append(matrix[:, :10])
+            if fault == "table":
+                writer.append(matrix, source={"b": np.arange(4)})
+            if fault == "type":
+                writer.append(matrix, source={"a": np.arange(4) / 2})
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match=r"stop|genes|row column"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_writer_refuses(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="exists already"):
+        CellWriter(tmp_path / "there", n_genes=5)
+    with pytest.raises(ValueError, match="allowed are zstd and none"):
+        CellWriter(tmp_path / "x", n_genes=5, codec="gzip")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1"):
+        CellWriter(tmp_path / "x", n_genes=0)
+    with pytest.raises(ValueError, match="raise chunk_entries"):
+        write_store(tmp_path / "x", random_counts(0, n_cells=2), chunk_entries=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_store_refuses(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no cell store"):
+        CellStore(tmp_path)
+    write_store(tmp_path / "cells.zarr", random_counts(6, n_cells=5))
+    store = CellStore(tmp_path / "cells.zarr")
+    for wrong in (5, -1):
+        with pytest.raises(IndexError, match="has cells 0 to 4"):
+            store.rows([0, wrong])
+    for wrong_type in ([0.5], [[1]], np.array([True, False])):
+        with pytest.raises(ValueError, match="list of integers"):
+            store.rows(wrong_type)
+    with pytest.raises(ValueError, match=r"there are chunk_rows, .*source_row"):
+        store.table("barcode")
+    group = zarr.open_group(tmp_path / "cells.zarr", mode="r+")
+    group.attrs["version"] = 99
+    with pytest.raises(ValueError, match="version 99, this program reads"):
+        CellStore(tmp_path / "cells.zarr")
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_damaged_chunk_is_named(tmp_path: Path, codec: str) -> None:
+    matrix = random_counts(7)
+    write_store(tmp_path / "cells.zarr", matrix, codec=codec)
+    file = tmp_path / "cells.zarr" / "gap" / "c" / "0"
+    damaged = bytearray(file.read_bytes())
+    damaged[20] ^= 1
+    file.write_bytes(damaged)
+    store = CellStore(tmp_path / "cells.zarr")
+    with pytest.raises(ValueError, match=r"chunk 0 \(cells 0 to \d+\) is damaged"):
+        store.read_chunk(0)
+    assert_same(store.rows([199]), matrix[[199]])
+    table = tmp_path / "cells.zarr" / "row_nnz" / "c" / "0"
+    table.write_bytes(table.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="missing or cut"):
+        CellStore(tmp_path / "cells.zarr").row_nnz  # noqa: B018
+
+
+def test_packed_cells_can_be_moved_between_stores(tmp_path: Path) -> None:
+    matrix = random_counts(8)
+    write_store(tmp_path / "a.zarr", matrix)
+    store = CellStore(tmp_path / "a.zarr")
+    with CellWriter(tmp_path / "b.zarr", n_genes=2_000, chunk_entries=2_000) as writer:
+        for chunk in range(len(store.chunk_rows) - 1):
+            packed = store.read_packed(chunk)
+            assert isinstance(packed, PackedCells)
+            writer.append_packed(packed)
+    assert_same(CellStore(tmp_path / "b.zarr").rows(range(200)), matrix)
+
+
+def test_same_cells_same_bytes(tmp_path: Path) -> None:
+    matrix = random_counts(9)
+    write_store(tmp_path / "a.zarr", matrix, block=37)
+    write_store(tmp_path / "b.zarr", matrix, block=200)
+
+    def digests(path: Path) -> NDArray[np.str_]:
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        names = [
+            f"{f.relative_to(path)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files
+        ]
+        return np.array(names)
+
+    np.testing.assert_array_equal(digests(tmp_path / "a.zarr"), digests(tmp_path / "b.zarr"))
+
+
+def test_corpus_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder; run: python -m data_prep"):
+        Corpus(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="not finalized; run: python -m data_prep finalize"):
+        Corpus(tmp_path)
+    (tmp_path / "corpus.json").write_text('{"format": "sclong_ds-corpus", "version": 7}')
+    with pytest.raises(ValueError, match="version 7, this program reads"):
+        Corpus(tmp_path)
+    for text in ("{", "[1]", "\x00"):
+        (tmp_path / "corpus.json").write_text(text)
+        with pytest.raises(ValueError, match="damaged"):
+            Corpus(tmp_path)
+
+
+def test_every_changed_byte_of_the_catalogue_is_seen(tmp_path: Path) -> None:
+    write_catalogue(tmp_path, {"hash": "abc", "splits": {"train": [0, 3]}, "name": "Zürich"})
+    path = tmp_path / "corpus.json"
+    assert read_catalogue(tmp_path)["splits"] == {"train": [0, 3]}
+    raw = path.read_bytes()
+    assert json.loads(raw)["version"] == 1
+    for position in range(len(raw)):
+        path.write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
+        with pytest.raises(ValueError, match=r"corpus.json"):
+            read_catalogue(tmp_path)

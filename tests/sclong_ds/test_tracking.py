@@ -1,0 +1,273 @@
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sclong_ds import plots, tracking
+from sclong_ds.config import RunConfig, load_config
+from sclong_ds.run_folder import read_events, read_metrics, read_run_json
+from sclong_ds.tracking import Tracker, find_run_dir, tracking_uri
+
+
+def make_config(*, uri: str | None, enabled: bool = True, lr: str = "0.001") -> RunConfig:
+    values = {
+        "tracking.uri": uri or "null",
+        "tracking.enabled": str(enabled).lower(),
+        "tracking.experiment": "tests",
+        "tracking.flush_every_n_steps": "3",
+        "model.large_encoder.dim_head": "8",
+        "optim.lr": lr,
+    }
+    return load_config("sclong_tiny", [f"{key}={value}" for key, value in values.items()])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """The test's own log; a healthy store must leave no warning in it."""
+    with caplog.at_level(logging.WARNING, logger="sclong_ds"):
+        yield caplog
+    assert not [r for r in caplog.records if r.name.startswith("sclong_ds")]
+
+
+def client_of(uri: str) -> Any:
+    return tracking._new_client(uri)
+
+
+def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    points = client_of(uri).get_metric_history(run_id, name)
+    return sorted((point.step, point.value) for point in points)
+
+
+def start(config: RunConfig, run_dir: Path, *, resumed: bool = False) -> tuple[Tracker, str | None]:
+    tracker = Tracker(config, run_dir, enabled=True)
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "config.yaml").write_text("a: 1\n")
+    run_id = tracker.start(
+        params={"n_parameters": 12, "long": "x" * 7000},
+        tags={"corpus_hash": "abc"},
+        artifacts=[run_dir / "config.yaml"],
+        resumed=resumed,
+    )
+    return tracker, run_id
+
+
+def test_one_mlflow_run_over_a_restart(
+    store: str, tmp_path: Path, quiet: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "first_run"
+    tracker, run_id = start(make_config(uri=store), run_dir)
+    for step in range(1, 6):
+        tracker.log(step, {"train/loss": 1.0 / step, "cells_seen": 4 * step})
+    tracker.log(5, {"val/mse": 0.5, "val/mse/bin_0": math.nan})
+    tracker.figure("density", plots.prediction_density_figure(np.arange(9.0), np.arange(9.0)))
+    tracker.finish("KILLED")
+    assert client_of(store).get_run(run_id).info.status == "KILLED"
+
+    tracker, again = start(make_config(uri=store, lr="0.0005"), run_dir, resumed=True)
+    assert again == run_id
+    assert client_of(store).get_run(run_id).info.status == "RUNNING"
+    for step in range(6, 9):
+        tracker.log(step, {"train/loss": 1.0 / step, "cells_seen": 4 * step})
+    tracker.finish("FINISHED")
+
+    run = client_of(store).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "first_run"
+    assert history(store, run_id, "train/loss") == [(s, 1.0 / s) for s in range(1, 9)]
+    assert history(store, run_id, "val/mse") == [(5, 0.5)]
+    ((step, value),) = history(store, run_id, "val/mse/bin_0")
+    assert step == 5
+    assert math.isnan(value)
+    params, tags = run.data.params, run.data.tags
+    assert params["model.large_encoder.dim_head"] == "8"
+    assert params["optim.lr"] == "0.001"  # MLflow keeps the first value; the tag tells
+    assert len(params["long"]) == 6000
+    assert tags["changed_params"] == "optim.lr"
+    assert (tags["corpus_hash"], tags["restarts"]) == ("abc", "1")
+    assert tags["run_dir"] == str(run_dir)
+    names = {f.path for f in client_of(store).list_artifacts(run_id)}
+    assert {"config.yaml", "events.jsonl", "run.json", "plots", "restart_001"} <= names
+    written = read_run_json(run_dir)
+    assert (written["status"], written["restarts"]) == ("FINISHED", 1)
+    assert written["mlflow_run_id"] == run_id
+    assert written["mlflow_synced_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
+
+
+def test_run_folder_is_found_by_either_id(store: str, tmp_path: Path) -> None:
+    tracker, run_id = start(make_config(uri=store), tmp_path / "run")
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.finish("FINISHED")
+    own = read_run_json(tmp_path / "run")["run_id"]
+    assert find_run_dir(str(run_id), uri=store) == tmp_path / "run"
+    assert find_run_dir(own, uri=store) == tmp_path / "run"
+    with pytest.raises(ValueError, match="nothing_like_it: neither a run folder nor a run"):
+        find_run_dir("nothing_like_it", uri=store)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="is not on this machine"):
+        find_run_dir(own, uri=store)
+
+
+def test_looking_up_an_id_creates_no_store(tmp_path: Path) -> None:
+    file = tmp_path / "absent.db"
+    with pytest.raises(FileNotFoundError, match="set MLFLOW_TRACKING_URI"):
+        find_run_dir("abc", uri=f"sqlite:///{file}")
+    assert not file.exists()
+
+
+class FlakyClient:
+    """The real client, whose calls fail while `switch.down` is set."""
+
+    def __init__(self, client: Any, switch: SimpleNamespace) -> None:
+        self._client = client
+        self._switch = switch
+
+    def __getattr__(self, name: str) -> Any:
+        if self._switch.down:
+            self._switch.refused += 1
+            raise ConnectionError("the server is down")
+        return getattr(self._client, name)
+
+
+@pytest.fixture
+def switch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    state = SimpleNamespace(down=False, refused=0)
+    real = tracking._new_client
+    monkeypatch.setattr(tracking, "_new_client", lambda uri: FlakyClient(real(uri), state))
+    monkeypatch.setattr(tracking, "_RETRY_AFTER_S", 0.0)
+    return state
+
+
+def test_outage_loses_and_doubles_nothing(
+    store: str, tmp_path: Path, switch: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Down at the start, up, down in the middle, up at the end: every row arrives once."""
+    switch.down = True
+    tracker, run_id = start(make_config(uri=store), tmp_path / "run")
+    assert run_id is None
+    for step in range(1, 40):
+        switch.down = step < 10 or 20 <= step < 30
+        tracker.log(step, {"train/loss": float(step)})
+        if tracker._pending is not None:
+            tracker._pending.exception()  # waits: each flush meets the state set above
+    tracker.finish("FINISHED")
+    assert switch.refused > 2
+    run_id = read_run_json(tmp_path / "run")["mlflow_run_id"]
+    assert history(store, run_id, "train/loss") == [(s, float(s)) for s in range(1, 40)]
+    assert client_of(store).get_run(run_id).info.status == "FINISHED"
+    loud = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(loud) == 2, "one message for each outage"
+    assert "the server is down" in loud[0].getMessage()
+
+
+def test_rows_kept_during_an_outage_are_sent_by_the_next_start(
+    store: str, tmp_path: Path, switch: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    switch.down = True
+    tracker, _ = start(make_config(uri=store), tmp_path / "run")
+    for step in range(1, 8):
+        tracker.log(step, {"train/loss": float(step)})
+    tracker.finish("KILLED")
+    assert "a resumed run sends them" in caplog.text
+    assert len(read_metrics(tmp_path / "run")) == 7
+    switch.down = False
+    tracker, run_id = start(make_config(uri=store), tmp_path / "run", resumed=True)
+    tracker.finish("FINISHED")
+    assert history(store, str(run_id), "train/loss") == [(s, float(s)) for s in range(1, 8)]
+
+
+def test_batch_sent_twice_counts_once(
+    store: str, tmp_path: Path, quiet: pytest.LogCaptureFixture
+) -> None:
+    """A kill between sending and saving the offset makes the next start send the batch again."""
+    tracker, run_id = start(make_config(uri=store), tmp_path / "run")
+    tracker.log(1, {"train/loss": 1.0, "train/lr": 0.1})
+    tracker.log(2, {"train/loss": math.nan, "train/lr": 0.1})
+    tracker.finish("KILLED")
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlflow_synced_bytes": 0}))
+    tracker, again = start(make_config(uri=store), tmp_path / "run", resumed=True)
+    tracker.finish("FINISHED")
+    assert again == run_id
+    assert [step for step, _ in history(store, str(run_id), "train/loss")] == [1, 2]
+    assert history(store, str(run_id), "train/lr") == [(1, 0.1), (2, 0.1)]
+
+
+def test_long_backlog_is_sent_in_order_over_several_requests(
+    store: str, tmp_path: Path, quiet: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_MAX_METRICS", 10)
+    tracker, run_id = start(make_config(uri=store), tmp_path / "run")
+    monkeypatch.setattr(tracker, "_flush", lambda: None)
+    for step in range(1, 26):
+        tracker.log(step, {f"m{k}": float(step) for k in range(4)})
+    tracker.finish("FINISHED")
+    for k in range(4):
+        assert history(store, str(run_id), f"m{k}") == [(s, float(s)) for s in range(1, 26)]
+
+
+def test_uploads_go_on_after_a_missing_file(store: str, tmp_path: Path) -> None:
+    tracker, run_id = start(make_config(uri=store), tmp_path / "run")
+    kept = tmp_path / "kept.txt"
+    kept.write_text("x")
+    tracker.artifact(tmp_path / "gone.txt")
+    tracker.artifact(kept)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker._flush()
+    assert tracker._pending is not None
+    assert isinstance(tracker._pending.exception(), OSError)
+    tracker.finish("FINISHED")
+    assert "kept.txt" in {f.path for f in client_of(store).list_artifacts(run_id)}
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    tracker = Tracker(make_config(uri=None), tmp_path / "run", enabled=False)
+    assert tracker.start(params={}, tags={}, artifacts=[], resumed=False) is None
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.event("start", step=0)
+    tracker.figure("x", plots.prediction_density_figure(np.arange(9.0), np.arange(9.0)))
+    tracker.artifact(tmp_path / "x")
+    tracker.finish("FINISHED")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_mlflow_the_run_folder_is_complete(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tracker, run_id = start(make_config(uri=None, enabled=False), run_dir)
+    tracker.event("start", step=0, world_size=2)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.figure("density", plots.prediction_density_figure(np.arange(9.0), np.arange(9.0)))
+    tracker.finish("FAILED")
+    assert run_id is None
+    assert read_metrics(run_dir)[0]["train/loss"] == 1.0
+    assert read_events(run_dir)[0]["world_size"] == 2
+    assert read_run_json(run_dir)["status"] == "FAILED"
+    assert (run_dir / "plots" / "density.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_store_is_chosen_by_config_then_environment_then_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(None, tmp_path / "run") == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert tracking_uri(None, tmp_path / "run") == "http://tracker:5000"
+    assert tracking_uri("http://other", tmp_path / "run") == "http://other"
+
+
+def test_importing_the_module_does_not_import_mlflow() -> None:
+    code = "import sys, sclong_ds.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

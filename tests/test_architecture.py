@@ -1,0 +1,187 @@
+"""The house keeps its shape: imports point one way, and what README and scripts name exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("sclong_ds", "kernels", "data_prep")
+STORAGE = {
+    "sclong_ds.genes",
+    "sclong_ds.store",
+    "sclong_ds.cells",
+    "sclong_ds.streams",
+    "sclong_ds.graph_file",
+    "sclong_ds.files",
+}
+"""The on-disk formats: no torch, shared by data preparation and training."""
+HEAVY = {"torch", "deepspeed", "triton", "torch_geometric", "mlflow"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            if "resources" in path.parts:
+                continue
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Return every module that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+MODULES = modules()
+IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+
+
+def ours(name: str) -> set[str]:
+    return {i for i in IMPORTS[name] if i in MODULES and i not in PACKAGES}
+
+
+def tops(name: str) -> set[str]:
+    return {i.split(".")[0] for i in IMPORTS[name]}
+
+
+def test_kernels_import_torch_and_triton_only():
+    for name in MODULES:
+        if name.split(".")[0] == "kernels":
+            assert not tops(name) & {"sclong_ds", "data_prep", "deepspeed", "mlflow", "numpy"}, name
+
+
+def test_storage_modules_need_no_torch():
+    for name in STORAGE & set(MODULES):
+        assert not tops(name) & (HEAVY | {"kernels", "data_prep"}), name
+        assert ours(name) <= STORAGE, name
+
+
+def test_data_prep_imports_only_the_storage_modules():
+    for name in MODULES:
+        if name.split(".")[0] == "data_prep":
+            assert {i for i in ours(name) if i.startswith("sclong_ds")} <= STORAGE, name
+            assert not tops(name) & HEAVY, name
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("deepspeed", {"sclong_ds.engine", "sclong_ds.checkpoint"}),
+        ("mlflow", {"sclong_ds.tracking"}),
+    ],
+)
+def test_library_is_imported_in_its_place_only(library, allowed):
+    assert {name for name in MODULES if library in tops(name)} <= allowed
+
+
+def test_model_imports():
+    allowed = STORAGE | {"sclong_ds.config", "kernels.reference"}
+    for name in MODULES:
+        if name.startswith("sclong_ds.model."):
+            assert {i for i in ours(name) if not i.startswith("sclong_ds.model")} <= allowed, name
+
+
+def test_config_imports_nothing_of_ours():
+    assert not ours("sclong_ds.config")
+
+
+def test_nothing_imports_pretrain():
+    assert not [name for name in MODULES if "sclong_ds.pretrain" in IMPORTS[name]]
+
+
+def test_no_cycles():
+    state: dict[str, int] = {}
+
+    def visit(name: str, trail: list[str]) -> None:
+        if state.get(name) == 2:
+            return
+        assert state.get(name) != 1, f"import cycle: {' -> '.join([*trail, name])}"
+        state[name] = 1
+        for other in sorted(ours(name) - {name}):
+            visit(other, [*trail, name])
+        state[name] = 2
+
+    for name in MODULES:
+        visit(name, [])
+
+
+def test_files_and_functions_stay_small():
+    for name, path in MODULES.items():
+        text = path.read_text()
+        assert text.count("\n") <= 500, f"{path}: more than 500 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 120 if name.startswith("kernels") or node.name in ("main", "train") else 60
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= limit, f"{path}: {node.name} has {length} lines"
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "slurm").glob("*.sh"))]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda p: p.name)
+def test_named_paths_modules_and_targets_exist(path):
+    text = path.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"\bmake ([a-z][a-z-]*)", text):
+        assert target in targets, f"{path.name} names `make {target}`"
+    for module in re.findall(r"(?:-m|--module) ((?:sclong_ds|data_prep|benchmarks)[\w.]*)", text):
+        assert module in MODULES or (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), (
+            module
+        )
+    folders = "sclong_ds|kernels|data_prep|ds_configs|slurm|tests|benchmarks"
+    for named in re.findall(rf"(?<![\w/.$\"{{}}])((?:{folders})/[\w./-]*\w)", text):
+        assert (ROOT / named).exists(), f"{path.name} names {named}"
+
+
+def test_named_commands_are_commands():
+    from data_prep.__main__ import _parser
+    from sclong_ds.__main__ import COMMANDS
+
+    known = {"sclong_ds": set(COMMANDS), "data_prep": set(subcommands(_parser([])))}
+    for path in documents():
+        for package, command in re.findall(
+            r"-m (sclong_ds|data_prep) ([a-z][a-z-]+)", path.read_text()
+        ):
+            assert command in known[package], f"{path.name} names `python -m {package} {command}`"
+
+
+def subcommands(parser) -> list[str]:
+    return [
+        name
+        for action in parser._actions
+        if hasattr(action, "choices") and isinstance(action.choices, dict)
+        for name in action.choices
+    ]
+
+
+def test_readme_commands_parse():
+    """Override keys that the README shows are keys of the configuration."""
+    from sclong_ds.config import load_config
+
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    shown = [
+        w
+        for line in text.splitlines()
+        if "pretrain" in line
+        for w in shlex.split(line.strip("`| "), comments=True)
+        if re.fullmatch(r"[a-z]+\.[a-z_.]+=\S+", w)
+    ]
+    assert shown
+    for override in shown:
+        load_config("sclong_tiny", [override])
