@@ -37,7 +37,8 @@ from data_prep.manifest import Dataset
 from data_prep.readers import source_hash
 from data_prep.source import UnusableError
 from data_prep.staging import STAGING_VERSION, Settings, stage
-from sclong_ds.genes import GeneVocabulary, write_atomic
+from sclong_ds.files import write_atomic
+from sclong_ds.genes import GeneVocabulary
 
 _log = logging.getLogger(__name__)
 

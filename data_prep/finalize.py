@@ -37,14 +37,13 @@ from data_prep.splits import (
     plan_split,
     read_donors,
 )
+from sclong_ds.files import sync_tree, write_atomic
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.store import (
     SPLITS,
     CellStore,
     CellWriter,
     DatasetInfo,
-    sync_tree,
-    write_atomic,
     write_catalogue,
 )
 

@@ -45,7 +45,7 @@ from data_prep.gene_ontology import (
     read_ontology,
 )
 from data_prep.jaccard import NEIGHBOURS, THRESHOLD, GeneGraph, degrees, jaccard_graph
-from sclong_ds.genes import write_atomic
+from sclong_ds.files import write_atomic
 
 GRAPH_FORMAT = "sclong_ds-gene-graph 1"
 

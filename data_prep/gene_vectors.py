@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from sclong_ds.genes import write_atomic
+from sclong_ds.files import write_atomic
 from sclong_ds.store import Corpus
 
 SPLIT = "train"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from sclong_ds.genes import write_atomic
+from sclong_ds.files import write_atomic
 
 Status = Literal["ok", "excluded", "failed"]
 STATUSES: tuple[Status, ...] = ("ok", "excluded", "failed")

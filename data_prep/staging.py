@@ -34,7 +34,8 @@ from data_prep.ledger import LedgerEntry
 from data_prep.manifest import Dataset
 from data_prep.readers import open_source
 from data_prep.source import UnusableError
-from sclong_ds.store import CellWriter, sync_tree
+from sclong_ds.files import sync_tree
+from sclong_ds.store import CellWriter
 
 STAGING_VERSION = 1
 """Raised when the same input would be staged differently, so that old staging is not taken over."""

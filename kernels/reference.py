@@ -1,11 +1,11 @@
-"""FAVOR+ random-feature attention in plain torch: the specification, the CPU path and the test oracle.
+"""FAVOR+ random-feature attention in plain torch: specification, CPU path and test oracle.
 
 `favor_attention` is the operator the model calls; `favor_attention_oracle` is the same function
 written literally, for tests. Source: Choromanski et al., Rethinking Attention with Performers
 (arXiv:2009.14794), section 2.3 and 2.4, with the stabilisers of the published scLong model.
 
-For one cell and one head, with queries q_i, keys k_j, values v_j, random features w_m and s =
-d^-1/4:
+For one cell and one head, with queries q_i, keys k_j, values v_j, random features w_m and
+s = d^-1/4:
 
     x_im = s q_i.w_m     M_i = max_m x_im     E_im = exp(x_im - s^2 |q_i|^2 / 2 - M_i)
     y_jm = s k_j.w_m     K   = max y          F_jm = exp(y_jm - s^2 |k_j|^2 / 2 - K)
@@ -19,7 +19,7 @@ changes the result.
 Values are centred on their mean, which takes the eps terms out of the sums: with mu = mean_j v_j
 and V_j = v_j - mu,
 
-    z_m = sum_j F_jm     A_m = sum_j F_jm V_j      c_m = z_m + eps N      a = sum_m A_m      C = sum_m c_m
+    z_m = sum_j F_jm   A_m = sum_j F_jm V_j   c_m = z_m + eps N   a = sum_m A_m   C = sum_m c_m
     den_i = sum_m E_im c_m + eps C                 out_i = mu + (sum_m E_im A_m + eps a) / den_i
 
 A cell is computed on its own, so its result does not depend, to the bit, on its batch mates;
@@ -56,7 +56,10 @@ def orthogonal_features(n_features: int, dim: int, *, generator: torch.Generator
     blocks = []
     for start in range(0, n_features, dim):
         gaussian = torch.randn(dim, dim, generator=generator, device="cpu", dtype=torch.float32)
-        basis = torch.linalg.qr(gaussian).Q.T
+        q, r = torch.linalg.qr(gaussian)
+        # LAPACK fixes the signs of Q, which makes every feature lean to one side and the estimate of
+        # softmax biased; with the signs of R's diagonal Q is uniform over all rotations.
+        basis = (q * r.diagonal().sign()).T
         blocks.append(basis[: n_features - start])
     norms = torch.randn(n_features, dim, generator=generator, device="cpu", dtype=torch.float32)
     return norms.norm(dim=1, keepdim=True) * torch.cat(blocks)
@@ -84,7 +87,9 @@ def favor_attention(
 def favor_attention_oracle(
     q: Tensor, k: Tensor, v: Tensor, features: Tensor, *, scope: Scope = "sample", eps: float = EPS
 ) -> Tensor:
-    """Compute the same function as `favor_attention` by its definition; autograd gives the gradients.
+    """Compute the same function as `favor_attention` by its definition.
+
+    Autograd gives the gradients.
 
     Args:
         q: Queries (B, N, H, K).
@@ -137,7 +142,7 @@ class _FavorAttention(torch.autograd.Function):
         scope, eps = ctx.scope, ctx.eps
         kind = torch.promote_types(q.dtype, torch.float32)
         w = features.to(kind) * q.shape[-1] ** -0.25
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         top = _batch_key_max(k, w, kind) if scope == "tensor" else None
         key_flow = []
         for b in range(q.shape[0]):
@@ -206,7 +211,7 @@ def _query_backward(
     d_c = -((e.transpose(1, 2) @ delta)[..., 0] + eps * delta.sum(1))
     # Gradient of the exponent, then through the two terms that are subtracted from it: the squared
     # norm and the row maximum. Their common weight, the row sum of p, has this closed form.
-    p = e.mul_(g @ a.transpose(1, 2) - delta * c[:, None, :])
+    p = e.mul_((g @ a.transpose(1, 2)).addcmul_(delta, c[:, None, :], value=-1))
     flow = eps * (delta * c_total - (g * a_total).sum(-1, keepdim=True))
     dq = p @ w - flow * (w[arg[..., 0]] + q * q.shape[-1] ** -0.5)
     return dq, (d_a, d_c)
@@ -221,11 +226,14 @@ def _key_backward(
     d_summary: tuple[Tensor, Tensor],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dk (H, N, K) without the maximum's part, dv (H, N, K) and the maximum's weight per head (H,)."""
+    """Return dk without the maximum's part, dv and the maximum's weight per head.
+
+    Shapes: (H, N, K), (H, N, K) and (H,).
+    """
     mu = summary[0]
     d_a, d_c = d_summary
     dv = f @ d_a + eps * d_a.sum(1, keepdim=True)
-    p = f.mul_((v - mu) @ d_a.transpose(1, 2) + d_c[:, None, :])
+    p = f.mul_(((v - mu) @ d_a.transpose(1, 2)).add_(d_c[:, None, :]))
     row = p.sum(-1, keepdim=True)
     dk = p @ w - row * k * k.shape[-1] ** -0.5
     # The sum of p over a head in closed form: summed from p it would be lost in rounding.
@@ -241,7 +249,9 @@ def _add_key_max_gradient(dk: Tensor, flow: Tensor, arg: Tensor, w: Tensor, scop
         heads = torch.arange(n_heads, device=dk.device)
         dk[heads, arg // m] -= flow[:, None] * w[arg % m]
     else:
-        dk.view(n_heads * n, -1)[arg // m] -= flow.sum() * w[arg % m]
+        # Indexed by a tensor of one element: a scalar index would make a GPU wait for the host.
+        one = arg.view(1)
+        dk.view(n_heads * n, -1).index_add_(0, one // m, -flow.sum() * w[one % m])
 
 
 def _batch_key_max(k: Tensor, w: Tensor, kind: torch.dtype) -> Tensor:

@@ -1,4 +1,7 @@
-"""`python -m sclong_ds COMMAND`: dispatch to the module of the command, which is imported only then."""
+"""`python -m sclong_ds COMMAND`: dispatch to the module of the command.
+
+It is imported only then.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m sclong_ds",
-        description="Train with `deepspeed --module sclong_ds.pretrain`; these commands go with it.",
+        description="Train with `deepspeed --module sclong_ds.pretrain`; "
+        "these commands go with it.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,13 +26,15 @@ from sclong_ds.engine import (
     build_partitioned,
     count_parameters,
     initialize,
+    on_first_rank,
     resolve_ds_config,
 )
+from sclong_ds.files import write_atomic
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.model.performer import layer_features
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective import bin_labels
-from sclong_ds.run_folder import update_run_json, write_atomic
+from sclong_ds.run_folder import update_run_json
 from sclong_ds.signals import StopRequest, lock_run_folder
 from sclong_ds.store import Corpus
 from sclong_ds.tracking import Tracker
@@ -88,7 +89,9 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def refuse_changes(saved: Path, config: RunConfig) -> None:
-    """Refuse to resume a run under another model or data section; paths may change, their content may not.
+    """Refuse to resume a run under another model or data section.
+
+    Paths may change, their content may not.
 
     Raises:
         ValueError: What differs.
@@ -105,8 +108,8 @@ def refuse_changes(saved: Path, config: RunConfig) -> None:
     ]
     if lines:
         raise ValueError(
-            f"run.dir={saved.parent}: cannot resume with a changed configuration ({'; '.join(lines)}); "
-            f"undo the change or use a new run.dir"
+            f"run.dir={saved.parent}: cannot resume with a changed configuration "
+            f"({'; '.join(lines)}); undo the change or use a new run.dir"
         )
 
 
@@ -132,8 +135,9 @@ def check_same_on_all_ranks(config: RunConfig, state: TrainState) -> None:
     different = [r for r, other in enumerate(everyone) if other != everyone[0]]
     if different:
         raise ValueError(
-            f"ranks {different} have another configuration, corpus, gene graph or random features than rank 0: "
-            f"check that all nodes see the same files and have the same library versions"
+            f"ranks {different} have another configuration, corpus, gene graph or random features "
+            f"than rank 0: check that all nodes see the same files and have the same library "
+            f"versions"
         )
 
 
@@ -171,7 +175,8 @@ def describe(
     log.info("configuration:\n%s", to_yaml(config).rstrip())
     log.info(
         "corpus: %d training cells, %d validation cells, %d genes, %d datasets",
-        len(corpus.split("train")), len(corpus.split("validation")), len(corpus.genes), len(corpus.datasets),
+        len(corpus.split("train")), len(corpus.split("validation")),
+        len(corpus.genes), len(corpus.datasets),
     )  # fmt: skip
     parts = parameters_by_part(model)
     log.info(
@@ -180,21 +185,25 @@ def describe(
         ", ".join(f"{k} {v:,}" for k, v in parts.items()),
     )
     log.info(
-        "batch: %d cells = %d a micro-batch x %d accumulation steps x %d ranks; ZeRO stage %d, %s, on %s",
-        e.train_batch_size, e.train_micro_batch_size_per_gpu, ds_config["gradient_accumulation_steps"],
-        ranks.world_size, ds_config["zero_optimization"]["stage"], e.precision, device_name(ranks.device),
+        "batch: %d cells = %d a micro-batch x %d accumulation steps x %d ranks; "
+        "ZeRO stage %d, %s, on %s",
+        e.train_batch_size, e.train_micro_batch_size_per_gpu,
+        ds_config["gradient_accumulation_steps"], ranks.world_size,
+        ds_config["zero_optimization"]["stage"], e.precision, device_name(ranks.device),
     )  # fmt: skip
     log.info("attention: FAVOR+ in plain torch (kernels.reference)")
 
 
 def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> Run:
     """Build the model, the engine and the tracker, and go back to the newest checkpoint."""
-    assert config.data.corpus is not None and config.run.dir is not None
+    assert config.data.corpus is not None
+    assert config.run.dir is not None
     run_dir = Path(config.run.dir)
     corpus = Corpus(config.data.corpus)
     if corpus.gene_stats.target_sum != config.data.target_sum:
         raise ValueError(
-            f"data.target_sum: got {config.data.target_sum:g}, the corpus statistics are for {corpus.gene_stats.target_sum:g}"
+            f"data.target_sum: got {config.data.target_sum:g}, "
+            f"the corpus statistics are for {corpus.gene_stats.target_sum:g}"
         )
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
     model = build_partitioned(
@@ -222,7 +231,10 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
 
 
 def make_model(config: RunConfig, corpus: Corpus) -> ScLong:
-    """Build the model for a corpus: its genes, the gene graph, and the data's mean as the first prediction."""
+    """Build the model for a corpus.
+
+    Built from its genes, the gene graph, and the data's mean as the first prediction.
+    """
     model, stats = config.model, corpus.gene_stats
     graph = (
         read_gene_graph(model.gene_graph, genes_hash=corpus.genes.hash)
@@ -237,33 +249,14 @@ def make_model(config: RunConfig, corpus: Corpus) -> ScLong:
 
 
 def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
-    """Lock the run folder, write what the run consists of, resume, start the tracker."""
-    run_dir, config = run.run_dir, run.config
-    if run.ranks.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        run.lock = lock_run_folder(run_dir, wait_s=60)
-        if (run_dir / "checkpoints").exists():
-            refuse_changes(run_dir / "config.yaml", config)
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
-        write_atomic(run_dir / "config.yaml", to_yaml(config).encode())
-        write_atomic(run_dir / "ds_config.json", (json.dumps(ds_config, indent=2) + "\n").encode())
-        run.corpus.genes.write(run_dir / "genes.tsv")
-        if config.model.gene_graph:
-            shutil.copyfile(config.model.gene_graph, run_dir / "gene_graph.npz")
-    dist.barrier()
+    """Lock the run folder, resume, write what the run consists of, start the tracker."""
+    run_dir = run.run_dir
+    on_first_rank(lambda: claim_run_folder(run))
     found = checkpoint.load(run.engine, run_dir / "checkpoints")
     if found is not None:
-        changed = [
-            n
-            for n in ("seed", "corpus_hash", "genes_hash", "graph_hash")
-            if getattr(found, n) != getattr(run.state, n)
-        ]
-        if changed:
-            raise ValueError(
-                f"run.dir={run_dir}: cannot resume, {', '.join(changed)} differ from the checkpoint's; "
-                f"use the same corpus, gene graph and run.seed, or a new run.dir"
-            )
+        refuse_other_inputs(run, found)
         run.state = found
+    on_first_rank(lambda: write_inputs(run, ds_config))
     run.tracker.start(
         params={"world_size": run.ranks.world_size, "parameters": count_parameters(run.model)},
         tags={
@@ -284,6 +277,41 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
         run_dir,
         "new run" if found is None else f"resuming after step {found.step}",
     )
+
+
+def claim_run_folder(run: Run) -> None:
+    """Make the run folder and lock it; refuse one that holds another run's checkpoints."""
+    checkpoints = run.run_dir / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    run.lock = lock_run_folder(run.run_dir, wait_s=60)
+    if checkpoint.complete_checkpoints(checkpoints):
+        refuse_changes(run.run_dir / "config.yaml", run.config)
+
+
+def refuse_other_inputs(run: Run, found: TrainState) -> None:
+    """Refuse to resume on other cells, genes, graph or seed.
+
+    Raises:
+        ValueError: What differs.
+    """
+    names = ("seed", "corpus_hash", "genes_hash", "graph_hash")
+    changed = [n for n in names if getattr(found, n) != getattr(run.state, n)]
+    if changed:
+        raise ValueError(
+            f"run.dir={run.run_dir}: cannot resume, {', '.join(changed)} differ from the "
+            f"checkpoint's; use the same corpus, gene graph and run.seed, or a new run.dir"
+        )
+
+
+def write_inputs(run: Run, ds_config: dict[str, Any]) -> None:
+    """Write the resolved configuration, the genes and the graph into the run folder."""
+    write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())
+    resolved = json.dumps(ds_config, indent=2) + "\n"
+    write_atomic(run.run_dir / "ds_config.json", resolved.encode())
+    run.corpus.genes.write(run.run_dir / "genes.tsv")
+    if run.config.model.gene_graph:
+        graph = Path(run.config.model.gene_graph).read_bytes()
+        write_atomic(run.run_dir / "gene_graph.npz", graph)
 
 
 def _sha256(path: str) -> str:

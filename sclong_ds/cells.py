@@ -37,7 +37,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +50,7 @@ from scipy.sparse import csr_matrix
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from sclong_ds.files import sync_tree
 from sclong_ds.streams import PackedCells, decode, encode, slices_to_index
 
 CELLS_FORMAT = "sclong_ds-cells"
@@ -446,23 +447,3 @@ class CellStore:
         if len(outside):
             raise IndexError(f"cell {outside[0]}: the store has cells 0 to {self.n_cells - 1}")
         return wanted
-
-
-def sync_tree(folder: str | Path) -> None:
-    """Flush every file and folder below `folder` to the disk.
-
-    Args:
-        folder: Folder about to be renamed to its final name.
-    """
-    for path in _walk(Path(folder)):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _walk(folder: Path) -> Iterable[Path]:
-    yield folder
-    for parent, folders, files in os.walk(folder):
-        yield from (Path(parent) / name for name in (*folders, *files))

@@ -1,4 +1,4 @@
-"""Checkpoints: save as a whole, find the newest good one, resume, prune; export to an exported model.
+"""Checkpoints: save as a whole, find the newest good one, resume, prune; export to a model folder.
 
 A checkpoint is a folder `checkpoints/step_00000050` with DeepSpeed's files of every rank, the files
 that make it self-contained (config.yaml, genes.tsv, gene_graph.npz), state.json (position of the
@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -26,9 +25,11 @@ import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from sclong_ds.config import RunConfig, load_config
+from sclong_ds.engine import on_first_rank
+from sclong_ds.files import sync_folder, sync_tree, write_atomic
 from sclong_ds.model.sclong import Transform
 from sclong_ds.model_dir import write_model_dir
-from sclong_ds.run_folder import environment, git_commit, read_metrics, write_atomic
+from sclong_ds.run_folder import environment, git_commit, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +88,12 @@ def save(
             if p.is_file()
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        _sync(partial)
+        sync_tree(partial)
         if final.exists():
             # A damaged checkpoint of this step was skipped on load and the step was reached again.
             shutil.rmtree(final)
         partial.rename(final)
-        _sync_folder(folder)
+        sync_folder(folder)
         write_atomic(folder / "latest", f"{name}\n".encode())
         _prune(folder, keep_last)
     dist.barrier()
@@ -112,20 +113,14 @@ def load(engine: Any, folder: Path) -> TrainState | None:
     Raises:
         ValueError: Checkpoints exist but none is good, or it was saved by another number of ranks.
     """
-    choice: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        choice[0] = _choose(folder)
-    dist.broadcast_object_list(choice, src=0)
-    name = choice[0]
+    name = on_first_rank(lambda: _choose(folder))
     if name is None:
         return None
-    if name.startswith("error: "):
-        raise ValueError(name.removeprefix("error: "))
     state = read_state(folder / name)
     if state.world_size != dist.get_world_size():
         raise ValueError(
-            f"{folder / name} was saved by {state.world_size} ranks, this run has {dist.get_world_size()}: "
-            f"start it with {state.world_size}"
+            f"{folder / name} was saved by {state.world_size} ranks, "
+            f"this run has {dist.get_world_size()}: start it with {state.world_size}"
         )
     with _quiet():
         engine.load_checkpoint(str(folder), tag=name)
@@ -133,7 +128,7 @@ def load(engine: Any, folder: Path) -> TrainState | None:
 
 
 def _choose(folder: Path) -> str | None:
-    """Return the newest good checkpoint's name, None when there is none at all, or an `error: ` text."""
+    """Return the newest good checkpoint's name, or None when there is none at all."""
     found = complete_checkpoints(folder)
     for path in found:
         problem = damage(path)
@@ -141,7 +136,10 @@ def _choose(folder: Path) -> str | None:
             return path.name
         log.error("%s is damaged (%s): going back to the checkpoint before it", path, problem)
     if found:
-        return f"error: no checkpoint in {folder} is usable: {len(found)} are damaged (see above); restore one or use a new run.dir"
+        raise ValueError(
+            f"no checkpoint in {folder} is usable: {len(found)} are damaged (see above); "
+            f"restore one or use a new run.dir"
+        )
     return None
 
 
@@ -181,7 +179,7 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def resolve(path: Path) -> Path:
-    """Return the checkpoint that a path means: itself, or the newest of a `checkpoints` or run folder.
+    """Return the checkpoint a path means: itself, or the newest of a `checkpoints` or run folder.
 
     Raises:
         FileNotFoundError: There is none.
@@ -272,7 +270,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _validation(checkpoint: Path, step: int) -> dict[str, float]:
-    """Return the last validation figures up to a step, when the checkpoint still lies in its run folder."""
+    """Return the last validation figures up to a step.
+
+    Empty unless the checkpoint still lies in its run folder.
+    """
     run_dir = checkpoint.parent.parent
     if not (run_dir / "metrics.jsonl").is_file():
         return {}
@@ -293,22 +294,6 @@ def _fingerprint(path: Path) -> list[int]:
             crc = zlib.crc32(block, crc)
             size += len(block)
     return [size, crc]
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

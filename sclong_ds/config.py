@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -46,7 +47,7 @@ class PerformerConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Architecture of `sclong_ds.model.ScLong`. A checkpoint can be resumed only with the same section."""
+    """Architecture of `ScLong`. A checkpoint can be resumed only with the same section."""
 
     base_dim: int
     """Width C of the gene and expression vectors, the mini encoder and the decoder (200 in
@@ -142,7 +143,10 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """DeepSpeed: names are DeepSpeed's own; the JSON of ds_config says "auto" for the numbers that live here."""
+    """DeepSpeed: names are DeepSpeed's own.
+
+    The JSON of ds_config says "auto" for the numbers that live here.
+    """
 
     ds_config: str
     """zero1, zero2, zero3, zero3_offload (files of ds_configs/) or a path to a DeepSpeed JSON."""
@@ -276,7 +280,7 @@ def to_yaml(config: Any) -> str:
 
 
 def section_from_dict(cls: type, tree: Mapping[str, Any], where: str) -> Any:
-    """Build one section (for instance ModelConfig from an exported model's config.yaml) with all checks.
+    """Build one section (say ModelConfig from an exported model's config.yaml) with all checks.
 
     Args:
         cls: The section's dataclass.
@@ -296,10 +300,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-    text = repr(value)
-    if "e" in text and "." not in text:
-        text = text.replace("e", ".0e")
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", _plain_number(value))
 
 
 _Dumper.add_representer(float, _represent_float)
@@ -447,18 +448,14 @@ def _show(value: Any) -> str:
 def _check(config: RunConfig, where: str) -> None:
     """Check values against their ranges and against each other."""
     m, d, o, p, e = config.model, config.data, config.objective, config.optim, config.engine
+    hidden, betas, warmup = o.replace_prob, list(p.betas), p.warmup_steps
+    micro, clipping = e.train_micro_batch_size_per_gpu, e.gradient_clipping
     rules: list[tuple[bool, str]] = [
         (0 < o.mask_prob <= 1, f"objective.mask_prob: got {o.mask_prob}, allowed: 0 < p <= 1"),
-        (
-            0 <= o.replace_prob <= 1,
-            f"objective.replace_prob: got {o.replace_prob}, allowed: 0 to 1",
-        ),
+        (0 <= hidden <= 1, f"objective.replace_prob: got {hidden}, allowed: 0 to 1"),
         (p.lr > 0, f"optim.lr: got {p.lr}, must be > 0"),
         (p.weight_decay >= 0, f"optim.weight_decay: got {p.weight_decay}, must be >= 0"),
-        (
-            all(0 <= b < 1 for b in p.betas),
-            f"optim.betas: got {list(p.betas)}, each must be in [0, 1)",
-        ),
+        (all(0 <= b < 1 for b in betas), f"optim.betas: got {betas}, each must be in [0, 1)"),
         (p.eps > 0, f"optim.eps: got {p.eps}, must be > 0"),
         (0 <= p.min_lr_ratio <= 1, f"optim.min_lr_ratio: got {p.min_lr_ratio}, allowed: 0 to 1"),
         (
@@ -466,46 +463,36 @@ def _check(config: RunConfig, where: str) -> None:
             "optim.weight_decay: must be 0 for adam (it would be ignored); use adamw",
         ),
         (
-            p.schedule != "cosine" or p.decay_steps > p.warmup_steps,
-            f"optim.decay_steps: got {p.decay_steps}, must exceed optim.warmup_steps {p.warmup_steps}",
+            p.schedule != "cosine" or p.decay_steps > warmup,
+            f"optim.decay_steps: got {p.decay_steps}, must exceed optim.warmup_steps {warmup}",
         ),
+        (clipping >= 0, f"engine.gradient_clipping: got {clipping}, must be >= 0"),
         (
-            e.gradient_clipping >= 0,
-            f"engine.gradient_clipping: got {e.gradient_clipping}, must be >= 0",
-        ),
-        (
-            e.train_micro_batch_size_per_gpu == 0
-            or e.train_batch_size % e.train_micro_batch_size_per_gpu == 0,
+            micro == 0 or e.train_batch_size % micro == 0,
             f"engine.train_batch_size: got {e.train_batch_size}, must be a multiple of "
-            f"engine.train_micro_batch_size_per_gpu {e.train_micro_batch_size_per_gpu}",
+            f"engine.train_micro_batch_size_per_gpu {micro}",
         ),
         (d.target_sum > 0, f"data.target_sum: got {d.target_sum}, must be > 0"),
     ]
-    at_least_zero = {"optim.warmup_steps": p.warmup_steps, "model.feature_redraw_interval": m.feature_redraw_interval,
-                     "run.validate_every_n_steps": config.run.validate_every_n_steps,
-                     "run.validation_cells": config.run.validation_cells, "run.seed": config.run.seed,
-                     "model.projection_seed": m.projection_seed}  # fmt: skip
-    at_least_one = {"model.base_dim": m.base_dim, "model.large_dim": m.large_dim, "model.top_seq_len": m.top_seq_len,
-                    "model.expression_hidden": m.expression_hidden, "model.gene_encoder_layers": m.gene_encoder_layers,
-                    "data.shuffle_group_chunks": d.shuffle_group_chunks, "data.prefetch_batches": d.prefetch_batches,
-                    "engine.train_batch_size": e.train_batch_size,
-                    "engine.train_micro_batch_size_per_gpu": e.train_micro_batch_size_per_gpu,
-                    "engine.timeout_s": e.timeout_s, "checkpoint.every_n_steps": config.checkpoint.every_n_steps,
-                    "checkpoint.keep_last": config.checkpoint.keep_last,
-                    "tracking.flush_every_n_steps": config.tracking.flush_every_n_steps,
-                    "run.max_steps": config.run.max_steps}  # fmt: skip
-    for name, stack in (
-        ("large_encoder", m.large_encoder),
-        ("mini_encoder", m.mini_encoder),
-        ("decoder", m.decoder),
-    ):
-        at_least_one |= {
-            f"model.{name}.{f}": getattr(stack, f)
-            for f in ("depth", "heads", "dim_head", "ff_mult")
-        }
-        at_least_one[f"model.{name}.nb_features"] = stack.features()
-    rules += [(v >= 0, f"{k}: got {v}, must be >= 0") for k, v in at_least_zero.items()]
-    rules += [(v >= 1, f"{k}: got {v}, must be >= 1") for k, v in at_least_one.items()]
+    at_least_zero = (
+        "optim.warmup_steps model.feature_redraw_interval run.validate_every_n_steps "
+        "run.validation_cells run.seed model.projection_seed"
+    )
+    at_least_one = (
+        "model.base_dim model.large_dim model.top_seq_len model.expression_hidden "
+        "model.gene_encoder_layers data.shuffle_group_chunks data.prefetch_batches "
+        "engine.train_batch_size engine.train_micro_batch_size_per_gpu engine.timeout_s "
+        "checkpoint.every_n_steps checkpoint.keep_last tracking.flush_every_n_steps run.max_steps"
+    )
+    for least, names in ((0, at_least_zero), (1, at_least_one)):
+        for k in names.split():
+            v = operator.attrgetter(k)(config)
+            rules.append((v >= least, f"{k}: got {v}, must be >= {least}"))
+    for name in ("large_encoder", "mini_encoder", "decoder"):
+        stack = getattr(m, name)
+        sizes = {k: getattr(stack, k) for k in ("depth", "heads", "dim_head", "ff_mult")}
+        sizes["nb_features"] = stack.features()
+        rules += [(v >= 1, f"model.{name}.{k}: got {v}, must be >= 1") for k, v in sizes.items()]
     for ok, message in rules:
         if not ok:
             raise ValueError(f"{where}: {message}")

@@ -1,4 +1,4 @@
-"""The loader: one order of cells for any number of ranks, exact resume, reading in a background thread.
+"""The loader: one order of cells for any number of ranks, exact resume, reading in the background.
 
 Order. An epoch visits every cell of the split once: its chunks are permuted, taken in groups of
 `data.shuffle_group_chunks`, and the cells of a group are permuted. The epochs follow each other

@@ -67,7 +67,8 @@ def prepare(out: Path) -> None:
     """Convert the cells, finish and check the corpus, build the gene graph."""
     corpus = out / "corpus"
     say(
-        "convert three datasets; the fourth file is broken and must be reported, not stop the others"
+        "convert three datasets; "
+        "the fourth file is broken and must be reported, not stop the others"
     )
     command(
         "data_prep", "convert", CELLS / "manifest.tsv", "--out", corpus, "--jobs", 2, expected=1
@@ -91,13 +92,13 @@ def pretrain(out: Path) -> None:
     """Train, interrupt the run as Ctrl-C would, and start the same command again."""
     run_dir = out / "runs" / "demo"
     launch = [
-        Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks(), "--module", "sclong_ds.pretrain",
-        "--config", "sclong_tiny", f"run.dir={run_dir}", f"data.corpus={out / 'corpus'}",
+        Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks(),
+        "--module", "sclong_ds.pretrain", "--config", "sclong_tiny",
+        f"run.dir={run_dir}", f"data.corpus={out / 'corpus'}",
         f"model.gene_graph={out / 'graph.npz'}",
     ]  # fmt: skip
-    say(
-        f"pretrain sclong_tiny with ZeRO-3 on {ranks()} {'GPU(s)' if torch.cuda.is_available() else 'CPU processes'}"
-    )
+    devices = "GPU(s)" if torch.cuda.is_available() else "CPU processes"
+    say(f"pretrain sclong_tiny with ZeRO-3 on {ranks()} {devices}")
     process = subprocess.Popen(
         list(map(str, launch)), cwd=ROOT, env=environment(), start_new_session=True
     )
@@ -137,9 +138,8 @@ def summary(out: Path, *, minutes: float) -> str:
     rows = read_metrics(run_dir)
     train, scores = [r for r in rows if "train/loss" in r], [r for r in rows if "val/mse" in r]
     about = read_run_json(run_dir)["summary"]
-    entries = json.loads(command("data_prep", "status", out / "corpus", "--json", capture=True))[
-        "datasets"
-    ]
+    status = command("data_prep", "status", out / "corpus", "--json", capture=True)
+    entries = json.loads(status)["datasets"]
     good = [e for e in entries if e["status"] == "ok"]
     rate = sorted(r["perf/cells_per_s"] for r in train)[len(train) // 2]
     resumed = [e["step"] for e in read_events(run_dir) if e["event"] == "resume"]
@@ -150,12 +150,15 @@ def summary(out: Path, *, minutes: float) -> str:
         "genes mapped": f"{max(e['n_genes_mapped'] for e in good):,} of {about['n_genes']:,}",
         "parameters": f"{sum(about['parameters'].values()):,}",
         "ranks": f"{about['world_size']} x {about['device']}, {about['ds_config']}",
-        "steps": f"{train[-1]['step']:.0f}, interrupted and resumed after step {', '.join(map(str, resumed))}",
+        "steps": f"{train[-1]['step']:.0f}, interrupted and resumed after step "
+        f"{', '.join(map(str, resumed))}",
         "training loss": f"{train[0]['train/loss']:.3f} first, {train[-1]['train/loss']:.3f} last",
         "variance of the masked values": f"{last['val/target_variance']:.3f}",
-        "masked MSE, held-out cells": f"{first['val/mse']:.3f} before, {last['val/mse']:.3f} after training",
+        "masked MSE, held-out cells": f"{first['val/mse']:.3f} before, "
+        f"{last['val/mse']:.3f} after training",
         "per-gene-mean predictor": f"{last['val/baseline_mse']:.3f}",
-        "Pearson, held-out cells": f"{last['val/pearson']:.3f} (per-gene mean {last['val/baseline_pearson']:.3f})",
+        "Pearson, held-out cells": f"{last['val/pearson']:.3f} "
+        f"(per-gene mean {last['val/baseline_pearson']:.3f})",
         "cells/s": f"{rate:.2f} (median)",
         "wall time": f"{minutes:.1f} minutes",
     }
@@ -182,11 +185,15 @@ def mlflow_command(out: Path) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         return f"the tracking server is {uri}"
-    return f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri sqlite:///{out / 'runs' / 'mlflow.db'}"
+    program = Path(sys.executable).parent / "mlflow"
+    return f"{program} ui --backend-store-uri sqlite:///{out / 'runs' / 'mlflow.db'}"
 
 
 def ranks() -> int:
-    """Return how many processes to train with: the GPUs found (a divisor of the batch of 4), or 2 on a CPU."""
+    """Return how many processes to train with.
+
+    The GPUs found (a divisor of the batch of 4), or 2 on a CPU.
+    """
     gpus = torch.cuda.device_count()
     return max(n for n in (1, 2, 4) if n <= gpus) if gpus else 2
 
@@ -218,7 +225,8 @@ def command(*args: object, expected: int = 0, capture: bool = False) -> str:
     )
     if done.returncode != expected:
         raise DemoError(
-            f"`python -m {' '.join(map(str, args))}` ended with status {done.returncode}, not {expected}"
+            f"`python -m {' '.join(map(str, args))}` ended with status {done.returncode}, "
+            f"not {expected}"
         )
     return done.stdout or ""
 

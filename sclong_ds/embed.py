@@ -396,7 +396,7 @@ def _open_corpus(path: Path, *, genes: GeneVocabulary, split: str | None) -> Cel
             yield CountBlock(counts=counts, n_input_counts=int(counts.sum(dtype=np.int64)))
 
     return Cells(
-        obs=pd.concat([corpus.to_anndata(part).obs for part in parts]),
+        obs=corpus.obs(rows),
         blocks=blocks,
         n_genes_input=len(genes),
         n_genes_mapped=len(genes),

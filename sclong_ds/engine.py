@@ -1,4 +1,4 @@
-"""DeepSpeed: resolve ds_configs/*.json, join the process group, build the partitioned model, optimizer and schedule.
+"""DeepSpeed: ds_configs/*.json, process group, partitioned model, optimizer and schedule.
 
 The JSON says "auto" for every number that lives in the run's YAML; a literal there is an error, and
 so is an unknown key: DeepSpeed itself ignores both. Sources: DeepSpeed configuration reference;
@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
@@ -30,12 +31,13 @@ from torch import nn
 from sclong_ds.config import EngineConfig, OptimConfig, RunConfig
 
 DS_CONFIGS_DIR = Path(__file__).parents[1] / "ds_configs"
+T = TypeVar("T")
 KNOWN_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 "
-    "zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type "
-    "prescale_gradients gradient_predivide_factor disable_allgather data_types activation_checkpointing aio "
-    "comms_logger flops_profiler wall_clock_breakdown memory_breakdown dump_state steps_per_print checkpoint "
-    "torch_autocast".split()
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
+    "bf16 zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
+    "communication_data_type prescale_gradients gradient_predivide_factor disable_allgather "
+    "data_types activation_checkpointing aio comms_logger flops_profiler wall_clock_breakdown "
+    "memory_breakdown dump_state steps_per_print checkpoint torch_autocast".split()
 )
 """Top-level keys of a DeepSpeed JSON that mean something here; optimizer and scheduler live in the
 YAML."""
@@ -109,7 +111,8 @@ def _fill(config: dict[str, Any], name: str, value: Any, where: str) -> None:
         node = node.setdefault(parent, {})
     if node.get(last, "auto") != "auto":
         raise ValueError(
-            f'{where}: {name} is {node[last]!r}; this number lives in the run\'s YAML, write "auto" here'
+            f"{where}: {name} is {node[last]!r}; this number lives in the run's YAML, "
+            f'write "auto" here'
         )
     node[last] = value
 
@@ -139,7 +142,9 @@ def _check_keys(config: dict[str, Any], where: str) -> None:
 
 
 def join_process_group(*, timeout_s: int) -> Ranks:
-    """Join the ranks named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; alone when unset.
+    """Join the ranks named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Alone when unset.
 
     Args:
         timeout_s: Longest wait in a collective.
@@ -153,6 +158,9 @@ def join_process_group(*, timeout_s: int) -> Ranks:
     # DeepSpeed compiles with ninja; in an environment that was not activated it is beside the
     # interpreter, not on PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # One folder of compiled extensions per environment: two that share one rebuild it in turns.
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -167,10 +175,35 @@ def join_process_group(*, timeout_s: int) -> Ranks:
     return Ranks(rank, local_rank, int(os.environ["WORLD_SIZE"]), device)
 
 
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Do something on rank 0 and give every rank its result, or its failure.
+
+    Without this, the other ranks would wait for a rank 0 that has already given up.
+
+    Args:
+        action: What to do; its result is pickled.
+
+    Raises:
+        ValueError: What rank 0 could not do.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
 def build_partitioned(
     make: Callable[[], nn.Module], *, seed: int, ds_config: dict[str, Any]
 ) -> nn.Module:
-    """Build the model with the same weights on every rank; under ZeRO-3 no rank ever holds all of them.
+    """Build the model with the same weights on every rank.
+
+    Under ZeRO-3 no rank ever holds all of them.
 
     Args:
         make: Builds the model.
@@ -271,7 +304,10 @@ def set_hyper_parameters(engine: Any, config: RunConfig, step: int) -> float:
 
 
 def quiet_deepspeed() -> None:
-    """Silence DeepSpeed's messages below warnings, and torch's at each collective that DeepSpeed calls by its old name."""
+    """Silence DeepSpeed's messages below warnings.
+
+    Also torch's at each collective that DeepSpeed calls by its old name.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 

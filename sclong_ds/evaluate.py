@@ -70,7 +70,7 @@ from sclong_ds.embed import (
     progress,
     weights_hash,
 )
-from sclong_ds.genes import write_atomic
+from sclong_ds.files import write_atomic
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
 

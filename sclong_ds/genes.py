@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from sclong_ds.files import write_atomic
 
 BUNDLED_PATH = (
     Path(__file__).resolve().parents[1] / "data_prep" / "resources" / "genes_27874.tsv.gz"
@@ -139,28 +139,6 @@ class GeneVocabulary:
         """
         rows = [_COLUMNS, *zip(self.ids, self.symbols, self.classes, strict=True)]
         write_atomic(path, "".join("\t".join(row) + "\n" for row in rows).encode())
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old bytes or the new ones, never a part.
-
-    Args:
-        path: Target file; replaced if it exists.
-        data: Whole content.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            # mkstemp makes files private; a corpus is read by other users of a shared file system.
-            os.fchmod(file.fileno(), 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _header_text() -> str:

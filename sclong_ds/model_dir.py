@@ -1,4 +1,6 @@
-"""The exported model: a folder with weights, configuration, genes, graph and a model card; no DeepSpeed needed.
+"""The exported model: a folder with weights, configuration, genes, graph and a model card.
+
+No DeepSpeed needed.
 
     MODEL_DIR/model.safetensors   float32 weights
     MODEL_DIR/config.yaml         architecture (`model` section), value transform, format version
@@ -27,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sclong_ds.config import ModelConfig, read_yaml, section_from_dict, to_dict
+from sclong_ds.files import sync_tree
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.model.sclong import ScLong, Transform
@@ -73,36 +76,37 @@ def write_model_dir(
         shutil.copyfile(genes, partial / "genes.tsv")
         if graph is not None:
             shutil.copyfile(graph, partial / "gene_graph.npz")
-        vocabulary = GeneVocabulary.read(partial / "genes.tsv")
-        described = to_dict(model) | {
-            "gene_graph": "gene_graph.npz" if graph else None,
-            "gene_vectors": None,
-        }
-        config = {
-            "format": FORMAT,
-            "version": VERSION,
-            "n_genes": len(vocabulary),
-            "genes_hash": vocabulary.hash,
-            "transform": asdict(transform),
-            "redraw_index": redraw_index,
-            "model": described,
-        }
-        (partial / "config.yaml").write_text(
-            yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
-        )
-        (partial / "provenance.json").write_text(
-            json.dumps(dict(provenance), indent=2) + "\n", encoding="utf-8"
-        )
+        config = _description(model, transform, redraw_index, partial)
         n_parameters = sum(t.numel() for t in plain.values())
-        card = model_card(config, provenance, n_parameters=n_parameters)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        texts = {
+            "config.yaml": yaml.safe_dump(config, sort_keys=False),
+            "provenance.json": json.dumps(dict(provenance), indent=2) + "\n",
+            "README.md": model_card(config, provenance, n_parameters=n_parameters),
+        }
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        sync_tree(partial)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _description(
+    model: ModelConfig, transform: Transform, redraw_index: int, folder: Path
+) -> dict[str, Any]:
+    """Return the content of config.yaml for a folder that holds the genes and the graph."""
+    genes = GeneVocabulary.read(folder / "genes.tsv")
+    graph = "gene_graph.npz" if (folder / "gene_graph.npz").is_file() else None
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "n_genes": len(genes),
+        "genes_hash": genes.hash,
+        "transform": asdict(transform),
+        "redraw_index": redraw_index,
+        "model": to_dict(model) | {"gene_graph": graph, "gene_vectors": None},
+    }
 
 
 def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> ScLong:
@@ -165,7 +169,7 @@ def model_card(
         provenance: Content of provenance.json.
         n_parameters: Number of weights.
     """
-    model, transform = config["model"], config["transform"]
+    model, target_sum = config["model"], config["transform"]["target_sum"]
     stacks = "\n".join(
         f"| {name} | {model[name]['depth']} | {model[name]['heads']} x {model[name]['dim_head']} |"
         for name in ("large_encoder", "mini_encoder", "decoder")
@@ -177,7 +181,8 @@ def model_card(
     scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in validation.items())
     return f"""# scLong-style single-cell model
 
-{n_parameters:,} parameters over {config["n_genes"]:,} human genes, trained with sclong_ds to reconstruct masked expression values.
+{n_parameters:,} parameters over {config["n_genes"]:,} human genes,
+trained with sclong_ds to reconstruct masked expression values.
 
 ## Use
 
@@ -190,8 +195,8 @@ vectors = model.encode(x)   # (B, {config["n_genes"]}, {model["base_dim"]})
 
 or `python -m sclong_ds embed MODEL_DIR cells.h5ad --out embedded.h5ad`.
 
-Input: raw counts in the order of genes.tsv, transformed by log1p({transform["target_sum"]:g} * count / total), where the total is over these
-genes. `embed` takes raw counts and does this itself.
+Input: raw counts in the order of genes.tsv, transformed by log1p({target_sum:g} * count / total),
+where the total is over these genes. `embed` takes raw counts and does this itself.
 
 ## Architecture
 
@@ -199,7 +204,8 @@ genes. `embed` takes raw counts and does this itself.
 |---|---|---|
 {stacks}
 
-Base width {model["base_dim"]}, large width {model["large_dim"]}, {model["top_seq_len"]} genes in the large encoder, gene encoder: {model["gene_encoder"]}.
+Base width {model["base_dim"]}, large width {model["large_dim"]}, {model["top_seq_len"]} genes
+in the large encoder, gene encoder: {model["gene_encoder"]}.
 
 ## Training
 

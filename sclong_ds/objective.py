@@ -11,6 +11,7 @@ Shapes: B cells, G genes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -167,7 +168,10 @@ class MaskedMetrics:
         self.sums.index_add_(0, torch.bucketize(t.float(), self._edges, right=True), rows)
 
     def compute(self) -> dict[str, float]:
-        """Return the figures by metric name: masked MSE and Pearson of the model and of the baseline, by bin too."""
+        """Return the figures by metric name.
+
+        Masked MSE and Pearson of the model and of the baseline, by bin too.
+        """
         total = dict(zip(self._NAMES, self.sums.sum(0).tolist(), strict=True))
         n = max(total["n"], 1.0)
         figures = {
@@ -188,7 +192,7 @@ class MaskedMetrics:
 def bin_labels() -> list[str]:
     """Return the expression bins for people, lowest first."""
     edges = [f"{e:g}" for e in BIN_EDGES]
-    inner = [f"{a} to {b}" for a, b in zip(edges, edges[1:], strict=False)]
+    inner = [f"{a} to {b}" for a, b in itertools.pairwise(edges)]
     return [f"< {edges[0]}", *inner, f"≥ {edges[-1]}"]
 
 

@@ -296,8 +296,11 @@ def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
         f"Memory per rank, predicted, GiB (ZeRO-{memory['stage']}, activation checkpointing "
         f"{switch[memory['activation_checkpointing']]}, micro-batch {memory['micro_batch']})"
     ]
+    notes = {"offloaded": "  in the host's memory, not on the device"}
     lines += [
-        f"  {name:18}{_gib(size):>10}" for name, size in memory["parts_bytes"].items() if size
+        f"  {name:18}{_gib(size):>10}{notes.get(name, '')}"
+        for name, size in memory["parts_bytes"].items()
+        if size
     ]
     lines += [
         f"  {'peak':18}{_gib(memory['peak_bytes']):>10}  "

@@ -1,6 +1,7 @@
-"""Pretrain scLong: the story from the command to the training step.
+r"""Pretrain scLong: the story from the command to the training step.
 
-    deepspeed --module sclong_ds.pretrain --config sclong_tiny run.dir=runs/a data.corpus=corpus model.gene_graph=graph.npz
+    deepspeed --module sclong_ds.pretrain --config sclong_tiny run.dir=runs/a \
+        data.corpus=corpus model.gene_graph=graph.npz
     sbatch slurm/pretrain.sh --config sclong_1b run.dir=... data.corpus=... model.gene_graph=...
 
 `main` reads the configuration, `train` builds the run and loops, `train_step` is one optimizer
@@ -117,6 +118,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
                 save(run)
             if stopping and not done:
                 loader.close()
+                reason = run.stop.reason() or "another rank"
+                run.tracker.event("signal", step=step, reason=reason)
                 outcome = "KILLED"
                 log.info(
                     "stopped at step %d after saving; start the same command again to go on", step
@@ -165,8 +168,9 @@ def train_step(run: Run, batch: StepBatch) -> tuple[dict[str, float], bool]:
     if not math.isfinite(train_loss):
         cells = ", ".join(map(str, batch.cell_ids[:16]))
         raise ValueError(
-            f"step {run.state.step + 1}: the loss is {train_loss} (corpus rows {cells}...); nothing was saved since the "
-            f"last checkpoint: lower optim.lr or look at these cells, then start again from that checkpoint"
+            f"step {run.state.step + 1}: the loss is {train_loss} (corpus rows {cells}...); "
+            f"nothing was saved since the last checkpoint: lower optim.lr or look at these cells, "
+            f"then start again from that checkpoint"
         )
     seen = run.state.cells_seen + len(batch.cell_ids)
     run.state = replace(run.state, step=run.state.step + 1, cells_seen=seen)
@@ -227,7 +231,8 @@ def validate(run: Run) -> None:
     run.tracker.log(run.state.step, figures)
     run.tracker.event("validation", step=run.state.step, mse=figures["val/mse"])
     log.info(
-        "step %d validation on %d cells: masked MSE %.4f, per-gene-mean predictor %.4f, Pearson %.3f (%.3f)",
+        "step %d validation on %d cells: masked MSE %.4f, "
+        "per-gene-mean predictor %.4f, Pearson %.3f (%.3f)",
         run.state.step, len(rows), figures["val/mse"], figures["val/baseline_mse"],
         figures["val/pearson"], figures["val/baseline_pearson"],
     )  # fmt: skip

@@ -27,12 +27,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sclong_ds import page, plots
+from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import (
     read_events,
     read_every_row,
     read_metrics,
     read_run_json,
-    write_atomic,
 )
 from sclong_ds.tracking import find_run_dir
 

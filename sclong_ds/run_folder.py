@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from sclong_ds.files import write_atomic
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 RUN_FILE = "run.json"
@@ -164,16 +166,6 @@ def record_start(run_dir: Path, *, resumed: bool) -> dict[str, Any]:
         ended=None,
         environment=environment(),
     )
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file at once: readers and kills see the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def git_commit() -> str:

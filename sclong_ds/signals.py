@@ -1,4 +1,4 @@
-"""Stopping a run in an orderly way: signals, a launcher that died, and one process per run folder."""
+"""Stopping a run in an orderly way: signals, a dead launcher, and one process per run folder."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def lock_run_folder(run_dir: Path, *, wait_s: float) -> IO[str]:
                 owner = handle.read().strip() or "unknown"
                 handle.close()
                 raise ValueError(
-                    f"run.dir={run_dir}: another process is training there ({owner}); stop it or use another run.dir"
+                    f"run.dir={run_dir}: another process is training there ({owner}); "
+                    f"stop it or use another run.dir"
                 ) from None
             time.sleep(0.5)
     handle.truncate(0)

@@ -28,12 +28,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.cells import CellStore, CellWriter, sync_tree
-from sclong_ds.genes import GeneVocabulary, write_atomic
+from sclong_ds.cells import CellStore, CellWriter
+from sclong_ds.files import write_atomic
+from sclong_ds.genes import GeneVocabulary
 from sclong_ds.streams import MAX_COUNT, PackedCells, decode, encode, slices_to_index
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from pandas import DataFrame
 
 __all__ = [
     "MAX_COUNT",
@@ -49,8 +51,6 @@ __all__ = [
     "encode",
     "read_catalogue",
     "slices_to_index",
-    "sync_tree",
-    "write_atomic",
     "write_catalogue",
 ]
 
@@ -227,8 +227,23 @@ class Corpus:
         import anndata
         import pandas as pd
 
+        var = pd.DataFrame(
+            {"symbol": self.genes.symbols, "class": self.genes.classes}, index=list(self.genes.ids)
+        )
+        return anndata.AnnData(self.rows(indices), obs=self.obs(indices), var=var)
+
+    def obs(self, indices: ArrayLike) -> DataFrame:
+        """Return the annotations of chosen cells without reading their counts.
+
+        Args:
+            indices: (cells,) positions.
+
+        Returns:
+            dataset_id, barcode and the kept columns, named by position in the corpus.
+        """
+        import pandas as pd
+
         wanted = np.asarray(indices, dtype=np.int64)
-        counts = self.rows(wanted)
         dataset, obs_row = self.row_dataset[wanted], self.cells.table("obs_row")[wanted]
         parts = []
         for code in np.unique(dataset):
@@ -245,10 +260,7 @@ class Corpus:
             else pd.DataFrame({"dataset_id": [], "barcode": []}, dtype=str)
         )
         obs.index = wanted.astype(str)
-        var = pd.DataFrame(
-            {"symbol": self.genes.symbols, "class": self.genes.classes}, index=list(self.genes.ids)
-        )
-        return anndata.AnnData(counts, obs=obs.fillna(""), var=var)
+        return obs.fillna("")
 
 
 def read_catalogue(corpus: str | Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sclong_ds.config import RunConfig, to_dict
+from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -40,7 +41,6 @@ from sclong_ds.run_folder import (
     read_run_json,
     record_start,
     update_run_json,
-    write_atomic,
 )
 
 if TYPE_CHECKING:

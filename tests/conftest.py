@@ -1,22 +1,24 @@
-"""Shared fixtures: the bundled cells as a finished corpus, the gene graph, and launching real runs."""
+"""Shared fixtures: the bundled cells as a finished corpus, the gene graph, and launching real
+runs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import ROOT, run_module
 
-ROOT = Path(__file__).parents[1]
 RESOURCES = ROOT / "data_prep" / "resources"
-FAST_FIRST = ("kernels", "sclong_ds", "data_prep", "tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse to test somebody else's code: `kernels` is also a package on PyPI."""
+    """Use one thread, and refuse somebody else's code: `kernels` is also a package on PyPI."""
+    import torch
+
     import kernels
+
+    # Small matrices gain nothing from threads, and lose much where other processes run.
+    torch.set_num_threads(1)
 
     assert Path(kernels.__file__).is_relative_to(ROOT), f"kernels is {kernels.__file__}, not ours"
 
@@ -29,43 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             bool(item.get_closest_marker("distributed")),
         )
     )
-
-
-def run_module(
-    *args: object, timeout: float = 600, check: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ARGS` from the checkout and return what it printed."""
-    command = [sys.executable, "-m", *map(str, args)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
-    if check and done.returncode != 0:
-        pytest.fail(
-            f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-        )
-    return done
-
-
-def environment() -> dict[str, str]:
-    """Return the environment for child processes: CPU ranks with one thread each."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_"))}
-    return inherited | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def deepspeed_command(ranks: int, *args: object) -> list[str]:
-    """Return the command line that launches `python -m sclong_ds.pretrain ARGS` on some ranks."""
-    launcher = Path(sys.executable).parent / "deepspeed"
-    port = 20000 + os.getpid() % 20000
-    return [
-        str(launcher),
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(port),
-        "--module",
-        "sclong_ds.pretrain",
-        *map(str, args),
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +57,8 @@ SMALL_GENES = 300
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real cells over the 300 genes with most counts; 126 cells (immune_b) are the validation split."""
+    """Real cells over the 300 genes with most counts; 126 cells (immune_b) are the validation
+    split."""
     import anndata
     import numpy as np
 
@@ -102,16 +68,10 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cells = anndata.read_h5ad(RESOURCES / "demo" / "immune_a.h5ad")
     totals = dict(zip(cells.var_names, np.asarray(cells.X.sum(axis=0)).ravel(), strict=True))
     bundled = GeneVocabulary.bundled()
-    best = sorted(range(len(bundled)), key=lambda i: -totals.get(bundled.symbols[i], 0))[
-        :SMALL_GENES
-    ]
-    keep = sorted(best)
-    genes = GeneVocabulary(
-        *(
-            tuple(column[i] for i in keep)
-            for column in (bundled.ids, bundled.symbols, bundled.classes)
-        )
-    )
+    by_count = sorted(range(len(bundled)), key=lambda i: -totals.get(bundled.symbols[i], 0))
+    keep = sorted(by_count[:SMALL_GENES])
+    columns = (bundled.ids, bundled.symbols, bundled.classes)
+    genes = GeneVocabulary(*(tuple(column[i] for i in keep) for column in columns))
     genes.write(folder / "genes.tsv")
     rows = [
         f"{name}\t{RESOURCES / 'demo' / name}.{kind}"
@@ -119,8 +79,9 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "manifest.tsv").write_text("\n".join(["dataset_id\tpath", *rows]) + "\n")
     corpus = folder / "corpus"
-    run_module("data_prep", "convert", folder / "manifest.tsv", "--out", corpus, "--genes", folder / "genes.tsv",
-               "--min-genes-mapped", 100, "--min-share-mapped", 0)  # fmt: skip
+    run_module("data_prep", "convert", folder / "manifest.tsv", "--out", corpus,
+               "--genes", folder / "genes.tsv", "--min-genes-mapped", 100,
+               "--min-share-mapped", 0)  # fmt: skip
     run_module("data_prep", "finalize", corpus, "--validation-datasets", "immune_b")
     return corpus
 

@@ -138,7 +138,7 @@ def documents() -> list[Path]:
 def test_named_paths_modules_and_targets_exist(path):
     text = path.read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for target in re.findall(r"\bmake ([a-z][a-z-]*)", text):
+    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.MULTILINE):
         assert target in targets, f"{path.name} names `make {target}`"
     for module in re.findall(r"(?:-m|--module) ((?:sclong_ds|data_prep|benchmarks)[\w.]*)", text):
         assert module in MODULES or (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), (

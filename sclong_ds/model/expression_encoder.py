@@ -1,4 +1,6 @@
-"""Expression encoder: a gene's scalar value to a vector; hidden values become one learned mask vector.
+"""Expression encoder: a gene's scalar value to a vector.
+
+Hidden values become one learned mask vector.
 
 Shapes: B cells, G genes, C base width.
 """

@@ -1,4 +1,4 @@
-"""Gene encoder: one vector per gene from a learned table and a graph convolution over the gene graph.
+"""Gene encoder: one vector per gene from a learned table and a convolution over the gene graph.
 
 The output depends on parameters only, so it is computed once per forward pass. It is the sum of the
 gene vectors (optionally initialised from a file) and of the convolved gene table. The convolution

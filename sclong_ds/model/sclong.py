@@ -43,7 +43,7 @@ def expression_order(x: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """How raw counts become model input: log1p(target_sum * count / total over the model's genes)."""
+    """From raw counts to model input: log1p(target_sum * count / total over the model's genes)."""
 
     name: str
     """Always log1p_total in this version."""
@@ -171,21 +171,24 @@ def check_sizes(
     """
     if config.gene_encoder == "graph" and graph is None:
         raise ValueError(
-            "model.gene_graph is needed: build it with `python -m data_prep gene-graph --out graph.npz` and set "
-            "model.gene_graph=graph.npz, or train without a graph with model.gene_encoder=embedding"
+            "model.gene_graph is needed: build it with `python -m data_prep gene-graph "
+            "--out graph.npz` and set model.gene_graph=graph.npz, or train without a graph "
+            "with model.gene_encoder=embedding"
         )
     if config.gene_encoder == "embedding" and graph is not None:
         raise ValueError(
-            "model.gene_graph is set but model.gene_encoder=embedding would ignore it: set it to null"
+            "model.gene_graph is set but model.gene_encoder=embedding would ignore it: "
+            "set it to null"
         )
     if config.top_seq_len >= n_genes:
         raise ValueError(
-            f"model.top_seq_len: got {config.top_seq_len}, must be below the number of genes {n_genes}"
+            f"model.top_seq_len: got {config.top_seq_len}, "
+            f"must be below the number of genes {n_genes}"
         )
     if gene_vectors is not None and gene_vectors.shape != (n_genes, config.base_dim):
         raise ValueError(
-            f"model.gene_vectors: got an array of shape {gene_vectors.shape}, must be ({n_genes}, {config.base_dim}): "
-            f"(genes, model.base_dim)"
+            f"model.gene_vectors: got an array of shape {gene_vectors.shape}, "
+            f"must be ({n_genes}, {config.base_dim}): (genes, model.base_dim)"
         )
 
 

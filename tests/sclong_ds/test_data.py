@@ -1,4 +1,5 @@
-"""The order of cells: a pure function of the seed, the same for every world size, resumable anywhere."""
+"""The order of cells: a pure function of the seed, the same for every world size, resumable
+anywhere."""
 
 import numpy as np
 import pytest
@@ -32,8 +33,8 @@ def take(bounds, steps, *, world=1, batch=4, micro=1, seen=0, seed=0, group=2):
     ranks = []
     for rank in range(world):
         loader = CellLoader(
-            FakeCorpus(bounds), seed=seed, cells_seen=seen, rank=rank, world_size=world, train_batch_size=batch,
-            micro_batch_size=micro, group_chunks=group, prefetch_batches=2,
+            FakeCorpus(bounds), seed=seed, cells_seen=seen, rank=rank, world_size=world,
+            train_batch_size=batch, micro_batch_size=micro, group_chunks=group, prefetch_batches=2,
         )  # fmt: skip
         got = []
         for _ in range(steps):

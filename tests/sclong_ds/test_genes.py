@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sclong_ds.genes import GeneVocabulary, write_atomic
+from sclong_ds.files import write_atomic
+from sclong_ds.genes import GeneVocabulary
 
 TABLE = (
     "ensembl_id\tsymbol\tbiotype\tclass\n"

@@ -118,7 +118,6 @@ def test_flops_equal_those_torch_counts(changes):
     forward = flops_per_cell(model, 37)
     times = {part: 1 if part == "gene_encoder" else cells for part in forward}
     total, parts = counted_flops(net, *batch, backward=False)
-    # The head's product with its weight vector lies outside any submodule's call.
     for part in forward:
         assert parts[part] == forward[part] * times[part], part
     assert total == sum(forward[part] * times[part] for part in forward)
@@ -210,17 +209,17 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("cells", [2, 12])
+@pytest.mark.parametrize("cells", [2, 10])
 def test_predicted_peak_is_near_the_counted_one(cells, recompute):
     model = small(
         base_dim=48,
         large_dim=96,
         top_seq_len=128,
-        large_encoder=stack(4, 4, 32, 70, 4),
-        mini_encoder=stack(2, 4, 16, 44, 4),
-        decoder=stack(2, 4, 16, 44, 4),
+        large_encoder=stack(3, 4, 32, 70, 4),
+        mini_encoder=stack(1, 4, 16, 44, 4),
+        decoder=stack(2, 4, 16, 160, 4),
     )
-    net, (x, mask) = built(model, 700), inputs(cells, 700)
+    net, (x, mask) = built(model, 400), inputs(cells, 400)
     for performer in net.performers().values():
         performer.recompute = recompute
     net(x, mask).sum().backward()  # allocates gradients and draws the random features
@@ -228,10 +227,10 @@ def test_predicted_peak_is_near_the_counted_one(cells, recompute):
     known = [*net.parameters(), *(p.grad for p in net.parameters()), *features]
     with PeakBytes(known) as counted:
         (net(x, mask) - x).square().sum().backward()
-    predicted = peak_activation_bytes(
-        model, 700, micro_batch=cells, element_bytes=4, recompute=recompute
+    predicted_peak = peak_activation_bytes(
+        model, 400, micro_batch=cells, element_bytes=4, recompute=recompute
     )
-    assert predicted == pytest.approx(counted.peak, rel=0.1)
+    assert predicted_peak == pytest.approx(counted.peak, rel=0.035)
 
 
 def setup_of(world_size, **changes):

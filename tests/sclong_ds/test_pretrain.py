@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, deepspeed_command, environment, run_module
+from launching import ROOT, deepspeed_command, environment, run_module
 
 from sclong_ds.run_folder import read_events, read_metrics
 
@@ -25,10 +25,10 @@ STEPS = 120
 
 def settings(run_dir, corpus, graph, **overrides):
     base = {
-        "run.dir": run_dir, "data.corpus": corpus, "model.gene_graph": graph, "model.top_seq_len": 64,
-        "run.max_steps": STEPS, "run.validate_every_n_steps": 60, "run.validation_cells": 20,
-        "checkpoint.every_n_steps": 25, "checkpoint.keep_last": 5, "optim.decay_steps": STEPS,
-        "tracking.enabled": "false",
+        "run.dir": run_dir, "data.corpus": corpus, "model.gene_graph": graph,
+        "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 60,
+        "run.validation_cells": 20, "checkpoint.every_n_steps": 25, "checkpoint.keep_last": 5,
+        "optim.decay_steps": STEPS, "tracking.enabled": "false",
     }  # fmt: skip
     return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
 
@@ -283,7 +283,10 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     from sclong_ds.signals import lock_run_folder
 
     held = lock_run_folder(tmp_path, wait_s=0)
-    code = f"from pathlib import Path; from sclong_ds.signals import lock_run_folder; lock_run_folder(Path({str(tmp_path)!r}), wait_s=0)"
+    code = (
+        "from pathlib import Path; from sclong_ds.signals import lock_run_folder; "
+        f"lock_run_folder(Path({str(tmp_path)!r}), wait_s=0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "another process is training there" in done.stderr
     held.close()

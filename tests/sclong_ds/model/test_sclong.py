@@ -1,4 +1,5 @@
-"""The model: published sizes, stated order of genes, batch invariance, and that it uses what it is given."""
+"""The model: published sizes, stated order of genes, batch invariance, and that it uses what it is
+given."""
 
 import dataclasses
 
@@ -17,17 +18,16 @@ G = 60
 def small_graph(n=G, edges=300, seed=0):
     rng = np.random.default_rng(seed)
     flat = np.unique(rng.integers(0, n * n, edges))
-    return np.stack([flat % n, flat // n]).astype(np.int64), rng.random(len(flat)).astype(
-        np.float32
-    )
+    weights = rng.random(len(flat)).astype(np.float32)
+    return np.stack([flat % n, flat // n]).astype(np.int64), weights
 
 
 def small_model(seed=0, graph=True, **changes):
     stack = PerformerConfig(depth=2, heads=2, dim_head=8, nb_features=None, ff_mult=2)
-    settings = dict(
-        base_dim=16, large_dim=24, top_seq_len=12, expression_hidden=8, large_encoder=stack, mini_encoder=stack,
-        decoder=stack, gene_bias=False,
-    )  # fmt: skip
+    settings = {
+        "base_dim": 16, "large_dim": 24, "top_seq_len": 12, "expression_hidden": 8,
+        "large_encoder": stack, "mini_encoder": stack, "decoder": stack, "gene_bias": False,
+    }  # fmt: skip
     config = dataclasses.replace(load_config("sclong_tiny").model, **(settings | changes))
     torch.manual_seed(seed)
     model = ScLong(config, n_genes=G, graph=small_graph() if graph else None)

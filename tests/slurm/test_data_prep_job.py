@@ -1,0 +1,93 @@
+"""data_prep.sh converts a manifest as a job array and finalizes the corpus; gene_graph.sh."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sclong_ds.graph_file import read_gene_graph
+from sclong_ds.store import Corpus
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).resolve().parents[2]
+MANIFEST = ROOT / "data_prep" / "resources" / "demo" / "manifest.tsv"
+# The GO graph of all genes takes the longest of the jobs here.
+GRAPH_TIMEOUT_S = 400.0
+
+
+@pytest.fixture(scope="module")
+def converted(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Convert the bundled cells in an array of two tasks whose numbers do not begin at 0."""
+    corpus = tmp_path_factory.mktemp("data_prep_job") / "corpus"
+    job = slurm.sbatch(
+        "data_prep.sh", "convert", MANIFEST, "--out", corpus, options=("--array=3-4",)
+    )
+    return corpus, [slurm.wait(f"{job}_{task}") for task in (3, 4)]
+
+
+def test_array_converts_every_dataset_once(converted: tuple[Path, list[Any]]) -> None:
+    corpus, tasks = converted
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep", "status", corpus, "--json"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    datasets = {d["dataset_id"]: d["status"] for d in json.loads(done.stdout)["datasets"]}
+    listed = [line.split("\t")[0] for line in MANIFEST.read_text().splitlines()[1:] if line]
+    assert sorted(datasets) == sorted(listed)
+    assert [name for name, status in datasets.items() if status != "ok"] == ["immune_broken"]
+    # The task that had the broken file says so by its status; the other one is not affected.
+    assert sorted((t.state, t.exit_code) for t in tasks) == [("COMPLETED", 0), ("FAILED", 1)]
+    assert "task 0 of 2 on" in tasks[0].log
+    assert "task 1 of 2 on" in tasks[1].log
+
+
+def test_finalize_and_verify_run_as_jobs(slurm: Any, converted: tuple[Path, list[Any]]) -> None:
+    corpus, _ = converted
+    for command in ("finalize", "verify"):
+        job = slurm.wait(slurm.sbatch("data_prep.sh", command, corpus))
+        assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+    assert len(Corpus(corpus)) > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "array", "message"),
+    [("convert", "0,2", "without gaps"), ("finalize", "0-1", "'finalize' runs as one job")],
+)
+def test_an_array_that_would_lose_datasets_is_refused(
+    slurm: Any, tmp_path: Path, command: str, array: str, message: str
+) -> None:
+    corpus = tmp_path / "corpus"
+    arguments = (MANIFEST, "--out", corpus) if command == "convert" else (corpus,)
+    job = slurm.sbatch("data_prep.sh", command, *arguments, options=(f"--array={array}",))
+    first = slurm.wait(f"{job}_0")
+    assert (first.state, first.exit_code) == ("FAILED", 2)
+    assert message in first.log
+    assert not corpus.exists()
+
+
+def test_gene_graph_job_writes_the_graph_of_the_given_genes(slurm: Any, tmp_path: Path) -> None:
+    resources = ROOT / "data_prep" / "resources"
+    out = tmp_path / "graph.npz"
+    job = slurm.wait(
+        slurm.sbatch(
+            "gene_graph.sh",
+            *("--obo", resources / "go" / "go-basic.obo.gz"),
+            *("--associations", resources / "go" / "gene2go.gz"),
+            *("--genes", resources / "genes_27874.tsv.gz"),
+            *("--out", out),
+        ),
+        timeout_s=GRAPH_TIMEOUT_S,
+    )
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+    with np.load(out) as archive:
+        genes_hash = str(archive["genes_hash"])
+    edges, weights = read_gene_graph(out, genes_hash=genes_hash)
+    assert edges.shape == (2, len(weights))
+    assert edges.shape[1] > 27_874

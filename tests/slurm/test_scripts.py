@@ -1,0 +1,137 @@
+"""The job scripts are sound shell, and refuse wrong submissions with one clear line."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+JOBS = [script for script in SCRIPTS if script.name != "env.sh"]
+PATH_OF_A_SITE = re.compile(r"/(home|scratch|gpfs|lustre|data|work|mnt)/")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(
+        [shellcheck, "--external-sources", script], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda p: p.name)
+def test_headers_name_no_cluster(script: Path) -> None:
+    text = script.read_text()
+    headers = re.findall(r"^#SBATCH --([a-z-]+)", text, re.MULTILINE)
+    site = {"account", "partition", "qos", "constraint", "nodelist", "mail-user", "gres", "time"}
+    assert {"job-name", "output", "requeue"} <= set(headers)
+    assert not site & set(headers)
+    assert not PATH_OF_A_SITE.search(text)
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda p: p.name)
+def test_outside_the_project_stops_with_status_2(script: Path, tmp_path: Path) -> None:
+    # sbatch runs a copy in its spool folder: where the script lies says nothing of the project.
+    copy = shutil.copy(script, tmp_path / "slurm_script")
+    environment = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", copy, "argument"], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path} is not the project")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_pretrain_outside_of_slurm_says_how_to_submit(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", ROOT / "slurm" / "pretrain.sh"], env={"PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "sbatch slurm/pretrain.sh --config" in done.stderr
+
+
+@pytest.mark.slurm
+def test_pretrain_without_arguments_fails_with_status_2(slurm: Any) -> None:
+    job = slurm.wait(slurm.sbatch("pretrain.sh"))
+    assert (job.state, job.exit_code) == ("FAILED", 2)
+    assert "error: no arguments" in job.log
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("options", "settings", "nodes", "ranks_per_node", "cpus"),
+    [
+        (("--nodes=2",), {}, 2, 1, 1),
+        (("--nodes=2", "--cpus-per-task=2"), {"SCLONG_RANKS_PER_NODE": "2"}, 2, 2, 1),
+        (("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2"), {}, 2, 2, 1),
+        (("--nodes=2", "--gpus-per-task=1", "--ntasks-per-node=2"), {}, 2, 2, 1),
+        (("--nodes=1", "--gres=gpu:1", "--cpus-per-task=2"), {}, 1, 1, 2),
+    ],
+)
+def test_ranks_follow_the_allocation(
+    slurm: Any, tmp_path: Path, options: tuple[str, ...], settings: dict[str, str],
+    nodes: int, ranks_per_node: int, cpus: int,
+) -> None:  # fmt: skip
+    # The container setting puts a command in front of python; this one shows what it was given.
+    show = tmp_path / "show"
+    variables = "$RANK/$WORLD_SIZE $SLURMD_NODENAME $LOCAL_RANK/$LOCAL_SIZE $OMP_NUM_THREADS"
+    show.write_text(
+        f'#!/bin/bash\necho "rank {variables} $MASTER_ADDR"; printf "<%s>" "$@"; echo\n'
+    )
+    show.chmod(0o755)
+    arguments = ("--config", "a b", "run.dir='c d'")
+    environment = settings | {"SCLONG_CONTAINER": str(show)}
+    job = slurm.wait(slurm.sbatch("pretrain.sh", *arguments, options=options, env=environment))
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+    world = nodes * ranks_per_node
+    expected = [
+        f"rank {node * ranks_per_node + local}/{world} n{node + 1} "
+        f"{local}/{ranks_per_node} {cpus} 127.0.0.1"
+        for node in range(nodes)
+        for local in range(ranks_per_node)
+    ]
+    found = sorted(line for line in job.log.splitlines() if line.startswith("rank "))
+    assert found == expected
+    command = "<python><-u><-m><sclong_ds.pretrain><--config><a b><run.dir='c d'>"
+    assert job.log.count(command) == world
+
+
+@pytest.mark.slurm
+def test_a_failing_training_gives_the_job_its_status(slurm: Any) -> None:
+    job = slurm.wait(slurm.sbatch("pretrain.sh", "--config", "no_such_preset"))
+    assert job.state == "FAILED"
+    assert job.exit_code in (1, 2)
+    assert job.restarts == 0
+    assert "no_such_preset: no such preset or file" in job.log
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        (
+            ("--nodes=2",),
+            {"SCLONG_RANKS_PER_NODE": "4"},
+            "error: 4 ranks per node, but only 1 CPUs",
+        ),
+        (("--nodes=2", "--gpus=3", "--cpus-per-task=2"), {}, "ask with --gpus-per-node"),
+        ((), {"SCLONG_MODULES": "cuda"}, "error: SCLONG_MODULES='cuda'"),
+    ],
+)
+def test_an_impossible_submission_is_refused_before_the_launch(
+    slurm: Any, options: tuple[str, ...], settings: dict[str, str], message: str
+) -> None:
+    job = slurm.wait(
+        slurm.sbatch("pretrain.sh", "--config", "sclong_tiny", options=options, env=settings)
+    )
+    assert (job.state, job.exit_code) == ("FAILED", 2)
+    assert message in job.log
