@@ -2,7 +2,7 @@
 
 430 human immune cells in three formats and one broken file are converted, finalized and verified;
 the gene graph is built; `sclong_tiny` is pretrained under ZeRO-3 on the GPUs, or on two CPU
-processes, interrupted with Ctrl-C's signal and resumed; the model is exported, embeds the held-out
+processes, interrupted and resumed; the model is exported, embeds the held-out
 cells, and a report is written. Everything goes below --out.
 """
 
@@ -12,13 +12,13 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from sclong_ds.run_folder import read_events, read_metrics, read_run_json
@@ -89,7 +89,7 @@ def prepare(out: Path) -> None:
 
 
 def pretrain(out: Path) -> None:
-    """Train, interrupt the run as Ctrl-C would, and start the same command again."""
+    """Train, interrupt the run, and start the same command again."""
     run_dir = out / "runs" / "demo"
     launch = [
         Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks(),
@@ -108,8 +108,10 @@ def pretrain(out: Path) -> None:
     finally:
         # Also when the demo itself is interrupted: the ranks have a session of their own.
         if process.poll() is None:
-            say(f"interrupt the run after step {last_step(run_dir)} (Ctrl-C)")
-            os.killpg(process.pid, signal.SIGINT)
+            say(f"interrupt the run after step {last_step(run_dir)} with SIGTERM")
+            # To the launcher, which passes it on; the outer `deepspeed` process would not.
+            for launcher in psutil.Process(process.pid).children():
+                launcher.terminate()
             process.wait()
     if last_step(run_dir) < INTERRUPT_AT or not list((run_dir / "checkpoints").glob("step_*")):
         raise DemoError(
@@ -214,7 +216,8 @@ def environment() -> dict[str, str]:
 def command(*args: object, expected: int = 0, capture: bool = False) -> str:
     """Run `python -m ARGS`, check its exit status, and return what it printed when captured."""
     line = [sys.executable, "-m", *map(str, args)]
-    print(f"$ python -m {' '.join(map(str, args))}", flush=True)
+    if not capture:
+        print(f"$ python -m {' '.join(map(str, args))}", flush=True)
     done = subprocess.run(
         line,
         cwd=ROOT,
