@@ -14,7 +14,7 @@ help:
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: requirements.txt
+$(VENV)/.ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: python >= 3.11 is needed, $$($(PYTHON) --version) found; set PYTHON=/path/to/python3.12"; exit 1; }
 	@command -v g++ >/dev/null || { echo "error: g++ is missing (DeepSpeed compiles with it): apt-get install g++"; exit 1; }
@@ -25,6 +25,7 @@ $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt

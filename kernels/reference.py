@@ -57,8 +57,8 @@ def orthogonal_features(n_features: int, dim: int, *, generator: torch.Generator
     for start in range(0, n_features, dim):
         gaussian = torch.randn(dim, dim, generator=generator, device="cpu", dtype=torch.float32)
         q, r = torch.linalg.qr(gaussian)
-        # LAPACK fixes the signs of Q, which makes every feature lean to one side and the estimate of
-        # softmax biased; with the signs of R's diagonal Q is uniform over all rotations.
+        # LAPACK fixes the signs of Q, which makes every feature lean to one side and the estimate
+        # of softmax biased; with the signs of R's diagonal Q is uniform over all rotations.
         basis = (q * r.diagonal().sign()).T
         blocks.append(basis[: n_features - start])
     norms = torch.randn(n_features, dim, generator=generator, device="cpu", dtype=torch.float32)

@@ -21,9 +21,8 @@ COMMANDS = {
 """Command to module and help; a module has add_arguments(parser) and run(args)."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 bad usage."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser; only the command in `argv` is imported and has its arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m sclong_ds",
         description="Train with `deepspeed --module sclong_ds.pretrain`; "
@@ -32,9 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if argv[:1] == [name]:
+        if list(argv[:1]) == [name]:
             import_module(module).add_arguments(command)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 bad usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser(argv).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         return import_module(COMMANDS[args.command][0]).run(args)

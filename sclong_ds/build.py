@@ -205,6 +205,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
             f"data.target_sum: got {config.data.target_sum:g}, "
             f"the corpus statistics are for {corpus.gene_stats.target_sum:g}"
         )
+    if not len(corpus.split("train")):
+        raise ValueError(f"data.corpus={config.data.corpus}: its training split has no cells")
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
     model = build_partitioned(
         lambda: make_model(config, corpus), seed=config.run.seed, ds_config=ds_config
@@ -216,6 +218,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         cells_seen=0,
         world_size=ranks.world_size,
         seed=config.run.seed,
+        precision=config.engine.precision,
+        zero_stage=ds_config["zero_optimization"]["stage"],
         corpus_hash=corpus.hash,
         genes_hash=corpus.genes.hash,
         graph_hash=_sha256(config.model.gene_graph) if config.model.gene_graph else None,
@@ -252,7 +256,7 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     """Lock the run folder, resume, write what the run consists of, start the tracker."""
     run_dir = run.run_dir
     on_first_rank(lambda: claim_run_folder(run))
-    found = checkpoint.load(run.engine, run_dir / "checkpoints")
+    found = checkpoint.load(run.engine, run_dir / "checkpoints", expected=run.state)
     if found is not None:
         refuse_other_inputs(run, found)
         run.state = found

@@ -46,6 +46,10 @@ class TrainState:
     """Ranks that wrote the checkpoint."""
     seed: int
     """`run.seed`."""
+    precision: str
+    """`engine.precision`."""
+    zero_stage: int
+    """ZeRO stage; the stages write different files."""
     corpus_hash: str
     """Content hash of the corpus."""
     genes_hash: str
@@ -69,11 +73,13 @@ def save(
     Returns:
         The checkpoint's folder.
     """
-    name = f"step_{state.step:08d}"
+    name = name_of(state.step)
     partial, final = folder / f"{name}.partial", folder / name
     first = dist.get_rank() == 0
-    if first and partial.exists():
-        shutil.rmtree(partial)
+    if first:
+        # Also those of other steps, left by a process that was killed while it saved.
+        for unfinished in folder.glob("step_*.partial"):
+            shutil.rmtree(unfinished)
     dist.barrier()
     with _quiet():
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
@@ -100,30 +106,45 @@ def save(
     return final
 
 
-def load(engine: Any, folder: Path) -> TrainState | None:
+def name_of(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def load(engine: Any, folder: Path, *, expected: TrainState) -> TrainState | None:
     """Load the newest good checkpoint of a run; every rank must call it.
 
     Args:
         engine: The DeepSpeed engine, freshly initialised.
         folder: The run's `checkpoints` folder.
+        expected: What this run would start from; number of ranks, stage and precision must agree.
 
     Returns:
         The position to go on from, or None when there is no checkpoint.
 
     Raises:
-        ValueError: Checkpoints exist but none is good, or it was saved by another number of ranks.
+        ValueError: Checkpoints exist but none is good, or it was saved by another number of ranks,
+            in another precision or ZeRO stage.
     """
     name = on_first_rank(lambda: _choose(folder))
     if name is None:
         return None
     state = read_state(folder / name)
+    if (state.precision, state.zero_stage) != (expected.precision, expected.zero_stage):
+        raise ValueError(
+            f"{folder / name} was saved with ZeRO stage {state.zero_stage} in {state.precision}, "
+            f"this run has stage {expected.zero_stage} in {expected.precision}: "
+            f"set engine.ds_config and engine.precision back, or use a new run.dir"
+        )
     if state.world_size != dist.get_world_size():
         raise ValueError(
             f"{folder / name} was saved by {state.world_size} ranks, "
             f"this run has {dist.get_world_size()}: start it with {state.world_size}"
         )
     with _quiet():
-        engine.load_checkpoint(str(folder), tag=name)
+        path, _ = engine.load_checkpoint(str(folder), tag=name)
+    if path is None:
+        raise ValueError(f"{folder / name}: DeepSpeed could not load it; see the messages above")
     return state
 
 

@@ -201,7 +201,7 @@ def peak_activation_bytes(
 
     Three moments can be the highest: the end of the forward pass; in the backward pass of a layer,
     its feed-forward block (gradients on both sides of GELU) or its attention (q, k, v and their
-    gradients of all cells, and of one cell in fp32, with five times its features).
+    gradients of all cells, and of one cell in fp32, with three times its features).
 
     Args:
         model: The `model` section.
@@ -224,7 +224,7 @@ def peak_activation_bytes(
         others = stored - kept["head"] - own
         feed_forward = e * tokens * (4 * width + 4 * inner + 3 * wide)
         attention = e * tokens * (3 * width + 7 * inner)
-        one_cell = 4 * stack.heads * tokens * (5 * stack.features() + 9 * stack.dim_head)
+        one_cell = 4 * stack.heads * tokens * (3 * stack.features() + 8 * stack.dim_head)
         peak = max(
             peak,
             micro_batch * (others + feed_forward),

@@ -186,7 +186,8 @@ class CellLoader:
             for step in self._steps():
                 if not self._put(step):
                     return
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        except BaseException as error:  # noqa: BLE001
+            # Whatever it is: the training loop waits for this thread and must learn of its end.
             self._put(error)
 
     def _put(self, item: StepBatch | BaseException) -> bool:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -92,7 +96,7 @@ def pretrain(out: Path) -> None:
     """Train, interrupt the run, and start the same command again."""
     run_dir = out / "runs" / "demo"
     launch = [
-        Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks(),
+        Path(sys.executable).parent / "deepspeed", *where(), "--master_port", free_port(),
         "--module", "sclong_ds.pretrain", "--config", "sclong_tiny",
         f"run.dir={run_dir}", f"data.corpus={out / 'corpus'}",
         f"model.gene_graph={out / 'graph.npz'}",
@@ -113,7 +117,7 @@ def pretrain(out: Path) -> None:
             for launcher in psutil.Process(process.pid).children():
                 launcher.terminate()
             process.wait()
-    if last_step(run_dir) < INTERRUPT_AT or not list((run_dir / "checkpoints").glob("step_*")):
+    if last_step(run_dir) < INTERRUPT_AT or not (run_dir / "checkpoints" / "latest").exists():
         raise DemoError(
             f"pretrain stopped with status {process.returncode} before step {INTERRUPT_AT}"
         )
@@ -169,7 +173,7 @@ def summary(out: Path, *, minutes: float) -> str:
         "model": out / "model",
         "embedded cells": out / "embedded.h5ad",
         "report": out / "report.html",
-        "MLflow store": out / "runs" / "mlflow.db",
+        "MLflow store": os.environ.get("MLFLOW_TRACKING_URI") or out / "runs" / "mlflow.db",
     }
     width = max(map(len, [*table, *places]))
     lines = ["", *(f"{k:<{width}}  {v}" for k, v in table.items()), ""]
@@ -198,6 +202,21 @@ def ranks() -> int:
     """
     gpus = torch.cuda.device_count()
     return max(n for n in (1, 2, 4) if n <= gpus) if gpus else 2
+
+
+def where() -> list[str]:
+    """Return the launcher's options for these processes; it would ignore CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and torch.cuda.is_available():
+        return ["--include", f"localhost:{','.join(visible.split(',')[: ranks()])}"]
+    return ["--num_gpus", str(ranks())]
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def last_step(run_dir: Path) -> int:

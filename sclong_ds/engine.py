@@ -80,6 +80,7 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: not valid JSON: {error}") from None
+    _check_shape(config, path.name)
     _check_keys(config, path.name)
     micro = engine.train_micro_batch_size_per_gpu
     if engine.train_batch_size % (micro * world_size):
@@ -123,6 +124,18 @@ def _walk(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _check_shape(config: Any, where: str) -> None:
+    """Refuse a JSON that is no mapping of sections or does not name its ZeRO stage."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: expected a mapping, got {type(config).__name__}")
+    for section in ("bf16", "zero_optimization"):
+        if not isinstance(config.get(section, {}), dict):
+            raise ValueError(f"{where}: {section}: expected a mapping, got {config[section]!r}")
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"{where}: zero_optimization.stage: got {stage}, allowed: 1, 2, 3")
 
 
 def _check_keys(config: dict[str, Any], where: str) -> None:
@@ -245,7 +258,7 @@ def initialize(model: nn.Module, *, optim: OptimConfig, ds_config: dict[str, Any
     else:
         # torch's own fused optimizer: DeepSpeed's needs nvcc on every node.
         kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
-        optimizer = kind(groups, fused=torch.cuda.is_available(), **settings)
+        optimizer = kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine
 

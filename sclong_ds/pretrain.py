@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -72,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="for instance run.max_steps=100"
     )
     args = parser.parse_args(argv)
-    ranks: Ranks | None = None
     try:
         config = load_config(args.config, args.overrides)
         check_inputs(config)
@@ -83,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(
             level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
         )
-        return train(config, ranks, stop, dry_run=args.dry_run)
+        status = train(config, ranks, stop, dry_run=args.dry_run)
+        dist.destroy_process_group()
+        return status
     except (ValueError, OSError) as error:
-        return report_error(error, ranks)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        # The process group is left as it is: with NCCL, destroying it can wait for the other ranks.
+        return report_error(error)
 
 
 def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> int:
@@ -101,30 +101,24 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
     progress = Progress(run)
     try:
         loader = open_loader(run)
-        if run.state.step == 0:
+        if validation_is_due(run):
             validate(run)
         while run.state.step < config.run.max_steps:
             started = time.perf_counter()
             batch = next(loader)
             waited = time.perf_counter() - started
-            figures, stopping = train_step(run, batch)
+            figures = train_step(run, batch)
+            if figures is None:
+                outcome = "KILLED"
+                loader.close()
+                return stop_early(run)
             record_step(run, figures, waited_s=waited, step_s=time.perf_counter() - started)
             progress.show(figures)
             step, done = run.state.step, run.state.step == config.run.max_steps
-            every = config.run.validate_every_n_steps
-            if every and (step % every == 0 or done) and not stopping:
+            if validation_is_due(run) or done:
                 validate(run)
-            if step % config.checkpoint.every_n_steps == 0 or done or stopping:
+            if step % config.checkpoint.every_n_steps == 0 or done:
                 save(run)
-            if stopping and not done:
-                loader.close()
-                reason = run.stop.reason() or "another rank"
-                run.tracker.event("signal", step=step, reason=reason)
-                outcome = "KILLED"
-                log.info(
-                    "stopped at step %d after saving; start the same command again to go on", step
-                )
-                return STOP_STATUS
         loader.close()
         outcome = "FINISHED"
         log.info(
@@ -140,8 +134,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         run.tracker.finish(outcome)
 
 
-def train_step(run: Run, batch: StepBatch) -> tuple[dict[str, float], bool]:
-    """Do one optimizer step; returns its figures and whether any rank was asked to stop."""
+def train_step(run: Run, batch: StepBatch) -> dict[str, float] | None:
+    """Do one optimizer step; returns its figures, or None when asked to stop before its end."""
     config, engine = run.config, run.engine
     lr = set_hyper_parameters(engine, config, run.state.step)
     run.model.redraw_features(checkpoint.redraw_index(config, run.state.step))
@@ -154,30 +148,43 @@ def train_step(run: Run, batch: StepBatch) -> tuple[dict[str, float], bool]:
     weight = run.ranks.world_size * len(batch.micro_batches) / n_targets
     squared_error = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
     for micro_batch in batch.micro_batches:
+        # A step of many micro-batches takes longer than a launcher waits for its ranks to end.
+        if any_rank_must_stop(run):
+            return None
         masked = prepare(run, micro_batch)
         loss = masked_squared_error(engine(masked.x, masked.hidden), masked.x, masked.targets)
         engine.backward(loss * weight)
         engine.step()
         squared_error += loss.detach()
-    stop = torch.tensor(
-        float(run.stop.reason() is not None), dtype=torch.float64, device=run.ranks.device
-    )
-    totals = torch.stack([squared_error, stop])
-    dist.all_reduce(totals)
-    train_loss = totals[0].item() / n_targets
-    if not math.isfinite(train_loss):
+    dist.all_reduce(squared_error)
+    train_loss, grad_norm = squared_error.item() / n_targets, float(engine.get_global_grad_norm())
+    if not (math.isfinite(train_loss) and math.isfinite(grad_norm) and engine.was_step_applied()):
         cells = ", ".join(map(str, batch.cell_ids[:16]))
         raise ValueError(
-            f"step {run.state.step + 1}: the loss is {train_loss} (corpus rows {cells}...); "
-            f"nothing was saved since the last checkpoint: lower optim.lr or look at these cells, "
-            f"then start again from that checkpoint"
+            f"step {run.state.step + 1}: the loss is {train_loss}, the gradient norm {grad_norm} "
+            f"(corpus rows {cells}...); nothing was saved since the last checkpoint: lower "
+            f"optim.lr or look at these cells, then start again from that checkpoint"
         )
     seen = run.state.cells_seen + len(batch.cell_ids)
     run.state = replace(run.state, step=run.state.step + 1, cells_seen=seen)
-    grad_norm = float(engine.get_global_grad_norm())
-    return {"train/loss": train_loss, "train/grad_norm": grad_norm, "train/lr": lr}, bool(
-        totals[1].item()
-    )
+    return {"train/loss": train_loss, "train/grad_norm": grad_norm, "train/lr": lr}
+
+
+def any_rank_must_stop(run: Run) -> bool:
+    """Tell every rank whether one of them was asked to stop, so that all stop at the same place."""
+    asked = torch.tensor(float(run.stop.reason() is not None), device=run.ranks.device)
+    dist.all_reduce(asked)
+    return bool(asked.item())
+
+
+def stop_early(run: Run) -> int:
+    """Save the last finished step and return the status that asks for a restart."""
+    step = run.state.step
+    if step and not (run.run_dir / "checkpoints" / checkpoint.name_of(step)).exists():
+        save(run)
+    run.tracker.event("signal", step=step, reason=run.stop.reason() or "another rank")
+    log.info("stopped after step %d; start the same command again to go on", step)
+    return STOP_STATUS
 
 
 def prepare(run: Run, batch: CellBatch) -> MaskedBatch:
@@ -192,9 +199,18 @@ def prepare(run: Run, batch: CellBatch) -> MaskedBatch:
     return MaskedBatch(*(t.to(run.ranks.device) for t in (masked.x, masked.hidden, masked.targets)))
 
 
+def validation_is_due(run: Run) -> bool:
+    """Tell whether the current step is one to validate at; also true for a run resumed there."""
+    every = run.config.run.validate_every_n_steps
+    return bool(every) and run.state.step % every == 0
+
+
 @torch.no_grad()
 def validate(run: Run) -> None:
-    """Score the first cells of the validation split under fixed masks and log the figures."""
+    """Score the first cells of the validation split under fixed masks and log the figures.
+
+    Gives up without figures when asked to stop; a run resumed at this step validates again.
+    """
     rows = run.corpus.split("validation")[: run.config.run.validation_cells]
     if len(rows) == 0 or run.config.run.validate_every_n_steps == 0:
         return
@@ -205,6 +221,9 @@ def validate(run: Run) -> None:
     pairs: list[np.ndarray] = []
     size, stride = run.config.engine.train_micro_batch_size_per_gpu, run.ranks.world_size
     for start in range(0, len(rows), size * stride):
+        if any_rank_must_stop(run):
+            run.engine.train()
+            return
         mine = rows[start : start + size * stride][run.ranks.rank * size :][:size]
         # Every rank makes the same number of forward passes, or ZeRO-3 hangs: a rank without cells
         # scores none of row 0.
@@ -236,7 +255,7 @@ def validate(run: Run) -> None:
         run.state.step, len(rows), figures["val/mse"], figures["val/baseline_mse"],
         figures["val/pearson"], figures["val/baseline_pearson"],
     )  # fmt: skip
-    if run.ranks.rank == 0 and pairs:
+    if run.ranks.rank == 0 and sum(pair.shape[1] for pair in pairs):
         predicted, true = np.concatenate(pairs, axis=1)[:, :DENSITY_VALUES]
         run.tracker.figure("predicted_vs_true", prediction_density_figure(predicted, true))
 
@@ -317,16 +336,17 @@ class Progress:
         self._bar.close()
 
 
-def report_error(error: Exception, ranks: Ranks | None) -> int:
+def report_error(error: Exception) -> int:
     """Print one line about what went wrong; returns exit status 1."""
     message = " ".join(str(error).split())
-    if ranks is None or ranks.rank == 0:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        # Rank 0 says what all ranks run into; the others wait for it, and speak only for the log of
-        # their own node.
+        # Rank 0 says what all ranks run into; the others give it the time to, and speak only for
+        # what they alone ran into.
         time.sleep(1)
-        log.warning("rank %d: %s", ranks.rank, message)
+        log.warning("rank %d: %s", rank, message)
     return 1
 
 

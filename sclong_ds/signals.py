@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -77,7 +78,13 @@ def lock_run_folder(run_dir: Path, *, wait_s: float) -> IO[str]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise ValueError(
+                    f"run.dir={run_dir}: this file system has no locks; put run.dir on one that has"
+                ) from None
+            if not isinstance(error, BlockingIOError):
+                raise
             if time.monotonic() > deadline:
                 handle.seek(0)
                 owner = handle.read().strip() or "unknown"

@@ -113,7 +113,7 @@ class Performer(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 # The reentrant form: the other one compares tensor shapes between the two forward
                 # passes and sees the emptied parameters of ZeRO-3.
-                x = checkpoint(layer, x, features, use_reentrant=True)
+                x = checkpoint(layer, x, features, use_reentrant=True, preserve_rng_state=False)
             else:
                 x = layer(x, features)
         return x

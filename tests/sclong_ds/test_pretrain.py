@@ -20,14 +20,14 @@ from launching import ROOT, deepspeed_command, environment, run_module
 from sclong_ds.run_folder import read_events, read_metrics
 
 pytestmark = pytest.mark.distributed
-STEPS = 120
+STEPS = 60
 
 
 def settings(run_dir, corpus, graph, **overrides):
     base = {
         "run.dir": run_dir, "data.corpus": corpus, "model.gene_graph": graph,
-        "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 60,
-        "run.validation_cells": 20, "checkpoint.every_n_steps": 25, "checkpoint.keep_last": 5,
+        "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 30,
+        "run.validation_cells": 20, "checkpoint.every_n_steps": 12, "checkpoint.keep_last": 5,
         "optim.decay_steps": STEPS, "tracking.enabled": "false",
     }  # fmt: skip
     return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
@@ -82,12 +82,12 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
     assert sorted(found) == list(range(1, STEPS + 1))
     rows = read_metrics(straight)
     scores = [r for r in rows if "val/mse" in r]
-    assert [r["step"] for r in scores] == [0, 60, 120]
+    assert [r["step"] for r in scores] == [0, 30, 60]
     assert scores[0]["val/mse"] == pytest.approx(scores[0]["val/baseline_mse"], rel=1e-3)
-    assert scores[-1]["val/mse"] < 0.9 * scores[-1]["val/baseline_mse"]
-    first = np.mean([found[s] for s in range(1, 21)])
-    last = np.mean([found[s] for s in range(STEPS - 19, STEPS + 1)])
-    assert last < 0.9 * first
+    assert scores[-1]["val/mse"] < 0.92 * scores[-1]["val/baseline_mse"]
+    first = np.mean([found[s] for s in range(1, 16)])
+    last = np.mean([found[s] for s in range(STEPS - 14, STEPS + 1)])
+    assert last < 0.97 * first
     assert rows[-1]["cells_seen"] == 4 * STEPS
     for name in (
         "config.yaml",
@@ -101,11 +101,15 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
     resolved = json.loads((straight / "ds_config.json").read_text())
     assert "auto" not in json.dumps(resolved)
     assert sorted(p.name for p in (straight / "checkpoints").glob("step_*")) == [
-        "step_00000025", "step_00000050", "step_00000075", "step_00000100", "step_00000120",
+        "step_00000012",
+        "step_00000024",
+        "step_00000036",
+        "step_00000048",
+        "step_00000060",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("who", ["everyone", "outer launcher"])
+@pytest.mark.parametrize("who", ["everyone", "launcher", "outer launcher"])
 def test_stopped_and_resumed_equals_straight_through(
     straight, small_corpus, small_graph, tmp_path, who
 ):
@@ -114,6 +118,8 @@ def test_stopped_and_resumed_equals_straight_through(
     wait_for_step(tmp_path / "run", 10, process)
     if who == "everyone":
         os.killpg(process.pid, signal.SIGINT)
+    elif who == "launcher":
+        psutil.Process(process.pid).children()[0].terminate()
     else:
         # Kills only the outer `deepspeed` process; the ranks notice that it is gone.
         process.terminate()
@@ -137,7 +143,7 @@ def test_stopped_and_resumed_equals_straight_through(
         assert all(np.array_equal(ours[n], theirs[n]) for n in ours)
 
 
-def test_signal_to_the_launcher_exits_75(small_corpus, small_graph, tmp_path):
+def test_ranks_that_were_asked_to_stop_exit_75(small_corpus, small_graph, tmp_path):
     process = launch(2, settings(tmp_path / "run", small_corpus, small_graph))
     wait_for_step(tmp_path / "run", 5, process)
     inner = psutil.Process(process.pid).children()[0]
@@ -149,7 +155,7 @@ def test_signal_to_the_launcher_exits_75(small_corpus, small_graph, tmp_path):
 def test_killed_and_resumed_equals_straight_through(straight, small_corpus, small_graph, tmp_path):
     args = settings(tmp_path / "run", small_corpus, small_graph)
     process = launch(2, args)
-    wait_for_step(tmp_path / "run", 40, process)
+    wait_for_step(tmp_path / "run", 20, process)
     inner = psutil.Process(process.pid).children()[0]
     inner.children()[-1].kill()
     process.communicate(timeout=300)
@@ -159,11 +165,11 @@ def test_killed_and_resumed_equals_straight_through(straight, small_corpus, smal
 
 
 def test_one_rank_agrees_with_two(straight, small_corpus, small_graph, tmp_path):
-    args = settings(tmp_path / "run", small_corpus, small_graph, **{"run.max_steps": 30})
+    args = settings(tmp_path / "run", small_corpus, small_graph, **{"run.max_steps": 15})
     run_module("sclong_ds.pretrain", *args)
     one, two = losses(tmp_path / "run"), losses(straight)
     assert one[1] == pytest.approx(two[1], rel=1e-6)
-    for step in range(2, 31):
+    for step in range(2, 16):
         assert one[step] == pytest.approx(two[step], rel=1e-3), step
 
 
@@ -181,7 +187,7 @@ def test_damaged_checkpoint_is_found_and_the_one_before_is_used(
     assert "is damaged" in output
     assert losses(run_dir) == losses(straight)
     resumed = [e for e in read_events(run_dir) if e["event"] == "resume"]
-    assert [e["step"] for e in resumed] == [100]
+    assert [e["step"] for e in resumed] == [48]
 
 
 def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
@@ -206,29 +212,62 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
     assert "exists" in again.stderr
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3_offload"])
+def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, stage):
+    changes = {"run.max_steps": 6, "engine.ds_config": stage}
+    run_module(
+        "sclong_ds.pretrain", *settings(tmp_path / "run", small_corpus, small_graph, **changes)
+    )
+    got, expected = losses(tmp_path / "run"), losses(straight)
+    assert [got[s] for s in range(1, 7)] == pytest.approx(
+        [expected[s] for s in range(1, 7)], rel=1e-3
+    )
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         {"engine.ds_config": "zero1"},
-        {"engine.ds_config": "zero2", "engine.precision": "bf16"},
-        {"engine.ds_config": "zero3_offload"},
-        {
-            "engine.precision": "bf16",
-            "engine.activation_checkpointing": "true",
-            "model.feature_redraw_interval": 3,
-        },
+        {"engine.activation_checkpointing": "true", "model.feature_redraw_interval": 3},
     ],
-    ids=lambda o: "-".join(map(str, o.values())),
+    ids=["zero1", "zero3, recomputed, redrawn"],
 )
-def test_other_stages_and_precisions_train(
+def test_bf16_stopped_and_resumed_equals_straight_through(
     straight, small_corpus, small_graph, tmp_path, overrides
 ):
-    args = settings(tmp_path / "run", small_corpus, small_graph, **{"run.max_steps": 6} | overrides)
-    run_module("sclong_ds.pretrain", *args)
-    got, expected = losses(tmp_path / "run"), losses(straight)
-    tolerance = 0.05 if "engine.precision" in overrides else 1e-3
-    assert got[1] == pytest.approx(expected[1], rel=tolerance)
-    assert all(np.isfinite(v) for v in got.values())
+    changes = {"engine.precision": "bf16", **overrides}
+
+    def train(name, steps):
+        args = settings(
+            tmp_path / name, small_corpus, small_graph, **{"run.max_steps": steps} | changes
+        )
+        finish(launch(2, args))
+        return losses(tmp_path / name)
+
+    whole = train("whole", 8)
+    train("parts", 5)
+    assert train("parts", 8) == whole
+    expected = losses(straight)
+    assert [whole[s] for s in range(1, 9)] == pytest.approx(
+        [expected[s] for s in range(1, 9)], rel=0.1
+    )
+
+
+def test_first_loss_is_the_variance_of_the_targets(small_corpus, small_graph, tmp_path):
+    """Without a bias per gene the model starts at the overall mean."""
+    changes = {"model.gene_bias": "false", "run.max_steps": 1, "run.validation_cells": 126}
+    run_module(
+        "sclong_ds.pretrain", *settings(tmp_path / "run", small_corpus, small_graph, **changes)
+    )
+    first = next(r for r in read_metrics(tmp_path / "run") if "val/mse" in r)
+    assert first["val/mse"] == pytest.approx(first["val/target_variance"], rel=0.1)
+
+
+def test_dry_run_checks_and_leaves_nothing(small_corpus, small_graph, tmp_path):
+    args = settings(tmp_path / "run", small_corpus, small_graph)
+    done = run_module("sclong_ds.pretrain", "--dry-run", *args)
+    assert "everything fits together" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def refused(*args):
@@ -252,7 +291,16 @@ def test_resume_refuses_what_would_not_be_the_same_run(
     assert "saved by 2 ranks, this run has 1" in refused(
         *settings(run_dir, small_corpus, small_graph)
     )
+    other = settings(run_dir, small_corpus, small_graph, **{"engine.ds_config": "zero2"})
+    assert "was saved with ZeRO stage 3 in fp32" in refused(*other)
     assert (run_dir / "config.yaml").read_bytes() == before
+
+
+def test_many_ranks_say_an_error_once(small_corpus, tmp_path):
+    args = settings(tmp_path / "run", small_corpus, "/none.npz")
+    output = finish(launch(2, args), expected=1)
+    assert output.count("error: ") == 1
+    assert "model.gene_graph=/none.npz: no such file" in output
 
 
 def test_wrong_inputs_are_named_and_nothing_is_left(
