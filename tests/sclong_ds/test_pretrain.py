@@ -303,24 +303,33 @@ def test_many_ranks_say_an_error_once(small_corpus, tmp_path):
     assert "model.gene_graph=/none.npz: no such file" in output
 
 
-def test_wrong_inputs_are_named_and_nothing_is_left(
-    small_corpus, small_graph, demo_graph, tmp_path
-):
+def test_missing_inputs_are_named(small_corpus, small_graph, tmp_path, capsys):
+    """Found before any process group is joined."""
+    from sclong_ds.pretrain import main
+
     run_dir = tmp_path / "run"
     cases = {
         "model.gene_graph is not set": settings(run_dir, small_corpus, "null"),
         "model.gene_graph=/none.npz: no such file": settings(run_dir, small_corpus, "/none.npz"),
         "no such folder": settings(run_dir, tmp_path / "none", small_graph),
-        "made for another gene vocabulary": settings(run_dir, small_corpus, demo_graph),
-        "must be a multiple": settings(
-            run_dir, small_corpus, small_graph, **{"engine.train_micro_batch_size_per_gpu": 3}
-        ),
-        "shipped ones are": settings(
-            run_dir, small_corpus, small_graph, **{"engine.ds_config": "zero9"}
-        ),
         "did you mean 'max_steps'": settings(
             run_dir, small_corpus, small_graph, **{"run.max_step": 3}
         ),
+    }
+    for message, args in cases.items():
+        assert main(args) == 1
+        said = capsys.readouterr().err
+        assert said.count("error: ") == 1
+        assert message in said
+    assert not run_dir.exists()
+
+
+def test_inputs_that_do_not_fit_are_named(small_corpus, small_graph, demo_graph, tmp_path):
+    run_dir = tmp_path / "run"
+    micro = {"engine.train_micro_batch_size_per_gpu": 3}
+    cases = {
+        "made for another gene vocabulary": settings(run_dir, small_corpus, demo_graph),
+        "must be a multiple": settings(run_dir, small_corpus, small_graph, **micro),
     }
     for message, args in cases.items():
         assert message in refused(*args), message
