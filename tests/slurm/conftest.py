@@ -128,15 +128,21 @@ class SlurmCluster:
     def wait(self, job_id: str, *, timeout_s: float = 240.0) -> Job:
         """Wait until a job is over, without holding a requeued job back, and return its outcome."""
         deadline = time.monotonic() + timeout_s
+        released = False
         while True:
             fields = self.fields(job_id)
             state = fields["JobState"].split(",")[0]
             if state in FINAL_STATES:
                 code = int(fields["ExitCode"].split(":")[0])
-                return Job(job_id, state, code, int(fields["Restarts"]), self.log(fields["JobId"]))
-            if state == "PENDING" and fields.get("Reason") == "BeginTime":
-                # Slurm holds a requeued job back for about two minutes.
-                self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+                log = self.log(fields["JobId"])
+                if state != "COMPLETED":
+                    log = f"{log}\n{daemon_logs(self.folder)}"
+                return Job(job_id, state, code, int(fields["Restarts"]), log)
+            if state == "PENDING" and fields.get("Reason") == "BeginTime" and not released:
+                # Slurm holds a requeued job back for two minutes, so that the nodes have cleaned
+                # up after its first life; started at once, it sometimes fails without a word.
+                self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now+20")
+                released = True
             assert time.monotonic() < deadline, (
                 f"job {job_id} still {state} after {timeout_s} s\n"
                 f"{self.log(fields['JobId'])}\n{daemon_logs(self.folder)}"
