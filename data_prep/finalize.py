@@ -37,7 +37,7 @@ from data_prep.splits import (
     plan_split,
     read_donors,
 )
-from sclong_ds.files import sync_tree, write_atomic
+from sclong_ds.files import file_sha256, sync_tree, write_atomic
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.store import (
     SPLITS,
@@ -126,12 +126,6 @@ def finalize(
     for warning in catalogue["warnings"]:
         logger.warning("%s", warning)
     return catalogue
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -20,7 +20,6 @@ Source: scLong, doi:10.1101/2024.11.09.622759, gene ontology graph.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import logging
@@ -45,7 +44,7 @@ from data_prep.gene_ontology import (
     read_ontology,
 )
 from data_prep.jaccard import NEIGHBOURS, THRESHOLD, GeneGraph, degrees, jaccard_graph
-from sclong_ds.files import write_atomic
+from sclong_ds.files import file_sha256, write_atomic
 
 GRAPH_FORMAT = "sclong_ds-gene-graph 1"
 
@@ -227,8 +226,7 @@ def _annotation_counts(
 
 def _provenance(path: str | Path) -> dict[str, str]:
     """Name an input and its content, not its folder: same inputs, same bytes."""
-    with Path(path).open("rb") as file:
-        return {"file": Path(path).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"file": Path(path).name, "sha256": file_sha256(path)}
 
 
 def _check_out(out: Path) -> None:

@@ -31,6 +31,7 @@ from scipy import sparse
 from data_prep.readers_hdf5 import HDF5_SIGNATURE, hdf5_kind, open_hdf5, open_zarr
 from data_prep.readers_text import matrix_market_files, open_matrix_market, open_table
 from data_prep.source import Matrix, Source, StringArray, UnusableError
+from sclong_ds.files import file_sha256
 
 FORMATS = ("h5ad", "zarr", "10x_h5", "10x_mtx", "loom", "csv", "tsv")
 _HDF5_FORMATS = ("h5ad", "10x_h5", "loom")
@@ -150,9 +151,7 @@ def source_hash(path: Path) -> str:
     total = hashlib.sha256()
     for file in source_files(path):
         name = file.relative_to(path) if path.is_dir() else file.name
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        total.update(f"{name}\0{digest}\n".encode())
+        total.update(f"{name}\0{file_sha256(file)}\n".encode())
     return total.hexdigest()
 
 

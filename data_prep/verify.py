@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.dedup import Progress, find_duplicates
-from data_prep.finalize import PRODUCTS, file_sha256, files_below
+from data_prep.finalize import PRODUCTS, files_below
 from data_prep.gene_statistics import gene_statistics
 from data_prep.splits import read_donors
+from sclong_ds.files import file_sha256
 from sclong_ds.store import SPLITS, CellStore, Corpus, read_catalogue
 
 MOST_PROBLEMS = 100

@@ -29,7 +29,7 @@ from sclong_ds.engine import (
     on_first_rank,
     resolve_ds_config,
 )
-from sclong_ds.files import write_atomic
+from sclong_ds.files import file_sha256, write_atomic
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.model.performer import layer_features
 from sclong_ds.model.sclong import ScLong
@@ -222,7 +222,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         zero_stage=ds_config["zero_optimization"]["stage"],
         corpus_hash=corpus.hash,
         genes_hash=corpus.genes.hash,
-        graph_hash=_sha256(config.model.gene_graph) if config.model.gene_graph else None,
+        graph_hash=file_sha256(config.model.gene_graph) if config.model.gene_graph else None,
     )
     check_same_on_all_ranks(config, state)
     describe(config, ranks, corpus, model, ds_config)
@@ -316,8 +316,3 @@ def write_inputs(run: Run, ds_config: dict[str, Any]) -> None:
     if run.config.model.gene_graph:
         graph = Path(run.config.model.gene_graph).read_bytes()
         write_atomic(run.run_dir / "gene_graph.npz", graph)
-
-
-def _sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,6 @@ Shapes: B cells, G genes, C base width.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import os
 import sys
@@ -42,6 +41,7 @@ from data_prep.counts import exact_counts
 from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, read_harmonized
 from data_prep.source import BLOCK_CELLS
 from sclong_ds.data import log1p_normalise
+from sclong_ds.files import file_sha256
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
@@ -321,8 +321,7 @@ def embed_to_file(
 
 def weights_hash(model_dir: Path) -> str:
     """Return the SHA-256 (hex) of a model's weights file: it tells two models apart."""
-    with (model_dir / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(model_dir / "model.safetensors")
 
 
 def choose_device(name: str) -> torch.device:

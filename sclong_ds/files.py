@@ -1,7 +1,8 @@
-"""Writing files so that they are whole or absent; standard library only."""
+"""Files that are whole or absent, and their content hashes; standard library only."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -28,6 +29,16 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 (hex) of a file's content.
+
+    Args:
+        path: The file; it is read in blocks.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_tree(folder: str | Path) -> None:

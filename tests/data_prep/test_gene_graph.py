@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ontology import OBO
 
 from data_prep import gene_graph, jaccard
 from data_prep.jaccard import degrees, jaccard_graph
@@ -14,33 +15,6 @@ from sclong_ds.graph_file import read_gene_graph
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-OBO = """format-version: 1.2
-data-version: releases/2024-01-01
-
-[Term]
-id: GO:0000001
-name: root
-namespace: biological_process
-
-[Term]
-id: GO:0000002
-name: branch
-namespace: biological_process
-alt_id: GO:0000020
-is_a: GO:0000001 ! root
-
-[Term]
-id: GO:0000003
-name: part
-namespace: molecular_function
-relationship: part_of GO:0000002 ! branch
-
-[Term]
-id: GO:0000004
-name: obsolete thing
-namespace: biological_process
-is_obsolete: true
-"""
 GENE2GO = "#tax_id\tGeneID\tGO_ID\tEvidence\tQualifier\tGO_term\tPubMed\tCategory\n"
 GENES = (
     "ensembl_id\tsymbol\tclass\tentrez_ids\n"

@@ -4,37 +4,11 @@ import gzip
 from pathlib import Path
 
 import pytest
+from ontology import OBO
 
 from data_prep import gene_ontology
 from data_prep.gene_ontology import match_genes, read_annotations, read_gene_keys, read_ontology
 
-OBO = """format-version: 1.2
-data-version: releases/2024-01-01
-
-[Term]
-id: GO:0000001
-name: root
-namespace: biological_process
-
-[Term]
-id: GO:0000002
-name: branch
-namespace: biological_process
-alt_id: GO:0000020
-is_a: GO:0000001 ! root
-
-[Term]
-id: GO:0000003
-name: part
-namespace: molecular_function
-relationship: part_of GO:0000002 ! branch
-
-[Term]
-id: GO:0000004
-name: obsolete thing
-namespace: biological_process
-is_obsolete: true
-"""
 HEADER = "#tax_id\tGeneID\tGO_ID\tEvidence\tQualifier\tGO_term\tPubMed\tCategory\n"
 
 

@@ -1,7 +1,6 @@
 """`embed`: order, pooling, independence of batches, harmonisation, refusals."""
 
 import argparse
-import dataclasses
 import gzip
 import logging
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from exported import write_model
 from scipy.sparse import csr_matrix
 
 from data_prep.convert import Settings, convert_dataset, prepare_corpus
@@ -18,11 +18,9 @@ from data_prep.finalize import finalize
 from data_prep.harmonize import GeneResolver
 from data_prep.manifest import Dataset
 from sclong_ds import embed
-from sclong_ds.config import PerformerConfig, load_config
 from sclong_ds.data import log1p_normalise
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_dir import Transform, load_model, write_model_dir
+from sclong_ds.model_dir import load_model
 from sclong_ds.store import Corpus
 
 N_GENES, N_CELLS = 60, 23
@@ -39,33 +37,7 @@ def genes() -> GeneVocabulary:
 
 @pytest.fixture(scope="module")
 def model_dir(genes: GeneVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    genes.write(folder / "genes.tsv")
-    stack = PerformerConfig(depth=1, heads=2, dim_head=4, nb_features=8, ff_mult=2)
-    config = dataclasses.replace(
-        load_config("sclong_tiny").model,
-        base_dim=8,
-        large_dim=16,
-        top_seq_len=16,
-        gene_encoder="embedding",
-        large_encoder=stack,
-        mini_encoder=stack,
-        decoder=stack,
-    )
-    torch.manual_seed(0)
-    write_model_dir(
-        folder / "exported",
-        weights=ScLong(
-            config, n_genes=N_GENES, graph=None, output_mean=np.zeros(N_GENES)
-        ).state_dict(),
-        model=config,
-        transform=Transform(name="log1p_total", target_sum=1.0e4),
-        redraw_index=0,
-        genes=folder / "genes.tsv",
-        graph=None,
-        provenance={"step": 0},
-    )
-    return folder / "exported"
+    return write_model(tmp_path_factory.mktemp("model"), genes, seed=0)
 
 
 @pytest.fixture(scope="module")

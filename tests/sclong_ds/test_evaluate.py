@@ -1,7 +1,6 @@
 """`evaluate`: scores that can be checked by hand, left-out cells, stored embeddings, refusals."""
 
 import argparse
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -10,14 +9,11 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from exported import write_model
 from scipy.sparse import csr_matrix
 
 from sclong_ds import embed, evaluate
-from sclong_ds.config import PerformerConfig, load_config
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_dir import Transform, write_model_dir
 
 N_GENES, N_PER_TYPE = 60, 20
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -29,35 +25,6 @@ def genes() -> GeneVocabulary:
     return GeneVocabulary(
         bundled.ids[:N_GENES], bundled.symbols[:N_GENES], bundled.classes[:N_GENES]
     )
-
-
-def write_model(folder: Path, genes: GeneVocabulary, *, seed: int) -> Path:
-    """Export a small model with random weights."""
-    genes.write(folder / "genes.tsv")
-    stack = PerformerConfig(depth=1, heads=2, dim_head=4, nb_features=8, ff_mult=2)
-    config = dataclasses.replace(
-        load_config("sclong_tiny").model,
-        base_dim=8,
-        large_dim=16,
-        top_seq_len=16,
-        gene_encoder="embedding",
-        large_encoder=stack,
-        mini_encoder=stack,
-        decoder=stack,
-    )
-    torch.manual_seed(seed)
-    model = ScLong(config, n_genes=N_GENES, graph=None, output_mean=np.zeros(N_GENES))
-    write_model_dir(
-        folder / "exported",
-        weights=model.state_dict(),
-        model=config,
-        transform=Transform(name="log1p_total", target_sum=1.0e4),
-        redraw_index=0,
-        genes=folder / "genes.tsv",
-        graph=None,
-        provenance={"step": 0},
-    )
-    return folder / "exported"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,43 @@
+"""A small exported model with random weights, for what is done with a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sclong_ds.config import PerformerConfig, load_config
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.model.sclong import ScLong, Transform
+from sclong_ds.model_dir import write_model_dir
+
+
+def write_model(folder: Path, genes: GeneVocabulary, *, seed: int) -> Path:
+    """Export a small model with random weights."""
+    genes.write(folder / "genes.tsv")
+    stack = PerformerConfig(depth=1, heads=2, dim_head=4, nb_features=8, ff_mult=2)
+    config = dataclasses.replace(
+        load_config("sclong_tiny").model,
+        base_dim=8,
+        large_dim=16,
+        top_seq_len=16,
+        gene_encoder="embedding",
+        large_encoder=stack,
+        mini_encoder=stack,
+        decoder=stack,
+    )
+    torch.manual_seed(seed)
+    model = ScLong(config, n_genes=len(genes), graph=None, output_mean=np.zeros(len(genes)))
+    write_model_dir(
+        folder / "exported",
+        weights=model.state_dict(),
+        model=config,
+        transform=Transform(name="log1p_total", target_sum=1.0e4),
+        redraw_index=0,
+        genes=folder / "genes.tsv",
+        graph=None,
+        provenance={"step": 0},
+    )
+    return folder / "exported"
