@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.reference import favor_attention, favor_attention_oracle, orthogonal_features
+from kernels.reference import favor_attention, favor_attention_oracle, random_features
 
 
 def make(b=2, n=37, h=3, k=8, m=20, dtype=torch.float64, scale=1.0, seed=0):
     gen = torch.Generator().manual_seed(seed)
     q, key, v = (torch.randn(b, n, h, k, generator=gen, dtype=dtype) * scale for _ in range(3))
-    return q, key, v + 0.5, orthogonal_features(m, k, generator=gen).to(dtype)
+    return q, key, v + 0.5, random_features(m, k, generator=gen).to(dtype)
 
 
 @pytest.mark.parametrize("scope", ["sample", "head", "tensor"])
@@ -26,6 +27,54 @@ def test_equals_definition_forward_and_backward(scope, scale):
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(leaves, truth, strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_detached_maxima():
+    q, k, v, w = make(scale=0.9)
+    results = {}
+    for name, function in (("ours", favor_attention), ("truth", favor_attention_oracle)):
+        for max_grad in ("exact", "detach"):
+            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+            function(*leaves, w, max_grad=max_grad).square().sum().backward()
+            results[name, max_grad] = [t.grad for t in leaves]
+    for got, want in zip(results["ours", "detach"], results["truth", "detach"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+    assert not torch.allclose(results["ours", "detach"][1], results["ours", "exact"][1], rtol=0.01)
+
+
+@pytest.mark.parametrize("scope", ["sample", "head", "tensor"])
+def test_many_blocks_of_heads_and_tokens(scope):
+    """Features of 9 heads and 900 tokens take several blocks; sums and maxima go across them."""
+    q, k, v, w = make(b=2, n=900, h=9, m=70, scale=0.8)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    truth = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = favor_attention(*leaves, w, scope=scope)
+    expected = favor_attention_oracle(*truth, w, scope=scope)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    for got, want in zip(leaves, truth, strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_features_of_all_heads_are_never_in_memory():
+    q, k, v, w = make(b=1, n=2000, h=16, m=70, dtype=torch.float32)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for t in result if isinstance(result, tuple) else [result]:
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.untyped_storage().nbytes())
+            return result
+
+    with Sizes():
+        favor_attention(q.requires_grad_(), k, v, w).sum().backward()
+    # dq, dk and dv in one buffer, against the features of one of two.
+    assert largest == 3 * q.nbytes < 16 * 2000 * 70 * 4
 
 
 @pytest.mark.parametrize("shape", [{"n": 1}, {"n": 13, "m": 31}, {"h": 1, "k": 16, "m": 44}])
@@ -76,8 +125,8 @@ def test_extreme_inputs_stay_finite():
 
 
 def test_features_are_block_orthogonal_and_reproducible():
-    w = orthogonal_features(20, 8, generator=torch.Generator().manual_seed(3))
-    again = orthogonal_features(20, 8, generator=torch.Generator().manual_seed(3))
+    w = random_features(20, 8, generator=torch.Generator().manual_seed(3))
+    again = random_features(20, 8, generator=torch.Generator().manual_seed(3))
     assert torch.equal(w, again)
     unit = w / w.norm(dim=1, keepdim=True)
     for block in (unit[:8], unit[8:16], unit[16:]):
@@ -91,7 +140,21 @@ def test_approaches_softmax_attention_with_more_features():
     ).transpose(1, 2)
     errors = []
     for m in (64, 16_384):
-        w = orthogonal_features(m, 8, generator=torch.Generator().manual_seed(1)).double()
+        w = random_features(m, 8, generator=torch.Generator().manual_seed(1)).double()
         errors.append((favor_attention(q, k, v, w, eps=0.0) - exact).norm().item())
     # The error falls with the square root of the number of features: 16 times fewer here.
     assert errors[1] < errors[0] / 5
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "orthogonal_qr", "gaussian"])
+def test_kinds_of_features(kind):
+    w = random_features(4000, 8, generator=torch.Generator().manual_seed(0), kind=kind)
+    unit = w / w.norm(dim=1, keepdim=True)
+    gram = unit[:8] @ unit[:8].T
+    orthogonal = torch.allclose(gram, torch.eye(8), atol=1e-5)
+    assert orthogonal == (kind != "gaussian")
+    # The signs that QR leaves make feature i of a block lean along axis i; the others have mean 0.
+    leaning = unit.view(-1, 8, 8).diagonal(dim1=1, dim2=2).mean(0).abs().max() > 0.1
+    assert leaning == (kind == "orthogonal_qr")
+    # Whatever the directions, the squared norms are those of Gaussian vectors.
+    assert abs(w.square().sum(1).mean() - 8) < 0.3

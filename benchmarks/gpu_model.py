@@ -1,0 +1,213 @@
+"""Stages of `benchmarks/gpu_check.py` about the whole model.
+
+`model` trains the published configuration on random cells with bf16 weights and AdamW, without
+DeepSpeed; `reference` does the same with the released model, imported from a checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sclong_ds.config import ModelConfig, load_config
+from sclong_ds.costs import training_flops_per_cell
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.model.performer import SelfAttention
+from sclong_ds.model.sclong import ScLong
+
+Row = dict[str, Any]
+PEAK_TFLOPS = 989.0
+"""Dense bf16 peak of H100 SXM and H200, from NVIDIA's data sheet."""
+EDGES_PER_GENE = 20
+RELEASED_CLASS = "DualEncoderSCFM"
+
+
+def _sizes(args: argparse.Namespace) -> tuple[ModelConfig, int]:
+    """Return the model's configuration and number of genes."""
+    if not args.tiny:
+        return load_config("sclong_1b").model, len(GeneVocabulary.bundled())
+    tiny = load_config("sclong_tiny", ["model.top_seq_len=64"]).model
+    return replace(tiny, large_encoder=replace(tiny.large_encoder, depth=1)), 200
+
+
+def _graph(n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a random graph of the size of the real one."""
+    rng = np.random.default_rng(0)
+    edges = rng.integers(0, n_genes, (2, EDGES_PER_GENE * n_genes))
+    return edges, rng.random(edges.shape[1], dtype=np.float32)
+
+
+def _batch(b: int, n_genes: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return expression (B, G), 15 % of it non-zero, and the hidden values, 15 % of those."""
+    generator = torch.Generator(device).manual_seed(1)
+    options = {"generator": generator, "device": device}
+    x = torch.rand(b, n_genes, **options) * 5
+    x = x * (torch.rand(b, n_genes, **options) < 0.15)
+    return x, (x > 0) & (torch.rand(b, n_genes, **options) < 0.15)
+
+
+def _timed(step: Callable[[], object], device: str, *, steps: int) -> float:
+    """Return seconds per step, after two steps to warm up."""
+    for _ in range(2):
+        step()
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    _wait(device)
+    return (time.perf_counter() - started) / steps
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _optimizer(net: nn.Module, device: str) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=1e-5, fused=device == "cuda")
+
+
+def model(args: argparse.Namespace) -> Iterator[Row]:
+    """Yield cells/s, MFU and peak memory: kernels, compiled layers, torch backend."""
+    config, n_genes = _sizes(args)
+    graph = _graph(n_genes)
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        net = ScLong(config, n_genes=n_genes, graph=graph, output_mean=1.0)
+    net = net.to(torch.bfloat16)
+    layers = [m for m in net.modules() if isinstance(m, SelfAttention)]
+    optimizer = _optimizer(net, args.device)
+    batches = (1, 2) if args.tiny else (4, 1, 6)
+    on_gpu = args.device == "cuda"
+    runs = [("triton" if on_gpu else "torch", b, False) for b in batches]
+    runs += [("triton", 4, True), ("torch", 1, False)] if on_gpu else []
+    for backend, b, compiled in runs:
+        for layer in layers:
+            layer.backend = backend
+        if compiled:
+            for performer in net.performers().values():
+                for block in performer.layers:
+                    block.compile()
+        row = {"case": f"{backend} micro-batch {b}{' compiled layers' if compiled else ''}"}
+        try:
+            yield row | _step(net, optimizer, b, config, n_genes, graph, args)
+        except torch.OutOfMemoryError:
+            yield row | {"out_of_memory": True}
+        if on_gpu:
+            optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _step(
+    net: ScLong,
+    optimizer: torch.optim.Optimizer,
+    b: int,
+    config: ModelConfig,
+    n_genes: int,
+    graph: tuple[np.ndarray, np.ndarray],
+    args: argparse.Namespace,
+) -> Row:
+    """Measure a training step."""
+    x, hidden = _batch(b, n_genes, args.device)
+    x = x.bfloat16()
+    losses = []
+
+    def step() -> None:
+        error = (net(x, hidden).float() - x.float()).square() * hidden
+        loss = error.sum() / hidden.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = _timed(step, args.device, steps=2 if args.tiny else 5)
+    flops = training_flops_per_cell(config, n_genes, graph[0].shape[1], micro_batch=b)
+    row: Row = {"cells_per_s": b / seconds, "step_ms": 1e3 * seconds}
+    row |= {"mfu": flops * b / seconds / 1e12 / PEAK_TFLOPS}
+    row |= {"first_loss": losses[0].item(), "last_loss": losses[-1].item()}
+    row["correct"] = bool(torch.stack(losses).isfinite().all())
+    if args.device == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def reference(args: argparse.Namespace) -> Iterator[Row]:
+    """Yield the same of the released model, fp32 weights under bf16 autocast."""
+    config, n_genes = _sizes(args)
+    edges, weights = (torch.from_numpy(a) for a in _graph(n_genes))
+    with tempfile.TemporaryDirectory() as folder:
+        vectors = Path(folder) / "vectors.npy"
+        np.save(vectors, np.zeros((n_genes, config.base_dim), dtype=np.float32))
+        arguments = _released_arguments(config, n_genes + 1, args.device)
+        arguments |= {"G_go": edges.to(args.device), "G_go_weight": weights.to(args.device)}
+        found = _released_class(args.reference)
+        net = found(**arguments, gene2vec_file=str(vectors)).to(args.device)
+    optimizer = _optimizer(net, args.device)
+    for b in (1, 2) if args.tiny else (1, 4):
+        x, hidden = _batch(b, n_genes, args.device)
+        x = nn.functional.pad(x.masked_fill(hidden, -10.0), (0, 1))
+
+        def step(x: Tensor = x) -> None:
+            with torch.autocast(args.device, dtype=torch.bfloat16):
+                out = net(x)
+            out = out[0] if isinstance(out, tuple) else out
+            out.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        row: Row = {"case": f"released model micro-batch {b}"}
+        try:
+            seconds = _timed(step, args.device, steps=2 if args.tiny else 3)
+            row |= {"cells_per_s": b / seconds, "step_ms": 1e3 * seconds}
+        except torch.OutOfMemoryError:
+            row["out_of_memory"] = True
+        if args.device == "cuda":
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        yield row
+
+
+def _released_class(checkout: Path) -> type[nn.Module]:
+    """Import the released model's class from a checkout, wherever in it the class is."""
+    for path in sorted(checkout.rglob("*.py")):
+        if f"class {RELEASED_CLASS}" in path.read_text(errors="replace"):
+            sys.path[:0] = [str(checkout), str(path.parent)]
+            name = ".".join(path.relative_to(checkout).with_suffix("").parts)
+            return getattr(importlib.import_module(name), RELEASED_CLASS)
+    raise FileNotFoundError(f"{checkout}: holds no file with `class {RELEASED_CLASS}`")
+
+
+def _released_arguments(config: ModelConfig, tokens: int, device: str) -> Row:
+    """Return the released constructor's arguments for a configuration."""
+    arguments: Row = {
+        "max_seq_len": tokens,
+        "top_seq_len": config.top_seq_len,
+        "base_dim": config.base_dim,
+        "large_dim": config.large_dim,
+        "mask_token_thres": -1,
+        "nb_features": config.large_encoder.nb_features,
+        "qkv_bias": config.qkv_bias,
+        "go_num_layers": config.gene_encoder_layers,
+        "g2v_position_emb": True,
+        "go_use_gene2vec": True,
+        "device": device,
+    }
+    stacks = {"mini_enc": config.mini_encoder, "large_enc": config.large_encoder}
+    for prefix, stack in (stacks | {"dec": config.decoder}).items():
+        arguments |= {f"{prefix}_depth": stack.depth, f"{prefix}_heads": stack.heads}
+        arguments |= {f"{prefix}_dim_head": stack.dim_head}
+    return arguments

@@ -1,0 +1,344 @@
+"""FAVOR+ attention: one operator, computed by fused Triton kernels on a GPU or by plain torch.
+
+    out = favor_attention(q, k, v, features)                # (B, N, H, K) each
+    out = favor_attention_packed(qkv, features)             # (B, N, 3, H, K), gradient in one piece
+    out = favor_attention(q, k, v, features, cu_seqlens=c)  # (T, H, K): cells of different lengths
+
+What it computes is defined in `kernels/reference.py`, which also holds the torch backend. The
+Triton backend is the operator `sclong_ds::favor_attention`: torch.compile takes it as one node,
+activation checkpointing runs it again, and it keeps q, k, v, the sums A and c, and 10 bytes per
+token and head. It accumulates in float32; bfloat16 inputs are multiplied in bfloat16, float32
+inputs as three TF32 products (error about 1e-6). float16 cannot hold the features and is not
+supported. The same call gives the same bits, whatever else is in the batch.
+
+Shapes: B cells, N tokens, T tokens of all cells, H heads, K head width, M random features.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.reference import EPS, MaxGrad, Scope
+
+Backend = Literal["auto", "triton", "torch"]
+HEAD_WIDTHS = (16, 32, 64, 128)
+"""Head widths K of the Triton kernels."""
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def favor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Tensor,
+    *,
+    scope: Scope = "sample",
+    eps: float = EPS,
+    max_grad: MaxGrad = "exact",
+    backend: Backend = "auto",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Compute FAVOR+ attention.
+
+    Args:
+        q: Queries (B, N, H, K), any strides; with `cu_seqlens` (T, H, K).
+        k: Keys, shaped like q.
+        v: Values, shaped like q.
+        features: Random features (M, K), shared by the heads; no gradient.
+        scope: Over what the key stabiliser takes its maximum.
+        eps: Constant added to every feature.
+        max_grad: Whether gradients flow through the maxima (`exact`) or stop (`detach`).
+        backend: `triton`, `torch`, or `auto`: Triton for CUDA tensors that it supports.
+        cu_seqlens: int32 (B + 1,), rising from 0 to T: cell b has the rows from cu_seqlens[b] up to
+            cu_seqlens[b + 1]. Cells do not see each other.
+        max_seqlen: At least the longest cell's tokens; read from cu_seqlens, which makes a GPU wait
+            for the host, if None.
+
+    Returns:
+        Shaped like q, contiguous, in its dtype.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, or `backend` is `triton` where it cannot run.
+    """
+    if q.shape != k.shape or q.shape != v.shape or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v must agree in shape and dtype: got {tuple(q.shape)} {q.dtype}, "
+            f"{tuple(k.shape)} {k.dtype}, {tuple(v.shape)} {v.dtype}"
+        )
+    max_seqlen = _check(q, features, cu_seqlens, max_seqlen)
+    if _use_triton(q, features, scope, backend):
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        return _operator(
+            q,
+            k,
+            v,
+            features,
+            cu_seqlens,
+            max_seqlen,
+            scope == "head",
+            eps,
+            max_grad == "exact",
+            save,
+        )[0]
+    return reference.favor_attention(
+        q, k, v, features, scope=scope, eps=eps, max_grad=max_grad, cu_seqlens=cu_seqlens
+    )
+
+
+def favor_attention_packed(
+    qkv: Tensor,
+    features: Tensor,
+    *,
+    scope: Scope = "sample",
+    eps: float = EPS,
+    max_grad: MaxGrad = "exact",
+    backend: Backend = "auto",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Compute FAVOR+ attention of what one projection made.
+
+    The gradient of `qkv` is written in one piece: nothing is stacked or copied before the
+    projection's backward pass.
+
+    Args:
+        qkv: (B, N, 3, H, K), or (T, 3, H, K) with `cu_seqlens`: queries, keys, values.
+        features: As in `favor_attention`, like all that follow.
+        scope: Over what the key stabiliser takes its maximum.
+        eps: Constant added to every feature.
+        max_grad: Whether gradients flow through the maxima.
+        backend: `triton`, `torch` or `auto`.
+        cu_seqlens: Where each cell's rows start and end.
+        max_seqlen: At least the longest cell's tokens.
+
+    Returns:
+        (B, N, H, K) or (T, H, K), contiguous.
+
+    Raises:
+        ValueError: As `favor_attention`.
+    """
+    if qkv.dim() < 4 or qkv.shape[-3] != 3:
+        raise ValueError(f"qkv must be (B, N, 3, H, K) or (T, 3, H, K): got {tuple(qkv.shape)}")
+    q = qkv.select(-3, 0)
+    max_seqlen = _check(q, features, cu_seqlens, max_seqlen)
+    if _use_triton(q, features, scope, backend):
+        save = torch.is_grad_enabled() and qkv.requires_grad
+        return _operator(
+            qkv, None, None, features, cu_seqlens, max_seqlen, scope == "head", eps,
+            max_grad == "exact", save,
+        )[0]  # fmt: skip
+    return reference.favor_attention_packed(
+        qkv, features, scope=scope, eps=eps, max_grad=max_grad, cu_seqlens=cu_seqlens
+    )
+
+
+def _check(q: Tensor, features: Tensor, cu_seqlens: Tensor | None, longest: int | None) -> int:
+    """Check the shapes; return the tokens of the longest cell, 0 for cells of equal length."""
+    dims = 4 if cu_seqlens is None else 3
+    if q.dim() != dims:
+        wanted = "(B, N, H, K)" if cu_seqlens is None else "(T, H, K), as cu_seqlens is given"
+        raise ValueError(f"queries must be {wanted}: got {tuple(q.shape)}")
+    if features.dim() != 2 or features.shape[1] != q.shape[-1]:
+        raise ValueError(
+            f"features must be (M, {q.shape[-1]}), the head width: got {tuple(features.shape)}"
+        )
+    if cu_seqlens is None:
+        if longest is not None:
+            raise ValueError("max_seqlen has a meaning with cu_seqlens only: leave it out")
+        return 0
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"cu_seqlens must be int32 (B + 1,): got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    return int(cu_seqlens.diff().max()) if longest is None else longest
+
+
+def _use_triton(q: Tensor, features: Tensor, scope: Scope, backend: Backend) -> bool:
+    """Return whether the Triton backend computes this call.
+
+    Raises:
+        ValueError: `backend` is unknown, or is `triton` where it cannot run.
+    """
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend must be auto, triton or torch: got {backend!r}")
+    if backend == "torch":
+        return False
+    obstacle = triton_obstacle(q, features, scope)
+    if obstacle and backend == "triton":
+        raise ValueError(f"backend=triton: {obstacle}; use backend=torch or auto")
+    return obstacle is None
+
+
+def triton_obstacle(q: Tensor, features: Tensor, scope: Scope) -> str | None:
+    """Return why the Triton backend cannot compute this call, or None.
+
+    Args:
+        q: Queries, any shape with the head width last.
+        features: Random features (M, K).
+        scope: Over what the key stabiliser takes its maximum.
+    """
+    if not _TRITON_INSTALLED:
+        return "the package triton is not installed"
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {q.device.type}, not on a CUDA GPU"
+    if q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major < 8:
+        return "the GPU is older than compute capability 8.0"
+    if q.dtype not in (torch.bfloat16, torch.float32):
+        return f"the dtype is {q.dtype}, not bfloat16 or float32"
+    if q.shape[-1] not in HEAD_WIDTHS:
+        return f"the head width is {q.shape[-1]}, not one of {HEAD_WIDTHS}"
+    if features.shape[0] >= 2**15:
+        return f"there are {features.shape[0]} random features, more than {2**15 - 1}"
+    if scope == "tensor":
+        return "scope=tensor, which couples the cells of a batch, is not built in"
+    return None if q.numel() else "the tensors are empty"
+
+
+Outputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]
+"""The output and the ten tensors of `kernels.favor_launch.Residuals`."""
+
+
+@torch.library.custom_op("sclong_ds::favor_attention", mutates_args=())
+def _operator(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    features: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    per_head: bool,
+    eps: float,
+    exact: bool,
+    save: bool,
+) -> Outputs:
+    return _forward(
+        q, k, v, features, cu_seqlens, _setting(eps, per_head, exact, max_seqlen), save=save
+    )
+
+
+@_operator.register_fake
+def _(q, k, v, features, cu_seqlens, max_seqlen, per_head, eps, exact, save):
+    setting = _setting(eps, per_head, exact, max_seqlen)
+    return _forward(q, k, v, features, cu_seqlens, setting, save=save, run=_skip)
+
+
+@torch.library.custom_op("sclong_ds::favor_attention_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    features: Tensor,
+    cu_seqlens: Tensor | None,
+    residuals: list[Tensor],
+    max_seqlen: int,
+    per_head: bool,
+    eps: float,
+    exact: bool,
+) -> Tensor:
+    setting = _setting(eps, per_head, exact, max_seqlen)
+    return _backward(grad, q, k, v, features, cu_seqlens, residuals, setting)
+
+
+@_backward_operator.register_fake
+def _(grad, q, k, v, features, cu_seqlens, residuals, max_seqlen, per_head, eps, exact):
+    setting = _setting(eps, per_head, exact, max_seqlen)
+    return _backward(grad, q, k, v, features, cu_seqlens, residuals, setting, run=_skip)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, features, cu_seqlens, *setting, save = inputs
+    assert save, "called for a backward pass without its residuals"
+    ctx.save_for_backward(q, k, v, features, cu_seqlens, *output[1:])
+    ctx.setting = setting
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    q, k, v, features, cu_seqlens, *residuals = ctx.saved_tensors
+    rest = (None,) * 7
+    if grad is None:
+        return None, None, None, *rest
+    dqkv = _backward_operator(grad, q, k, v, features, cu_seqlens, residuals, *ctx.setting)
+    return (dqkv, None, None, *rest) if k is None else (*dqkv.unbind(-3), *rest)
+
+
+_operator.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _setting(eps: float, per_head: bool, exact: bool, max_seqlen: int) -> Any:
+    from kernels.favor_launch import Setting
+
+    return Setting(eps=eps, per_head=per_head, exact=exact, max_seqlen=max_seqlen)
+
+
+def _skip(*_: Any, **__: Any) -> None:
+    """Stand in for a kernel where only the shapes matter."""
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    features: Tensor,
+    cu_seqlens: Tensor | None,
+    setting: Any,
+    *,
+    save: bool,
+    **run: Any,
+) -> Outputs:
+    from kernels.favor_launch import forward
+
+    q, k, v = _unpacked(q, k, v)
+    plan = _plan(q, features)
+    with torch.cuda.device_of(q):
+        out, saved = forward(q, k, v, features, cu_seqlens, setting, plan, save=save, **run)
+    return out, *saved
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    features: Tensor,
+    cu_seqlens: Tensor | None,
+    residuals: list[Tensor],
+    setting: Any,
+    **run: Any,
+) -> Tensor:
+    from kernels.favor_launch import Residuals, backward
+
+    grad, (q, k, v) = _readable(grad), _unpacked(q, k, v)
+    plan, saved = _plan(q, features), Residuals(*residuals)
+    with torch.cuda.device_of(q):
+        return backward(grad, q, k, v, features.shape[0], cu_seqlens, saved, setting, plan, **run)
+
+
+def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values; q holds all three if k and v are None."""
+    parts = (q, k, v) if k is not None and v is not None else q.unbind(-3)
+    return _readable(parts[0]), _readable(parts[1]), _readable(parts[2])
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Return x, copied if its heads do not lie in one piece: the kernels take any other stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _plan(q: Tensor, features: Tensor) -> Any:
+    from kernels.favor_launch import default_plan
+
+    on_gpu = q.device.type == "cuda"
+    capability = torch.cuda.get_device_capability(q.device) if on_gpu else (9, 0)
+    return default_plan(features.shape[0], q.shape[-1], q.dtype, capability)

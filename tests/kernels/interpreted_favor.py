@@ -1,0 +1,243 @@
+"""The Triton kernels of FAVOR+ attention, run on the CPU by Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_favor.py
+
+Not collected by name: the interpreter must be chosen before Triton is imported, so
+`test_favor_attention.py` runs this file in a process of its own. All memory that the kernels get is
+poisoned with NaN first.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from kernels.favor_attention import favor_attention, favor_attention_packed
+from kernels.favor_launch import Block, Plan, Setting, backward, forward
+from kernels.reference import favor_attention_oracle, random_features
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
+TOLERANCE = {torch.float32: (1e-6, 3e-6), torch.bfloat16: (3e-3, 7e-3)}
+"""Relative error of output and gradients, in norm. One token can carry most of dk, so that in
+bfloat16 the rounding of a single row is what the error of dk shows."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill what torch.empty returns with NaN: an element that no kernel writes is found."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(b=1, n=70, h=2, k=64, m=110, dtype=torch.float32, std=0.577, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(b, n, 3, h, k, generator=gen) * std
+    qkv[:, :, 2] += 0.5
+    grad = torch.randn(b, n, h, k, generator=gen)
+    return qkv.to(dtype), random_features(m, k, generator=gen), grad.to(dtype)
+
+
+def kernels(qkv, w, grad, **options):
+    """Return the output and the gradient of qkv."""
+    leaf = qkv.detach().clone().requires_grad_()
+    out = favor_attention_packed(leaf, w, backend="triton", **options)
+    out.backward(grad)
+    return out.detach(), leaf.grad
+
+
+def truth(qkv, w, grad, **options):
+    """Return the same of the definition, in float64, with features rounded like the kernels'."""
+    leaf = qkv.detach().double().requires_grad_()
+    out = favor_attention_oracle(*leaf.unbind(-3), w.to(qkv.dtype).double(), **options)
+    out.backward(grad.double())
+    return out.detach(), leaf.grad
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def check(got, want):
+    for_out, for_gradients = TOLERANCE[got[0].dtype]
+    assert error(got[0], want[0]) < for_out, "out"
+    for i, name in enumerate(("dq", "dk", "dv")):
+        assert error(got[1].select(-3, i), want[1].select(-3, i)) < for_gradients, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        (torch.float32, {"m": 256, "n": 64}),
+        (torch.float32, {"m": 266, "n": 97}),
+        (torch.float32, {"m": 110, "n": 130, "k": 32}),
+        (torch.float32, {"m": 60, "n": 33, "k": 128}),
+        (torch.float32, {"m": 31, "n": 2, "k": 16, "h": 3}),
+        (torch.bfloat16, {"m": 256, "n": 100}),
+        (torch.bfloat16, {"m": 266, "n": 129}),
+        (torch.bfloat16, {"m": 300, "n": 65, "k": 32}),
+        (torch.bfloat16, {"m": 110, "n": 70, "k": 128, "h": 1}),
+    ],
+)
+def test_equals_definition(dtype, sizes):
+    """Ragged lengths, features that fill their tiles or not, several blocks of features."""
+    case = make(dtype=dtype, **sizes)
+    check(kernels(*case), truth(*case))
+
+
+@pytest.mark.parametrize("scope", ["sample", "head"])
+@pytest.mark.parametrize("max_grad", ["exact", "detach"])
+def test_scopes_and_gradients_of_the_maxima(scope, max_grad):
+    case = make(b=2, n=67, m=44, k=32, std=0.9)
+    options = {"scope": scope, "max_grad": max_grad}
+    got, want = kernels(*case, **options), truth(*case, **options)
+    check(got, want)
+    other = truth(*case, scope=scope, max_grad="exact" if max_grad == "detach" else "detach")
+    assert error(other[1], want[1]) > 3e-4
+
+
+def test_eps_changes_the_result():
+    case = make(n=40, m=44, k=32)
+    check(kernels(*case, eps=1e-2), truth(*case, eps=1e-2))
+
+
+def test_several_tiles_in_a_split():
+    """The running maximum is carried from tile to tile, and to the token that attains it."""
+    qkv, w, grad = make(n=270, h=1, k=16, m=20)
+    block = Block(rows=16, features=16)
+    plan = Plan(
+        key_pass=block,
+        query_pass=block,
+        query_gradient=block,
+        summary_gradient=block,
+        key_gradient=block,
+    )
+    setting = Setting(eps=1e-4, per_head=False, exact=True, max_seqlen=0)
+    parts = qkv.unbind(2)
+    out, saved = forward(*parts, w, None, setting, plan, save=True)
+    check((out, backward(grad, *parts, 20, None, saved, setting, plan)), truth(qkv, w, grad))
+
+
+def test_single_token():
+    """The output is v, and no weight can change it."""
+    qkv, w, grad = make(n=1, m=31, k=16, h=3)
+    out, dqkv = kernels(qkv, w, grad)
+    torch.testing.assert_close(out, qkv[:, :, 2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dqkv[:, :, 2], grad, rtol=1e-5, atol=1e-6)
+    assert dqkv[:, :, :2].abs().max() < 1e-6
+
+
+def test_cell_of_a_batch_has_the_bits_of_the_cell_alone():
+    qkv, w, grad = make(b=3, n=75, m=44, k=32, dtype=torch.bfloat16)
+    out, dqkv = kernels(qkv, w, grad)
+    for b in range(3):
+        alone = kernels(qkv[b : b + 1], w, grad[b : b + 1])
+        assert torch.equal(out[b], alone[0][0])
+        assert torch.equal(dqkv[b], alone[1][0])
+
+
+def test_packed_cells_have_the_bits_of_each_cell_alone():
+    lengths, cu_seqlens = (65, 1, 0, 40), torch.tensor([0, 65, 66, 66, 106], dtype=torch.int32)
+    qkv, w, grad = make(n=106, m=44, k=32)
+    out, dqkv = kernels(qkv[0], w, grad[0], cu_seqlens=cu_seqlens)
+    for i, length in enumerate(lengths):
+        rows = slice(int(cu_seqlens[i]), int(cu_seqlens[i]) + length)
+        if length:
+            alone = kernels(qkv[:, rows], w, grad[:, rows])
+            assert torch.equal(out[rows], alone[0][0])
+            assert torch.equal(dqkv[rows], alone[1][0])
+
+
+@pytest.mark.parametrize("form", ["apart", "strided", "heads_first", "last_stride_2", "broadcast"])
+def test_strides_do_not_change_the_bits(form):
+    qkv, w, grad = make(n=35, m=44, k=32)
+    expected = kernels(qkv, w, grad)
+    leaves = [t.contiguous() for t in qkv.unbind(2)]
+    if form == "strided":
+        leaves = [torch.stack([t, t], 2).unbind(2)[0] for t in leaves]
+    if form == "heads_first":
+        leaves = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in leaves]
+    if form == "last_stride_2":
+        leaves = [torch.stack([t, t], -1)[..., 1] for t in leaves]
+    if form == "broadcast":
+        grad = torch.ones(()).expand(grad.shape)
+        expected = kernels(qkv, w, grad.contiguous())
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out = favor_attention(*leaves, w, backend="triton")
+    out.backward(grad)
+    assert torch.equal(out, expected[0])
+    for i, leaf in enumerate(leaves):
+        assert torch.equal(leaf.grad, expected[1][:, :, i])
+
+
+@pytest.mark.parametrize("kind", ["zero", "large", "one_large_element", "all_equal"])
+def test_extreme_inputs(kind):
+    qkv, w, grad = make(n=20, m=44, k=32)
+    if kind == "zero":
+        qkv = qkv * 0
+    if kind == "large":
+        qkv[:, :, :2] *= 30 / qkv[:, :, :2].norm(dim=-1, keepdim=True)
+    if kind == "one_large_element":
+        qkv[..., 3] = 30.0
+    if kind == "all_equal":
+        qkv = torch.full_like(qkv, 0.75)
+    got, want = kernels(qkv, w, grad), truth(qkv, w, grad)
+    assert (got[0].double() - want[0]).norm() <= 1e-5 * want[0].norm()
+    # Where the true gradient vanishes, only its absolute error has a meaning. Equal rows share the
+    # gradient of the maximum in any way: their sum is defined.
+    got_sum, want_sum = (x[1].double().sum(1) for x in (got, want))
+    assert (got_sum - want_sum).norm() < 1e-4 * (1 + want_sum.norm())
+    assert got[1].isfinite().all()
+
+
+def test_no_gradient_wanted():
+    qkv, w, grad = make(n=40, m=44, k=32)
+    expected = kernels(qkv, w, grad)[0]
+    assert torch.equal(favor_attention_packed(qkv, w, backend="triton"), expected)
+    leaf = qkv.clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(favor_attention_packed(leaf, w, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    qkv, w, grad = make(n=40, m=44, k=32)
+    expected = kernels(qkv, w, grad)
+    leaf = qkv.clone().requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(
+        lambda x: favor_attention_packed(x, w, backend="triton"), leaf, use_reentrant=reentrant
+    )
+    out.backward(grad)
+    assert torch.equal(leaf.grad, expected[1])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_operator_is_registered_right(packed):
+    """Shapes of the fake implementation, autograd, no aliasing, tracing with symbolic shapes."""
+    torch.use_deterministic_algorithms(False)  # the check compares workspaces between two runs
+    qkv, w, _ = make(n=5, m=20, k=16, h=1)
+    leaves = (qkv, None, None) if packed else tuple(qkv.unbind(2))
+    leaves = tuple(t if t is None else t.detach().requires_grad_() for t in leaves)
+    operator = torch.ops.sclong_ds.favor_attention.default
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        operator, (*leaves, w, None, 0, False, 1e-4, True, True), test_utils=checks
+    )
+
+
+def test_compiles_to_one_graph():
+    qkv, w, grad = make(n=20, m=20, k=16, h=1)
+    expected = kernels(qkv, w, grad)
+    compiled = torch.compile(
+        lambda x: favor_attention_packed(x * 2, w, backend="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    leaf = (qkv / 2).requires_grad_()
+    out = compiled(leaf)
+    out.backward(grad)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(leaf.grad, 2 * expected[1])
