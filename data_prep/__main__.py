@@ -1,9 +1,12 @@
 """Command line of the data preparation: `python -m data_prep COMMAND`; `--help` works for each.
 
+    manifest FOLDER [--out FILE]    draft a manifest from a folder tree
     convert MANIFEST --out CORPUS   stage the datasets of a manifest, each on its own
-    status CORPUS                   list every dataset: ok, excluded or failed, with the reason
+    status CORPUS                   list every dataset: ok, excluded, failed or pending, and why
+    forget CORPUS DATASET_ID ...    take datasets out of a corpus folder
     finalize CORPUS                 drop duplicates, split, shuffle, write the corpus
     verify CORPUS                   read the corpus again and check everything
+    report CORPUS --out FILE        quality report of a corpus: one HTML page
     gene-graph --out FILE           gene graph from the Gene Ontology
     gene-vectors CORPUS --out FILE  gene vectors from co-expression
 
@@ -14,6 +17,7 @@ JSON document goes to stdout; progress and logs always go to stderr.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import logging
@@ -21,13 +25,18 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from sclong_ds.genes import GeneVocabulary
 
 COMMANDS = {
+    "manifest": "draft a manifest from a folder tree",
     "convert": "stage the datasets of a manifest, each on its own",
-    "status": "list every dataset: ok, excluded or failed, with the reason",
+    "status": "list every dataset: ok, excluded, failed or pending, and why",
+    "forget": "take datasets out of a corpus folder",
     "finalize": "drop duplicates, split, shuffle, write the corpus",
     "verify": "read the corpus again and check everything",
+    "report": "write the quality report of a corpus as one HTML page",
     "gene-graph": "gene graph from the Gene Ontology",
     "gene-vectors": "gene vectors from co-expression",
 }
@@ -66,10 +75,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+        "manifest": _add_manifest,
         "convert": _add_convert,
         "status": _add_status,
+        "forget": _add_forget,
         "finalize": _add_finalize,
         "verify": _add_verify,
+        "report": _delegate("data_prep.qc_report"),
         "gene-graph": _delegate("data_prep.gene_graph"),
         "gene-vectors": _delegate("data_prep.gene_vectors"),
     }
@@ -119,6 +131,47 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 
+def _add_manifest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder tree with datasets")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="manifest to write (default: print it)"
+    )
+    _add_genes(parser)
+    _add_json(parser)
+    parser.set_defaults(run=_run_manifest)
+
+
+def _run_manifest(args: argparse.Namespace) -> int:
+    from data_prep.draft import draft_manifest, format_manifest, write_draft
+
+    base = args.out.parent if args.out else Path()
+    draft = draft_manifest(args.folder, genes=_genes(args), relative_to=base)
+    if args.out and draft["datasets"]:
+        write_draft(draft, args.out)
+    if args.json:
+        print(json.dumps(draft, indent=1))
+    elif not args.out:
+        print(format_manifest(draft), end="")
+    print(
+        f"{args.folder}: {len(draft['datasets'])} datasets, {len(draft['unreadable'])} files that "
+        f"cannot be read, {len(draft['skipped'])} that are not data",
+        file=sys.stderr,
+    )
+    if not draft["datasets"]:
+        print(f"error: {args.folder}: no dataset found that can be read", file=sys.stderr)
+    return 0 if draft["datasets"] else 1
+
+
+def _add_genes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--genes", type=Path, metavar="FILE", help="gene vocabulary (default: the bundled one)"
+    )
+
+
+def _genes(args: argparse.Namespace) -> GeneVocabulary:
+    return GeneVocabulary.read(args.genes) if args.genes else GeneVocabulary.bundled()
+
+
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     from data_prep.convert import Settings
     from data_prep.manifest import COLUMNS
@@ -127,7 +180,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         f"manifest columns (tab-separated with a header line, or a YAML list):\n{columns}\n\n"
         "A dataset that is done is skipped, one that failed is tried again. Exit status 1 if any\n"
-        "dataset failed; the others are converted all the same."
+        "dataset failed; the others are converted all the same. A dataset that is staged and\n"
+        "whose source cannot be reached is kept as it is, with a warning."
     )
     default = Settings(genes_hash="")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="list of datasets")
@@ -142,11 +196,14 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=_whole(1), default=1, metavar="N", help="datasets at a time (default: 1)"
     )
     parser.add_argument(
-        "--genes", type=Path, metavar="FILE", help="gene vocabulary (default: the bundled one)"
+        "--replace",
+        action="store_true",
+        help="let a dataset replace another of the same id that is staged from other files",
     )
+    _add_genes(parser)
     for name, text in (
-        ("min_genes", "drop cells with fewer expressed genes"),
-        ("min_counts", "drop cells with fewer counts"),
+        ("min_genes", "drop cells with fewer expressed genes of the vocabulary"),
+        ("min_counts", "drop cells with fewer counts on them"),
         ("min_genes_mapped", "exclude datasets that reach fewer genes of the vocabulary"),
     ):
         value = getattr(default, name)
@@ -155,13 +212,23 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
             flag, type=_whole(1), default=value, metavar="N", help=f"{text} (default: {value})"
         )
     parser.add_argument(
-        "--min-share-mapped",
-        type=_share,
-        default=default.min_share_mapped,
-        metavar="F",
-        help="exclude datasets with a smaller share of known genes "
-        f"(default: {default.min_share_mapped})",
+        "--max-counts", type=_whole(1), metavar="N", help="drop cells with more (default: no limit)"
     )
+    parser.add_argument(
+        "--max-mito-fraction",
+        type=_share,
+        metavar="F",
+        help="drop cells with a larger mitochondrial share of all their counts (default: no limit)",
+    )
+    for name, text in (
+        ("min_share_mapped", "exclude datasets with a smaller share of known genes"),
+        ("min_counts_kept", "exclude datasets with a smaller share of counts on known genes"),
+    ):
+        value = getattr(default, name)
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(
+            flag, type=_share, default=value, metavar="F", help=f"{text} (default: {value})"
+        )
     _add_codec(parser)
     _add_json(parser)
     parser.set_defaults(run=lambda args: _run_convert(args, parser.error))
@@ -169,30 +236,35 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _run_convert(args: argparse.Namespace, usage_error: Callable[[str], NoReturn]) -> int:
     from data_prep.convert import Settings, convert
-    from data_prep.ledger import format_table
+    from data_prep.ledger import count_statuses, format_table
     from data_prep.manifest import read_manifest
-    from sclong_ds.genes import GeneVocabulary
 
     if (args.task is None) != (args.tasks is None):
         usage_error("--task and --tasks go together")
     if args.task is not None and args.task >= args.tasks:
         usage_error(f"--task {args.task}: with --tasks {args.tasks} it is 0 to {args.tasks - 1}")
+    if args.max_counts is not None and args.max_counts < args.min_counts:
+        usage_error(f"--max-counts {args.max_counts} is below --min-counts {args.min_counts}")
     datasets = read_manifest(args.manifest)
-    if args.task is not None:
-        datasets = datasets[args.task :: args.tasks]
-    genes = GeneVocabulary.read(args.genes) if args.genes else GeneVocabulary.bundled()
-    settings = Settings(
-        genes_hash=genes.hash,
-        min_genes=args.min_genes,
-        min_counts=args.min_counts,
-        min_genes_mapped=args.min_genes_mapped,
-        min_share_mapped=args.min_share_mapped,
-        codec=args.codec,
-    )
+    genes = _genes(args)
+    names = [field.name for field in dataclasses.fields(Settings) if field.name != "genes_hash"]
+    settings = Settings(genes_hash=genes.hash, **{name: getattr(args, name) for name in names})
     # Slurm ends a job with SIGTERM: leave through the clean-up that stops the workers.
     signal.signal(signal.SIGTERM, _stop)
-    entries = convert(datasets, out=args.out, genes=genes, settings=settings, jobs=args.jobs)
-    _print_ledger(entries, args.json, format_table)
+    entries = convert(
+        datasets,
+        out=args.out,
+        genes=genes,
+        settings=settings,
+        task=args.task or 0,
+        tasks=args.tasks or 1,
+        jobs=args.jobs,
+        replace=args.replace,
+    )
+    if args.json:
+        print(json.dumps({"datasets": entries, "counts": count_statuses(entries)}, indent=1))
+    else:
+        print(format_table(entries))
     n_failed = sum(entry["status"] == "failed" for entry in entries)
     if n_failed:
         print(f"error: {n_failed} of {len(entries)} datasets failed", file=sys.stderr)
@@ -203,18 +275,6 @@ def _stop(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signal_number)
 
 
-def _print_ledger(
-    entries: list[Any], as_json: bool, format_table: Callable[[list[Any]], str]
-) -> None:
-    from data_prep.ledger import count_statuses
-
-    if as_json:
-        counts = count_statuses(entries)
-        print(json.dumps({"datasets": entries, "counts": counts}, indent=1))
-    else:
-        print(format_table(entries))
-
-
 def _add_status(parser: argparse.ArgumentParser) -> None:
     _add_corpus(parser)
     _add_json(parser)
@@ -222,9 +282,41 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_status(args: argparse.Namespace) -> int:
-    from data_prep.ledger import format_table, read_ledger
+    from data_prep.ledger import count_statuses, format_table, read_ledger, read_pending
 
-    _print_ledger(read_ledger(args.corpus), args.json, format_table)
+    entries = read_ledger(args.corpus)
+    pending = read_pending(args.corpus, entries)
+    if args.json:
+        counts = {**count_statuses(entries), "pending": len(pending)}
+        missing = [dataclasses.asdict(dataset) for dataset in pending]
+        print(json.dumps({"datasets": entries, "pending": missing, "counts": counts}, indent=1))
+    else:
+        print(format_table(entries, pending))
+    return 0
+
+
+def _add_forget(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Removes the staging, the ledger entry and the place in the recorded manifests of each\n"
+        "dataset. A finished corpus keeps their cells; the next finalize goes without them.\n"
+        "A convert whose manifest still lists one brings it back."
+    )
+    _add_corpus(parser)
+    parser.add_argument("datasets", nargs="+", metavar="DATASET_ID", help="datasets to take out")
+    _add_json(parser)
+    parser.set_defaults(run=_run_forget)
+
+
+def _run_forget(args: argparse.Namespace) -> int:
+    from data_prep.staging import forget
+
+    forget(args.corpus, args.datasets)
+    finished = (args.corpus / "corpus.json").is_file()
+    if args.json:
+        print(json.dumps({"forgotten": args.datasets, "finalize_again": finished}, indent=1))
+    else:
+        note = "; the finished corpus keeps its cells until the next finalize" if finished else ""
+        print(f"{args.corpus}: {len(args.datasets)} datasets forgotten{note}")
     return 0
 
 
@@ -258,6 +350,11 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation-datasets", nargs="+", default=[], metavar="ID", help="datasets to validate on"
     )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="go on without datasets that convert has not done yet",
+    )
     _add_codec(parser)
     _add_json(parser)
     parser.set_defaults(run=_run_finalize)
@@ -276,18 +373,21 @@ def _run_finalize(args: argparse.Namespace) -> int:
             split_by=args.split_by,
             validation_datasets=args.validation_datasets,
             codec=args.codec,
+            allow_missing=args.allow_missing,
             progress=progress,
         )
     if args.json:
         print(json.dumps(catalogue, indent=1))
         return 0
+    left_out = sum(d["status"] in ("failed", "excluded") for d in catalogue["unused"])
     splits = ", ".join(
         f"{name} {stop - start}" for name, (start, stop) in catalogue["splits"].items()
     )
     print(
         f"{args.corpus}: {catalogue['n_cells']} cells x {catalogue['n_genes']} genes of "
         f"{len(catalogue['datasets'])} datasets; {splits} (split by {catalogue['split_unit']}); "
-        f"{catalogue['duplicates_dropped']} duplicates dropped; hash {catalogue['hash'][:12]}"
+        f"{catalogue['duplicates_dropped']} duplicates dropped; "
+        f"{left_out} datasets left out (failed or excluded); hash {catalogue['hash'][:12]}"
     )
     return 0
 

@@ -1,17 +1,30 @@
-"""Files that collect records by bucket: how finalize sorts more than fits in memory.
+"""Records on disk by bucket: how finalize sorts more than fits in memory, and can be killed.
 
-Records are appended to one file per bucket and field in a first pass; in a second pass one bucket
-at a time is read whole. Buckets are ranges of a 64-bit key, so the buckets in order, each sorted by
-its key, are all records sorted by key, whatever the number of buckets.
+A first pass writes runs: as many records as fit in memory, ordered by bucket. A second pass reads
+one bucket from all runs at a time. Buckets are ranges of a 64-bit key, so the buckets in order,
+each sorted by its key, are all records sorted by key, whatever the number of buckets and runs.
+
+A run is a few files, `RUN.FIELD` and last `RUN.bounds.npz`, so it is there whole or does not count;
+who is started again asks how many there are and writes the next one.
 """
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sclong_ds.files import write_atomic
+from sclong_ds.store import CellStore
+
+RUN_BYTES = 2**28
+"""Encoded cells of one run."""
 
 
 def bucket_of(key: NDArray[np.uint64], n_buckets: int) -> NDArray[np.int64]:
@@ -24,45 +37,105 @@ def bucket_of(key: NDArray[np.uint64], n_buckets: int) -> NDArray[np.int64]:
     return (((key >> np.uint64(32)) * np.uint64(n_buckets)) >> np.uint64(32)).astype(np.int64)
 
 
-class BucketFiles:
-    """Append-only files in one folder, one per bucket and field.
+def plan_runs(
+    stores: Sequence[CellStore], *, run_bytes: int = RUN_BYTES
+) -> list[list[tuple[int, int]]]:
+    """Group the chunks of many stores into runs, without reading any cell.
 
-    Files are opened for each write: thousands of buckets would exceed the limit of open files.
+    Args:
+        stores: The stores, in order.
+        run_bytes: Encoded cells of a run, exceeded by less than a chunk.
+
+    Returns:
+        Per run the (position of the store, chunk) it takes, in order.
     """
+    runs: list[list[tuple[int, int]]] = []
+    room = 0
+    for number, store in enumerate(stores):
+        before = np.concatenate(([0], np.cumsum(store.row_entries, dtype=np.int64)))
+        sizes = 2 * np.diff(before[store.chunk_rows])
+        for chunk, size in enumerate(sizes.tolist()):
+            if room <= 0:
+                runs.append([])
+                room = run_bytes
+            runs[-1].append((number, chunk))
+            room -= size
+    return runs
 
-    def __init__(self, folder: Path) -> None:
-        """Use an empty folder; it is created."""
-        self.folder = folder
-        folder.mkdir(parents=True)
 
-    def append(
-        self, field: str, bucket: NDArray[np.int64], values: NDArray[Any], ends: NDArray[np.int64]
-    ) -> None:
-        """Append the values of many records to the files of their buckets.
+class BucketRuns:
+    """Runs of records in one folder, each ordered by bucket."""
+
+    def __init__(self, folder: Path, *, n_buckets: int) -> None:
+        """Open a folder; it is created if needed, and finished runs in it are taken over.
 
         Args:
-            field: Name of the field.
-            bucket: (records,) bucket of each record, non-decreasing.
-            values: (values,) the records' values, one record after the other.
-            ends: (records,) end of each record in `values`.
+            folder: The folder; runs in it have the same number of buckets.
+            n_buckets: Number of buckets.
         """
-        names, first = np.unique(bucket, return_index=True)
-        stops = ends[np.append(first[1:], len(bucket)) - 1]
-        start = 0
-        for name, stop in zip(names, stops, strict=True):
-            with self._path(int(name), field).open("ab") as file:
-                file.write(values[start:stop].tobytes())
-            start = int(stop)
+        self.folder, self.n_buckets = folder, n_buckets
+        folder.mkdir(parents=True, exist_ok=True)
+        self._bounds: list[dict[str, NDArray[np.int64]]] = []
+        while (path := self._path(len(self._bounds), "bounds.npz")).exists():
+            with np.load(path) as bounds:
+                self._bounds.append(dict(bounds))
+
+    def __len__(self) -> int:
+        """Return the number of finished runs."""
+        return len(self._bounds)
+
+    def append(
+        self,
+        bounds: Mapping[str, NDArray[np.int64]],
+        blocks: Iterable[Mapping[str, NDArray[Any]]],
+    ) -> None:
+        """Write one run.
+
+        Args:
+            bounds: Per field (n_buckets + 1,) where each bucket begins and the last one ends, in
+                values.
+            blocks: The values of all fields piece by piece, ordered by bucket.
+        """
+        run = len(self._bounds)
+        with ExitStack() as stack:
+            files = {
+                field: stack.enter_context(self._path(run, field).open("wb")) for field in bounds
+            }
+            for block in blocks:
+                for field, values in block.items():
+                    files[field].write(np.ascontiguousarray(values).data)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        content = io.BytesIO()
+        np.savez(content, **bounds)  # type: ignore[arg-type]
+        write_atomic(self._path(run, "bounds.npz"), content.getvalue())
+        self._bounds.append(dict(bounds))
 
     def read(self, bucket: int, field: str, dtype: np.dtype | type) -> NDArray[Any]:
-        """Return a field of all records of a bucket in the order appended; empty if none were."""
-        path = self._path(bucket, field)
-        return np.fromfile(path, dtype=dtype) if path.exists() else np.empty(0, dtype)
+        """Return a field of all records of a bucket, run after run.
 
-    def drop(self, bucket: int) -> None:
-        """Delete the files of a bucket."""
-        for path in self.folder.glob(f"{bucket}.*"):
-            path.unlink()
+        Args:
+            bucket: The bucket.
+            field: Name of the field.
+            dtype: Type of its values.
 
-    def _path(self, bucket: int, field: str) -> Path:
-        return self.folder / f"{bucket}.{field}"
+        Raises:
+            ValueError: A run's file is cut.
+        """
+        dtype = np.dtype(dtype)
+        pieces = [bounds[field][bucket : bucket + 2].tolist() for bounds in self._bounds]
+        values = np.empty(sum(stop - start for start, stop in pieces), dtype)
+        done = 0
+        for run, (start, stop) in enumerate(pieces):
+            path, here = self._path(run, field), values[done : done + stop - start]
+            if len(here):
+                with path.open("rb") as file:
+                    file.seek(start * dtype.itemsize)
+                    if file.readinto(here.view(np.uint8).data) != here.nbytes:
+                        raise ValueError(f"{path}: cut; run finalize again")
+            done += len(here)
+        return values
+
+    def _path(self, run: int, field: str) -> Path:
+        return self.folder / f"{run:06d}.{field}"

@@ -1,24 +1,28 @@
 """Exact duplicates: cells whose counts of all genes are the same, within and across datasets.
 
 A cell has one encoding (`sclong_ds.streams`), so equal bytes mean equal cells. The 128-bit BLAKE2b
-digests of the bytes are sorted by buckets of files, so memory stays at one bucket plus one byte a
-cell. Two different cells of a corpus of 10^9 share a digest with probability 10^-21.
+digests of the bytes go to disk in runs and are sorted bucket by bucket (`data_prep.buckets`), so
+memory stays at one bucket plus one byte a cell. Two different cells of a corpus of 10^9 share a
+digest with probability 10^-21.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.buckets import BucketFiles, bucket_of
+from data_prep.buckets import BucketRuns, bucket_of, plan_runs
 from sclong_ds.store import CellStore, PackedCells
 
 CELLS_PER_BUCKET = 2**21
 """Digest records in memory at once (24 bytes each, and as much again while sorting)."""
+RUN_BYTES = 2**33
+"""Encoded cells whose digests are written at once: about two million cells, 50 MB of digests."""
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("cell", "<u8")])
 
 Progress = Callable[[str, int, int], None]
@@ -32,29 +36,34 @@ def find_duplicates(
 
     Args:
         stores: Cell stores with the same genes; earlier stores come first, as do earlier rows.
-        folder: Scratch folder; it is created, and left empty.
+        folder: Scratch folder; it is created and removed. One that a killed call for the same
+            stores has left is continued.
         progress: Called after every chunk.
 
     Returns:
         Per store a (cells,) array, True where an identical cell comes before.
     """
-    n_cells = sum(len(store) for store in stores)
-    n_buckets = max(1, -(-n_cells // CELLS_PER_BUCKET))
-    files = BucketFiles(folder)
+    sizes = [len(store) for store in stores]
+    n_cells, first_cell = sum(sizes), np.cumsum([0, *sizes])
+    runs = BucketRuns(folder, n_buckets=max(1, -(-n_cells // CELLS_PER_BUCKET)))
     done = 0
-    for store in stores:
-        for chunk in range(len(store.chunk_rows) - 1):
-            digests = digest_cells(store.read_packed(chunk))
-            _append(files, digests, done, n_buckets)
-            done += len(digests)
+    for number, run in enumerate(plan_runs(stores, run_bytes=RUN_BYTES)):
+        parts = []
+        for position, chunk in run:
+            store = stores[position]
+            if number >= len(runs):
+                parts.append(digest_cells(store.read_packed(chunk)))
+            done = int(first_cell[position] + store.chunk_rows[chunk + 1])
             if progress:
                 progress("duplicates", done, n_cells)
+        if parts:
+            digests = np.concatenate(parts)
+            write_digests(runs, digests, done - len(digests))
     repeated = np.zeros(n_cells, dtype=bool)
-    for bucket in range(n_buckets):
-        repeated[_repeats(files.read(bucket, "digest", _RECORD))] = True
-        files.drop(bucket)
-    files.folder.rmdir()
-    return np.split(repeated, np.cumsum([len(store) for store in stores])[:-1])
+    for cells in repeated_cells(runs):
+        repeated[cells] = True
+    shutil.rmtree(folder)
+    return np.split(repeated, first_cell[1:-1])
 
 
 def digest_cells(cells: PackedCells) -> NDArray[np.uint64]:
@@ -70,21 +79,32 @@ def digest_cells(cells: PackedCells) -> NDArray[np.uint64]:
     return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
 
 
-def _append(
-    files: BucketFiles, digests: NDArray[np.uint64], first_cell: int, n_buckets: int
-) -> None:
-    records = np.empty(len(digests), _RECORD)
-    records["high"], records["low"] = digests[:, 0], digests[:, 1]
-    records["cell"] = np.arange(first_cell, first_cell + len(digests))
-    bucket = bucket_of(digests[:, 0], n_buckets)
+def write_digests(runs: BucketRuns, digests: NDArray[np.uint64], first_cell: int) -> None:
+    """Write the digests of cells that follow each other as one run.
+
+    Args:
+        runs: Where to.
+        digests: (cells, 2) as `digest_cells` returns them.
+        first_cell: Number of the first of the cells.
+    """
+    bucket = bucket_of(digests[:, 0], runs.n_buckets)
     order = np.argsort(bucket, kind="stable")
-    files.append("digest", bucket[order], records[order], np.arange(1, len(order) + 1))
+    records = np.empty(len(digests), _RECORD)
+    records["high"], records["low"] = digests[order, 0], digests[order, 1]
+    records["cell"] = first_cell + order
+    bounds = np.searchsorted(bucket[order], np.arange(runs.n_buckets + 1))
+    runs.append({"digest": bounds}, [{"digest": records}])
 
 
-def _repeats(records: NDArray[np.void]) -> NDArray[np.uint64]:
-    """Return the cells of one bucket whose digest an earlier cell has."""
-    order = np.lexsort((records["cell"], records["low"], records["high"]))
-    records = records[order]
-    high, low = records["high"], records["low"]
-    same = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    return records["cell"][1:][same]
+def repeated_cells(runs: BucketRuns) -> Iterable[NDArray[np.uint64]]:
+    """Yield bucket by bucket the numbers of the cells whose digest an earlier cell has.
+
+    Args:
+        runs: All digests.
+    """
+    for bucket in range(runs.n_buckets):
+        records = runs.read(bucket, "digest", _RECORD)
+        order = np.lexsort((records["cell"], records["low"], records["high"]))
+        high, low = records["high"][order], records["low"][order]
+        same = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+        yield records["cell"][order[1:]][same]

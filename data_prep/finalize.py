@@ -2,22 +2,28 @@
 
     python -m data_prep finalize CORPUS
 
-Reads CORPUS/settings.json, ledger/ and staging/ (written by convert; datasets that are not `ok` are
-left out and listed). Writes genes.tsv, cells.zarr, obs/, gene_stats.npz, checksums.json and, last,
-corpus.json; `sclong_ds.store` describes them. Everything is built in a temporary folder inside
-CORPUS and moved at the end, so a killed run leaves the corpus that was there, or none. The same
-staging and options give the same bytes. Memory: a few hundred MB plus about six bytes a cell.
+Reads CORPUS/settings.json, manifests/, ledger/ and staging/ (written by convert; datasets that are
+not `ok` are left out and listed; one that was never converted is an error). Writes genes.tsv,
+cells.zarr, obs/, gene_stats.npz, checksums.json and, last, corpus.json; `sclong_ds.store` describes
+them. Everything is built in `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the
+corpus that was there, or none. The same staging and options give the same bytes, and the same KEY:
+started again, the command goes on after the last finished run, bucket or stage. Memory: about a GB
+plus ten bytes a cell.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +33,15 @@ from numpy.typing import NDArray
 
 from data_prep.dedup import Progress, find_duplicates
 from data_prep.gene_statistics import gene_statistics, write_statistics
-from data_prep.ledger import LedgerEntry, count_statuses, read_ledger
+from data_prep.ledger import (
+    LedgerEntry,
+    Pending,
+    count_statuses,
+    ledger_path,
+    read_ledger,
+    read_pending,
+    tasks_to_run,
+)
 from data_prep.permute import StagedCells, write_permuted
 from data_prep.splits import (
     SplitBy,
@@ -37,7 +51,7 @@ from data_prep.splits import (
     plan_split,
     read_donors,
 )
-from sclong_ds.files import file_sha256, sync_tree, write_atomic
+from sclong_ds.files import file_sha256, sync_folder, sync_tree, write_atomic
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.store import (
     SPLITS,
@@ -51,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 PRODUCTS = ("cells.zarr", "obs", "genes.tsv", "gene_stats.npz", "checksums.json")
 _WORK_PREFIX = ".finalize-"
+_WORK_VERSION = 1
+"""Raised when an interrupted run of an older program could not be continued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +92,7 @@ def finalize(
     split_by: SplitBy = "auto",
     validation_datasets: Sequence[str] = (),
     codec: Literal["zstd", "none"] = "zstd",
+    allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build the corpus from everything that is staged.
@@ -89,6 +106,7 @@ def finalize(
         split_by: donor, dataset or cell; auto takes the first that gives enough groups.
         validation_datasets: Datasets to validate on, instead of a share.
         codec: zstd or none (twice the size, for fast local disks).
+        allow_missing: Go on without datasets that were to be converted and never were.
         progress: Called with (stage, cells done, cells in all).
 
     Returns:
@@ -96,36 +114,101 @@ def finalize(
 
     Raises:
         FileNotFoundError: No such folder, or nothing was converted.
-        ValueError: No usable dataset, impossible options, or damaged staging.
+        ValueError: Datasets that were never converted, no usable dataset, impossible options,
+            damaged staging, or another finalize is at work in the folder.
     """
     corpus = Path(corpus)
     names = tuple(validation_datasets)
     options = SplitOptions(seed, validation_fraction, test_fraction, split_by, names)
     ledger = read_ledger(corpus)
+    pending = _pending(corpus, ledger, allow_missing=allow_missing)
     genes = _vocabulary(corpus)
+    with _alone(corpus):
+        staged = _usable(corpus, ledger, genes)
+        work = _work_folder(corpus, ledger, pending, staged, options, codec)
+        try:
+            if not (work / "catalogue.json").exists():
+                catalogue = _build(work, staged, genes, options, codec, progress)
+                _seal(corpus, work, catalogue, ledger, pending)
+            catalogue = json.loads((work / "catalogue.json").read_bytes())
+            _publish(corpus, work, catalogue)
+        except ValueError:
+            # Wrong options or damaged staging: the same command would fail again.
+            shutil.rmtree(work)
+            raise
+        shutil.rmtree(work)
+    for warning in catalogue["warnings"]:
+        logger.warning("%s", warning)
+    return catalogue
+
+
+def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool) -> list[Pending]:
+    """Return the datasets that were never converted; they are an error unless allowed."""
+    pending = read_pending(corpus, ledger)
+    if pending and not allow_missing:
+        names = ", ".join(dataset.dataset_id for dataset in pending[:3])
+        raise ValueError(
+            f"{corpus}: {len(pending)} of {len(ledger) + len(pending)} datasets were not converted "
+            f"yet ({names}{', ...' if len(pending) > 3 else ''}): {tasks_to_run(pending)}, or "
+            "finalize with --allow-missing to go on without them"
+        )
+    return pending
+
+
+def _usable(corpus: Path, ledger: Sequence[LedgerEntry], genes: GeneVocabulary) -> list[Staged]:
+    """Return the staged datasets, at least one."""
     staged = [_open_staged(corpus, entry, genes) for entry in ledger if entry["status"] == "ok"]
     if not staged:
         found = ", ".join(f"{n} {status}" for status, n in count_statuses(ledger).items())
         raise ValueError(
             f"{corpus}: no usable dataset ({found}); see: python -m data_prep status {corpus}"
         )
-    for stale in corpus.glob(f"{_WORK_PREFIX}*"):
-        shutil.rmtree(stale)
-    work = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=corpus))
-    try:
-        catalogue = _build(work, staged, genes, options, codec, progress)
-        catalogue["unused"] = [
-            {"dataset_id": e["dataset_id"], "status": e["status"], "reason": e["reason"]}
-            for e in ledger
-            if e["status"] != "ok"
-        ]
-        catalogue |= _write_checksums(corpus, work, catalogue, [s.dataset_id for s in staged])
-        _publish(corpus, work, catalogue)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    for warning in catalogue["warnings"]:
-        logger.warning("%s", warning)
-    return catalogue
+    return staged
+
+
+@contextmanager
+def _alone(corpus: Path) -> Iterator[None]:
+    """Keep other runs of finalize out of a corpus; the lock ends with the process."""
+    with (corpus / "settings.json").open("rb+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{corpus}: another finalize is at work here; wait for it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            logger.warning("%s: this file system has no locks; start one finalize only", corpus)
+        yield
+
+
+def _work_folder(
+    corpus: Path,
+    ledger: Sequence[LedgerEntry],
+    pending: Sequence[Pending],
+    staged: Sequence[Staged],
+    options: SplitOptions,
+    codec: str,
+) -> Path:
+    """Return the folder in which this very work goes on, if it was begun; other work is removed.
+
+    Staged files are told apart by size and time of change: reading them all takes too long.
+    """
+    files = [
+        (path.relative_to(corpus).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+        for s in staged
+        for path in files_below(s.folder)
+    ]
+    missing = [dataset.dataset_id for dataset in pending]
+    content = [_WORK_VERSION, asdict(options), codec, list(ledger), missing, files]
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    work = corpus / f"{_WORK_PREFIX}{key}"
+    for other in corpus.glob(f"{_WORK_PREFIX}*"):
+        if other != work:
+            shutil.rmtree(other)
+    if work.exists():
+        logger.info("%s: continuing what an earlier run has begun", corpus)
+    work.mkdir(exist_ok=True)
+    return work
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -177,38 +260,54 @@ def _build(
     codec: Literal["zstd", "none"],
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Write all products except the checksums to `work`; return the catalogue."""
-    repeated = find_duplicates([s.cells for s in staged], work / "digests", progress=progress)
+    """Write all products except the checksums to `work`, where missing; return the catalogue."""
+    kept = _kept_cells(work, staged, progress)
     groups = []
-    for s, dropped in zip(staged, repeated, strict=True):
+    for s, here in zip(staged, kept, strict=True):
         donors, donor = read_donors(s.folder / "obs.tsv.gz", len(s.cells))
-        groups.append(
-            SplitCells(dataset_id=s.dataset_id, donors=donors, donor=donor, kept=~dropped)
-        )
+        groups.append(SplitCells(dataset_id=s.dataset_id, donors=donors, donor=donor, kept=here))
     plan = plan_split(groups, options)
-    with CellWriter(work / "cells.zarr", n_genes=len(genes), codec=codec) as writer:
-        ends = write_permuted(
-            [
-                StagedCells(dataset_id=s.dataset_id, cells=s.cells, kept=~dropped, split=split)
-                for s, dropped, split in zip(staged, repeated, plan.codes, strict=True)
-            ],
-            writer,
-            seed=options.seed,
-            scratch=work / "scattered",
-            progress=progress,
-        )
+    if not (work / "cells.zarr").exists():
+        datasets = [
+            StagedCells(dataset_id=s.dataset_id, cells=s.cells, kept=here, split=split)
+            for s, here, split in zip(staged, kept, plan.codes, strict=True)
+        ]
+        path = work / "cells.zarr"
+        with CellWriter(path, n_genes=len(genes), codec=codec, resumable=True) as writer:
+            scratch = work / "scattered"
+            write_permuted(datasets, writer, seed=options.seed, scratch=scratch, progress=progress)
     cells = CellStore(work / "cells.zarr")
-    stats = gene_statistics(cells, range(*ends["train"]), progress=progress)
+    infos = [
+        _dataset_info(s, here, split)
+        for s, here, split in zip(staged, kept, plan.codes, strict=True)
+    ]
+    ends = np.cumsum([0, *(sum(info.split_cells[name] for info in infos) for name in SPLITS)])
+    splits = {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
+    stats = gene_statistics(cells, range(*splits["train"]), progress=progress)
     write_statistics(work / "gene_stats.npz", stats)
     genes.write(work / "genes.tsv")
-    (work / "obs").mkdir()
+    (work / "obs").mkdir(exist_ok=True)
     for s in staged:
         shutil.copyfile(s.folder / "obs.tsv.gz", work / "obs" / f"{s.dataset_id}.tsv.gz")
-    datasets = [
-        _dataset_info(s, ~dropped, split)
-        for s, dropped, split in zip(staged, repeated, plan.codes, strict=True)
-    ]
-    return _catalogue(cells, genes, options, plan, ends, datasets)
+    return _catalogue(cells, genes, options, plan, splits, infos)
+
+
+def _kept_cells(
+    work: Path, staged: Sequence[Staged], progress: Progress | None
+) -> list[NDArray[np.bool_]]:
+    """Return which cells of each dataset repeat no earlier one."""
+    path = work / "repeated.npy"
+    stores = [s.cells for s in staged]
+    if path.exists():
+        # A run killed while it removed its scratch files.
+        shutil.rmtree(work / "digests", ignore_errors=True)
+        repeated = np.split(np.load(path), np.cumsum([len(store) for store in stores])[:-1])
+    else:
+        repeated = find_duplicates(stores, work / "digests", progress=progress)
+        content = io.BytesIO()
+        np.save(content, np.concatenate(repeated))
+        write_atomic(path, content.getvalue())
+    return [~here for here in repeated]
 
 
 def _dataset_info(s: Staged, kept: NDArray[np.bool_], split: NDArray[np.uint8]) -> DatasetInfo:
@@ -234,7 +333,7 @@ def _catalogue(
     genes: GeneVocabulary,
     options: SplitOptions,
     plan: SplitPlan,
-    ends: Mapping[str, tuple[int, int]],
+    splits: Mapping[str, list[int]],
     datasets: Sequence[DatasetInfo],
 ) -> dict[str, Any]:
     return {
@@ -242,7 +341,7 @@ def _catalogue(
         "n_genes": len(genes),
         "n_values": cells.n_values,
         "genes_hash": genes.hash,
-        "splits": {name: list(border) for name, border in ends.items()},
+        "splits": dict(splits),
         "split_unit": plan.unit,
         "held_out": plan.held_out,
         "options": asdict(options),
@@ -252,8 +351,43 @@ def _catalogue(
     }
 
 
+def _seal(
+    corpus: Path,
+    work: Path,
+    catalogue: dict[str, Any],
+    ledger: Sequence[LedgerEntry],
+    pending: Sequence[Pending],
+) -> None:
+    """Write checksums.json and, when all is on disk, the whole catalogue to `work`."""
+    catalogue["unused"] = [
+        {"dataset_id": e["dataset_id"], "status": e["status"], "reason": e["reason"]}
+        for e in ledger
+        if e["status"] != "ok"
+    ]
+    catalogue["unused"] += [
+        {"dataset_id": p.dataset_id, "status": "pending", "reason": "not converted"}
+        for p in pending
+    ]
+    left_out = Counter(dataset["status"] for dataset in catalogue["unused"])
+    if left_out:
+        catalogue["warnings"].append(
+            f"{left_out.total()} of {len(ledger) + len(pending)} datasets are left out "
+            f"({', '.join(f'{n} {status}' for status, n in sorted(left_out.items()))}); see: "
+            "python -m data_prep status"
+        )
+    used = [entry["dataset_id"] for entry in ledger if entry["status"] == "ok"]
+    entries = [ledger_path(corpus, entry["dataset_id"]) for entry in ledger]
+    catalogue |= _write_checksums(corpus, work, catalogue, used, entries)
+    sync_tree(work)
+    write_atomic(work / "catalogue.json", json.dumps(catalogue).encode())
+
+
 def _write_checksums(
-    corpus: Path, work: Path, catalogue: Mapping[str, Any], used: Sequence[str]
+    corpus: Path,
+    work: Path,
+    catalogue: Mapping[str, Any],
+    used: Sequence[str],
+    entries: Sequence[Path],
 ) -> dict[str, str]:
     """Write checksums.json; return the corpus hash and the hash of checksums.json itself."""
     files = {
@@ -261,7 +395,7 @@ def _write_checksums(
         for product in PRODUCTS[:-1]
         for path in files_below(work / product)
     }
-    inputs = [corpus / "settings.json", *files_below(corpus / "ledger")]
+    inputs = [corpus / "settings.json", *entries]
     inputs += [path for name in used for path in files_below(corpus / "staging" / name)]
     document = {
         "algorithm": "sha256",
@@ -282,19 +416,16 @@ def _write_checksums(
 
 
 def _publish(corpus: Path, work: Path, catalogue: Mapping[str, Any]) -> None:
-    """Move the products to their names.
+    """Move the products to their names; what a killed run has moved stays.
 
     corpus.json goes first and comes last: a run killed in between leaves no corpus, never a mix.
     """
-    sync_tree(work)
     (corpus / "corpus.json").unlink(missing_ok=True)
     for name in PRODUCTS:
+        if not (work / name).exists():
+            continue
         if (corpus / name).is_dir():
             os.rename(corpus / name, work / f"old-{name}")
         os.replace(work / name, corpus / name)
     write_catalogue(corpus, catalogue)
-    handle = os.open(corpus, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(corpus)

@@ -11,7 +11,7 @@ target may thus lose its edge to itself when more than `neighbours` + 1 genes ha
 terms. Genes without terms have no edge.
 
 Reads an OBO file, gene associations (gene2go or GAF) and a gene list. Writes OUT, whose keys
-`sclong_ds.graph_file` lists and reads, and a picture of the degrees beside it (OUT with .png).
+`sclong_ds.graph_file` lists, and a picture of the degrees beside it (OUT with .png).
 The same inputs give the same bytes.
 
 Source: scLong, doi:10.1101/2024.11.09.622759, gene ontology graph.
@@ -45,8 +45,7 @@ from data_prep.gene_ontology import (
 )
 from data_prep.jaccard import NEIGHBOURS, THRESHOLD, GeneGraph, degrees, jaccard_graph
 from sclong_ds.files import file_sha256, write_atomic
-
-GRAPH_FORMAT = "sclong_ds-gene-graph 1"
+from sclong_ds.graph_file import write_gene_graph
 
 logger = logging.getLogger(__name__)
 
@@ -89,37 +88,6 @@ def graph_counts(
         "out_degree_max": int(out_of.max()),
         "weight_mean": float(graph.edge_weight.mean()) if len(graph.edge_weight) else 0.0,
     }
-
-
-def write_graph(
-    path: str | Path,
-    graph: GeneGraph,
-    *,
-    genes_hash: str,
-    settings: dict[str, Any],
-    counts: dict[str, Any],
-) -> None:
-    """Write the npz that `sclong_ds.graph_file.read_gene_graph` reads; the write is atomic.
-
-    Args:
-        path: Target, replaced if it exists.
-        graph: Graph to write.
-        genes_hash: `GeneVocabulary.hash` of its genes.
-        settings: How it was made.
-        counts: What came out.
-    """
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        format=np.array(GRAPH_FORMAT),
-        edge_index=graph.edge_index,
-        edge_weight=graph.edge_weight,
-        n_genes=np.int64(graph.n_genes),
-        genes_hash=np.array(genes_hash),
-        settings=np.array(json.dumps(settings, sort_keys=True)),
-        counts=np.array(json.dumps(counts, sort_keys=True)),
-    )
-    write_atomic(path, buffer.getvalue())
 
 
 def plot_degrees(path: str | Path, graph: GeneGraph) -> None:
@@ -208,7 +176,7 @@ def build_gene_graph(
     }
     counts = graph_counts(graph, terms, keys) | _annotation_counts(annotations, ontology, unmatched)
     about: dict[str, Any] = {"genes_hash": keys.genes.hash, "settings": settings, "counts": counts}
-    write_graph(out, graph, **about)
+    write_gene_graph(out, graph.edge_index, graph.edge_weight, n_genes=graph.n_genes, **about)
     plot_degrees(out.with_suffix(".png"), graph)
     return {"out": str(out), "picture": str(out.with_suffix(".png")), **about}
 

@@ -46,7 +46,7 @@ class Ontology:
     """The terms of a GO release."""
 
     version: str
-    main_id: Mapping[str, str]  # live id or alternative id -> live id
+    main_id: Mapping[str, str]  # live, alternative or replaced obsolete id -> live id
     namespace: Mapping[str, str]  # live id -> BP, MF or CC
     obsolete: frozenset[str]
     ancestors: Mapping[str, Collection[str]]  # live id -> ids above it; empty without propagation
@@ -98,7 +98,7 @@ def read_ontology(path: str | Path, *, propagate: Propagation = "none") -> Ontol
                     "expected go-basic.obo of geneontology.org"
                 )
             target.write(first)
-            target.writelines(lines)
+            replaced = _copy_terms(lines, target)
         attributes = {"relationship"} if propagate == "all" else None
         with _goatools(path):
             dag = GODag(str(plain), optional_attrs=attributes, load_obsolete=True, prt=None)
@@ -106,13 +106,30 @@ def read_ontology(path: str | Path, *, propagate: Propagation = "none") -> Ontol
     if not live:
         raise ValueError(f"{path}: holds no GO term; expected go-basic.obo of geneontology.org")
     above = get_go2ancestors(live, propagate == "all") if propagate != "none" else {}
+    main_id = {key: term.item_id for key, term in dag.items() if not term.is_obsolete}
+    obsolete = {key for key, term in dag.items() if term.is_obsolete}
+    main_id |= {old: main_id[new] for old, new in replaced.items() if new in main_id}
     return Ontology(
         version=dag.data_version or "unknown",
-        main_id={key: term.item_id for key, term in dag.items() if not term.is_obsolete},
+        main_id=main_id,
         namespace={t.item_id: NAMESPACES.get(t.namespace, t.namespace) for t in live},
-        obsolete=frozenset(key for key, term in dag.items() if term.is_obsolete),
+        obsolete=frozenset(obsolete - set(main_id)),
         ancestors=above,
     )
+
+
+def _copy_terms(lines: Iterator[str], target: TextIO) -> dict[str, str]:
+    """Copy an OBO file; return replacements of obsolete ids, which goatools leaves out."""
+    replaced: dict[str, str] = {}
+    term = ""
+    for line in lines:
+        target.write(line)
+        if line.startswith("id: "):
+            term = line[4:].strip()
+        elif line.startswith("replaced_by: "):
+            # Of several, none is the meaning of the old term.
+            replaced[term] = "" if term in replaced else line[13:].strip()
+    return replaced
 
 
 def read_annotations(
@@ -125,8 +142,8 @@ def read_annotations(
 ) -> Annotations:
     """Read which gene has which GO terms.
 
-    NOT annotations are dropped, alternative ids replaced by the live id, obsolete and unknown terms
-    dropped.
+    NOT annotations are dropped, alternative ids and obsolete ones with one replacement become the
+    live id, other obsolete and unknown terms are dropped.
 
     Args:
         path: NCBI gene2go or GAF 2.x, plain or .gz; told apart by content.

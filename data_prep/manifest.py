@@ -1,18 +1,23 @@
 """The list of datasets to convert: a tab-separated table or a YAML list.
 
-Only `dataset_id` and `path` are required. All problems of a table are reported together, by line.
+Only `dataset_id` and `path` are required. Cells of the table may be quoted as in csv. All problems
+of a table are reported together, by line.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data_prep.counts import INVERT_LOG1P
+from data_prep.gene_names import ID_TYPES
 from data_prep.readers import FORMATS
 
 COLUMNS: Mapping[str, str] = {
@@ -23,14 +28,25 @@ COLUMNS: Mapping[str, str] = {
     "tissue": "free text, kept with the dataset",
     "obs_columns": "cell annotations to keep, comma-separated; * all, none: none; empty: the usual",
     "donor_column": "cell annotation that names the donor; kept as 'donor' (used by the split)",
-    "counts": "matrix with the raw counts: auto (default), X, raw.X or layers/NAME",
+    "sample_column": "cell annotation that names the sample; kept as 'sample'",
+    "assay_column": "cell annotation that names the assay; kept as 'assay'",
+    "cell_type_column": "cell annotation that names the cell type; kept as 'cell_type'",
+    "counts": "matrix with the raw counts: auto (default), X, raw.X or layers/NAME; or "
+    "invert_log1p[:MATRIX] to restore them, with proof, from log1p of scaled counts",
     "gene_column": "column that names the genes: auto (default), index or the name of one",
+    "id_type": f"what that column holds: {', '.join(ID_TYPES)} (default auto: any mixture)",
+    "gene_list": "file that names the genes of an npz file, one a line (default: beside it)",
     "genome": "genome to keep of a 10x file with several: auto (default) or its name",
+    "n_cells": "number of cells, for the reader; ignored",
     "note": "free text, ignored",
 }
 REQUIRED = ("dataset_id", "path")
+OBS_ROLES = ("donor", "sample", "assay", "cell_type")
+_NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note")
+"""Columns that do not enter the settings hash; of the files it is the content that counts."""
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_COUNTS = re.compile(r"auto|X|raw\.X|layers/.+")
+_MATRIX = r"(?:X|raw\.X|layers/.+)"
+_COUNTS = re.compile(rf"auto|{_MATRIX}|{INVERT_LOG1P}(?::{_MATRIX})?")
 _HUMAN = ("human", "homo sapiens", "homo_sapiens", "ncbitaxon:9606", "9606")
 _MOST_PROBLEMS = 10
 
@@ -46,9 +62,15 @@ class Dataset:
     tissue: str = ""
     obs_columns: str = ""
     donor_column: str = ""
+    sample_column: str = ""
+    assay_column: str = ""
+    cell_type_column: str = ""
     counts: str = "auto"
     gene_column: str = "auto"
+    id_type: str = "auto"
+    gene_list: Path | None = None
     genome: str = "auto"
+    n_cells: str = ""
     note: str = ""
 
     @property
@@ -58,17 +80,12 @@ class Dataset:
 
     def options(self) -> dict[str, str]:
         """Return the fields that change what is staged, for the settings hash."""
-        names = (
-            "format",
-            "organism",
-            "tissue",
-            "obs_columns",
-            "donor_column",
-            "counts",
-            "gene_column",
-            "genome",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in COLUMNS if name not in _NO_OPTIONS}
+
+    def roles(self) -> dict[str, str]:
+        """Return the cell annotations with a fixed name, as name to column; only those given."""
+        columns = {role: getattr(self, f"{role}_column") for role in OBS_ROLES}
+        return {role: column for role, column in columns.items() if column}
 
 
 def read_manifest(path: str | Path) -> tuple[Dataset, ...]:
@@ -111,17 +128,21 @@ _Rows = list[tuple[str, dict[str, str]]]
 
 
 def _table_rows(text: str, path: Path) -> _Rows:
-    lines = [
-        (number, line.split("\t"))
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip() and not line.startswith("#")
-    ]
+    try:
+        lines = list(_lines(text))
+    except csv.Error as error:
+        raise ValueError(
+            f"manifest {path}: a quotation mark that does not close its cell ({error}); double it "
+            "or remove it"
+        ) from None
     if not lines:
         raise ValueError(
             f"manifest {path}: the file is empty; it needs a header line with "
             f"{' and '.join(REQUIRED)}"
         )
     number, header = lines[0][0], [name.strip() for name in lines[0][1]]
+    if len(header) == 1 and re.search("[,;]", header[0]):
+        raise ValueError(f"manifest {path}: line {number}: the columns must be separated by tabs")
     _check_header(header, f"manifest {path}: line {number}")
     if len(lines) == 1:
         raise ValueError(f"manifest {path}: a header but no dataset")
@@ -138,9 +159,21 @@ def _table_rows(text: str, path: Path) -> _Rows:
     ]
 
 
+def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the cells of each line that is neither empty nor a comment."""
+    # A comment may hold any quotation marks; the empty line in its place keeps the numbers right.
+    plain = ("\n" if line.startswith("#") else line for line in io.StringIO(text, newline=""))
+    reader = csv.reader(plain, delimiter="\t", strict=True)
+    for cells in reader:
+        # Spreadsheets quote comments, and end every line in as many tabs as there are columns.
+        if any(cell.strip() for cell in cells) and not cells[0].startswith("#"):
+            yield reader.line_num, cells
+
+
 def _yaml_rows(text: str, path: Path) -> _Rows:
     try:
-        content: Any = yaml.safe_load(text)
+        # All scalars stay text: otherwise 2024_01 and 007 become the numbers 202401 and 7.
+        content: Any = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"manifest {path}: not YAML ({' '.join(str(error).split())})") from None
     if isinstance(content, dict) and set(content) == {"datasets"}:
@@ -156,15 +189,21 @@ def _yaml_rows(text: str, path: Path) -> _Rows:
         )
     rows: _Rows = []
     for number, row in enumerate(content, 1):
-        _check_header([str(name) for name in row], f"manifest {path}: entry {number}")
-        rows.append((f"entry {number}", {str(name): _cell(value) for name, value in row.items()}))
+        where = f"entry {number}"
+        _check_header([str(name) for name in row], f"manifest {path}: {where}")
+        cells = {
+            name: _cell(name, value, f"manifest {path}: {where}") for name, value in row.items()
+        }
+        rows.append((where, cells))
     return rows
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def _cell(name: str, value: object, where: str) -> str:
+    if isinstance(value, str):
+        return "" if value in ("~", "null") else value
+    if name == "obs_columns" and isinstance(value, list):
+        return ",".join(_cell("", item, where) for item in value)
+    raise ValueError(f"{where}: {name or 'obs_columns'} must be text, not a list or a mapping")
 
 
 def _check_header(header: Sequence[str], where: str) -> None:
@@ -200,11 +239,17 @@ def _problems(rows: _Rows) -> list[str]:
         if (format := row.get("format") or "auto") not in ("auto", *FORMATS):
             problems.append(f"{where}: format '{format}', allowed: auto, {', '.join(FORMATS)}")
         if not _COUNTS.fullmatch(counts := row.get("counts") or "auto"):
-            problems.append(f"{where}: counts '{counts}', allowed: auto, X, raw.X, layers/NAME")
+            problems.append(
+                f"{where}: counts '{counts}', allowed: auto, X, raw.X, layers/NAME, "
+                f"{INVERT_LOG1P}, {INVERT_LOG1P}:MATRIX"
+            )
+        if (id_type := row.get("id_type") or "auto") not in ID_TYPES:
+            problems.append(f"{where}: id_type '{id_type}', allowed: {', '.join(ID_TYPES)}")
     return problems
 
 
 def _dataset(row: Mapping[str, str], folder: Path) -> Dataset:
     fields: dict[str, Any] = {name: value for name, value in row.items() if value}
     # An absolute path stays as it is when joined.
-    return Dataset(**(fields | {"path": folder / row["path"]}))
+    paths = {name: folder / row[name] for name in ("path", "gene_list") if row.get(name)}
+    return Dataset(**(fields | paths))

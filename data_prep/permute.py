@@ -2,13 +2,15 @@
 
 Every cell draws a 64-bit key from a generator seeded by (seed, dataset_id), and the cells of a
 split are sorted by key: a uniform permutation that does not depend on memory limits. The sort
-takes two passes: encoded cells are scattered to files by ranges of the key, then one file at a
-time is sorted in memory and written. Cells are moved as bytes, never decoded.
+takes two passes (`data_prep.buckets`): encoded cells are scattered by ranges of the key, then one
+range at a time is sorted in memory and written. Cells are moved as bytes, never decoded. A killed
+call is continued by the next one: runs and buckets that are on disk are not made again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.buckets import BucketFiles, bucket_of
+from data_prep.buckets import RUN_BYTES, BucketRuns, bucket_of, plan_runs
 from data_prep.dedup import Progress
-from sclong_ds.store import SPLITS, CellStore, CellWriter, PackedCells, slices_to_index
+from sclong_ds.store import SPLITS, CellStore, CellWriter, PackedCells
 
-BUCKET_BYTES = 2**28
+BUCKET_BYTES = RUN_BYTES
 """Encoded cells that are sorted in memory at once."""
 BLOCK_ENTRIES = 2**22
-"""Entries that are moved at once; their positions take 8 bytes each."""
+"""Entries that are moved at once."""
 _CELL = np.dtype(
     [
         ("key", "<u8"),
@@ -60,49 +62,44 @@ def write_permuted(
     scratch: Path,
     bucket_bytes: int = BUCKET_BYTES,
     progress: Progress | None = None,
-) -> dict[str, tuple[int, int]]:
+) -> None:
     """Write the kept cells split by split, each split in uniform random order.
 
     Args:
         datasets: The cells, in the order that numbers the table `dataset`.
         writer: Where they go, with the tables dataset, obs_row (row in the staged dataset) and
-            source_row (row in the source file).
+            source_row (row in the source file). A resumable one goes on after the buckets that it
+            holds.
         seed: Seed of the permutation.
         scratch: Folder for the scattered cells (as large as the corpus without compression); it is
-            created and removed.
+            created and removed. One that a killed call with the same arguments has left is
+            continued.
         bucket_bytes: Cells sorted in memory at once; the result does not depend on it.
         progress: Called as cells are scattered and written.
-
-    Returns:
-        First cell and end of each split.
     """
     n_buckets = [max(1, -(-size // bucket_bytes)) for size in _split_bytes(datasets)]
     first_bucket = np.concatenate(([0], np.cumsum(n_buckets)))
-    files = BucketFiles(scratch)
+    runs = BucketRuns(scratch, n_buckets=int(first_bucket[-1]))
+    stores, done = [d.cells for d in datasets], 0
     n_cells = sum(int(d.kept.sum()) for d in datasets)
-    done = 0
-    for number, dataset in enumerate(datasets):
-        for cell, packed in _staged_blocks(dataset, number, seed):
-            split = dataset.split[cell["obs_row"]]
-            bucket = np.empty(len(cell), np.int64)
-            for code in range(len(SPLITS)):
-                here = split == code
-                bucket[here] = first_bucket[code] + bucket_of(cell["key"][here], n_buckets[code])
-            _scatter(files, bucket, cell, packed)
-            done += len(cell)
-            if progress:
-                progress("scatter", done, n_cells)
-    ends = {}
-    for code, name in enumerate(SPLITS):
-        start = writer.n_rows
-        for bucket_number in range(first_bucket[code], first_bucket[code + 1]):
-            _write_bucket(files, int(bucket_number), writer)
-            if progress and n_cells:
-                progress("write", writer.n_rows, n_cells)
-        writer.end_chunk()
-        ends[name] = (start, writer.n_rows)
-    files.folder.rmdir()
-    return ends
+    for number, run in enumerate(plan_runs(stores, run_bytes=bucket_bytes)):
+        chosen = [_kept_rows(datasets[i], chunk) for i, chunk in run]
+        if number >= len(runs):
+            cell, packed = _read_run(datasets, run, chosen, seed)
+            _scatter(runs, _buckets(datasets, cell, first_bucket), cell, packed)
+        done += sum(map(len, chosen))
+        if progress:
+            progress("scatter", done, n_cells)
+    for bucket in range(writer.mark, runs.n_buckets):
+        if bucket in first_bucket:
+            writer.end_chunk()
+        _write_bucket(runs, bucket, writer)
+        if writer.resumable:
+            writer.checkpoint(mark=bucket + 1)
+        if progress and n_cells:
+            progress("write", writer.n_rows, n_cells)
+    writer.end_chunk()
+    shutil.rmtree(scratch)
 
 
 def _split_bytes(datasets: Sequence[StagedCells]) -> NDArray[np.int64]:
@@ -115,65 +112,125 @@ def _split_bytes(datasets: Sequence[StagedCells]) -> NDArray[np.int64]:
     return sizes
 
 
-def _staged_blocks(
-    dataset: StagedCells, number: int, seed: int
-) -> Iterator[tuple[NDArray[np.void], PackedCells]]:
-    """Yield the kept cells of a dataset chunk by chunk, with their keys."""
+def _kept_rows(dataset: StagedCells, chunk: int) -> NDArray[np.int64]:
+    """Return the rows of a chunk's kept cells in the dataset."""
+    first, last = dataset.cells.chunk_rows[chunk : chunk + 2].tolist()
+    return first + np.flatnonzero(dataset.kept[first:last])
+
+
+def _keys(dataset: StagedCells, seed: int) -> NDArray[np.uint64]:
+    """Return the sort key of each staged cell; it depends on its row and the seed alone."""
     entropy = hashlib.sha256(f"{seed}/{dataset.dataset_id}".encode()).digest()
     random = np.random.Generator(np.random.PCG64(int.from_bytes(entropy, "big")))
-    store = dataset.cells
-    source_row = store.table("source_row")
-    for chunk in range(len(store.chunk_rows) - 1):
-        first, last = int(store.chunk_rows[chunk]), int(store.chunk_rows[chunk + 1])
-        # Dropped cells draw a key too: a cell's key depends on its row alone.
-        keys = random.integers(0, 2**64, size=last - first, dtype=np.uint64)
-        rows = np.flatnonzero(dataset.kept[first:last])
+    return random.integers(0, 2**64, size=len(dataset.kept), dtype=np.uint64)
+
+
+def _read_run(
+    datasets: Sequence[StagedCells],
+    run: Sequence[tuple[int, int]],
+    chosen: Sequence[NDArray[np.int64]],
+    seed: int,
+) -> tuple[NDArray[np.void], PackedCells]:
+    """Return the chosen cells of the chunks of a run, with their keys."""
+    n_cells = sum(map(len, chosen))
+    n_entries = sum(
+        int(datasets[i].cells.row_entries[rows].sum(dtype=np.int64))
+        for (i, _), rows in zip(run, chosen, strict=True)
+    )
+    cell = np.empty(n_cells, _CELL)
+    gap, count = np.empty(n_entries, np.uint8), np.empty(n_entries, np.uint8)
+    row, entry, keys_of = 0, 0, -1
+    for (i, chunk), rows in zip(run, chosen, strict=True):
+        store = datasets[i].cells
+        if i != keys_of:
+            keys, keys_of = _keys(datasets[i], seed), i
         packed = store.read_packed(chunk)
-        cell = np.empty(len(rows), _CELL)
-        cell["key"], cell["dataset"], cell["obs_row"] = keys[rows], number, first + rows
-        cell["source_row"] = source_row[first + rows]
-        cell["entries"] = packed.row_entries[rows]
-        cell["nnz"] = packed.row_nnz[rows]
-        cell["total"] = packed.row_total[rows]
-        if len(rows):
-            yield cell, _take(packed, rows)
+        if len(rows) < len(packed.row_entries):
+            packed = _take(packed, rows - store.chunk_rows[chunk])
+        part = cell[row : row + len(rows)]
+        part["key"], part["dataset"], part["obs_row"] = keys[rows], i, rows
+        part["source_row"] = store.table("source_row")[rows]
+        part["entries"], part["nnz"] = packed.row_entries, packed.row_nnz
+        part["total"] = packed.row_total
+        gap[entry : entry + len(packed.gap)] = packed.gap
+        count[entry : entry + len(packed.gap)] = packed.count
+        row, entry = row + len(rows), entry + len(packed.gap)
+    return cell, PackedCells(gap, count, cell["entries"], cell["nnz"], cell["total"])
+
+
+def _buckets(
+    datasets: Sequence[StagedCells], cell: NDArray[np.void], first_bucket: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the bucket of each cell: its split's range of buckets, and there that of its key."""
+    split = np.empty(len(cell), np.uint8)
+    for i in np.unique(cell["dataset"]).tolist():
+        here = cell["dataset"] == i
+        split[here] = datasets[i].split[cell["obs_row"][here]]
+    bucket = np.empty(len(cell), np.int64)
+    for code in range(len(SPLITS)):
+        here = split == code
+        n_buckets = int(first_bucket[code + 1] - first_bucket[code])
+        bucket[here] = first_bucket[code] + bucket_of(cell["key"][here], n_buckets)
+    return bucket
 
 
 def _take(packed: PackedCells, rows: NDArray[np.int64]) -> PackedCells:
     """Return chosen cells in the order given."""
-    starts = np.cumsum(packed.row_entries, dtype=np.int64) - packed.row_entries
-    index = slices_to_index(starts[rows], packed.row_entries[rows])
+    ends = np.cumsum(packed.row_entries, dtype=np.int64)
+    stops = ends[rows].tolist()
+    starts = (ends[rows] - packed.row_entries[rows]).tolist()
     return PackedCells(
-        packed.gap[index],
-        packed.count[index],
+        _joined(packed.gap, starts, stops),
+        _joined(packed.count, starts, stops),
         packed.row_entries[rows],
         packed.row_nnz[rows],
         packed.row_total[rows],
     )
 
 
+def _joined(
+    stream: NDArray[np.uint8], starts: Sequence[int], stops: Sequence[int]
+) -> NDArray[np.uint8]:
+    """Return slices of a stream one after the other.
+
+    A cell is a few thousand bytes, and copying those costs less than a position for each of them.
+    """
+    view = memoryview(stream)  # type: ignore[arg-type]
+    pieces = [view[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    return np.frombuffer(b"".join(pieces), np.uint8)
+
+
+def _in_blocks(
+    cell: NDArray[np.void], packed: PackedCells, order: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.void], PackedCells]]:
+    """Yield all cells in another order, a few millions of entries at a time."""
+    block = np.cumsum(packed.row_entries[order], dtype=np.int64) // BLOCK_ENTRIES
+    for rows in np.split(order, np.flatnonzero(np.diff(block)) + 1):
+        yield cell[rows], _take(packed, rows)
+
+
 def _scatter(
-    files: BucketFiles, bucket: NDArray[np.int64], cell: NDArray[np.void], packed: PackedCells
+    runs: BucketRuns, bucket: NDArray[np.int64], cell: NDArray[np.void], packed: PackedCells
 ) -> None:
     order = np.argsort(bucket, kind="stable")
-    bucket, packed = bucket[order], _take(packed, order)
-    ends = np.cumsum(packed.row_entries, dtype=np.int64)
-    files.append("cell", bucket, cell[order], np.arange(1, len(order) + 1))
-    files.append("gap", bucket, packed.gap, ends)
-    files.append("count", bucket, packed.count, ends)
+    cells = np.searchsorted(bucket[order], np.arange(runs.n_buckets + 1))
+    entries = np.concatenate(([0], np.cumsum(packed.row_entries[order], dtype=np.int64)))[cells]
+    runs.append(
+        {"cell": cells, "gap": entries, "count": entries},
+        (
+            {"cell": part, "gap": moved.gap, "count": moved.count}
+            for part, moved in _in_blocks(cell, packed, order)
+        ),
+    )
 
 
-def _write_bucket(files: BucketFiles, bucket: int, writer: CellWriter) -> None:
-    cell = files.read(bucket, "cell", _CELL)
-    gap, count = files.read(bucket, "gap", np.uint8), files.read(bucket, "count", np.uint8)
+def _write_bucket(runs: BucketRuns, bucket: int, writer: CellWriter) -> None:
+    cell = runs.read(bucket, "cell", _CELL)
+    gap, count = runs.read(bucket, "gap", np.uint8), runs.read(bucket, "count", np.uint8)
     packed = PackedCells(gap, count, cell["entries"], cell["nnz"], cell["total"])
     order = np.argsort(cell["key"], kind="stable")
-    ends = np.cumsum(cell["entries"][order], dtype=np.int64)
-    block = ends // BLOCK_ENTRIES
-    for rows in np.split(order, np.flatnonzero(np.diff(block)) + 1):
+    for part, moved in _in_blocks(cell, packed, order):
         source: dict[str, NDArray[Any]] = {
-            name: np.ascontiguousarray(cell[name][rows])
-            for name in ("dataset", "obs_row", "source_row")
+            name: np.ascontiguousarray(part[name]) for name in ("dataset", "obs_row", "source_row")
         }
-        writer.append_packed(_take(packed, rows), source=source)
-    files.drop(bucket)
+        writer.append_packed(moved, source=source)

@@ -1,18 +1,19 @@
 """Opens a dataset of any supported format, which is told from the content, not from the name.
 
-| format   | what                                                                               |
-| -------- | ---------------------------------------------------------------------------------- |
-| h5ad     | AnnData HDF5 of all versions: X, raw.X and layers; CSR, CSC or dense               |
-| zarr     | AnnData zarr folder, the same                                                      |
-| 10x_h5   | Cell Ranger HDF5, version 2 (a group per genome) and 3 (matrix, features)           |
-| 10x_mtx  | folder: matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, gzip or not         |
-| loom     | loom HDF5, genes in rows: the main matrix and layers                                |
-| csv, tsv | text with a header, gzip or not; cells or genes in rows, told apart by gene names   |
+| format    | what                                                                              |
+| --------- | --------------------------------------------------------------------------------- |
+| h5ad      | AnnData HDF5 of all versions: X, raw.X and layers; CSR, CSC or dense              |
+| zarr      | AnnData zarr folder, the same                                                     |
+| 10x_h5    | Cell Ranger HDF5, version 2 (a group per genome) and 3 (matrix, features)          |
+| 10x_mtx   | folder: matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, gzip or not        |
+| loom      | loom HDF5, genes in rows: the main matrix and layers                               |
+| scipy_npz | scipy.sparse.save_npz of cells x genes, CSR or CSC, with a gene list beside it     |
+| csv, tsv  | text with a header, gzip or not; cells or genes in rows, told apart by gene names  |
 
-Large files are streamed; nothing here looks at values. Errors of the libraries underneath become
-one ValueError that names the file. Formats: https://anndata.readthedocs.io (on-disk format), 10x
-Genomics "HDF5 Feature-Barcode Matrix Format", https://linnarssonlab.org/loompy/format,
-https://math.nist.gov/MatrixMarket/formats.html
+Files of any size are streamed in bounded memory; nothing here looks at values. Errors of the
+libraries underneath become one ValueError that names the file. Formats:
+https://anndata.readthedocs.io (on-disk format), 10x Genomics "HDF5 Feature-Barcode Matrix Format",
+https://linnarssonlab.org/loompy/format, https://math.nist.gov/MatrixMarket/formats.html
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+# anndata has no public name for what it raises on an unknown encoding.
+from anndata._io.specs.registry import IORegistryError
 from scipy import sparse
 
-from data_prep.readers_hdf5 import HDF5_SIGNATURE, hdf5_kind, open_hdf5, open_zarr
+from data_prep.readers_anndata import open_h5ad, open_zarr
+from data_prep.readers_hdf5 import HDF5_SIGNATURE, hdf5_kind, open_loom, open_tenx
+from data_prep.readers_npz import ZIP_SIGNATURE, gene_list_file, open_npz
 from data_prep.readers_text import matrix_market_files, open_matrix_market, open_table
 from data_prep.source import Matrix, Source, StringArray, UnusableError
 from sclong_ds.files import file_sha256
 
-FORMATS = ("h5ad", "zarr", "10x_h5", "10x_mtx", "loom", "csv", "tsv")
-_HDF5_FORMATS = ("h5ad", "10x_h5", "loom")
+FORMATS = ("h5ad", "zarr", "10x_h5", "10x_mtx", "loom", "scipy_npz", "csv", "tsv")
 _GZIP_SIGNATURE = b"\x1f\x8b"
 _MATRIX_MARKET = b"%%MatrixMarket"
 _READ_ERRORS = (
@@ -45,7 +51,11 @@ _READ_ERRORS = (
     TypeError,
     RuntimeError,
     AttributeError,
+    OverflowError,
+    IORegistryError,
     csv.Error,
+    struct.error,
+    zipfile.BadZipFile,
 )
 
 
@@ -55,6 +65,8 @@ def open_source(
     gene_share: Callable[[StringArray], float],
     format: str = "auto",
     genome: str = "auto",
+    gene_list: Path | None = None,
+    scratch: Path | None = None,
 ) -> Source:
     """Open a dataset.
 
@@ -64,6 +76,9 @@ def open_source(
             table from its columns.
         format: One of FORMATS, or auto.
         genome: Genome to keep of a 10x file with several, or auto (the only human one).
+        gene_list: File that names the genes of an npz file, one a line; None looks beside it.
+        scratch: Folder for the nameless temporary files of matrices that are stored gene by gene
+            (8 to 16 bytes a value); None: the system's, which may be too small or lie in memory.
 
     Returns:
         The dataset; its matrices read on demand, in blocks.
@@ -71,7 +86,7 @@ def open_source(
     Raises:
         FileNotFoundError: No such file or folder.
         UnusableError: Several genomes, and none is chosen.
-        ValueError: Damaged, or not of the format.
+        ValueError: Damaged, or not of the format; a gene list for a format that names its genes.
     """
     path = Path(path)
     with readable(path):
@@ -81,14 +96,22 @@ def open_source(
                 f"the manifest says {format}, the content is {found}; "
                 "correct the format or write auto"
             )
-        if found in _HDF5_FORMATS:
-            source = open_hdf5(path, found, genome=genome)
+        if gene_list is not None and found != "scipy_npz":
+            raise ValueError(f"a gene list is given, but {found} names its own genes")
+        if found == "h5ad":
+            source = open_h5ad(path, scratch=scratch)
         elif found == "zarr":
-            source = open_zarr(path)
+            source = open_zarr(path, scratch=scratch)
+        elif found == "10x_h5":
+            source = open_tenx(path, genome=genome)
+        elif found == "loom":
+            source = open_loom(path, scratch=scratch)
         elif found == "10x_mtx":
-            source = open_matrix_market(path, genome=genome)
+            source = open_matrix_market(path, genome=genome, scratch=scratch)
+        elif found == "scipy_npz":
+            source = open_npz(path, gene_list=gene_list, scratch=scratch)
         else:
-            source = open_table(path, found, gene_share=gene_share)
+            source = open_table(path, found, gene_share=gene_share, scratch=scratch)
     return replace(source, matrices=tuple(_guarded(matrix, path) for matrix in source.matrices))
 
 
@@ -110,6 +133,8 @@ def detect_format(path: Path) -> str:
         start = file.read(4096)
     if start.startswith(HDF5_SIGNATURE):
         return hdf5_kind(path)
+    if start.startswith(ZIP_SIGNATURE):
+        return _zip_format(path)
     if start.startswith(_GZIP_SIGNATURE):
         with gzip.open(path) as packed:
             start = packed.read(4096)
@@ -118,11 +143,12 @@ def detect_format(path: Path) -> str:
     return _text_format(start, path)
 
 
-def source_files(path: Path) -> list[Path]:
+def source_files(path: Path, *, gene_list: Path | None = None) -> list[Path]:
     """Return the files that make up a dataset, sorted.
 
     Args:
         path: File or folder, as in a manifest.
+        gene_list: See `open_source`.
 
     Raises:
         FileNotFoundError: No such file or folder.
@@ -131,6 +157,9 @@ def source_files(path: Path) -> list[Path]:
         return sorted(file for file in path.rglob("*") if file.is_file())
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix == ".npz":
+        with readable(path):
+            return [path, gene_list_file(path, gene_list)]
     if "matrix.mtx" not in path.name:
         return [path]
     # The barcodes and features beside a matrix file carry the same sample name in front.
@@ -139,17 +168,18 @@ def source_files(path: Path) -> list[Path]:
     return sorted(file for file in beside if file.is_file() and file.name.startswith(prefix))
 
 
-def source_hash(path: Path) -> str:
+def source_hash(path: Path, *, gene_list: Path | None = None) -> str:
     """Return the SHA-256 (hex) over the names and contents of the files of a dataset.
 
     Args:
         path: File or folder, as in a manifest.
+        gene_list: See `open_source`.
 
     Raises:
         FileNotFoundError: No such file or folder.
     """
     total = hashlib.sha256()
-    for file in source_files(path):
+    for file in source_files(path, gene_list=gene_list):
         name = file.relative_to(path) if path.is_dir() else file.name
         total.update(f"{name}\0{file_sha256(file)}\n".encode())
     return total.hexdigest()
@@ -177,15 +207,11 @@ def readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{name}: the compressed file is cut short") from error
     except zlib.error as error:
         raise ValueError(f"{name}: the compressed data is damaged ({error})") from error
-    except (
-        ValueError,
-        OSError,
-        KeyError,
-        IndexError,
-        TypeError,
-        RuntimeError,
-        AttributeError,
-    ) as error:
+    except MemoryError as error:
+        raise ValueError(
+            f"{name}: asks for more memory than there is ({_one_line(error)}); damaged?"
+        ) from error
+    except _READ_ERRORS as error:
         raise ValueError(f"{name}: {_one_line(error)}") from error
 
 
@@ -204,6 +230,17 @@ def _one_line(error: BaseException) -> str:
         if isinstance(error, KeyError)
         else text or type(error).__name__
     )
+
+
+def _zip_format(path: Path) -> str:
+    with zipfile.ZipFile(path) as packed:
+        names = packed.namelist()
+    if not any(name.endswith(".npy") for name in names):
+        raise ValueError(
+            f"a zip file with {', '.join(sorted(names)[:5]) or 'nothing'}; unpack it first "
+            "(of zip files, only those of scipy.sparse.save_npz are read)"
+        )
+    return "scipy_npz"
 
 
 def _folder_format(path: Path) -> str:

@@ -10,14 +10,17 @@ import csv
 import gzip
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
+from data_prep.readers_gather import gathered
 from data_prep.readers_hdf5 import expression_features, pick_genome
 from data_prep.source import (
     BLOCK_ENTRIES,
@@ -26,10 +29,29 @@ from data_prep.source import (
     Source,
     StringArray,
     dense_blocks,
-    gather_rows,
 )
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
+_CORNER_WORDS = frozenset(
+    "barcode barcodes bc cb cell cells cellid gene genes geneid id ids idx index key name names "
+    "number row rowname rownames sample spot symbol unnamed v1 x".split()
+)
+"""Words in the usual names of the column of row names."""
+ANNOTATIONS = frozenset(
+    "batch chr chrom chromosome cluster clusters doublet_score entrez entrez_gene_id entrez_id "
+    "entrezid g2m_score gene_length leiden length library_size log10_total_counts "
+    "log1p_total_counts louvain n_counts n_features n_genes n_genes_by_counts n_umi n_umis ncount "
+    "ncount_rna nfeature nfeature_rna ngene ngenes ngenes_rna numi numis pct_counts_mt "
+    "pct_counts_ribo pct_mito pct_mt percent_mito percent_mt percent_ribo res_0_6 res_0_8 s_score "
+    "seurat_clusters size_factor size_factors strand sum total total_count total_counts "
+    "total_genes total_umi total_umis tsne_1 tsne_2 umap_1 umap_2".split()
+)
+"""Names of numbers about a cell or a gene that are saved beside the counts; in lower case, all
+else than letters and digits as `_`."""
+_LONGEST_HEADER = 2**26
+_FEWEST_ROWS = 20
+"""Fewer rows may add up to one of their columns by chance."""
 _MATRIX_NAMES = ("matrix.mtx", "matrix.mtx.gz")
 _PARTS = {"barcodes": ("barcodes.tsv",), "features": ("features.tsv", "genes.tsv")}
 
@@ -45,12 +67,13 @@ def matrix_market_files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.name.endswith(_MATRIX_NAMES))
 
 
-def open_matrix_market(path: Path, *, genome: str) -> Source:
+def open_matrix_market(path: Path, *, genome: str, scratch: Path | None) -> Source:
     """Open a 10x folder: matrix.mtx, barcodes.tsv and features.tsv (version 3) or genes.tsv (2).
 
     Args:
         path: The folder, or its matrix file.
         genome: Genome to keep where the ids carry one in front (GRCh38_ENSG...), or auto.
+        scratch: See `readers.open_source`.
 
     Raises:
         ValueError: A part is missing, or the sizes do not fit.
@@ -63,8 +86,8 @@ def open_matrix_market(path: Path, *, genome: str) -> Source:
         )
     matrix_file = matrices[0]
     prefix = matrix_file.name.removesuffix(".gz").removesuffix("matrix.mtx")
-    barcodes = _name_columns(_part(matrix_file.parent, prefix, "barcodes"))[0]
-    features = _name_columns(_part(matrix_file.parent, prefix, "features"))
+    barcodes = name_columns(_part(matrix_file.parent, prefix, "barcodes"))[0]
+    features = name_columns(_part(matrix_file.parent, prefix, "features"))
     n_rows, n_columns, n_entries = _matrix_size(matrix_file)
     transposed = (n_rows, n_columns) == (len(barcodes), len(features[0])) and n_rows != n_columns
     if not transposed and (n_rows, n_columns) != (len(features[0]), len(barcodes)):
@@ -76,9 +99,15 @@ def open_matrix_market(path: Path, *, genome: str) -> Source:
     keep = _kept_features(features, genome)
     shape = (len(barcodes), len(features[0]))
 
+    rows = gathered(
+        lambda: _matrix_entries(matrix_file, n_entries, transposed=transposed),
+        shape=shape,
+        n_entries=n_entries,
+        scratch=scratch,
+    )
+
     def blocks() -> Iterator[sparse.csr_matrix]:
-        entries = lambda: _matrix_entries(matrix_file, n_entries, transposed=transposed)  # noqa: E731
-        for block in gather_rows(entries, shape=shape, n_entries=n_entries):
+        for block in rows():
             yield block if keep.all() else block[:, np.flatnonzero(keep)]
 
     matrix = Matrix(
@@ -99,21 +128,78 @@ def _part(folder: Path, prefix: str, part: str) -> Path:
     raise ValueError(f"no {part}: expected one of {', '.join(names)} beside the matrix")
 
 
-def _open_text(path: Path) -> io.TextIOBase:
+def _is_gzip(path: Path) -> bool:
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    if packed:
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return file.read(2) == b"\x1f\x8b"
 
 
-def _name_columns(path: Path) -> list[StringArray]:
+def _open_bytes(path: Path) -> IO[bytes]:
+    """Open a file for reading, gzip or not, behind the mark that some editors put in front."""
+    file = cast("IO[bytes]", gzip.open(path) if _is_gzip(path) else path.open("rb"))
+    if file.read(3) != b"\xef\xbb\xbf":
+        file.seek(0)
+    return file
+
+
+def _open_text(path: Path) -> io.TextIOBase:
+    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8", newline="")
+
+
+def _require_whole_end(path: Path, separator: str | None = None) -> None:
+    """Refuse text whose last number may be cut; gzip has a checksum and needs no such sign.
+
+    Args:
+        path: The file.
+        separator: Of a table: no count goes on behind 0 or .0, which need no line break.
+
+    Raises:
+        ValueError: The file does not end in a line break.
+    """
+    if _is_gzip(path):
+        return
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        end = file.read()
+    if end.endswith(b"\n"):
+        return
+    fields = end.decode(errors="replace").split("\n")[-1].split(separator) if separator else []
+    last = fields[-1].strip('"') if len(fields) > 1 else ""
+    if last != "0" and not (_NUMBER.fullmatch(last) and last.endswith(".0")):
+        raise ValueError(
+            f"{path.name} does not end in a line break, so that its last number may be cut "
+            f"short; copy it again, or, if it is whole: echo >> {path.name}"
+        )
+
+
+def _require_line_feeds(path: Path) -> None:
+    with _open_bytes(path) as file:
+        first = file.readline(_LONGEST_HEADER)
+    if b"\r" in first.rstrip(b"\r\n"):
+        raise ValueError(
+            "the lines end in carriage returns alone, as on old Macs; write them with line feeds: "
+            f"tr '\\r' '\\n' < {path.name} > NEW"
+        )
+
+
+def name_columns(path: Path) -> list[StringArray]:
+    """Return the columns of a tab-separated file of names without a header, gzip or not.
+
+    Args:
+        path: The file; lines without text are skipped.
+
+    Raises:
+        ValueError: No lines, or lines with different numbers of fields.
+    """
     with _open_text(path) as file:
         rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
     if not rows:
         raise ValueError(f"{path.name} is empty")
-    width = min(len(row) for row in rows)
-    return [np.array([row[column] for row in rows], dtype=object) for column in range(width)]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            raise ValueError(
+                f"{path.name}: line {number} has {len(row)} fields, the first {len(rows[0])}"
+            )
+    return [np.array(column, dtype=object) for column in zip(*rows, strict=True)]
 
 
 def _kept_features(features: list[StringArray], genome: str) -> npt.NDArray[np.bool_]:
@@ -131,50 +217,45 @@ def _kept_features(features: list[StringArray], genome: str) -> npt.NDArray[np.b
 
 
 def _matrix_size(path: Path) -> tuple[int, int, int]:
-    with _open_text(path) as file:
-        banner = file.readline().lower().split()
+    _require_whole_end(path)
+    with _open_bytes(path) as file:
+        banner = file.readline().decode().lower().split()
         if len(banner) < 5 or banner[:3] != ["%%matrixmarket", "matrix", "coordinate"]:
             raise ValueError(f"{path.name} does not begin with '%%MatrixMarket matrix coordinate'")
         if banner[3] not in ("integer", "real") or banner[4] != "general":
             raise ValueError(
                 f"{path.name} is '{' '.join(banner[3:])}'; supported: integer general, real general"
             )
-        sizes = _size_line(file, path)
-    return sizes
+        return _size_line(file, path)
 
 
-def _size_line(file: io.TextIOBase, path: Path) -> tuple[int, int, int]:
-    line = "%"
-    while line.startswith("%") or (line and not line.strip()):
+def _size_line(file: IO[bytes], path: Path) -> tuple[int, int, int]:
+    line = b"%"
+    while line.startswith(b"%") or (line and not line.strip()):
         line = file.readline()
     fields = line.split()
-    if len(fields) != 3 or not all(field.isdecimal() for field in fields):
+    if len(fields) != 3 or not all(field.isdigit() for field in fields):
         raise ValueError(f"{path.name} has no size line (rows, columns, values)")
     return int(fields[0]), int(fields[1]), int(fields[2])
 
 
 def _matrix_entries(path: Path, n_entries: int, *, transposed: bool) -> Iterator[Entries]:
     n_read = 0
-    with _open_text(path) as file:
+    with _open_bytes(path) as file:
         file.readline()
         _size_line(file, path)
-        if n_entries:
-            table = pd.read_csv(
-                file,
-                sep=r"\s+",
-                header=None,
-                names=["row", "column", "value"],
-                dtype={"row": np.int64, "column": np.int64},
-                chunksize=BLOCK_ENTRIES,
-            )
-            for part in table:
-                if part["value"].dtype.kind not in "iuf":
-                    raise ValueError(f"{path.name} holds a value that is not a number")
-                n_read += len(part)
-                genes, cells = part["row"].to_numpy() - 1, part["column"].to_numpy() - 1
-                if transposed:
-                    genes, cells = cells, genes
-                yield cells, genes, part["value"].to_numpy()
+        for part in _triples(file):
+            if part.empty:
+                continue
+            if part["value"].dtype.kind not in "iuf" or not isinstance(part.index, pd.RangeIndex):
+                raise ValueError(
+                    f"{path.name}: a line holds something that is not a number, or too many of them"
+                )
+            n_read += len(part)
+            genes, cells = part["row"].to_numpy() - 1, part["column"].to_numpy() - 1
+            if transposed:
+                genes, cells = cells, genes
+            yield cells, genes, part["value"].to_numpy()
     if n_read != n_entries:
         raise ValueError(
             f"{path.name} announces {n_entries} values and holds {n_read}; "
@@ -182,49 +263,108 @@ def _matrix_entries(path: Path, n_entries: int, *, transposed: bool) -> Iterator
         )
 
 
-def open_table(path: Path, format: str, *, gene_share: Callable[[StringArray], float]) -> Source:
+def _triples(file: IO[bytes]) -> Iterator[pd.DataFrame]:
+    """Yield the lines that follow in blocks, with the columns row, column and value."""
+    try:
+        yield from pd.read_csv(
+            file,
+            sep=r"\s+",
+            header=None,
+            names=["row", "column", "value"],
+            dtype={"row": np.int64, "column": np.int64},
+            na_filter=False,
+            float_precision="round_trip",
+            quoting=csv.QUOTE_NONE,
+            chunksize=BLOCK_ENTRIES,
+        )
+    except pd.errors.EmptyDataError:
+        return
+
+
+def open_table(
+    path: Path, format: str, *, gene_share: Callable[[StringArray], float], scratch: Path | None
+) -> Source:
     """Open a text table whose first line and first column hold names.
 
     Args:
         path: The file, gzip or not.
         format: csv or tsv.
         gene_share: See `readers.open_source`; decides whether genes lie in rows or in columns.
+        scratch: See `readers.open_source`.
 
     Raises:
-        ValueError: No cells or genes, unequal lines.
+        ValueError: No cells or genes, unequal lines, no names of cells or genes, numbers about them
+            among the counts.
     """
     separator = SEPARATORS[format]
-    header, row_names = _table_names(path, separator)
+    _require_line_feeds(path)
+    _require_whole_end(path, separator)
+    corner, header, row_names = _table_names(path, separator)
     if not header or not len(row_names):
         raise ValueError(f"a table with {len(row_names)} rows and {len(header)} columns of values")
     columns = np.array(header, dtype=object)
     genes_in_rows = gene_share(row_names) > gene_share(columns)
+    _check_names(corner, columns, row_names, gene_share)
     genes, barcodes = (row_names, columns) if genes_in_rows else (columns, row_names)
     shape = (len(barcodes), len(genes))
     table_shape = (len(row_names), len(columns))
 
-    def blocks() -> Iterator[sparse.csr_matrix]:
-        if not genes_in_rows:
-            yield from (block for _, block in _table_blocks(path, separator, *table_shape))
-            return
+    def by_cell() -> Iterator[sparse.csr_matrix]:
+        yield from (block for _, block in _table_blocks(path, separator, *table_shape))
 
-        def entries() -> Iterator[Entries]:
-            for first, block in _table_blocks(path, separator, *table_shape):
-                part = block.tocoo()
-                yield part.col.astype(np.int64), part.row.astype(np.int64) + first, part.data
+    def entries() -> Iterator[Entries]:
+        for first, block in _table_blocks(path, separator, *table_shape):
+            part = block.tocoo()
+            yield part.col.astype(np.int64), part.row.astype(np.int64) + first, part.data
 
-        # Zeros of the table are dropped before they are gathered; this bound only decides whether
-        # to count first.
-        yield from gather_rows(entries, shape=shape, n_entries=shape[0] * shape[1])
-
+    blocks = by_cell
+    if genes_in_rows:
+        n_entries = shape[0] * shape[1]
+        blocks = gathered(entries, shape=shape, n_entries=n_entries, scratch=scratch)
     named: Mapping[str, StringArray] = {"index": genes}
     matrix = Matrix(name="X", shape=shape, gene_columns=named, blocks=blocks)
     obs = pd.DataFrame(index=range(len(barcodes)))
     return Source(path=path, format=format, barcodes=barcodes, obs=obs, matrices=(matrix,))
 
 
-def _table_names(path: Path, separator: str) -> tuple[list[str], StringArray]:
-    """Return the column names and the row names; every line must have the same number of fields."""
+def _check_names(
+    corner: str,
+    columns: StringArray,
+    rows: StringArray,
+    gene_share: Callable[[StringArray], float],
+) -> None:
+    """Refuse a first column or line of numbers instead of names, and annotations in between."""
+    words = re.split(r"[^a-z0-9]+", corner.lower())
+    if corner.strip() and _CORNER_WORDS.isdisjoint(words):
+        is_gene = gene_share(np.array([corner], dtype=object)) > 0
+        if _are_numbers(rows) and (is_gene or gene_share(columns) > 0):
+            raise ValueError(
+                f"the first column '{corner}' looks like a gene, not cell names; "
+                "write the table with row names"
+            )
+        if is_gene and _are_numbers(columns):
+            raise ValueError(
+                f"the first line begins with the gene '{corner}' and goes on with numbers, not "
+                "cell names; write the table with column names"
+            )
+    for place, names in (("column", columns), ("row", rows)):
+        for name in names:
+            if re.sub(r"[^a-z0-9]+", "_", name.lower()) in ANNOTATIONS:
+                raise ValueError(
+                    f"the {place} '{name}' is no cell or gene but a number about them; "
+                    f"remove the {place} from the table"
+                )
+
+
+def _are_numbers(names: StringArray) -> bool:
+    return all(_NUMBER.fullmatch(name.strip()) for name in names)
+
+
+def _table_names(path: Path, separator: str) -> tuple[str, list[str], StringArray]:
+    """Return the corner ('' if there is none), the column names and the row names.
+
+    Every line must have the same number of fields.
+    """
     names = []
     with _open_text(path) as file:
         lines = csv.reader(file, delimiter=separator)
@@ -234,14 +374,17 @@ def _table_names(path: Path, separator: str) -> tuple[list[str], StringArray]:
             if not fields:
                 continue
             # write.table of R leaves out the name of the first column.
-            width = width or (len(header) + 1 if len(fields) == len(header) + 1 else len(header))
+            if width is None:
+                no_corner = len(fields) == len(header) + 1 and header[0].strip()
+                width = len(header) + 1 if no_corner else len(header)
             if len(fields) != width:
                 raise ValueError(
                     f"line {number} has {len(fields)} fields, "
                     f"expected {width} as in the first lines"
                 )
             names.append(fields[0])
-    return header[1:] if width == len(header) else header, np.array(names, dtype=object)
+    corner, columns = (header[0], header[1:]) if width == len(header) else ("", header)
+    return corner, columns, np.array(names, dtype=object)
 
 
 def _table_blocks(
@@ -249,11 +392,13 @@ def _table_blocks(
 ) -> Iterator[tuple[int, sparse.csr_matrix]]:
     """Yield the number of the first row and the values of consecutive blocks of lines.
 
+    A column that is the sum of all others in every row is refused before the last block.
     numpy parses these tables: pandas needs a minute for 30,000 columns.
     """
     with _open_text(path) as file:
         lines = (line for line in file if line.strip())
         next(lines)
+        totals = _TotalColumns(n_columns)
         for first, stop in dense_blocks(n_rows, n_columns):
             try:
                 values = np.loadtxt(
@@ -267,7 +412,41 @@ def _table_blocks(
             except ValueError:
                 _raise_word(path, separator)
                 raise
+            if values.shape != (stop - first, n_columns):
+                raise ValueError("a line break inside quotes; write one line for each row")
+            totals.add(values)
+            if stop == n_rows:
+                totals.check()
             yield first, sparse.csr_matrix(values)
+
+
+class _TotalColumns:
+    """Looks for a column that is the sum of all others in every row."""
+
+    def __init__(self, n_columns: int) -> None:
+        # Of two columns, equal ones are each other's sum.
+        self._columns = np.arange(n_columns if n_columns > 2 else 0)
+        self._n_rows = 0
+
+    def add(self, values: npt.NDArray[np.float64]) -> None:
+        """Take in the next rows."""
+        if not len(self._columns):
+            return
+        sums = values.sum(axis=1)
+        values, sums = values[sums > 0], sums[sums > 0]
+        self._n_rows += len(sums)
+        # The first row leaves few columns, so that the others cost nothing.
+        for part in (slice(0, 1), slice(1, None)):
+            equal = 2 * values[part, self._columns] == sums[part, None]
+            self._columns = self._columns[equal.all(axis=0)]
+
+    def check(self) -> None:
+        """Raise if there is such a column."""
+        if len(self._columns) and self._n_rows >= _FEWEST_ROWS:
+            raise ValueError(
+                f"column {self._columns[0] + 2} is the sum of all others in every line; "
+                "remove it from the table"
+            )
 
 
 def _raise_word(path: Path, separator: str) -> None:
@@ -280,6 +459,7 @@ def _raise_word(path: Path, separator: str) -> None:
                 try:
                     float(field)
                 except ValueError:
+                    second = "; only the first column may hold names" if column == 2 else ""
                     raise ValueError(
-                        f"line {number}, field {column} is '{field[:20]}', not a number"
+                        f"line {number}, field {column} is '{field[:20]}', not a number{second}"
                     ) from None

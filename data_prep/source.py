@@ -1,6 +1,6 @@
 """What a reader hands over: a dataset as cells in rows, streamed in blocks of bounded size.
 
-The readers (`readers_hdf5.py`, `readers_text.py`) return a `Source`; everything after them (counts,
+The readers (`readers*.py`) return a `Source`; everything after them (counts,
 harmonize, convert) knows only the types of this module and none of the file formats.
 """
 
@@ -19,8 +19,6 @@ BLOCK_ENTRIES = 2**21
 """Stored values of one block; harmonising one takes about 150 bytes a value, 0.3 GB."""
 BLOCK_CELLS = 8192
 """Cells of one block at most."""
-GATHER_ENTRIES = 2**25
-"""Values `gather_rows` holds at a time, about 3 GB; files with more are read several times."""
 
 StringArray = npt.NDArray[np.object_]
 Entries = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.generic]]
@@ -92,68 +90,3 @@ def dense_blocks(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
     step = min(BLOCK_CELLS, max(1, BLOCK_ENTRIES // max(1, n_columns)))
     for start in range(0, n_rows, step):
         yield start, min(start + step, n_rows)
-
-
-def gather_rows(
-    entries: Callable[[], Iterator[Entries]], *, shape: tuple[int, int], n_entries: int
-) -> Iterator[sparse.csr_matrix]:
-    """Turn (row, column, value) triples in any order into row blocks within bounded memory.
-
-    Up to GATHER_ENTRIES values take one pass. Beyond that, one pass counts the values of each row
-    and one more pass is made for each range of rows that fits.
-
-    Args:
-        entries: Starts a new pass over the triples.
-        shape: Rows, columns.
-        n_entries: Upper bound of the number of triples.
-
-    Yields:
-        Consecutive row blocks.
-
-    Raises:
-        ValueError: A triple lies outside the matrix.
-    """
-    n_rows = shape[0]
-    row_ptr = np.zeros(n_rows + 1, dtype=np.int64)
-    ranges = [(0, n_rows)]
-    if n_entries > GATHER_ENTRIES:
-        for rows, _, _ in entries():
-            _check_range(rows, n_rows, "cell")
-            row_ptr[1:] += np.bincount(rows, minlength=n_rows)
-        np.cumsum(row_ptr, out=row_ptr)
-        ranges = _ranges(row_ptr, GATHER_ENTRIES)
-    for start, stop in ranges:
-        yield from _gather_range(entries(), start, stop, shape)
-
-
-def _ranges(row_ptr: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
-    ranges, start, n_rows = [], 0, len(row_ptr) - 1
-    while start < n_rows:
-        stop = int(np.searchsorted(row_ptr, row_ptr[start] + limit, side="right")) - 1
-        stop = min(max(stop, start + 1), n_rows)
-        ranges.append((start, stop))
-        start = stop
-    return ranges
-
-
-def _gather_range(
-    entries: Iterator[Entries], start: int, stop: int, shape: tuple[int, int]
-) -> Iterator[sparse.csr_matrix]:
-    parts: list[Entries] = []
-    for rows, columns, values in entries:
-        _check_range(rows, shape[0], "cell")
-        _check_range(columns, shape[1], "gene")
-        inside = slice(None) if stop - start == shape[0] else (rows >= start) & (rows < stop)
-        parts.append((rows[inside] - start, columns[inside], values[inside]))
-    if not parts:
-        parts.append((np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)))
-    rows, columns, values = (np.concatenate(part) for part in zip(*parts, strict=True))
-    gathered = sparse.coo_matrix((values, (rows, columns)), shape=(stop - start, shape[1])).tocsr()
-    for first, last in row_blocks(gathered.indptr.astype(np.int64)):
-        yield gathered[first:last]
-
-
-def _check_range(indices: npt.NDArray[np.int64], size: int, what: str) -> None:
-    if indices.size and (indices.min() < 0 or indices.max() >= size):
-        wrong = indices.min() if indices.min() < 0 else indices.max()
-        raise ValueError(f"a value lies at {what} {wrong}, but there are {size} (counted from 0)")

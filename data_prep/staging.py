@@ -11,8 +11,7 @@ import gzip
 import io
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,20 +20,28 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from data_prep.counts import exact_counts
+from data_prep.gene_names import GeneResolver
 from data_prep.harmonize import (
     MIN_GENES_MAPPED,
     MIN_SHARE_MAPPED,
-    GeneResolver,
     HarmonizedSource,
     harmonize,
     largest_losses,
 )
-from data_prep.ledger import LedgerEntry
+from data_prep.invert import MOST_UNPROVEN, Restored
+from data_prep.ledger import (
+    LedgerEntry,
+    dataset_lock,
+    forget_in_manifests,
+    known_names,
+    ledger_path,
+)
 from data_prep.manifest import Dataset
+from data_prep.quality import failing_cells, mitochondrial_genes, mitochondrial_share
 from data_prep.readers import open_source
 from data_prep.source import UnusableError
 from sclong_ds.files import sync_tree
+from sclong_ds.genes import GeneVocabulary
 from sclong_ds.store import CellWriter
 
 STAGING_VERSION = 1
@@ -52,6 +59,10 @@ USUAL_OBS_COLUMNS = (
     "development_stage",
 )
 """Cell annotations kept where the manifest names none."""
+MIN_COUNTS_KEPT = 0.1
+"""The bundled cells keep 0.92; a small vocabulary of one's own keeps less."""
+UNPROVEN = "counts not proven"
+"""Why a cell is dropped whose counts cannot be restored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +75,18 @@ class Settings:
     """Cells with counts for fewer vocabulary genes are dropped; 1 drops only empty cells."""
     min_counts: int = 1
     """Cells with a smaller sum of counts over the vocabulary are dropped."""
+    max_counts: int | None = None
+    """Cells with a larger sum of counts over the vocabulary are dropped; None for no limit."""
+    max_mito_fraction: float | None = None
+    """Cells with a larger mitochondrial share of all counts of the file are dropped; None for no
+    limit."""
     min_genes_mapped: int = MIN_GENES_MAPPED
     """Datasets that reach fewer genes of the vocabulary are excluded."""
     min_share_mapped: float = MIN_SHARE_MAPPED
     """Datasets of whose genes a smaller share (0 to 1) is in the vocabulary are excluded."""
+    min_counts_kept: float = MIN_COUNTS_KEPT
+    """Datasets of whose counts a smaller share (0 to 1) falls on genes of the vocabulary are
+    excluded."""
     codec: Literal["zstd", "none"] = "zstd"
     """Compression of the staged cells."""
 
@@ -76,8 +95,14 @@ class Settings:
         for name in ("min_genes", "min_counts", "min_genes_mapped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
-        if not 0 <= self.min_share_mapped <= 1:
-            raise ValueError(f"min_share_mapped {self.min_share_mapped}: must lie between 0 and 1")
+        if self.max_counts is not None and self.max_counts < self.min_counts:
+            raise ValueError(
+                f"max_counts {self.max_counts}: must be min_counts {self.min_counts} or more"
+            )
+        for name in ("min_share_mapped", "min_counts_kept", "max_mito_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} {value}: must lie between 0 and 1")
 
 
 def stage(
@@ -93,7 +118,7 @@ def stage(
     Args:
         dataset: The dataset.
         entry: Its ledger entry; everything that is learnt is filled in, also when staging fails.
-        folder: CORPUS/staging/DATASET; must not exist.
+        folder: CORPUS/staging/DATASET; neither it nor `part_folder` of it may exist.
         settings: Those of the corpus folder.
         resolver: Of its vocabulary.
 
@@ -109,7 +134,9 @@ def stage(
         dataset.path,
         format=dataset.format,
         genome=dataset.genome,
+        gene_list=dataset.gene_list,
         gene_share=resolver.share,
+        scratch=folder.parent,
     )
     entry["format"] = source.format
     entry["n_cells_input"] = len(source.barcodes)
@@ -119,13 +146,14 @@ def stage(
         resolver=resolver,
         counts=dataset.counts,
         gene_column=dataset.gene_column,
+        id_type=dataset.id_type,
         min_genes=settings.min_genes_mapped,
         min_share=settings.min_share_mapped,
     )
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}~", dir=folder.parent))
-    temporary.chmod(0o755)
+    temporary = part_folder(folder)
+    temporary.mkdir()
     try:
-        kept = _write_cells(opened, temporary / "cells.zarr", entry, settings)
+        kept = _write_cells(opened, temporary / "cells.zarr", entry, settings, resolver.genes)
         obs.insert(0, "barcode", source.barcodes)
         _write_obs(obs[kept], temporary / "obs.tsv.gz")
         sync_tree(temporary)
@@ -136,59 +164,162 @@ def stage(
     entry["obs_columns"] = [str(name) for name in obs.columns[1:]]
 
 
+def part_folder(folder: Path) -> Path:
+    """Return where a staging folder is filled before it gets its name.
+
+    Args:
+        folder: CORPUS/staging/DATASET. "~" cannot be part of a dataset's name.
+    """
+    return folder.with_name(f".{folder.name}~")
+
+
+def clear(corpus: Path, dataset_id: str) -> None:
+    """Remove what earlier runs left of a dataset; the entry first, so that none is without data.
+
+    Args:
+        corpus: The corpus folder.
+        dataset_id: Name of the dataset; its `dataset_lock` is held.
+    """
+    ledger_path(corpus, dataset_id).unlink(missing_ok=True)
+    staged = corpus / "staging" / dataset_id
+    for folder in (staged, part_folder(staged)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget(corpus: str | Path, dataset_ids: Sequence[str]) -> None:
+    """Remove datasets from a corpus folder: staging, ledger entry and place in the manifests.
+
+    A finished corpus keeps their cells until the next `finalize`.
+
+    Args:
+        corpus: The corpus folder.
+        dataset_ids: Names of its datasets.
+
+    Raises:
+        FileNotFoundError: No corpus folder.
+        ValueError: A name that it does not have (nothing is removed then), or a dataset that a
+            `convert` is at.
+    """
+    corpus = Path(corpus)
+    if not (corpus / "ledger").is_dir():
+        raise FileNotFoundError(f"{corpus}: no corpus here; give the --out folder of convert")
+    unknown = sorted(set(dataset_ids) - known_names(corpus))
+    if unknown:
+        raise ValueError(
+            f"{corpus}: no dataset '{unknown[0]}'; see: python -m data_prep status {corpus}"
+        )
+    for name in dataset_ids:
+        with dataset_lock(corpus, name, wait=False) as held:
+            if not held:
+                raise ValueError(f"{corpus}: a convert is at dataset '{name}'; wait for it")
+            clear(corpus, name)
+            forget_in_manifests(corpus, [name])
+
+
 def _write_cells(
-    opened: HarmonizedSource, path: Path, entry: LedgerEntry, settings: Settings
+    opened: HarmonizedSource,
+    path: Path,
+    entry: LedgerEntry,
+    settings: Settings,
+    genes: GeneVocabulary,
 ) -> np.ndarray:
     """Write the cells that pass, fill in the entry, return (cells,) which were kept."""
     gene_map, matrix = opened.gene_map, opened.matrix
-    entry["matrix"], entry["gene_column"] = matrix.name, gene_map.column
-    entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
-    entry["n_genes_known"] = int(np.count_nonzero(gene_map.target >= 0))
+    mitochondrial = mitochondrial_genes(gene_map, genes)
+    _describe_genes(opened, entry, int(mitochondrial.sum()))
     totals = np.zeros(matrix.shape[1], dtype=np.int64)
     kept = np.zeros(matrix.shape[0], dtype=bool)
+    residual = 0.0
     with CellWriter(path, n_genes=gene_map.n_genes, codec=settings.codec) as writer:
-        for first, counts in _numbered(opened):
-            totals += np.asarray(counts.sum(axis=0)).ravel()
-            cells = gene_map.apply(counts)
-            passed = _passing(cells, entry, settings)
+        for first, block in _numbered(opened):
+            totals += np.asarray(block.counts.sum(axis=0)).ravel()
+            residual = max(residual, block.largest_residual)
+            cells = gene_map.apply(block.counts)
+            passed = _passing(block, cells, mitochondrial, entry, settings)
             rows = np.flatnonzero(passed)
-            writer.append(cells[rows], source={"source_row": (first + rows).astype(np.int64)})
+            chosen = cells if len(rows) == len(passed) else cells[rows]
+            writer.append(chosen, source={"source_row": (first + rows).astype(np.int64)})
             kept[first : first + len(passed)] = passed
-        if not totals.any():
-            raise ValueError(
-                f"{matrix.name} holds no counts: all {matrix.shape[0]} cells are empty"
+        entry["counts_input"] = int(totals.sum())
+        if totals.any():
+            entry["counts_kept"] = float(totals[gene_map.target >= 0].sum() / totals.sum())
+            entry["largest_losses"] = largest_losses(gene_map, totals)
+        if opened.target is not None:
+            entry["restored"] = (
+                f"log1p of cells scaled to {opened.target:g}, undone; largest distance from a "
+                f"whole number {residual:.1e}"
             )
-        if not kept.any():
-            dropped = ", ".join(
-                f"{number} {name}" for name, number in entry["dropped_cells"].items()
-            )
-            raise UnusableError(f"no cell is left: {dropped}")
+        _check_outcome(opened, entry, settings, n_kept=int(kept.sum()))
     entry["n_cells"] = int(kept.sum())
-    entry["counts_input"] = int(totals.sum())
-    entry["counts_kept"] = float(totals[gene_map.target >= 0].sum() / totals.sum())
-    entry["largest_losses"] = largest_losses(gene_map, totals)
     return kept
 
 
-def _numbered(opened: HarmonizedSource) -> Iterator[tuple[int, sparse.csr_matrix]]:
+def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondrial: int) -> None:
+    gene_map, matrix = opened.gene_map, opened.matrix
+    known = gene_map.target[gene_map.target >= 0]
+    entry["matrix"], entry["gene_column"] = matrix.name, gene_map.column
+    entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
+    entry["n_genes_known"] = len(known)
+    entry["gene_names"] = dict(gene_map.kinds)
+    columns_of = np.bincount(known, minlength=gene_map.n_genes)
+    entry["n_genes_summed"] = int(columns_of[columns_of > 1].sum())
+    entry["n_genes_mito"] = n_mitochondrial
+
+
+def _check_outcome(
+    opened: HarmonizedSource, entry: LedgerEntry, settings: Settings, *, n_kept: int
+) -> None:
+    """Refuse a dataset that turned out empty, not provable or mostly of unknown genes."""
+    name, dropped = opened.matrix.name, entry["dropped_cells"]
+    n_cells = entry["n_cells_input"]
+    n_unproven = dropped.get(UNPROVEN, 0)
+    if n_unproven > MOST_UNPROVEN * n_cells:
+        raise UnusableError(
+            f"the counts of {n_unproven} of {n_cells} cells of {name} cannot be restored (not "
+            f"log1p of whole counts scaled to {opened.target:g}); at most {MOST_UNPROVEN:.0%} "
+            "are dropped"
+        )
+    if not entry["counts_input"]:
+        raise ValueError(f"{name} holds no counts: all {n_cells} cells are empty")
+    share = entry["counts_kept"] or 0.0
+    if share < settings.min_counts_kept:
+        lost = ", ".join(list(entry["largest_losses"])[:5])
+        raise UnusableError(
+            f"only {share:.0%} of the counts fall on genes of the vocabulary (most are lost with "
+            f"{lost}); at least {settings.min_counts_kept:.0%} are needed (--min-counts-kept)"
+        )
+    if not n_kept:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+        raise UnusableError(f"no cell is left: {reasons}")
+
+
+def _numbered(opened: HarmonizedSource) -> Iterator[tuple[int, Restored]]:
     """Yield the proven counts of each block and the number of its first cell."""
     first, n_cells = 0, opened.matrix.shape[0]
-    for block in opened.matrix.blocks():
-        yield first, exact_counts(block, where=opened.matrix.name)
-        first += block.shape[0]
+    for block in opened.proven_blocks():
+        yield first, block
+        first += block.counts.shape[0]
     if first != n_cells:
         raise ValueError(f"{opened.matrix.name} has {first} cells, {n_cells} were announced")
 
 
-def _passing(cells: sparse.csr_matrix, entry: LedgerEntry, settings: Settings) -> np.ndarray:
+def _passing(
+    block: Restored,
+    cells: sparse.csr_matrix,
+    mitochondrial: np.ndarray,
+    entry: LedgerEntry,
+    settings: Settings,
+) -> np.ndarray:
     """Return (cells,) which pass; the others are counted by the first reason that holds."""
-    n_genes = np.diff(cells.indptr)
-    n_counts = np.asarray(cells.sum(axis=1)).ravel()
-    reasons = {
-        "without counts": n_genes == 0,
-        "below min_genes": n_genes < settings.min_genes,
-        "below min_counts": n_counts < settings.min_counts,
-    }
+    reasons = {UNPROVEN: ~block.proven} | failing_cells(
+        cells,
+        min_genes=settings.min_genes,
+        min_counts=settings.min_counts,
+        max_counts=settings.max_counts,
+    )
+    if settings.max_mito_fraction is not None:
+        share = mitochondrial_share(block.counts, mitochondrial)
+        reasons["above max_mito_fraction"] = share > settings.max_mito_fraction
     passed = np.ones(cells.shape[0], dtype=bool)
     for name, fails in reasons.items():
         number = int(np.count_nonzero(fails & passed))
@@ -199,7 +330,7 @@ def _passing(cells: sparse.csr_matrix, entry: LedgerEntry, settings: Settings) -
 
 
 def _kept_obs(obs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
-    """Return the annotation to keep, with the donors in the column `donor`."""
+    """Return the annotation to keep; the columns that the manifest names get their fixed names."""
     wanted = [name.strip() for name in dataset.obs_columns.split(",") if name.strip()]
     if wanted == ["*"]:
         wanted = [str(name) for name in obs.columns]
@@ -207,18 +338,16 @@ def _kept_obs(obs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
         wanted = []
     elif not wanted:
         wanted = [name for name in USUAL_OBS_COLUMNS if name in obs.columns]
-    required = [*wanted, dataset.donor_column] if dataset.donor_column else wanted
-    missing = [name for name in required if name not in obs.columns]
+    roles = dataset.roles()
+    missing = [name for name in (*wanted, *roles.values()) if name not in obs.columns]
     if missing:
         raise ValueError(
             f"there is no cell annotation '{missing[0]}'; "
             f"the file has {', '.join(map(str, obs.columns)) or 'none'}"
         )
-    kept = obs[[name for name in wanted if name not in ("barcode", "donor")]].copy()
-    if dataset.donor_column:
-        kept["donor"] = obs[dataset.donor_column]
-    elif "donor" in wanted:
-        kept["donor"] = obs["donor"]
+    kept = obs[[name for name in wanted if name not in ("barcode", *roles)]].copy()
+    for role, column in roles.items():
+        kept[role] = obs[column]
     return kept
 
 

@@ -1,4 +1,4 @@
-"""A tiny ontology: a root, a branch with an alternative id, a part of it, an obsolete term."""
+"""A tiny ontology: a root, a branch with an alternative id, a part of it, obsolete terms."""
 
 OBO = """format-version: 1.2
 data-version: releases/2024-01-01
@@ -26,4 +26,19 @@ id: GO:0000004
 name: obsolete thing
 namespace: biological_process
 is_obsolete: true
+
+[Term]
+id: GO:0000005
+name: obsolete branch
+namespace: biological_process
+is_obsolete: true
+replaced_by: GO:0000020
+
+[Term]
+id: GO:0000006
+name: obsolete and divided
+namespace: biological_process
+is_obsolete: true
+replaced_by: GO:0000002
+replaced_by: GO:0000003
 """

@@ -49,11 +49,13 @@ def test_from_manifest_to_verified_corpus(
     assert main(["convert", str(data / "good.tsv"), "--out", corpus, "--jobs", "2"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "3 datasets: 2 ok, 1 excluded, 0 failed; 40 cells"
-    assert "holds fractions" in out or "looks log-transformed" in out
+    assert "is counts scaled by a factor per cell" in out
     assert main(["finalize", corpus, "--validation-datasets", "good2", "--json"]) == 0
     catalogue = json.loads(capsys.readouterr().out)
     assert catalogue["splits"]["train"] == [0, 20]
     assert catalogue["splits"]["validation"] == [20, 40]
+    assert main(["finalize", corpus, "--validation-datasets", "good2"]) == 0
+    assert "; 1 datasets left out (failed or excluded); hash" in capsys.readouterr().out
     assert main(["verify", corpus, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
     assert main(["verify", corpus]) == 0
@@ -92,6 +94,34 @@ def test_array_tasks_share_a_manifest(data: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(ledger)) == ["good1.json", "good2.json", "scaled.json"]
 
 
+def test_a_source_away_a_name_taken_and_a_dataset_forgotten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, manifest = str(tmp_path / "corpus"), tmp_path / "m.tsv"
+    write(tmp_path / "a.h5ad", 1)
+    manifest.write_text("dataset_id\tpath\na\ta.h5ad\n")
+    command = ["convert", str(manifest), "--out", corpus]
+    assert main(command) == 0
+    (tmp_path / "a.h5ad").rename(tmp_path / "away.h5ad")
+    capsys.readouterr()
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].endswith("; 20 cells; 1 kept as staged (source not reachable)")
+    assert "a: source not reachable, kept as staged (" in err
+    write(tmp_path / "b.h5ad", 2)
+    manifest.write_text("dataset_id\tpath\na\tb.h5ad\n")
+    assert main(command) == 1
+    assert "rename it in the manifest, or add --replace" in capsys.readouterr().err
+    assert main([*command, "--replace"]) == 0
+    assert main(["finalize", corpus]) == 0
+    capsys.readouterr()
+    assert main(["forget", corpus, "a"]) == 0
+    assert "keeps its cells until the next finalize" in capsys.readouterr().out
+    assert main(["verify", corpus]) == 0
+    assert main(["forget", corpus, "a"]) == 1
+    assert "no dataset 'a'" in capsys.readouterr().err
+
+
 def test_more_tasks_than_datasets_is_no_error(data: Path, tmp_path: Path) -> None:
     command = ["convert", str(data / "good.tsv"), "--out", str(tmp_path / "c")]
     assert main([*command, "--task", "7", "--tasks", "8"]) == 0
@@ -109,6 +139,11 @@ def test_more_tasks_than_datasets_is_no_error(data: Path, tmp_path: Path) -> Non
         ["convert", "m.tsv", "--out", "c", "--jobs", "0"],
         ["convert", "m.tsv", "--out", "c", "--min-share-mapped", "2"],
         ["convert", "m.tsv", "--out", "c", "--codec", "gzip"],
+        ["convert", "m.tsv", "--out", "c", "--max-counts", "0"],
+        ["convert", "m.tsv", "--out", "c", "--max-counts", "5", "--min-counts", "9"],
+        ["convert", "m.tsv", "--out", "c", "--max-mito-fraction", "20"],
+        ["manifest"],
+        ["forget", "c"],
         ["finalize", "c", "--split-by", "moon"],
         ["finalize", "c", "--seed", "-1"],
     ],
@@ -166,3 +201,32 @@ def test_other_settings_on_the_same_corpus_are_refused(
     capsys.readouterr()
     assert main([*command, "--min-genes", "5"]) == 1
     assert "min_genes 1 there, 5 here" in capsys.readouterr().err
+    assert main([*command, "--max-mito-fraction", "0.2"]) == 1
+    assert "max_mito_fraction None there, 0.2 here" in capsys.readouterr().err
+
+
+def test_a_drafted_manifest_is_converted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "drafted.tsv"
+    assert main(["manifest", str(data), "--out", str(manifest)]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"{data}: 3 datasets, 1 files that cannot be read, 2 that are not data\n"
+    assert main(["convert", str(manifest), "--out", str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == {"ok": 2, "excluded": 1, "failed": 0}
+    before = manifest.read_bytes()
+    assert main(["manifest", str(data), "--out", str(manifest), "--json"]) == 0
+    drafted = json.loads(capsys.readouterr().out)
+    assert [dataset["n_cells"] for dataset in drafted["datasets"]] == [20, 20, 20]
+    manifest.write_bytes(before + b"# edited\n")
+    assert main(["manifest", str(data), "--out", str(manifest)]) == 1
+    assert "exists and says something else" in capsys.readouterr().err
+    assert manifest.read_bytes() == before + b"# edited\n"
+
+
+def test_a_folder_without_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["manifest", str(tmp_path)]) == 1
+    assert "no dataset found" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["manifest", str(tmp_path / "nothing")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/nothing: no such folder\n"

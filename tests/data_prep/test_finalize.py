@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ from scipy import sparse
 import data_prep.finalize as finalize_module
 from data_prep.dedup import find_duplicates
 from data_prep.finalize import finalize
+from data_prep.ledger import record_manifest
 from data_prep.permute import StagedCells, write_permuted
 from sclong_ds.store import CellStore, CellWriter, Corpus
 
@@ -38,7 +42,7 @@ def digests(corpus: Path) -> dict[str, str]:
     return {
         str(path.relative_to(corpus)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(corpus.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.relative_to(corpus).parts[0].startswith(".finalize-")
     }
 
 
@@ -66,6 +70,8 @@ def test_every_cell_is_there_once_with_its_origin(
     )
     assert [entry["dataset_id"] for entry in result["unused"]] == ["d", "e"]
     assert result["unused"][0]["reason"] == "some reason"
+    message = "2 of 5 datasets are left out (1 excluded, 1 failed)"
+    assert any(message in warning for warning in result["warnings"])
     np.testing.assert_array_equal(corpus.row_total, np.asarray(found.sum(axis=1)).ravel())
     np.testing.assert_array_equal(corpus.row_nnz, np.diff(found.indptr))
 
@@ -333,6 +339,25 @@ def test_folders_that_cannot_be_finalized(
         finalize(folder)
 
 
+def test_datasets_that_were_never_converted_are_an_error(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    folder = stage_corpus(three, not_ok={"d": "failed"})
+    record_manifest(folder, list("abcdefghij"), tasks=4)
+    message = (
+        r"6 of 10 datasets were not converted yet \(e, f, g, ...\): run convert again "
+        r"\(task 0, 1, 2, 3 of 4; .* --allow-missing"
+    )
+    with pytest.raises(ValueError, match=message):
+        finalize(folder)
+    assert not (folder / "corpus.json").exists()
+    result = finalize(folder, allow_missing=True)
+    assert result["n_cells"] == 430
+    statuses = [(entry["dataset_id"], entry["status"]) for entry in result["unused"]]
+    assert statuses == [("d", "failed"), *((name, "pending") for name in "efghij")]
+    assert "7 of 10 datasets are left out (1 failed, 6 pending)" in result["warnings"][-1]
+
+
 @pytest.mark.parametrize("crash_at", range(8))
 def test_killed_finalize_leaves_the_old_corpus_or_none(
     stage_corpus: Stage,
@@ -399,6 +424,112 @@ def test_failure_before_publishing_keeps_the_old_corpus(
             with pytest.raises(OSError, match="disk full"):
                 finalize(folder, seed=2)
         assert digests(folder) == before
+    # What the failed runs have made is taken up, and gives what one run gives.
+    assert len(list(folder.glob(".finalize-*"))) == 1
+    hash_after = finalize(folder, seed=2)["hash"]
+    finalize(folder, seed=1)
+    assert digests(folder) == before
+    assert finalize(folder, seed=2)["hash"] == hash_after
+
+
+KILLED_RUN = """
+import json, os, signal, sys
+from data_prep import dedup
+from data_prep.finalize import finalize
+from data_prep.ledger import record_manifest
+from data_prep.permute import write_permuted
+
+# Small enough that tiny data takes many runs and buckets.
+write_permuted.__kwdefaults__["bucket_bytes"] = 3_000
+dedup.RUN_BYTES, dedup.CELLS_PER_BUCKET = 9_000, 50
+
+corpus, moments = sys.argv[1], json.loads(sys.argv[2])
+
+def run(moment):
+    begun = {}
+    def progress(stage, done, total):
+        begun.setdefault(stage, done)
+        if moment and stage == moment[0] and done >= moment[1] * total:
+            print(json.dumps(begun), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    finalize(corpus, seed=5, progress=progress)
+    print(json.dumps(begun), flush=True)
+
+for moment in [*moments, None]:
+    child = os.fork()
+    if child == 0:
+        run(moment)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    expected = signal.SIGKILL if moment else 0
+    assert status == expected, (moment, status)
+"""
+
+
+def test_sigkill_at_any_stage_is_survived(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    """Every run is killed further on; the last one finishes, without doing finished work again."""
+    whole, folder = stage_corpus(three, name="whole"), stage_corpus(three, name="killed")
+    finalize(whole, seed=5)
+    moments = [
+        ("duplicates", 0.1), ("duplicates", 1.0), ("scatter", 0.3), ("scatter", 1.0),
+        ("write", 0.3), ("write", 0.6), ("write", 1.0), ("statistics", 0.5),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, str(folder), json.dumps(moments)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    begun = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(begun) == len(moments) + 1
+    assert "duplicates" not in begun[3], "a finished stage is not done again"
+    # Each run that writes begins after the bucket at which the one before was killed.
+    assert 0 < begun[4]["write"] < begun[5]["write"] < begun[6]["write"]
+    assert begun[5]["write"] > 0.3 * 430
+    assert begun[6]["write"] > 0.6 * 430
+    assert not {"scatter", "write"} & set(begun[-1])
+    assert digests(folder) == digests(whole)
+    assert not list(folder.glob(".finalize-*"))
+
+
+def test_changed_staging_is_not_mixed_with_old_work(
+    stage_corpus: Stage,
+    three: dict[str, sparse.csr_matrix],
+    counts: Counts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = stage_corpus(three)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finalize_module, "sync_tree", fail)
+        with pytest.raises(OSError, match="disk full"):
+            finalize(folder)
+    three["b"] = counts(9, 126)
+    renewed = stage_corpus(three, name="renewed")
+    shutil.rmtree(folder / "staging")
+    shutil.copytree(renewed / "staging", folder / "staging")
+    assert finalize(folder)["hash"] == finalize(renewed)["hash"]
+
+
+def test_two_at_a_time_are_refused(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    folder = stage_corpus(three)
+    refused = []
+
+    def second(stage: str, done: int, total: int) -> None:
+        if not refused:
+            refused.append(stage)
+            with pytest.raises(ValueError, match="another finalize is at work here"):
+                finalize(folder, seed=2)
+
+    finalize(folder, seed=1, progress=second)
+    assert refused == ["duplicates"]
+    assert Corpus(folder).catalogue["options"]["seed"] == 1
 
 
 def test_progress_reaches_the_end_of_every_stage(

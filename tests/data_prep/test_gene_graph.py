@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import goldens
 import numpy as np
 import pytest
 from ontology import OBO
@@ -12,8 +13,6 @@ from data_prep import gene_graph, jaccard
 from data_prep.jaccard import degrees, jaccard_graph
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 GENE2GO = "#tax_id\tGeneID\tGO_ID\tEvidence\tQualifier\tGO_term\tPubMed\tCategory\n"
 GENES = (
@@ -26,9 +25,7 @@ GENES = (
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden" in metafunc.fixturenames:
-        folder = Path(metafunc.config.getoption("--golden-dir", default=None) or GOLDEN)
-        files = sorted(folder.glob("go_*.npz"))
-        metafunc.parametrize("golden", files, ids=[file.stem for file in files])
+        goldens.parametrize(metafunc, "graph")
 
 
 def brute_force(sets: list[set[str]], threshold: float, neighbours: int) -> dict:
@@ -59,17 +56,16 @@ def row(
 ROWS = row("11", "GO:0000002") + row("11", "GO:0000003") + row("13", "GO:0000020")
 
 
-def test_edges_equal_the_golden_ones(golden: Path) -> None:
-    case = np.load(golden)
+def test_edges_equal_the_golden_ones(golden: goldens.Golden) -> None:
+    case = golden.arrays()
     bounds = case["gene2go_ptr"]
     terms = {
         str(gene): set(case["gene2go_terms"][bounds[i] : bounds[i + 1]].tolist())
         for i, gene in enumerate(case["gene2go_genes"])
     }
-    settings = json.loads(golden.with_suffix(".json").read_text())
     graph = jaccard_graph(
         [terms.get(str(gene), set()) for gene in case["gene_list"]],
-        neighbours=settings["num_similar_genes_go_graph"],
+        neighbours=golden.about["num_similar_genes_go_graph"],
     )
     np.testing.assert_array_equal(graph.edge_index, case["edge_index_sorted"])
     np.testing.assert_array_equal(graph.edge_weight, case["edge_weight_sorted"])

@@ -42,6 +42,8 @@ def test_terms_are_resolved_and_filtered(tmp_path: Path, obo: Path) -> None:
         HEADER
         + row("1", "GO:0000020")
         + row("1", "GO:0000004")
+        + row("1", "GO:0000006")
+        + row("5", "GO:0000005")
         + row("1", "GO:0000099")
         + row("2", "GO:0000003", qualifier="NOT enables")
         + row("2", "GO:0000003", qualifier="contributes_to")
@@ -49,13 +51,17 @@ def test_terms_are_resolved_and_filtered(tmp_path: Path, obo: Path) -> None:
         + row("4", "GO:0000001", taxid=10090),
     )
     assert found.format == "gene2go"
-    assert found.terms == {("entrez", "1"): {"GO:0000002"}, ("entrez", "2"): {"GO:0000003"}}
+    assert found.terms == {
+        ("entrez", "1"): {"GO:0000002"},
+        ("entrez", "2"): {"GO:0000003"},
+        ("entrez", "5"): {"GO:0000002"},
+    }
     assert found.counts == {
-        "rows": 7,
-        "kept": 2,
+        "rows": 9,
+        "kept": 3,
         "dropped: NOT": 1,
         "dropped: evidence ND": 1,
-        "dropped: obsolete term": 1,
+        "dropped: obsolete term": 2,
         "dropped: other organism": 1,
         "dropped: term not in the ontology": 1,
     }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import COLUMNS, read_manifest
+from data_prep.manifest import COLUMNS, Dataset, read_manifest
 
 
 def write(folder: Path, text: str, name: str = "manifest.tsv") -> Path:
@@ -32,6 +32,33 @@ def test_empty_cells_mean_the_default_and_comments_are_skipped(tmp_path: Path) -
     assert dataset.counts == "layers/raw"
 
 
+@pytest.mark.parametrize(
+    "counts", ["X", "raw.X", "layers/umi", "invert_log1p", "invert_log1p:X", "invert_log1p:raw.X"]
+)
+def test_what_counts_may_say(tmp_path: Path, counts: str) -> None:
+    path = write(tmp_path, f"dataset_id\tpath\tcounts\na\tf\t{counts}\n")
+    assert read_manifest(path)[0].counts == counts
+
+
+def test_every_option_changes_the_settings_and_notes_do_not(tmp_path: Path) -> None:
+    """Whatever decides what is staged must reach the settings hash."""
+    plain = Dataset(dataset_id="a", path=Path("f"))
+    same = Dataset(dataset_id="b", path=Path("g"), note="n", n_cells="5", gene_list=Path("h"))
+    assert same.options() == plain.options()
+    options = set(COLUMNS) - {"dataset_id", "path", "note", "n_cells", "gene_list"}
+    assert set(plain.options()) == options
+    for name in options:
+        other = Dataset(dataset_id="a", path=Path("f"), **{name: "other"})
+        assert other.options() != plain.options()
+
+
+def test_columns_of_cells_get_their_roles(tmp_path: Path) -> None:
+    text = "dataset_id\tpath\tdonor_column\tcell_type_column\tgene_list\na\tf\tperson\tct\tg.txt\n"
+    (dataset,) = read_manifest(write(tmp_path, text))
+    assert dataset.roles() == {"donor": "person", "cell_type": "ct"}
+    assert dataset.gene_list == tmp_path / "g.txt"
+
+
 def test_short_lines_leave_the_last_columns_empty(tmp_path: Path) -> None:
     (dataset,) = read_manifest(write(tmp_path, "dataset_id\tpath\ttissue\na\tf\n"))
     assert dataset.tissue == ""
@@ -44,13 +71,38 @@ def test_yaml_reads_the_same(tmp_path: Path) -> None:
     assert dataset.obs_columns == "cell_type,sex"
 
 
+def test_yaml_scalars_stay_text(tmp_path: Path) -> None:
+    text = "- {dataset_id: 2024_01, path: f, tissue: no, note: }\n- {dataset_id: 007, path: 1.10}\n"
+    first, second = read_manifest(write(tmp_path, text, "manifest.yaml"))
+    assert (first.dataset_id, first.tissue, first.note) == ("2024_01", "no", "")
+    assert (second.dataset_id, second.path) == ("007", tmp_path / "1.10")
+
+
+@pytest.mark.parametrize("value", ["[a, b]", "{a: b}"])
+def test_yaml_values_must_be_text(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path, f"- {{dataset_id: a, path: f, tissue: {value}}}\n", "manifest.yaml")
+    with pytest.raises(ValueError, match="entry 1: tissue must be text"):
+        read_manifest(path)
+
+
+def test_a_table_saved_by_a_spreadsheet(tmp_path: Path) -> None:
+    lines = ["dataset_id\tpath\tnote", '"# not read: ""x"", y"\t\t', "\t\t", '# a "comment']
+    lines += ['a\t"f,1.h5ad"\t"the ""best"" one"', "b\tg\tform\x0cfeed\u2028here"]
+    path = tmp_path / "m.tsv"
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    first, second = read_manifest(path)
+    assert (first.path, first.note) == (tmp_path / "f,1.h5ad", 'the "best" one')
+    assert (second.dataset_id, second.note) == ("b", "form\x0cfeed\u2028here")
+
+
 def test_every_column_is_a_field(tmp_path: Path) -> None:
     text = "\t".join(COLUMNS) + "\n" + "\t".join(["a", "f", *[""] * (len(COLUMNS) - 2)]) + "\n"
     assert read_manifest(write(tmp_path, text))[0].dataset_id == "a"
 
 
 def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
-    lines = ["dataset_id\tpath\tformat\tcounts", "a\tf", "A\tf", "../b\tf", "c\t", "d\tf\txls\tY"]
+    lines = ["dataset_id\tpath\tformat\tcounts\tid_type", "a\tf", "A\tf", "../b\tf", "c\t"]
+    lines += ["d\tf\txls\tY\tentrez", "e\tf\t\tinvert_log1p:Z"]
     with pytest.raises(ValueError, match="manifest") as error:
         read_manifest(write(tmp_path, "\n".join(lines) + "\n"))
     message = str(error.value)
@@ -59,6 +111,8 @@ def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
     assert "line 5: path is empty" in message
     assert "line 6: format 'xls'" in message
     assert "line 6: counts 'Y'" in message
+    assert "line 6: id_type 'entrez', allowed: auto, ensembl, symbol" in message
+    assert "line 7: counts 'invert_log1p:Z'" in message
     assert "\n" not in message
 
 
@@ -72,6 +126,8 @@ def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
         ("dataset_id\na\n", "no column 'path'"),
         ("dataset_id\tpath\tpath\na\tf\tf\n", "occurs twice"),
         ("dataset_id\tpath\na\tf\tx\ty\n", "line 2: 4 columns"),
+        ("dataset_id,path\na,f\n", "line 1: the columns must be separated by tabs"),
+        ('dataset_id\tpath\na\t"f\nb\tg\n', "a quotation mark that does not close"),
     ],
 )
 def test_tables_that_are_not_manifests(tmp_path: Path, text: str, message: str) -> None:

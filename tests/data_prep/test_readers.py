@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pandas as pd
 import pytest
 from scipy import io, sparse
 
-from data_prep import readers_hdf5, readers_text, source
+from data_prep import readers_arrays, readers_gather, readers_npz, readers_text, source
 from data_prep.readers import detect_format, open_source, source_hash
-from data_prep.source import Source, UnusableError, gather_rows
+from data_prep.readers_gather import gathered
+from data_prep.source import Source, UnusableError
 
 N_CELLS, N_GENES = 7, 11
 COUNTS = np.random.default_rng(3).poisson(0.7, (N_CELLS, N_GENES)).astype(np.int32)
@@ -237,15 +239,74 @@ def test_tables(
     assert found.matrices[0].gene_columns["index"].tolist() == GENES
 
 
+def write_frame(path: Path, frame: pd.DataFrame, **options: object) -> Path:
+    frame.to_csv(path, **options)
+    return path
+
+
+FRAME = pd.DataFrame(COUNTS, index=CELLS, columns=GENES)
+
+
+@pytest.mark.parametrize("corner", [None, "index", "Cell_ID", "Unnamed: 0"])
+def test_numbers_may_name_cells(tmp_path: Path, corner: str | None) -> None:
+    frame = FRAME.reset_index(drop=True)
+    found = opened(write_frame(tmp_path / "a.csv", frame, index_label=corner))
+    np.testing.assert_array_equal(values(found), COUNTS)
+    assert found.barcodes.tolist() == [str(i) for i in range(N_CELLS)]
+
+
+def test_a_table_without_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the first column 'G0' looks like a gene, not cell names"):
+        opened(write_frame(tmp_path / "a.csv", FRAME, index=False))
+    with pytest.raises(ValueError, match="the first line begins with the gene 'G0'"):
+        opened(write_frame(tmp_path / "b.tsv", FRAME.T, header=False, sep="\t"))
+
+
+@pytest.mark.parametrize("name", ["n_counts", "nCount_RNA", "percent.mt", "Length", "Entrez ID"])
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_annotations_among_the_counts_are_refused(
+    tmp_path: Path, name: str, genes_in_rows: bool
+) -> None:
+    frame = (FRAME.T if genes_in_rows else FRAME).copy()
+    frame.insert(2, name, 5)
+    with pytest.raises(ValueError, match=f"the column '{name}' is no cell or gene"):
+        opened(write_frame(tmp_path / "a.csv", frame))
+    with pytest.raises(ValueError, match=f"the row '{name}' is no cell or gene"):
+        opened(write_frame(tmp_path / "b.csv", frame.T))
+
+
+@pytest.mark.parametrize("block", [12, 2**20])
+def test_a_column_of_sums_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(source, "BLOCK_ENTRIES", block)
+    frame = pd.concat([FRAME] * 5)
+    frame.index = [f"cell{i}" for i in range(len(frame))]
+    frame["all of it"] = frame.sum(axis=1)
+    with pytest.raises(ValueError, match="column 13 is the sum of all others"):
+        values(opened(write_frame(tmp_path / "a.csv", frame)))
+    frame.iloc[-1, -1] += 1
+    assert values(opened(write_frame(tmp_path / "b.csv", frame))).shape == (35, 12)
+
+
+@pytest.mark.parametrize("end", ["0", "7.0", "0.0"])
+def test_a_last_line_break_may_be_missing_behind_a_whole_number(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f",G0,G1\ncell0,12,3\ncell1,4,{end}")
+    assert values(opened(path)).tolist() == [[12, 3], [4, float(end)]]
+
+
 def test_small_blocks_give_the_same_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table(sparse.csr_matrix(COUNTS)).write_h5ad(tmp_path / "csr.h5ad")
     table(sparse.csc_matrix(COUNTS)).write_h5ad(tmp_path / "csc.h5ad")
     table().write_h5ad(tmp_path / "dense.h5ad")
     write_mtx(tmp_path / "mtx", version=3)
     (tmp_path / "t.csv").write_text(table_text(",", genes_in_rows=True))
-    for module in (source, readers_hdf5, readers_text):
+    for module in (source, readers_arrays, readers_npz, readers_text):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 12)
-    monkeypatch.setattr(source, "GATHER_ENTRIES", 15)
+    monkeypatch.setattr(readers_gather, "RUN_ENTRIES", 15)
+    monkeypatch.setattr(readers_gather, "BUCKET_ENTRIES", 15)
+    monkeypatch.setattr(readers_arrays, "DENSE_ELEMENTS", 25)
     for name in ("csr.h5ad", "csc.h5ad", "dense.h5ad", "mtx", "t.csv"):
         found = opened(tmp_path / name)
         assert len(list(found.matrices[0].blocks())) > 1, name
@@ -255,7 +316,7 @@ def test_small_blocks_give_the_same_matrix(tmp_path: Path, monkeypatch: pytest.M
 def test_entries_outside_the_matrix_are_refused() -> None:
     outside = (np.array([0]), np.array([5]), np.array([1]))
     with pytest.raises(ValueError, match="gene 5, but there are 5"):
-        list(gather_rows(lambda: iter([outside]), shape=(3, 5), n_entries=1))
+        list(gathered(lambda: iter([outside]), shape=(3, 5), n_entries=1, scratch=None)())
 
 
 def cut(path: Path, share: float) -> None:
@@ -307,6 +368,50 @@ def break_word_in_matrix(folder: Path) -> Path:
     return path
 
 
+def break_last_digit(folder: Path) -> Path:
+    path = write_mtx(folder / "mtx", version=3)
+    os.truncate(path / "matrix.mtx", (path / "matrix.mtx").stat().st_size - 1)
+    return path
+
+
+def break_fields_of_features(folder: Path) -> Path:
+    path = write_mtx(folder / "mtx", version=3)
+    os.truncate(path / "features.tsv", (path / "features.tsv").stat().st_size - 20)
+    return path
+
+
+def break_feature_type(folder: Path) -> Path:
+    types = ["Gene Expression"] * (N_GENES - 1) + ["Gene Exprassion"]
+    return write_tenx_v3(folder / "a.h5", ["GRCh38"] * N_GENES, types)
+
+
+def break_tenx_sizes(folder: Path) -> Path:
+    types = ["Gene Expression"] * (N_GENES - 1) + ["Peaks"]
+    path = write_tenx_v3(folder / "a.h5", ["GRCh38"] * N_GENES, types)
+    with h5py.File(path, "r+") as root:
+        root["matrix/shape"][0] = N_GENES - 1
+    return path
+
+
+def break_header_without_a_comma(folder: Path) -> Path:
+    text = table_text(",", genes_in_rows=False)
+    (folder / "a.csv").write_text(text.replace(",G1,", ",G1.", 1))
+    return folder / "a.csv"
+
+
+def break_zarr_chunk(folder: Path) -> Path:
+    with anndata.settings.override(zarr_write_format=2):
+        table(sparse.csr_matrix(COUNTS)).write_zarr(folder / "a.zarr")
+    (folder / "a.zarr/X/indices/0").unlink()
+    return folder / "a.zarr"
+
+
+def break_zip(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "a.zip", "w") as packed:
+        packed.writestr("counts.csv", table_text(",", genes_in_rows=True))
+    return folder / "a.zip"
+
+
 def break_ragged(folder: Path) -> Path:
     lines = table_text(",", genes_in_rows=False).splitlines()
     lines[3] = lines[3].rsplit(",", 3)[0]
@@ -318,6 +423,23 @@ def break_word_in_table(folder: Path) -> Path:
     lines = table_text(",", genes_in_rows=False).splitlines()
     lines[4] = lines[4][:-1] + "x"
     (folder / "a.csv").write_text("\n".join(lines) + "\n")
+    return folder / "a.csv"
+
+
+def break_last_number(folder: Path) -> Path:
+    (folder / "a.csv").write_text(",G0,G1\ncell0,12,3\ncell1,4,120\n")
+    os.truncate(folder / "a.csv", (folder / "a.csv").stat().st_size - 1)
+    return folder / "a.csv"
+
+
+def break_carriage_returns(folder: Path) -> Path:
+    text = table_text(",", genes_in_rows=True)
+    (folder / "a.csv").write_bytes(text.replace("\n", "\r").encode())
+    return folder / "a.csv"
+
+
+def break_second_names(folder: Path) -> Path:
+    (folder / "a.csv").write_text("id,name,cell0\nG0,N0,1\nG1,N1,2\n")
     return folder / "a.csv"
 
 
@@ -377,9 +499,23 @@ def break_empty_folder(folder: Path) -> Path:
         (break_cut_matrix, "announces .* values and holds"),
         (break_one_barcode_more, "11 features and 8 barcodes"),
         (break_word_in_matrix, "not a number|invalid"),
+        (break_last_digit, "does not end in a line break"),
+        (break_fields_of_features, "line 11 has 2 fields, the first 3"),
+        (break_feature_type, "a feature is of type 'Gene Exprassion'"),
+        (break_tenx_sizes, "the matrix has 10 genes .* but 11 genes"),
+        (break_header_without_a_comma, "line 2 has 12 fields, expected 11"),
+        pytest.param(
+            break_zarr_chunk,
+            "X/indices: 1 of 1 chunks are missing",
+            marks=pytest.mark.filterwarnings("ignore:Writing zarr v2 data"),
+        ),
+        (break_zip, "a zip file with counts.csv; unpack it first"),
         (break_ragged, "line 4 has 9 fields, expected 12"),
         (break_word_in_table, "line 5, field 12 is 'x', not a number"),
         (break_header_only, "0 rows"),
+        (break_last_number, "last number may be cut short.* echo >> a.csv"),
+        (break_carriage_returns, "lines end in carriage returns alone"),
+        (break_second_names, "field 2 is 'N0', not a number; only the first column may hold names"),
         (break_other_hdf5, "an HDF5 file with weights"),
         (break_packed_h5ad, "gunzip it first"),
         (break_wrong_pointers, "index pointers do not fit"),

@@ -1,0 +1,95 @@
+"""Which cells are good enough: genes, counts and the mitochondrial share of a cell.
+
+Order: values are proven on the matrix of the file; columns of one gene are summed and moved to the
+vocabulary; genes and counts of a cell are those after that, since they are what the model sees. The
+mitochondrial share is taken before it, over all counts of the file, so that it is the same whether
+the vocabulary lists the mitochondrial genes or not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from data_prep.gene_names import GeneMap, bare_name
+from sclong_ds.genes import GeneVocabulary
+
+_Mask = npt.NDArray[np.bool_]
+
+MITOCHONDRIAL_IDS = frozenset(
+    f"ENSG00000{number}"
+    for number in (
+        # 13 protein-coding genes: MT-ND1-6, MT-ND4L, MT-CO1-3, MT-ATP6, MT-ATP8, MT-CYB
+        *("198888", "198763", "198840", "198886", "212907", "198786", "198695"),
+        *("198804", "198712", "198938", "198899", "228253", "198727"),
+        # 2 rRNA genes: MT-RNR1, MT-RNR2
+        *("211459", "210082"),
+        # 22 tRNA genes
+        *("210049", "210077", "209082", "210100", "210107", "210112", "210117", "210127"),
+        *("210135", "210140", "210144", "210151", "210154", "210156", "210164", "210174"),
+        *("210176", "210184", "210191", "210194", "210195", "210196"),
+    )
+)
+"""The 37 genes of human mitochondrial DNA (GENCODE, chrM)."""
+
+
+def mitochondrial_genes(gene_map: GeneMap, genes: GeneVocabulary) -> _Mask:
+    """Return which genes of a dataset lie on the mitochondrial DNA.
+
+    Args:
+        gene_map: Names of the dataset's genes and where they went.
+        genes: The vocabulary.
+
+    Returns:
+        (n_input,) True for the 37 Ensembl ids, for symbols that begin with `MT-`, and for other
+        names of these genes that the vocabulary resolves.
+    """
+    listed = [genes.index[gene] for gene in MITOCHONDRIAL_IDS if gene in genes.index]
+    names = [bare_name(name) for name in gene_map.names]
+    named = [name in MITOCHONDRIAL_IDS or name.startswith("MT-") for name in names]
+    return np.array(named, dtype=bool) | np.isin(gene_map.target, listed)
+
+
+def mitochondrial_share(counts: sparse.csr_matrix, mitochondrial: _Mask) -> npt.NDArray[np.float64]:
+    """Return the share of each cell's counts that is mitochondrial.
+
+    Args:
+        counts: (cells, n_input) all counts of the file.
+        mitochondrial: See `mitochondrial_genes`.
+
+    Returns:
+        (cells,) 0 to 1; 0 for a cell without counts.
+    """
+    total = np.asarray(counts.sum(axis=1)).ravel()
+    return np.asarray(counts @ mitochondrial.astype(np.int64)).ravel() / np.maximum(total, 1)
+
+
+def failing_cells(
+    cells: sparse.csr_matrix,
+    *,
+    min_genes: int,
+    min_counts: int,
+    max_counts: int | None = None,
+) -> dict[str, _Mask]:
+    """Return which cells fail each threshold on genes and counts.
+
+    Args:
+        cells: (cells, n_genes) counts in the vocabulary, no stored zeros.
+        min_genes: Fewest genes with counts.
+        min_counts: Smallest sum of counts.
+        max_counts: Largest sum of counts; None for no limit.
+
+    Returns:
+        By reason, (cells,) True where a cell fails; reasons in the order they are counted in.
+    """
+    n_genes = np.diff(cells.indptr)
+    n_counts = np.asarray(cells.sum(axis=1)).ravel()
+    failing = {
+        "without counts": n_genes == 0,
+        "below min_genes": n_genes < min_genes,
+        "below min_counts": n_counts < min_counts,
+    }
+    if max_counts is not None:
+        failing["above max_counts"] = n_counts > max_counts
+    return failing

@@ -1,0 +1,248 @@
+"""Row blocks of matrices that lie in HDF5 or zarr: CSR, CSC and dense, in bounded memory.
+
+CSR is sliced where it lies, dense matrices along their storage chunks, so that every chunk is
+unpacked once. Matrices stored across the cells (CSC, dense in chunks of many cells) go through
+`readers_gather`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from scipy import sparse
+
+from data_prep.readers_gather import gathered
+from data_prep.source import BLOCK_CELLS, BLOCK_ENTRIES, Entries, row_blocks
+
+DENSE_ELEMENTS = 2**23
+"""Elements of a dense matrix read at a time, unless one storage chunk holds more."""
+
+Open = Callable[[], AbstractContextManager[Any]]
+"""Opens the root group (h5py or zarr); each pass over a matrix opens the file anew."""
+Blocks = Callable[[], Iterator[sparse.csr_matrix]]
+
+
+def csr_blocks(
+    opened: Open,
+    where: str,
+    shape: tuple[int, int],
+    *,
+    columns: npt.NDArray[np.int64] | None = None,
+) -> Blocks:
+    """Return what yields the row blocks of a stored CSR matrix.
+
+    Args:
+        opened: Opens the file.
+        where: Group with data, indices and indptr.
+        shape: Rows, columns.
+        columns: Columns to keep, or None (all).
+    """
+
+    def blocks() -> Iterator[sparse.csr_matrix]:
+        with opened() as root:
+            group = root[where]
+            row_ptr = _pointers(group, shape[0])
+            for start, stop in row_blocks(row_ptr):
+                first, last = int(row_ptr[start]), int(row_ptr[stop])
+                indices, data = _stretch(group, first, last)
+                block = sparse.csr_matrix(
+                    (data, indices, row_ptr[start : stop + 1] - first),
+                    shape=(stop - start, shape[1]),
+                )
+                block.check_format(full_check=True)
+                yield block if columns is None else block[:, columns]
+
+    return blocks
+
+
+def csc_blocks(opened: Open, where: str, shape: tuple[int, int], *, scratch: Path | None) -> Blocks:
+    """Return what yields the row blocks of a stored CSC matrix.
+
+    Args:
+        opened: Opens the file.
+        where: Group with data, indices and indptr.
+        shape: Rows, columns.
+        scratch: See `readers_gather.gathered`.
+    """
+
+    def entries() -> Iterator[Entries]:
+        with opened() as root:
+            group = root[where]
+            pointers = _pointers(group, shape[1])
+            for first in range(0, int(pointers[-1]), BLOCK_ENTRIES):
+                last = min(first + BLOCK_ENTRIES, int(pointers[-1]))
+                rows, data = _stretch(group, first, last)
+                yield rows, line_numbers(pointers, first, last), data
+
+    with opened() as root:
+        n_entries = int(root[where]["data"].shape[0])
+    return gathered(entries, shape=shape, n_entries=n_entries, scratch=scratch)
+
+
+def dense_matrix_blocks(
+    opened: Open, where: str, shape: tuple[int, int], *, cell_axis: int, scratch: Path | None
+) -> Blocks:
+    """Return what yields the row blocks of a stored dense matrix.
+
+    Args:
+        opened: Opens the file.
+        where: The array.
+        shape: Cells, genes.
+        cell_axis: 0 where cells are rows (AnnData), 1 where they are columns (loom).
+        scratch: See `readers_gather.gathered`.
+    """
+    with opened() as root:
+        stored = root[where]
+        # Of a sharded zarr array the shard is what is read; h5py has no such thing.
+        chunks = getattr(stored, "shards", None) or stored.chunks
+    if chunks is None:
+        chunks = (1, shape[1]) if cell_axis == 0 else (shape[0], 1)
+    elif cell_axis == 1:
+        chunks = (chunks[1], chunks[0])
+    n_cells, n_genes = shape
+    if chunks[0] * n_genes <= max(DENSE_ELEMENTS, chunks[0] * chunks[1]):
+        step = chunks[0] * max(1, DENSE_ELEMENTS // max(1, chunks[0] * n_genes))
+        step = max(1, min(step, max(BLOCK_CELLS, chunks[0])))
+
+        def blocks() -> Iterator[sparse.csr_matrix]:
+            with opened() as root:
+                for start in range(0, n_cells, step):
+                    tile = _tile(root[where], (start, start + step), (0, n_genes), cell_axis)
+                    block = sparse.csr_matrix(tile)
+                    for first, last in row_blocks(block.indptr.astype(np.int64)):
+                        yield block[first:last]
+
+        return blocks
+
+    def entries() -> Iterator[Entries]:
+        with opened() as root:
+            for cells, genes in _tiles(shape, (chunks[0], chunks[1])):
+                tile = _tile(root[where], cells, genes, cell_axis)
+                rows, columns = np.nonzero(tile)
+                yield rows + cells[0], columns + genes[0], tile[rows, columns]
+
+    return gathered(entries, shape=shape, n_entries=n_cells * n_genes, scratch=scratch)
+
+
+def line_numbers(pointers: npt.NDArray[np.int64], first: int, last: int) -> npt.NDArray[np.int64]:
+    """Return the line (row of CSR, column of CSC) of each value of a stretch.
+
+    Args:
+        pointers: (lines + 1,) first value of each line.
+        first: First value of the stretch.
+        last: Value behind its end.
+    """
+    inside = np.clip(pointers, first, last)
+    return np.repeat(np.arange(len(pointers) - 1, dtype=np.int64), inside[1:] - inside[:-1])
+
+
+def checked_pointers(
+    stored: npt.ArrayLike, *, n_lines: int, n_values: int
+) -> npt.NDArray[np.int64]:
+    """Return the index pointers of a compressed matrix if they fit its sizes.
+
+    Args:
+        stored: The pointers.
+        n_lines: Rows of CSR, columns of CSC.
+        n_values: Stored values.
+
+    Raises:
+        ValueError: They do not.
+    """
+    pointers = np.asarray(stored).astype(np.int64)
+    if (
+        pointers.shape != (n_lines + 1,)
+        or pointers[0] != 0
+        or (pointers[1:] < pointers[:-1]).any()
+        or pointers[-1] != n_values
+    ):
+        raise ValueError(
+            f"the index pointers do not fit a matrix of {n_lines} lines and {n_values} values"
+        )
+    return pointers
+
+
+def require_whole(array: Any, what: str) -> None:
+    """Refuse a zarr array of which a chunk file is missing; zarr would read it as zeros.
+
+    Writers leave out chunks of zeros only, so this holds for arrays that cannot be zero. HDF5
+    has no such gaps.
+
+    Args:
+        array: zarr or h5py array.
+        what: Its name, for the message.
+
+    Raises:
+        ValueError: A chunk is missing.
+    """
+    if isinstance(array, zarr.Array) and array.nchunks_initialized < array.nchunks:
+        raise ValueError(
+            f"{what}: {array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks are "
+            "missing; the folder was not copied whole"
+        )
+
+
+def _pointers(group: Any, n_lines: int) -> npt.NDArray[np.int64]:
+    n_values = group["data"].shape[0]
+    pointers = checked_pointers(group["indptr"][:], n_lines=n_lines, n_values=n_values)
+    if group["indices"].shape != group["data"].shape:
+        raise ValueError(
+            f"{group['data'].shape[0]} values but {group['indices'].shape[0]} column numbers"
+        )
+    if n_values:
+        require_whole(group["data"], f"{group.name}/data")
+        require_whole(group["indptr"], f"{group.name}/indptr")
+        # Where no line has two values, all of them may lie in column 0.
+        if (pointers[1:] - pointers[:-1]).max() > 1:
+            require_whole(group["indices"], f"{group.name}/indices")
+    return pointers
+
+
+def _stretch(
+    group: Any, first: int, last: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.generic]]:
+    """Return column numbers and values of one stretch of a compressed matrix."""
+    return np.asarray(group["indices"][first:last]).astype(np.int64), _numbers(
+        group["data"][first:last]
+    )
+
+
+def _tile(
+    array: Any, cells: tuple[int, int], genes: tuple[int, int], cell_axis: int
+) -> npt.NDArray[np.generic]:
+    """Return a part of a dense matrix, cells in rows."""
+    if cell_axis == 0:
+        return _numbers(array[slice(*cells), slice(*genes)])
+    return np.ascontiguousarray(_numbers(array[slice(*genes), slice(*cells)]).T)
+
+
+def _tiles(
+    shape: tuple[int, int], chunk: tuple[int, int]
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Cut a matrix into ranges of cells and genes made of whole chunks."""
+    n_cells, n_genes = shape
+    wide = chunk[0] * max(1, min(DENSE_ELEMENTS, n_cells * chunk[1]) // (chunk[0] * chunk[1]))
+    high = chunk[1] * max(1, DENSE_ELEMENTS // (min(wide, n_cells) * chunk[1]))
+    for gene in range(0, n_genes, high):
+        for cell in range(0, n_cells, wide):
+            yield (cell, min(cell + wide, n_cells)), (gene, min(gene + high, n_genes))
+
+
+def _numbers(values: Any) -> npt.NDArray[np.generic]:
+    """Return values in a type that scipy takes.
+
+    Raises:
+        ValueError: Texts, dates or records.
+    """
+    found = np.asarray(values)
+    if found.dtype.kind not in "biuf":
+        raise ValueError(f"the matrix holds {found.dtype}, expected numbers")
+    if found.dtype == np.float16:
+        return found.astype(np.float32)
+    return found.astype(found.dtype.newbyteorder("="), copy=False)

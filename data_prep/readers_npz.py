@@ -1,0 +1,186 @@
+"""Reader of matrices written by scipy.sparse.save_npz, such as files `cells_merged_A_to_B.npz`.
+
+The rows are cells. The file names no genes: they come from a gene list, the one given or the first
+of GENE_LISTS beside the file (STEM is its name without .npz; gzip or not). Values are streamed out
+of the zip members, whose checksums are tested at their ends.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from numpy.lib import format as npy
+from scipy import sparse
+
+from data_prep.readers_arrays import Blocks, checked_pointers, line_numbers
+from data_prep.readers_gather import gathered
+from data_prep.readers_text import name_columns
+from data_prep.source import BLOCK_ENTRIES, Entries, Matrix, Source, StringArray, row_blocks
+
+ZIP_SIGNATURE = b"PK\x03\x04"
+GENE_LISTS = ("STEM.genes.txt", "STEM.genes.tsv", "genes.txt", "genes.tsv", "gene_list.txt")
+_MEMBERS = ("format", "shape", "data", "indices", "indptr")
+
+
+@dataclass(slots=True)
+class _Member:
+    """A one-dimensional array inside the zip file, read from front to end."""
+
+    file: IO[bytes]
+    name: str
+    dtype: np.dtype[np.generic]
+    n_left: int
+
+    def read(self, number: int) -> npt.NDArray[np.generic]:
+        """Return the next values."""
+        data = self.file.read(number * self.dtype.itemsize)
+        if len(data) != number * self.dtype.itemsize:
+            raise ValueError(f"{self.name} is cut short")
+        self.n_left -= number
+        if self.n_left == 0 and self.file.read(1):
+            raise ValueError(f"{self.name} is longer than it says")
+        return np.frombuffer(data, dtype=self.dtype)
+
+
+def gene_list_file(path: Path, gene_list: Path | None = None) -> Path:
+    """Return the file that names the genes of an npz file.
+
+    Args:
+        path: The npz file.
+        gene_list: The user's choice; None looks beside the file.
+
+    Raises:
+        FileNotFoundError: The file asked for does not exist.
+        ValueError: None is asked for, and there is none beside the file.
+    """
+    if gene_list is not None:
+        if not gene_list.is_file():
+            raise FileNotFoundError(f"gene list {gene_list}: no such file")
+        return gene_list
+    names = [name.replace("STEM", path.stem) for name in GENE_LISTS]
+    for name in names:
+        for found in (path.with_name(name), path.with_name(f"{name}.gz")):
+            if found.is_file():
+                return found
+    raise ValueError(
+        "an npz file names no genes; put one gene a line, in the order of the columns, "
+        f"into one of {', '.join(names)} beside it, or name the list in the manifest"
+    )
+
+
+def open_npz(path: Path, *, gene_list: Path | None, scratch: Path | None) -> Source:
+    """Open a sparse matrix of cells x genes.
+
+    Args:
+        path: The file.
+        gene_list: See `gene_list_file`.
+        scratch: See `readers.open_source`.
+
+    Raises:
+        FileNotFoundError: See `gene_list_file`.
+        ValueError: Not CSR or CSC of scipy, no gene list, or one of another length.
+    """
+    with zipfile.ZipFile(path) as packed:
+        names = {name.removesuffix(".npy") for name in packed.namelist()}
+        if not names.issuperset(_MEMBERS):
+            raise ValueError(
+                f"holds {', '.join(sorted(names)[:6]) or 'nothing'}; expected "
+                f"{', '.join(_MEMBERS)}, as scipy.sparse.save_npz writes CSR and CSC"
+            )
+        kind = _whole_member(packed, "format").item()
+        kind = kind.decode() if isinstance(kind, bytes) else str(kind)
+        sizes = _whole_member(packed, "shape")
+    if kind not in ("csr", "csc") or sizes.shape != (2,) or sizes.dtype.kind not in "iu":
+        raise ValueError(f"a sparse matrix of format '{kind}'; supported: csr, csc")
+    shape = (int(sizes[0]), int(sizes[1]))
+    genes = _gene_columns(gene_list_file(path, gene_list), shape[1])
+    n_cells_named = np.array([str(row) for row in range(shape[0])], dtype=object)
+    if kind == "csr":
+        blocks: Blocks = lambda: _csr(path, shape)  # noqa: E731
+    else:
+        blocks = _csc(path, shape, scratch)
+    matrix = Matrix(name="X", shape=shape, gene_columns=genes, blocks=blocks)
+    obs = pd.DataFrame(index=range(shape[0]))
+    return Source(
+        path=path, format="scipy_npz", barcodes=n_cells_named, obs=obs, matrices=(matrix,)
+    )
+
+
+def _gene_columns(path: Path, n_genes: int) -> dict[str, StringArray]:
+    columns = name_columns(path)
+    if len(columns[0]) == n_genes + 1:
+        # A table with a header, such as the genes.tsv of a model or a corpus.
+        return {str(column[0]): column[1:] for column in columns}
+    if len(columns[0]) != n_genes:
+        raise ValueError(
+            f"the matrix has {n_genes} columns, but {path.name} names {len(columns[0])} genes"
+        )
+    return {f"column {number}": column for number, column in enumerate(columns, 1)}
+
+
+def _csr(path: Path, shape: tuple[int, int]) -> Iterator[sparse.csr_matrix]:
+    with zipfile.ZipFile(path) as packed, ExitStack() as stack:
+        row_ptr, indices, data = _members(packed, stack, shape[0])
+        for start, stop in row_blocks(row_ptr):
+            number = int(row_ptr[stop] - row_ptr[start])
+            block = sparse.csr_matrix(
+                (
+                    data.read(number),
+                    indices.read(number).astype(np.int64),
+                    row_ptr[start : stop + 1] - row_ptr[start],
+                ),
+                shape=(stop - start, shape[1]),
+            )
+            block.check_format(full_check=True)
+            yield block
+
+
+def _csc(path: Path, shape: tuple[int, int], scratch: Path | None) -> Blocks:
+    def entries() -> Iterator[Entries]:
+        with zipfile.ZipFile(path) as packed, ExitStack() as stack:
+            pointers, indices, data = _members(packed, stack, shape[1])
+            for first in range(0, int(pointers[-1]), BLOCK_ENTRIES):
+                last = min(first + BLOCK_ENTRIES, int(pointers[-1]))
+                rows = indices.read(last - first).astype(np.int64)
+                yield rows, line_numbers(pointers, first, last), data.read(last - first)
+
+    with zipfile.ZipFile(path) as packed, ExitStack() as stack:
+        n_entries = _member(packed, stack, "data").n_left
+    return gathered(entries, shape=shape, n_entries=n_entries, scratch=scratch)
+
+
+def _members(
+    packed: zipfile.ZipFile, stack: ExitStack, n_lines: int
+) -> tuple[npt.NDArray[np.int64], _Member, _Member]:
+    """Return the index pointers, and indices and data to be read."""
+    indices, data = (_member(packed, stack, name) for name in ("indices", "data"))
+    if indices.n_left != data.n_left:
+        raise ValueError(f"{data.n_left} values but {indices.n_left} column numbers")
+    stored = _whole_member(packed, "indptr")
+    return checked_pointers(stored, n_lines=n_lines, n_values=data.n_left), indices, data
+
+
+def _member(packed: zipfile.ZipFile, stack: ExitStack, name: str) -> _Member:
+    file = stack.enter_context(packed.open(f"{name}.npy"))
+    version = npy.read_magic(file)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if len(shape) != 1 or dtype.kind not in "biuf" or not dtype.isnative:
+        raise ValueError(f"{name} is {dtype} of shape {shape}, expected a row of numbers")
+    return _Member(file=file, name=name, dtype=dtype, n_left=shape[0])
+
+
+def _whole_member(packed: zipfile.ZipFile, name: str) -> npt.NDArray[np.generic]:
+    with packed.open(f"{name}.npy") as file:
+        values: npt.NDArray[np.generic] = npy.read_array(file, allow_pickle=False)
+        if file.read(1):
+            raise ValueError(f"{name} is longer than it says")
+    return values

@@ -1,0 +1,62 @@
+"""Quality of cells: thresholds by reason, mitochondrial genes under any of their names."""
+
+import numpy as np
+from scipy import sparse
+
+from data_prep.gene_names import GeneMap, GeneResolver
+from data_prep.quality import (
+    MITOCHONDRIAL_IDS,
+    failing_cells,
+    mitochondrial_genes,
+    mitochondrial_share,
+)
+from data_prep.source import Matrix
+from sclong_ds.genes import GeneVocabulary
+
+GENES = GeneVocabulary.bundled()
+
+
+def gene_map(*names: str, genes: GeneVocabulary = GENES) -> GeneMap:
+    labels = np.array(names, dtype=object)
+    matrix = Matrix(
+        name="X", shape=(1, len(names)), gene_columns={"index": labels}, blocks=lambda: iter(())
+    )
+    return GeneResolver(genes).resolve(matrix)
+
+
+def test_the_mitochondrial_genes_are_the_37_of_chrm() -> None:
+    listed = {
+        gene for gene, symbol in zip(GENES.ids, GENES.symbols, strict=True) if symbol[:3] == "MT-"
+    }
+    assert len(listed) == 14
+    assert listed < MITOCHONDRIAL_IDS
+    assert len(MITOCHONDRIAL_IDS) == 37
+
+
+def test_mitochondrial_genes_are_known_by_id_symbol_and_alias() -> None:
+    # MT-RNR2 is not in the vocabulary; CYTB is the Entrez symbol of MT-CYB.
+    names = ["ENSG00000210082.2", "GRCh38_MT-ND1", "MT-RNR2", "CYTB", "TP53", "MTOR", "MT1X"]
+    found = mitochondrial_genes(gene_map(*names), GENES)
+    assert found.tolist() == [True, True, True, True, False, False, False]
+    ids = ("ENSG00000141510",)
+    without = GeneVocabulary(ids, ids, ("unknown",))
+    found = mitochondrial_genes(gene_map("MT-ND1", "TP53", genes=without), without)
+    assert found.tolist() == [True, False]
+
+
+def test_the_mitochondrial_share_is_that_of_all_counts() -> None:
+    counts = sparse.csr_matrix(np.array([[3, 1, 0], [0, 4, 4], [0, 0, 0], [5, 0, 0]]))
+    share = mitochondrial_share(counts, np.array([True, False, False]))
+    assert share.tolist() == [0.75, 0, 0, 1]
+
+
+def test_cells_fail_by_every_threshold() -> None:
+    cells = sparse.csr_matrix(np.array([[0, 0], [9, 0], [1, 1], [50, 50]]))
+    failing = failing_cells(cells, min_genes=2, min_counts=3, max_counts=99)
+    assert {name: mask.tolist() for name, mask in failing.items()} == {
+        "without counts": [True, False, False, False],
+        "below min_genes": [True, True, False, False],
+        "below min_counts": [True, False, True, False],
+        "above max_counts": [False, False, False, True],
+    }
+    assert "above max_counts" not in failing_cells(cells, min_genes=1, min_counts=1)

@@ -1,0 +1,82 @@
+"""Matrices of scipy.sparse.save_npz: the genes come from a list, and damage is seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from data_prep.readers import open_source, source_files, source_hash
+from data_prep.source import Source
+
+VALUES = np.log1p(np.random.default_rng(5).poisson(0.6, (6, 4)) * 1234.5).astype(np.float32)
+GENES = ["TP53", "ACTB", "GAPDH", "CD4"]
+
+
+def write(path: Path, *, csc: bool = False) -> Path:
+    sparse.save_npz(path, (sparse.csc_matrix if csc else sparse.csr_matrix)(VALUES))
+    return path
+
+
+def opened(path: Path, gene_list: Path | None = None) -> Source:
+    return open_source(path, gene_share=lambda names: 0.0, gene_list=gene_list)
+
+
+@pytest.mark.parametrize("csc", [False, True])
+@pytest.mark.parametrize(
+    "name", ["genes.txt", "cells_merged_0_to_6.genes.txt", "gene_list.txt", "genes.tsv"]
+)
+def test_the_gene_list_is_found_beside_the_file(tmp_path: Path, csc: bool, name: str) -> None:
+    path = write(tmp_path / "cells_merged_0_to_6.npz", csc=csc)
+    (tmp_path / name).write_text("\n".join(GENES))
+    found = opened(path)
+    assert found.format == "scipy_npz"
+    assert found.barcodes.tolist() == list("012345")
+    assert found.matrices[0].gene_columns["column 1"].tolist() == GENES
+    blocks = [block.toarray() for block in found.matrices[0].blocks()]
+    np.testing.assert_array_equal(np.concatenate(blocks), VALUES)
+
+
+def test_a_table_of_genes_with_a_header(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz")
+    rows = [f"ENSG{i:011d}\t{gene}\n" for i, gene in enumerate(GENES)]
+    (tmp_path / "vocabulary.tsv").write_text("ensembl_id\tsymbol\n" + "".join(rows))
+    columns = opened(path, tmp_path / "vocabulary.tsv").matrices[0].gene_columns
+    assert columns["symbol"].tolist() == GENES
+    assert columns["ensembl_id"][2] == "ENSG00000000002"
+
+
+def test_without_a_gene_list_the_error_says_what_to_do(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"a.npz: .*names no genes; .*a\.genes\.txt.* beside it"):
+        opened(path)
+    with pytest.raises(FileNotFoundError, match=r"gene list .*other\.txt: no such file"):
+        opened(path, tmp_path / "other.txt")
+    (tmp_path / "genes.txt").write_text("A\nB\n")
+    with pytest.raises(ValueError, match=r"4 columns, but genes\.txt names 2 genes"):
+        opened(path)
+
+
+def test_a_gene_list_is_refused_where_it_would_be_ignored(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",A,B\nc,1,2\n")
+    with pytest.raises(ValueError, match="csv names its own genes"):
+        opened(tmp_path / "a.csv", tmp_path / "genes.txt")
+
+
+def test_other_archives_and_layouts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "genes.txt").write_text("\n".join(GENES))
+    np.savez(tmp_path / "arrays.npz", x=VALUES)
+    with pytest.raises(ValueError, match=r"holds x; expected format, .* as scipy.sparse.save_npz"):
+        opened(tmp_path / "arrays.npz")
+    sparse.save_npz(tmp_path / "coo.npz", sparse.coo_matrix(VALUES))
+    with pytest.raises(ValueError, match=r"holds col, .*; expected"):
+        opened(tmp_path / "coo.npz")
+
+
+def test_the_gene_list_is_part_of_the_source(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz")
+    (tmp_path / "genes.txt").write_text("\n".join(GENES))
+    assert source_files(path) == [path, tmp_path / "genes.txt"]
+    before = source_hash(path)
+    (tmp_path / "genes.txt").write_text("\n".join(reversed(GENES)))
+    assert source_hash(path) != before
