@@ -14,6 +14,10 @@ from importlib import import_module
 COMMANDS = {
     "plan": ("sclong_ds.plan", "memory, FLOPs and GPU-hours of a run, before submitting it"),
     "export": ("sclong_ds.checkpoint", "checkpoint to a model folder (safetensors)"),
+    "import-reference": (
+        "sclong_ds.import_reference",
+        "published scLong checkpoint to a model folder",
+    ),
     "embed": ("sclong_ds.embed", "cells to embeddings, AnnData out"),
     "evaluate": ("sclong_ds.evaluate", "zero-shot scores of embeddings against baselines"),
     "report": ("sclong_ds.report", "one HTML page about a run"),
@@ -40,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 bad usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser(argv).parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     try:
         return import_module(COMMANDS[args.command][0]).run(args)
     except (ValueError, OSError) as error:

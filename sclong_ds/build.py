@@ -1,8 +1,8 @@
 """Set a training run up: check its inputs, build model and engine, open the run folder, resume.
 
 `check_inputs` needs no process group; `build` is called by every rank. Reads the corpus, the gene
-graph and the newest checkpoint; writes config.yaml, ds_config.json, genes.tsv, gene_graph.npz and
-run.json into the run folder.
+graph and the newest checkpoint; writes config.yaml, ds_config.json, genes.tsv, gene_graph.npz,
+random_features.safetensors and run.json into the run folder.
 """
 
 from __future__ import annotations
@@ -18,25 +18,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from kernels.favor_attention import triton_obstacle
 from sclong_ds import checkpoint
 from sclong_ds.checkpoint import TrainState
-from sclong_ds.config import RunConfig, read_yaml, to_dict, to_yaml
+from sclong_ds.config import RunConfig
 from sclong_ds.engine import (
     Ranks,
     build_partitioned,
     count_parameters,
+    fill_master_weights,
+    fill_parameters,
     initialize,
     on_first_rank,
     resolve_ds_config,
 )
+from sclong_ds.features_file import read_features
 from sclong_ds.files import file_sha256, write_atomic
 from sclong_ds.graph_file import read_gene_graph
-from sclong_ds.model.performer import layer_features
+from sclong_ds.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.model_dir import FEATURES, GRAPH
 from sclong_ds.objective import bin_labels
 from sclong_ds.run_folder import update_run_json
 from sclong_ds.signals import StopRequest, lock_run_folder
 from sclong_ds.store import Corpus
+from sclong_ds.strict_yaml import read_yaml, to_dict, to_yaml
 from sclong_ds.tracking import Tracker
 
 # The messages are part of the training log.
@@ -81,6 +87,7 @@ def check_inputs(config: RunConfig) -> None:
     for key, path in {
         "model.gene_graph": config.model.gene_graph,
         "model.gene_vectors": config.model.gene_vectors,
+        "model.random_features_file": config.model.random_features_file,
     }.items():
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"{key}={path}: no such file")
@@ -99,7 +106,8 @@ def refuse_changes(saved: Path, config: RunConfig) -> None:
     if not saved.is_file():
         return
     before, now = read_yaml(saved), to_dict(config)
-    paths = {"data.corpus", "model.gene_graph", "model.gene_vectors"}
+    paths = {f"model.{key}" for key in ("gene_graph", "gene_vectors", "random_features_file")}
+    paths.add("data.corpus")
     lines = [
         f"{section}.{key}: {before[section].get(key)!r} -> {value!r}"
         for section in ("model", "data")
@@ -113,20 +121,15 @@ def refuse_changes(saved: Path, config: RunConfig) -> None:
         )
 
 
-def check_same_on_all_ranks(config: RunConfig, state: TrainState) -> None:
+def check_same_on_all_ranks(config: RunConfig, state: TrainState, model: ScLong) -> None:
     """Check that all ranks read the same files and draw the same random features.
 
     Raises:
         ValueError: Which ranks differ from rank 0.
     """
     features = [
-        layer_features(stack, name=name, layer=0, seed=config.model.projection_seed, redraw_index=0)
-        .numpy()
-        .tobytes()
-        for name, stack in (
-            ("large_encoder", config.model.large_encoder),
-            ("decoder", config.model.decoder),
-        )
+        performer.features(torch.device("cpu"))[0].numpy().tobytes()
+        for performer in model.performers().values()
     ]
     settings = to_yaml(replace(config, run=replace(config.run, dir=None)))
     mine = hashlib.sha256(b"".join(features) + repr(state).encode() + settings.encode()).hexdigest()
@@ -191,7 +194,30 @@ def describe(
         ds_config["gradient_accumulation_steps"], ranks.world_size,
         ds_config["zero_optimization"]["stage"], e.precision, device_name(ranks.device),
     )  # fmt: skip
-    log.info("attention: FAVOR+ in plain torch (kernels.reference)")
+    log.info("attention: %s", attention_path(config, ranks, model))
+
+
+def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:
+    """Return what computes the attention of this run, for people.
+
+    Raises:
+        ValueError: The backend that was asked for cannot run here.
+    """
+    if config.model.attention == "softmax":
+        return "exact softmax"
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    obstacles = set()
+    for performer in model.performers().values():
+        q = torch.empty(1, 1, 1, performer.config.dim_head, dtype=dtype, device=ranks.device)
+        features = performer.features(ranks.device)[0]
+        obstacles.add(triton_obstacle(q, features, config.model.stabiliser_scope))
+    reasons = "; ".join(sorted(reason for reason in obstacles if reason))
+    backend = config.engine.attention_backend
+    if backend == "triton" and reasons:
+        raise ValueError(f"engine.attention_backend=triton: {reasons}; set it to auto or torch")
+    if backend != "torch" and not reasons:
+        return "FAVOR+, Triton kernels"
+    return f"FAVOR+, plain torch ({reasons or 'as set'})"
 
 
 def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> Run:
@@ -213,6 +239,11 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
     )
     for performer in model.performers().values():
         performer.recompute = config.engine.activation_checkpointing
+        for layer in performer.layers:
+            layer.attention.backend = config.engine.attention_backend
+    weights = initial_weights(config, corpus, run_dir)
+    if weights is not None:
+        fill_parameters(model, weights)
     state = TrainState(
         step=0,
         cells_seen=0,
@@ -222,16 +253,59 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         zero_stage=ds_config["zero_optimization"]["stage"],
         corpus_hash=corpus.hash,
         genes_hash=corpus.genes.hash,
-        graph_hash=file_sha256(config.model.gene_graph) if config.model.gene_graph else None,
+        graph_hash=hash_of(config.model.gene_graph),
+        features_hash=hash_of(config.model.random_features_file),
     )
-    check_same_on_all_ranks(config, state)
+    check_same_on_all_ranks(config, state, model)
     describe(config, ranks, corpus, model, ds_config)
     engine = initialize(model, optim=config.optim, ds_config=ds_config)
+    if weights is not None and config.engine.precision == "bf16":
+        fill_master_weights(model, weights)
     tracker = Tracker(config, run_dir, enabled=ranks.rank == 0)
     run = Run(config, ranks, corpus, model, engine, tracker, stop, state, run_dir)
     if not dry_run:
         open_run_folder(run, ds_config)
     return run
+
+
+def hash_of(path: str | None) -> str | None:
+    """Return the SHA-256 of an optional file."""
+    return file_sha256(path) if path else None
+
+
+def initial_weights(config: RunConfig, corpus: Corpus, run_dir: Path) -> InitialWeights | None:
+    """Return the weights that a new run starts from, if not from random ones.
+
+    Raises:
+        ValueError: The model of `run.init_from` is not the run's.
+    """
+    if config.run.init_from is None:
+        return None
+    if on_first_rank(lambda: bool(checkpoint.complete_checkpoints(run_dir / "checkpoints"))):
+        return None
+    on_first_rank(lambda: check_initial_model(config, corpus.genes))
+    log.info("weights: from %s", config.run.init_from)
+    return InitialWeights(Path(config.run.init_from))
+
+
+def read_gene_vectors(path: str) -> np.ndarray:
+    """Return the initial gene vectors of an .npy file.
+
+    Raises:
+        ValueError: Not an .npy file of finite numbers.
+    """
+    try:
+        vectors = np.load(path, allow_pickle=False)
+        usable = bool(np.isfinite(vectors).all())
+    except (ValueError, EOFError, TypeError) as error:
+        raise ValueError(
+            f"model.gene_vectors={path}: not an .npy file of numbers ({error})"
+        ) from None
+    if not usable:
+        raise ValueError(
+            f"model.gene_vectors={path}: holds NaN or inf; give genes without data zeros"
+        )
+    return vectors
 
 
 def make_model(config: RunConfig, corpus: Corpus) -> ScLong:
@@ -245,10 +319,15 @@ def make_model(config: RunConfig, corpus: Corpus) -> ScLong:
         if model.gene_graph
         else None
     )
-    vectors = np.load(model.gene_vectors, allow_pickle=False) if model.gene_vectors else None
-    mean = stats.mean_expressed if model.gene_bias else stats.mean_expressed_all
+    vectors = read_gene_vectors(model.gene_vectors) if model.gene_vectors else None
+    features = read_features(model.random_features_file) if model.random_features_file else None
     return ScLong(
-        model, n_genes=len(corpus.genes), graph=graph, gene_vectors=vectors, output_mean=mean
+        model,
+        n_genes=len(corpus.genes),
+        graph=graph,
+        gene_vectors=vectors,
+        features=features,
+        output_mean=stats.mean_expressed if model.gene_bias else stats.mean_expressed_all,
     )
 
 
@@ -298,21 +377,24 @@ def refuse_other_inputs(run: Run, found: TrainState) -> None:
     Raises:
         ValueError: What differs.
     """
-    names = ("seed", "corpus_hash", "genes_hash", "graph_hash")
+    names = ("seed", "corpus_hash", "genes_hash", "graph_hash", "features_hash")
     changed = [n for n in names if getattr(found, n) != getattr(run.state, n)]
     if changed:
         raise ValueError(
             f"run.dir={run.run_dir}: cannot resume, {', '.join(changed)} differ from the "
-            f"checkpoint's; use the same corpus, gene graph and run.seed, or a new run.dir"
+            f"checkpoint's; use the same corpus, gene graph, random features and run.seed, or a "
+            f"new run.dir"
         )
 
 
 def write_inputs(run: Run, ds_config: dict[str, Any]) -> None:
-    """Write the resolved configuration, the genes and the graph into the run folder."""
+    """Write the resolved configuration and what the model consists of into the run folder."""
     write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())
     resolved = json.dumps(ds_config, indent=2) + "\n"
     write_atomic(run.run_dir / "ds_config.json", resolved.encode())
     run.corpus.genes.write(run.run_dir / "genes.tsv")
-    if run.config.model.gene_graph:
-        graph = Path(run.config.model.gene_graph).read_bytes()
-        write_atomic(run.run_dir / "gene_graph.npz", graph)
+    model = run.config.model
+    parts = {GRAPH: model.gene_graph, FEATURES: model.random_features_file}
+    for name, path in parts.items():
+        if path:
+            write_atomic(run.run_dir / name, Path(path).read_bytes())

@@ -1,12 +1,12 @@
-"""Cells on disk: `CellWriter` writes a cell store, `CellStore` reads it.
+"""Cells on disk: the format of a cell store, and `CellStore`, which reads one.
 
-A cell store is a Zarr v3 group (`cells.zarr`) that any Zarr library reads; data preparation uses
-one per dataset while it collects cells, and a finished corpus holds one. Two 1-D uint8 arrays,
-`gap` and `count`, hold the cells in the byte code of `sclong_ds.streams`; they share one grid of
-chunks, grouped into shards. A chunk holds whole cells and is padded with zeros to its end, so one
-chunk is the unit of reading, decoding and shuffling. The inner codecs are zstd (or none) and
-crc32c. The rest are small tables, stored as one uncompressed little-endian chunk each (`NAME/c/0`
-can be memory-mapped as it is):
+A cell store, written by `sclong_ds.cell_writer`, is a Zarr v3 group (`cells.zarr`) that any Zarr
+library reads; data preparation uses one per dataset while it collects cells, and a finished corpus
+holds one. Two 1-D uint8 arrays, `gap` and `count`, hold the cells in the byte code of
+`sclong_ds.streams`; they share one grid of chunks, grouped into shards. A chunk holds whole cells
+and is padded with zeros to its end, so one chunk is the unit of reading, decoding and shuffling.
+The inner codecs are zstd (or none) and crc32c. The rest are small tables, stored as one
+uncompressed little-endian chunk each (`NAME/c/0` can be memory-mapped as it is):
 
     chunk_rows  (chunks + 1,) int64   first cell of each chunk
     row_entries (cells,) uint32       entries of the cell in `gap` and `count`
@@ -34,259 +34,23 @@ this module:
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
-from zarr.abc.codec import BytesBytesCodec
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from sclong_ds.files import sync_tree
-from sclong_ds.streams import PackedCells, decode, encode, slices_to_index
+from sclong_ds.streams import PackedCells, decode, slices_to_index
 
 CELLS_FORMAT = "sclong_ds-cells"
 CELLS_VERSION = 1
-CHUNK_ENTRIES = 2**19
-CHUNKS_PER_SHARD = 32
-_OWN_TABLES = ("chunk_rows", "row_entries", "row_nnz", "row_total")
-
-
-class CellWriter:
-    """Writes a cell store; a context manager that leaves the finished store or nothing.
-
-    Cells are kept in the order given. Memory is one shard (2 x chunk_entries x chunks_per_shard
-    bytes).
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        n_genes: int,
-        codec: Literal["zstd", "none"] = "zstd",
-        chunk_entries: int = CHUNK_ENTRIES,
-        chunks_per_shard: int = CHUNKS_PER_SHARD,
-    ) -> None:
-        """Start a store in a temporary folder beside `path`.
-
-        Args:
-            path: Folder to create; it must not exist.
-            n_genes: Number of columns of every matrix appended.
-            codec: zstd (about half the bytes) or none (for fast local disks).
-            chunk_entries: Entries of a chunk; about one entry per non-zero count.
-            chunks_per_shard: Chunks in one file.
-
-        Raises:
-            ValueError: Unknown codec, or sizes below 1.
-            FileExistsError: `path` exists.
-        """
-        if codec not in ("zstd", "none"):
-            raise ValueError(f"codec '{codec}': allowed are zstd and none")
-        if min(n_genes, chunk_entries, chunks_per_shard) < 1:
-            raise ValueError(
-                f"n_genes {n_genes}, chunk_entries {chunk_entries}, chunks_per_shard "
-                f"{chunks_per_shard}: each must be at least 1"
-            )
-        self.path = Path(path)
-        if self.path.exists():
-            raise FileExistsError(
-                f"{self.path}: exists already; remove it or choose another folder"
-            )
-        self.n_genes, self.codec, self.chunk_entries = n_genes, codec, chunk_entries
-        self._temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-        self._temporary.chmod(0o755)
-        self._group = zarr.create_group(self._temporary, attributes={})
-        self._streams = [self._create_stream(name, chunks_per_shard) for name in ("gap", "count")]
-        self._shard = np.zeros((2, chunks_per_shard, chunk_entries), np.uint8)
-        self._shards_written = 0
-        self._chunk = 0
-        """Chunk of the shard that is being filled."""
-        self._fill = 0
-        """Entries in that chunk."""
-        self._chunk_rows = [0]
-        self._n_rows = 0
-        self._n_values = 0
-        self._tables: dict[str, np.dtype] = {}
-
-    def __enter__(self) -> Self:
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finish the store, or remove what was written when the block failed."""
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def append(self, matrix: csr_matrix, *, source: Mapping[str, ArrayLike] | None = None) -> None:
-        """Add cells.
-
-        Args:
-            matrix: (cells, n_genes) CSR of integer counts, column indices increasing in each row.
-            source: Integer columns (cells,) of the row table, the same names in every call;
-                `finalize` needs `source_row`, the row of the cell in its source file.
-
-        Raises:
-            ValueError: Another number of columns, counts that cannot be stored, or other columns
-            than before.
-        """
-        if matrix.shape[1] != self.n_genes:
-            raise ValueError(f"cells with {matrix.shape[1]} genes: this store has {self.n_genes}")
-        self.append_packed(encode(matrix), source=source)
-
-    def append_packed(
-        self, cells: PackedCells, *, source: Mapping[str, ArrayLike] | None = None
-    ) -> None:
-        """Add cells that are encoded already; as `append`."""
-        if len(cells.row_entries) == 0:
-            return
-        ends = np.cumsum(cells.row_entries, dtype=np.int64)
-        largest = int(cells.row_entries.max())
-        if largest > self.chunk_entries:
-            raise ValueError(
-                f"a cell of {largest} entries does not fit a chunk of {self.chunk_entries}: "
-                "raise chunk_entries"
-            )
-        columns: dict[str, NDArray[Any]] = {
-            name: np.asarray(values) for name, values in (source or {}).items()
-        }
-        own: dict[str, NDArray[Any]] = {
-            "row_entries": cells.row_entries,
-            "row_nnz": cells.row_nnz,
-            "row_total": cells.row_total,
-        }
-        self._append_tables(own | columns, len(ends))
-        row, done = 0, 0
-        while row < len(ends):
-            room = self.chunk_entries - self._fill
-            stop = int(np.searchsorted(ends, done + room, side="right"))
-            if stop == row:
-                self.end_chunk()
-                continue
-            size = int(ends[stop - 1]) - done
-            for stream, values in enumerate((cells.gap, cells.count)):
-                self._shard[stream, self._chunk, self._fill : self._fill + size] = values[
-                    done : done + size
-                ]
-            self._fill, self._n_rows = self._fill + size, self._n_rows + stop - row
-            row, done = stop, done + size
-        self._n_values += int(cells.row_nnz.sum(dtype=np.int64))
-
-    def end_chunk(self) -> None:
-        """Pad the current chunk, so that the next cell begins a new one."""
-        if self._chunk_rows[-1] == self._n_rows:
-            return
-        self._chunk_rows.append(self._n_rows)
-        self._chunk, self._fill = self._chunk + 1, 0
-        if self._chunk == self._shard.shape[1]:
-            self._write_shard()
-
-    @property
-    def n_rows(self) -> int:
-        """Number of cells so far."""
-        return self._n_rows
-
-    def _append_tables(self, columns: Mapping[str, NDArray[Any]], n_rows: int) -> None:
-        """Append to the files that become the row tables; no table is held in memory."""
-        if self._tables and set(columns) != set(self._tables):
-            raise ValueError(
-                f"row columns {sorted(columns)}: the cells before had {sorted(self._tables)}"
-            )
-        for name, values in columns.items():
-            if values.shape != (n_rows,) or values.dtype.kind not in "iu":
-                raise ValueError(
-                    f"row column '{name}': got {values.dtype}{values.shape}, "
-                    f"need integers of shape ({n_rows},)"
-                )
-            dtype = self._tables.setdefault(name, values.dtype.newbyteorder("<"))
-            if not np.can_cast(values.dtype, dtype, "equiv"):
-                raise ValueError(
-                    f"row column '{name}': got {values.dtype}, the cells before had {dtype}"
-                )
-            folder = self._temporary / name / "c"
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "0").open("ab") as file:
-                file.write(np.ascontiguousarray(values, dtype=dtype).tobytes())
-
-    def _write_shard(self) -> None:
-        n_chunks, size = self._chunk, self._shard.shape[1] * self.chunk_entries
-        start = self._shards_written * size
-        stop = start + n_chunks * self.chunk_entries
-        for stream, array in enumerate(self._streams):
-            array.resize((stop,))
-            array[start:stop] = self._shard[stream, :n_chunks].reshape(-1)
-        self._shard[:] = 0
-        self._shards_written, self._chunk = self._shards_written + 1, 0
-
-    def _finish(self) -> None:
-        self.end_chunk()
-        if self._chunk:
-            self._write_shard()
-        if not self._tables:
-            self._tables = {
-                "row_entries": np.dtype("<u4"),
-                "row_nnz": np.dtype("<u4"),
-                "row_total": np.dtype("<i8"),
-            }
-        for name, dtype in self._tables.items():
-            self._create_table(name, self._n_rows, dtype)
-        self._create_table("chunk_rows", len(self._chunk_rows), np.dtype("<i8"))[:] = np.array(
-            self._chunk_rows
-        )
-        self._group.update_attributes(
-            {
-                "format": CELLS_FORMAT,
-                "version": CELLS_VERSION,
-                "n_cells": self._n_rows,
-                "n_genes": self.n_genes,
-                "n_values": self._n_values,
-                "chunk_entries": self.chunk_entries,
-                "codec": self.codec,
-            }
-        )
-        sync_tree(self._temporary)
-        os.rename(self._temporary, self.path)
-
-    def _create_stream(self, name: str, chunks_per_shard: int) -> zarr.Array:
-        compressors: list[BytesBytesCodec] = [Crc32cCodec()]
-        if self.codec == "zstd":
-            compressors.insert(0, ZstdCodec(level=1))
-        return self._group.create_array(
-            name,
-            shape=(0,),
-            chunks=(self.chunk_entries,),
-            shards=(self.chunk_entries * chunks_per_shard,),
-            dtype="u1",
-            compressors=compressors,
-            fill_value=0,
-        )
-
-    def _create_table(self, name: str, length: int, dtype: np.dtype) -> zarr.Array:
-        return self._group.create_array(
-            name,
-            shape=(length,),
-            chunks=(max(length, 1),),
-            dtype=dtype,
-            compressors=None,
-            fill_value=0,
-            config={"write_empty_chunks": True},
-        )
+STREAMS = ("gap", "count")
+OWN_TABLES = ("chunk_rows", "row_entries", "row_nnz", "row_total")
+"""The store's own tables; a writer may be given more."""
+_MAPPED_BYTES = 2**20  # a map keeps its file open: finalize would run out with 1,000 small stores
 
 
 class CellStore:
@@ -304,11 +68,11 @@ class CellStore:
             raise FileNotFoundError(f"{self.path}: no cell store here")
         self._group = zarr.open_group(self.path, mode="r")
         attributes = dict(self._group.attrs)
-        if attributes.get("format") != CELLS_FORMAT or attributes.get("version") != CELLS_VERSION:
+        found = attributes.get("format"), attributes.get("version")
+        if found != (CELLS_FORMAT, CELLS_VERSION):
             raise ValueError(
-                f"{self.path}: format {attributes.get('format')} version "
-                f"{attributes.get('version')}, this program reads {CELLS_FORMAT} version "
-                f"{CELLS_VERSION}"
+                f"{self.path}: format {found[0]} version {found[1]}, this program reads "
+                f"{CELLS_FORMAT} version {CELLS_VERSION}"
             )
         self.n_cells: int = attributes["n_cells"]  # type: ignore[assignment]
         self.n_genes: int = attributes["n_genes"]  # type: ignore[assignment]
@@ -327,10 +91,10 @@ class CellStore:
     @property
     def tables(self) -> tuple[str, ...]:
         """Names of the row tables beyond the store's own."""
-        return tuple(sorted(set(self._group.array_keys()) - {"gap", "count", *_OWN_TABLES}))
+        return tuple(sorted(set(self._group.array_keys()) - {*STREAMS, *OWN_TABLES}))
 
     def table(self, name: str) -> NDArray[Any]:
-        """Return a table as a read-only memory map.
+        """Return a table, read-only; a large one as a memory map that processes share.
 
         Raises:
             ValueError: No such table, or its file has another size than its shape says.
@@ -338,7 +102,7 @@ class CellStore:
         if name not in self._group:
             raise ValueError(
                 f"{self.path}: no table '{name}'; there are "
-                f"{', '.join((*_OWN_TABLES, *self.tables))}"
+                f"{', '.join((*OWN_TABLES, *self.tables))}"
             )
         array = self._group[name]
         assert isinstance(array, zarr.Array)
@@ -347,6 +111,8 @@ class CellStore:
             return np.empty(0, dtype)
         if not file.is_file() or file.stat().st_size != array.shape[0] * dtype.itemsize:
             raise ValueError(f"{file}: missing or cut; restore the file or write the store again")
+        if file.stat().st_size < _MAPPED_BYTES:
+            return np.frombuffer(file.read_bytes(), dtype)
         return np.memmap(file, dtype=dtype, mode="r", shape=array.shape)
 
     @cached_property
@@ -382,9 +148,6 @@ class CellStore:
         Raises:
             ValueError: The chunk is damaged.
         """
-        last = self._last
-        if last is not None and last[0] == chunk:
-            return last[1]
         rows = slice(int(self.chunk_rows[chunk]), int(self.chunk_rows[chunk + 1]))
         entries = np.array(self.row_entries[rows])
         start = chunk * self.chunk_entries
@@ -398,11 +161,9 @@ class CellStore:
                 f"{self.path}: chunk {chunk} (cells {rows.start} to {rows.stop - 1}) is damaged: "
                 f"{error}"
             ) from None
-        cells = PackedCells(
+        return PackedCells(
             gap, count, entries, np.array(self.row_nnz[rows]), np.array(self.row_total[rows])
         )
-        self._last = chunk, cells
-        return cells
 
     def read_chunk(self, chunk: int) -> csr_matrix:
         """Return the cells of one chunk as (cells, n_genes) CSR of uint32 counts."""
@@ -410,7 +171,7 @@ class CellStore:
         return decode(cells.gap, cells.count, cells.row_entries, self.n_genes)
 
     def rows(self, indices: ArrayLike) -> csr_matrix:
-        """Return chosen cells; each chunk they lie in is read once.
+        """Return chosen cells; each chunk is read once, the last one is kept for the next call.
 
         Args:
             indices: (cells,) positions, in any order, repeats allowed.
@@ -428,7 +189,9 @@ class CellStore:
         gap, count = np.empty(int(entries.sum()), np.uint8), np.empty(int(entries.sum()), np.uint8)
         chunks = np.searchsorted(self.chunk_rows, wanted, side="right") - 1
         for chunk in np.unique(chunks):
-            cells = self.read_packed(int(chunk))
+            if self._last is None or self._last[0] != chunk:
+                self._last = int(chunk), self.read_packed(int(chunk))
+            cells = self._last[1]
             starts = np.cumsum(cells.row_entries, dtype=np.int64) - cells.row_entries
             here = np.flatnonzero(chunks == chunk)
             source = slices_to_index(starts[wanted[here] - self.chunk_rows[chunk]], entries[here])

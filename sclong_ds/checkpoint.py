@@ -1,10 +1,10 @@
 """Checkpoints: save as a whole, find the newest good one, resume, prune; export to a model folder.
 
 A checkpoint is a folder `checkpoints/step_00000050` with DeepSpeed's files of every rank, the files
-that make it self-contained (config.yaml, genes.tsv, gene_graph.npz), state.json (position of the
-run) and manifest.json (size and CRC-32 of every file). It is written under a temporary name, synced
-and renamed, so it is whole or absent. A damaged one is found on load, reported, and the one before
-it is used.
+that make it self-contained (config.yaml, genes.tsv, gene_graph.npz,
+random_features.safetensors), state.json (position of the run) and manifest.json (size and CRC-32 of
+every file). It is written under a temporary name, synced and renamed, so it is whole or absent. A
+damaged one is found on load, reported, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import logging
 import shutil
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
 
 from sclong_ds.config import RunConfig, load_config
 from sclong_ds.engine import on_first_rank
+from sclong_ds.features_file import read_features
 from sclong_ds.files import sync_folder, sync_tree, write_atomic
+from sclong_ds.model.performer import drawn_features
 from sclong_ds.model.sclong import Transform
-from sclong_ds.model_dir import write_model_dir
+from sclong_ds.model_dir import FEATURES, GRAPH, write_model_dir
 from sclong_ds.run_folder import environment, git_commit, read_metrics
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ class TrainState:
     """Hash of the gene vocabulary."""
     graph_hash: str | None
     """SHA-256 of the gene graph file."""
+    features_hash: str | None
+    """SHA-256 of the file of random features."""
 
 
 def save(
@@ -195,8 +200,19 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Read a checkpoint's state.json."""
-    return TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    """Read a checkpoint's state.json.
+
+    Raises:
+        ValueError: It was written by another version.
+    """
+    state = json.loads((checkpoint / "state.json").read_text())
+    names = {field.name for field in fields(TrainState)}
+    if set(state) != names:
+        raise ValueError(
+            f"{checkpoint}/state.json was written by another version ({sorted(set(state) ^ names)} "
+            f"differ): go on with that version, or export there and set run.init_from"
+        )
+    return TrainState(**state)
 
 
 def resolve(path: Path) -> Path:
@@ -242,7 +258,7 @@ def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
         weights = get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name
         )
-    graph = checkpoint / "gene_graph.npz"
+    graph = checkpoint / GRAPH
     provenance = asdict(state) | {
         "checkpoint": checkpoint.name,
         "commit": git_commit(),
@@ -254,12 +270,25 @@ def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
         weights=weights,
         model=config.model,
         transform=transform_of(config),
-        redraw_index=redraw_index(config, state.step),
         genes=checkpoint / "genes.tsv",
         graph=graph if graph.is_file() else None,
+        features=features_of(checkpoint, config, state.step),
         provenance=provenance,
     )
     return provenance
+
+
+def features_of(checkpoint: Path, config: RunConfig, step: int) -> dict[str, Tensor] | None:
+    """Return the random features (M, K) by `stack.layer` that belong to a checkpoint's weights.
+
+    They are drawn here and not where the model is used: another processor may round differently.
+    """
+    if config.model.attention != "favor":
+        return None
+    redraws = redraw_index(config, step)
+    if redraws == 0 and (checkpoint / FEATURES).is_file():
+        return read_features(checkpoint / FEATURES)
+    return drawn_features(config.model, redraws)
 
 
 def transform_of(config: RunConfig) -> Transform:

@@ -10,16 +10,14 @@ loaded. Each section is named after the module that consumes it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import operator
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from sclong_ds.strict_yaml import parse_value, parse_yaml, section_from_dict, unknown_key
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 
@@ -59,16 +57,28 @@ class ModelConfig:
     scLong)."""
     expression_hidden: int
     """Hidden width of the expression encoder's MLP (50 in scLong)."""
-    gene_encoder: Literal["graph", "embedding"]
-    """graph: graph convolution over the gene graph; embedding: the same table without a graph
-    (ablation)."""
+    mask_vector_max_norm: float | None
+    """Largest norm of the vector that stands for a hidden value (1.0 in the released code); null:
+    no limit."""
+    pad_token: bool
+    """One more token behind the genes, without a value (true in the released code)."""
+    gene_encoder: Literal["graph", "embedding", "none"]
+    """graph: graph convolution of a gene table; ablations: embedding: the same table and layers
+    without a graph; none: gene vectors alone (gene_encoder_layers has no effect)."""
     gene_encoder_layers: int
     """Graph convolution layers (1 in scLong)."""
     gene_graph: str | None
     """Path of the graph written by `python -m data_prep gene-graph`; required when gene_encoder is
     graph."""
+    use_gene_vectors: bool
+    """One learned vector per gene beside the gene encoder's output (gene2vec in scLong); false is
+    an ablation."""
     gene_vectors: str | None
-    """Path of a (genes, base_dim) .npy that initialises the gene vectors; null: normal(0, 0.02)."""
+    """Path of a (genes, base_dim) .npy, say of `python -m data_prep gene-vectors`, at which the
+    gene vectors and the gene encoder's table start; null: normal(0, 0.02) and normal(0, 1)."""
+    contextual_encoder: Literal["dual", "large", "mini"]
+    """dual: both encoders; ablations: large: genes beyond top_seq_len keep their input vectors;
+    mini: all genes go through the mini encoder (large_* and top_seq_len have no effect)."""
     large_encoder: PerformerConfig
     """Performer over the top_seq_len highest-expressed genes."""
     mini_encoder: PerformerConfig
@@ -79,9 +89,21 @@ class ModelConfig:
     """Biases in the query, key and value projections (false in the published configuration)."""
     head: Literal["mlp", "linear"]
     """Decoder of the expression value: mlp (the paper) or linear (the released code)."""
+    head_init: Literal["mean", "random"]
+    """mean: the last layer starts at zero and its bias at the data's mean; random: as any linear
+    layer (the released code)."""
     gene_bias: bool
     """One learned output bias per gene, initialised at the gene's mean expressed value in the
     training cells."""
+    attention: Literal["favor", "softmax"]
+    """favor: FAVOR+ random features, linear in the genes; softmax: exact attention, quadratic
+    (ablation: random_features, stabiliser_scope and redraws have no effect)."""
+    random_features: Literal["orthogonal", "orthogonal_qr", "gaussian"]
+    """orthogonal: uniform over rotations; orthogonal_qr: as QR leaves the signs, which biases the
+    estimate (the released code); gaussian: independent (ablation)."""
+    random_features_file: str | None
+    """Path of the features to use before the first redraw, written by `import-reference`; null:
+    they are drawn."""
     stabiliser_scope: Literal["sample", "head"]
     """Over what the key stabiliser of FAVOR+ takes its maximum: one cell, or one head of one
     cell."""
@@ -113,6 +135,9 @@ class ObjectiveConfig:
     """Share of a cell's non-zero values that are targets (0.15 in scLong)."""
     replace_prob: float
     """Share of the targets whose value is hidden; the rest keep it (0.9 in scLong)."""
+    target_rounding: Literal["exact", "float32"]
+    """exact: ceil(mask_prob * n) targets of n values; float32: the product is rounded to float32
+    before, which makes one more at some n (the released code)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,15 +155,22 @@ class OptimConfig:
     weight_decay: float
     """Decoupled decay of matrices; biases, norms and vectors are not decayed. Must be 0 for
     adam."""
-    schedule: Literal["cosine", "constant"]
-    """Shape after the warm-up."""
+    schedule: Literal["cosine", "constant", "warm_restarts"]
+    """Shape after the warm-up; warm_restarts: cosine cycles, each with its own warm-up (the
+    released code)."""
     warmup_steps: int
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up, from 0; of warm_restarts from the lowest rate, in every cycle."""
     decay_steps: int
     """Step at which cosine reaches min_lr_ratio; the rate stays there afterwards. Independent of
-    run.max_steps."""
+    run.max_steps. Of warm_restarts the length of the first cycle."""
     min_lr_ratio: float
-    """Final learning rate as a share of lr (cosine)."""
+    """Lowest learning rate as a share of lr (cosine, warm_restarts)."""
+    cycle_mult: float
+    """Factor on a cycle's length without warm-up at each restart (2 in the released code); 1 for
+    the other schedules."""
+    cycle_gamma: float
+    """Factor on the peak rate at each restart (0.9 in the released code); 1 for the other
+    schedules."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +193,8 @@ class EngineConfig:
     """bf16 keeps fp32 master weights. CPUs without AMX are about 5 times slower in bf16."""
     activation_checkpointing: bool
     """Recompute each Performer layer in the backward pass instead of storing its activations."""
+    attention_backend: Literal["auto", "triton", "torch"]
+    """What computes FAVOR+: auto: Triton kernels on GPUs that can run them, else plain torch."""
     timeout_s: int
     """Longest wait in a collective before the run stops."""
 
@@ -200,6 +234,9 @@ class RunSection:
     """Run folder; starting again on the same folder resumes. Required for training."""
     seed: int
     """Seeds weights, cell order and masks."""
+    init_from: str | None
+    """MODEL_DIR of `export` or `import-reference` whose weights the run starts from; null: random
+    weights. Training data, optimizer and schedule begin anew."""
     max_steps: int
     """Optimizer steps after which the run is done."""
     validate_every_n_steps: int
@@ -255,85 +292,12 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise FileNotFoundError(
             f"--config {source}: no such preset or file; presets are {', '.join(preset_names())}"
         )
-    tree = _read_yaml(path.read_text(encoding="utf-8"), path.name)
+    tree = parse_yaml(path.read_text(encoding="utf-8"), path.name)
     for item in overrides:
         _apply_override(tree, item)
-    config = _build(RunConfig, tree, path.name, "")
+    config = section_from_dict(RunConfig, tree, path.name)
     _check(config, path.name)
     return config
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return the configuration (or one section) as plain dicts, lists and scalars."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def to_yaml(config: Any) -> str:
-    """Return the configuration (or one section) as YAML that the loader accepts."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
-
-
-def section_from_dict(cls: type, tree: Mapping[str, Any], where: str) -> Any:
-    """Build one section (say ModelConfig from an exported model's config.yaml) with all checks.
-
-    Args:
-        cls: The section's dataclass.
-        tree: Its keys and values.
-        where: File name for error messages.
-    """
-    return _build(cls, dict(tree), where, "")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; duplicate keys are an error."""
-    return _read_yaml(path.read_text(encoding="utf-8"), path.name)
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML writer whose floats are always read back as floats (1e-08 would be read as a string)."""
-
-
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:float", _plain_number(value))
-
-
-_Dumper.add_representer(float, _represent_float)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; PyYAML keeps the last one silently."""
-
-
-def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in mapping:
-            raise ValueError(f"line {key_node.start_mark.line + 1}: key '{key}' is given twice")
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-
-
-def _read_yaml(text: str, name: str) -> dict[str, Any]:
-    try:
-        # _UniqueKeyLoader is a SafeLoader: it builds plain containers and scalars only.
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")
-    return tree
 
 
 def _apply_override(tree: dict[str, Any], item: str) -> None:
@@ -348,17 +312,17 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     for name in parents:
         child = node.get(name)
         if not isinstance(child, dict):
-            raise ValueError(f"override '{item}': {_unknown(name, node)}")
+            raise ValueError(f"override '{item}': {unknown_key(name, node)}")
         node = child
     if last not in node:
-        raise ValueError(f"override '{item}': {_unknown(last, node)}")
+        raise ValueError(f"override '{item}': {unknown_key(last, node)}")
     if _field_is_text(parents, last) and text not in ("null", "~"):
         node[last] = text
         return
     try:
-        node[last] = yaml.load(text, Loader=_UniqueKeyLoader) if text else None
-    except yaml.YAMLError:
-        raise ValueError(f"override '{item}': '{text}' is not a YAML value") from None
+        node[last] = parse_value(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"override '{item}': {error}") from None
 
 
 def _field_is_text(parents: list[str], name: str) -> bool:
@@ -370,109 +334,25 @@ def _field_is_text(parents: list[str], name: str) -> bool:
     return cls is str or cls == str | None
 
 
-def _unknown(name: str, allowed: Iterable[str]) -> str:
-    allowed = list(allowed)
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(allowed)}"
-    return f"{name}: unknown key ({hint})"
-
-
-def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
-    """Build a dataclass from a mapping; every key present, none unknown, every type exact."""
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{where}: {prefix.rstrip('.') or 'file'}: expected a mapping, got {_show(tree)}"
-        )
-    hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            raise ValueError(f"{where}: {prefix}{_unknown(str(key), hints)}")
-    missing = [key for key in hints if key not in tree]
-    if missing:
-        raise ValueError(
-            f"{where}: missing {', '.join(prefix + m for m in missing)}; "
-            f"a configuration is complete: copy the value from a preset in {PRESETS_DIR.name}/"
-        )
-    values = {}
-    for key, hint in hints.items():
-        name = f"{prefix}{key}"
-        if dataclasses.is_dataclass(hint):
-            values[key] = _build(typing.cast(type, hint), tree[key], where, f"{name}.")
-        else:
-            values[key] = _convert(tree[key], hint, f"{where}: {name}")
-    return cls(**values)
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Check one value against its annotation; exact types, except that 3 is a valid float."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in args or isinstance(value, bool):
-            raise ValueError(f"{name}: got {_show(value)}, allowed: {', '.join(map(str, args))}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(value, next(a for a in args if a is not type(None)), name)
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise ValueError(f"{name}: expected a list of {len(args)} values, got {_show(value)}")
-        return tuple(
-            _convert(v, a, f"{name}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
-        )
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        hint_text = ""
-        if hint in (int, float) and isinstance(value, str):
-            try:
-                number = float(value)
-                hint_text = f"; YAML reads '{value}' as text, write {_plain_number(number)}"
-            except ValueError:
-                pass
-        raise ValueError(f"{name}: expected {hint.__name__}, got {_show(value)}{hint_text}")
-    if hint is float and not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return value
-
-
-def _plain_number(number: float) -> str:
-    text = repr(number)
-    return text if "." in text or "e" not in text else text.replace("e", ".0e")
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else f"{value!r} ({type(value).__name__})"
-
-
 def _check(config: RunConfig, where: str) -> None:
     """Check values against their ranges and against each other."""
-    m, d, o, p, e = config.model, config.data, config.objective, config.optim, config.engine
-    hidden, betas, warmup = o.replace_prob, list(p.betas), p.warmup_steps
-    micro, clipping = e.train_micro_batch_size_per_gpu, e.gradient_clipping
+    d, o, e = config.data, config.objective, config.engine
+    hidden, micro = o.replace_prob, e.train_micro_batch_size_per_gpu
     rules: list[tuple[bool, str]] = [
         (0 < o.mask_prob <= 1, f"objective.mask_prob: got {o.mask_prob}, allowed: 0 < p <= 1"),
         (0 <= hidden <= 1, f"objective.replace_prob: got {hidden}, allowed: 0 to 1"),
-        (p.lr > 0, f"optim.lr: got {p.lr}, must be > 0"),
-        (p.weight_decay >= 0, f"optim.weight_decay: got {p.weight_decay}, must be >= 0"),
-        (all(0 <= b < 1 for b in betas), f"optim.betas: got {betas}, each must be in [0, 1)"),
-        (p.eps > 0, f"optim.eps: got {p.eps}, must be > 0"),
-        (0 <= p.min_lr_ratio <= 1, f"optim.min_lr_ratio: got {p.min_lr_ratio}, allowed: 0 to 1"),
         (
-            p.name != "adam" or p.weight_decay == 0,
-            "optim.weight_decay: must be 0 for adam (it would be ignored); use adamw",
+            e.gradient_clipping >= 0,
+            f"engine.gradient_clipping: got {e.gradient_clipping}, must be >= 0",
         ),
-        (
-            p.schedule != "cosine" or p.decay_steps > warmup,
-            f"optim.decay_steps: got {p.decay_steps}, must exceed optim.warmup_steps {warmup}",
-        ),
-        (clipping >= 0, f"engine.gradient_clipping: got {clipping}, must be >= 0"),
         (
             micro == 0 or e.train_batch_size % micro == 0,
             f"engine.train_batch_size: got {e.train_batch_size}, must be a multiple of "
             f"engine.train_micro_batch_size_per_gpu {micro}",
         ),
         (d.target_sum > 0, f"data.target_sum: got {d.target_sum}, must be > 0"),
+        *_model_rules(config.model),
+        *_optim_rules(config.optim),
     ]
     at_least_zero = (
         "optim.warmup_steps model.feature_redraw_interval run.validate_every_n_steps "
@@ -488,11 +368,70 @@ def _check(config: RunConfig, where: str) -> None:
         for k in names.split():
             v = operator.attrgetter(k)(config)
             rules.append((v >= least, f"{k}: got {v}, must be >= {least}"))
+    for ok, message in rules:
+        if not ok:
+            raise ValueError(f"{where}: {message}")
+
+
+def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
+    """Return what must hold in the model section, and what to say if it does not."""
+    norm = m.mask_vector_max_norm
+    rules = [
+        (
+            norm is None or norm > 0,
+            f"model.mask_vector_max_norm: got {norm}, must be > 0 or null",
+        ),
+        (
+            m.use_gene_vectors or m.gene_encoder != "none",
+            "model.gene_encoder=none with model.use_gene_vectors=false: the model could not tell "
+            "genes apart; keep one of them",
+        ),
+        (
+            m.gene_graph is None or m.gene_encoder == "graph",
+            f"model.gene_graph is set but model.gene_encoder={m.gene_encoder} would ignore it: "
+            f"set it to null",
+        ),
+        (
+            m.head_init == "mean" or not m.gene_bias,
+            "model.gene_bias starts at the genes' means: needs model.head_init=mean",
+        ),
+        (
+            m.random_features_file is None or m.attention == "favor",
+            "model.random_features_file is set but model.attention=softmax would ignore it: set it "
+            "to null",
+        ),
+    ]
     for name in ("large_encoder", "mini_encoder", "decoder"):
         stack = getattr(m, name)
         sizes = {k: getattr(stack, k) for k in ("depth", "heads", "dim_head", "ff_mult")}
         sizes["nb_features"] = stack.features()
         rules += [(v >= 1, f"model.{name}.{k}: got {v}, must be >= 1") for k, v in sizes.items()]
-    for ok, message in rules:
-        if not ok:
-            raise ValueError(f"{where}: {message}")
+    return rules
+
+
+def _optim_rules(p: OptimConfig) -> list[tuple[bool, str]]:
+    """Return what must hold in the optim section, and what to say if it does not."""
+    betas = list(p.betas)
+    return [
+        (p.lr > 0, f"optim.lr: got {p.lr}, must be > 0"),
+        (p.weight_decay >= 0, f"optim.weight_decay: got {p.weight_decay}, must be >= 0"),
+        (all(0 <= b < 1 for b in betas), f"optim.betas: got {betas}, each must be in [0, 1)"),
+        (p.eps > 0, f"optim.eps: got {p.eps}, must be > 0"),
+        (0 <= p.min_lr_ratio <= 1, f"optim.min_lr_ratio: got {p.min_lr_ratio}, allowed: 0 to 1"),
+        (
+            p.name != "adam" or p.weight_decay == 0,
+            "optim.weight_decay: must be 0 for adam (it would be ignored); use adamw",
+        ),
+        (
+            p.schedule == "constant" or p.decay_steps > p.warmup_steps,
+            f"optim.decay_steps: got {p.decay_steps}, must exceed optim.warmup_steps "
+            f"{p.warmup_steps}",
+        ),
+        (
+            p.schedule == "warm_restarts" or p.cycle_mult == p.cycle_gamma == 1,
+            "optim.cycle_mult, optim.cycle_gamma: must be 1 unless optim.schedule=warm_restarts "
+            "(they would be ignored)",
+        ),
+        (p.cycle_mult >= 1, f"optim.cycle_mult: got {p.cycle_mult}, must be >= 1"),
+        (0 < p.cycle_gamma <= 1, f"optim.cycle_gamma: got {p.cycle_gamma}, allowed: 0 < g <= 1"),
+    ]

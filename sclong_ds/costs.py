@@ -3,11 +3,15 @@
 Parameters and FLOPs are exact for the plain torch kernels (`kernels/reference.py`). FLOPs are those
 of matrix products, 2 m n k each; backward is 2 x forward for linear layers. FAVOR+ has, per token
 and head, 4 dots of 2 K M in forward and 10 in backward (2 recompute features, 2 recompute sums, 6
-are gradients), plus products with one column: 1 and 2 of 2 M. Bytes are exact for what autograd
-keeps, and a prediction for the working memory of the backward pass.
+are gradients), plus products with one column: 1 and 2 of 2 M. Softmax attention, which torch
+computes in blocks, has 2 dots of 2 K N in forward and 5 in backward (1 recomputes scores). Bytes
+are exact for what autograd keeps, and a prediction for the working memory of the backward pass.
 
-Shapes: G genes, T top genes, C base width, D large width, N tokens and W width of a stack, I = H K
-heads times head width, M random features, F feed-forward width, E edges.
+A part that the configuration leaves out is in none of the results.
+
+Shapes: G genes, T top genes, C base width, D large width, N tokens and W width of a stack (of the
+model: N = G, or G + 1 with the pad token), I = H K heads times head width, M random features, F
+feed-forward width, E edges.
 """
 
 from __future__ import annotations
@@ -17,14 +21,21 @@ import math
 from sclong_ds.config import ModelConfig, PerformerConfig
 
 
-def _stacks(model: ModelConfig, n_genes: int) -> dict[str, tuple[PerformerConfig, int, int]]:
-    """Return sizes, width W and tokens N of each Performer stack."""
-    top = model.top_seq_len
-    return {
-        "large_encoder": (model.large_encoder, model.large_dim, top),
-        "mini_encoder": (model.mini_encoder, model.base_dim, n_genes - top),
-        "decoder": (model.decoder, model.base_dim, n_genes),
-    }
+def stacks(model: ModelConfig, n_genes: int) -> dict[str, tuple[PerformerConfig, int, int]]:
+    """Return sizes, width W and tokens N of each Performer stack that the model has, by name.
+
+    Args:
+        model: The `model` section.
+        n_genes: Number of genes G.
+    """
+    tokens = n_genes + model.pad_token
+    top = 0 if model.contextual_encoder == "mini" else model.top_seq_len
+    found = {}
+    if model.contextual_encoder != "mini":
+        found["large_encoder"] = (model.large_encoder, model.large_dim, top)
+    if model.contextual_encoder != "large":
+        found["mini_encoder"] = (model.mini_encoder, model.base_dim, tokens - top)
+    return found | {"decoder": (model.decoder, model.base_dim, tokens)}
 
 
 def parameter_shapes(model: ModelConfig, n_genes: int) -> dict[str, list[tuple[int, ...]]]:
@@ -35,19 +46,20 @@ def parameter_shapes(model: ModelConfig, n_genes: int) -> dict[str, list[tuple[i
         n_genes: Number of genes G.
     """
     c, d, hidden = model.base_dim, model.large_dim, model.expression_hidden
+    tokens = n_genes + model.pad_token
     mlp_head: list[tuple[int, ...]] = [(c, c), (c,)] if model.head == "mlp" else []
+    gene_vectors: list[tuple[int, ...]] = [(tokens, c)] if model.use_gene_vectors else []
+    if model.gene_encoder != "none":
+        gene_vectors += [(tokens, c), *[(c, c), (c,)] * model.gene_encoder_layers]
     shapes: dict[str, list[tuple[int, ...]]] = {
-        "gene_encoder": [(n_genes, c)] * 2 + [(c, c), (c,)] * model.gene_encoder_layers,
+        "gene_encoder": gene_vectors,
         "expression_encoder": [(hidden, 1), (hidden,), (c, hidden), (c,), (c,), (c,), (c,)],
-        "to_large": [(d, c), (d,), (d,), (d,)],
-        "large_encoder": [],
-        "from_large": [(c, d), (c,), (c,), (c,)],
-        "mini_encoder": [],
-        "decoder": [],
-        "norm": [(c,), (c,)],
-        "head": [*mlp_head, (c,), (n_genes if model.gene_bias else 1,)],
     }
-    for name, (stack, width, _) in _stacks(model, n_genes).items():
+    if model.contextual_encoder != "mini":
+        shapes["to_large"] = [(d, c), (d,), (d,), (d,)]
+        shapes["large_encoder"] = []
+        shapes["from_large"] = [(c, d), (c,), (c,), (c,)]
+    for name, (stack, width, _) in stacks(model, n_genes).items():
         inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
         layer: list[tuple[int, ...]] = [
             (3 * inner, width),
@@ -58,7 +70,10 @@ def parameter_shapes(model: ModelConfig, n_genes: int) -> dict[str, list[tuple[i
         ]
         layer += [(width,)] * 6 + ([(3 * inner,)] if model.qkv_bias else [])
         shapes[name] = layer * stack.depth
-    return shapes
+    return shapes | {
+        "norm": [(c,), (c,)],
+        "head": [*mlp_head, (c,), (n_genes if model.gene_bias else 1,)],
+    }
 
 
 def parameter_counts(model: ModelConfig, n_genes: int) -> dict[str, int]:
@@ -117,35 +132,41 @@ def training_flops_per_cell(
 def recompute_flops_per_cell(model: ModelConfig, n_genes: int) -> int:
     """Return the extra FLOPs of activation checkpointing: every Performer layer once more."""
     forward = flops_per_cell(model, n_genes)
-    return sum(forward[name] for name in _stacks(model, n_genes))
+    return sum(forward[name] for name in stacks(model, n_genes))
 
 
 def _flops(model: ModelConfig, n_genes: int, n_edges: int) -> dict[str, tuple[int, int]]:
     """Return (forward, backward) FLOPs by part."""
-    g, c, d, hidden = n_genes, model.base_dim, model.large_dim, model.expression_hidden
-    sparse = 2 * n_edges * c * model.gene_encoder_layers
-    graph = 2 * g * c * c * model.gene_encoder_layers
-    lift, expand = 2 * g * hidden, 2 * g * hidden * c
-    cross = 2 * model.top_seq_len * c * d
+    g, c, hidden = n_genes, model.base_dim, model.expression_hidden
+    tokens = n_genes + model.pad_token
+    layers = 0 if model.gene_encoder == "none" else model.gene_encoder_layers
+    sparse, graph = 2 * n_edges * c * layers, 2 * tokens * c * c * layers
+    lift, expand = 2 * tokens * hidden, 2 * tokens * hidden * c
+    cross = 2 * model.top_seq_len * c * model.large_dim
     mlp = 2 * g * c * c if model.head == "mlp" else 0
     flops = {
         # The adjacency has no gradient: its backward is one sparse product.
         "gene_encoder": (graph + sparse, 2 * graph + sparse),
         # The expression values have no gradient: the first layer's backward is the weight's alone.
         "expression_encoder": (lift + expand, lift + 2 * expand),
-        "to_large": (cross, 2 * cross),
-        "from_large": (cross, 2 * cross),
         # The last product is with a vector; its backward is one such product and an outer product.
         "head": (mlp + 2 * g * c, 2 * mlp + 2 * g * c),
     }
-    for name, (stack, width, tokens) in _stacks(model, n_genes).items():
+    if model.contextual_encoder != "mini":
+        flops |= {"to_large": (cross, 2 * cross), "from_large": (cross, 2 * cross)}
+    for name, (stack, width, n) in stacks(model, n_genes).items():
         inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
-        linear = 2 * tokens * (4 * inner * width + 2 * wide * width)
-        column = 2 * tokens * stack.heads * stack.features()
-        dot = column * stack.dim_head
+        linear = 2 * n * (4 * inner * width + 2 * wide * width)
+        if model.attention == "softmax":
+            dot = 2 * n * n * inner
+            attention = (2 * dot, 5 * dot)
+        else:
+            column = 2 * n * stack.heads * stack.features()
+            dot = column * stack.dim_head
+            attention = (4 * dot + column, 10 * dot + 2 * column)
         flops[name] = (
-            stack.depth * (linear + 4 * dot + column),
-            stack.depth * (2 * linear + 10 * dot + 2 * column),
+            stack.depth * (linear + attention[0]),
+            stack.depth * (2 * linear + attention[1]),
         )
     return flops
 
@@ -156,8 +177,8 @@ def activation_bytes(
     """Return what autograd keeps of one cell from forward to backward, by part.
 
     Per token of a Performer layer: inputs of both norms (W each), of the linear layers (W, I, W, F)
-    and of GELU (F), q, k and v (3 I), and two fp32 statistics per norm; with recompute the layer's
-    input alone (W).
+    and of GELU (F), q, k and v (3 I), and two fp32 statistics per norm; softmax attention also
+    keeps the logarithm of each row's sum (H, fp32). With recompute the layer's input alone (W).
 
     Args:
         model: The `model` section.
@@ -169,29 +190,40 @@ def activation_bytes(
         Bytes per cell; the split between cells is exact in fp32 for micro-batches above 1.
     """
     e, g, c, top = element_bytes, n_genes, model.base_dim, model.top_seq_len
-    stats = 8
+    n, stats = n_genes + model.pad_token, 8
     parts = {
-        "batch_and_loss": (8 + 2) * g + (2 * g if e == 2 else 0),
-        "expression_encoder": g * (model.expression_hidden * e + c * e + stats),
-        # Cells in order of expression, two int64 permutations, the top genes that to_large reads.
-        "order": g * (c * e + 16) + top * c * e,
-        "to_large": top * (model.large_dim * e + stats),
-        "from_large": top * ((model.large_dim + c) * e + stats),
-        "norm": g * (c * e + stats),
+        # The values and the mask as the model reads them; the error and its weights.
+        "batch_and_loss": (4 + 1) * n + (4 + 1) * g + (2 * n if e == 2 else 0),
+        "expression_encoder": n * (model.expression_hidden * e + c * e + stats),
+        "norm": n * (c * e + stats),
         "head": g * c * e * (3 if model.head == "mlp" else 1),
     }
-    for name, (stack, width, tokens) in _stacks(model, n_genes).items():
-        layer = width * e if recompute else _layer_bytes(stack, width, e)
-        # The first input of the mini encoder is a view of the ordered cells.
-        shared = tokens * width * e if name == "mini_encoder" else 0
-        parts[name] = stack.depth * tokens * layer - shared
+    if model.contextual_encoder != "mini":
+        # Two int64 permutations, the top genes that to_large reads.
+        parts["order"] = n * 16 + top * c * e
+        parts["to_large"] = top * (model.large_dim * e + stats)
+        parts["from_large"] = top * ((model.large_dim + c) * e + stats)
+    for name, (stack, width, tokens) in stacks(model, n_genes).items():
+        layer = width * e if recompute else _layer_bytes(model, stack, width, e)
+        parts[name] = stack.depth * tokens * layer
+    if model.contextual_encoder == "dual":
+        # The first input of the mini encoder is a view of the ordered cells, kept whole.
+        parts["order"] += top * c * e
     return parts
 
 
-def _layer_bytes(stack: PerformerConfig, width: int, e: int) -> int:
+def _layer_bytes(model: ModelConfig, stack: PerformerConfig, width: int, e: int) -> int:
     """Return what one token of one layer keeps without recompute, bytes."""
     inner = stack.heads * stack.dim_head
-    return e * (4 * width + 4 * inner + 2 * stack.ff_mult * width) + 16
+    row_sums = 4 * stack.heads if model.attention == "softmax" else 0
+    return e * (4 * width + 4 * inner + 2 * stack.ff_mult * width) + 16 + row_sums
+
+
+def _favor_block_bytes(stack: PerformerConfig, tokens: int) -> int:
+    """Return what the torch backend of FAVOR+ works in: a block of rows, and its heads' sums."""
+    m, k = stack.features(), stack.dim_head
+    rows = min(stack.heads * tokens, 2**20 // (4 * m))
+    return 4 * (rows * (3 * m + 2 * k) + 2 * stack.heads * m * (k + 2))
 
 
 def peak_activation_bytes(
@@ -201,7 +233,7 @@ def peak_activation_bytes(
 
     Three moments can be the highest: the end of the forward pass; in the backward pass of a layer,
     its feed-forward block (gradients on both sides of GELU) or its attention (q, k, v and their
-    gradients of all cells, and of one cell in fp32, with three times its features).
+    gradients of all cells; for FAVOR+ also a block of rows in fp32, with three times its features).
 
     Args:
         model: The `model` section.
@@ -217,17 +249,17 @@ def peak_activation_bytes(
     kept = activation_bytes(model, n_genes, element_bytes=e, recompute=recompute)
     stored = sum(kept.values())
     peak = micro_batch * stored
-    for stack, width, tokens in _stacks(model, n_genes).values():
+    for stack, width, tokens in stacks(model, n_genes).values():
         inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
         # Freed before: the head. Counted anew: what this layer itself keeps, but for its input.
-        own = 0 if recompute else tokens * (_layer_bytes(stack, width, e) - width * e)
+        own = 0 if recompute else tokens * (_layer_bytes(model, stack, width, e) - width * e)
         others = stored - kept["head"] - own
         feed_forward = e * tokens * (4 * width + 4 * inner + 3 * wide)
         attention = e * tokens * (3 * width + 7 * inner)
-        one_cell = 4 * stack.heads * tokens * (3 * stack.features() + 8 * stack.dim_head)
+        one_block = _favor_block_bytes(stack, tokens) if model.attention == "favor" else 0
         peak = max(
             peak,
             micro_batch * (others + feed_forward),
-            micro_batch * (others + attention) + one_cell,
+            micro_batch * (others + attention) + one_block,
         )
     return peak

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from torch import nn
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from torch import Tensor, nn
 
 from sclong_ds.config import EngineConfig, OptimConfig, RunConfig
 
@@ -230,6 +232,55 @@ def build_partitioned(
         return make()
 
 
+def fill_parameters(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Replace the weights of a model that `build_partitioned` made; every rank must call it.
+
+    Args:
+        model: The model.
+        read: Gives the weight of a name.
+    """
+    for name, parameter in model.named_parameters():
+        _overwrite(parameter, partial(read, name))
+
+
+def fill_master_weights(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Replace the fp32 weights behind bf16 parameters after `initialize`; every rank must call it.
+
+    DeepSpeed makes them from the bf16 parameters, which would round what was read.
+
+    Args:
+        model: The model, initialised.
+        read: Gives the weight of a name.
+    """
+    for name, parameter in model.named_parameters():
+        safe_set_full_fp32_param(parameter, read(name).to(parameter.device))
+
+
+def limit_norm(parameter: nn.Parameter, max_norm: float) -> None:
+    """Shorten a parameter and its fp32 weights to a norm; every rank must call it after a step.
+
+    Args:
+        parameter: A parameter of an initialised model, partitioned or not.
+        max_norm: Largest norm.
+    """
+    full = safe_get_full_fp32_param(parameter)
+    norm = full.norm()
+    if norm <= max_norm:
+        return
+    short = full * (max_norm / (norm + 1e-7))
+    safe_set_full_fp32_param(parameter, short)
+    # Also what the next forward pass reads, or a resumed run would start from another rounding.
+    _overwrite(parameter, lambda: short)
+
+
+def _overwrite(parameter: nn.Parameter, value: Callable[[], Tensor]) -> None:
+    """Replace a parameter's values; of a partitioned one, rank 0 alone asks for them."""
+    partitioned = hasattr(parameter, "ds_id")
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
+        if not partitioned or dist.get_rank() == 0:
+            parameter.data.copy_(value())
+
+
 def count_parameters(module: nn.Module) -> int:
     """Return the number of parameters, those that ZeRO-3 has partitioned included."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
@@ -289,6 +340,8 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
         optim: The `optim` section.
         step: Number of steps applied before this one.
     """
+    if optim.schedule == "warm_restarts":
+        return _warm_restarts(optim, step)
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
@@ -296,6 +349,21 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
     done = min(1.0, (step - optim.warmup_steps) / (optim.decay_steps - optim.warmup_steps))
     floor = optim.min_lr_ratio
     return optim.lr * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def _warm_restarts(optim: OptimConfig, step: int) -> float:
+    """Return the rate of cosine cycles with warm-up, each longer and lower than the one before."""
+    warmup, length, cycle = optim.warmup_steps, optim.decay_steps, 0
+    while step >= length:
+        step -= length
+        length = int((length - warmup) * optim.cycle_mult) + warmup
+        cycle += 1
+    low, peak = optim.lr * optim.min_lr_ratio, optim.lr * optim.cycle_gamma**cycle
+    if step < warmup:
+        share = step / warmup
+    else:
+        share = (1 + math.cos(math.pi * (step - warmup) / (length - warmup))) / 2
+    return low + (peak - low) * share
 
 
 def set_hyper_parameters(engine: Any, config: RunConfig, step: int) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sclong_ds.config import ModelConfig
-from sclong_ds.costs import parameter_shapes, peak_activation_bytes
+from sclong_ds.costs import parameter_shapes, peak_activation_bytes, stacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +143,7 @@ def memory_per_rank(
         reduce_buckets=e * bucket * (2 if zero.overlap and not third else 1)
         if zero.contiguous
         else 0,
-        gathered_layers=e * _gathered(model, zero, sizes, resident, setup.world_size)
-        if third
-        else 0,
+        gathered_layers=e * _gathered(model, zero, setup, sum(sizes) - resident) if third else 0,
         batch_constants=_batch_constants(model, setup, e),
         activations=peak_activation_bytes(
             model, setup.n_genes, micro_batch=micro_batch, element_bytes=e, recompute=recompute
@@ -156,33 +154,33 @@ def memory_per_rank(
     )
 
 
-def _gathered(
-    model: ModelConfig, zero: Zero, sizes: list[int], resident: int, world_size: int
-) -> int:
+def _gathered(model: ModelConfig, zero: Zero, setup: Setup, partitioned: int) -> int:
     """Return the most parameters that ZeRO-3 holds gathered at once.
 
     A layer stays gathered when it is needed again within the reuse distance; between forward and
     backward that keeps the last layers, half the distance in parameters. The next bucket and the
     layer at work come on top.
     """
-    if world_size == 1 and not zero.offload_param:
+    if setup.world_size == 1 and not zero.offload_param:
         return 0
-    width = max(model.large_dim, model.base_dim)
-    layer = (
-        2
-        * width
-        * width
-        * max(s.ff_mult for s in (model.large_encoder, model.mini_encoder, model.decoder))
+    layer = max(
+        2 * width * width * stack.ff_mult
+        for stack, width, _ in stacks(model, setup.n_genes).values()
     )
-    return min(sum(sizes) - resident, zero.reuse_distance // 2 + zero.prefetch_bucket + layer)
+    return min(partitioned, zero.reuse_distance // 2 + zero.prefetch_bucket + layer)
 
 
 def _batch_constants(model: ModelConfig, setup: Setup, e: int) -> int:
     """Return the bytes that a micro-batch of any size needs: gene encoder, random features."""
-    convolution = setup.n_genes * model.base_dim * (e * (2 * model.gene_encoder_layers - 1) + 2 * 4)
-    adjacency = 12 * setup.n_edges + 8 * (setup.n_genes + 1) if setup.n_edges else 0
-    stacks = (model.large_encoder, model.mini_encoder, model.decoder)
-    return convolution + adjacency + sum(4 * s.depth * s.features() * s.dim_head for s in stacks)
+    size = adjacency = features = 0
+    if model.gene_encoder != "none":
+        size = (setup.n_genes + model.pad_token) * model.base_dim
+    if setup.n_edges:
+        adjacency = 12 * setup.n_edges + 8 * (setup.n_genes + 1)
+    if model.attention == "favor":
+        sizes = [sizes for sizes, _, _ in stacks(model, setup.n_genes).values()]
+        features = sum(4 * s.depth * s.features() * s.dim_head for s in sizes)
+    return size * (e * (2 * model.gene_encoder_layers - 1) + 2 * 4) + adjacency + features
 
 
 def largest_micro_batch(

@@ -2,22 +2,29 @@
 
 No DeepSpeed needed.
 
-    MODEL_DIR/model.safetensors   float32 weights
-    MODEL_DIR/config.yaml         architecture (`model` section), value transform, format version
-    MODEL_DIR/genes.tsv           gene order of the inputs
-    MODEL_DIR/gene_graph.npz      the gene graph, when the architecture has one
-    MODEL_DIR/provenance.json     corpus, graph and gene hashes, step, commit, versions
-    MODEL_DIR/README.md           model card
+    MODEL_DIR/model.safetensors             float32 weights
+    MODEL_DIR/config.yaml                   architecture (`model` section), transform, version
+    MODEL_DIR/genes.tsv                     gene order of the inputs
+    MODEL_DIR/gene_graph.npz                the gene graph, when the architecture has one
+    MODEL_DIR/random_features.safetensors   the random features of FAVOR+
+    MODEL_DIR/provenance.json               what the model was made from
+    MODEL_DIR/README.md                     model card
 
-`python -m sclong_ds export` writes it (`sclong_ds.checkpoint`), `sclong_ds.load_model` reads it.
+`python -m sclong_ds export` (`sclong_ds.checkpoint`) and `import-reference` write it,
+`sclong_ds.load_model` reads it. Weights pass one at a time when written and are mapped from the
+file when read, so that memory holds them once.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,17 +32,25 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
-from sclong_ds.config import ModelConfig, read_yaml, section_from_dict, to_dict
+from sclong_ds.config import ModelConfig
+from sclong_ds.features_file import read_features, write_features
 from sclong_ds.files import sync_tree
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.model.sclong import ScLong, Transform
+from sclong_ds.strict_yaml import read_yaml, section_from_dict, to_dict
 
 FORMAT = "sclong_ds-model"
-VERSION = 1
+VERSION = 2
+WEIGHTS = "model.safetensors"
+GRAPH = "gene_graph.npz"
+FEATURES = "random_features.safetensors"
+
+_log = logging.getLogger(__name__)
 
 
 def write_model_dir(
@@ -44,40 +59,42 @@ def write_model_dir(
     weights: Mapping[str, Tensor],
     model: ModelConfig,
     transform: Transform,
-    redraw_index: int,
     genes: Path,
     graph: Path | None,
+    features: Mapping[str, Tensor] | None,
     provenance: Mapping[str, Any],
 ) -> None:
     """Write an exported model; the folder appears whole or not at all.
 
     Args:
         out: Folder to make; it must not exist.
-        weights: State dict of `ScLong`.
+        weights: State dict of `ScLong`; each is asked for once.
         model: Architecture.
         transform: From counts to model input.
-        redraw_index: Which draw of the random features the weights belong to.
         genes: genes.tsv of the training corpus.
         graph: The gene graph's npz, or None.
-        provenance: What the model was trained from.
+        features: The random features (M, K) by `stack.layer`, or None: they are drawn.
+        provenance: What the model was trained or imported from.
 
     Raises:
         FileExistsError: `out` exists.
+        ValueError: Weights, genes, graph or features that do not belong to the architecture.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists: give another --out or remove it first")
+    check_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(plain, partial / "model.safetensors", metadata={"format": "pt"})
-        shutil.copyfile(genes, partial / "genes.tsv")
-        if graph is not None:
-            shutil.copyfile(graph, partial / "gene_graph.npz")
-        config = _description(model, transform, redraw_index, partial)
-        n_parameters = sum(t.numel() for t in plain.values())
+        for source, name in ((genes, "genes.tsv"), (graph, GRAPH)):
+            if source is not None:
+                shutil.copyfile(source, partial / name)
+        if features is not None:
+            write_features(partial / FEATURES, features)
+        config = _description(model, transform, partial)
+        shapes = {n: tuple(t.shape) for n, t in _empty_model(partial, config).state_dict().items()}
+        _write_weights(partial / WEIGHTS, weights, shapes)
+        n_parameters = sum(map(math.prod, shapes.values()))
         texts = {
             "config.yaml": yaml.safe_dump(config, sort_keys=False),
             "provenance.json": json.dumps(dict(provenance), indent=2) + "\n",
@@ -92,39 +109,111 @@ def write_model_dir(
         raise
 
 
-def _description(
-    model: ModelConfig, transform: Transform, redraw_index: int, folder: Path
-) -> dict[str, Any]:
-    """Return the content of config.yaml for a folder that holds the genes and the graph."""
+def check_absent(out: Path) -> None:
+    """Refuse a folder to write that is there already.
+
+    Raises:
+        FileExistsError: It exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists: give another --out or remove it first")
+
+
+def _description(model: ModelConfig, transform: Transform, folder: Path) -> dict[str, Any]:
+    """Return the content of config.yaml for a folder that holds genes, graph and features."""
     genes = GeneVocabulary.read(folder / "genes.tsv")
-    graph = "gene_graph.npz" if (folder / "gene_graph.npz").is_file() else None
+    files = {
+        "gene_graph": GRAPH if (folder / GRAPH).is_file() else None,
+        "gene_vectors": None,
+        "random_features_file": FEATURES if (folder / FEATURES).is_file() else None,
+    }
     return {
         "format": FORMAT,
         "version": VERSION,
         "n_genes": len(genes),
         "genes_hash": genes.hash,
         "transform": asdict(transform),
-        "redraw_index": redraw_index,
-        "model": to_dict(model) | {"gene_graph": graph, "gene_vectors": None},
+        "model": to_dict(model) | files,
     }
 
 
-def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> ScLong:
-    """Load an exported model in evaluation mode.
+def _write_weights(
+    path: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Write a safetensors file tensor by tensor; the library's writer needs all of them at once.
+
+    Source of the layout: https://huggingface.co/docs/safetensors, "Format".
+    """
+    if set(weights) != set(shapes):
+        name = min(set(weights) ^ set(shapes))
+        problem = "is missing" if name in shapes else "is unknown to the model"
+        raise ValueError(f"the weights do not fit the architecture: {name} {problem}")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in _with_progress(shapes):
+            tensor = weights[name].detach()
+            if tensor.shape != shapes[name]:
+                raise ValueError(
+                    f"weight {name} has the shape {tuple(tensor.shape)}, must be {shapes[name]}"
+                )
+            values = tensor.to("cpu", torch.float32).reshape(-1).numpy()
+            file.write(values.astype("<f4", copy=False).data)
+
+
+def _with_progress(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yield the names, with a bar of the bytes on a terminal and a log line a minute elsewhere."""
+    total, logged = 4 * sum(map(math.prod, shapes.values())), time.monotonic()
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=quiet) as bar:
+        done = 0
+        for name, shape in shapes.items():
+            yield name
+            done += 4 * math.prod(shape)
+            bar.update(4 * math.prod(shape))
+            if quiet and time.monotonic() - logged > 60:
+                logged = time.monotonic()
+                _log.info("wrote %.1f of %.1f GB of weights", done / 1e9, total / 1e9)
+
+
+def _empty_model(folder: Path, config: Mapping[str, Any]) -> ScLong:
+    """Return the model of a folder that holds genes, graph and features, without weights."""
+    where = f"{folder}/config.yaml"
+    genes = GeneVocabulary.read(folder / "genes.tsv")
+    if genes.hash != config["genes_hash"]:
+        raise ValueError(
+            f"{folder}/genes.tsv was changed: its hash is not the one in config.yaml; export again"
+        )
+    architecture = section_from_dict(ModelConfig, config["model"], where)
+    graph = features = None
+    if architecture.gene_graph is not None:
+        graph = read_gene_graph(folder / architecture.gene_graph, genes_hash=genes.hash)
+    if architecture.random_features_file is not None:
+        features = read_features(folder / architecture.random_features_file)
+    with torch.device("meta"):
+        model = ScLong(architecture, n_genes=len(genes), graph=graph, features=features)
+    model.genes = genes
+    model.transform = section_from_dict(Transform, config["transform"], where)
+    return model
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the content of a model folder's config.yaml.
 
     Args:
-        model_dir: Folder written by `python -m sclong_ds export`.
-        device: Where the model goes.
-
-    Returns:
-        The model, float32, with `genes` (GeneVocabulary) and `transform` (Transform) set.
+        folder: MODEL_DIR.
 
     Raises:
-        FileNotFoundError: Not there, or a file is missing.
-        ValueError: A damaged file, another format version, or files that do not belong together.
+        FileNotFoundError: A file of the folder is missing.
+        ValueError: Another format version.
     """
-    folder = Path(model_dir)
-    for name in ("config.yaml", "genes.tsv", "model.safetensors"):
+    for name in ("config.yaml", "genes.tsv", WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} is no exported model ({name} is missing): make one with "
@@ -136,26 +225,37 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
             f"{folder}/config.yaml: format {config.get('format')} version {config.get('version')}; "
             f"this version reads {FORMAT} {VERSION}"
         )
-    genes = GeneVocabulary.read(folder / "genes.tsv")
-    if genes.hash != config["genes_hash"]:
-        raise ValueError(
-            f"{folder}/genes.tsv was changed: its hash is not the one in config.yaml; export again"
-        )
-    architecture = section_from_dict(ModelConfig, config["model"], f"{folder}/config.yaml")
-    graph = None
-    if architecture.gene_graph is not None:
-        graph = read_gene_graph(folder / architecture.gene_graph, genes_hash=genes.hash)
-    model = ScLong(architecture, n_genes=len(genes), graph=graph)
+    return config
+
+
+def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> ScLong:
+    """Load an exported model in evaluation mode.
+
+    On the CPU its weights are mapped from the file: keep the file while the model is in use.
+
+    Args:
+        model_dir: Folder written by `python -m sclong_ds export` or `import-reference`.
+        device: Where the model goes.
+
+    Returns:
+        The model, float32, with `genes` (GeneVocabulary) and `transform` (Transform) set.
+
+    Raises:
+        FileNotFoundError: Not there, or a file is missing.
+        ValueError: A damaged file, another format version, or files that do not belong together.
+    """
+    folder = Path(model_dir)
+    model = _empty_model(folder, read_description(folder))
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = load_file(folder / WEIGHTS)
+        other = next((n for n, t in weights.items() if t.dtype != torch.float32), None)
+        if other is not None:
+            raise ValueError(f"{folder / WEIGHTS}: {other} is {weights[other].dtype}, not float32")
+        # Assigned, not copied: a second set of weights would double the memory.
+        model.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder}/model.safetensors does not fit its config.yaml: {reason}"
-        ) from None
-    model.redraw_features(config["redraw_index"])
-    model.genes = genes
-    model.transform = section_from_dict(Transform, config["transform"], f"{folder}/config.yaml")
+        raise ValueError(f"{folder / WEIGHTS} does not fit its config.yaml: {reason}") from None
     return model.to(device).eval()
 
 
@@ -174,15 +274,16 @@ def model_card(
         f"| {name} | {model[name]['depth']} | {model[name]['heads']} x {model[name]['dim_head']} |"
         for name in ("large_encoder", "mini_encoder", "decoder")
     )
-    facts = "\n".join(
-        f"| {key} | {value} |" for key, value in provenance.items() if not isinstance(value, dict)
+    imported = "imported_files" in provenance
+    made = (
+        "imported from a checkpoint of the released scLong code;\nsclong_ds did not train it."
+        if imported
+        else "trained with sclong_ds to reconstruct masked expression values."
     )
-    validation = provenance.get("validation") or {}
-    scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in validation.items())
     return f"""# scLong-style single-cell model
 
 {n_parameters:,} parameters over {config["n_genes"]:,} human genes,
-trained with sclong_ds to reconstruct masked expression values.
+{made}
 
 ## Use
 
@@ -207,15 +308,25 @@ where the total is over these genes. `embed` takes raw counts and does this itse
 Base width {model["base_dim"]}, large width {model["large_dim"]}, {model["top_seq_len"]} genes
 in the large encoder, gene encoder: {model["gene_encoder"]}.
 
-## Training
+{_source(provenance) if imported else _training(provenance)}"""
 
-| | |
-|---|---|
-{facts}
 
-{"## Validation" if scores else ""}
+def _training(provenance: Mapping[str, Any]) -> str:
+    """Return the part of the card on training and validation."""
+    facts = {k: v for k, v in provenance.items() if not isinstance(v, dict)}
+    text = f"## Training\n\n{_table(('', ''), facts.items())}"
+    scores = {k: f"{v:.4f}" for k, v in (provenance.get("validation") or {}).items()}
+    return text + (
+        f"\n## Validation\n\n{_table(('figure', 'value'), scores.items())}" * bool(scores)
+    )
 
-{"| figure | value |" if scores else ""}
-{"|---|---|" if scores else ""}
-{scores}
-"""
+
+def _source(provenance: Mapping[str, Any]) -> str:
+    """Return the part of the card on what was imported."""
+    files = [(kind, *about.values()) for kind, about in provenance["imported_files"].items()]
+    return f"## Source\n\n{_table(('', 'file', 'bytes', 'sha256'), files)}"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)

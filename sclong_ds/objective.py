@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sclong_ds.config import ObjectiveConfig
 from sclong_ds.data import CellBatch, log1p_normalise
 
 BIN_EDGES = (1.0, 1.5, 2.0, 3.0)
@@ -42,26 +43,27 @@ class MaskedBatch:
     targets: Tensor
 
 
-def target_count(n_nonzero: int, mask_prob: float) -> int:
+def target_count(n_nonzero: int, objective: ObjectiveConfig) -> int:
     """Return how many of a cell's non-zero values are targets.
 
     Args:
         n_nonzero: Non-zero values of the cell.
-        mask_prob: Share of them.
+        objective: The `objective` section.
     """
+    if objective.target_rounding == "float32":
+        return math.ceil(np.float32(n_nonzero) * np.float32(objective.mask_prob))
     # The product is rounded to 9 digits first: 0.15 * 100 is 15.000000000000002 in binary.
-    return math.ceil(round(n_nonzero * mask_prob, 9))
+    return math.ceil(round(n_nonzero * objective.mask_prob, 9))
 
 
 def draw_masks(
-    n_nonzero: int, *, mask_prob: float, replace_prob: float, seed: int, epoch: int, cell_id: int
+    n_nonzero: int, objective: ObjectiveConfig, *, seed: int, epoch: int, cell_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the targets of one cell.
 
     Args:
         n_nonzero: Non-zero values of the cell.
-        mask_prob: Share of them that are targets.
-        replace_prob: Probability that a target is hidden.
+        objective: The `objective` section.
         seed: `run.seed`.
         epoch: Epoch of this visit to the cell.
         cell_id: Row of the cell in the corpus.
@@ -73,20 +75,19 @@ def draw_masks(
     # Counter blocks of a keyed generator: independent streams per (epoch, cell); 2**63 keeps them
     # apart from the loader's.
     rng = np.random.Generator(np.random.Philox(key=seed + 2**63, counter=[0, 0, cell_id, epoch]))
-    positions = rng.permutation(n_nonzero)[: target_count(n_nonzero, mask_prob)]
-    return positions, rng.random(len(positions)) < replace_prob
+    positions = rng.permutation(n_nonzero)[: target_count(n_nonzero, objective)]
+    return positions, rng.random(len(positions)) < objective.replace_prob
 
 
 def mask_batch(
-    batch: CellBatch, *, target_sum: float, mask_prob: float, replace_prob: float, seed: int
+    batch: CellBatch, objective: ObjectiveConfig, *, target_sum: float, seed: int
 ) -> MaskedBatch:
     """Transform a micro-batch and draw its targets.
 
     Args:
         batch: Raw counts, cell ids and epochs.
+        objective: The `objective` section.
         target_sum: `data.target_sum`.
-        mask_prob: `objective.mask_prob`.
-        replace_prob: `objective.replace_prob`.
         seed: `run.seed`.
 
     Returns:
@@ -98,12 +99,7 @@ def mask_batch(
     for b, (cell, epoch) in enumerate(zip(batch.cell_ids, batch.epochs, strict=True)):
         genes = indices[indptr[b] : indptr[b + 1]]
         positions, replaced = draw_masks(
-            len(genes),
-            mask_prob=mask_prob,
-            replace_prob=replace_prob,
-            seed=seed,
-            epoch=int(epoch),
-            cell_id=int(cell),
+            len(genes), objective, seed=seed, epoch=int(epoch), cell_id=int(cell)
         )
         targets[b, genes[positions]] = True
         hidden[b, genes[positions[replaced]]] = True

@@ -135,7 +135,7 @@ def make_plan(
         ValueError: Unknown device or ZeRO stage, or more top genes than genes.
     """
     model, genes = config.model, work.n_genes
-    if model.top_seq_len >= genes:
+    if model.contextual_encoder != "mini" and model.top_seq_len >= genes:
         raise ValueError(
             f"model.top_seq_len: got {model.top_seq_len}, must be below the number of genes {genes}"
         )

@@ -33,10 +33,12 @@ from sclong_ds.data import CellBatch, CellLoader, StepBatch
 from sclong_ds.engine import (
     Ranks,
     join_process_group,
+    limit_norm,
     peak_memory_gib,
     quiet_deepspeed,
     set_hyper_parameters,
 )
+from sclong_ds.model_dir import FEATURES, GRAPH
 from sclong_ds.objective import (
     VALIDATION_EPOCH,
     MaskedBatch,
@@ -143,7 +145,7 @@ def train_step(run: Run, batch: StepBatch) -> dict[str, float] | None:
     # number of ranks, micro-batches and targets per cell. DeepSpeed averages over ranks and
     # micro-batches; the weight undoes that.
     n_targets = sum(
-        target_count(int(n), config.objective.mask_prob) for n in run.corpus.row_nnz[batch.cell_ids]
+        target_count(int(n), config.objective) for n in run.corpus.row_nnz[batch.cell_ids]
     )
     weight = run.ranks.world_size * len(batch.micro_batches) / n_targets
     squared_error = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
@@ -156,6 +158,8 @@ def train_step(run: Run, batch: StepBatch) -> dict[str, float] | None:
         engine.backward(loss * weight)
         engine.step()
         squared_error += loss.detach()
+    if config.model.mask_vector_max_norm is not None:
+        limit_norm(run.model.expression_encoder.mask_vector, config.model.mask_vector_max_norm)
     dist.all_reduce(squared_error)
     train_loss, grad_norm = squared_error.item() / n_targets, float(engine.get_global_grad_norm())
     if not (math.isfinite(train_loss) and math.isfinite(grad_norm) and engine.was_step_applied()):
@@ -191,9 +195,8 @@ def prepare(run: Run, batch: CellBatch) -> MaskedBatch:
     """Transform and mask a micro-batch and bring it to the rank's device."""
     masked = mask_batch(
         batch,
+        run.config.objective,
         target_sum=run.config.data.target_sum,
-        mask_prob=run.config.objective.mask_prob,
-        replace_prob=run.config.objective.replace_prob,
         seed=run.config.run.seed,
     )
     return MaskedBatch(*(t.to(run.ranks.device) for t in (masked.x, masked.hidden, masked.targets)))
@@ -265,7 +268,7 @@ def save(run: Run) -> None:
     started = time.perf_counter()
     files = [
         run.run_dir / n
-        for n in ("config.yaml", "genes.tsv", "gene_graph.npz")
+        for n in ("config.yaml", "genes.tsv", GRAPH, FEATURES)
         if (run.run_dir / n).is_file()
     ]
     path = checkpoint.save(

@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.cells import CellStore, CellWriter
+from sclong_ds.cell_writer import CellWriter
+from sclong_ds.cells import CellStore
 from sclong_ds.files import write_atomic
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.streams import MAX_COUNT, PackedCells, decode, encode, slices_to_index

@@ -62,29 +62,34 @@ def encode(matrix: csr_matrix) -> PackedCells:
             column indices.
     """
     indices, data, indptr = _checked(matrix)
-    n_rows = len(indptr) - 1
+    step = _row_steps(indices, indptr)
+    # Gaps and counts above one byte are rare: the entries of all others are made first, theirs are
+    # put between them. A cast to uint8 keeps the low byte.
+    far, large = np.flatnonzero(step > _STEP), np.flatnonzero(data > 0xFF)
+    stones = (step[far] - 1) // _STEP
+    step[far] -= (_STEP * stones).astype(step.dtype)
+    value = data[large].astype(np.int64)
+    more = 1 + (value > 0xFFFF).astype(np.int64) + (value > 0xFFFFFF)
+    byte = slices_to_index(np.ones(len(large), np.int64), more)
+    # Of equal places the continuations of a gene come before the stones to the next one.
+    place = np.concatenate((np.repeat(large + 1, more), np.repeat(far, stones)))
+    order = np.argsort(place, kind="stable")
+    n_stones = len(place) - len(byte)
+    extra_gap = np.repeat(np.array([0, _STEP], np.uint8), [len(byte), n_stones])
+    extra_count = np.zeros(len(place), np.uint8)
+    extra_count[: len(byte)] = (np.repeat(value, more) >> (8 * byte)).astype(np.uint8)
+    extra_of = np.sort(np.concatenate((np.repeat(large, more), np.repeat(far, stones))))
     row_nnz = np.diff(indptr)
-    row_of = np.repeat(np.arange(n_rows), row_nnz)
-    step = _row_steps(indices, indptr, row_of)
-    stones = (step - 1) // _STEP
-    more = (data > 0xFF).astype(np.int64) + (data > 0xFFFF) + (data > 0xFFFFFF)
-    end = np.cumsum(1 + stones + more)
-    main = end - 1 - more
-    n_entries = int(end[-1]) if len(end) else 0
-    gap = np.zeros(n_entries, np.uint8)
-    count = np.zeros(n_entries, np.uint8)
-    gap[main] = step - _STEP * stones
-    count[main] = data & 0xFF
-    far = np.flatnonzero(stones)
-    gap[slices_to_index(main[far] - stones[far], stones[far])] = _STEP
-    for k in (1, 2, 3):
-        large = np.flatnonzero(more >= k)
-        count[main[large] + k] = (data[large] >> (8 * k)) & 0xFF
-    row_entries = np.diff(np.concatenate(([0], end))[indptr])
-    # Differences of a running total are exact, and rows without entries need no special case.
-    row_total = np.diff(np.concatenate(([0], np.cumsum(data)))[indptr])
+    row_entries = row_nnz + np.diff(np.searchsorted(extra_of, indptr))
+    place = place[order] + np.arange(len(place))
+    main = np.ones(len(step) + len(place), dtype=bool)
+    main[place] = False
     return PackedCells(
-        gap, count, row_entries.astype(np.uint32), row_nnz.astype(np.uint32), row_total
+        _interleaved(main, step.astype(np.uint8), extra_gap[order]),
+        _interleaved(main, data.astype(np.uint8), extra_count[order]),
+        row_entries.astype(np.uint32),
+        row_nnz.astype(np.uint32),
+        _row_sums(data, indptr),
     )
 
 
@@ -113,13 +118,19 @@ def decode(
     # A continuation at the start of a cell would be added to the cell before.
     if np.any(gap[bounds[:-1][np.diff(bounds) > 0]] == 0):
         raise ValueError("damaged cells: a cell begins with a continued count")
-    position = np.concatenate(([0], np.cumsum(gap, dtype=np.int64)))
-    gene = position[1:] - np.repeat(position[bounds[:-1]], np.diff(bounds)) - 1
+    # The position along all cells is at most _STEP times the entries.
+    wide = np.int32 if _STEP * len(gap) < 2**31 else np.int64
+    position = np.cumsum(gap, dtype=wide)
+    before = np.concatenate((np.zeros(1, wide), position))[bounds[:-1]] + 1
+    gene = position - np.repeat(before, np.diff(bounds))
     value = count.astype(np.uint32)
     _add_continuations(gap, count, value)
-    keep = value > 0
-    indptr = np.concatenate(([0], np.cumsum(keep)))[bounds]
-    indices, data = gene[keep].astype(np.int32), value[keep]
+    indices, data, indptr = gene.astype(np.int32, copy=False), value, bounds
+    gone = np.flatnonzero(value == 0)
+    if len(gone):
+        keep = value > 0
+        indices, data = indices[keep], data[keep]
+        indptr = bounds - np.searchsorted(gone, bounds)
     if len(indices) and int(indices.max()) >= n_genes:
         raise ValueError(
             f"damaged cells: gene index {int(indices.max())}, the corpus has {n_genes} genes"
@@ -149,40 +160,62 @@ def slices_to_index(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -
     )
 
 
-def _checked(matrix: csr_matrix) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return indices, counts and row bounds as int64 without stored zeros."""
+def _checked(
+    matrix: csr_matrix,
+) -> tuple[NDArray[np.signedinteger], NDArray[np.integer], NDArray[np.int64]]:
+    """Return indices, counts and row bounds without stored zeros."""
     if matrix.data.dtype.kind not in "iu":
         raise ValueError(
             f"counts of type {matrix.data.dtype}: cells are stored as integers, "
             "round and cast them first"
         )
-    data = matrix.data
+    data, indices = matrix.data, matrix.indices
+    indptr = matrix.indptr.astype(np.int64)
     if len(data) and (data.min() < 0 or data.max() > MAX_COUNT):
         raise ValueError(f"counts from {data.min()} to {data.max()}: allowed are 0 to {MAX_COUNT}")
-    indptr = matrix.indptr.astype(np.int64)
-    indices = matrix.indices.astype(np.int64)
-    data = data.astype(np.int64)
     if not data.all():
         stored = data > 0
-        indptr = np.concatenate(([0], np.cumsum(stored)))[indptr]
+        indptr = indptr - np.searchsorted(np.flatnonzero(~stored), indptr)
         indices, data = indices[stored], data[stored]
     return indices, data, indptr
 
 
 def _row_steps(
-    indices: NDArray[np.int64], indptr: NDArray[np.int64], row_of: NDArray[np.int64]
-) -> NDArray[np.int64]:
+    indices: NDArray[np.signedinteger], indptr: NDArray[np.int64]
+) -> NDArray[np.signedinteger]:
     """Return each column index minus the one before in its row (-1 before the first)."""
-    step = np.diff(indices, prepend=-1)
+    step = np.empty_like(indices)
+    np.subtract(indices[1:], indices[:-1], out=step[1:])
     first = indptr[:-1][np.diff(indptr) > 0]
     step[first] = indices[first] + 1
-    wrong = np.flatnonzero(step < 1)
-    if len(wrong):
+    if len(step) and step.min() < 1:
+        wrong = np.flatnonzero(step < 1)[0]
         raise ValueError(
-            f"row {row_of[wrong[0]]}: column indices are not increasing; "
-            "call sum_duplicates() on the matrix first"
+            f"row {np.searchsorted(indptr, wrong, side='right') - 1}: column indices are not "
+            "increasing; call sum_duplicates() on the matrix first"
         )
     return step
+
+
+def _interleaved(
+    main: NDArray[np.bool_], values: NDArray[np.uint8], others: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Return `values` where `main` is True and `others` where it is not, each in order."""
+    if not len(others):
+        return values
+    result = np.empty(len(main), np.uint8)
+    result[main] = values
+    result[~main] = others
+    return result
+
+
+def _row_sums(data: NDArray[np.integer], indptr: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sum of each row; reduceat takes no empty ones."""
+    sums = np.zeros(len(indptr) - 1, np.int64)
+    filled = np.flatnonzero(np.diff(indptr))
+    if len(filled):
+        sums[filled] = np.add.reduceat(data, indptr[filled], dtype=np.int64)
+    return sums
 
 
 def _add_continuations(

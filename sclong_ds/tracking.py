@@ -8,9 +8,7 @@ over restarts. `config.tracking` says where; `enabled: false` leaves MLflow out.
 from the byte offset `mlflow_synced_bytes` of run.json on. A tracking server that is slow, down, or
 comes back a week later therefore costs training nothing and loses nothing. A row keeps its own time
 stamp, so a batch sent twice (killed between sending and saving the offset) lands on the same rows
-of MLflow's SQL store.
-
-This is the only module that imports mlflow, and it does so late: the import takes seconds.
+of MLflow's SQL store. This is the only module that imports mlflow, late: the import takes seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sclong_ds.config import RunConfig, to_dict
+from sclong_ds.config import RunConfig
 from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import (
     EVENTS_FILE,
@@ -42,6 +40,7 @@ from sclong_ds.run_folder import (
     record_start,
     update_run_json,
 )
+from sclong_ds.strict_yaml import to_dict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

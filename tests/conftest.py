@@ -3,12 +3,30 @@ runs."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from goldens import REPORT
 from launching import ROOT, run_module
 
 RESOURCES = ROOT / "data_prep" / "resources"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --golden-dir."""
+    parser.addoption("--golden-dir", metavar="DIR", help="goldens to test (default: tests/golden)")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print the tables of errors against the goldens."""
+    if config.stash[REPORT]:
+        terminalreporter.section("agreement with the released code")
+        for line in config.stash[REPORT]:
+            terminalreporter.write_line(line)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # Small matrices gain nothing from threads, and lose much where other processes run.
     torch.set_num_threads(1)
+    config.stash[REPORT] = []
 
     assert Path(kernels.__file__).is_relative_to(ROOT), f"kernels is {kernels.__file__}, not ours"
 
@@ -31,6 +50,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             bool(item.get_closest_marker("distributed")),
         )
     )
+
+
+@pytest.fixture(autouse=True)
+def root_logger_as_found() -> Iterator[None]:
+    """A command called in the test's process may not leave its log handler, which writes to the
+    captured stream of that test, to the tests that follow."""
+    yield
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

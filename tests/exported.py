@@ -35,9 +35,9 @@ def write_model(folder: Path, genes: GeneVocabulary, *, seed: int) -> Path:
         weights=model.state_dict(),
         model=config,
         transform=Transform(name="log1p_total", target_sum=1.0e4),
-        redraw_index=0,
         genes=folder / "genes.tsv",
         graph=None,
+        features=None,
         provenance={"step": 0},
     )
     return folder / "exported"

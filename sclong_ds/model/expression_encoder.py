@@ -17,12 +17,17 @@ class ExpressionEncoder(nn.Module):
     Args:
         hidden: Hidden width of the MLP.
         dim: Base width C.
+        mask_max_norm: Largest norm of the mask vector; None: no limit.
     """
 
-    def __init__(self, hidden: int, dim: int) -> None:
+    def __init__(self, hidden: int, dim: int, *, mask_max_norm: float | None = None) -> None:
         super().__init__()
+        self.mask_max_norm = mask_max_norm
         self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         self.mask_vector = nn.Parameter(torch.randn(dim))
+        if mask_max_norm is not None:
+            vector = self.mask_vector.data
+            vector.mul_((mask_max_norm / vector.norm()).clamp(max=1.0))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -37,5 +42,16 @@ class ExpressionEncoder(nn.Module):
         """
         encoded = self.mlp(x[..., None].to(self.mask_vector.dtype))
         if mask is not None:
-            encoded = torch.where(mask[..., None], self.mask_vector, encoded)
+            encoded = torch.where(mask[..., None], self._mask_vector(), encoded)
         return self.norm(encoded)
+
+    def _mask_vector(self) -> Tensor:
+        """Return the mask vector (C,), cut to the largest norm; its gradient ignores the cut."""
+        vector = self.mask_vector
+        if self.mask_max_norm is None:
+            return vector
+        # The 1e-7 is that of torch.nn.Embedding(max_norm=...), the released model's way.
+        kind = torch.promote_types(vector.dtype, torch.float32)
+        norm = vector.detach().to(kind).norm()
+        cut = torch.where(norm > self.mask_max_norm, self.mask_max_norm / (norm + 1e-7), 1.0)
+        return (vector * cut.to(vector.dtype)).detach() + (vector - vector.detach())

@@ -1,7 +1,7 @@
 """Gene encoder: one vector per gene from a learned table and a convolution over the gene graph.
 
 The output depends on parameters only, so it is computed once per forward pass. It is the sum of the
-gene vectors (optionally initialised from a file) and of the convolved gene table. The convolution
+gene vectors and of the convolved gene table, either of which can be left out. The convolution
 is that of Kipf and Welling (arXiv:1609.02907) without added self loops: neighbours are summed with
 weights D^-1/2 A D^-1/2, D being the weighted in-degree, and then pass a linear layer; the neighbour
 sum is torch-geometric's.
@@ -24,14 +24,14 @@ GeneGraph = tuple[np.ndarray, np.ndarray]
 
 
 def normalised_adjacency(graph: GeneGraph, n_genes: int) -> Tensor:
-    """Return the normalised adjacency as a sparse CSR matrix (target, source), float32.
+    """Return the normalised adjacency as a sparse CSR matrix (target, source), float64.
 
     Args:
         graph: Edges [source; target] and their weights.
         n_genes: Number of genes G.
     """
     edges, weights = (torch.from_numpy(a) for a in graph)
-    edges, weights = gcn_norm(edges, weights, num_nodes=n_genes, add_self_loops=False)
+    edges, weights = gcn_norm(edges, weights.double(), num_nodes=n_genes, add_self_loops=False)
     size = (n_genes, n_genes)
     with warnings.catch_warnings():
         # torch announces at each first use that CSR is in beta.
@@ -44,11 +44,13 @@ class GeneEncoder(nn.Module):
     """Gene vectors plus graph convolution of a gene table.
 
     Args:
-        n_genes: Number of genes G.
+        n_genes: Number of genes G, a token that stands for no gene included.
         dim: Base width C.
-        layers: Graph convolution layers.
+        layers: Graph convolution layers; 0 leaves the gene table out.
         graph: The gene graph; None applies the linear layers to the table alone (ablation).
-        vectors: (G, C) initial gene vectors; None draws normal(0, 0.02).
+        use_vectors: Whether there are gene vectors beside the convolved table.
+        vectors: (genes, C) at which vectors and table start, zeros where G is larger; None draws
+            normal(0, 0.02) and normal(0, 1).
     """
 
     def __init__(
@@ -58,13 +60,20 @@ class GeneEncoder(nn.Module):
         *,
         layers: int,
         graph: GeneGraph | None,
-        vectors: np.ndarray | None,
+        use_vectors: bool = True,
+        vectors: np.ndarray | None = None,
     ) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(torch.randn(n_genes, dim) * 0.02)
-        if vectors is not None:
-            self.vectors.data.copy_(torch.from_numpy(np.asarray(vectors, dtype=np.float32)))
-        self.table = nn.Parameter(torch.randn(n_genes, dim))
+
+        def start(std: float) -> nn.Parameter:
+            rows = nn.Parameter(torch.randn(n_genes, dim) * std)
+            if vectors is not None:
+                given = torch.from_numpy(np.asarray(vectors, dtype=np.float32))
+                rows.data.zero_()[: len(given)].copy_(given)
+            return rows
+
+        self.vectors = start(0.02) if use_vectors else None
+        self.table = start(1.0) if layers else None
         self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
         self.neighbour_sum = SimpleConv(aggr="sum")
         # Made at the first use and no buffer: zero.Init and a cast of the model would round its
@@ -74,12 +83,15 @@ class GeneEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the gene vectors (G, C)."""
+        if self.table is None:
+            assert self.vectors is not None
+            return self.vectors
         h = self.table
         for i, linear in enumerate(self.linears):
             if i:
                 h = h.relu()
             h = linear(self._convolve(h))
-        return self.vectors + h
+        return h if self.vectors is None else self.vectors + h
 
     def _convolve(self, h: Tensor) -> Tensor:
         if self._graph is None:

@@ -7,13 +7,15 @@ genes. A head predicts every gene's value. Source: the scLong paper; `README.md`
 differences.
 
 Which genes the large encoder reads: hidden values count as lowest, ties (the many zeros) go to the
-lower gene index.
+lower gene index. With `model.pad_token` one more token, without a value, stands behind the genes.
 
-Shapes: B cells, G genes, T top genes, R = G - T remaining genes, C base width, D large width.
+Shapes: B cells, G genes, N tokens (G, or G + 1 with the pad token), T top genes, R = N - T
+remaining ones, C base width, D large width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,22 +54,26 @@ class Transform:
 
 
 class ValueHead(nn.Module):
-    """Predicts a gene's value from its representation; starts as the mean it is given.
+    """Predicts a gene's value from its representation.
 
     Args:
         dim: Base width C.
         kind: `mlp` or `linear`.
         mean: Initial prediction: one number, or one per gene (G,), which makes a learned bias per
-            gene.
+            gene; None starts weights and bias as torch.nn.Linear does.
     """
 
-    def __init__(self, dim: int, *, kind: str, mean: float | np.ndarray) -> None:
+    def __init__(self, dim: int, *, kind: str, mean: float | np.ndarray | None) -> None:
         super().__init__()
         self.body = (
             nn.Sequential(nn.Linear(dim, dim), nn.GELU()) if kind == "mlp" else nn.Identity()
         )
-        self.weight = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
+        if mean is None:
+            self.weight = nn.Parameter(torch.empty(dim).uniform_(-(dim**-0.5), dim**-0.5))
+            self.bias = nn.Parameter(torch.empty(1).uniform_(-(dim**-0.5), dim**-0.5))
+        else:
+            self.weight = nn.Parameter(torch.zeros(dim))
+            self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
 
     def forward(self, h: Tensor) -> Tensor:
         """Return predicted values (B, G) for representations (B, G, C)."""
@@ -80,9 +86,11 @@ class ScLong(nn.Module):
     Args:
         config: The `model` section.
         n_genes: Number of genes G.
-        graph: The gene graph; None only when config.gene_encoder is `embedding`.
+        graph: The gene graph; None unless config.gene_encoder is `graph`.
         gene_vectors: (G, C) initial gene vectors or None.
-        output_mean: Initial prediction: per gene (G,) when config.gene_bias, else one number.
+        features: Random features (M, K) by `stack.layer` to use before the first redraw, or None.
+        output_mean: Initial prediction with config.head_init `mean`: per gene (G,) when
+            config.gene_bias, else one number.
     """
 
     genes: GeneVocabulary
@@ -97,6 +105,7 @@ class ScLong(nn.Module):
         n_genes: int,
         graph: GeneGraph | None,
         gene_vectors: np.ndarray | None = None,
+        features: Mapping[str, Tensor] | None = None,
         output_mean: float | np.ndarray = 0.0,
     ) -> None:
         super().__init__()
@@ -104,27 +113,33 @@ class ScLong(nn.Module):
         base, large = config.base_dim, config.large_dim
         self.config, self.n_genes = config, n_genes
         self.gene_encoder = GeneEncoder(
-            n_genes, base, layers=config.gene_encoder_layers, graph=graph, vectors=gene_vectors
+            n_genes + config.pad_token,
+            base,
+            layers=config.gene_encoder_layers if config.gene_encoder != "none" else 0,
+            graph=graph,
+            use_vectors=config.use_gene_vectors,
+            vectors=gene_vectors,
         )
-        self.expression_encoder = ExpressionEncoder(config.expression_hidden, base)
-        self.to_large = nn.Sequential(nn.Linear(base, large), nn.LayerNorm(large))
-        self.large_encoder = self._performer("large_encoder", large, config.large_encoder)
-        self.from_large = nn.Sequential(nn.Linear(large, base), nn.LayerNorm(base))
-        self.mini_encoder = self._performer("mini_encoder", base, config.mini_encoder)
-        self.decoder = self._performer("decoder", base, config.decoder)
+        self.expression_encoder = ExpressionEncoder(
+            config.expression_hidden, base, mask_max_norm=config.mask_vector_max_norm
+        )
+        if config.contextual_encoder != "mini":
+            self.to_large = nn.Sequential(nn.Linear(base, large), nn.LayerNorm(large))
+            self.large_encoder = self._performer("large_encoder", large, features)
+            self.from_large = nn.Sequential(nn.Linear(large, base), nn.LayerNorm(base))
+        if config.contextual_encoder != "large":
+            self.mini_encoder = self._performer("mini_encoder", base, features)
+        self.decoder = self._performer("decoder", base, features)
         self.norm = nn.LayerNorm(base)
         mean = np.broadcast_to(output_mean, n_genes) if config.gene_bias else output_mean
-        self.head = ValueHead(base, kind=config.head, mean=mean)
-
-    def _performer(self, name: str, dim: int, sizes: PerformerConfig) -> Performer:
-        return Performer(
-            dim,
-            sizes,
-            name=name,
-            qkv_bias=self.config.qkv_bias,
-            scope=self.config.stabiliser_scope,
-            seed=self.config.projection_seed,
+        self.head = ValueHead(
+            base, kind=config.head, mean=mean if config.head_init == "mean" else None
         )
+
+    def _performer(self, name: str, dim: int, features: Mapping[str, Tensor] | None) -> Performer:
+        sizes: PerformerConfig = getattr(self.config, name)
+        first = None if features is None else stack_features(features, name, sizes)
+        return Performer(dim, sizes, self.config, name=name, first_features=first)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Predict the value of every gene.
@@ -140,25 +155,60 @@ class ScLong(nn.Module):
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the contextual representations (B, G, C); arguments as `forward`."""
+        if self.config.pad_token:
+            x = nn.functional.pad(x, (0, 1))
+            mask = None if mask is None else nn.functional.pad(mask, (0, 1))
         genes = self.gene_encoder()
         tokens = self.expression_encoder(x, mask) + genes
+        merged = self._contextual(tokens, x, mask)
+        return self.norm(self.decoder(merged + genes))[:, : self.n_genes]
+
+    def _contextual(self, tokens: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the tokens (B, N, C), in gene order, after the large and the mini encoder."""
+        if self.config.contextual_encoder == "mini":
+            return self.mini_encoder(tokens)
         order = expression_order(x, mask)
         ordered = _permute(tokens, order)
         split = self.config.top_seq_len
         high = self.from_large(self.large_encoder(self.to_large(ordered[:, :split])))
-        low = self.mini_encoder(ordered[:, split:])
-        merged = _permute(torch.cat([high, low], dim=1), torch.argsort(order, dim=1))
-        return self.norm(self.decoder(merged + genes))
+        low = ordered[:, split:]
+        if self.config.contextual_encoder == "dual":
+            low = self.mini_encoder(low)
+        return _permute(torch.cat([high, low], dim=1), torch.argsort(order, dim=1))
 
     def performers(self) -> dict[str, Performer]:
-        """Return the three Performer stacks by name."""
-        names = ("large_encoder", "mini_encoder", "decoder")
-        return {name: getattr(self, name) for name in names}
+        """Return the Performer stacks by name."""
+        return {name: part for name, part in self.named_children() if isinstance(part, Performer)}
 
     def redraw_features(self, redraw_index: int) -> None:
         """Make every stack use the random features of this redraw index."""
         for performer in self.performers().values():
             performer.redraw_index = redraw_index
+
+
+def stack_features(
+    features: Mapping[str, Tensor], name: str, sizes: PerformerConfig
+) -> list[Tensor]:
+    """Return the given random features (M, K) of one stack, a tensor per layer.
+
+    Args:
+        features: (M, K) by `stack.layer`.
+        name: Name of the stack.
+        sizes: Its sizes.
+
+    Raises:
+        ValueError: A layer is missing or has another shape.
+    """
+    wanted = (sizes.features(), sizes.dim_head)
+    for layer in range(sizes.depth):
+        key = f"{name}.{layer}"
+        found = tuple(features[key].shape) if key in features else None
+        if found != wanted:
+            raise ValueError(
+                f"model.random_features_file: {key} has the shape {found}, must be {wanted}: "
+                f"(nb_features, dim_head); use the file that belongs to the model"
+            )
+    return [features[f"{name}.{layer}"] for layer in range(sizes.depth)]
 
 
 def check_sizes(
@@ -175,12 +225,12 @@ def check_sizes(
             "--out graph.npz` and set model.gene_graph=graph.npz, or train without a graph "
             "with model.gene_encoder=embedding"
         )
-    if config.gene_encoder == "embedding" and graph is not None:
+    if config.gene_encoder != "graph" and graph is not None:
         raise ValueError(
-            "model.gene_graph is set but model.gene_encoder=embedding would ignore it: "
-            "set it to null"
+            f"model.gene_graph is set but model.gene_encoder={config.gene_encoder} would ignore "
+            f"it: set it to null"
         )
-    if config.top_seq_len >= n_genes:
+    if config.contextual_encoder != "mini" and config.top_seq_len >= n_genes:
         raise ValueError(
             f"model.top_seq_len: got {config.top_seq_len}, "
             f"must be below the number of genes {n_genes}"

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from sclong_ds import config as c
-from sclong_ds.config import load_config, preset_names, to_dict, to_yaml
+from sclong_ds.config import load_config, preset_names
+from sclong_ds.strict_yaml import to_dict, to_yaml
 
 
 def test_presets_are_there_and_complete():
@@ -59,6 +60,16 @@ def test_mistakes_are_named(override, message):
 def test_contradictions_are_refused():
     with pytest.raises(ValueError, match="would be ignored"):
         load_config("sclong_tiny", ["optim.name=adam"])
+    with pytest.raises(ValueError, match=r"must be 1 unless optim\.schedule=warm_restarts"):
+        load_config("sclong_tiny", ["optim.cycle_mult=2"])
+    with pytest.raises(ValueError, match=r"needs model\.head_init=mean"):
+        load_config("sclong_tiny", ["model.head_init=random"])
+    with pytest.raises(ValueError, match="could not tell genes apart"):
+        load_config("sclong_tiny", ["model.gene_encoder=none", "model.use_gene_vectors=false"])
+    with pytest.raises(ValueError, match="gene_encoder=none would ignore it"):
+        load_config("sclong_tiny", ["model.gene_encoder=none", "model.gene_graph=g.npz"])
+    with pytest.raises(ValueError, match="attention=softmax would ignore it"):
+        load_config("sclong_tiny", ["model.attention=softmax", "model.random_features_file=f"])
     with pytest.raises(ValueError, match="must be a multiple"):
         load_config("sclong_tiny", ["engine.train_micro_batch_size_per_gpu=3"])
 

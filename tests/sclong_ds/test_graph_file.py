@@ -1,11 +1,11 @@
-"""Reading the gene graph file."""
+"""Writing and reading the gene graph file."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sclong_ds.graph_file import GRAPH_FORMAT, read_gene_graph
+from sclong_ds.graph_file import GRAPH_FORMAT, read_gene_graph, write_gene_graph
 
 
 def write(path: Path, **changes: object) -> Path:
@@ -26,6 +26,30 @@ def test_edges_come_back_with_the_types_of_the_model(tmp_path: Path) -> None:
     assert edge_weight.dtype == np.float32
     assert edge_index.tolist() == [[0, 1], [1, 2]]
     assert edge_weight.tolist() == [0.5, 1.0]
+
+
+ABOUT: dict = {"n_genes": 3, "genes_hash": "abc", "settings": {"a": 1}, "counts": {}}
+EDGES = np.array([[2, 0, 1], [1, 2, 0]])
+WEIGHTS = np.array([0.25, 0.5, 1.0])
+
+
+def test_written_edges_are_sorted_and_come_back(tmp_path: Path) -> None:
+    write_gene_graph(tmp_path / "g.npz", EDGES, WEIGHTS, **ABOUT)
+    edge_index, edge_weight = read_gene_graph(tmp_path / "g.npz", genes_hash="abc")
+    assert edge_index.tolist() == [[1, 2, 0], [0, 1, 2]]
+    assert edge_weight.tolist() == [1.0, 0.25, 0.5]
+
+
+def test_the_order_of_edges_does_not_change_the_bytes(tmp_path: Path) -> None:
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
+        write_gene_graph(tmp_path / name, EDGES[:, order], WEIGHTS[order], **ABOUT)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_edges_that_cannot_be_used_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+        write_gene_graph(tmp_path / "g.npz", EDGES, WEIGHTS, **ABOUT | {"n_genes": 2})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_graph_names_the_command(tmp_path: Path) -> None:

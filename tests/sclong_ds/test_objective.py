@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from sclong_ds.config import load_config
 from sclong_ds.data import CellBatch
 from sclong_ds.objective import (
     MaskedMetrics,
@@ -16,7 +17,8 @@ from sclong_ds.objective import (
     target_count,
 )
 
-DRAW = {"mask_prob": 0.15, "replace_prob": 0.9, "seed": 3}
+OBJECTIVE = load_config("sclong_tiny").objective
+RELEASED = load_config("sclong_reference").objective
 
 
 def cells(n=6, genes=50, seed=0):
@@ -28,15 +30,22 @@ def cells(n=6, genes=50, seed=0):
 
 def test_target_count_is_the_exact_ceiling():
     for n in range(1, 3000):
-        assert target_count(n, 0.15) == math.ceil(n * 15 / 100)
+        assert target_count(n, OBJECTIVE) == math.ceil(n * 15 / 100)
+
+
+def test_released_target_count_is_one_more_at_some_numbers():
+    more = [n for n in range(30_001) if target_count(n, RELEASED) != target_count(n, OBJECTIVE)]
+    assert all(target_count(n, RELEASED) == target_count(n, OBJECTIVE) + 1 for n in more)
+    assert len(more) == 677
+    assert set(more) >= {100, 180, 200, 340}
 
 
 def test_masks_are_a_pure_function_of_seed_epoch_and_cell():
-    first = draw_masks(200, epoch=2, cell_id=7, **DRAW)
-    again = draw_masks(200, epoch=2, cell_id=7, **DRAW)
+    first = draw_masks(200, OBJECTIVE, seed=3, epoch=2, cell_id=7)
+    again = draw_masks(200, OBJECTIVE, seed=3, epoch=2, cell_id=7)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     others = [
-        draw_masks(200, epoch=e, cell_id=i, **(DRAW | {"seed": s}))
+        draw_masks(200, OBJECTIVE, seed=s, epoch=e, cell_id=i)
         for e, i, s in ((3, 7, 3), (2, 8, 3), (2, 7, 4))
     ]
     assert all(not np.array_equal(first[0], other[0]) for other in others)
@@ -44,10 +53,10 @@ def test_masks_are_a_pure_function_of_seed_epoch_and_cell():
 
 def test_batch_and_single_cells_agree():
     batch = cells()
-    masked = mask_batch(batch, target_sum=1e4, **DRAW)
+    masked = mask_batch(batch, OBJECTIVE, target_sum=1e4, seed=3)
     for b in range(6):
         alone = CellBatch(batch.counts[b], batch.cell_ids[b : b + 1], batch.epochs[b : b + 1])
-        single = mask_batch(alone, target_sum=1e4, **DRAW)
+        single = mask_batch(alone, OBJECTIVE, target_sum=1e4, seed=3)
         assert torch.equal(single.targets[0], masked.targets[b])
         assert torch.equal(single.hidden[0], masked.hidden[b])
         assert torch.equal(single.x[0], masked.x[b])
@@ -55,10 +64,10 @@ def test_batch_and_single_cells_agree():
 
 def test_targets_are_expressed_and_hidden_ones_are_targets():
     batch = cells(n=40, genes=400)
-    masked = mask_batch(batch, target_sum=1e4, **DRAW)
+    masked = mask_batch(batch, OBJECTIVE, target_sum=1e4, seed=3)
     assert not (masked.targets & (masked.x == 0)).any()
     assert not (masked.hidden & ~masked.targets).any()
-    wanted = [target_count(int(n), 0.15) for n in batch.counts.getnnz(axis=1)]
+    wanted = [target_count(int(n), OBJECTIVE) for n in batch.counts.getnnz(axis=1)]
     assert masked.targets.sum(1).tolist() == wanted
     assert 0.87 < masked.hidden.sum() / masked.targets.sum() < 0.93
 

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sclong_ds.config import PerformerConfig, load_config
 from sclong_ds.costs import peak_activation_bytes, training_flops_per_cell
@@ -72,6 +72,25 @@ VARIANTS = [
     {},
     {"head": "linear", "gene_bias": False},
     {"qkv_bias": True, "gene_encoder_layers": 2},
+    {"pad_token": True, "mask_vector_max_norm": 0.5, "gene_bias": True},
+    {"contextual_encoder": "large"},
+    {"contextual_encoder": "mini", "gene_encoder": "none"},
+    {"attention": "softmax", "use_gene_vectors": False},
+    {
+        "pad_token": True,
+        "head": "linear",
+        "contextual_encoder": "large",
+        "attention": "softmax",
+        "use_gene_vectors": False,
+        "gene_encoder_layers": 2,
+    },
+    {
+        "pad_token": True,
+        "contextual_encoder": "mini",
+        "attention": "softmax",
+        "gene_encoder": "none",
+        "mask_vector_max_norm": 1.0,
+    },
     {"stabiliser_scope": "head", "decoder": stack(2, 1, 4, None, 4)},
 ]
 
@@ -90,15 +109,31 @@ def test_parameters_equal_the_model_on_the_meta_device(preset):
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_parameters_of_variants(changes):
     model = small(**changes)
-    total = sum(p.numel() for p in built(model, 37).parameters())
-    assert sum(parameter_counts(model, 37).values()) == total
+    parts = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in built(model, 37).named_children()
+    }
+    assert list(parameter_counts(model, 37).items()) == list(parts.items())
 
 
 def counted_flops(net, x, mask, *, backward):
     def matrix_vector(a, _, *args, out_shape=None, **kwargs):
         return 2 * a[0] * a[1]
 
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: matrix_vector})
+    def exact_attention(q, k, v, *args, out_shape=None, **kwargs):
+        return sdpa_flop_count(q, k, v)
+
+    def exact_attention_backward(grad, q, k, v, *args, out_shape=None, **kwargs):
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    # The counter does not know these two operators, nor the name of the CPU's exact attention.
+    aten = torch.ops.aten
+    mapping = {
+        aten.mv: matrix_vector,
+        aten._scaled_dot_product_flash_attention_for_cpu: exact_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: exact_attention_backward,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with counter:
         y = net(x, mask)
         if backward:
@@ -119,7 +154,7 @@ def test_flops_equal_those_torch_counts(changes):
     times = {part: 1 if part == "gene_encoder" else cells for part in forward}
     total, parts = counted_flops(net, *batch, backward=False)
     for part in forward:
-        assert parts[part] == forward[part] * times[part], part
+        assert parts.get(part, 0) == forward[part] * times[part], part
     assert total == sum(forward[part] * times[part] for part in forward)
     both, _ = counted_flops(net, *batch, backward=True)
     backward = backward_flops_per_cell(model, 37)
@@ -127,8 +162,9 @@ def test_flops_equal_those_torch_counts(changes):
     assert training_flops_per_cell(model, 37, micro_batch=cells) == pytest.approx(both / cells)
 
 
-def test_activation_checkpointing_repeats_the_performer_layers():
-    model = small()
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_activation_checkpointing_repeats_the_performer_layers(changes):
+    model = small(**changes)
     net, batch = built(model, 37), inputs(1, 37)
     plain, _ = counted_flops(net, *batch, backward=True)
     for performer in net.performers().values():
@@ -168,7 +204,7 @@ def kept_bytes(net, cells, n_genes):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("changes", VARIANTS[:3])
+@pytest.mark.parametrize("changes", VARIANTS[:-1])
 def test_kept_activations_equal_what_autograd_saves(changes, recompute):
     model = small(**changes)
     net = built(model, 37)
@@ -210,7 +246,16 @@ class PeakBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("cells", [2, 10])
-def test_predicted_peak_is_near_the_counted_one(cells, recompute):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention": "softmax"},
+        {"contextual_encoder": "large", "pad_token": True},
+        {"contextual_encoder": "mini", "gene_encoder": "none"},
+    ],
+)
+def test_predicted_peak_is_near_the_counted_one(changes, cells, recompute):
     model = small(
         base_dim=48,
         large_dim=96,
@@ -218,19 +263,20 @@ def test_predicted_peak_is_near_the_counted_one(cells, recompute):
         large_encoder=stack(3, 4, 32, 70, 4),
         mini_encoder=stack(1, 4, 16, 44, 4),
         decoder=stack(2, 4, 16, 160, 4),
+        **changes,
     )
     net, (x, mask) = built(model, 400), inputs(cells, 400)
     for performer in net.performers().values():
         performer.recompute = recompute
     net(x, mask).sum().backward()  # allocates gradients and draws the random features
-    features = [w for performer in net.performers().values() for w in performer._features(x.device)]
+    features = [w for performer in net.performers().values() for w in performer.features(x.device)]
     known = [*net.parameters(), *(p.grad for p in net.parameters()), *features]
     with PeakBytes(known) as counted:
         (net(x, mask) - x).square().sum().backward()
     predicted_peak = peak_activation_bytes(
         model, 400, micro_batch=cells, element_bytes=4, recompute=recompute
     )
-    assert predicted_peak == pytest.approx(counted.peak, rel=0.035)
+    assert predicted_peak == pytest.approx(counted.peak, rel=0.045)
 
 
 def setup_of(world_size, **changes):
@@ -346,6 +392,33 @@ def test_memory_table_has_every_stage_and_the_configured_one():
     for without, with_recompute in zip(rows[::2], rows[1::2], strict=True):
         assert without["peak_bytes"] > with_recompute["peak_bytes"]
         assert without["largest_micro_batch"] < with_recompute["largest_micro_batch"]
+
+
+def test_plan_has_the_parts_that_the_model_has():
+    plan = plan_of("sclong_1b", "model.contextual_encoder=mini", "model.gene_encoder=none")
+    parts = ["gene_encoder", "expression_encoder", "mini_encoder", "decoder", "norm", "head"]
+    assert list(plan["parameters"]) == [*parts, "total"]
+    assert "large" not in format_plan(plan).partition("Memory")[0]
+    only_large = plan_of("sclong_1b", "model.contextual_encoder=large")
+    assert "mini_encoder" not in only_large["flops_per_cell"]["forward"]
+    dual = plan_of()
+    for name in ("batch_constants", "gathered_layers"):
+        sizes = [p["memory"]["parts_bytes"][name] for p in (plan, only_large, dual)]
+        assert sizes == sorted(sizes), name
+
+
+def test_exact_attention_is_quadratic_in_the_genes():
+    favor, softmax = plan_of(), plan_of("sclong_1b", "model.attention=softmax")
+    assert favor["parameters"] == softmax["parameters"]
+    assert softmax["time"]["training_flops_per_cell"] > favor["time"]["training_flops_per_cell"]
+    times = []
+    for attention in ("favor", "softmax"):
+        model = small(attention=attention)
+        times.append([flops_per_cell(model, n)["decoder"] for n in (1000, 2000)])
+    assert times[0][1] == 2 * times[0][0]
+    assert times[1][1] > 3.9 * times[1][0]
+    saved = [p["memory"]["parts_bytes"]["batch_constants"] for p in (favor, softmax)]
+    assert saved[1] < saved[0]  # no random features
 
 
 def test_says_when_it_does_not_fit():

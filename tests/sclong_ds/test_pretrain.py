@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,10 @@ import psutil
 import pytest
 import torch
 from launching import ROOT, deepspeed_command, environment, run_module
+from safetensors.numpy import load_file
 
+from sclong_ds.config import load_config
+from sclong_ds.model.performer import drawn_features
 from sclong_ds.run_folder import read_events, read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -62,8 +66,6 @@ def wait_for_step(run_dir, step, process):
 
 
 def weights(run_dir, tmp_path):
-    from safetensors.numpy import load_file
-
     out = tmp_path / f"model_{run_dir.name}"
     run_module("sclong_ds", "export", run_dir, "--out", out)
     return load_file(out / "model.safetensors")
@@ -200,7 +202,8 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
     model, corpus = load_model(tmp_path / "model"), Corpus(small_corpus)
     rows = corpus.split("validation")[:20]
     batch = CellBatch(corpus.rows(rows), rows, np.full(20, VALIDATION_EPOCH))
-    masked = mask_batch(batch, target_sum=1e4, mask_prob=0.15, replace_prob=0.9, seed=0)
+    objective = load_config("sclong_tiny").objective
+    masked = mask_batch(batch, objective, target_sum=1e4, seed=0)
     metrics = MaskedMetrics(corpus.gene_stats.mean_expressed, torch.device("cpu"))
     with torch.no_grad():
         metrics.add(model(masked.x, masked.hidden), masked.x, masked.targets)
@@ -301,6 +304,41 @@ def test_many_ranks_say_an_error_once(small_corpus, tmp_path):
     output = finish(launch(2, args), expected=1)
     assert output.count("error: ") == 1
     assert "model.gene_graph=/none.npz: no such file" in output
+
+
+def test_released_choices_train(small_corpus, small_graph, tmp_path):
+    """The choices of sclong_reference at a small size: features are redrawn, the mask is cut."""
+    tiny, released = (load_config(name).model for name in ("sclong_tiny", "sclong_reference"))
+    sizes = {"base_dim", "large_dim", "top_seq_len", "expression_hidden", "gene_graph"}
+    choices = {
+        f"model.{field.name}": getattr(released, field.name)
+        for field in dataclasses.fields(tiny)
+        if getattr(released, field.name) != getattr(tiny, field.name)
+        and field.name not in sizes | {"large_encoder", "mini_encoder", "decoder"}
+    }
+    assert {"model.mask_vector_max_norm", "model.pad_token", "model.head_init"} <= set(choices)
+    schedule = {
+        "optim.name": "adam", "optim.weight_decay": 0.0, "optim.schedule": "warm_restarts",
+        "optim.warmup_steps": 2, "optim.decay_steps": 4, "objective.target_rounding": "float32",
+    }  # fmt: skip
+    run_dir = tmp_path / "run"
+    steps = {"run.max_steps": 6, "run.validate_every_n_steps": 0, "optim.lr": "1.0e-1"}
+    args = settings(run_dir, small_corpus, small_graph, **(choices | schedule | steps))
+    finish(launch(2, args))
+    assert sorted(losses(run_dir)) == [1, 2, 3, 4, 5, 6]
+    rates = [r["train/lr"] for r in read_metrics(run_dir) if "train/lr" in r]
+    assert rates == pytest.approx([0.01, 0.055, 0.1, 0.055, 0.01, 0.055])
+    exported = weights(run_dir, tmp_path)
+    norm = np.linalg.norm(exported["expression_encoder.mask_vector"])
+    # Steps of 0.1 move a vector of 32 by up to 0.57.
+    assert 0.9 < norm <= 1 + 1e-6
+    assert exported["gene_encoder.table"].shape[0] == 301
+    assert released.feature_redraw_interval == 5
+    features = load_file(tmp_path / "model_run" / "random_features.safetensors")
+    model = load_config(run_dir / "config.yaml").model
+    assert torch.equal(
+        torch.from_numpy(features["decoder.0"]), drawn_features(model, 1)["decoder.0"]
+    )
 
 
 def test_missing_inputs_are_named(small_corpus, small_graph, tmp_path, capsys):

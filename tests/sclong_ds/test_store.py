@@ -13,7 +13,6 @@ import scipy
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from scipy import sparse
 
 from sclong_ds.store import (
@@ -96,6 +95,20 @@ def test_stored_zeros_are_skipped() -> None:
     packed = encode(matrix)
     np.testing.assert_array_equal(packed.row_nnz, [1, 0])
     assert_same(decode(packed.gap, packed.count, packed.row_entries, 9), matrix)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint32, np.int64, np.uint64])
+@pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
+def test_counts_of_every_type_give_the_same_bytes(dtype: type, index_dtype: type) -> None:
+    matrix = random_counts(4)
+    matrix.data = np.minimum(matrix.data, min(np.iinfo(dtype).max, 2**32 - 1))
+    expected = encode(matrix)
+    matrix.data = matrix.data.astype(dtype)
+    matrix.indices, matrix.indptr = (x.astype(index_dtype) for x in (matrix.indices, matrix.indptr))
+    found = encode(matrix)
+    for name in ("gap", "count", "row_entries", "row_nnz", "row_total"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
 
 
 @pytest.mark.parametrize(
@@ -232,6 +245,61 @@ def test_file_sizes(tmp_path: Path) -> None:
         assert size / matrix.nnz < most
 
 
+@pytest.mark.parametrize("ended", ["killed", "failed", "while finishing"])
+def test_resumed_store_has_the_same_bytes(
+    tmp_path: Path, ended: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer stops somewhere after its last checkpoint; the next one goes on from there."""
+    matrix = random_counts(12)
+    options: dict[str, int] = {"n_genes": 2_000, "chunk_entries": 1024, "chunks_per_shard": 4}
+
+    def append(writer: CellWriter, block: int) -> None:
+        rows = np.arange(20 * block, 20 * block + 20)
+        writer.append(matrix[rows], source={"source_row": rows})
+
+    with CellWriter(tmp_path / "whole.zarr", **options) as writer:
+        for block in range(10):
+            append(writer, block)
+    for stop in (1, 4, 7, 10):
+        path = tmp_path / f"{ended}{stop}.zarr"
+        writer = CellWriter(path, resumable=True, **options)
+        assert writer.mark == 0
+        for block in range(stop):
+            append(writer, block)
+            if block == stop - 2:
+                writer.checkpoint(mark=block + 1)
+        if ended == "failed":
+            writer.__exit__(ValueError, ValueError("stop"), None)
+        elif ended == "while finishing":
+            with monkeypatch.context() as patch:
+                patch.setattr("sclong_ds.cell_writer.sync_tree", Path.unlink)
+                with pytest.raises(OSError, match=r".part"):
+                    writer.__exit__(None, None, None)
+        assert not path.exists()
+        with CellWriter(path, resumable=True, **options) as resumed:
+            assert resumed.mark == stop - 1
+            for block in range(resumed.mark, 10):
+                append(resumed, block)
+        assert files_of(path) == files_of(tmp_path / "whole.zarr")
+    assert not list(tmp_path.glob(".*"))
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_many_open_stores_keep_few_files_open(tmp_path: Path) -> None:
+    write_store(tmp_path / "cells.zarr", random_counts(13, n_cells=20))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    stores = [CellStore(tmp_path / "cells.zarr") for _ in range(30)]
+    assert all(len(store.row_total) == len(store.row_entries) == 20 for store in stores)
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 10
+
+
 @pytest.mark.parametrize("fault", ["raise", "columns", "table", "type"])
 def test_failed_writing_leaves_nothing(tmp_path: Path, fault: str) -> None:
     matrix = random_counts(5, n_cells=4)
@@ -318,15 +386,7 @@ def test_same_cells_same_bytes(tmp_path: Path) -> None:
     matrix = random_counts(9)
     write_store(tmp_path / "a.zarr", matrix, block=37)
     write_store(tmp_path / "b.zarr", matrix, block=200)
-
-    def digests(path: Path) -> NDArray[np.str_]:
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        names = [
-            f"{f.relative_to(path)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files
-        ]
-        return np.array(names)
-
-    np.testing.assert_array_equal(digests(tmp_path / "a.zarr"), digests(tmp_path / "b.zarr"))
+    assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "b.zarr")
 
 
 def test_corpus_that_is_none(tmp_path: Path) -> None:

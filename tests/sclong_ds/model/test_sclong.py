@@ -161,7 +161,7 @@ def test_features_stay_float32_under_bf16():
     model = small_model().bfloat16()
     x, mask = cells()
     assert model(x, mask).dtype == torch.bfloat16
-    assert model.decoder._features(x.device)[0].dtype == torch.float32
+    assert model.decoder.features(x.device)[0].dtype == torch.float32
 
 
 def test_starts_at_the_mean_it_is_given():
@@ -170,6 +170,13 @@ def test_starts_at_the_mean_it_is_given():
     model = ScLong(config, n_genes=G, graph=small_graph(), output_mean=mean)
     x, mask = cells()
     torch.testing.assert_close(model(x, mask), torch.tensor(mean, dtype=torch.float32).expand(4, G))
+
+
+def test_random_head_starts_as_a_linear_layer():
+    config = dataclasses.replace(small_model().config, head_init="random")
+    head = ScLong(config, n_genes=G, graph=small_graph(), output_mean=9.0).head
+    for values in (head.weight, head.bias):
+        assert 0 < values.abs().max() <= 16**-0.5
 
 
 def test_wrong_inputs_are_named():
@@ -184,3 +191,116 @@ def test_wrong_inputs_are_named():
         ScLong(dataclasses.replace(config, top_seq_len=G), n_genes=G, graph=small_graph())
     with pytest.raises(ValueError, match="gene_vectors"):
         ScLong(config, n_genes=G, graph=small_graph(), gene_vectors=np.zeros((G, 3)))
+
+
+ABLATIONS = {
+    "no graph": {"gene_encoder": "embedding"},
+    "no gene encoder": {"gene_encoder": "none"},
+    "no gene vectors": {"use_gene_vectors": False},
+    "large only": {"contextual_encoder": "large"},
+    "mini only": {"contextual_encoder": "mini"},
+    "softmax attention": {"attention": "softmax"},
+    "Gaussian features": {"random_features": "gaussian"},
+    "features as QR leaves them": {"random_features": "orthogonal_qr"},
+}
+
+
+@pytest.mark.parametrize("changes", ABLATIONS.values(), ids=ABLATIONS)
+def test_every_ablation_is_another_model_that_trains_whole(changes):
+    model = small_model(graph="gene_encoder" not in changes, **changes)
+    x, mask = cells()
+    out = model(x, mask)
+    assert not torch.allclose(out, small_model()(x, mask), atol=1e-3)
+    out.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    alone = model(x[2:3], mask[2:3])[0]
+    assert (out[2] - alone).norm() <= 1e-6 * alone.norm()
+
+
+def test_ablations_leave_out_what_they_say():
+    large, mini = (
+        dict(small_model(contextual_encoder=e).named_children()) for e in ("large", "mini")
+    )
+    assert "mini_encoder" not in large
+    assert not {"large_encoder", "to_large", "from_large"} & set(mini)
+    vectors_alone = small_model(graph=False, gene_encoder="none").gene_encoder
+    assert set(dict(vectors_alone.named_parameters())) == {"vectors"}
+    assert small_model(use_gene_vectors=False).gene_encoder.vectors is None
+
+
+def test_softmax_attention_is_exact():
+    model = small_model(attention="softmax")
+    attention = model.decoder.layers[0].attention
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    q, k, v = (t.unflatten(-1, (2, 8)) for t in attention.to_qkv(x).chunk(3, dim=-1))
+    weights = torch.einsum("bihk,bjhk->bhij", q, k).div(8**0.5).softmax(-1)
+    expected = torch.einsum("bhij,bjhk->bihk", weights, v).flatten(2)
+    torch.testing.assert_close(attention(x, None), attention.to_out(expected))
+
+
+def test_in_the_large_only_model_the_other_genes_keep_their_vectors():
+    model = small_model(contextual_encoder="large")
+    seen = {}
+    model.decoder.register_forward_pre_hook(lambda _, inputs: seen.update(merged=inputs[0]))
+    x, mask = cells()
+    model(x, mask)
+    genes = model.gene_encoder()
+    tokens = model.expression_encoder(x, mask) + genes
+    rest = expression_order(x, mask)[:, model.config.top_seq_len :]
+    for b in range(len(x)):
+        torch.testing.assert_close((seen["merged"] - genes)[b, rest[b]], tokens[b, rest[b]])
+
+
+def test_pad_token_takes_part_and_is_not_returned():
+    model, plain = small_model(pad_token=True), small_model()
+    x, mask = cells()
+    assert model(x, mask).shape == x.shape
+    assert model.gene_encoder().shape[0] == G + 1
+    before = model(x, mask)
+    model.gene_encoder.vectors.data[G] += torch.arange(16)
+    assert not torch.allclose(before, model(x, mask))
+    assert plain.gene_encoder().shape[0] == G
+
+
+def test_gene_vectors_start_both_tables():
+    config = dataclasses.replace(small_model().config, pad_token=True)
+    vectors = np.random.default_rng(0).standard_normal((G, 16))
+    encoder = ScLong(config, n_genes=G, graph=small_graph(), gene_vectors=vectors).gene_encoder
+    for table in (encoder.vectors, encoder.table):
+        np.testing.assert_array_equal(table.detach()[:G], vectors.astype(np.float32))
+        assert not table[G].any()
+
+
+def test_cut_mask_vector_keeps_its_gradient():
+    model = small_model(mask_vector_max_norm=1.0)
+    encoder = model.expression_encoder
+    torch.testing.assert_close(encoder.mask_vector.norm().detach(), torch.tensor(1.0))
+    encoder.mask_vector.data *= 3
+    cut = encoder._mask_vector()
+    torch.testing.assert_close(cut.norm(), torch.tensor(1.0))
+    cut.sum().backward()
+    assert torch.equal(encoder.mask_vector.grad, torch.ones(16))
+    encoder.mask_vector.data *= 0.2
+    assert torch.equal(encoder._mask_vector(), encoder.mask_vector)
+
+
+def test_given_features_are_used_before_the_first_redraw():
+    drawn = small_model()
+    given = {
+        f"{name}.{i}": torch.randn(f.shape, generator=torch.Generator().manual_seed(i))
+        for name, stack in drawn.performers().items()
+        for i, f in enumerate(stack.features(torch.device("cpu")))
+    }
+    torch.manual_seed(0)
+    model = ScLong(drawn.config, n_genes=G, graph=small_graph(), features=given)
+    model.load_state_dict(drawn.state_dict())
+    x, mask = cells()
+    assert not torch.allclose(model(x, mask), drawn(x, mask))
+    assert model.decoder.features(x.device)[1] is given["decoder.1"]
+    for one in (model, drawn):
+        one.redraw_features(1)
+    assert torch.equal(model(x, mask), drawn(x, mask))
+    given["mini_encoder.1"] = given["mini_encoder.1"][:3]
+    with pytest.raises(ValueError, match=r"mini_encoder.1 has the shape \(3, 8\), must be"):
+        ScLong(drawn.config, n_genes=G, graph=small_graph(), features=given)

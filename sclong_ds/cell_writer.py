@@ -1,0 +1,309 @@
+"""Writes a cell store, the format that `sclong_ds.cells` describes.
+
+    with CellWriter("cells.zarr", n_genes=27_874) as writer:
+        writer.append(counts, source={"source_row": rows})
+
+Reads and writes the temporary folder beside the store, which gets its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import zarr
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_matrix
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from sclong_ds.cells import CELLS_FORMAT, CELLS_VERSION, OWN_TABLES, STREAMS
+from sclong_ds.files import sync_folder, sync_tree, write_atomic
+from sclong_ds.streams import PackedCells, encode
+
+CHUNK_ENTRIES = 2**19
+CHUNKS_PER_SHARD = 32
+_CHECKPOINT = "checkpoint.npz"
+
+
+class CellWriter:
+    """Writes a cell store; a context manager that leaves the finished store or nothing.
+
+    Cells are kept in the order given. Memory is one shard (2 x chunk_entries x chunks_per_shard
+    bytes). A resumable writer that was killed or failed leaves `.NAME.part` beside `path`, and the
+    next one goes on at its last checkpoint; the store has the same bytes.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_genes: int,
+        codec: Literal["zstd", "none"] = "zstd",
+        chunk_entries: int = CHUNK_ENTRIES,
+        chunks_per_shard: int = CHUNKS_PER_SHARD,
+        resumable: bool = False,
+    ) -> None:
+        """Start a store in a temporary folder beside `path`.
+
+        Args:
+            path: Folder to create; it must not exist.
+            n_genes: Number of columns of every matrix appended.
+            codec: zstd (about half the bytes) or none (for fast local disks).
+            chunk_entries: Entries of a chunk; about one entry per non-zero count.
+            chunks_per_shard: Chunks in one file.
+            resumable: Go on at the last `checkpoint` of a writer with the same arguments, if any;
+                its number is `mark`.
+
+        Raises:
+            ValueError: Unknown codec, or sizes below 1.
+            FileExistsError: `path` exists.
+        """
+        if codec not in ("zstd", "none"):
+            raise ValueError(f"codec '{codec}': allowed are zstd and none")
+        if min(n_genes, chunk_entries, chunks_per_shard) < 1:
+            raise ValueError(
+                f"n_genes {n_genes}, chunk_entries {chunk_entries}, chunks_per_shard "
+                f"{chunks_per_shard}: each must be at least 1"
+            )
+        self.path = Path(path)
+        if self.path.exists():
+            raise FileExistsError(f"{self.path}: exists already; remove it or choose another name")
+        self.n_genes, self.codec, self.chunk_entries = n_genes, codec, chunk_entries
+        self.resumable, self.mark = resumable, 0
+        self._temporary = self.path.with_name(f".{self.path.name}.part")
+        if not resumable:
+            folder = tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+            self._temporary = Path(folder)
+            self._temporary.chmod(0o755)
+        self._shard = np.zeros((2, chunks_per_shard, chunk_entries), np.uint8)
+        self._shards_written = self._shards_synced = 0
+        self._chunk = 0
+        """Chunk of the shard that is being filled."""
+        self._fill = 0
+        """Entries in that chunk."""
+        self._chunk_rows = [0]
+        self._n_rows = self._n_values = 0
+        self._tables: dict[str, np.dtype] = {}
+        if (self._temporary / _CHECKPOINT).is_file():
+            self._group = zarr.open_group(self._temporary, mode="r+")
+            self._return_to_checkpoint()
+        else:
+            self._group = zarr.create_group(self._temporary, attributes={}, overwrite=True)
+            for name in STREAMS:
+                self._create_stream(name, chunks_per_shard)
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish the store, or remove what was written when the block failed."""
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if not self.resumable:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def append(self, matrix: csr_matrix, *, source: Mapping[str, ArrayLike] | None = None) -> None:
+        """Add cells.
+
+        Args:
+            matrix: (cells, n_genes) CSR of integer counts, column indices increasing in each row.
+            source: Integer columns (cells,) of the row table, the same names in every call;
+                `finalize` needs `source_row`, the row of the cell in its source file.
+
+        Raises:
+            ValueError: Another number of columns, counts that cannot be stored, or other columns
+            than before.
+        """
+        if matrix.shape[1] != self.n_genes:
+            raise ValueError(f"cells with {matrix.shape[1]} genes: this store has {self.n_genes}")
+        self.append_packed(encode(matrix), source=source)
+
+    def append_packed(
+        self, cells: PackedCells, *, source: Mapping[str, ArrayLike] | None = None
+    ) -> None:
+        """Add cells that are encoded already; as `append`."""
+        if len(cells.row_entries) == 0:
+            return
+        ends = np.cumsum(cells.row_entries, dtype=np.int64)
+        largest = int(cells.row_entries.max())
+        if largest > self.chunk_entries:
+            raise ValueError(
+                f"a cell of {largest} entries does not fit a chunk of {self.chunk_entries}: "
+                "raise chunk_entries"
+            )
+        columns: dict[str, NDArray[Any]] = {name: getattr(cells, name) for name in OWN_TABLES[1:]}
+        columns |= {name: np.asarray(values) for name, values in (source or {}).items()}
+        self._append_tables(columns, len(ends))
+        row, done = 0, 0
+        while row < len(ends):
+            room = self.chunk_entries - self._fill
+            stop = int(np.searchsorted(ends, done + room, side="right"))
+            if stop == row:
+                self.end_chunk()
+                continue
+            size = int(ends[stop - 1]) - done
+            for stream, values in enumerate((cells.gap, cells.count)):
+                self._shard[stream, self._chunk, self._fill : self._fill + size] = values[
+                    done : done + size
+                ]
+            self._fill, self._n_rows = self._fill + size, self._n_rows + stop - row
+            row, done = stop, done + size
+        self._n_values += int(cells.row_nnz.sum(dtype=np.int64))
+
+    def end_chunk(self) -> None:
+        """Pad the current chunk, so that the next cell begins a new one."""
+        if self._chunk_rows[-1] == self._n_rows:
+            return
+        self._chunk_rows.append(self._n_rows)
+        self._chunk, self._fill = self._chunk + 1, 0
+        if self._chunk == self._shard.shape[1]:
+            self._write_shard()
+
+    @property
+    def n_rows(self) -> int:
+        """Number of cells so far."""
+        return self._n_rows
+
+    def checkpoint(self, mark: int) -> None:
+        """Make what was appended survive a kill.
+
+        Args:
+            mark: Tells the caller of the next writer where to go on.
+        """
+        assert self.resumable
+        for number in range(self._shards_synced, self._shards_written):
+            for name in STREAMS:
+                sync_folder(self._temporary / name / "c" / str(number))
+        for name in self._tables:
+            sync_folder(self._temporary / name / "c" / "0")
+        self._shards_synced, self.mark = self._shards_written, mark
+        numbers = [self._shards_written, self._chunk, self._fill, self._n_rows, self._n_values]
+        content = io.BytesIO()
+        np.savez(
+            content,
+            mark=mark,
+            numbers=numbers,
+            shard=self._shard[:, : self._chunk + 1],
+            chunk_rows=self._chunk_rows,
+            tables=[f"{dtype.str}{name}" for name, dtype in self._tables.items()],
+        )
+        write_atomic(self._temporary / _CHECKPOINT, content.getvalue())
+
+    def _return_to_checkpoint(self) -> None:
+        with np.load(self._temporary / _CHECKPOINT) as state:
+            numbers = state["numbers"].tolist()
+            self._shards_written, self._chunk, self._fill, self._n_rows, self._n_values = numbers
+            self._shard[:, : self._chunk + 1] = state["shard"]
+            self._chunk_rows = state["chunk_rows"].tolist()
+            self._tables = {text[3:]: np.dtype(text[:3]) for text in state["tables"].tolist()}
+            self.mark, self._shards_synced = int(state["mark"]), self._shards_written
+        # Whatever came after the checkpoint is made again, also the work of `_finish`.
+        shutil.rmtree(self._temporary / "chunk_rows", ignore_errors=True)
+        for name, dtype in self._tables.items():
+            (self._temporary / name / "zarr.json").unlink(missing_ok=True)
+            os.truncate(self._temporary / name / "c" / "0", self._n_rows * dtype.itemsize)
+
+    def _append_tables(self, columns: Mapping[str, NDArray[Any]], n_rows: int) -> None:
+        """Append to the files that become the row tables; no table is held in memory."""
+        if self._tables and set(columns) != set(self._tables):
+            raise ValueError(
+                f"row columns {sorted(columns)}: the cells before had {sorted(self._tables)}"
+            )
+        for name, values in columns.items():
+            if values.shape != (n_rows,) or values.dtype.kind not in "iu":
+                raise ValueError(
+                    f"row column '{name}': got {values.dtype}{values.shape}, "
+                    f"need integers of shape ({n_rows},)"
+                )
+            dtype = self._tables.setdefault(name, values.dtype.newbyteorder("<"))
+            if not np.can_cast(values.dtype, dtype, "equiv"):
+                raise ValueError(
+                    f"row column '{name}': got {values.dtype}, the cells before had {dtype}"
+                )
+            folder = self._temporary / name / "c"
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "0").open("ab") as file:
+                file.write(np.ascontiguousarray(values, dtype=dtype).tobytes())
+
+    def _write_shard(self) -> None:
+        n_chunks, size = self._chunk, self._shard.shape[1] * self.chunk_entries
+        start = self._shards_written * size
+        stop = start + n_chunks * self.chunk_entries
+        for stream, name in enumerate(STREAMS):
+            array = self._group[name]
+            assert isinstance(array, zarr.Array)
+            array.resize((stop,))
+            array[start:stop] = self._shard[stream, :n_chunks].reshape(-1)
+        self._shard[:] = 0
+        self._shards_written, self._chunk = self._shards_written + 1, 0
+
+    def _finish(self) -> None:
+        self.end_chunk()
+        if self._chunk:
+            self._write_shard()
+        if not self._tables:
+            self._tables = {
+                "row_entries": np.dtype("<u4"),
+                "row_nnz": np.dtype("<u4"),
+                "row_total": np.dtype("<i8"),
+            }
+        for name, dtype in self._tables.items():
+            self._create_table(name, self._n_rows, dtype)
+        self._create_table("chunk_rows", len(self._chunk_rows), np.dtype("<i8"))[:] = np.array(
+            self._chunk_rows
+        )
+        self._group.update_attributes(
+            {
+                "format": CELLS_FORMAT,
+                "version": CELLS_VERSION,
+                "n_cells": self._n_rows,
+                "n_genes": self.n_genes,
+                "n_values": self._n_values,
+                "chunk_entries": self.chunk_entries,
+                "codec": self.codec,
+            }
+        )
+        sync_tree(self._temporary)
+        (self._temporary / _CHECKPOINT).unlink(missing_ok=True)
+        os.rename(self._temporary, self.path)
+
+    def _create_stream(self, name: str, chunks_per_shard: int) -> None:
+        compressors: list[BytesBytesCodec] = [Crc32cCodec()]
+        if self.codec == "zstd":
+            compressors.insert(0, ZstdCodec(level=1))
+        self._group.create_array(
+            name,
+            shape=(0,),
+            chunks=(self.chunk_entries,),
+            shards=(self.chunk_entries * chunks_per_shard,),
+            dtype="u1",
+            compressors=compressors,
+            fill_value=0,
+        )
+
+    def _create_table(self, name: str, length: int, dtype: np.dtype) -> zarr.Array:
+        return self._group.create_array(
+            name,
+            shape=(length,),
+            chunks=(max(length, 1),),
+            dtype=dtype,
+            compressors=None,
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )

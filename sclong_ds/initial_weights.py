@@ -1,0 +1,101 @@
+"""Start a run from the weights of an exported or imported model (`run.init_from`).
+
+Reads MODEL_DIR/model.safetensors one tensor at a time; the model section of the run must be that of
+the model, so that weights mean the same in both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sclong_ds.config import RunConfig
+from sclong_ds.files import file_sha256
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.model_dir import WEIGHTS, read_description
+from sclong_ds.strict_yaml import to_dict
+
+_FILES = ("model.gene_graph", "model.random_features_file")
+"""Keys that name files, whose content must be the same."""
+_FREE = ("feature_redraw_interval", "gene_vectors", "head_init")
+"""Keys of the model section that may differ: they concern training, or were used up at its
+start."""
+
+
+class InitialWeights:
+    """The weights of a model folder, read one at a time.
+
+    Args:
+        folder: MODEL_DIR of `export` or `import-reference`.
+
+    Raises:
+        ValueError: Damaged weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / WEIGHTS
+        try:
+            self._file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged ({error}); export the model again") from None
+
+    def __call__(self, name: str) -> Tensor:
+        """Return one weight, float32, on the CPU."""
+        return self._file.get_tensor(name)
+
+
+def check_initial_model(config: RunConfig, genes: GeneVocabulary) -> None:
+    """Check that the model of `run.init_from` is the run's: genes, transform, architecture, files.
+
+    Args:
+        config: The run's configuration.
+        genes: Genes of the corpus.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: What differs.
+    """
+    folder = Path(str(config.run.init_from))
+    saved = read_description(folder)
+    if saved["genes_hash"] != genes.hash:
+        raise ValueError(
+            f"run.init_from={folder}: its genes are not those of data.corpus; convert the corpus "
+            f"with --genes {folder / 'genes.tsv'}"
+        )
+    theirs, ours = dict(_flat(saved["model"])), dict(_flat(to_dict(config.model)))
+    theirs["data.target_sum"] = saved["transform"]["target_sum"]
+    ours["data.target_sum"] = config.data.target_sum
+    free = {f"model.{key}" for key in _FREE}
+    if theirs["model.random_features_file"]:
+        free.add("model.projection_seed")
+    lines = []
+    for key in [key for key in theirs if key not in free]:
+        want, have = theirs[key], ours.get(key)
+        if key in _FILES and want is not None:
+            want = str(folder / want)
+            same = have is not None and file_sha256(have) == file_sha256(want)
+        else:
+            same = want == have
+        if not same:
+            lines.append(f"{key}={_override(want)}")
+    if lines:
+        raise ValueError(f"run.init_from={folder}: its model is another one; set {' '.join(lines)}")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "model") -> Iterator[tuple[str, Any]]:
+    """Yield override keys and values of a section."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}", value
+
+
+def _override(value: Any) -> str:
+    """Write a value as on the command line: null, true, 3, text."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,186 @@
+"""Strict YAML for frozen dataclasses: no unknown, missing or doubled key, no silent conversion.
+
+`section_from_dict` makes a dataclass from a mapping: every field must be there, unknown keys are
+errors with a suggestion, types are exact (3 is a valid float, true is no int). `to_yaml` writes
+what it accepts. Reads YAML text, writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the configuration (or one section) as plain dicts, lists and scalars."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """Return the configuration (or one section) as YAML that the loader accepts."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
+
+
+def section_from_dict(cls: type, tree: Mapping[str, Any], where: str) -> Any:
+    """Build one section (say ModelConfig from an exported model's config.yaml) with all checks.
+
+    Args:
+        cls: The section's dataclass.
+        tree: Its keys and values.
+        where: File name for error messages.
+    """
+    return _build(cls, dict(tree), where, "")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; duplicate keys are an error."""
+    return parse_yaml(path.read_text(encoding="utf-8"), path.name)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML writer whose floats are always read back as floats (1e-08 would be read as a string)."""
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:float", _plain_number(value))
+
+
+_Dumper.add_representer(float, _represent_float)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; PyYAML keeps the last one silently."""
+
+
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in mapping:
+            raise ValueError(f"line {key_node.start_mark.line + 1}: key '{key}' is given twice")
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """Read a YAML mapping from text; duplicate keys are an error.
+
+    Args:
+        text: The YAML.
+        name: File name for error messages.
+    """
+    try:
+        # _UniqueKeyLoader is a SafeLoader: it builds plain containers and scalars only.
+        tree = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def parse_value(text: str) -> Any:
+    """Read one YAML value, say of a command-line override.
+
+    Raises:
+        ValueError: Not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError:
+        raise ValueError(f"'{text}' is not a YAML value") from None
+
+
+def unknown_key(name: str, allowed: Iterable[str]) -> str:
+    """Return what to say about a key that is not allowed: the nearest one, or all."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(allowed)}"
+    return f"{name}: unknown key ({hint})"
+
+
+def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
+    """Build a dataclass from a mapping; every key present, none unknown, every type exact."""
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{where}: {prefix.rstrip('.') or 'file'}: expected a mapping, got {_show(tree)}"
+        )
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise ValueError(f"{where}: {prefix}{unknown_key(str(key), hints)}")
+    missing = [key for key in hints if key not in tree]
+    if missing:
+        raise ValueError(
+            f"{where}: missing {', '.join(prefix + m for m in missing)}; "
+            f"a configuration is complete: copy the value from a preset"
+        )
+    values = {}
+    for key, hint in hints.items():
+        name = f"{prefix}{key}"
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(typing.cast(type, hint), tree[key], where, f"{name}.")
+        else:
+            values[key] = _convert(tree[key], hint, f"{where}: {name}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """Check one value against its annotation; exact types, except that 3 is a valid float."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args or isinstance(value, bool):
+            raise ValueError(f"{name}: got {_show(value)}, allowed: {', '.join(map(str, args))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), name)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise ValueError(f"{name}: expected a list of {len(args)} values, got {_show(value)}")
+        return tuple(
+            _convert(v, a, f"{name}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
+        )
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        hint_text = ""
+        if hint in (int, float) and isinstance(value, str):
+            try:
+                number = float(value)
+                hint_text = f"; YAML reads '{value}' as text, write {_plain_number(number)}"
+            except ValueError:
+                pass
+        raise ValueError(f"{name}: expected {hint.__name__}, got {_show(value)}{hint_text}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def _plain_number(number: float) -> str:
+    text = repr(number)
+    return text if "." in text or "e" not in text else text.replace("e", ".0e")
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,49 @@
+"""Build a preset's model as training does and write what memory it took; one process per rank.
+
+Launched with `deepspeed --no_local_rank tests/instantiate_partitioned.py FOLDER PRESET
+[key=value ...]`; each rank writes FOLDER/rank_N.json: the resident memory before the model was
+built, its peak, and the bytes of the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+from sclong_ds.config import load_config
+from sclong_ds.engine import (
+    build_partitioned,
+    count_parameters,
+    join_process_group,
+    resolve_ds_config,
+)
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.model.sclong import ScLong
+
+
+def main(folder: str, preset: str, *overrides: str) -> None:
+    """Build the model on this rank and write the figures."""
+    config = load_config(preset, overrides)
+    ranks = join_process_group(timeout_s=config.engine.timeout_s)
+    ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
+    n_genes = len(GeneVocabulary.bundled())
+    before = psutil.Process().memory_info().rss
+    model = build_partitioned(
+        lambda: ScLong(config.model, n_genes=n_genes, graph=None), seed=0, ds_config=ds_config
+    )
+    figures = {
+        "before_bytes": before,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "held_bytes": sum(p.ds_tensor.nbytes for p in model.parameters()),
+        "model_bytes": sum(p.ds_numel * p.element_size() for p in model.parameters()),
+        "parameters": count_parameters(model),
+    }
+    (Path(folder) / f"rank_{ranks.rank}.json").write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,123 @@
+"""A run that starts from a model folder: the same weights, to the bit, or a refusal."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+import yaml
+from exported import write_model
+from launching import ROOT, deepspeed_command, environment, run_module
+from safetensors.torch import load_file
+
+from sclong_ds.config import load_config
+from sclong_ds.features_file import write_features
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.initial_weights import InitialWeights, check_initial_model
+
+
+@pytest.fixture
+def model_dir(small_corpus, tmp_path):
+    return write_model(tmp_path, GeneVocabulary.read(small_corpus / "genes.tsv"), seed=5)
+
+
+def overrides(model_dir, **changes):
+    """Return the overrides that make the tiny preset the model of a folder."""
+
+    def flat(tree, prefix):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}.{key}")
+            else:
+                yield f"{prefix}.{key}", value
+
+    model = yaml.safe_load((model_dir / "config.yaml").read_text())["model"]
+    settings = dict(flat(model, "model")) | {"run.init_from": model_dir} | changes
+    return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_run_starts_from_the_weights_it_is_given(model_dir, small_corpus, tmp_path, stage):
+    """In bf16, where DeepSpeed would round the fp32 weights."""
+    before = load_file(model_dir / "model.safetensors")
+    drawn = {
+        f"{stack}.0": torch.randn(8, 4) for stack in ("large_encoder", "mini_encoder", "decoder")
+    }
+    features = model_dir / "random_features.safetensors"
+    write_features(features, drawn)
+    described = yaml.safe_load((model_dir / "config.yaml").read_text())
+    described["model"]["random_features_file"] = "random_features.safetensors"
+    (model_dir / "config.yaml").write_text(yaml.safe_dump(described))
+    run_dir = tmp_path / "run"
+    settings = {
+        "run.dir": run_dir, "data.corpus": small_corpus, "run.max_steps": 1,
+        "engine.ds_config": stage,
+        "run.validate_every_n_steps": 0, "engine.precision": "bf16", "optim.lr": "1.0e-20",
+        "optim.weight_decay": 0.0, "tracking.enabled": "false",
+        "model.random_features_file": features,
+    }  # fmt: skip
+    command = ["--config", "sclong_tiny", *overrides(model_dir, **settings)]
+    done = subprocess.run(
+        deepspeed_command(2, *command), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_module("sclong_ds", "export", run_dir, "--out", tmp_path / "after")
+    after = load_file(tmp_path / "after" / "model.safetensors")
+    assert set(after) == set(before)
+    for name, weight in before.items():
+        # One step of 1e-20: what differs more was rounded.
+        torch.testing.assert_close(after[name], weight, atol=1e-19, rtol=0)
+    kept = load_file(tmp_path / "after" / "random_features.safetensors")
+    assert all(torch.equal(kept[name], drawn[name]) for name in drawn)
+
+
+def test_other_model_is_named(model_dir, small_corpus, tmp_path):
+    genes = GeneVocabulary.read(small_corpus / "genes.tsv")
+    settings = overrides(model_dir)
+    check_initial_model(load_config("sclong_tiny", settings), genes)
+    free = overrides(model_dir, **{"model.feature_redraw_interval": 9})
+    check_initial_model(load_config("sclong_tiny", free), genes)
+    other = {
+        "model.base_dim": 16, "model.decoder.nb_features": "null", "model.projection_seed": 4,
+        "data.target_sum": 1e6, "model.random_features_file": tmp_path / "f",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="its model is another one; set ") as error:
+        check_initial_model(load_config("sclong_tiny", overrides(model_dir, **other)), genes)
+    needed = str(error.value).partition("set ")[2].split()
+    assert sorted(needed) == [
+        "data.target_sum=10000.0", "model.base_dim=8", "model.decoder.nb_features=8",
+        "model.projection_seed=0", "model.random_features_file=null",
+    ]  # fmt: skip
+    repaired = [*overrides(model_dir, **other), *needed]
+    check_initial_model(load_config("sclong_tiny", repaired), genes)
+    fewer = GeneVocabulary(genes.ids[1:], genes.symbols[1:], genes.classes[1:])
+    with pytest.raises(ValueError, match=r"its genes are not those of data\.corpus"):
+        check_initial_model(load_config("sclong_tiny", settings), fewer)
+
+
+def test_other_features_are_refused(model_dir, small_corpus, tmp_path):
+    genes = GeneVocabulary.read(small_corpus / "genes.tsv")
+    described = yaml.safe_load((model_dir / "config.yaml").read_text())
+    described["model"]["random_features_file"] = "random_features.safetensors"
+    (model_dir / "config.yaml").write_text(yaml.safe_dump(described))
+    for folder, value in ((model_dir, 0.0), (tmp_path, 1.0)):
+        features = {"decoder.0": torch.full((8, 4), value)}
+        write_features(folder / "random_features.safetensors", features)
+    own = {"model.random_features_file": model_dir / "random_features.safetensors"}
+    check_initial_model(load_config("sclong_tiny", overrides(model_dir, **own)), genes)
+    other = {"model.random_features_file": tmp_path / "random_features.safetensors"}
+    with pytest.raises(ValueError, match=f"set model.random_features_file={model_dir}"):
+        check_initial_model(load_config("sclong_tiny", overrides(model_dir, **other)), genes)
+
+
+def test_damaged_or_absent_weights_are_named(model_dir, tmp_path):
+    genes = GeneVocabulary.read(model_dir / "genes.tsv")
+    config = load_config("sclong_tiny", [f"run.init_from={tmp_path}"])
+    with pytest.raises(FileNotFoundError, match="is no exported model"):
+        check_initial_model(config, genes)
+    path = model_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        InitialWeights(model_dir)

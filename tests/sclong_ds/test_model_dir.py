@@ -1,0 +1,230 @@
+"""The model folder: what is written is read back, whole or not at all, in little memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from exported import write_model
+
+from sclong_ds.features_file import read_features, write_features
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.model.performer import drawn_features
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.model_dir import load_model, write_model_dir
+
+N_GENES = 40
+IDS = tuple(f"E{i}" for i in range(N_GENES))
+GENES = GeneVocabulary(IDS, tuple(f"S{i}" for i in range(N_GENES)), ("unknown",) * N_GENES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), GENES, seed=0)
+
+
+def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Return what writes a loaded model again."""
+    model = load_model(folder)
+    given = {
+        "weights": model.state_dict(), "model": model.config, "transform": model.transform,
+        "genes": folder / "genes.tsv", "graph": None, "features": None,
+        "provenance": {"step": 7},
+    }  # fmt: skip
+    return given | changes
+
+
+def features_of(model: ScLong) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{i}": tensor
+        for name, stack in model.performers().items()
+        for i, tensor in enumerate(stack.features(torch.device("cpu")))
+    }
+
+
+def test_the_safetensors_library_reads_the_weights(folder: Path) -> None:
+    with safetensors.safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        found = {name: file.get_tensor(name) for name in file.keys()}
+    header_bytes = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0
+    state = load_model(folder).state_dict()
+    assert set(found) == set(state)
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, state[name])
+
+
+def test_a_model_written_again_has_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    write_model_dir(tmp_path / "again", **arguments(folder))
+    for name in ("model.safetensors", "genes.tsv", "config.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_weights_of_other_types_become_float32(folder: Path, tmp_path: Path) -> None:
+    state = load_model(folder).state_dict()
+    columns = {n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in state.items()}
+    given = {n: t.double() if i % 2 else t for i, (n, t) in enumerate(columns.items())}
+    assert any(not tensor.is_contiguous() for tensor in given.values())
+    write_model_dir(tmp_path / "out", **arguments(folder, weights=given))
+    loaded = load_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_a_loaded_model_can_be_trained_without_touching_its_file(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    model = load_model(folder)
+    assert not model.training
+    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (model(torch.rand(2, N_GENES)) - 1.0).square().mean().backward()
+    optimizer.step()
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not torch.equal(load_model(folder).head.bias, model.head.bias)
+
+
+def test_given_random_features_are_kept_and_used(folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder)
+    torch.manual_seed(0)
+    drawn = features_of(model)
+    features = {name: torch.randn_like(tensor) for name, tensor in drawn.items()}
+    config = dataclasses.replace(model.config, random_features_file="/elsewhere/f.safetensors")
+    given = arguments(folder, model=config, features=features)
+    write_model_dir(tmp_path / "out", **given)
+    loaded = load_model(tmp_path / "out")
+    assert loaded.config.random_features_file == "random_features.safetensors"
+    found = features_of(loaded)
+    assert all(torch.equal(found[name], features[name]) for name in features)
+    x = torch.rand(2, N_GENES)
+    with torch.no_grad():
+        assert not torch.allclose(loaded.encode(x), model.encode(x))
+    loaded.redraw_features(1)
+    assert not torch.equal(features_of(loaded)["decoder.0"], features["decoder.0"])
+
+
+def test_without_features_they_are_drawn(folder: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(load_model(folder).config, random_features_file="/gone")
+    write_model_dir(tmp_path / "out", **arguments(folder, model=config))
+    loaded = load_model(tmp_path / "out")
+    assert loaded.config.random_features_file is None
+    drawn = drawn_features(loaded.config, 0)
+    assert all(torch.equal(drawn[name], found) for name, found in features_of(loaded).items())
+
+
+def wrong_weights(state: dict[str, torch.Tensor]) -> dict[str, tuple[dict, str]]:
+    bias = state["norm.bias"]
+    return {
+        "missing": ({n: t for n, t in state.items() if n != "norm.bias"}, "norm.bias is missing"),
+        "extra": (state | {"more": bias}, "more is unknown"),
+        "shape": (state | {"norm.bias": bias[1:]}, r"norm.bias has the shape \(7,\), must be \(8"),
+    }
+
+
+@pytest.mark.parametrize("case", ["missing", "extra", "shape"])
+def test_weights_that_do_not_fit_leave_nothing_behind(
+    folder: Path, tmp_path: Path, case: str
+) -> None:
+    weights, reason = wrong_weights(load_model(folder).state_dict())[case]
+    with pytest.raises(ValueError, match=reason):
+        write_model_dir(tmp_path / "new" / "out", **arguments(folder, weights=weights))
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_features_of_another_model_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    features = features_of(load_model(folder))
+    features["decoder.0"] = features["decoder.0"][1:]
+    given = arguments(folder, features=features)
+    with pytest.raises(ValueError, match=r"decoder.0 has the shape \(7, 4\), must be \(8, 4\)"):
+        write_model_dir(tmp_path / "new" / "out", **given)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_an_existing_folder_is_not_replaced(folder: Path) -> None:
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(FileExistsError, match=r"exists: give another --out"):
+        write_model_dir(folder, **arguments(folder))
+    assert (folder / "config.yaml").read_text() == before
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(config | changes))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_changed_folder_is_refused(copy: Path) -> None:
+    genes = (copy / "genes.tsv").read_text()
+    (copy / "genes.tsv").write_text(genes.replace("E0\t", "X0\t"))
+    with pytest.raises(ValueError, match=r"genes.tsv was changed"):
+        load_model(copy)
+    (copy / "genes.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"genes.tsv is missing"):
+        load_model(copy)
+
+
+def test_another_version_is_refused(copy: Path) -> None:
+    change_config(copy, version=1)
+    with pytest.raises(ValueError, match=r"version 1; this version reads sclong_ds-model 2"):
+        load_model(copy)
+
+
+def test_damaged_weights_are_refused(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit"):
+        load_model(copy)
+    state = safetensors.torch.load(whole)
+    safetensors.torch.save_file({n: t for n, t in state.items() if n != "head.bias"}, path)
+    with pytest.raises(ValueError, match=r"does not fit its config.yaml: .*head.bias"):
+        load_model(copy)
+    safetensors.torch.save_file(state | {"head.bias": state["head.bias"].half()}, path)
+    with pytest.raises(ValueError, match=r"head.bias is torch.float16, not float32"):
+        load_model(copy)
+
+
+def test_the_card_says_who_trained_the_model(folder: Path, tmp_path: Path) -> None:
+    trained = {"step": 7, "validation": {"val/mse": 0.25}}
+    file = {"file": "m.pth", "bytes": 12, "sha256": "abc"}
+    for name, provenance in (("a", trained), ("b", {"imported_files": {"checkpoint": file}})):
+        write_model_dir(tmp_path / name, **arguments(folder, provenance=provenance))
+        assert json.loads((tmp_path / name / "provenance.json").read_text()) == provenance
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "trained with sclong_ds" in card
+    assert "| step | 7 |" in card
+    assert "| val/mse | 0.2500 |" in card
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "trained with" not in card
+    assert "imported" in card
+    assert "| checkpoint | m.pth | 12 | abc |" in card
+
+
+def test_feature_files_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no such file of random features"):
+        read_features(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"not a file of random features"):
+        read_features(path)
+    for wrong, reason in (
+        (torch.ones(3), r"shape \(3,\)"),
+        (torch.full((2, 2), torch.nan), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            write_features(path, {"decoder.0": wrong})
+        safetensors.torch.save_file({"decoder.0": wrong}, path)
+        with pytest.raises(ValueError, match=reason):
+            read_features(path)
+    write_features(path, {"decoder.0": torch.ones(2, 3, dtype=torch.float64).t()})
+    assert read_features(path)["decoder.0"].shape == (3, 2)
