@@ -2,28 +2,30 @@
 
     out = favor_attention(q, k, v, features)                # (B, N, H, K) each
     out = favor_attention_packed(qkv, features)             # (B, N, 3, H, K), gradient in one piece
+    out = favor_attention_kv(q, kv, features)               # (B, P, H, K) and (B, N, 2, H, K)
     out = favor_attention(q, k, v, features, cu_seqlens=c)  # (T, H, K): cells of different lengths
 
-What it computes is defined in `kernels/reference.py`, which also holds the torch backend. The
-Triton backend is the operator `sclong_ds::favor_attention`: torch.compile takes it as one node,
-activation checkpointing runs it again, and it keeps q, k, v, the sums A and c, and 10 bytes per
-token and head. It accumulates in float32; bfloat16 inputs are multiplied in bfloat16, float32
-inputs as three TF32 products (error about 1e-6). float16 cannot hold the features and is not
-supported. The same call gives the same bits, whatever else is in the batch.
+What it computes is defined in `kernels/reference.py`; `kernels/favor_torch.py` is the torch
+backend. The Triton backend is the operator `sclong_ds::favor_attention`: torch.compile takes it as
+one node, activation checkpointing runs it again, and it keeps q, k, v, the sums A and c, and 10
+bytes per query and head. It accumulates in float32; bfloat16 inputs are multiplied in bfloat16,
+float32 inputs as three TF32 products (error about 1e-6). float16 cannot hold the features and is
+not supported. The same call gives the same bits, whatever else is in the batch.
 
-Shapes: B cells, N tokens, T tokens of all cells, H heads, K head width, M random features.
+Shapes: B cells, N tokens, P queries, T tokens and Q queries of all cells, H heads, K head width, M
+random features.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import favor_torch, reference
 from kernels.reference import EPS, MaxGrad, Scope
 
 Backend = Literal["auto", "triton", "torch"]
@@ -72,24 +74,9 @@ def favor_attention(
             f"q, k and v must agree in shape and dtype: got {tuple(q.shape)} {q.dtype}, "
             f"{tuple(k.shape)} {k.dtype}, {tuple(v.shape)} {v.dtype}"
         )
-    max_seqlen = _check(q, features, cu_seqlens, max_seqlen)
-    if _use_triton(q, features, scope, backend):
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        return _operator(
-            q,
-            k,
-            v,
-            features,
-            cu_seqlens,
-            max_seqlen,
-            scope == "head",
-            eps,
-            max_grad == "exact",
-            save,
-        )[0]
-    return reference.favor_attention(
-        q, k, v, features, scope=scope, eps=eps, max_grad=max_grad, cu_seqlens=cu_seqlens
-    )
+    longest = _check(q, features, cu_seqlens, max_seqlen)
+    setting = _Call(scope, eps, max_grad == "exact", backend, longest, longest)
+    return _attention(q, k, v, features, cu_seqlens, None, setting)
 
 
 def favor_attention_packed(
@@ -126,17 +113,102 @@ def favor_attention_packed(
     """
     if qkv.dim() < 4 or qkv.shape[-3] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, K) or (T, 3, H, K): got {tuple(qkv.shape)}")
-    q = qkv.select(-3, 0)
-    max_seqlen = _check(q, features, cu_seqlens, max_seqlen)
-    if _use_triton(q, features, scope, backend):
-        save = torch.is_grad_enabled() and qkv.requires_grad
+    longest = _check(qkv.select(-3, 0), features, cu_seqlens, max_seqlen)
+    setting = _Call(scope, eps, max_grad == "exact", backend, longest, longest)
+    return _attention(qkv, None, None, features, cu_seqlens, None, setting)
+
+
+def favor_attention_kv(
+    q: Tensor,
+    kv: Tensor,
+    features: Tensor,
+    *,
+    scope: Scope = "sample",
+    eps: float = EPS,
+    max_grad: MaxGrad = "exact",
+    backend: Backend = "auto",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    query_cu_seqlens: Tensor | None = None,
+    max_queries: int | None = None,
+) -> Tensor:
+    """Compute FAVOR+ attention of queries that differ in number from the keys.
+
+    Args:
+        q: Queries (B, P, H, K), or (Q, H, K) with `cu_seqlens`.
+        kv: (B, N, 2, H, K) or (T, 2, H, K): keys and values, whose gradient is one piece.
+        features: As in `favor_attention`, like all that follow.
+        scope: Over what the key stabiliser takes its maximum.
+        eps: Constant added to every feature.
+        max_grad: Whether gradients flow through the maxima.
+        backend: `triton`, `torch` or `auto`.
+        cu_seqlens: Where each cell's keys start and end.
+        max_seqlen: At least the longest cell's keys.
+        query_cu_seqlens: Where each cell's queries start and end; given with `cu_seqlens`. A cell
+            with queries must have keys: without, its output is not a number or an error.
+        max_queries: At least the queries of the cell with most.
+
+    Returns:
+        Shaped like q, contiguous.
+
+    Raises:
+        ValueError: As `favor_attention`.
+    """
+    if kv.dim() < 4 or kv.shape[-3] != 2 or kv.shape[-2:] != q.shape[-2:] or kv.dtype != q.dtype:
+        raise ValueError(
+            f"q and kv must be (B, P, H, K) and (B, N, 2, H, K), or (Q, H, K) and (T, 2, H, K), of "
+            f"one dtype: got {tuple(q.shape)} {q.dtype} and {tuple(kv.shape)} {kv.dtype}"
+        )
+    if (cu_seqlens is None) != (query_cu_seqlens is None):
+        raise ValueError("cu_seqlens and query_cu_seqlens go together: give both or none")
+    keys = kv.select(-3, 0)
+    longest = _check(keys, features, cu_seqlens, max_seqlen)
+    most = _check(q, features, query_cu_seqlens, max_queries)
+    ends = (q, keys) if cu_seqlens is None else (query_cu_seqlens, cu_seqlens)
+    if len(ends[0]) != len(ends[1]):
+        raise ValueError(
+            f"queries and keys must be of the same cells: got {tuple(ends[0].shape)} and "
+            f"{tuple(ends[1].shape)}"
+        )
+    setting = _Call(scope, eps, max_grad == "exact", backend, longest, most)
+    return _attention(q, kv, None, features, cu_seqlens, query_cu_seqlens, setting)
+
+
+class _Call(NamedTuple):
+    """What a call computes, besides its tensors."""
+
+    scope: Scope
+    eps: float
+    exact: bool
+    backend: Backend
+    max_seqlen: int
+    max_queries: int
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    features: Tensor,
+    cu_seqlens: Tensor | None,
+    query_cu_seqlens: Tensor | None,
+    call: _Call,
+) -> Tensor:
+    """Compute attention by the backend of the call.
+
+    q holds queries, keys and values if k and v are None; k keys and values if v is None.
+    """
+    tensors = (q, k, v, features, cu_seqlens, query_cu_seqlens)
+    queries = q if k is not None else q.select(-3, 0)
+    if _use_triton(queries, features, call.scope, call.backend):
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v))
+        per_head = call.scope == "head"
         return _operator(
-            qkv, None, None, features, cu_seqlens, max_seqlen, scope == "head", eps,
-            max_grad == "exact", save,
-        )[0]  # fmt: skip
-    return reference.favor_attention_packed(
-        qkv, features, scope=scope, eps=eps, max_grad=max_grad, cu_seqlens=cu_seqlens
-    )
+            *tensors, call.max_seqlen, call.max_queries, per_head, call.eps, call.exact, save
+        )[0]
+    if torch.compiler.is_compiling():
+        return _torch_operator(*tensors, call.scope, call.eps, call.exact)
+    return reference.attention(*tensors, call.scope, call.eps, call.exact)
 
 
 def _check(q: Tensor, features: Tensor, cu_seqlens: Tensor | None, longest: int | None) -> int:
@@ -214,21 +286,23 @@ def _operator(
     v: Tensor | None,
     features: Tensor,
     cu_seqlens: Tensor | None,
+    query_cu_seqlens: Tensor | None,
     max_seqlen: int,
+    max_queries: int,
     per_head: bool,
     eps: float,
     exact: bool,
     save: bool,
 ) -> Outputs:
-    return _forward(
-        q, k, v, features, cu_seqlens, _setting(eps, per_head, exact, max_seqlen), save=save
-    )
+    setting = _setting(max_seqlen, max_queries, per_head, eps, exact)
+    return _forward(q, k, v, features, cu_seqlens, query_cu_seqlens, setting, save=save)
 
 
 @_operator.register_fake
-def _(q, k, v, features, cu_seqlens, max_seqlen, per_head, eps, exact, save):
-    setting = _setting(eps, per_head, exact, max_seqlen)
-    return _forward(q, k, v, features, cu_seqlens, setting, save=save, run=_skip)
+def _(q, k, v, features, cu_seqlens, query_cu_seqlens, *setting):
+    *setting, save = setting
+    tensors = (q, k, v, features, cu_seqlens, query_cu_seqlens)
+    return _forward(*tensors, _setting(*setting), save=save, run=_skip)
 
 
 @torch.library.custom_op("sclong_ds::favor_attention_backward", mutates_args=())
@@ -239,47 +313,108 @@ def _backward_operator(
     v: Tensor | None,
     features: Tensor,
     cu_seqlens: Tensor | None,
+    query_cu_seqlens: Tensor | None,
     residuals: list[Tensor],
     max_seqlen: int,
+    max_queries: int,
     per_head: bool,
     eps: float,
     exact: bool,
-) -> Tensor:
-    setting = _setting(eps, per_head, exact, max_seqlen)
-    return _backward(grad, q, k, v, features, cu_seqlens, residuals, setting)
+) -> list[Tensor]:
+    setting = _setting(max_seqlen, max_queries, per_head, eps, exact)
+    return _backward(grad, q, k, v, features, cu_seqlens, query_cu_seqlens, residuals, setting)
 
 
 @_backward_operator.register_fake
-def _(grad, q, k, v, features, cu_seqlens, residuals, max_seqlen, per_head, eps, exact):
-    setting = _setting(eps, per_head, exact, max_seqlen)
-    return _backward(grad, q, k, v, features, cu_seqlens, residuals, setting, run=_skip)
+def _(grad, q, k, v, features, cu_seqlens, query_cu_seqlens, residuals, *setting):
+    tensors = (grad, q, k, v, features, cu_seqlens, query_cu_seqlens, residuals)
+    return _backward(*tensors, _setting(*setting), run=_skip)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, features, cu_seqlens, *setting, save = inputs
+    *setting, save = inputs[6:]
     assert save, "called for a backward pass without its residuals"
-    ctx.save_for_backward(q, k, v, features, cu_seqlens, *output[1:])
+    ctx.save_for_backward(*inputs[:6], *output[1:])
     ctx.setting = setting
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    q, k, v, features, cu_seqlens, *residuals = ctx.saved_tensors
-    rest = (None,) * 7
     if grad is None:
-        return None, None, None, *rest
-    dqkv = _backward_operator(grad, q, k, v, features, cu_seqlens, residuals, *ctx.setting)
-    return (dqkv, None, None, *rest) if k is None else (*dqkv.unbind(-3), *rest)
+        return (None,) * 12
+    saved = ctx.saved_tensors
+    gradients = _backward_operator(grad, *saved[:6], list(saved[6:]), *ctx.setting)
+    return *favor_torch.by_argument(gradients, *saved[:3]), *(None,) * 9
 
 
 _operator.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-def _setting(eps: float, per_head: bool, exact: bool, max_seqlen: int) -> Any:
+@torch.library.custom_op("sclong_ds::favor_attention_torch", mutates_args=())
+def _torch_operator(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    features: Tensor,
+    cu_seqlens: Tensor | None,
+    query_cu_seqlens: Tensor | None,
+    scope: str,
+    eps: float,
+    exact: bool,
+) -> Tensor:
+    """Compute by the torch backend: one node for torch.compile, which would trace its loops."""
+    tensors = (q, k, v, features, cu_seqlens, query_cu_seqlens)
+    return favor_torch.forward(*tensors, scope, eps, exact)  # type: ignore[arg-type]
+
+
+@_torch_operator.register_fake
+def _(q, k, v, *_):
+    return q.new_empty(favor_torch.separate(q, k, v)[0].shape)
+
+
+@torch.library.custom_op("sclong_ds::favor_attention_torch_backward", mutates_args=())
+def _torch_backward_operator(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    features: Tensor,
+    cu_seqlens: Tensor | None,
+    query_cu_seqlens: Tensor | None,
+    scope: str,
+    eps: float,
+    exact: bool,
+) -> list[Tensor]:
+    tensors = (grad, q, k, v, features, cu_seqlens, query_cu_seqlens)
+    return favor_torch.backward(*tensors, scope, eps, exact)  # type: ignore[arg-type]
+
+
+@_torch_backward_operator.register_fake
+def _(grad, q, k, v, *_):
+    return favor_torch.new_gradients(q, k, v)
+
+
+def _torch_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.setting = inputs[6:]
+
+
+def _torch_autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    gradients = _torch_backward_operator(grad, *saved, *ctx.setting)
+    return *favor_torch.by_argument(gradients, *saved[:3]), *(None,) * 6
+
+
+_torch_operator.register_autograd(_torch_autograd_backward, setup_context=_torch_setup_context)
+
+
+def _setting(max_seqlen: int, max_queries: int, per_head: bool, eps: float, exact: bool) -> Any:
     from kernels.favor_launch import Setting
 
-    return Setting(eps=eps, per_head=per_head, exact=exact, max_seqlen=max_seqlen)
+    return Setting(
+        eps=eps, per_head=per_head, exact=exact, max_seqlen=max_seqlen, max_queries=max_queries
+    )
 
 
 def _skip(*_: Any, **__: Any) -> None:
@@ -292,17 +427,17 @@ def _forward(
     v: Tensor | None,
     features: Tensor,
     cu_seqlens: Tensor | None,
+    query_cu_seqlens: Tensor | None,
     setting: Any,
-    *,
-    save: bool,
-    **run: Any,
+    **options: Any,
 ) -> Outputs:
     from kernels.favor_launch import forward
 
-    q, k, v = _unpacked(q, k, v)
-    plan = _plan(q, features)
+    parts = _unpacked(q, k, v)
+    plan = _plan(parts[0], features)
+    options |= {"query_cu_seqlens": query_cu_seqlens}
     with torch.cuda.device_of(q):
-        out, saved = forward(q, k, v, features, cu_seqlens, setting, plan, save=save, **run)
+        out, saved = forward(*parts, features, cu_seqlens, setting, plan, **options)
     return out, *saved
 
 
@@ -313,21 +448,24 @@ def _backward(
     v: Tensor | None,
     features: Tensor,
     cu_seqlens: Tensor | None,
+    query_cu_seqlens: Tensor | None,
     residuals: list[Tensor],
     setting: Any,
-    **run: Any,
-) -> Tensor:
+    **options: Any,
+) -> list[Tensor]:
     from kernels.favor_launch import Residuals, backward
 
-    grad, (q, k, v) = _readable(grad), _unpacked(q, k, v)
-    plan, saved = _plan(q, features), Residuals(*residuals)
+    parts = _unpacked(q, k, v)
+    plan, saved = _plan(parts[0], features), Residuals(*residuals)
+    options |= {"query_cu_seqlens": query_cu_seqlens, "apart": k is not None and v is None}
+    of_call = (features.shape[0], cu_seqlens, saved, setting, plan)
     with torch.cuda.device_of(q):
-        return backward(grad, q, k, v, features.shape[0], cu_seqlens, saved, setting, plan, **run)
+        return backward(_readable(grad), *parts, *of_call, **options)
 
 
 def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values; q holds all three if k and v are None."""
-    parts = (q, k, v) if k is not None and v is not None else q.unbind(-3)
+    """Return queries, keys and values as the kernels can read them."""
+    parts = favor_torch.separate(q, k, v)
     return _readable(parts[0]), _readable(parts[1]), _readable(parts[2])
 
 

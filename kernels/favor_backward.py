@@ -8,7 +8,9 @@ The formulas are those of `kernels/reference.py`, names and conventions those of
     combine_gradients  the splits of these sums, with the eps parts
     key_gradient       per block of tokens: dk and dv
 
-dq, dk and dv lie in one buffer (T, 3, H, K). Sums have a fixed order: no atomics.
+dq, dk and dv lie in one buffer (T, 3, H, K), or dq in its own and dk and dv in (T, 2, H, K) where
+queries and keys differ in number: PARTS is 3, or 1 and 2. The first two kernels run over the
+queries of a cell, the last over its keys. Sums have a fixed order: no atomics.
 """
 
 import triton
@@ -30,12 +32,12 @@ from kernels.favor_forward import (
 @triton.jit(do_not_specialize=["n_tokens", "n_heads", "total"])
 def query_gradient(
     q_ptr, grad_ptr, w_ptr, a_ptr, c_ptr, a_sum_ptr, c_sum_ptr, rows_ptr, arg_ptr, cu_seqlens_ptr,
-    dqkv_ptr, delta_ptr,
+    dq_ptr, delta_ptr,
     n_tokens, n_heads, total,
     stride_qb, stride_qn, stride_qh, stride_gb, stride_gn, stride_gh, scale, eps,
     M: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    EXACT: tl.constexpr, VARLEN: tl.constexpr,
+    PARTS: tl.constexpr, EXACT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of BLOCK_N tokens of one head, and their delta (H, T).
 
@@ -93,10 +95,10 @@ def query_gradient(
         arg = tl.load(arg_ptr + at, mask=inside, other=0).to(tl.int32)
         dq -= flow[:, None] * tl.load(w_ptr + arg[:, None] * K + cols[None, :]).to(tl.float32)
     dq = scale * dq - (scale * scale) * flow[:, None] * q.to(tl.float32)
-    dq_rows = dqkv_ptr + ((first + start) * 3 * n_heads + h) * K
+    dq_rows = dq_ptr + ((first + start) * PARTS * n_heads + h) * K
     tl.store(
-        dq_rows + rows[:, None] * (3 * n_heads * K) + cols[None, :],
-        rounded(dq, dqkv_ptr.dtype.element_ty),
+        dq_rows + rows[:, None] * (PARTS * n_heads * K) + cols[None, :],
+        rounded(dq, dq_ptr.dtype.element_ty),
         mask=inside[:, None],
     )
     tl.store(delta_ptr + at, delta, mask=inside)
@@ -226,14 +228,17 @@ def combine_gradients(
 @triton.jit(do_not_specialize=["n_tokens", "n_heads", "scope_heads"])
 def key_gradient(
     k_ptr, v_ptr, w_ptr, da_ptr, dc_ptr, da_sum_ptr, dc_sum_ptr, mean_ptr, max_ptr, winner_ptr,
-    cu_seqlens_ptr, dqkv_ptr,
+    cu_seqlens_ptr, dkv_ptr,
     n_tokens, n_heads, scope_heads,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, scale, eps,
     M: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    EXACT: tl.constexpr, VARLEN: tl.constexpr,
+    PARTS: tl.constexpr, EXACT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of BLOCK_N tokens of one head. Grid (BH, blocks of tokens)."""
+    """Compute dk and dv, side by side, of BLOCK_N tokens of one head.
+
+    Grid (BH, blocks of tokens).
+    """
     bh = tl.program_id(0)
     b, h = bh // n_heads, bh % n_heads
     first, n = cell_rows(cu_seqlens_ptr, b, n_tokens, VARLEN)
@@ -284,9 +289,9 @@ def key_gradient(
         w_max = tl.load(w_ptr + feature * K + cols).to(tl.float32)
         dk -= tl.where(rows == token, flow, 0.0)[:, None] * w_max[None, :]
     dk = scale * dk - (scale * scale) * row_sum[:, None] * k32
-    dk_rows = dqkv_ptr + ((first + start) * 3 * n_heads + n_heads + h) * K
-    at = rows[:, None] * (3 * n_heads * K) + cols[None, :]
-    tl.store(dk_rows + at, rounded(dk, dqkv_ptr.dtype.element_ty), mask=inside[:, None])
+    dk_rows = dkv_ptr + ((first + start) * PARTS * n_heads + h) * K
+    at = rows[:, None] * (PARTS * n_heads * K) + cols[None, :]
+    tl.store(dk_rows + at, rounded(dk, dkv_ptr.dtype.element_ty), mask=inside[:, None])
     tl.store(
-        dk_rows + n_heads * K + at, rounded(dv, dqkv_ptr.dtype.element_ty), mask=inside[:, None]
+        dk_rows + n_heads * K + at, rounded(dv, dkv_ptr.dtype.element_ty), mask=inside[:, None]
     )

@@ -92,7 +92,9 @@ class Setting:
     exact: bool
     """Whether gradients flow through the maxima."""
     max_seqlen: int
-    """Tokens of the longest cell; only read for packed cells."""
+    """Keys of the longest cell; only read for packed cells."""
+    max_queries: int | None = None
+    """Queries of the cell with most; None: as many as keys."""
 
 
 def splits(n_heads: int) -> int:
@@ -178,25 +180,27 @@ def forward(
     plan: Plan,
     *,
     save: bool,
+    query_cu_seqlens: Tensor | None = None,
     run: Launcher = launch,
 ) -> tuple[Tensor, Residuals]:
     """Compute attention, and what its backward pass needs.
 
     Args:
-        q: Queries (B, N, H, K), or (T, H, K) with `cu_seqlens`; last stride 1.
-        k: Keys, likewise.
-        v: Values, likewise.
+        q: Queries (B, P, H, K), or (Q, H, K) with `cu_seqlens`; last stride 1.
+        k: Keys (B, N, H, K) or (T, H, K), likewise.
+        v: Values, shaped like k.
         features: Random features (M, K).
-        cu_seqlens: int32 (B + 1,): where each cell's tokens start and end.
+        cu_seqlens: int32 (B + 1,): where each cell's keys start and end.
         setting: Stabiliser, eps, gradients.
         plan: Block sizes.
         save: Whether a backward pass follows; if not, the per-query residuals are empty.
+        query_cu_seqlens: Where each cell's queries start and end; None: as its keys.
         run: Runs a kernel (`launch`), or looks at its call.
 
     Returns:
         The output, contiguous, and the residuals.
     """
-    sizes = _Sizes.of(q, features.shape[0], cu_seqlens, setting)
+    sizes = _Sizes.of(q, k, features.shape[0], cu_seqlens, setting)
     block, m, bh = plan.key_pass, sizes.m, sizes.bh
     parts = _tiles(m, block.features + block.tail)
     partial = parts * (block.features + block.tail)
@@ -209,11 +213,11 @@ def forward(
     sums = _f32(q, bh, n_splits, partial, sizes.k)
     z, peak = _f32(q, bh, n_splits, partial), _f32(q, bh, n_splits, partial)
     top, v_sum = _f32(q, bh, n_splits, parts), _f32(q, bh, n_splits, sizes.k)
-    of_cell = {"cu_seqlens_ptr": cu_seqlens, "n_tokens": sizes.n, "n_heads": sizes.heads}
+    of_keys, of_queries = sizes.cells(cu_seqlens, query_cu_seqlens)
     varlen = cu_seqlens is not None
     scale = sizes.k**-0.25
     run(
-        key_pass, (bh, n_splits, parts), block, k_ptr=k, v_ptr=v, w_ptr=w, **of_cell,
+        key_pass, (bh, n_splits, parts), block, k_ptr=k, v_ptr=v, w_ptr=w, **of_keys,
         sums_ptr=sums, z_ptr=z, peak_ptr=peak, top_ptr=top, v_sum_ptr=v_sum,
         **_strides(k=k, v=v), scale=scale, M=m, K=sizes.k, MAIN=block.features, TAIL=block.tail,
         BLOCK_N=block.rows, VARLEN=varlen,
@@ -225,7 +229,7 @@ def forward(
     scope = {"splits": n_splits, "parts": parts, "scope_heads": sizes.scope_heads}
     run(
         combine_keys, (bh, n_tiles), _COMBINE, sums_ptr=sums, z_ptr=z, peak_ptr=peak, top_ptr=top,
-        v_sum_ptr=v_sum, **of_cell, a_ptr=a, c_ptr=c, mean_ptr=mean, max_ptr=largest,
+        v_sum_ptr=v_sum, **of_keys, a_ptr=a, c_ptr=c, mean_ptr=mean, max_ptr=largest,
         a_sum_ptr=a_sum, c_sum_ptr=c_sum, **scope, eps=setting.eps, M=m, K=sizes.k, WIDTH=width,
         PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows, BLOCK_M=_TILE, VARLEN=varlen,
     )  # fmt: skip
@@ -235,7 +239,7 @@ def forward(
     if kept:
         run(
             find_key_max, (scopes,), _SCAN, k_ptr=k, w_ptr=w, top_ptr=top,
-            peak_ptr=peak, **of_cell, winner_ptr=winner, **scope, **_strides(k=k), K=sizes.k,
+            peak_ptr=peak, **of_keys, winner_ptr=winner, **scope, **_strides(k=k), K=sizes.k,
             PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows, BLOCK_N=_SCAN.rows, VARLEN=varlen,
         )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -243,8 +247,8 @@ def forward(
     arg = torch.empty(sizes.heads, sizes.total if kept else 0, dtype=torch.int16, device=q.device)
     block = plan.query_pass
     run(
-        query_pass, (bh, _tiles(sizes.longest, block.rows)), block, q_ptr=q, w_ptr=w, a_ptr=a,
-        c_ptr=c, mean_ptr=mean, a_sum_ptr=a_sum, c_sum_ptr=c_sum, **of_cell, out_ptr=out,
+        query_pass, (bh, _tiles(sizes.queries, block.rows)), block, q_ptr=q, w_ptr=w, a_ptr=a,
+        c_ptr=c, mean_ptr=mean, a_sum_ptr=a_sum, c_sum_ptr=c_sum, **of_queries, out_ptr=out,
         rows_ptr=rows, arg_ptr=arg, total=sizes.total, **_strides(q=q), scale=scale,
         eps=setting.eps, M=m, K=sizes.k, WIDTH=width, TILES=n_tiles,
         TILES_PADDED=_power_of_two(n_tiles), BLOCK_N=block.rows, BLOCK_M=block.features,
@@ -264,8 +268,10 @@ def backward(
     setting: Setting,
     plan: Plan,
     *,
+    query_cu_seqlens: Tensor | None = None,
+    apart: bool = False,
     run: Launcher = launch,
-) -> Tensor:
+) -> list[Tensor]:
     """Compute the gradients of q, k and v.
 
     Args:
@@ -278,27 +284,34 @@ def backward(
         residuals: What `forward` returned, with `save`.
         setting: As in `forward`.
         plan: As in `forward`.
+        query_cu_seqlens: As in `forward`.
+        apart: Whether dq gets a tensor of its own, as it must if queries and keys differ in number.
         run: As in `forward`.
 
     Returns:
-        One contiguous tensor (B, N, 3, H, K), or (T, 3, H, K): dq, dk, dv.
+        One contiguous tensor (B, N, 3, H, K), or (T, 3, H, K): dq, dk, dv; if `apart` dq, shaped
+        like q, and (B, N, 2, H, K), or (T, 2, H, K).
     """
-    sizes = _Sizes.of(q, n_features, cu_seqlens, setting)
+    sizes = _Sizes.of(q, k, n_features, cu_seqlens, setting)
     saved, m, bh = residuals, sizes.m, sizes.bh
     width, n_tiles = saved.c.shape[1], saved.c_sum.shape[1]
-    of_cell = {"cu_seqlens_ptr": cu_seqlens, "n_tokens": sizes.n, "n_heads": sizes.heads}
+    of_keys, of_queries = sizes.cells(cu_seqlens, query_cu_seqlens)
     of_sums = {"WIDTH": width, "TILES": n_tiles, "TILES_PADDED": _power_of_two(n_tiles)}
     varlen = cu_seqlens is not None
     scale = sizes.k**-0.25
-    dqkv = torch.empty(*q.shape[:-2], 3, *q.shape[-2:], dtype=q.dtype, device=q.device)
+    head = q.shape[-2:]
+    shapes = [q.shape, (*k.shape[:-2], 2, *head)] if apart else [(*q.shape[:-2], 3, *head)]
+    gradients = [torch.empty(s, dtype=q.dtype, device=q.device) for s in shapes]
+    dq, dkv = gradients if apart else (gradients[0], gradients[0].select(-3, 1))
     delta = _f32(q, sizes.heads, sizes.total)
     block = plan.query_gradient
     run(
-        query_gradient, (bh, _tiles(sizes.longest, block.rows)), block, q_ptr=q, grad_ptr=grad,
+        query_gradient, (bh, _tiles(sizes.queries, block.rows)), block, q_ptr=q, grad_ptr=grad,
         w_ptr=saved.w, a_ptr=saved.a, c_ptr=saved.c, a_sum_ptr=saved.a_sum, c_sum_ptr=saved.c_sum,
-        rows_ptr=saved.rows, arg_ptr=saved.arg, **of_cell, dqkv_ptr=dqkv, delta_ptr=delta,
+        rows_ptr=saved.rows, arg_ptr=saved.arg, **of_queries, dq_ptr=dq, delta_ptr=delta,
         total=sizes.total, **_strides(q=q, g=grad), scale=scale, eps=setting.eps, M=m, K=sizes.k,
-        **of_sums, BLOCK_N=block.rows, BLOCK_M=block.features, EXACT=setting.exact, VARLEN=varlen,
+        **of_sums, BLOCK_N=block.rows, BLOCK_M=block.features, PARTS=1 if apart else 3,
+        EXACT=setting.exact, VARLEN=varlen,
     )  # fmt: skip
     block = plan.summary_gradient
     parts = _tiles(m, block.features + block.tail)
@@ -308,7 +321,7 @@ def backward(
     g_sum, delta_sum = _f32(q, bh, n_splits, sizes.k), _f32(q, bh, n_splits)
     run(
         summary_gradient, (bh, n_splits, parts), block, q_ptr=q, grad_ptr=grad, w_ptr=saved.w,
-        rows_ptr=saved.rows, delta_ptr=delta, **of_cell, da_ptr=da_part, dc_ptr=dc_part,
+        rows_ptr=saved.rows, delta_ptr=delta, **of_queries, da_ptr=da_part, dc_ptr=dc_part,
         g_sum_ptr=g_sum, delta_sum_ptr=delta_sum, total=sizes.total, **_strides(q=q, g=grad),
         scale=scale, K=sizes.k, MAIN=block.features, TAIL=block.tail, BLOCK_N=block.rows,
         VARLEN=varlen,
@@ -318,19 +331,19 @@ def backward(
     run(
         combine_gradients, (bh, n_tiles), _COMBINE, da_part_ptr=da_part, dc_part_ptr=dc_part,
         g_sum_ptr=g_sum, delta_sum_ptr=delta_sum, da_ptr=da, dc_ptr=dc, da_sum_ptr=da_sum,
-        dc_sum_ptr=dc_sum, **of_cell, splits=n_splits, eps=setting.eps, M=m, K=sizes.k, WIDTH=width,
-        PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows, BLOCK_M=_TILE, VARLEN=varlen,
+        dc_sum_ptr=dc_sum, **of_queries, splits=n_splits, eps=setting.eps, M=m, K=sizes.k,
+        WIDTH=width, PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows, BLOCK_M=_TILE, VARLEN=varlen,
     )  # fmt: skip
     block = plan.key_gradient
     run(
         key_gradient, (bh, _tiles(sizes.longest, block.rows)), block, k_ptr=k, v_ptr=v,
         w_ptr=saved.w, da_ptr=da, dc_ptr=dc, da_sum_ptr=da_sum, dc_sum_ptr=dc_sum,
-        mean_ptr=saved.mean, max_ptr=saved.top, winner_ptr=saved.winner, **of_cell, dqkv_ptr=dqkv,
+        mean_ptr=saved.mean, max_ptr=saved.top, winner_ptr=saved.winner, **of_keys, dkv_ptr=dkv,
         scope_heads=sizes.scope_heads, **_strides(k=k, v=v), scale=scale, eps=setting.eps, M=m,
-        K=sizes.k, **of_sums, BLOCK_N=block.rows, BLOCK_M=block.features, EXACT=setting.exact,
-        VARLEN=varlen,
+        K=sizes.k, **of_sums, BLOCK_N=block.rows, BLOCK_M=block.features, PARTS=2 if apart else 3,
+        EXACT=setting.exact, VARLEN=varlen,
     )  # fmt: skip
-    return dqkv
+    return gradients
 
 
 _COMBINE = Block(rows=0, features=_TILE, warps=4, stages=1)
@@ -342,9 +355,15 @@ class _Sizes:
     """Sizes of a call."""
 
     n: int
-    """Tokens of each cell; 0 for packed cells."""
+    """Keys of each cell; 0 for packed cells."""
+    n_queries: int
+    """Queries of each cell; 0 for packed cells."""
     longest: int
+    """Keys of the longest cell."""
+    queries: int
+    """Queries of the cell with most."""
     total: int
+    """Queries of all cells."""
     heads: int
     k: int
     m: int
@@ -353,20 +372,32 @@ class _Sizes:
     """Heads that share one key maximum."""
 
     @staticmethod
-    def of(q: Tensor, m: int, cu_seqlens: Tensor | None, setting: Setting) -> _Sizes:
-        heads, k = q.shape[-2:]
-        packed = cu_seqlens is not None
+    def of(q: Tensor, k: Tensor, m: int, cu_seqlens: Tensor | None, setting: Setting) -> _Sizes:
+        heads, width = q.shape[-2:]
+        packed, most = cu_seqlens is not None, setting.max_queries
         cells = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
-        n = 0 if packed else q.shape[1]
+        n, n_queries = (0, 0) if packed else (k.shape[1], q.shape[1])
         return _Sizes(
             n=n,
+            n_queries=n_queries,
             longest=setting.max_seqlen if packed else n,
-            total=q.shape[0] if packed else cells * n,
+            queries=(setting.max_seqlen if most is None else most) if packed else n_queries,
+            total=q.shape[0] if packed else cells * n_queries,
             heads=heads,
-            k=k,
+            k=width,
             m=m,
             bh=cells * heads,
             scope_heads=1 if setting.per_head else heads,
+        )
+
+    def cells(
+        self, cu_seqlens: Tensor | None, query_cu_seqlens: Tensor | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what tells a kernel over keys, and one over queries, where its cells lie."""
+        query_ends = cu_seqlens if query_cu_seqlens is None else query_cu_seqlens
+        return (
+            {"cu_seqlens_ptr": cu_seqlens, "n_tokens": self.n, "n_heads": self.heads},
+            {"cu_seqlens_ptr": query_ends, "n_tokens": self.n_queries, "n_heads": self.heads},
         )
 
 

@@ -13,13 +13,14 @@ from importlib import import_module
 
 COMMANDS = {
     "plan": ("sclong_ds.plan", "memory, FLOPs and GPU-hours of a run, before submitting it"),
-    "export": ("sclong_ds.checkpoint", "checkpoint to a model folder (safetensors)"),
+    "export": ("sclong_ds.export", "checkpoint to a model folder (safetensors)"),
     "import-reference": (
         "sclong_ds.import_reference",
         "published scLong checkpoint to a model folder",
     ),
     "embed": ("sclong_ds.embed", "cells to embeddings, AnnData out"),
     "evaluate": ("sclong_ds.evaluate", "zero-shot scores of embeddings against baselines"),
+    "status": ("sclong_ds.run_status", "how a run is doing, from its files"),
     "report": ("sclong_ds.report", "one HTML page about a run"),
 }
 """Command to module and help; a module has add_arguments(parser) and run(args)."""

@@ -1,27 +1,29 @@
-"""Set a training run up: check its inputs, build model and engine, open the run folder, resume.
+"""Set a training run up: build model and engine, open the run folder, resume.
 
-`check_inputs` needs no process group; `build` is called by every rank. Reads the corpus, the gene
+Every rank calls `build`. Reads the corpus, the gene
 graph and the newest checkpoint; writes config.yaml, ds_config.json, genes.tsv, gene_graph.npz,
 random_features.safetensors and run.json into the run folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from dataclasses import dataclass, replace
+import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from kernels.favor_attention import triton_obstacle
 from sclong_ds import checkpoint
-from sclong_ds.checkpoint import TrainState
+from sclong_ds.checkpoint import Loaded
+from sclong_ds.checkpoint_files import TrainState, complete_checkpoints
 from sclong_ds.config import RunConfig
+from sclong_ds.costs import training_flops_per_cell
+from sclong_ds.devices import device_of_name
 from sclong_ds.engine import (
     Ranks,
     build_partitioned,
@@ -35,15 +37,23 @@ from sclong_ds.engine import (
 from sclong_ds.features_file import read_features
 from sclong_ds.files import file_sha256, write_atomic
 from sclong_ds.graph_file import read_gene_graph
+from sclong_ds.guards import StepGuard, history_of
 from sclong_ds.initial_weights import InitialWeights, check_initial_model
+from sclong_ds.masking import target_count
+from sclong_ds.metrics import bin_labels
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import FEATURES, GRAPH
-from sclong_ds.objective import bin_labels
-from sclong_ds.run_folder import update_run_json
+from sclong_ds.run_checks import (
+    check_same_on_all_ranks,
+    refuse_changes,
+    refuse_other_inputs,
+)
+from sclong_ds.run_folder import read_metrics, update_run_json
 from sclong_ds.signals import StopRequest, lock_run_folder
 from sclong_ds.store import Corpus
-from sclong_ds.strict_yaml import read_yaml, to_dict, to_yaml
+from sclong_ds.strict_yaml import to_yaml
 from sclong_ds.tracking import Tracker
+from sclong_ds.watchdog import Watchdog
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
@@ -62,98 +72,33 @@ class Run:
     stop: StopRequest
     state: TrainState
     run_dir: Path
+    watchdog: Watchdog
+    guard: StepGuard
+    flops_per_cell: float
+    """Of forward and backward."""
+    peak_flops: float | None
+    """Peak of a rank's device, FLOP/s; None: unknown."""
     lock: IO[str] | None = None
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Check what the command line must name, before any process group is joined.
-
-    Raises:
-        ValueError: A required setting is missing.
-        FileNotFoundError: A named file or folder does not exist.
-    """
-    required = {
-        "data.corpus": (config.data.corpus, "the folder that `python -m data_prep finalize` made"),
-        "run.dir": (config.run.dir, "the run folder to make or to resume"),
-    }
-    if config.model.gene_encoder == "graph":
-        made = (
-            "the file that `python -m data_prep gene-graph` made (or model.gene_encoder=embedding)"
-        )
-        required["model.gene_graph"] = (config.model.gene_graph, made)
-    for key, (value, meaning) in required.items():
-        if value is None:
-            raise ValueError(f"{key} is not set: add {key}=PATH, {meaning}")
-    for key, path in {
-        "model.gene_graph": config.model.gene_graph,
-        "model.gene_vectors": config.model.gene_vectors,
-        "model.random_features_file": config.model.random_features_file,
-    }.items():
-        if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"{key}={path}: no such file")
-    if not Path(str(config.data.corpus)).is_dir():
-        raise FileNotFoundError(f"data.corpus={config.data.corpus}: no such folder")
-
-
-def refuse_changes(saved: Path, config: RunConfig) -> None:
-    """Refuse to resume a run under another model or data section.
-
-    Paths may change, their content may not.
-
-    Raises:
-        ValueError: What differs.
-    """
-    if not saved.is_file():
-        return
-    before, now = read_yaml(saved), to_dict(config)
-    paths = {f"model.{key}" for key in ("gene_graph", "gene_vectors", "random_features_file")}
-    paths.add("data.corpus")
-    lines = [
-        f"{section}.{key}: {before[section].get(key)!r} -> {value!r}"
-        for section in ("model", "data")
-        for key, value in now[section].items()
-        if before[section].get(key) != value and f"{section}.{key}" not in paths
-    ]
-    if lines:
-        raise ValueError(
-            f"run.dir={saved.parent}: cannot resume with a changed configuration "
-            f"({'; '.join(lines)}); undo the change or use a new run.dir"
-        )
-
-
-def check_same_on_all_ranks(config: RunConfig, state: TrainState, model: ScLong) -> None:
-    """Check that all ranks read the same files and draw the same random features.
-
-    Raises:
-        ValueError: Which ranks differ from rank 0.
-    """
-    features = [
-        performer.features(torch.device("cpu"))[0].numpy().tobytes()
-        for performer in model.performers().values()
-    ]
-    settings = to_yaml(replace(config, run=replace(config.run, dir=None)))
-    mine = hashlib.sha256(b"".join(features) + repr(state).encode() + settings.encode()).hexdigest()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    different = [r for r, other in enumerate(everyone) if other != everyone[0]]
-    if different:
-        raise ValueError(
-            f"ranks {different} have another configuration, corpus, gene graph or random features "
-            f"than rank 0: check that all nodes see the same files and have the same library "
-            f"versions"
-        )
+    last_checkpoint: str | None = None
+    """Name of the newest good checkpoint."""
+    validated: tuple[int, float] | None = None
+    """Step and masked MSE of the last validation."""
+    failed_saves: int = 0
+    """Checkpoints in a row that could not be written."""
+    skipped_cells: int = 0
+    """Damaged cells that this process has trained without, over all ranks."""
 
 
 def summary(run: Run) -> dict[str, Any]:
     """Return what run.json says about the run, for the report."""
     return {
-        "n_cells_train": len(run.corpus.split("train")),
-        "n_cells_validation": len(run.corpus.split("validation")),
+        "n_cells_train": len(run.corpus.splits["train"]),
+        "n_cells_validation": len(run.corpus.splits["validation"]),
         "n_genes": len(run.corpus.genes),
         "n_datasets": len(run.corpus.datasets),
         "expression_bins": bin_labels(),
         "parameters": parameters_by_part(run.model),
-        "corpus": str(Path(str(run.config.data.corpus)).resolve()),
+        "corpus": run.corpus.location.url,
         "world_size": run.ranks.world_size,
         "device": device_name(run.ranks.device),
         "ds_config": run.config.engine.ds_config,
@@ -178,7 +123,7 @@ def describe(
     log.info("configuration:\n%s", to_yaml(config).rstrip())
     log.info(
         "corpus: %d training cells, %d validation cells, %d genes, %d datasets",
-        len(corpus.split("train")), len(corpus.split("validation")),
+        len(corpus.splits["train"]), len(corpus.splits["validation"]),
         len(corpus.genes), len(corpus.datasets),
     )  # fmt: skip
     parts = parameters_by_part(model)
@@ -222,29 +167,93 @@ def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:
 
 def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> Run:
     """Build the model, the engine and the tracker, and go back to the newest checkpoint."""
-    assert config.data.corpus is not None
     assert config.run.dir is not None
-    run_dir = Path(config.run.dir)
-    corpus = Corpus(config.data.corpus)
+    run_dir, corpus = Path(config.run.dir), open_corpus(config)
+    ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
+    model = build_partitioned(
+        lambda: make_model(config, corpus), seed=config.run.seed, ds_config=ds_config
+    )
+    set_options(model, config, ds_config)
+    weights = initial_weights(config, corpus, run_dir)
+    if weights is not None:
+        fill_parameters(model, weights)
+    state = first_state(config, ranks, corpus, ds_config)
+    check_same_on_all_ranks(config, state, model)
+    describe(config, ranks, corpus, model, ds_config)
+    engine = initialize(model, optim=config.optim, ds_config=ds_config)
+    if weights is not None and config.engine.precision == "bf16":
+        fill_master_weights(model, weights)
+    run = Run(
+        config=config,
+        ranks=ranks,
+        corpus=corpus,
+        model=model,
+        engine=engine,
+        tracker=Tracker(config, run_dir, enabled=ranks.rank == 0),
+        stop=stop,
+        state=state,
+        run_dir=run_dir,
+        watchdog=Watchdog(
+            run_dir / "heartbeat",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout_s=config.engine.timeout_s,
+            node=platform.node(),
+        ),
+        guard=StepGuard(
+            spike_zscore=config.run.spike_zscore,
+            spike_window=config.run.spike_window,
+            max_skipped_in_a_row=config.run.max_skipped_steps,
+        ),
+        flops_per_cell=training_flops(config, corpus, model),
+        peak_flops=peak_flops(config, ranks),
+    )
+    if not dry_run:
+        open_run_folder(run, ds_config)
+    return run
+
+
+def open_corpus(config: RunConfig) -> Corpus:
+    """Open the corpus.
+
+    Raises:
+        ValueError: It has no training cells, or its statistics are of another transform.
+    """
+    assert config.data.corpus is not None
+    corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
     if corpus.gene_stats.target_sum != config.data.target_sum:
         raise ValueError(
             f"data.target_sum: got {config.data.target_sum:g}, "
             f"the corpus statistics are for {corpus.gene_stats.target_sum:g}"
         )
-    if not len(corpus.split("train")):
+    if not len(corpus.splits["train"]):
         raise ValueError(f"data.corpus={config.data.corpus}: its training split has no cells")
-    ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
-    model = build_partitioned(
-        lambda: make_model(config, corpus), seed=config.run.seed, ds_config=ds_config
-    )
+    return corpus
+
+
+def set_options(model: ScLong, config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Tell the model's layers how to run.
+
+    Raises:
+        ValueError: Compiled layers under ZeRO-3.
+    """
+    if config.engine.compile_layers and ds_config["zero_optimization"]["stage"] == 3:
+        raise ValueError(
+            "engine.compile_layers: ZeRO-3 gathers the weights between the operations of a layer, "
+            "which a compiled layer does not show; use engine.ds_config=zero1 or zero2"
+        )
     for performer in model.performers().values():
         performer.recompute = config.engine.activation_checkpointing
+        performer.compile_layers = config.engine.compile_layers
         for layer in performer.layers:
             layer.attention.backend = config.engine.attention_backend
-    weights = initial_weights(config, corpus, run_dir)
-    if weights is not None:
-        fill_parameters(model, weights)
-    state = TrainState(
+
+
+def first_state(
+    config: RunConfig, ranks: Ranks, corpus: Corpus, ds_config: dict[str, Any]
+) -> TrainState:
+    """Return the state of a run that has not made a step."""
+    return TrainState(
         step=0,
         cells_seen=0,
         world_size=ranks.world_size,
@@ -256,16 +265,27 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         graph_hash=hash_of(config.model.gene_graph),
         features_hash=hash_of(config.model.random_features_file),
     )
-    check_same_on_all_ranks(config, state, model)
-    describe(config, ranks, corpus, model, ds_config)
-    engine = initialize(model, optim=config.optim, ds_config=ds_config)
-    if weights is not None and config.engine.precision == "bf16":
-        fill_master_weights(model, weights)
-    tracker = Tracker(config, run_dir, enabled=ranks.rank == 0)
-    run = Run(config, ranks, corpus, model, engine, tracker, stop, state, run_dir)
-    if not dry_run:
-        open_run_folder(run, ds_config)
-    return run
+
+
+def training_flops(config: RunConfig, corpus: Corpus, model: ScLong) -> float:
+    """Return the FLOPs of a training step per cell, for a cell of the corpus's mean size."""
+    n_expressed = round(corpus.cells.n_values / len(corpus))
+    return training_flops_per_cell(
+        config.model,
+        corpus.n_genes,
+        model.gene_encoder.n_edges,
+        micro_batch=config.engine.train_micro_batch_size_per_gpu,
+        n_expressed=n_expressed,
+        n_wanted=target_count(n_expressed, config.objective),
+    )
+
+
+def peak_flops(config: RunConfig, ranks: Ranks) -> float | None:
+    """Return the peak of a rank's device in FLOP/s, or None when it is not known."""
+    if ranks.device.type == "cpu":
+        return None
+    device = device_of_name(device_name(ranks.device))
+    return None if device is None else device.flops_per_s(config.engine.precision)
 
 
 def hash_of(path: str | None) -> str | None:
@@ -281,7 +301,7 @@ def initial_weights(config: RunConfig, corpus: Corpus, run_dir: Path) -> Initial
     """
     if config.run.init_from is None:
         return None
-    if on_first_rank(lambda: bool(checkpoint.complete_checkpoints(run_dir / "checkpoints"))):
+    if on_first_rank(lambda: bool(complete_checkpoints(run_dir / "checkpoints"))):
         return None
     on_first_rank(lambda: check_initial_model(config, corpus.genes))
     log.info("weights: from %s", config.run.init_from)
@@ -337,8 +357,12 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     on_first_rank(lambda: claim_run_folder(run))
     found = checkpoint.load(run.engine, run_dir / "checkpoints", expected=run.state)
     if found is not None:
-        refuse_other_inputs(run, found)
-        run.state = found
+        refuse_other_inputs(run_dir, found.state, run.state)
+        run.state, run.last_checkpoint = found.state, found.name
+        step, window = run.state.step, run.config.run.spike_window
+        run.guard.restore(
+            on_first_rank(lambda: history_of(read_metrics(run_dir), step=step, spike_window=window))
+        )
     on_first_rank(lambda: write_inputs(run, ds_config))
     run.tracker.start(
         params={"world_size": run.ranks.world_size, "parameters": count_parameters(run.model)},
@@ -352,14 +376,24 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     )
     if run.ranks.rank == 0:
         update_run_json(run_dir, summary=summary(run))
+    record_opening(run, found)
+
+
+def record_opening(run: Run, found: Loaded | None) -> None:
+    """Log and record whether the run is new, and if not, what it goes on from."""
+    step, world_size = run.state.step, run.ranks.world_size
+    if found is None:
+        run.tracker.event("start", step=step, world_size=world_size)
+        log.info("run folder %s: new run", run.run_dir)
+        return
+    for problem in found.damaged:
+        run.tracker.event("checkpoint_damaged", step=step, problem=problem)
     run.tracker.event(
-        "start" if found is None else "resume", step=run.state.step, world_size=run.ranks.world_size
-    )
-    log.info(
-        "run folder %s: %s",
-        run_dir,
-        "new run" if found is None else f"resuming after step {found.step}",
-    )
+        "resume", step=step, world_size=world_size, saved_by=found.saved_by, path=found.name,
+        seconds=round(found.seconds, 3),
+    )  # fmt: skip
+    converted = "" if found.saved_by == world_size else f", converted from {found.saved_by} ranks"
+    log.info("run folder %s: resuming after step %d%s", run.run_dir, step, converted)
 
 
 def claim_run_folder(run: Run) -> None:
@@ -367,24 +401,8 @@ def claim_run_folder(run: Run) -> None:
     checkpoints = run.run_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     run.lock = lock_run_folder(run.run_dir, wait_s=60)
-    if checkpoint.complete_checkpoints(checkpoints):
+    if complete_checkpoints(checkpoints):
         refuse_changes(run.run_dir / "config.yaml", run.config)
-
-
-def refuse_other_inputs(run: Run, found: TrainState) -> None:
-    """Refuse to resume on other cells, genes, graph or seed.
-
-    Raises:
-        ValueError: What differs.
-    """
-    names = ("seed", "corpus_hash", "genes_hash", "graph_hash", "features_hash")
-    changed = [n for n in names if getattr(found, n) != getattr(run.state, n)]
-    if changed:
-        raise ValueError(
-            f"run.dir={run.run_dir}: cannot resume, {', '.join(changed)} differ from the "
-            f"checkpoint's; use the same corpus, gene graph, random features and run.seed, or a "
-            f"new run.dir"
-        )
 
 
 def write_inputs(run: Run, ds_config: dict[str, Any]) -> None:

@@ -34,15 +34,18 @@ this module:
 
 from __future__ import annotations
 
-from functools import cached_property
+import errno
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
+from sclong_ds.corpus_files import Location
+from sclong_ds.shards import DamagedShard, ShardedArray, read_metadata
 from sclong_ds.streams import PackedCells, decode, slices_to_index
 
 CELLS_FORMAT = "sclong_ds-cells"
@@ -50,39 +53,79 @@ CELLS_VERSION = 1
 STREAMS = ("gap", "count")
 OWN_TABLES = ("chunk_rows", "row_entries", "row_nnz", "row_total")
 """The store's own tables; a writer may be given more."""
+_NUMBERS = ("n_cells", "n_genes", "n_values", "chunk_entries")
 _MAPPED_BYTES = 2**20  # a map keeps its file open: finalize would run out with 1,000 small stores
 
 
-class CellStore:
-    """A cell store on disk; opening it reads no cells, so every process can."""
+class DamagedChunk(ValueError):
+    """A chunk of cells whose shard file is missing, cut, changed or unreadable on the disk."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, reason: str, *, chunk: int, path: str, first_cell: int, last_cell: int
+    ) -> None:
+        """Name the damage.
+
+        Args:
+            reason: What is wrong.
+            chunk: Number of the chunk.
+            path: Path or URL of the file.
+            first_cell: First cell of the chunk.
+            last_cell: Last cell of the chunk.
+        """
+        super().__init__(
+            f"{path}: chunk {chunk} (cells {first_cell} to {last_cell}) is damaged: {reason}; "
+            "restore the file, or convert and finalize again (python -m data_prep verify CORPUS "
+            "lists all damage)"
+        )
+        self.reason, self.chunk, self.path = reason, chunk, path
+        self.first_cell, self.last_cell = first_cell, last_cell
+
+    def __reduce__(self) -> tuple[Callable[[], DamagedChunk], tuple[()]]:
+        """Pickle with all attributes, for instance on the way out of a worker process."""
+        place = {"first_cell": self.first_cell, "last_cell": self.last_cell}
+        return partial(DamagedChunk, self.reason, chunk=self.chunk, path=self.path, **place), ()
+
+
+class CellStore:
+    """A cell store; opening it reads no cells, so every process can. Safe for threads and forks."""
+
+    def __init__(self, path: str | Path | Location) -> None:
         """Open a store.
+
+        Args:
+            path: Its folder: a path, an fsspec URL, or a Location.
 
         Raises:
             FileNotFoundError: No such store.
             ValueError: Another format or version.
         """
-        self.path = Path(path)
-        if not (self.path / "zarr.json").is_file():
-            raise FileNotFoundError(f"{self.path}: no cell store here")
-        self._group = zarr.open_group(self.path, mode="r")
-        attributes = dict(self._group.attrs)
+        self.location = path if isinstance(path, Location) else Location(path)
+        try:
+            about = read_metadata(self.location)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.location}: no cell store here") from None
+        attributes = about.get("attributes") or {}
         found = attributes.get("format"), attributes.get("version")
         if found != (CELLS_FORMAT, CELLS_VERSION):
             raise ValueError(
-                f"{self.path}: format {found[0]} version {found[1]}, this program reads "
+                f"{self.location}: format {found[0]} version {found[1]}, this program reads "
                 f"{CELLS_FORMAT} version {CELLS_VERSION}"
             )
-        self.n_cells: int = attributes["n_cells"]  # type: ignore[assignment]
-        self.n_genes: int = attributes["n_genes"]  # type: ignore[assignment]
-        self.n_values: int = attributes["n_values"]  # type: ignore[assignment]
-        self.chunk_entries: int = attributes["chunk_entries"]  # type: ignore[assignment]
+        wrong = [name for name in _NUMBERS if type(attributes.get(name)) is not int]
+        if wrong:
+            raise ValueError(
+                f"{self.location}/zarr.json: damaged (no whole number {', '.join(wrong)}); "
+                "restore the file or write the store again"
+            )
+        self.n_cells: int = attributes["n_cells"]
+        self.n_genes: int = attributes["n_genes"]
+        self.n_values: int = attributes["n_values"]
+        self.chunk_entries: int = attributes["chunk_entries"]
         self._last: tuple[int, PackedCells] | None = None
 
-    def __reduce__(self) -> tuple[type[CellStore], tuple[Path]]:
-        """Pickle as a path, so that spawned workers map the tables instead of receiving copies."""
-        return CellStore, (self.path,)
+    def __reduce__(self) -> tuple[type[CellStore], tuple[Location]]:
+        """Pickle as a place, so that spawned workers map the tables instead of receiving copies."""
+        return CellStore, (self.location,)
 
     def __len__(self) -> int:
         """Return the number of cells."""
@@ -91,7 +134,8 @@ class CellStore:
     @property
     def tables(self) -> tuple[str, ...]:
         """Names of the row tables beyond the store's own."""
-        return tuple(sorted(set(self._group.array_keys()) - {*STREAMS, *OWN_TABLES}))
+        names = set(self.location.names()) - {*STREAMS, *OWN_TABLES}
+        return tuple(sorted(n for n in names if self.location.exists(f"{n}/zarr.json")))
 
     def table(self, name: str) -> NDArray[Any]:
         """Return a table, read-only; a large one as a memory map that processes share.
@@ -99,21 +143,37 @@ class CellStore:
         Raises:
             ValueError: No such table, or its file has another size than its shape says.
         """
-        if name not in self._group:
+        folder = self.location / name
+        try:
+            if name in STREAMS:
+                raise FileNotFoundError
+            about = read_metadata(folder)
+        except FileNotFoundError:
+            names = ", ".join((*OWN_TABLES, *self.tables))
+            raise ValueError(f"{self.location}: no table '{name}'; there are {names}") from None
+        try:
+            (length,), dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.path}: no table '{name}'; there are "
-                f"{', '.join((*OWN_TABLES, *self.tables))}"
-            )
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        dtype, file = np.dtype(array.dtype), self.path / name / "c" / "0"
-        if array.shape[0] == 0:
+                f"{folder}/zarr.json: damaged ({type(error).__name__}: {error}); restore the file "
+                "or write the store again"
+            ) from None
+        if length == 0:
             return np.empty(0, dtype)
-        if not file.is_file() or file.stat().st_size != array.shape[0] * dtype.itemsize:
-            raise ValueError(f"{file}: missing or cut; restore the file or write the store again")
-        if file.stat().st_size < _MAPPED_BYTES:
+        problem = ValueError(
+            f"{folder}/c/0: missing or cut; restore the file or write the store again"
+        )
+        try:
+            file = folder.local_path("c/0")
+            size = file.stat().st_size
+        except FileNotFoundError:
+            raise problem from None
+        if size != length * dtype.itemsize:
+            raise problem
+        if size < _MAPPED_BYTES:
             return np.frombuffer(file.read_bytes(), dtype)
-        return np.memmap(file, dtype=dtype, mode="r", shape=array.shape)
+        # As a plain array: slices of np.memmap itself take ten times as long.
+        return np.asarray(np.memmap(file, dtype=dtype, mode="r", shape=(length,)))
 
     @cached_property
     def chunk_rows(self) -> NDArray[np.int64]:
@@ -136,34 +196,89 @@ class CellStore:
         return self.table("row_total")
 
     @cached_property
-    def _streams(self) -> tuple[zarr.Array, zarr.Array]:
-        gap, count = self._group["gap"], self._group["count"]
-        assert isinstance(gap, zarr.Array)
-        assert isinstance(count, zarr.Array)
-        return gap, count
+    def _streams(self) -> tuple[ShardedArray, ...]:
+        streams = tuple(ShardedArray(self.location / name) for name in STREAMS)
+        for stream in streams:
+            size = stream.chunk_entries
+            if (size, len(stream)) != (self.chunk_entries, len(self.chunk_rows) - 1):
+                raise ValueError(
+                    f"{stream.location}: {len(stream)} chunks of {size} bytes, the store has "
+                    f"{len(self.chunk_rows) - 1} of {self.chunk_entries}; restore its files or "
+                    "write the store again"
+                )
+        return streams
 
-    def read_packed(self, chunk: int) -> PackedCells:
+    def read_packed(
+        self, chunk: int, *, out: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
+    ) -> PackedCells:
         """Return the cells of one chunk in the byte code of `sclong_ds.streams`.
 
+        Args:
+            chunk: Number of the chunk.
+            out: Two contiguous buffers of at least chunk_entries bytes, whose first chunk_entries
+                bytes are overwritten; gap and count of the result are views of them.
+
         Raises:
-            ValueError: The chunk is damaged.
+            DamagedChunk: The chunk is damaged.
+            OSError: It cannot be read for another reason (permission, network, ...).
+            IndexError: No such chunk.
+            ValueError: A buffer is too small, or the store's metadata are damaged.
         """
+        n_chunks, size = len(self.chunk_rows) - 1, self.chunk_entries
+        if not 0 <= chunk < n_chunks:
+            raise IndexError(f"chunk {chunk}: the store has chunks 0 to {n_chunks - 1}")
+        own = out is None
+        if out is None:
+            out = np.empty(size, np.uint8), np.empty(size, np.uint8)
+        elif min(len(buffer) for buffer in out) < size:
+            raise ValueError(
+                f"buffers of {len(out[0])} and {len(out[1])} bytes: a chunk needs {size} each"
+            )
         rows = slice(int(self.chunk_rows[chunk]), int(self.chunk_rows[chunk + 1]))
         entries = np.array(self.row_entries[rows])
-        start = chunk * self.chunk_entries
-        stop = start + int(entries.sum(dtype=np.int64))
-        try:
-            gap, count = (np.asarray(stream[start:stop]) for stream in self._streams)
-        except (ValueError, RuntimeError) as error:
-            # A failed crc32c is a ValueError, a broken zstd frame a RuntimeError, and neither says
-            # where it is.
-            raise ValueError(
-                f"{self.path}: chunk {chunk} (cells {rows.start} to {rows.stop - 1}) is damaged: "
-                f"{error}"
-            ) from None
+        used = int(entries.sum(dtype=np.int64))
+        if used > size:
+            raise self._damaged(
+                f"{used} entries in a chunk of {size}", chunk, f"{self.location}/row_entries/c/0"
+            )
+        if used:
+            for stream, buffer in zip(self._streams, out, strict=True):
+                self._read_stream(stream, chunk, buffer[:size])
+        gap, count = (buffer[:used] for buffer in out)
+        if own and used < size // 2:
+            # A view would keep the whole buffer: a thousand small stores are a thousand of them.
+            gap, count = gap.copy(), count.copy()
         return PackedCells(
-            gap, count, entries, np.array(self.row_nnz[rows]), np.array(self.row_total[rows])
+            gap,
+            count,
+            entries,
+            np.array(self.row_nnz[rows]),
+            np.array(self.row_total[rows]),
         )
+
+    def _read_stream(self, stream: ShardedArray, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        path = f"{stream.location}/{stream.shard_name(chunk)}"
+        try:
+            stream.read(chunk, out=buffer)
+        except FileNotFoundError:
+            raise self._damaged("the file is missing", chunk, path) from None
+        except DamagedShard as error:
+            raise self._damaged(str(error), chunk, path) from None
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise self._damaged(f"the disk cannot read it ({error})", chunk, path) from None
+            # Permissions, network, descriptors: the cells may be sound.
+            first, last = self._bounds(chunk)
+            text = f"{path}: chunk {chunk} (cells {first} to {last}) cannot be read: {error}"
+            raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from error
+
+    def _damaged(self, reason: str, chunk: int, path: str) -> DamagedChunk:
+        first, last = self._bounds(chunk)
+        return DamagedChunk(reason, chunk=chunk, path=path, first_cell=first, last_cell=last)
+
+    def _bounds(self, chunk: int) -> tuple[int, int]:
+        """Return the first and the last cell of a chunk."""
+        return int(self.chunk_rows[chunk]), int(self.chunk_rows[chunk + 1]) - 1
 
     def read_chunk(self, chunk: int) -> csr_matrix:
         """Return the cells of one chunk as (cells, n_genes) CSR of uint32 counts."""
@@ -171,33 +286,52 @@ class CellStore:
         return decode(cells.gap, cells.count, cells.row_entries, self.n_genes)
 
     def rows(self, indices: ArrayLike) -> csr_matrix:
-        """Return chosen cells; each chunk is read once, the last one is kept for the next call.
+        """Return chosen cells as counts; as `packed_rows`.
 
         Args:
             indices: (cells,) positions, in any order, repeats allowed.
 
         Returns:
             (cells, n_genes) CSR of uint32 counts, in the order given.
+        """
+        cells = self.packed_rows(indices)
+        return decode(cells.gap, cells.count, cells.row_entries, self.n_genes)
+
+    def packed_rows(self, indices: ArrayLike) -> PackedCells:
+        """Return chosen cells; each chunk is read once, the last one is kept for the next call.
+
+        Args:
+            indices: (cells,) positions, in any order, repeats allowed.
+
+        Returns:
+            The cells in the byte code of `sclong_ds.streams`, in the order given.
 
         Raises:
             ValueError: Not a list of integers.
             IndexError: A position outside the store.
+            DamagedChunk: A chunk with one of the cells is damaged.
         """
         wanted = self._positions(indices)
-        entries = np.asarray(self.row_entries[wanted], dtype=np.int64)
+        row_entries = self.row_entries[wanted]
+        entries = row_entries.astype(np.int64)
         target = np.cumsum(entries) - entries
         gap, count = np.empty(int(entries.sum()), np.uint8), np.empty(int(entries.sum()), np.uint8)
         chunks = np.searchsorted(self.chunk_rows, wanted, side="right") - 1
-        for chunk in np.unique(chunks):
-            if self._last is None or self._last[0] != chunk:
-                self._last = int(chunk), self.read_packed(int(chunk))
-            cells = self._last[1]
+        order = np.argsort(chunks, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1):
+            if not len(here):  # no cells at all
+                break
+            chunk = int(chunks[here[0]])
+            # Another thread may change what is kept at any moment.
+            last = self._last
+            if last is None or last[0] != chunk:
+                self._last = last = chunk, self.read_packed(chunk)
+            cells = last[1]
             starts = np.cumsum(cells.row_entries, dtype=np.int64) - cells.row_entries
-            here = np.flatnonzero(chunks == chunk)
             source = slices_to_index(starts[wanted[here] - self.chunk_rows[chunk]], entries[here])
             place = slices_to_index(target[here], entries[here])
             gap[place], count[place] = cells.gap[source], cells.count[source]
-        return decode(gap, count, entries, self.n_genes)
+        return PackedCells(gap, count, row_entries, self.row_nnz[wanted], self.row_total[wanted])
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
         wanted = np.asarray(indices)

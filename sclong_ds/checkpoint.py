@@ -1,71 +1,95 @@
-"""Checkpoints: save as a whole, find the newest good one, resume, prune; export to a model folder.
+"""Checkpoints of a running job: save as a whole or not at all, find the newest good one, load it.
 
-A checkpoint is a folder `checkpoints/step_00000050` with DeepSpeed's files of every rank, the files
-that make it self-contained (config.yaml, genes.tsv, gene_graph.npz,
-random_features.safetensors), state.json (position of the run) and manifest.json (size and CRC-32 of
-every file). It is written under a temporary name, synced and renamed, so it is whole or absent. A
-damaged one is found on load, reported, and the one before it is used.
+Every rank writes its own files under a temporary name, with checksums, and syncs them; rank 0 sees
+that all of them are there and renames the folder. When a rank cannot write (the disk is full), all
+ranks learn of it, nothing of the attempt stays and the checkpoints before it are untouched. On load
+every rank checks a share of the files; a damaged checkpoint is set aside, loudly, and the one
+before it is used. What is on disk: `sclong_ds.checkpoint_files`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import logging
+import os
 import shutil
-import zlib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
+import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from sclong_ds.config import RunConfig, load_config
+from sclong_ds.checkpoint_files import (
+    ChecksummedFile,
+    TrainState,
+    complete_checkpoints,
+    damage,
+    name_of,
+    prune,
+    read_state,
+    record_best,
+    remove_unfinished,
+    write_manifest,
+)
+from sclong_ds.config import RunConfig
+from sclong_ds.elastic import load_converted
 from sclong_ds.engine import on_first_rank
-from sclong_ds.features_file import read_features
-from sclong_ds.files import sync_folder, sync_tree, write_atomic
-from sclong_ds.model.performer import drawn_features
-from sclong_ds.model.sclong import Transform
-from sclong_ds.model_dir import FEATURES, GRAPH, write_model_dir
-from sclong_ds.run_folder import environment, git_commit, read_metrics
+from sclong_ds.files import sync_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainState:
-    """Where a run is, and on what; everything but weights and optimizer moments."""
+class SaveError(OSError):
+    """A checkpoint could not be written; raised on every rank, the run can go on."""
 
-    step: int
-    """Optimizer steps applied."""
-    cells_seen: int
-    """Position in the stream of cells."""
-    world_size: int
-    """Ranks that wrote the checkpoint."""
-    seed: int
-    """`run.seed`."""
-    precision: str
-    """`engine.precision`."""
-    zero_stage: int
-    """ZeRO stage; the stages write different files."""
-    corpus_hash: str
-    """Content hash of the corpus."""
-    genes_hash: str
-    """Hash of the gene vocabulary."""
-    graph_hash: str | None
-    """SHA-256 of the gene graph file."""
-    features_hash: str | None
-    """SHA-256 of the file of random features."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint that was written."""
+
+    name: str
+    """Its folder's name."""
+    n_bytes: int
+    """Size of its files."""
+    seconds: float
+    """Time from the first to the last rank's part, the renaming included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A checkpoint that was loaded."""
+
+    state: TrainState
+    """The position to go on from, with this run's number of ranks."""
+    name: str
+    """Its folder's name."""
+    saved_by: int
+    """Number of ranks that wrote it."""
+    damaged: tuple[str, ...]
+    """Newer checkpoints that were found damaged, with what is wrong with each."""
+    seconds: float
+    """Time to check, convert and load it."""
 
 
 def save(
-    engine: Any, folder: Path, state: TrainState, *, files: Iterable[Path], keep_last: int
-) -> Path:
+    engine: Any,
+    folder: Path,
+    state: TrainState,
+    *,
+    files: Iterable[Path],
+    keep_last: int,
+    keep_every_n_steps: int | None = None,
+    keep_best: bool = False,
+    val_mse: float | None = None,
+) -> Saved:
     """Save a checkpoint; every rank must call it.
 
     Args:
@@ -74,64 +98,146 @@ def save(
         state: Position of the run.
         files: Files to keep with the weights.
         keep_last: Newest checkpoints that stay.
+        keep_every_n_steps: Checkpoints of multiples of it stay for ever.
+        keep_best: The checkpoint with the lowest `val_mse` so far stays.
+        val_mse: Masked MSE on the validation cells at this step, where it was validated.
 
-    Returns:
-        The checkpoint's folder.
+    Raises:
+        SaveError: A rank could not write; nothing of the attempt is left.
     """
+    started = time.perf_counter()
     name = name_of(state.step)
-    partial, final = folder / f"{name}.partial", folder / name
-    first = dist.get_rank() == 0
-    if first:
-        # Also those of other steps, left by a process that was killed while it saved.
-        for unfinished in folder.glob("step_*.partial"):
-            shutil.rmtree(unfinished)
-    dist.barrier()
-    with _quiet():
-        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-    dist.barrier()
-    if first:
-        for file in files:
-            shutil.copyfile(file, partial / file.name)
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-        manifest = {
-            str(p.relative_to(partial)): _fingerprint(p)
-            for p in sorted(partial.rglob("*"))
-            if p.is_file()
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        sync_tree(partial)
-        if final.exists():
-            # A damaged checkpoint of this step was skipped on load and the step was reached again.
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync_folder(folder)
-        write_atomic(folder / "latest", f"{name}\n".encode())
-        _prune(folder, keep_last)
-    dist.barrier()
-    return final
+    partial = folder / f"{name}.partial"
+
+    def finish() -> int:
+        n_bytes = _finish(partial, state, files=files, written=written)
+        record_best(folder, name, val_mse)
+        prune(
+            folder,
+            keep_last=keep_last,
+            keep_every_n_steps=keep_every_n_steps,
+            keep_best=keep_best,
+        )
+        return n_bytes
+
+    try:
+        on_first_rank(lambda: _begin(partial))
+        written = _write(engine, partial)
+        n_bytes = on_first_rank(finish)
+    except ValueError as error:
+        on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise SaveError(
+            f"the checkpoint of step {state.step} could not be saved in {folder}: {error}; the "
+            f"checkpoints before it are untouched. Make room there, or lower checkpoint.keep_last"
+        ) from None
+    return Saved(name=name, n_bytes=n_bytes, seconds=time.perf_counter() - started)
 
 
-def name_of(step: int) -> str:
-    """Return the folder name of a step's checkpoint."""
-    return f"step_{step:08d}"
+def _begin(partial: Path) -> None:
+    """Make the folder to write to, and remove what killed processes have left."""
+    remove_unfinished(partial.parent)
+    partial.mkdir()
 
 
-def load(engine: Any, folder: Path, *, expected: TrainState) -> TrainState | None:
+def _write(engine: Any, partial: Path) -> dict[str, list[int]]:
+    """Write every rank's files; returns size and CRC-32 of all of them, by name.
+
+    Raises:
+        ValueError: Which ranks could not, on all ranks.
+    """
+    with _quiet(), _writing_with(engine) as writer:
+        engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (writer.files, writer.error and str(writer.error)))
+    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
+    if errors:
+        raise ValueError("; ".join(errors))
+    return {name: value for files, _ in everyone for name, value in files.items()}
+
+
+def _finish(
+    partial: Path, state: TrainState, *, files: Iterable[Path], written: dict[str, list[int]]
+) -> int:
+    """Complete the folder and give it its final name; returns its size in bytes."""
+    folder, final = partial.parent, partial.with_suffix("")
+    for file in files:
+        write_atomic(partial / file.name, file.read_bytes())
+    write_atomic(partial / "state.json", (json.dumps(asdict(state), indent=2) + "\n").encode())
+    n_bytes = write_manifest(partial, written)
+    sync_folder(partial)
+    # Normally absent; what is there stays on disk until the new one has its name.
+    old = folder / f"{final.name}.old.partial"
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    sync_folder(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    write_atomic(folder / "latest", f"{final.name}\n".encode())
+    return n_bytes
+
+
+class _Writer(TorchCheckpointEngine):
+    """Writes this rank's files, synced; keeps their checksums, and the failure if there is one.
+
+    A failure is not raised: the other ranks would wait in DeepSpeed's barriers for this one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, list[int]] = {}
+        self.error: OSError | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write one file."""
+        try:
+            with open(path, "wb") as raw:
+                file = ChecksummedFile(raw)
+                try:
+                    torch.save(state_dict, cast(IO[bytes], file))
+                except RuntimeError:
+                    # torch.save's own error hides that of the file.
+                    raise file.error or RuntimeError(f"{path} cannot be written") from None
+                file.flush()
+                os.fsync(raw.fileno())
+        except OSError as error:
+            self.error = error
+        else:
+            self.files[Path(path).name] = [file.size, file.crc]
+
+
+@contextlib.contextmanager
+def _writing_with(engine: Any) -> Iterator[_Writer]:
+    """Let DeepSpeed write through a `_Writer`, and nothing besides."""
+    writer, own = _Writer(), engine.checkpoint_engine
+    engine.checkpoint_engine = writer
+    # DeepSpeed puts a script beside the checkpoints; on a full disk rank 0 would fail alone.
+    engine._copy_recovery_script = lambda _: None
+    try:
+        yield writer
+    finally:
+        engine.checkpoint_engine = own
+        del engine._copy_recovery_script
+
+
+def load(engine: Any, folder: Path, *, expected: TrainState) -> Loaded | None:
     """Load the newest good checkpoint of a run; every rank must call it.
+
+    One that another number of ranks saved is converted.
 
     Args:
         engine: The DeepSpeed engine, freshly initialised.
         folder: The run's `checkpoints` folder.
-        expected: What this run would start from; number of ranks, stage and precision must agree.
+        expected: What this run would start from; stage and precision must agree.
 
     Returns:
-        The position to go on from, or None when there is no checkpoint.
+        What was loaded, or None when there is no checkpoint.
 
     Raises:
-        ValueError: Checkpoints exist but none is good, or it was saved by another number of ranks,
-            in another precision or ZeRO stage.
+        ValueError: Checkpoints exist but none is good, or it was saved in another precision or ZeRO
+            stage, or cannot be converted.
     """
-    name = on_first_rank(lambda: _choose(folder))
+    started = time.perf_counter()
+    name, damaged = _choose(folder)
     if name is None:
         return None
     state = read_state(folder / name)
@@ -141,209 +247,78 @@ def load(engine: Any, folder: Path, *, expected: TrainState) -> TrainState | Non
             f"this run has stage {expected.zero_stage} in {expected.precision}: "
             f"set engine.ds_config and engine.precision back, or use a new run.dir"
         )
-    if state.world_size != dist.get_world_size():
-        raise ValueError(
-            f"{folder / name} was saved by {state.world_size} ranks, "
-            f"this run has {dist.get_world_size()}: start it with {state.world_size}"
-        )
     with _quiet():
-        path, _ = engine.load_checkpoint(str(folder), tag=name)
+        if state.world_size == dist.get_world_size():
+            path, _ = engine.load_checkpoint(str(folder), tag=name)
+        else:
+            path = load_converted(engine, folder / name)
     if path is None:
         raise ValueError(f"{folder / name}: DeepSpeed could not load it; see the messages above")
-    return state
+    return Loaded(
+        state=replace(state, world_size=dist.get_world_size()),
+        name=name,
+        saved_by=state.world_size,
+        damaged=damaged,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _choose(folder: Path) -> str | None:
-    """Return the newest good checkpoint's name, or None when there is none at all."""
-    found = complete_checkpoints(folder)
-    for path in found:
-        problem = damage(path)
+def _choose(folder: Path) -> tuple[str | None, tuple[str, ...]]:
+    """Return the newest good checkpoint's name, or None, and what is wrong with newer ones.
+
+    Raises:
+        ValueError: There are checkpoints, and all are damaged.
+    """
+    found = on_first_rank(lambda: [path.name for path in complete_checkpoints(folder)])
+    problems: dict[str, str] = {}
+    for name in found:
+        problem = _damage_on_any_rank(folder / name)
         if problem is None:
-            return path.name
-        log.error("%s is damaged (%s): going back to the checkpoint before it", path, problem)
-    if found:
+            on_first_rank(lambda: _set_aside(folder, problems))
+            return name, tuple(f"{bad}: {what}" for bad, what in problems.items())
+        problems[name] = problem
+        if dist.get_rank() == 0:
+            log.error(
+                "%s is damaged (%s): going back to the checkpoint before it", folder / name, problem
+            )
+    if problems:
         raise ValueError(
-            f"no checkpoint in {folder} is usable: {len(found)} are damaged (see above); "
+            f"no checkpoint in {folder} is usable: {len(problems)} are damaged (see above); "
             f"restore one or use a new run.dir"
         )
-    return None
+    return None, ()
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, newest first; unfinished ones are left out.
-
-    Args:
-        folder: The run's `checkpoints` folder.
-    """
-    return sorted(
-        (p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".partial"), reverse=True
-    )
+def _damage_on_any_rank(checkpoint: Path) -> str | None:
+    """Check a checkpoint, each rank a share of it; every rank gets the first problem, or None."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    mine = damage(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
+    dist.all_gather_object(problems, mine)
+    return next((problem for problem in problems if problem is not None), None)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest; returns what is wrong, or None.
-
-    Args:
-        checkpoint: A `step_*` folder.
-    """
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return "manifest.json is missing or unreadable"
-    for name, fingerprint in manifest.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _fingerprint(path) != fingerprint:
-            return f"{name} does not have the size and CRC-32 it was saved with"
-    return None
+def _set_aside(folder: Path, names: Iterable[str]) -> None:
+    """Rename damaged checkpoints, so that they do not count among the newest that are kept."""
+    for name in names:
+        target = folder / f"{name}.damaged"
+        shutil.rmtree(target, ignore_errors=True)
+        (folder / name).rename(target)
 
 
-def read_state(checkpoint: Path) -> TrainState:
-    """Read a checkpoint's state.json.
-
-    Raises:
-        ValueError: It was written by another version.
-    """
-    state = json.loads((checkpoint / "state.json").read_text())
-    names = {field.name for field in fields(TrainState)}
-    if set(state) != names:
-        raise ValueError(
-            f"{checkpoint}/state.json was written by another version ({sorted(set(state) ^ names)} "
-            f"differ): go on with that version, or export there and set run.init_from"
-        )
-    return TrainState(**state)
-
-
-def resolve(path: Path) -> Path:
-    """Return the checkpoint a path means: itself, or the newest of a `checkpoints` or run folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged or unfinished.
-    """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such checkpoint folder")
-    candidates = [path] if path.name.startswith("step_") else []
-    candidates = (
-        candidates or complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
-    )
-    if not candidates:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint: give RUN_DIR/checkpoints/step_N or a run folder"
-        )
-    problem = damage(candidates[0])
-    if problem is not None:
-        raise ValueError(
-            f"{candidates[0]} is damaged or unfinished ({problem}); use another checkpoint"
-        )
-    return candidates[0]
-
-
-def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
-    """Write the exported model of a checkpoint.
+def full_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the fp32 weights of a checkpoint, merged from the files of all ranks.
 
     Args:
-        checkpoint_dir: A checkpoint, a `checkpoints` folder or a run folder (its newest
-            checkpoint).
-        out: Folder to make.
-
-    Returns:
-        The provenance that was written.
+        checkpoint: A good checkpoint.
     """
-    checkpoint = resolve(checkpoint_dir)
-    config = load_config(checkpoint / "config.yaml")
-    state = read_state(checkpoint)
     with _quiet():
-        weights = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name
-        )
-    graph = checkpoint / GRAPH
-    provenance = asdict(state) | {
-        "checkpoint": checkpoint.name,
-        "commit": git_commit(),
-        "validation": _validation(checkpoint, state.step),
-        "environment": environment(),
-    }
-    write_model_dir(
-        out,
-        weights=weights,
-        model=config.model,
-        transform=transform_of(config),
-        genes=checkpoint / "genes.tsv",
-        graph=graph if graph.is_file() else None,
-        features=features_of(checkpoint, config, state.step),
-        provenance=provenance,
-    )
-    return provenance
-
-
-def features_of(checkpoint: Path, config: RunConfig, step: int) -> dict[str, Tensor] | None:
-    """Return the random features (M, K) by `stack.layer` that belong to a checkpoint's weights.
-
-    They are drawn here and not where the model is used: another processor may round differently.
-    """
-    if config.model.attention != "favor":
-        return None
-    redraws = redraw_index(config, step)
-    if redraws == 0 and (checkpoint / FEATURES).is_file():
-        return read_features(checkpoint / FEATURES)
-    return drawn_features(config.model, redraws)
-
-
-def transform_of(config: RunConfig) -> Transform:
-    """Return the value transform of a run."""
-    return Transform(name="log1p_total", target_sum=config.data.target_sum)
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
 
 
 def redraw_index(config: RunConfig, step: int) -> int:
     """Return which draw of the random features belongs to the state after a number of steps."""
     interval = config.model.feature_redraw_interval
     return step // interval if interval else 0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `python -m sclong_ds export`."""
-    parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="a checkpoint or a run folder"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="MODEL_DIR", help="folder to make"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run `python -m sclong_ds export`."""
-    provenance = export(args.checkpoint, args.out)
-    log.info("wrote %s from step %d of %s", args.out, provenance["step"], args.checkpoint)
-    return 0
-
-
-def _validation(checkpoint: Path, step: int) -> dict[str, float]:
-    """Return the last validation figures up to a step.
-
-    Empty unless the checkpoint still lies in its run folder.
-    """
-    run_dir = checkpoint.parent.parent
-    if not (run_dir / "metrics.jsonl").is_file():
-        return {}
-    rows = [r for r in read_metrics(run_dir) if "val/mse" in r and r["step"] <= step]
-    names = ("val/mse", "val/baseline_mse", "val/pearson", "val/baseline_pearson")
-    return {n: rows[-1][n] for n in names if n in rows[-1]} if rows else {}
-
-
-def _prune(folder: Path, keep_last: int) -> None:
-    for old in complete_checkpoints(folder)[keep_last:]:
-        shutil.rmtree(old)
-
-
-def _fingerprint(path: Path) -> list[int]:
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            crc = zlib.crc32(block, crc)
-            size += len(block)
-    return [size, crc]
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

@@ -7,11 +7,17 @@ are gradients), plus products with one column: 1 and 2 of 2 M. Softmax attention
 computes in blocks, has 2 dots of 2 K N in forward and 5 in backward (1 recomputes scores). Bytes
 are exact for what autograd keeps, and a prediction for the working memory of the backward pass.
 
+With `model.routing: expressed` the large encoder reads n_expressed genes of a cell, the expected
+number of expressed ones, and top_seq_len at most; None stands for top_seq_len, an upper bound.
+FLOPs are linear in it but for softmax attention and for cells above top_seq_len, so that those of a
+mean are the mean. n_wanted is the number of genes that are predicted (`positions` of
+`ScLong.forward`); None: all.
+
 A part that the configuration leaves out is in none of the results.
 
-Shapes: G genes, T top genes, C base width, D large width, N tokens and W width of a stack (of the
-model: N = G, or G + 1 with the pad token), I = H K heads times head width, M random features, F
-feed-forward width, E edges.
+Shapes: G genes, T genes of the large encoder, P predicted genes, C base width, D large width, N
+tokens and W width of a stack (of the model: N = G, or G + 1 with the pad token), I = H K heads
+times head width, M random features, F feed-forward width, E edges.
 """
 
 from __future__ import annotations
@@ -21,15 +27,31 @@ import math
 from sclong_ds.config import ModelConfig, PerformerConfig
 
 
-def stacks(model: ModelConfig, n_genes: int) -> dict[str, tuple[PerformerConfig, int, int]]:
+def top_genes(model: ModelConfig, n_expressed: int | None = None) -> int:
+    """Return how many genes T of a cell the large encoder reads.
+
+    Args:
+        model: The `model` section.
+        n_expressed: Expected number of expressed genes; only read with `model.routing: expressed`.
+    """
+    if model.contextual_encoder == "mini":
+        return 0
+    if model.routing == "top" or n_expressed is None:
+        return model.top_seq_len
+    return min(n_expressed, model.top_seq_len)
+
+
+def stacks(
+    model: ModelConfig, n_genes: int, n_expressed: int | None = None
+) -> dict[str, tuple[PerformerConfig, int, int]]:
     """Return sizes, width W and tokens N of each Performer stack that the model has, by name.
 
     Args:
         model: The `model` section.
         n_genes: Number of genes G.
+        n_expressed: Expected number of expressed genes of a cell.
     """
-    tokens = n_genes + model.pad_token
-    top = 0 if model.contextual_encoder == "mini" else model.top_seq_len
+    tokens, top = n_genes + model.pad_token, top_genes(model, n_expressed)
     found = {}
     if model.contextual_encoder != "mini":
         found["large_encoder"] = (model.large_encoder, model.large_dim, top)
@@ -89,30 +111,54 @@ def parameter_counts(model: ModelConfig, n_genes: int) -> dict[str, int]:
     }
 
 
-def flops_per_cell(model: ModelConfig, n_genes: int, n_edges: int = 0) -> dict[str, int]:
+def flops_per_cell(
+    model: ModelConfig,
+    n_genes: int,
+    n_edges: int = 0,
+    *,
+    n_expressed: int | None = None,
+    n_wanted: int | None = None,
+) -> dict[str, int]:
     """Return the FLOPs of one cell's forward pass by part, as the plain torch kernels do it.
 
     Args:
         model: The `model` section.
         n_genes: Number of genes G.
         n_edges: Edges E of the gene graph.
+        n_expressed: Expected number of expressed genes of a cell.
+        n_wanted: Predicted genes P; None: all.
 
     Returns:
         FLOPs of matrix products; `gene_encoder` runs once per micro-batch, not once per cell.
     """
-    return {part: forward for part, (forward, _) in _flops(model, n_genes, n_edges).items()}
+    both = _flops(model, n_genes, n_edges, n_expressed, n_wanted)
+    return {part: forward for part, (forward, _) in both.items()}
 
 
-def backward_flops_per_cell(model: ModelConfig, n_genes: int, n_edges: int = 0) -> dict[str, int]:
+def backward_flops_per_cell(
+    model: ModelConfig,
+    n_genes: int,
+    n_edges: int = 0,
+    *,
+    n_expressed: int | None = None,
+    n_wanted: int | None = None,
+) -> dict[str, int]:
     """Return the FLOPs of one cell's backward pass, layers recomputed by checkpointing left out.
 
     Arguments and result as `flops_per_cell`.
     """
-    return {part: backward for part, (_, backward) in _flops(model, n_genes, n_edges).items()}
+    both = _flops(model, n_genes, n_edges, n_expressed, n_wanted)
+    return {part: backward for part, (_, backward) in both.items()}
 
 
 def training_flops_per_cell(
-    model: ModelConfig, n_genes: int, n_edges: int = 0, *, micro_batch: int = 1
+    model: ModelConfig,
+    n_genes: int,
+    n_edges: int = 0,
+    *,
+    micro_batch: int = 1,
+    n_expressed: int | None = None,
+    n_wanted: int | None = None,
 ) -> float:
     """Return forward and backward FLOPs of one cell, with its share of the gene encoder.
 
@@ -123,56 +169,86 @@ def training_flops_per_cell(
         model: The `model` section.
         n_genes: Number of genes G.
         n_edges: Edges E of the gene graph.
-        micro_batch: Cells per forward pass.
+        micro_batch: Cells per run of the gene encoder.
+        n_expressed: Expected number of expressed genes of a cell.
+        n_wanted: Predicted genes P; None: all.
     """
-    parts = {part: sum(both) for part, both in _flops(model, n_genes, n_edges).items()}
+    both = _flops(model, n_genes, n_edges, n_expressed, n_wanted)
+    parts = {part: sum(ways) for part, ways in both.items()}
     return sum(parts.values()) - parts["gene_encoder"] * (1 - 1 / micro_batch)
 
 
-def recompute_flops_per_cell(model: ModelConfig, n_genes: int) -> int:
+def recompute_flops_per_cell(
+    model: ModelConfig,
+    n_genes: int,
+    *,
+    n_expressed: int | None = None,
+    n_wanted: int | None = None,
+) -> int:
     """Return the extra FLOPs of activation checkpointing: every Performer layer once more."""
-    forward = flops_per_cell(model, n_genes)
+    forward = flops_per_cell(model, n_genes, n_expressed=n_expressed, n_wanted=n_wanted)
     return sum(forward[name] for name in stacks(model, n_genes))
 
 
-def _flops(model: ModelConfig, n_genes: int, n_edges: int) -> dict[str, tuple[int, int]]:
+def _flops(
+    model: ModelConfig, n_genes: int, n_edges: int, n_expressed: int | None, n_wanted: int | None
+) -> dict[str, tuple[int, int]]:
     """Return (forward, backward) FLOPs by part."""
-    g, c, hidden = n_genes, model.base_dim, model.expression_hidden
+    c, hidden = model.base_dim, model.expression_hidden
     tokens = n_genes + model.pad_token
+    predicted = n_genes if n_wanted is None else n_wanted
     layers = 0 if model.gene_encoder == "none" else model.gene_encoder_layers
     sparse, graph = 2 * n_edges * c * layers, 2 * tokens * c * c * layers
     lift, expand = 2 * tokens * hidden, 2 * tokens * hidden * c
-    cross = 2 * model.top_seq_len * c * model.large_dim
-    mlp = 2 * g * c * c if model.head == "mlp" else 0
+    cross = 2 * top_genes(model, n_expressed) * c * model.large_dim
+    mlp = 2 * predicted * c * c if model.head == "mlp" else 0
+    vector = 2 * predicted * c
     flops = {
         # The adjacency has no gradient: its backward is one sparse product.
         "gene_encoder": (graph + sparse, 2 * graph + sparse),
         # The expression values have no gradient: the first layer's backward is the weight's alone.
         "expression_encoder": (lift + expand, lift + 2 * expand),
         # The last product is with a vector; its backward is one such product and an outer product.
-        "head": (mlp + 2 * g * c, 2 * mlp + 2 * g * c),
+        "head": (mlp + vector, 2 * mlp + vector),
     }
     if model.contextual_encoder != "mini":
         flops |= {"to_large": (cross, 2 * cross), "from_large": (cross, 2 * cross)}
-    for name, (stack, width, n) in stacks(model, n_genes).items():
-        inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
-        linear = 2 * n * (4 * inner * width + 2 * wide * width)
-        if model.attention == "softmax":
-            dot = 2 * n * n * inner
-            attention = (2 * dot, 5 * dot)
-        else:
-            column = 2 * n * stack.heads * stack.features()
-            dot = column * stack.dim_head
-            attention = (4 * dot + column, 10 * dot + 2 * column)
-        flops[name] = (
-            stack.depth * (linear + attention[0]),
-            stack.depth * (2 * linear + attention[1]),
+    for name, (stack, width, n) in stacks(model, n_genes, n_expressed).items():
+        rows = n_wanted if name == "decoder" and n_wanted is not None else n
+        ways = zip(
+            _layer_flops(model, stack, width, n, n),
+            _layer_flops(model, stack, width, n, rows),
+            strict=True,
         )
+        forward, backward = ((stack.depth - 1) * layer + last for layer, last in ways)
+        flops[name] = (forward, backward)
     return flops
 
 
+def _layer_flops(
+    model: ModelConfig, stack: PerformerConfig, width: int, n: int, rows: int
+) -> tuple[int, int]:
+    """Return (forward, backward) FLOPs of a layer with keys of n tokens and all else of `rows`."""
+    inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
+    linear = 2 * n * 2 * inner * width + 2 * rows * (2 * inner * width + 2 * wide * width)
+    if model.attention == "softmax":
+        dot = 2 * n * rows * inner
+        return linear + 2 * dot, 2 * linear + 5 * dot
+    column = 2 * rows * stack.heads * stack.features()
+    keys, queries = 2 * n * inner * stack.features(), column * stack.dim_head
+    return (
+        linear + 2 * keys + 2 * queries + column,
+        2 * linear + 6 * keys + 4 * queries + 2 * column,
+    )
+
+
 def activation_bytes(
-    model: ModelConfig, n_genes: int, *, element_bytes: int, recompute: bool
+    model: ModelConfig,
+    n_genes: int,
+    *,
+    element_bytes: int,
+    recompute: bool,
+    n_expressed: int | None = None,
 ) -> dict[str, int]:
     """Return what autograd keeps of one cell from forward to backward, by part.
 
@@ -185,11 +261,13 @@ def activation_bytes(
         n_genes: Number of genes G.
         element_bytes: 2 for bf16, 4 for fp32.
         recompute: Whether activation checkpointing is on.
+        n_expressed: Expected number of expressed genes of a cell.
 
     Returns:
-        Bytes per cell; the split between cells is exact in fp32 for micro-batches above 1.
+        Bytes per cell when all genes are predicted; the split between cells is exact in fp32 for
+        micro-batches above 1.
     """
-    e, g, c, top = element_bytes, n_genes, model.base_dim, model.top_seq_len
+    e, g, c, top = element_bytes, n_genes, model.base_dim, top_genes(model, n_expressed)
     n, stats = n_genes + model.pad_token, 8
     parts = {
         # The values and the mask as the model reads them; the error and its weights.
@@ -198,15 +276,19 @@ def activation_bytes(
         "norm": n * (c * e + stats),
         "head": g * c * e * (3 if model.head == "mlp" else 1),
     }
+    packed = model.routing == "expressed"
     if model.contextual_encoder != "mini":
-        # Two int64 permutations, the top genes that to_large reads.
-        parts["order"] = n * 16 + top * c * e
+        # Two int64 permutations, the top genes that to_large reads: of packed cells a view.
+        view = packed and model.contextual_encoder == "large"
+        parts["order"] = n * 16 + (n if view else top) * c * e
         parts["to_large"] = top * (model.large_dim * e + stats)
         parts["from_large"] = top * ((model.large_dim + c) * e + stats)
-    for name, (stack, width, tokens) in stacks(model, n_genes).items():
+    for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
         layer = width * e if recompute else _layer_bytes(model, stack, width, e)
+        if packed and model.attention == "softmax" and name != "decoder" and not recompute:
+            layer += stack.heads * stack.dim_head * e  # the outputs of the cells, joined
         parts[name] = stack.depth * tokens * layer
-    if model.contextual_encoder == "dual":
+    if model.contextual_encoder == "dual" and not packed:
         # The first input of the mini encoder is a view of the ordered cells, kept whole.
         parts["order"] += top * c * e
     return parts
@@ -227,7 +309,13 @@ def _favor_block_bytes(stack: PerformerConfig, tokens: int) -> int:
 
 
 def peak_activation_bytes(
-    model: ModelConfig, n_genes: int, *, micro_batch: int, element_bytes: int, recompute: bool
+    model: ModelConfig,
+    n_genes: int,
+    *,
+    micro_batch: int,
+    element_bytes: int,
+    recompute: bool,
+    n_expressed: int | None = None,
 ) -> int:
     """Predict the peak of activations and working memory in one pass with the plain torch kernels.
 
@@ -241,15 +329,18 @@ def peak_activation_bytes(
         micro_batch: Cells per forward pass.
         element_bytes: 2 for bf16, 4 for fp32.
         recompute: Whether activation checkpointing is on.
+        n_expressed: Expected number of expressed genes of a cell.
 
     Returns:
-        Bytes.
+        Bytes when all genes are predicted, an upper bound for fewer.
     """
     e = element_bytes
-    kept = activation_bytes(model, n_genes, element_bytes=e, recompute=recompute)
+    kept = activation_bytes(
+        model, n_genes, element_bytes=e, recompute=recompute, n_expressed=n_expressed
+    )
     stored = sum(kept.values())
     peak = micro_batch * stored
-    for stack, width, tokens in stacks(model, n_genes).values():
+    for stack, width, tokens in stacks(model, n_genes, n_expressed).values():
         inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
         # Freed before: the head. Counted anew: what this layer itself keeps, but for its input.
         own = 0 if recompute else tokens * (_layer_bytes(model, stack, width, e) - width * e)

@@ -1,266 +1,218 @@
 """The loader: one order of cells for any number of ranks, exact resume, reading in the background.
 
-Order. An epoch visits every cell of the split once: its chunks are permuted, taken in groups of
-`data.shuffle_group_chunks`, and the cells of a group are permuted. The epochs follow each other
-without a gap, so the training data are one endless stream that is a pure function of (seed, corpus,
-group size). Global batch b is the cells [b * B, (b + 1) * B) of the stream; a batch may hold the
-end of one epoch and the beginning of the next; no cell is dropped or repeated. Rank r of W takes,
-of micro-step j, the cells [(j * W + r) * m, ... + m) of the batch. The position is therefore one
-integer, the number of cells seen, and is valid for any world size.
+    stream = open_stream(Corpus("CORPUS"), seed=0, group_chunks=30)
+    with CellLoader(corpus, stream=stream, cells_seen=0, rank=0, world_size=1,
+                    train_batch_size=256, micro_batch_size=64, prefetch_batches=4) as loader:
+        for step in loader: ...
 
-Every rank decodes the whole group and keeps its cells of it; a group of 8 chunks is about 4 MB
-packed.
+Order. `sclong_ds.order` defines one endless stream of cells. Global batch b is the visits
+[b * B, (b + 1) * B) of it; a batch may hold the end of one epoch and the beginning of the next; no
+visit is dropped or repeated. Rank r of W takes, of micro-step j, the visits [(j * W + r) * m, + m)
+of the batch. The position is one integer, the number of visits so far, valid for any W. A stream
+that ends (`stop_at`) may end with a short batch: the ranks beyond its end get micro-batches without
+cells, so that every rank makes the same number of steps.
+
+Threads. One reads and decompresses groups of chunks into buffers that are used again, one group
+ahead; one gathers or decodes this rank's cells, no others, straight into the buffers of a step.
+They start with the first `next`, in the process that calls it. Every rank reads every group.
+
+Memory of a rank, in bytes: 4 * group_chunks * chunk_entries for the groups (30 chunks of 2^19
+entries: 63 MB), and (prefetch_batches + 2) times this rank's share of a batch, or once without
+prefetching. A cell takes packed 16 + 2 * entries, csr 8 * non-zero values, dense 4 * genes. Packed
+and csr buffers grow with the largest share so far, by a quarter more than needed.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import numpy as np
-from scipy.sparse import csr_matrix, vstack
+from numpy.typing import NDArray
 
+from sclong_ds.batches import CellBatch, StepBatch, empty_bytes, log1p_normalise
+from sclong_ds.loading import LoaderPlan, LoaderThreads, Output
+from sclong_ds.order import CellStream, CellWeights
 from sclong_ds.store import Corpus
 
-
-@dataclass(frozen=True, slots=True)
-class CellBatch:
-    """The cells of one micro-batch on one rank: raw counts and what identifies each cell.
-
-    Attributes:
-        counts: (B, G) CSR, raw counts.
-        cell_ids: (B,) int64, row in the corpus.
-        epochs: (B,) int64, epoch that each cell belongs to.
-    """
-
-    counts: csr_matrix
-    cell_ids: np.ndarray
-    epochs: np.ndarray
+__all__ = ["CellBatch", "CellLoader", "Output", "StepBatch", "log1p_normalise", "open_stream"]
 
 
-@dataclass(frozen=True, slots=True)
-class StepBatch:
-    """What one rank needs for one optimizer step.
-
-    Attributes:
-        micro_batches: One CellBatch per accumulation step.
-        cell_ids: (train_batch_size,) the global batch, all ranks.
-    """
-
-    micro_batches: list[CellBatch]
-    cell_ids: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Cells that are read together, in their order."""
-
-    start: int
-    """Position in the stream of its first cell."""
-    epoch: int
-    rows: np.ndarray
-
-
-class CellStream:
-    """The endless global order of cells.
-
-    Args:
-        chunk_rows: (n + 1,) first row of each chunk of the split, ascending; the last entry is the
-            end.
-        seed: `run.seed`.
-        group_chunks: Chunks that are shuffled together.
-    """
-
-    def __init__(self, chunk_rows: np.ndarray, *, seed: int, group_chunks: int) -> None:
-        self._bounds = np.asarray(chunk_rows, dtype=np.int64)
-        self.n_cells = int(self._bounds[-1] - self._bounds[0])
-        if self.n_cells < 1:
-            raise ValueError(
-                "the training split has no cells: check the split of `python -m data_prep finalize`"
-            )
-        self._seed, self._group_chunks = seed, group_chunks
-
-    def groups(self, position: int) -> Iterator[_Group]:
-        """Yield the groups of the stream from the one that holds `position` on, without end."""
-        epoch = position // self.n_cells
-        while True:
-            order = self._rng(epoch, 0).permutation(len(self._bounds) - 1)
-            sizes = np.diff(self._bounds)[order]
-            start = epoch * self.n_cells
-            for first in range(0, len(order), self._group_chunks):
-                members = order[first : first + self._group_chunks]
-                size = int(sizes[first : first + self._group_chunks].sum())
-                if start + size > position:
-                    rows = np.concatenate(
-                        [np.arange(self._bounds[c], self._bounds[c + 1]) for c in members]
-                    )
-                    yield _Group(start, epoch, self._rng(epoch, first + 1).permutation(rows))
-                start += size
-            epoch += 1
-
-    def _rng(self, epoch: int, part: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, part, epoch]))
-
-
-def split_chunk_rows(corpus: Corpus, split: str) -> np.ndarray:
-    """Return the chunk borders of a split: (n + 1,) rows, ascending.
+def open_stream(
+    corpus: Corpus,
+    *,
+    split: str = "train",
+    seed: int,
+    group_chunks: int,
+    weights: NDArray[np.int64] | None = None,
+) -> CellStream:
+    """Return the order in which the cells of a split are visited.
 
     Args:
         corpus: The corpus; its chunks never straddle a split border.
         split: Name of the split.
+        seed: `run.seed`.
+        group_chunks: Chunks that are shuffled together.
+        weights: (datasets,) fixed-point weights, see `order.dataset_weights` and
+            `order.explicit_weights`; None visits every cell once an epoch.
 
     Raises:
-        ValueError: The corpus has no such split.
+        ValueError: No such split, a split without cells, or weights that do not fit the corpus.
     """
-    rows = corpus.split(split)
-    if len(rows) == 0:
-        return np.zeros(1, dtype=np.int64)
-    bounds = np.asarray(corpus.chunk_rows)
-    return bounds[(bounds >= rows[0]) & (bounds <= rows[-1] + 1)]
+    if split not in corpus.splits:
+        raise ValueError(f"split '{split}': this corpus has {', '.join(corpus.splits)}")
+    if weights is not None and weights.shape != (len(corpus.datasets),):
+        raise ValueError(
+            f"weights of shape {weights.shape}: the corpus has {len(corpus.datasets)} datasets"
+        )
+    cells, bounds = corpus.splits[split], np.asarray(corpus.chunk_rows)
+    return CellStream(
+        # An empty split leaves one border, or none.
+        np.append(bounds[(bounds >= cells.start) & (bounds < cells.stop)], cells.stop),
+        seed=seed,
+        group_chunks=group_chunks,
+        weights=None if weights is None else CellWeights(weights, corpus),
+    )
 
 
 class CellLoader:
-    """Iterate over the optimizer steps of one rank from a position on, reading ahead in a thread.
+    """Iterate over the optimizer steps of one rank from a position on.
 
-    Args:
-        corpus: Where the cells are.
-        seed: `run.seed`.
-        cells_seen: Position: cells consumed by all ranks so far.
-        rank: This rank.
-        world_size: Number of ranks.
-        train_batch_size: Cells of a global batch.
-        micro_batch_size: Cells of one rank's micro-batch.
-        group_chunks: Chunks that are shuffled together.
-        prefetch_batches: Steps kept ready.
+    The arrays of a step are valid until the next call of `next`, which lets a thread overwrite
+    them. `cell_ids`, `epochs`, `passes`
+    and `skipped` stay as they are. The loader can be pickled, and can be carried over a fork: it
+    starts threads of its own in each process, at its position. After an error, `next` tries again
+    from the same position.
+
+    Attributes:
+        stream: The order of the cells.
+        position: Cells consumed by all ranks after the last step delivered; with the arguments, the
+            whole state.
+        waited_s: Seconds that `next` has waited in all.
+        skipped_cells: Cells delivered to this rank without counts because of damage.
     """
 
     def __init__(
         self,
         corpus: Corpus,
         *,
-        seed: int,
+        stream: CellStream,
         cells_seen: int,
         rank: int,
         world_size: int,
         train_batch_size: int,
         micro_batch_size: int,
-        group_chunks: int,
         prefetch_batches: int,
+        output: Output = "packed",
+        target_sum: float | None = None,
+        on_damage: Literal["stop", "skip"] = "stop",
+        stop_at: int | None = None,
+        finish: Callable[[CellBatch], Any] | None = None,
+        allocate: Callable[[int], NDArray[np.uint8]] = empty_bytes,
     ) -> None:
-        if train_batch_size % (micro_batch_size * world_size):
-            raise ValueError(
-                f"engine.train_batch_size {train_batch_size} must be a multiple of "
-                f"engine.train_micro_batch_size_per_gpu {micro_batch_size} x {world_size} ranks"
-            )
-        bounds = split_chunk_rows(corpus, "train")
-        self.stream = CellStream(bounds, seed=seed, group_chunks=group_chunks)
-        self._corpus, self._cells_seen = corpus, cells_seen
-        self._rank, self._world_size = rank, world_size
-        self._batch, self._micro = train_batch_size, micro_batch_size
-        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(prefetch_batches)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, name="cell-loader", daemon=True)
-        self._thread.start()
+        """Check the arguments; nothing is read before the first `next`.
+
+        Args:
+            corpus: Where the cells are.
+            stream: Their order, see `open_stream`.
+            cells_seen: Position: cells consumed by all ranks so far.
+            rank: This rank.
+            world_size: Number of ranks.
+            train_batch_size: Cells of a global batch.
+            micro_batch_size: Cells of one rank's micro-batch.
+            prefetch_batches: Steps kept ready; 0: the caller of `next` assembles each step itself.
+            output: What `CellBatch.counts` is.
+            target_sum: Total that dense_norm scales a cell to; None for the other outputs.
+            on_damage: stop: a damaged chunk is an error that `next` raises; skip: its cells keep
+                their place in the order, without counts.
+            stop_at: Position at which the stream ends; None: never.
+            finish: Called in a thread with each micro-batch; its result becomes `extra`.
+            allocate: Makes the buffers that counts are written to, uint8 of the size asked for; one
+                for each micro-batch of a step. For instance pinned memory.
+
+        Raises:
+            ValueError: Sizes that do not divide, or settings that are unknown or would be ignored.
+        """
+        self._plan = LoaderPlan(
+            corpus, stream, rank, world_size, train_batch_size, micro_batch_size, prefetch_batches,
+            output, target_sum, on_damage, stop_at, finish, allocate,
+        )  # fmt: skip
+        if cells_seen < 0:
+            raise ValueError(f"cells_seen {cells_seen}: must be at least 0")
+        self.stream, self.position = stream, cells_seen
+        self.waited_s, self.skipped_cells = 0.0, 0
+        self._threads: LoaderThreads | None = None
+        self._finalizer: weakref.finalize | None = None
+        self._closed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the threads."""
+        return self.__dict__ | {"_threads": None, "_finalizer": None}
 
     def __iter__(self) -> Iterator[StepBatch]:
+        """Return the loader."""
         return self
 
     def __next__(self) -> StepBatch:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        """Return the next step of this rank."""
+        if self._closed:
+            raise ValueError("the loader is closed: open another one at its position")
+        if self._plan.stop_at is not None and self.position >= self._plan.stop_at:
+            self._stop_threads()
+            raise StopIteration
+        started = time.perf_counter()
+        try:
+            step = self._running_threads().next_step()
+            self.position += len(step.cell_ids)
+            self.skipped_cells += step.skipped
+            return step
+        except BaseException:
+            # A step may have left the queue already (KeyboardInterrupt): start over from here.
+            self._stop_threads()
+            raise
+        finally:
+            self.waited_s += time.perf_counter() - started
+
+    def __enter__(self) -> Self:
+        """Return the loader."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the loader."""
+        self.close()
+
+    @property
+    def reading(self) -> str | None:
+        """What is being read from the corpus at this moment; None when nothing is."""
+        return None if self._threads is None else self._threads.reading
 
     def close(self) -> None:
-        """Stop the reading thread; the loader cannot be used afterwards."""
-        self._stop.set()
-        while self._thread.is_alive():
-            while not self._queue.empty():
-                self._queue.get_nowait()
-            self._thread.join(timeout=0.05)
+        """Stop the threads; the loader cannot be used afterwards."""
+        self._closed = True
+        threads = self._threads
+        self._stop_threads()
+        if threads is not None and threads.pid == os.getpid():
+            threads.join()
 
-    def _read_ahead(self) -> None:
-        try:
-            for step in self._steps():
-                if not self._put(step):
-                    return
-        except BaseException as error:  # noqa: BLE001
-            # Whatever it is: the training loop waits for this thread and must learn of its end.
-            self._put(error)
+    def _running_threads(self) -> LoaderThreads:
+        # A forked child has the parent's queues, but not its threads.
+        if self._threads is None or self._threads.pid != os.getpid():
+            self._stop_threads()
+            self._threads = LoaderThreads(self._plan, self.position)
+            # The threads do not know the loader, so one that is forgotten takes them along.
+            self._finalizer = weakref.finalize(self, self._threads.stop)
+        return self._threads
 
-    def _put(self, item: StepBatch | BaseException) -> bool:
-        """Queue an item; False when the loader was closed meanwhile."""
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _steps(self) -> Iterator[StepBatch]:
-        """Cut the stream into global batches and pick this rank's cells."""
-        pending: list[CellBatch] = []
-        have = 0
-        for group in self.stream.groups(self._cells_seen):
-            cells = self._read(group)
-            pending.append(cells)
-            have += len(cells.cell_ids)
-            merged = _concatenate(pending)
-            done = 0
-            while have - done >= self._batch:
-                yield self._share(_slice(merged, done, done + self._batch))
-                done += self._batch
-            pending = [_slice(merged, done, have)] if done < have else []
-            have -= done
-
-    def _read(self, group: _Group) -> CellBatch:
-        """Read a group's cells in their order, without those before the starting position."""
-        rows = group.rows[max(0, self._cells_seen - group.start) :]
-        order = np.argsort(rows, kind="stable")
-        inverse = np.empty_like(order)
-        inverse[order] = np.arange(len(order))
-        counts = self._corpus.rows(rows[order])[inverse]
-        return CellBatch(counts, rows, np.full(len(rows), group.epoch, dtype=np.int64))
-
-    def _share(self, batch: CellBatch) -> StepBatch:
-        stride = self._micro * self._world_size
-        starts = range(self._rank * self._micro, self._batch, stride)
-        return StepBatch([_slice(batch, s, s + self._micro) for s in starts], batch.cell_ids)
-
-
-def _slice(batch: CellBatch, start: int, stop: int) -> CellBatch:
-    part = slice(start, stop)
-    return CellBatch(batch.counts[part], batch.cell_ids[part], batch.epochs[part])
-
-
-def _concatenate(batches: list[CellBatch]) -> CellBatch:
-    if len(batches) == 1:
-        return batches[0]
-    return CellBatch(
-        vstack([b.counts for b in batches], format="csr"),
-        np.concatenate([b.cell_ids for b in batches]),
-        np.concatenate([b.epochs for b in batches]),
-    )
-
-
-def log1p_normalise(counts: csr_matrix, *, target_sum: float) -> np.ndarray:
-    """Return log1p(target_sum * count / total of the cell) as a dense matrix.
-
-    Args:
-        counts: (B, G) raw counts of the vocabulary's genes.
-        target_sum: Counts of a cell after scaling (1.0e4 in scLong's data).
-
-    Returns:
-        (B, G) float32; a cell without counts is all zero.
-    """
-    totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-    dense = np.zeros(counts.shape, dtype=np.float32)
-    cell = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-    # Only the values are transformed; log1p over the dense matrix costs 15 times as much.
-    dense[cell, counts.indices] = np.log1p(
-        counts.data * (target_sum / np.maximum(totals, 1.0))[cell]
-    )
-    return dense
+    def _stop_threads(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
+        self._threads = self._finalizer = None

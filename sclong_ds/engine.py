@@ -39,7 +39,7 @@ KNOWN_KEYS = frozenset(
     "bf16 zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
     "communication_data_type prescale_gradients gradient_predivide_factor disable_allgather "
     "data_types activation_checkpointing aio comms_logger flops_profiler wall_clock_breakdown "
-    "memory_breakdown dump_state steps_per_print checkpoint torch_autocast".split()
+    "memory_breakdown dump_state steps_per_print torch_autocast".split()
 )
 """Top-level keys of a DeepSpeed JSON that mean something here; optimizer and scheduler live in the
 YAML."""
@@ -53,6 +53,8 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    control: Any = None
+    """Process group for what the hosts tell each other; None: the default one."""
 
 
 def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any]:
@@ -103,6 +105,9 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
     if left:
         raise ValueError(f"{path.name}: {', '.join(left)}: 'auto' has no source here; give a value")
     config.setdefault("steps_per_print", 2**31)
+    if engine.precision == "bf16":
+        # Sums of many micro-steps: bf16 keeps 8 bits, so a term of 1/256 of the sum is lost.
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config
 
 
@@ -186,8 +191,25 @@ def join_process_group(*, timeout_s: int) -> Ranks:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(), local_rank)
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
-    return Ranks(rank, local_rank, int(os.environ["WORLD_SIZE"]), device)
+    timeout = timedelta(seconds=timeout_s)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    # A collective of the GPUs would make the host wait for all work before it.
+    control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    return Ranks(rank, local_rank, int(os.environ["WORLD_SIZE"]), device, control)
+
+
+def sum_over_ranks(ranks: Ranks, *values: int) -> list[int]:
+    """Return sums of integers over the ranks, on the host: no GPU waits.
+
+    Every rank must call it with as many values.
+
+    Args:
+        ranks: The ranks.
+        values: This rank's numbers.
+    """
+    sums = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(sums, group=ranks.control)
+    return sums.tolist()
 
 
 def on_first_rank(action: Callable[[], T]) -> T:

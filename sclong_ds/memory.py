@@ -68,6 +68,8 @@ class Setup:
     on_cpu: bool
     n_genes: int
     n_edges: int
+    n_expressed: int | None = None
+    """Expected number of expressed genes of a cell (`model.routing: expressed`)."""
 
 
 def zero_settings(ds_config: Mapping[str, Any]) -> Zero:
@@ -146,7 +148,12 @@ def memory_per_rank(
         gathered_layers=e * _gathered(model, zero, setup, sum(sizes) - resident) if third else 0,
         batch_constants=_batch_constants(model, setup, e),
         activations=peak_activation_bytes(
-            model, setup.n_genes, micro_batch=micro_batch, element_bytes=e, recompute=recompute
+            model,
+            setup.n_genes,
+            micro_batch=micro_batch,
+            element_bytes=e,
+            recompute=recompute,
+            n_expressed=setup.n_expressed,
         ),
         # One group's gradients flattened, and their fp32 copy.
         optimizer_step=0 if to_host else group * (6 if e == 2 else 4),
@@ -176,7 +183,8 @@ def _batch_constants(model: ModelConfig, setup: Setup, e: int) -> int:
     if model.gene_encoder != "none":
         size = (setup.n_genes + model.pad_token) * model.base_dim
     if setup.n_edges:
-        adjacency = 12 * setup.n_edges + 8 * (setup.n_genes + 1)
+        # The matrix and its transpose: a column and a weight per edge, an end per row.
+        adjacency = 2 * (8 * setup.n_edges + 4 * (setup.n_genes + model.pad_token + 1))
     if model.attention == "favor":
         sizes = [sizes for sizes, _, _ in stacks(model, setup.n_genes).values()]
         features = sum(4 * s.depth * s.features() * s.dim_head for s in sizes)

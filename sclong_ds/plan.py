@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from sclong_ds.costs import (
     recompute_flops_per_cell,
     training_flops_per_cell,
 )
+from sclong_ds.devices import DEVICES, GIB, Device, find_device
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.memory import Setup, Zero, largest_micro_batch, memory_per_rank, zero_settings
@@ -35,40 +35,6 @@ from sclong_ds.store import Corpus
 
 SCLONG_CELLS = 48_024_242
 """Cells of the scLong corpus: an epoch when neither --cells nor data.corpus says otherwise."""
-USABLE_SHARE = 0.92
-"""Share of the device memory that a run may plan with; the rest is lost to fragmentation."""
-GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One accelerator, or one rank's share of a CPU machine."""
-
-    memory_gib: float
-    """Memory that the driver offers, GiB."""
-    bf16_tflops: float
-    """Peak of dense bf16 matrix products, TFLOP/s."""
-    fp32_tflops: float
-    """Peak in fp32 (not TF32, which torch leaves off), TFLOP/s."""
-    reserve_gib: float = 2.0
-    """Taken by the CUDA context, NCCL and cuBLAS, GiB."""
-
-    def usable_bytes(self) -> int:
-        """Return the memory that tensors may fill."""
-        return int((self.memory_gib * USABLE_SHARE - self.reserve_gib) * GIB)
-
-
-DEVICES: Mapping[str, Device] = {
-    "a100": Device(79.1, 312, 19.5),
-    "a100_40gb": Device(39.4, 312, 19.5),
-    "b200": Device(178.3, 2250, 75),
-    "h100": Device(79.1, 989, 67),
-    "h100_pcie": Device(79.1, 756, 51),
-    "h200": Device(139.7, 989, 67),
-    "l40s": Device(44.4, 362, 91.6),
-    "rtx4090": Device(23.5, 165, 82.6),
-}
-"""Accelerators, SXM form unless named otherwise; peaks from NVIDIA's data sheets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,28 +59,6 @@ class Workload:
     """Edges of the gene graph; 0 without one."""
     cells: int
     """Training cells of one epoch."""
-
-
-def find_device(name: str, *, ranks_per_node: int) -> Device:
-    """Return a known device; `cpu` is this machine, divided among the ranks of a node.
-
-    A CPU core counts as 32 fp32 FLOP per cycle (two AVX2 multiply-adds) at 3 GHz, and as a fifth of
-    that in bf16.
-
-    Args:
-        name: Key of `DEVICES` or `cpu`.
-        ranks_per_node: Ranks on one node.
-
-    Raises:
-        ValueError: Unknown name.
-    """
-    if name == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        tflops = 0.096 * len(os.sched_getaffinity(0)) / ranks_per_node
-        return Device(memory / ranks_per_node, tflops / 5, tflops, reserve_gib=0.7)
-    if name not in DEVICES:
-        raise ValueError(f"--device {name}: unknown; known devices are {', '.join(DEVICES)}, cpu")
-    return DEVICES[name]
 
 
 def make_plan(
@@ -215,8 +159,7 @@ def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) ->
     engine, cells = config.engine, work.cells
     micro = engine.train_micro_batch_size_per_gpu
     flops = training_flops_per_cell(config.model, work.n_genes, work.n_edges, micro_batch=micro)
-    peak = (device.bf16_tflops if engine.precision == "bf16" else device.fp32_tflops) * 1e12
-    per_rank = peak * site.mfu / flops
+    per_rank = device.flops_per_s(engine.precision) * site.mfu / flops
     all_ranks = per_rank * site.nodes * site.gpus_per_node
     run_cells = config.run.max_steps * engine.train_batch_size
     return {
@@ -387,11 +330,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _workload(config: RunConfig, cells: int | None) -> Workload:
     """Count genes, edges and training cells of the files that the configuration names."""
-    corpus = Corpus(config.data.corpus) if config.data.corpus else None
+    data = config.data
+    corpus = Corpus(data.corpus, cache_dir=data.cache_dir) if data.corpus else None
     genes = corpus.genes if corpus else GeneVocabulary.bundled()
     graph = config.model.gene_graph
     n_edges = len(read_gene_graph(graph, genes_hash=genes.hash)[1]) if graph else 0
-    known = len(corpus.split("train")) if corpus else SCLONG_CELLS
+    known = len(corpus.splits["train"]) if corpus else SCLONG_CELLS
     return Workload(n_genes=len(genes), n_edges=n_edges, cells=cells or known)
 
 

@@ -14,22 +14,23 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from sclong_ds import checkpoint
-from sclong_ds.build import Run, build, check_inputs
+from sclong_ds.build import Run, build
+from sclong_ds.checkpoint_files import name_of
 from sclong_ds.config import RunConfig, load_config
-from sclong_ds.data import CellBatch, CellLoader, StepBatch
+from sclong_ds.data import CellBatch, CellLoader, StepBatch, open_stream
 from sclong_ds.engine import (
     Ranks,
     join_process_group,
@@ -37,23 +38,19 @@ from sclong_ds.engine import (
     peak_memory_gib,
     quiet_deepspeed,
     set_hyper_parameters,
+    sum_over_ranks,
 )
+from sclong_ds.guards import SKIPPED_METRIC
 from sclong_ds.model_dir import FEATURES, GRAPH
-from sclong_ds.objective import (
-    VALIDATION_EPOCH,
-    MaskedBatch,
-    MaskedMetrics,
-    mask_batch,
-    masked_squared_error,
-    target_count,
-)
-from sclong_ds.plots import prediction_density_figure
+from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
+from sclong_ds.preparation import prepare
+from sclong_ds.run_checks import check_inputs
+from sclong_ds.sampling import weights_of
 from sclong_ds.signals import STOP_STATUS, StopRequest
+from sclong_ds.step_timer import StepTimer
+from sclong_ds.validation import validate, validation_is_due
 
 log = logging.getLogger("sclong_ds.pretrain")
-
-DENSITY_VALUES = 20_000
-"""Points of the predicted-against-true picture."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_inputs(config)
         stop = StopRequest()
         quiet_deepspeed()
-        ranks = join_process_group(timeout_s=config.engine.timeout_s)
+        ranks = join_process_group(timeout_s=2 * config.engine.timeout_s)
         level = logging.INFO if ranks.rank == 0 else logging.WARNING
         logging.basicConfig(
             level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
@@ -102,26 +99,26 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
     outcome = "FAILED"
     progress = Progress(run)
     try:
-        loader = open_loader(run)
-        if validation_is_due(run):
-            validate(run)
-        while run.state.step < config.run.max_steps:
-            started = time.perf_counter()
-            batch = next(loader)
-            waited = time.perf_counter() - started
-            figures = train_step(run, batch)
-            if figures is None:
-                outcome = "KILLED"
-                loader.close()
-                return stop_early(run)
-            record_step(run, figures, waited_s=waited, step_s=time.perf_counter() - started)
-            progress.show(figures)
-            step, done = run.state.step, run.state.step == config.run.max_steps
-            if validation_is_due(run) or done:
+        with run.watchdog, open_loader(run) as loader:
+            if validation_is_due(run):
                 validate(run)
-            if step % config.checkpoint.every_n_steps == 0 or done:
-                save(run)
-        loader.close()
+            while run.state.step < config.run.max_steps:
+                run.watchdog.beat(run.state.step + 1, "data", reading=loader.reading)
+                started, waited = time.perf_counter(), loader.waited_s
+                batch = next(loader)
+                with profiled(run):
+                    figures = train_step(run, batch)
+                if figures is None:
+                    outcome = "KILLED"
+                    return stop_early(run)
+                figures["perf/data_wait_s"] = loader.waited_s - waited
+                record_step(run, figures, step_s=time.perf_counter() - started)
+                progress.show(figures)
+                done = run.state.step == config.run.max_steps
+                if validation_is_due(run) or done:
+                    validate(run)
+                if run.state.step % config.checkpoint.every_n_steps == 0 or done:
+                    save(run, must=done)
         outcome = "FINISHED"
         log.info(
             "done: %d steps, %s cells; run folder %s",
@@ -138,175 +135,200 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
 
 def train_step(run: Run, batch: StepBatch) -> dict[str, float] | None:
     """Do one optimizer step; returns its figures, or None when asked to stop before its end."""
-    config, engine = run.config, run.engine
-    lr = set_hyper_parameters(engine, config, run.state.step)
+    config, engine, step = run.config, run.engine, run.state.step + 1
+    timer = StepTimer(run.ranks.device)
+    lr = set_hyper_parameters(engine, config, run.state.step - run.guard.skipped)
     run.model.redraw_features(checkpoint.redraw_index(config, run.state.step))
-    # Every rank knows the targets of the whole global batch, so the loss is their mean whatever the
-    # number of ranks, micro-batches and targets per cell. DeepSpeed averages over ranks and
-    # micro-batches; the weight undoes that.
-    n_targets = sum(
-        target_count(int(n), config.objective) for n in run.corpus.row_nnz[batch.cell_ids]
-    )
-    weight = run.ranks.world_size * len(batch.micro_batches) / n_targets
+    # The loss is the mean over the targets of the global batch, whatever the number of ranks,
+    # micro-batches and targets of a cell. DeepSpeed averages over ranks and micro-batches; the
+    # weight undoes that.
+    mine = sum(int(b.extra.targets.n_targets.sum()) for b in batch.micro_batches)
+    n_targets, n_skipped = sum_over_ranks(run.ranks, mine, batch.skipped)
+    weight = run.ranks.world_size * len(batch.micro_batches) / max(n_targets, 1)
     squared_error = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
     for micro_batch in batch.micro_batches:
         # A step of many micro-batches takes longer than a launcher waits for its ranks to end.
         if any_rank_must_stop(run):
             return None
-        masked = prepare(run, micro_batch)
-        loss = masked_squared_error(engine(masked.x, masked.hidden), masked.x, masked.targets)
-        engine.backward(loss * weight)
-        engine.step()
+        run.watchdog.beat(step, "forward")
+        with timer.part("forward"):
+            masked = to_device(run, micro_batch)
+            predicted = engine(
+                masked.x,
+                masked.hidden,
+                positions=masked.positions,
+                lengths=micro_batch.extra.lengths,
+            )
+            loss = masked_squared_error(predicted, masked.true, masked.valid)
+        run.watchdog.beat(step, "backward")
+        with timer.part("backward"):
+            engine.backward(loss * weight)
+        with timer.part("optimizer"):
+            engine.step()
         squared_error += loss.detach()
-    if config.model.mask_vector_max_norm is not None:
+    if config.model.mask_vector_max_norm is not None and engine.was_step_applied():
         limit_norm(run.model.expression_encoder.mask_vector, config.model.mask_vector_max_norm)
+    run.watchdog.beat(step, "loss")
     dist.all_reduce(squared_error)
-    train_loss, grad_norm = squared_error.item() / n_targets, float(engine.get_global_grad_norm())
-    if not (math.isfinite(train_loss) and math.isfinite(grad_norm) and engine.was_step_applied()):
-        cells = ", ".join(map(str, batch.cell_ids[:16]))
-        raise ValueError(
-            f"step {run.state.step + 1}: the loss is {train_loss}, the gradient norm {grad_norm} "
-            f"(corpus rows {cells}...); nothing was saved since the last checkpoint: lower "
-            f"optim.lr or look at these cells, then start again from that checkpoint"
+    figures = {
+        "train/loss": squared_error.item() / max(n_targets, 1),
+        "train/grad_norm": float(engine.get_global_grad_norm()),
+        "train/lr": lr,
+    }
+    judge(run, batch, figures)
+    run.state = replace(run.state, step=step, cells_seen=run.state.cells_seen + len(batch.cell_ids))
+    run.skipped_cells += n_skipped
+    figures |= {"train/n_targets": n_targets, SKIPPED_METRIC: run.guard.skipped}
+    return figures | {f"perf/{name}_s": seconds for name, seconds in timer.seconds().items()}
+
+
+def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
+    """Say what was wrong with a step: not finite and therefore not applied, or a loss spike.
+
+    Raises:
+        ValueError: Too many steps in a row were not finite.
+    """
+    step = run.state.step + 1
+    verdict = run.guard.judge(
+        figures["train/loss"],
+        grad_norm=figures["train/grad_norm"],
+        applied=run.engine.was_step_applied(),
+        step=step,
+        cells=batch.cell_ids.tolist(),
+        last_checkpoint=run.last_checkpoint,
+    )
+    if verdict.kind != "ok":
+        log.warning("%s", verdict.text)
+        run.tracker.event(
+            "spike" if verdict.kind == "spike" else "skipped_step",
+            step=step,
+            loss=figures["train/loss"],
+            grad_norm=figures["train/grad_norm"],
+            cell_ids=batch.cell_ids.tolist(),
         )
-    seen = run.state.cells_seen + len(batch.cell_ids)
-    run.state = replace(run.state, step=run.state.step + 1, cells_seen=seen)
-    return {"train/loss": train_loss, "train/grad_norm": grad_norm, "train/lr": lr}
 
 
 def any_rank_must_stop(run: Run) -> bool:
     """Tell every rank whether one of them was asked to stop, so that all stop at the same place."""
-    asked = torch.tensor(float(run.stop.reason() is not None), device=run.ranks.device)
-    dist.all_reduce(asked)
-    return bool(asked.item())
+    return bool(sum_over_ranks(run.ranks, int(run.stop.reason() is not None))[0])
 
 
 def stop_early(run: Run) -> int:
     """Save the last finished step and return the status that asks for a restart."""
     step = run.state.step
-    if step and not (run.run_dir / "checkpoints" / checkpoint.name_of(step)).exists():
-        save(run)
+    if step and not (run.run_dir / "checkpoints" / name_of(step)).exists():
+        save(run, must=True)
     run.tracker.event("signal", step=step, reason=run.stop.reason() or "another rank")
     log.info("stopped after step %d; start the same command again to go on", step)
     return STOP_STATUS
 
 
-def prepare(run: Run, batch: CellBatch) -> MaskedBatch:
-    """Transform and mask a micro-batch and bring it to the rank's device."""
-    masked = mask_batch(
-        batch,
-        run.config.objective,
+def to_device(run: Run, batch: CellBatch) -> MaskedBatch:
+    """Bring a micro-batch and its targets to the rank's device."""
+    return masked_batch(
+        batch.counts,
+        batch.extra.targets,
+        n_genes=run.corpus.n_genes,
         target_sum=run.config.data.target_sum,
-        seed=run.config.run.seed,
+        device=run.ranks.device,
     )
-    return MaskedBatch(*(t.to(run.ranks.device) for t in (masked.x, masked.hidden, masked.targets)))
 
 
-def validation_is_due(run: Run) -> bool:
-    """Tell whether the current step is one to validate at; also true for a run resumed there."""
-    every = run.config.run.validate_every_n_steps
-    return bool(every) and run.state.step % every == 0
-
-
-@torch.no_grad()
-def validate(run: Run) -> None:
-    """Score the first cells of the validation split under fixed masks and log the figures.
-
-    Gives up without figures when asked to stop; a run resumed at this step validates again.
-    """
-    rows = run.corpus.split("validation")[: run.config.run.validation_cells]
-    if len(rows) == 0 or run.config.run.validate_every_n_steps == 0:
+@contextmanager
+def profiled(run: Run) -> Iterator[None]:
+    """Write a profiler trace of the step that `run.profile_step` names, on rank 0."""
+    if run.ranks.rank != 0 or run.state.step + 1 != run.config.run.profile_step:
+        yield
         return
-    started = time.perf_counter()
-    run.engine.eval()
-    run.model.redraw_features(checkpoint.redraw_index(run.config, run.state.step))
-    metrics = MaskedMetrics(run.corpus.gene_stats.mean_expressed, run.ranks.device)
-    pairs: list[np.ndarray] = []
-    size, stride = run.config.engine.train_micro_batch_size_per_gpu, run.ranks.world_size
-    for start in range(0, len(rows), size * stride):
-        if any_rank_must_stop(run):
-            run.engine.train()
-            return
-        mine = rows[start : start + size * stride][run.ranks.rank * size :][:size]
-        # Every rank makes the same number of forward passes, or ZeRO-3 hangs: a rank without cells
-        # scores none of row 0.
-        ids = mine if len(mine) else rows[:1]
-        masked = prepare(
-            run, CellBatch(run.corpus.rows(ids), ids, np.full(len(ids), VALIDATION_EPOCH))
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if run.ranks.device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profile:
+        yield
+    trace = run.run_dir / "profile" / f"step_{run.config.run.profile_step:08d}.json.gz"
+    trace.parent.mkdir(exist_ok=True)
+    profile.export_chrome_trace(str(trace))
+    log.info("profiler trace: %s (open it with https://ui.perfetto.dev)", trace)
+
+
+def save(run: Run, *, must: bool) -> None:
+    """Write a checkpoint of the current state.
+
+    A failure, for instance a full disk, is logged and the run goes on from memory, unless the
+    checkpoint must be there or checkpoint.max_failed_saves failed in a row.
+
+    Raises:
+        SaveError: The run cannot go on without the checkpoint.
+    """
+    settings, step = run.config.checkpoint, run.state.step
+    run.watchdog.beat(step, "checkpoint", patience=4)
+    names = ("config.yaml", "genes.tsv", GRAPH, FEATURES)
+    try:
+        saved = checkpoint.save(
+            run.engine,
+            run.run_dir / "checkpoints",
+            run.state,
+            files=[run.run_dir / n for n in names if (run.run_dir / n).is_file()],
+            keep_last=settings.keep_last,
+            keep_every_n_steps=settings.keep_every_n_steps,
+            keep_best=settings.keep_best,
+            val_mse=run.validated[1] if run.validated and run.validated[0] == step else None,
         )
-        predicted = run.engine(masked.x, masked.hidden)
-        if len(mine):
-            metrics.add(predicted, masked.x, masked.targets)
-            pairs.append(
-                torch.stack([predicted[masked.targets], masked.x[masked.targets]])
-                .float()
-                .cpu()
-                .numpy()
-            )
-    dist.all_reduce(metrics.sums)
-    run.engine.train()
-    figures = metrics.compute() | {
-        "val/n_cells": float(len(rows)),
-        "cells_seen": run.state.cells_seen,
-        "perf/validation_s": time.perf_counter() - started,
-    }
-    run.tracker.log(run.state.step, figures)
-    run.tracker.event("validation", step=run.state.step, mse=figures["val/mse"])
-    log.info(
-        "step %d validation on %d cells: masked MSE %.4f, "
-        "per-gene-mean predictor %.4f, Pearson %.3f (%.3f)",
-        run.state.step, len(rows), figures["val/mse"], figures["val/baseline_mse"],
-        figures["val/pearson"], figures["val/baseline_pearson"],
+    except checkpoint.SaveError as error:
+        run.failed_saves += 1
+        run.tracker.event("checkpoint_failed", step=step, error=str(error))
+        if must or run.failed_saves >= settings.max_failed_saves:
+            raise
+        log.error("%s", error)
+        return
+    run.failed_saves, run.last_checkpoint = 0, saved.name
+    run.tracker.event(
+        "checkpoint", step=step, path=saved.name, bytes=saved.n_bytes,
+        seconds=round(saved.seconds, 3),
     )  # fmt: skip
-    if run.ranks.rank == 0 and sum(pair.shape[1] for pair in pairs):
-        predicted, true = np.concatenate(pairs, axis=1)[:, :DENSITY_VALUES]
-        run.tracker.figure("predicted_vs_true", prediction_density_figure(predicted, true))
+    log.info("saved %s, %.1f MB in %.1f s", saved.name, saved.n_bytes / 1e6, saved.seconds)
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of the current state."""
-    started = time.perf_counter()
-    files = [
-        run.run_dir / n
-        for n in ("config.yaml", "genes.tsv", GRAPH, FEATURES)
-        if (run.run_dir / n).is_file()
-    ]
-    path = checkpoint.save(
-        run.engine,
-        run.run_dir / "checkpoints",
-        run.state,
-        files=files,
-        keep_last=run.config.checkpoint.keep_last,
-    )
-    seconds = time.perf_counter() - started
-    run.tracker.event("checkpoint", step=run.state.step, path=path.name, seconds=round(seconds, 3))
-    log.info("saved %s in %.1f s", path, seconds)
-
-
-def record_step(run: Run, figures: dict[str, float], *, waited_s: float, step_s: float) -> None:
-    """Log one step's figures."""
+def record_step(run: Run, figures: dict[str, float], *, step_s: float) -> None:
+    """Log one step's figures; its time includes the wait for data."""
+    config = run.config
+    rate = config.engine.train_batch_size / step_s
+    flops = rate * run.flops_per_cell / run.ranks.world_size
     speed = {
         "cells_seen": run.state.cells_seen,
         "perf/step_time_s": step_s,
-        "perf/cells_per_s": run.config.engine.train_batch_size / step_s,
-        "perf/data_wait_s": waited_s,
+        "perf/cells_per_s": rate,
+        "perf/genes_per_s": rate * run.corpus.n_genes,
+        "perf/tflops_per_s_per_rank": flops / 1e12,
         "mem/peak_gib": peak_memory_gib(run.ranks.device),
     }
+    if run.peak_flops is not None:
+        speed["perf/mfu"] = flops / run.peak_flops
+    if config.data.on_damage == "skip":
+        speed["data/skipped_cells"] = run.skipped_cells
     run.tracker.log(run.state.step, figures | speed)
 
 
 def open_loader(run: Run) -> CellLoader:
     """Open the loader at the run's position."""
-    return CellLoader(
+    data, engine = run.config.data, run.config.engine
+    stream = open_stream(
         run.corpus,
         seed=run.config.run.seed,
+        group_chunks=data.shuffle_group_chunks,
+        weights=weights_of(data, run.corpus),
+    )
+    return CellLoader(
+        run.corpus,
+        stream=stream,
         cells_seen=run.state.cells_seen,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
-        train_batch_size=run.config.engine.train_batch_size,
-        micro_batch_size=run.config.engine.train_micro_batch_size_per_gpu,
-        group_chunks=run.config.data.shuffle_group_chunks,
-        prefetch_batches=run.config.data.prefetch_batches,
+        train_batch_size=engine.train_batch_size,
+        micro_batch_size=engine.train_micro_batch_size_per_gpu,
+        prefetch_batches=data.prefetch_batches,
+        on_damage=data.on_damage,
+        finish=partial(prepare, config=run.config, n_genes=run.corpus.n_genes),
     )
 
 

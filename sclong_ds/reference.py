@@ -60,6 +60,7 @@ def reference_config(state: Mapping[str, Tensor], *, top_seq_len: int) -> ModelC
         base_dim=_shape(state, "token_norm.weight")[0],
         large_dim=_shape(state, "base_to_large.weight")[0],
         top_seq_len=top_seq_len,
+        routing="top",
         expression_hidden=_shape(state, "token_emb.fc1.weight")[0],
         mask_vector_max_norm=1.0,
         pad_token=True,

@@ -4,6 +4,9 @@
     corpus.rows(corpus.split("train")[:64])        # 64 cells, CSR of integer counts
     corpus.to_anndata(corpus.split("validation"))  # with obs and var
 
+The folder may be a path or a URL that fsspec understands (`s3://...`, `gs://...`): small files and
+row tables are then downloaded once, cells are read by ranges (`sclong_ds.corpus_files`).
+
 A corpus folder, written by `python -m data_prep finalize`, holds `corpus.json` (the catalogue),
 `cells.zarr` (all cells, split after split, shuffled; further tables dataset, obs_row, source_row),
 `genes.tsv`, `obs/DATASET.tsv.gz` (annotation of the staged cells of each dataset), `gene_stats.npz`
@@ -28,8 +31,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import CellStore
+from sclong_ds.cells import CellStore, DamagedChunk
+from sclong_ds.corpus_files import Location
 from sclong_ds.files import write_atomic
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.streams import MAX_COUNT, PackedCells, decode, encode, slices_to_index
@@ -38,12 +41,15 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
+    from sclong_ds.cell_writer import CellWriter
+
 __all__ = [
     "MAX_COUNT",
     "SPLITS",
     "CellStore",
     "CellWriter",
     "Corpus",
+    "DamagedChunk",
     "DatasetInfo",
     "GeneStats",
     "GeneVocabulary",
@@ -117,34 +123,51 @@ class Corpus:
     Opening it reads no cells; it can be pickled and opened in every process.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, cache_dir: str | Path | None = None) -> None:
         """Open a corpus folder.
 
         Args:
-            path: Folder that `python -m data_prep finalize` has completed.
+            path: Folder that `python -m data_prep finalize` has completed, or its URL.
+            cache_dir: Where to keep what is downloaded from a URL; as in `sclong_ds.corpus_files`
+                when None.
 
         Raises:
             FileNotFoundError: No such folder, or not finalized.
             ValueError: Another version, or a damaged catalogue.
         """
-        self.path = Path(path)
-        self.catalogue: Mapping[str, Any] = MappingProxyType(read_catalogue(self.path))
-        self.cells = CellStore(self.path / "cells.zarr")
+        self.catalogue: Mapping[str, Any] = MappingProxyType(
+            read_catalogue(Location(path, cache_dir=cache_dir))
+        )
+        # The catalogue holds a checksum of every other file: a changed corpus, another version.
+        version = _checksum(self.catalogue)
+        self.location = Location(path, cache_dir=cache_dir, version=version)
+        self._opened_as = path, cache_dir
+        self.cells = CellStore(self.location / "cells.zarr")
         self.hash: str = self.catalogue["hash"]
         """Content hash: changes when any cell, its place, the genes or the splits change."""
         self.splits: dict[str, range] = {
             name: range(*self.catalogue["splits"][name]) for name in SPLITS
         }
+        """Cells of each split."""
         self.datasets = tuple(DatasetInfo(**dataset) for dataset in self.catalogue["datasets"])
         if len(self.cells) != self.catalogue["n_cells"]:
             raise ValueError(
-                f"{self.path}: corpus.json says {self.catalogue['n_cells']} cells, cells.zarr has "
-                f"{len(self.cells)}; run: python -m data_prep finalize {self.path}"
+                f"{path}: corpus.json says {self.catalogue['n_cells']} cells, cells.zarr has "
+                f"{len(self.cells)}; run: python -m data_prep finalize {path}"
             )
 
-    def __reduce__(self) -> tuple[type[Corpus], tuple[Path]]:
-        """Pickle as a path."""
-        return Corpus, (self.path,)
+    def __reduce__(self) -> tuple[type[Corpus], tuple[str | Path, str | Path | None]]:
+        """Pickle as a place."""
+        return Corpus, self._opened_as
+
+    @property
+    def path(self) -> Path:
+        """The corpus folder.
+
+        Raises:
+            ValueError: The corpus is not on this machine.
+        """
+        return self.location.folder
 
     def __len__(self) -> int:
         """Return the number of cells."""
@@ -158,8 +181,28 @@ class Corpus:
         """Return chosen cells as (cells, G) CSR of uint32 counts, in the order given."""
         return self.cells.rows(indices)
 
+    def packed_rows(self, indices: ArrayLike) -> PackedCells:
+        """Return chosen cells in the byte code of `sclong_ds.streams`, in the order given."""
+        return self.cells.packed_rows(indices)
+
+    def read_packed(
+        self, chunk: int, *, out: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
+    ) -> PackedCells:
+        """Return the cells of one chunk; as `CellStore.read_packed`."""
+        return self.cells.read_packed(chunk, out=out)
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return self.cells.n_genes
+
+    @property
+    def chunk_entries(self) -> int:
+        """Bytes of a chunk in each of the two streams."""
+        return self.cells.chunk_entries
+
     def split(self, name: str) -> NDArray[np.int64]:
-        """Return the positions of the cells of a split.
+        """Return the positions of the cells of a split; `splits` has them as ranges.
 
         Raises:
             ValueError: No such split.
@@ -171,10 +214,12 @@ class Corpus:
     @cached_property
     def genes(self) -> GeneVocabulary:
         """The genes, in column order."""
-        genes = GeneVocabulary.read(self.path / "genes.tsv")
+        genes = GeneVocabulary.read(self.location.local_path("genes.tsv"))
         if genes.hash != self.catalogue["genes_hash"]:
-            raise ValueError(f"{self.path / 'genes.tsv'}: not the genes of this corpus; "
-                             f"run: python -m data_prep verify {self.path}")  # fmt: skip
+            raise ValueError(
+                f"{self.location}/genes.tsv: not the genes of this corpus; "
+                f"run: python -m data_prep verify {self.location}"
+            )
         return genes
 
     @property
@@ -205,7 +250,7 @@ class Corpus:
     @cached_property
     def gene_stats(self) -> GeneStats:
         """Statistics of the training cells."""
-        with np.load(self.path / "gene_stats.npz") as stats:
+        with np.load(self.location.local_path("gene_stats.npz")) as stats:
             return GeneStats(
                 n_expressing=stats["n_expressing"],
                 total_counts=stats["total_counts"],
@@ -249,9 +294,8 @@ class Corpus:
         parts = []
         for code in np.unique(dataset):
             name, here = self.datasets[code].dataset_id, np.flatnonzero(dataset == code)
-            table = pd.read_csv(
-                self.path / "obs" / f"{name}.tsv.gz", sep="\t", dtype=str, keep_default_na=False
-            )
+            file = self.location.local_path(f"obs/{name}.tsv.gz")
+            table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
             part = table.iloc[obs_row[here]].set_axis(here, axis=0)
             part.insert(0, "dataset_id", name)
             parts.append(part)
@@ -264,7 +308,16 @@ class Corpus:
         return obs.fillna("")
 
 
-def read_catalogue(corpus: str | Path) -> dict[str, Any]:
+def __getattr__(name: str) -> Any:
+    # Reading needs no zarr, whose import would make every start half as long again.
+    if name == "CellWriter":
+        from sclong_ds.cell_writer import CellWriter
+
+        return CellWriter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def read_catalogue(corpus: str | Path | Location) -> dict[str, Any]:
     """Read and check `corpus.json`.
 
     Args:
@@ -277,11 +330,16 @@ def read_catalogue(corpus: str | Path) -> dict[str, Any]:
         FileNotFoundError: No such folder, or not finalized.
         ValueError: Another format or version, or changed bytes.
     """
-    path = Path(corpus) / "corpus.json"
-    if not path.is_file():
-        reason = "the corpus is not finalized" if Path(corpus).is_dir() else "no such folder"
-        raise FileNotFoundError(f"{corpus}: {reason}; run: python -m data_prep finalize {corpus}")
-    raw = path.read_bytes()
+    location = corpus if isinstance(corpus, Location) else Location(corpus)
+    path = f"{location}/corpus.json"
+    try:
+        raw = location.read_bytes("corpus.json")
+    except FileNotFoundError:
+        there = not location.is_local or location.folder.is_dir()
+        reason = "the corpus is not finalized" if there else "no such folder"
+        raise FileNotFoundError(
+            f"{corpus}: {reason}; run: python -m data_prep finalize {corpus}"
+        ) from None
     try:
         catalogue = json.loads(raw)
     except ValueError:
@@ -315,7 +373,7 @@ def write_catalogue(corpus: str | Path, catalogue: Mapping[str, Any]) -> None:
 
 
 def _checksum(catalogue: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(catalogue, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(dict(catalogue), sort_keys=True).encode()).hexdigest()
 
 
 def _catalogue_bytes(catalogue: Mapping[str, Any]) -> bytes:

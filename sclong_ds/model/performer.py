@@ -6,18 +6,26 @@ rank has the same features, a resumed run has those it left off with, and neithe
 model to bf16 nor ZeRO touches them. Source: arXiv:2009.14794; layer layout of the published scLong
 model.
 
-Shapes: B cells, N tokens, C width of the stack, H heads, K head width, M random features.
+Cells are rectangular (B, N, C), or packed on one axis (T, C) with `CellSpans`. The last layer can
+be computed at some positions alone: its keys and values are those of all tokens, and everything
+behind the queries is of the wanted ones.
+
+Shapes: B cells, N tokens, T tokens of all cells, P wanted positions, C width of the stack, H heads,
+K head width, M random features.
 """
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.favor_attention import Backend, favor_attention_packed
+from kernels.favor_attention import Backend, favor_attention_kv, favor_attention_packed
 from kernels.reference import Scope, random_features
 from sclong_ds.config import ModelConfig, PerformerConfig
 
@@ -70,6 +78,47 @@ def drawn_features(model: ModelConfig, redraw_index: int) -> dict[str, Tensor]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class CellSpans:
+    """Where cells of different lengths lie on one axis of tokens."""
+
+    cu_seqlens: Tensor
+    """int32 (B + 1,): cell b has the tokens from cu_seqlens[b] up to cu_seqlens[b + 1]."""
+    longest: int
+    """At least the tokens of the longest cell."""
+    lengths: tuple[int, ...]
+    """(B,) tokens of each cell, on the host; softmax attention alone reads them."""
+
+
+def select_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Return the tokens (B, P, C) at `positions` (B, P) of tokens (B, N, C).
+
+    No host synchronisation. In the backward pass a GPU adds up the gradients of a position that a
+    cell names twice in any order.
+    """
+    b, n, c = tokens.shape
+    rows = positions + torch.arange(b, device=positions.device)[:, None] * n
+    return tokens.reshape(b * n, c).index_select(0, rows.reshape(-1)).view(b, -1, c)
+
+
+class Projection(nn.Linear):
+    """Linear layer to queries, keys and values side by side."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, queries: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return queries, keys and values (..., N, 3 I) of tokens (..., N, C).
+
+        With `queries` (..., P, C) return their queries (..., P, I), and keys and values (..., N, 2
+        I) of x. All in one module, since ZeRO-3 gathers weights where a module is called.
+        """
+        if queries is None:
+            return super().forward(x)
+        inner, linear = self.out_features // 3, nn.functional.linear
+        first, rest = (None, None) if self.bias is None else (self.bias[:inner], self.bias[inner:])
+        return linear(queries, self.weight[:inner], first), linear(x, self.weight[inner:], rest)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention through random features, or exact."""
 
@@ -78,23 +127,55 @@ class SelfAttention(nn.Module):
         inner = config.heads * config.dim_head
         self.heads, self.dim_head, self.scope = config.heads, config.dim_head, scope
         self.backend: Backend = "auto"
-        self.to_qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.to_qkv = Projection(dim, 3 * inner, bias=qkv_bias)
         self.to_out = nn.Linear(inner, dim)
 
-    def forward(self, x: Tensor, features: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        features: Tensor | None,
+        cells: CellSpans | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
         """Return the attention output (B, N, C) for tokens (B, N, C).
 
         Args:
-            x: Tokens (B, N, C).
+            x: Tokens (B, N, C), or (T, C) with `cells`.
             features: Random features (M, K) of FAVOR+; None computes softmax attention.
+            cells: Where packed cells lie; None: they are rectangular.
+            queries: Tokens (B, P, C), as in x, whose output (B, P, C) is wanted; None: all of x.
         """
+        if queries is not None:
+            q, kv = self.to_qkv(x, queries)
+            q = q.unflatten(-1, (self.heads, self.dim_head))
+            kv = kv.unflatten(-1, (2, self.heads, self.dim_head))
+            if features is None:
+                out = _softmax_attention(q, *kv.unbind(2))
+            else:
+                out = favor_attention_kv(q, kv, features, scope=self.scope, backend=self.backend)
+            return self.to_out(out.flatten(2))
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.dim_head))
-        if features is None:
-            heads_first = (t.transpose(1, 2) for t in qkv.unbind(2))
-            out = nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+        if features is not None:
+            out = favor_attention_packed(
+                qkv,
+                features,
+                scope=self.scope,
+                backend=self.backend,
+                cu_seqlens=None if cells is None else cells.cu_seqlens,
+                max_seqlen=None if cells is None else cells.longest,
+            )
+        elif cells is None:
+            out = _softmax_attention(*qkv.unbind(2))
         else:
-            out = favor_attention_packed(qkv, features, scope=self.scope, backend=self.backend)
-        return self.to_out(out.flatten(2))
+            parts = (cell[None].unbind(2) for cell in qkv.split(cells.lengths))
+            out = torch.cat([_softmax_attention(*part)[0] for part in parts])
+        return self.to_out(out.flatten(-2))
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return exact attention (B, P, H, K) of queries (B, P, H, K), keys and values (B, N, H, K)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class PerformerLayer(nn.Module):
@@ -109,10 +190,37 @@ class PerformerLayer(nn.Module):
             nn.Linear(dim, dim * config.ff_mult), nn.GELU(), nn.Linear(dim * config.ff_mult, dim)
         )
 
-    def forward(self, x: Tensor, features: Tensor | None) -> Tensor:
-        """Return the stream (B, N, C) after this layer."""
-        x = x + self.attention(self.attention_norm(x), features)
+    def forward(
+        self,
+        x: Tensor,
+        features: Tensor | None,
+        cells: CellSpans | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the stream (B, N, C), or (T, C), after this layer; (B, P, C) of `positions`.
+
+        Args:
+            x: The stream (B, N, C), or (T, C) with `cells`.
+            features: As in `SelfAttention`.
+            cells: As in `SelfAttention`.
+            positions: (B, P) int64 tokens whose stream is wanted; None: all.
+        """
+        normed, queries = self.attention_norm(x), None
+        if positions is not None:
+            x, queries = select_tokens(x, positions), select_tokens(normed, positions)
+        x = x + self.attention(normed, features, cells, queries)
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+@functools.cache
+def _compiled_layer() -> Callable[..., Tensor]:
+    """Return a layer's call, compiled without graph breaks.
+
+    Layers of a stack share their graphs. The second length of an axis makes a graph for all
+    lengths, so that there are at most a handful per stack: with and without gradients, with and
+    without positions, for the first length and for all others.
+    """
+    return torch.compile(lambda layer, *inputs: layer(*inputs), fullgraph=True, recompile_limit=64)
 
 
 class Performer(nn.Module):
@@ -138,7 +246,7 @@ class Performer(nn.Module):
         super().__init__()
         self.config, self.name, self.model = config, name, model
         self.redraw_index = 0
-        self.recompute = False
+        self.recompute = self.compile_layers = False
         self.layers = nn.ModuleList(
             PerformerLayer(dim, config, qkv_bias=model.qkv_bias, scope=model.stabiliser_scope)
             for _ in range(config.depth)
@@ -146,16 +254,28 @@ class Performer(nn.Module):
         self._first_features = first_features
         self._drawn: tuple[int, torch.device, list[Tensor]] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the stream (B, N, C) after all layers."""
+    def forward(
+        self, x: Tensor, cells: CellSpans | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Return the stream (B, N, C), or (T, C), after all layers; (B, P, C) of `positions`.
+
+        Args:
+            x: The stream (B, N, C), or (T, C) with `cells`.
+            cells: Where packed cells lie; None: they are rectangular.
+            positions: (B, P) int64 tokens of rectangular cells whose stream is wanted; None: all.
+        """
         for i, layer in enumerate(self.layers):
             features = self.features(x.device)[i] if self.model.attention == "favor" else None
+            wanted = positions if i == len(self.layers) - 1 else None
+            run = functools.partial(_compiled_layer(), layer) if self.compile_layers else layer
             if self.recompute and torch.is_grad_enabled():
                 # The reentrant form: the other one compares tensor shapes between the two forward
                 # passes and sees the emptied parameters of ZeRO-3.
-                x = checkpoint(layer, x, features, use_reentrant=True, preserve_rng_state=False)
+                x = checkpoint(
+                    run, x, features, cells, wanted, use_reentrant=True, preserve_rng_state=False
+                )
             else:
-                x = layer(x, features)
+                x = run(x, features, cells, wanted)
         return x
 
     def features(self, device: torch.device) -> list[Tensor]:

@@ -6,16 +6,18 @@ encoder; both are merged in gene order, the gene vectors are added again, and th
 genes. A head predicts every gene's value. Source: the scLong paper; `README.md` lists the
 differences.
 
-Which genes the large encoder reads: hidden values count as lowest, ties (the many zeros) go to the
-lower gene index. With `model.pad_token` one more token, without a value, stands behind the genes.
+Which genes the large encoder reads: with `model.routing: top` hidden values count as lowest, ties
+(the many zeros) go to the lower gene index; `expressed` sends expressed and hidden genes alone
+(`sclong_ds/model/routing.py`). With `model.pad_token` one more token, without a value, stands
+behind the genes.
 
 Shapes: B cells, G genes, N tokens (G, or G + 1 with the pad token), T top genes, R = N - T
-remaining ones, C base width, D large width.
+remaining ones, P wanted genes, C base width, D large width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,21 +28,8 @@ from sclong_ds.config import ModelConfig, PerformerConfig
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.expression_encoder import ExpressionEncoder
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
-from sclong_ds.model.performer import Performer
-
-
-def expression_order(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the genes of each cell by falling value; hidden values last, ties by lower gene index.
-
-    Args:
-        x: Transformed expression (B, G), >= 0.
-        mask: (B, G) bool, True where the value is hidden, or None.
-
-    Returns:
-        (B, G) int64 gene indices.
-    """
-    keys = x if mask is None else x.masked_fill(mask, -1.0)
-    return torch.sort(keys, dim=1, descending=True, stable=True).indices
+from sclong_ds.model.performer import Performer, select_tokens
+from sclong_ds.model.routing import expression_order, route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +64,16 @@ class ValueHead(nn.Module):
             self.weight = nn.Parameter(torch.zeros(dim))
             self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Return predicted values (B, G) for representations (B, G, C)."""
-        return self.body(h) @ self.weight + self.bias
+    def forward(self, h: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return predicted values (B, G) for representations (B, G, C).
+
+        With `positions` (B, P) int64, predict (B, P) from the representations (B, P, C) there.
+        """
+        bias = self.bias
+        if positions is not None and len(bias) > 1:
+            # By indexing: its backward pass adds up in a fixed order on a GPU too.
+            bias = bias[positions]
+        return self.body(h) @ self.weight + bias
 
 
 class ScLong(nn.Module):
@@ -141,40 +137,88 @@ class ScLong(nn.Module):
         first = None if features is None else stack_features(features, name, sizes)
         return Performer(dim, sizes, self.config, name=name, first_features=first)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Predict the value of every gene.
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Predict the value of every gene, or of some.
 
         Args:
             x: Transformed expression (B, G), >= 0, in the model's gene order.
             mask: (B, G) bool, True where the value is hidden; None hides nothing.
+            positions: (B, P) int64 genes to predict; None: all. Exact, and cheaper: the end of the
+                model is computed for them alone. A cell with less of them names any gene again.
+            lengths: With `model.routing: expressed` (B,) how many genes of each cell the large
+                encoder reads: expressed or hidden ones, top_seq_len at most. Of no effect
+                otherwise. None counts them, for which a GPU waits.
 
         Returns:
-            (B, G) predicted values.
+            (B, G), or (B, P), predicted values.
         """
-        return self.head(self.encode(x, mask))
+        h = self._represent(x, mask, positions, lengths)
+        return self.head(h, positions)
 
-    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """Return the contextual representations (B, G, C); arguments as `forward`."""
+        return self._represent(x, mask, None, lengths)
+
+    def _represent(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        lengths: Sequence[int] | None,
+    ) -> Tensor:
+        """Return the representations (B, G, C), or (B, P, C); arguments as `forward`."""
         if self.config.pad_token:
             x = nn.functional.pad(x, (0, 1))
             mask = None if mask is None else nn.functional.pad(mask, (0, 1))
         genes = self.gene_encoder()
         tokens = self.expression_encoder(x, mask) + genes
-        merged = self._contextual(tokens, x, mask)
-        return self.norm(self.decoder(merged + genes))[:, : self.n_genes]
+        merged = self._contextual(tokens, x, mask, lengths)
+        h = self.norm(self.decoder(merged + genes, None, positions))
+        return h[:, : self.n_genes] if positions is None else h
 
-    def _contextual(self, tokens: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _contextual(
+        self, tokens: Tensor, x: Tensor, mask: Tensor | None, lengths: Sequence[int] | None
+    ) -> Tensor:
         """Return the tokens (B, N, C), in gene order, after the large and the mini encoder."""
         if self.config.contextual_encoder == "mini":
             return self.mini_encoder(tokens)
+        if self.config.routing == "expressed":
+            return self._contextual_packed(tokens, x, mask, lengths)
         order = expression_order(x, mask)
-        ordered = _permute(tokens, order)
+        ordered = select_tokens(tokens, order)
         split = self.config.top_seq_len
         high = self.from_large(self.large_encoder(self.to_large(ordered[:, :split])))
         low = ordered[:, split:]
         if self.config.contextual_encoder == "dual":
             low = self.mini_encoder(low)
-        return _permute(torch.cat([high, low], dim=1), torch.argsort(order, dim=1))
+        return select_tokens(torch.cat([high, low], dim=1), torch.argsort(order, dim=1))
+
+    def _contextual_packed(
+        self, tokens: Tensor, x: Tensor, mask: Tensor | None, lengths: Sequence[int] | None
+    ) -> Tensor:
+        """Return the same with each cell's own number of tokens in the large encoder."""
+        routes = route(x, mask, top_seq_len=self.config.top_seq_len, lengths=lengths)
+        ordered = tokens.flatten(0, 1).index_select(0, routes.order)
+        split = sum(routes.high.lengths)
+        high = self.large_encoder(self.to_large(ordered[:split]), routes.high)
+        low = ordered[split:]
+        if self.config.contextual_encoder == "dual":
+            low = self.mini_encoder(low, routes.low)
+        merged = torch.cat([self.from_large(high), low])
+        return merged.index_select(0, routes.places).view(tokens.shape)
 
     def performers(self) -> dict[str, Performer]:
         """Return the Performer stacks by name."""
@@ -240,10 +284,3 @@ def check_sizes(
             f"model.gene_vectors: got an array of shape {gene_vectors.shape}, "
             f"must be ({n_genes}, {config.base_dim}): (genes, model.base_dim)"
         )
-
-
-def _permute(tokens: Tensor, order: Tensor) -> Tensor:
-    """Return tokens (B, G, C) reordered along genes by `order` (B, G); no host synchronisation."""
-    b, g, c = tokens.shape
-    offsets = torch.arange(b, device=order.device)[:, None] * g
-    return tokens.reshape(b * g, c).index_select(0, (order + offsets).reshape(-1)).view(b, g, c)

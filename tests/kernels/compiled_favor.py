@@ -34,7 +34,7 @@ TYPES = {
 }
 
 
-def calls(m, k, dtype, capability, *, packed_cells=False, heads=32):
+def calls(m, k, dtype, capability, *, packed_cells=False, heads=32, apart=False):
     """Return every kernel of a forward and backward pass with its block and arguments."""
     recorded = {}
 
@@ -48,7 +48,7 @@ def calls(m, k, dtype, capability, *, packed_cells=False, heads=32):
     plan = default_plan(m, k, dtype, divmod(capability, 10))
     w = torch.empty(m, k)
     out, saved = forward(q, key, v, w, cu_seqlens, setting, plan, save=True, run=record)
-    backward(out, q, key, v, m, cu_seqlens, saved, setting, plan, run=record)
+    backward(out, q, key, v, m, cu_seqlens, saved, setting, plan, apart=apart, run=record)
     return recorded
 
 
@@ -81,20 +81,18 @@ def dump(flag, cubin, folder):
 
 
 @pytest.mark.parametrize(
-    ("capability", "m", "k", "dtype", "packed_cells"),
+    ("capability", "m", "k", "dtype", "form"),
     [
-        (90, 256, 64, torch.bfloat16, False),
-        (90, 266, 64, torch.bfloat16, True),
-        (90, 266, 64, torch.float32, False),
-        (80, 266, 64, torch.bfloat16, False),
-        (90, 256, 128, torch.bfloat16, False),
+        (90, 256, 64, torch.bfloat16, {}),
+        (90, 266, 64, torch.bfloat16, {"packed_cells": True, "apart": True}),
+        (90, 266, 64, torch.float32, {}),
+        (80, 266, 64, torch.bfloat16, {}),
+        (90, 256, 128, torch.bfloat16, {}),
     ],
 )
-def test_resources(capability, m, k, dtype, packed_cells, tmp_path):
+def test_resources(capability, m, k, dtype, form, tmp_path):
     """No register is spilled, shared memory suffices, the products run on the tensor cores."""
-    for name, (kernel, block, arguments) in calls(
-        m, k, dtype, capability, packed_cells=packed_cells
-    ).items():
+    for name, (kernel, block, arguments) in calls(m, k, dtype, capability, **form).items():
         binary = compiled(kernel, block, arguments, capability)
         assert binary.metadata.shared <= SHARED_MEMORY[capability], name
         if name in HOT:

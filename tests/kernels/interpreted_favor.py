@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from kernels.favor_attention import favor_attention, favor_attention_packed
+from kernels.favor_attention import favor_attention, favor_attention_kv, favor_attention_packed
 from kernels.favor_launch import Block, Plan, Setting, backward, forward
 from kernels.reference import favor_attention_oracle, random_features
 
@@ -118,7 +118,8 @@ def test_several_tiles_in_a_split():
     setting = Setting(eps=1e-4, per_head=False, exact=True, max_seqlen=0)
     parts = qkv.unbind(2)
     out, saved = forward(*parts, w, None, setting, plan, save=True)
-    check((out, backward(grad, *parts, 20, None, saved, setting, plan)), truth(qkv, w, grad))
+    dqkv = backward(grad, *parts, 20, None, saved, setting, plan)[0]
+    check((out, dqkv), truth(qkv, w, grad))
 
 
 def test_single_token():
@@ -214,6 +215,68 @@ def test_activation_checkpointing(reentrant):
     assert torch.equal(leaf.grad, expected[1])
 
 
+def chosen_queries(qkv, w, grad, places, **options):
+    """Return output, dq and dkv of the queries at `places` of every cell."""
+    q = qkv[:, places, 0].detach().requires_grad_()
+    kv = qkv[:, :, 1:].detach().requires_grad_()
+    out = favor_attention_kv(q, kv, w, backend="triton", **options)
+    out.backward(grad[:, places])
+    return out.detach(), q.grad, kv.grad
+
+
+@pytest.mark.parametrize("scope", ["sample", "head"])
+@pytest.mark.parametrize("places", [slice(3, 4), slice(20, 87)], ids=["one", "67"])
+def test_fewer_queries_than_keys(places, scope):
+    """Outputs have the bits of all queries' run; the gradients are those of a loss on the few."""
+    qkv, w, grad = make(b=2, n=100, m=44, k=32)
+    few = torch.zeros_like(grad)
+    few[:, places] = grad[:, places]
+    out, dq, dkv = chosen_queries(qkv, w, grad, places, scope=scope)
+    whole = kernels(qkv, w, few, scope=scope)
+    assert torch.equal(out, whole[0][:, places])
+    assert torch.equal(dq, whole[1][:, places, 0])
+    want = truth(qkv, w, few, scope=scope)[1]
+    for i in range(2):
+        assert error(dkv[:, :, i], want[:, :, 1 + i]) < 3e-6
+
+
+def test_more_queries_than_keys_in_bfloat16():
+    qkv, w, grad = make(n=130, m=44, k=32, dtype=torch.bfloat16)
+    q = qkv[:, :, 0].detach().requires_grad_()
+    kv = qkv[:, :40, 1:].detach().requires_grad_()
+    out = favor_attention_kv(q, kv, w, backend="triton")
+    out.backward(grad)
+    exact = [t.detach().double().requires_grad_() for t in (q, kv)]
+    want = favor_attention_oracle(exact[0], *exact[1].unbind(2), w.bfloat16().double())
+    want.backward(grad.double())
+    assert error(out, want) < 3e-3
+    for got, true in ((q, exact[0]), (kv, exact[1])):
+        assert error(got.grad, true.grad) < 7e-3
+
+
+def test_packed_queries_and_keys_have_the_bits_of_each_cell_alone():
+    """Cells with less, more and no queries; no cell at all has neither queries nor keys."""
+    qkv, w, grad = make(n=110, m=44, k=32)
+    ends, query_ends = [0, 66, 69, 69, 110], [0, 3, 73, 73, 73]
+    q = qkv[0, :73, 0].detach().requires_grad_()
+    kv = qkv[0, :, 1:].detach().requires_grad_()
+    cu_seqlens, queries = (torch.tensor(e, dtype=torch.int32) for e in (ends, query_ends))
+    lengths = {"max_seqlen": 70, "max_queries": 80}
+    out = favor_attention_kv(
+        q, kv, w, backend="triton", cu_seqlens=cu_seqlens, query_cu_seqlens=queries, **lengths
+    )
+    out.backward(grad[0, :73])
+    for b in (0, 1):
+        rows, of_queries = slice(*ends[b : b + 2]), slice(*query_ends[b : b + 2])
+        alone = [t.detach()[None].requires_grad_() for t in (q[of_queries], kv[rows])]
+        single = favor_attention_kv(*alone, w, backend="triton")
+        single.backward(grad[:, of_queries])
+        assert torch.equal(out[of_queries], single[0])
+        assert torch.equal(q.grad[of_queries], alone[0].grad[0])
+        assert torch.equal(kv.grad[rows], alone[1].grad[0])
+    assert not kv.grad[69:].any()
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_operator_is_registered_right(packed):
     """Shapes of the fake implementation, autograd, no aliasing, tracing with symbolic shapes."""
@@ -224,7 +287,18 @@ def test_operator_is_registered_right(packed):
     operator = torch.ops.sclong_ds.favor_attention.default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        operator, (*leaves, w, None, 0, False, 1e-4, True, True), test_utils=checks
+        operator, (*leaves, w, None, None, 0, 0, False, 1e-4, True, True), test_utils=checks
+    )
+
+
+def test_operator_with_queries_apart_is_registered_right():
+    torch.use_deterministic_algorithms(False)  # as above
+    qkv, w, _ = make(n=5, m=20, k=16, h=1)
+    q, kv = qkv[:, :2, 0].detach().requires_grad_(), qkv[:, :, 1:].detach().requires_grad_()
+    torch.library.opcheck(
+        torch.ops.sclong_ds.favor_attention.default,
+        (q, kv, None, w, None, None, 0, 0, False, 1e-4, True, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 

@@ -13,7 +13,12 @@ from launching import ROOT
 from torch.utils.checkpoint import checkpoint
 
 from kernels import reference
-from kernels.favor_attention import favor_attention, favor_attention_packed, triton_obstacle
+from kernels.favor_attention import (
+    favor_attention,
+    favor_attention_kv,
+    favor_attention_packed,
+    triton_obstacle,
+)
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -113,6 +118,39 @@ def test_wrong_packed_arguments():
         favor_attention_packed(qkv[:, :, :2], w)
     with pytest.raises(ValueError, match=r"cu_seqlens must be int32 \(B \+ 1,\): got torch.int64"):
         favor_attention_packed(qkv[0], w, cu_seqlens=torch.tensor([0, 50]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv": torch.zeros(2, 50, 3, 2, 16)}, r"\(B, N, 2, H, K\)"),
+        ({"kv": torch.zeros(2, 50, 2, 2, 16).double()}, "of one dtype"),
+        ({"q": torch.zeros(3, 7, 2, 16)}, "must be of the same cells"),
+        ({"cu_seqlens": torch.tensor([0, 50])}, "go together: give both or none"),
+        ({"max_queries": 5}, "max_seqlen has a meaning with cu_seqlens only"),
+    ],
+)
+def test_wrong_queries_and_keys(changes, message):
+    arguments = {"q": torch.zeros(2, 7, 2, 16), "kv": torch.zeros(2, 50, 2, 2, 16)}
+    with pytest.raises(ValueError, match=message):
+        favor_attention_kv(**(arguments | {"features": torch.zeros(20, 16)} | changes))
+
+
+@pytest.mark.parametrize("form", ["packed", "queries and keys", "apart"])
+def test_torch_operator_is_registered_right(form):
+    """What torch.compile sees of the torch backend."""
+    qkv, w, _ = make(b=1, n=9, h=1)
+    q, k, v = qkv.unbind(2)
+    tensors = {
+        "packed": (qkv, None, None),
+        "queries and keys": (q[:, :4], qkv[:, :, 1:], None),
+        "apart": (q, k, v),
+    }[form]
+    tensors = [t if t is None else t.clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(
+        torch.ops.sclong_ds.favor_attention_torch.default,
+        (*tensors, w, None, None, "sample", 1e-4, True),
+    )
 
 
 def test_what_the_kernels_do_not_support(monkeypatch):

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.reference import favor_attention, favor_attention_oracle, random_features
+from kernels.reference import (
+    favor_attention,
+    favor_attention_kv,
+    favor_attention_oracle,
+    random_features,
+)
 
 
 def make(b=2, n=37, h=3, k=8, m=20, dtype=torch.float64, scale=1.0, seed=0):
@@ -27,6 +32,48 @@ def test_equals_definition_forward_and_backward(scope, scale):
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(leaves, truth, strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("scope", ["sample", "head", "tensor"])
+@pytest.mark.parametrize("queries", [0, 1, 9, 60])
+def test_queries_that_differ_in_number_from_the_keys(scope, queries):
+    q, k, v, w = make(n=60)
+    q, k, v = q[:, :queries], k[:, :37], v[:, :37]
+    leaves = [t.clone().requires_grad_() for t in (q, torch.stack([k, v], dim=2))]
+    truth = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = favor_attention_kv(*leaves, w, scope=scope)
+    expected = favor_attention_oracle(*truth, w, scope=scope)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    got = (leaves[0].grad, *leaves[1].grad.unbind(2))
+    for one, want in zip(got, truth, strict=True):
+        torch.testing.assert_close(one, want.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_packed_queries_and_keys_have_the_bits_of_each_cell_alone():
+    q, k, v, w = make(b=1, n=110, dtype=torch.float32)
+    ends, query_ends = [0, 66, 69, 69, 110], [0, 3, 73, 73, 73]
+    leaves = [t.requires_grad_() for t in (q[0, :73], torch.stack([k[0], v[0]], dim=1))]
+    cu_seqlens = {
+        name: torch.tensor(e, dtype=torch.int32)
+        for name, e in (("cu_seqlens", ends), ("query_cu_seqlens", query_ends))
+    }
+    out = favor_attention_kv(*leaves, w, **cu_seqlens)
+    out.square().sum().backward()
+    for b in (0, 1):
+        spans = slice(*query_ends[b : b + 2]), slice(*ends[b : b + 2])
+        alone = [t.detach()[None, at].requires_grad_() for t, at in zip(leaves, spans, strict=True)]
+        single = favor_attention_kv(*alone, w)
+        single.square().sum().backward()
+        assert torch.equal(out[spans[0]], single[0])
+        for whole, one, at in zip(leaves, alone, spans, strict=True):
+            assert torch.equal(whole.grad[at], one.grad[0])
+    assert not leaves[1].grad[69:].any()  # a cell without queries
+    cu_seqlens["query_cu_seqlens"] = torch.tensor([0, 3, 70, 73, 73], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cell 2 has 3 queries and no keys"):
+        favor_attention_kv(*leaves, w, **cu_seqlens)
 
 
 def test_detached_maxima():

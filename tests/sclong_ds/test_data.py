@@ -1,5 +1,13 @@
-"""The order of cells: a pure function of the seed, the same for every world size, resumable
-anywhere."""
+"""The loader: every rank gets its share of one stream, from any position, whatever happens."""
+
+import gc
+import logging
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -7,122 +15,507 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sclong_ds.data import CellLoader, CellStream, log1p_normalise
+from sclong_ds import loading
+from sclong_ds.batches import log1p_normalise
+from sclong_ds.cells import DamagedChunk
+from sclong_ds.data import CellLoader, open_stream
+from sclong_ds.order import ONE
+from sclong_ds.store import CellWriter, Corpus, write_catalogue
+from sclong_ds.streams import decode
+
+GENES = 40
+OUTPUTS = ("packed", "csr", "dense", "dense_norm")
+DATASET = {
+    "duplicates_dropped": 0, "split_cells": {}, "n_genes_mapped": None, "counts_kept": None,
+    "organism": None, "tissue": None, "format": None, "source": None, "source_hash": None,
+}  # fmt: skip
 
 
-class FakeCorpus:
-    """Rows whose only count is their own number, so that content proves identity."""
-
-    def __init__(self, bounds):
-        self.chunk_rows = np.asarray(bounds, dtype=np.int64)
-        self.n = int(bounds[-1])
-
-    def split(self, name):
-        assert name == "train"
-        return np.arange(self.n)
-
-    def rows(self, indices):
-        n = len(indices)
-        return sparse.csr_matrix(
-            (np.asarray(indices) + 1, np.zeros(n, dtype=int), np.arange(n + 1)), shape=(n, 3)
-        )
+def counts_of(n_cells):
+    """Counts of many sizes; some cells have none."""
+    rng = np.random.default_rng(5)
+    counts = rng.poisson(0.4, (n_cells, GENES)) * rng.choice([1, 3, 300, 70_000], (n_cells, GENES))
+    counts[rng.random(n_cells) < 0.1] = 0
+    return counts.astype(np.uint32)
 
 
-def take(bounds, steps, *, world=1, batch=4, micro=1, seen=0, seed=0, group=2):
-    """Return per rank and step the ids, and check that counts belong to them."""
-    ranks = []
-    for rank in range(world):
-        loader = CellLoader(
-            FakeCorpus(bounds), seed=seed, cells_seen=seen, rank=rank, world_size=world,
-            train_batch_size=batch, micro_batch_size=micro, group_chunks=group, prefetch_batches=2,
-        )  # fmt: skip
-        got = []
-        for _ in range(steps):
-            step = next(loader)
-            for b in step.micro_batches:
-                assert np.array_equal(b.counts.toarray()[:, 0], b.cell_ids + 1)
-            got.append(step)
-        loader.close()
-        ranks.append(got)
-    return ranks
+def make_corpus(folder, *, n_train, n_validation=0, chunk_entries=200, chunks_per_shard=2):
+    folder.mkdir()
+    counts = counts_of(n_train + n_validation)
+    options = {"chunk_entries": chunk_entries, "chunks_per_shard": chunks_per_shard}
+    with CellWriter(folder / "cells.zarr", n_genes=GENES, **options) as writer:
+        for rows in (slice(0, n_train), slice(n_train, None)):
+            n = len(counts[rows])
+            source = {"dataset": (np.arange(n) % 3).astype(np.uint32)}
+            writer.append(sparse.csr_matrix(counts[rows]), source=source)
+            writer.end_chunk()
+    n = len(counts)
+    splits = {"train": [0, n_train], "validation": [n_train, n], "test": [n, n]}
+    datasets = [{"dataset_id": f"d{i}", "n_cells": 1, **DATASET} for i in range(3)]
+    about = {"hash": "", "genes_hash": "", "n_cells": n, "splits": splits, "datasets": datasets}
+    write_catalogue(folder, about)
+    return Corpus(folder)
 
 
-def in_order(ranks, world, micro):
-    """Put the ranks' micro-batches back together into the global stream."""
-    stream = []
-    for step in zip(*ranks, strict=True):
-        for j in range(len(step[0].micro_batches)):
-            for rank in range(world):
-                stream += [
-                    (int(i), int(e))
-                    for i, e in zip(
-                        step[rank].micro_batches[j].cell_ids,
-                        step[rank].micro_batches[j].epochs,
-                        strict=True,
-                    )
-                ]
-    return stream
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """One with many small chunks and one with few large ones; both with a validation split."""
+    folder = tmp_path_factory.mktemp("corpora")
+    return [
+        make_corpus(folder / "small", n_train=61, n_validation=10, chunk_entries=150),
+        make_corpus(folder / "large", n_train=90, n_validation=7, chunk_entries=900),
+    ]
 
 
-BOUNDS = [0, 7, 12, 13, 29]
+@pytest.fixture
+def corpus(corpora):
+    return corpora[0]
 
 
-def test_an_epoch_visits_every_cell_once_and_epochs_differ():
-    stream = in_order(take(BOUNDS, 29, batch=2), 1, 1)
-    first, second = stream[:29], stream[29:58]
-    assert sorted(i for i, _ in first) == list(range(29))
-    assert {e for _, e in first} == {0}
-    assert sorted(i for i, _ in second) == list(range(29))
-    assert {e for _, e in second} == {1}
-    assert [i for i, _ in first] != [i for i, _ in second]
+def open_loader(corpus, *, seed=0, group=2, weights=None, split="train", **options):
+    stream = open_stream(corpus, split=split, seed=seed, group_chunks=group, weights=weights)
+    defaults = {
+        "cells_seen": 0, "rank": 0, "world_size": 1, "train_batch_size": 8, "micro_batch_size": 4,
+        "prefetch_batches": 2,
+    }  # fmt: skip
+    return CellLoader(corpus, stream=stream, **(defaults | options))
 
 
-@settings(max_examples=25, deadline=None)
+def dense(counts):
+    """Counts of any output but dense_norm as a fresh dense array."""
+    if isinstance(counts, np.ndarray):
+        return counts.copy()
+    if sparse.issparse(counts):
+        return counts.toarray()
+    return decode(counts.gap, counts.count, counts.row_entries, GENES).toarray()
+
+
+def visits(batch):
+    return list(
+        zip(batch.cell_ids.tolist(), batch.epochs.tolist(), batch.passes.tolist(), strict=True)
+    )
+
+
+def take(corpus, steps=None, *, check=True, **options):
+    """Return the visits of each micro-batch of each step; checks what belongs to the cells."""
+    truth = counts_of(len(corpus))
+    got = []
+    with open_loader(corpus, **options) as loader:
+        for step in loader:
+            for b in step.micro_batches if check else ():
+                assert np.array_equal(dense(b.counts), truth[b.cell_ids])
+                assert b.skipped.shape == b.cell_ids.shape
+                assert not b.skipped.any()
+            got.append([visits(b) for b in step.micro_batches])
+            if len(got) == steps:
+                break
+    return got
+
+
+def in_order(ranks):
+    """Put the micro-batches of all ranks back together into the global stream."""
+    return [v for step in zip(*ranks, strict=True) for micro in zip(*step, strict=True)
+            for batch in micro for v in batch]  # fmt: skip
+
+
+def in_stream(corpus, n, *, start=0, **options):
+    """Return the first n visits of the stream itself."""
+    batches = open_stream(corpus, **options).batches(start, size=n, stop=start + n)
+    return [
+        v for b in batches
+        for v in zip(b.rows.tolist(), b.epochs.tolist(), b.passes.tolist(), strict=True)
+    ]  # fmt: skip
+
+
+WEIGHTS = np.array([ONE // 2, ONE * 7 // 4, ONE])
+
+
+@settings(max_examples=30, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    which=st.integers(0, 1),
+    world=st.sampled_from([1, 2, 4, 8]),
+    micro=st.integers(1, 5),
+    micro_steps=st.integers(1, 3),
+    steps=st.integers(1, 6),
+    seen=st.integers(0, 250),
     seed=st.integers(0, 99),
-    group=st.integers(1, 4),
-    seen=st.integers(0, 40),
+    group=st.integers(1, 5),
+    weights=st.sampled_from([None, WEIGHTS]),
+    output=st.sampled_from(["packed", "csr", "dense"]),
+    short=st.integers(0, 20),
+    prefetch=st.integers(0, 2),
 )
-def test_same_stream_for_every_world_size_and_position(sizes, seed, group, seen):
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
-    settings_ = {"seed": seed, "group": group, "batch": 8}
-    whole = in_order(take(bounds, 12, **settings_), 1, 1)
-    for world, micro in ((2, 2), (4, 1), (1, 8)):
-        assert (
-            in_order(take(bounds, 3, world=world, micro=micro, **settings_), world, micro)
-            == whole[:24]
+def test_ranks_together_deliver_the_stream(
+    corpora, which, world, micro, micro_steps, steps, seen, seed, group, weights, output, short,
+    prefetch,
+):  # fmt: skip
+    batch = world * micro * micro_steps
+    n = max(1, steps * batch - short)
+    order = {"seed": seed, "weights": weights}
+    ranks = [
+        take(
+            corpora[which], group=group, cells_seen=seen, rank=rank, world_size=world,
+            train_batch_size=batch, micro_batch_size=micro, stop_at=seen + n, output=output,
+            prefetch_batches=prefetch, **order
         )
-    later = in_order(take(bounds, 4, seen=seen, **settings_), 1, 1)
-    assert later == whole[seen : seen + 32]
+        for rank in range(world)
+    ]  # fmt: skip
+    assert {len(rank) for rank in ranks} == {-(-n // batch)}
+    assert {len(step) for rank in ranks for step in rank} == {micro_steps}
+    assert in_order(ranks) == in_stream(corpora[which], n, start=seen, group_chunks=group, **order)
 
 
-def test_other_seed_other_order():
-    assert in_order(take(BOUNDS, 7), 1, 1) != in_order(take(BOUNDS, 7, seed=1), 1, 1)
+@settings(max_examples=10, deadline=None)
+@given(stops=st.lists(st.integers(1, 7), min_size=1, max_size=3), weighted=st.booleans())
+def test_stop_and_go_equals_straight_through(corpora, stops, weighted):
+    options = {"weights": WEIGHTS if weighted else None, "seed": 3}
+    straight = take(corpora[0], sum(stops), **options)
+    pieces, position = [], 0
+    for steps in stops:
+        with open_loader(corpora[0], cells_seen=position, **options) as loader:
+            pieces += [[visits(b) for b in next(loader).micro_batches] for _ in range(steps)]
+            assert loader.position == position + 8 * steps
+            position = loader.position
+    assert pieces == straight
 
 
-def test_positions_far_ahead_are_reached_at_once():
-    stream = CellStream(np.arange(0, 10_000_001, 271), seed=0, group_chunks=8)
-    group = next(stream.groups(7 * stream.n_cells + 4_000_000))
-    assert group.epoch == 7
-    assert group.start <= 7 * stream.n_cells + 4_000_000 < group.start + len(group.rows)
+def test_a_remote_corpus_delivers_the_same(corpora, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(corpora[0].path), "/loaded", recursive=True)
+    remote = Corpus("memory://loaded", cache_dir=tmp_path)
+    try:
+        assert take(remote, 8, weights=WEIGHTS) == take(corpora[0], 8, weights=WEIGHTS)
+    finally:
+        memory.rm("/loaded", recursive=True)
 
 
-def test_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="must be a multiple"):
-        take(BOUNDS, 1, world=3, batch=4)
+def test_an_epoch_is_every_training_cell_once(corpus):
+    epoch = in_order([take(corpus, stop_at=61)])
+    assert sorted(epoch) == [(row, 0, 0) for row in range(61)]
+    second = in_order([take(corpus, cells_seen=61, stop_at=122)])
+    assert sorted(second) == [(row, 1, 0) for row in range(61)]
+    assert [row for row, *_ in epoch] != [row for row, *_ in second]
 
 
-def test_reading_errors_reach_the_training_loop():
-    corpus = FakeCorpus(BOUNDS)
-    corpus.rows = lambda indices: (_ for _ in ()).throw(OSError("shard c/0 is damaged"))
-    loader = CellLoader(
-        corpus, seed=0, cells_seen=0, rank=0, world_size=1, train_batch_size=4, micro_batch_size=1,
-        group_chunks=1, prefetch_batches=1,
-    )  # fmt: skip
-    with pytest.raises(OSError, match="shard c/0"):
-        next(loader)
+def test_other_splits_and_weights_of_datasets(corpus):
+    held_out = in_order([take(corpus, split="validation", stop_at=10)])
+    assert sorted(row for row, *_ in held_out) == list(range(61, 71))
+    weights = np.array([0, 2 * ONE, ONE])
+    n = open_stream(corpus, seed=0, group_chunks=2, weights=weights).epoch_visits
+    seen = [row for row, *_ in in_order([take(corpus, weights=weights, stop_at=n)])]
+    assert {corpus.row_dataset[row] for row in seen} == {1, 2}
+    assert abs(sum(corpus.row_dataset[row] == 1 for row in seen) - 40) <= 2
+
+
+def test_the_four_outputs_agree(corpus):
+    options = {"cells_seen": 3, "prefetch_batches": 1}
+    loaders = [
+        open_loader(corpus, output=o, target_sum=1e4 if o == "dense_norm" else None, **options)
+        for o in OUTPUTS
+    ]
+    for steps in (next(group) for group in [zip(*loaders, strict=True)] for _ in range(9)):
+        for packed, csr, raw, norm in zip(*(s.micro_batches for s in steps), strict=True):
+            assert csr.counts.dtype == np.uint32
+            assert csr.counts.has_sorted_indices
+            csr.counts.check_format(full_check=True)
+            truth = corpus.rows(csr.cell_ids)
+            assert np.array_equal(csr.counts.toarray(), truth.toarray())
+            assert np.array_equal(dense(packed.counts), truth.toarray())
+            assert np.array_equal(packed.counts.row_nnz, corpus.row_nnz[packed.cell_ids])
+            assert np.array_equal(packed.counts.row_total, corpus.row_total[packed.cell_ids])
+            assert np.array_equal(raw.counts, truth.toarray())
+            assert np.array_equal(norm.counts, log1p_normalise(truth, target_sum=1e4))
+            assert raw.counts.dtype == norm.counts.dtype == np.float32
+    for loader in loaders:
+        loader.close()
+
+
+def test_buffers_are_few_used_again_and_hold_a_whole_micro_batch(corpus):
+    made = []
+
+    def allocate(size_bytes):
+        made.append(np.full(size_bytes, 0xAB, np.uint8))
+        return made[-1]
+
+    with open_loader(corpus, output="dense", allocate=allocate, prefetch_batches=2) as loader:
+        for _ in range(30):
+            next(loader)
+    assert len(made) == (2 + 2) * 2
+    made.clear()
+    with open_loader(corpus, allocate=allocate) as loader:
+        for _ in range(10):
+            for batch in next(loader).micro_batches:
+                c, blocks = batch.counts, list(made)
+                arrays = [c.gap, c.count, c.row_entries, c.row_nnz, c.row_total]
+                homes = [
+                    [np.shares_memory(array, block) for block in blocks]
+                    for array in arrays
+                    if array.size
+                ]
+                assert sum(homes[0]) == 1
+                assert homes == [homes[0]] * len(homes)
+
+
+def test_a_step_stays_whole_until_the_next_one_is_asked_for(corpus):
+    with open_loader(corpus, output="dense", prefetch_batches=1) as loader:
+        step = next(loader)
+        before = [b.counts.copy() for b in step.micro_batches]
+        while loader._threads._steps.empty():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        for batch, counts in zip(step.micro_batches, before, strict=True):
+            assert np.array_equal(batch.counts, counts)
+
+
+def test_finish_works_on_every_micro_batch_in_a_thread(corpus):
+    def finish(batch):
+        assert threading.current_thread() is not threading.main_thread()
+        return dense(batch.counts).sum()
+
+    with open_loader(corpus, finish=finish) as loader:
+        for _ in range(5):
+            for batch in next(loader).micro_batches:
+                assert batch.extra == corpus.row_total[batch.cell_ids].sum()
+
+
+def test_errors_of_finish_reach_the_training_loop(corpus):
+    with open_loader(corpus, finish=lambda batch: 1 // 0) as loader:
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                next(loader)
+    assert loader.position == 0
+
+
+def go_on(loader, results):
+    """In another process: go on for four steps."""
+    with loader:
+        results.send([visits(b) for _ in range(4) for b in next(loader).micro_batches])
+
+
+FORK = """
+import os, pickle, sys
+loader = pickle.load(sys.stdin.buffer)
+def ids(steps):
+    return [next(loader).cell_ids.tolist() for _ in range(steps)]
+def fork():
+    if pid := os.fork():
+        assert os.waitpid(pid, 0)[1] == 0
+        return
+    print(ids(3), flush=True)
     loader.close()
+    sys.exit()
+fork()
+print(ids(2), flush=True)
+fork()
+print(ids(3), flush=True)
+"""
+
+
+def test_a_loader_can_be_carried_over_forks_and_left_open(corpus):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK],
+        input=pickle.dumps(open_loader(corpus)), capture_output=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    with open_loader(corpus) as loader:
+        steps = [next(loader).cell_ids.tolist() for _ in range(5)]
+    shown = [steps[:3], steps[:2], steps[2:5], steps[2:5]]
+    assert done.stdout.decode().splitlines() == [str(part) for part in shown]
+
+
+def test_a_loader_can_be_sent_to_a_spawned_process(corpus):
+    with open_loader(corpus, weights=WEIGHTS) as loader:
+        next(loader)
+        spawn = multiprocessing.get_context("spawn")
+        results, their_end = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=go_on, args=(loader, their_end))
+        process.start()
+        their_end.close()
+        got = results.recv()
+        process.join()
+        assert got == [visits(b) for _ in range(4) for b in next(loader).micro_batches]
+
+
+def cell_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("cells-")]
+
+
+def test_nothing_starts_before_the_first_step_and_nothing_stays_after_close(corpus):
+    loader = open_loader(corpus, prefetch_batches=1)
+    assert not cell_threads()
+    next(loader)
+    assert len(cell_threads()) == 2
+    loader.close()
+    loader.close()
+    assert not cell_threads()
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
+
+
+def test_a_forgotten_loader_takes_its_threads_along(corpus):
+    loader = open_loader(corpus)
+    next(loader)
+    del loader
+    gc.collect()
+    for thread in cell_threads():
+        thread.join(timeout=10)
+    assert not cell_threads()
+
+
+def test_an_interrupted_wait_loses_no_step(corpus, monkeypatch):
+    straight = take(corpus, 4)
+    loader = open_loader(corpus)
+    got = [[visits(b) for b in next(loader).micro_batches] for _ in range(2)]
+    next_step = loading.LoaderThreads.next_step
+
+    def interrupted(threads):
+        next_step(threads)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading.LoaderThreads, "next_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    monkeypatch.undo()
+    with loader:
+        got += [[visits(b) for b in next(loader).micro_batches] for _ in range(2)]
+    assert got == straight
+
+
+def test_only_chunks_with_cells_between_start_and_end_are_read(corpora, monkeypatch):
+    corpus = Corpus(corpora[0].path)
+    n_chunks = int(np.searchsorted(corpus.chunk_rows, 61))
+    read, chunks = corpus.read_packed, []
+
+    def noted(chunk, *, out=None):
+        chunks.append(chunk)
+        return read(chunk, out=out)
+
+    monkeypatch.setattr(corpus, "read_packed", noted)
+    options = {"group": n_chunks, "train_batch_size": 2, "micro_batch_size": 2}
+    delivered = in_order([take(corpus, cells_seen=30, stop_at=32, **options)])
+    of_cells = np.searchsorted(corpus.chunk_rows, [row for row, *_ in delivered], side="right") - 1
+    assert sorted(chunks) == np.unique(of_cells).tolist()
+
+
+def test_a_long_wait_says_what_is_being_read(corpora, monkeypatch, caplog):
+    corpus = Corpus(corpora[0].path)
+    read, go = corpus.read_packed, threading.Event()
+
+    def slow(chunk, *, out=None):
+        assert go.wait(timeout=30)
+        return read(chunk, out=out)
+
+    monkeypatch.setattr(corpus, "read_packed", slow)
+    monkeypatch.setattr(loading, "WAIT_WARNING_S", 0.05)
+    loader = open_loader(corpus)
+    with caplog.at_level(logging.WARNING):
+        timer = threading.Timer(0.5, go.set)
+        timer.start()
+        next(loader)
+        timer.join()
+    loader.close()
+    waits = [r.getMessage() for r in caplog.records if "waiting for cells" in r.getMessage()]
+    assert len(waits) >= 2
+    assert "reading chunk" in waits[0]
+    assert str(corpus.path) in waits[0]
+    assert loader.waited_s > 0.2
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A corpus without one of its shards, and the rows that were in it."""
+    corpus = make_corpus(tmp_path / "corpus", n_train=61, chunk_entries=150)
+    (tmp_path / "corpus" / "cells.zarr" / "gap" / "c" / "1").unlink()
+    return corpus, range(int(corpus.chunk_rows[2]), int(corpus.chunk_rows[4]))
+
+
+def test_damage_stops_the_loop_and_says_where(damaged):
+    corpus, lost = damaged
+    with open_loader(corpus, group=1) as loader:
+        delivered = []
+        with pytest.raises(DamagedChunk, match=r"gap/c/1.*restore"):  # noqa: PT012
+            while True:
+                delivered += [i for b in next(loader).micro_batches for i in b.cell_ids]
+        assert loader.position == len(delivered)
+        assert not set(delivered) & set(lost)
+        # The next call tries again.
+        with pytest.raises(DamagedChunk):
+            next(loader)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_skipped_cells_keep_their_place_without_counts(damaged, output, caplog):
+    corpus, lost = damaged
+    truth = counts_of(61)
+    truth[lost.start : lost.stop] = 0
+    target_sum = 1e4 if output == "dense_norm" else None
+    ranks = []
+    for rank in range(2):
+        caplog.clear()
+        loader = open_loader(
+            corpus, rank=rank, world_size=2, micro_batch_size=2, on_damage="skip", stop_at=122,
+            output=output, target_sum=target_sum,
+        )  # fmt: skip
+        skipped, got = 0, []
+        with caplog.at_level(logging.WARNING), loader:
+            for step in loader:
+                for b in step.micro_batches:
+                    expected = truth[b.cell_ids]
+                    if target_sum:
+                        expected = log1p_normalise(
+                            sparse.csr_matrix(expected), target_sum=target_sum
+                        )
+                    assert np.array_equal(dense(b.counts), expected)
+                    assert b.skipped.tolist() == [int(i) in lost for i in b.cell_ids]
+                assert step.skipped == sum(b.skipped.sum() for b in step.micro_batches)
+                skipped += step.skipped
+                got.append([visits(b) for b in step.micro_batches])
+        assert loader.skipped_cells == skipped
+        warnings = [r.getMessage() for r in caplog.records]
+        assert len(warnings) == 2
+        assert all("gap/c/1" in w for w in warnings)
+        ranks.append(got)
+    assert in_order(ranks) == in_stream(corpus, 122, seed=0, group_chunks=2)
+
+
+def test_cells_that_do_not_decode_stop_the_loop_even_when_damage_is_skipped(corpora, monkeypatch):
+    corpus = Corpus(corpora[0].path)
+    read = corpus.read_packed
+
+    def changed(chunk, *, out=None):
+        cells = read(chunk, out=out)
+        cells.gap[:] = 255
+        return cells
+
+    monkeypatch.setattr(corpus, "read_packed", changed)
+    with (
+        open_loader(corpus, output="dense", on_damage="skip") as loader,
+        pytest.raises(ValueError, match="damaged"),
+    ):
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"world_size": 3}, "must be a multiple"),
+        ({"micro_batch_size": 0}, "at least 1"),
+        ({"rank": 1}, "rank 1: allowed are 0 to 0"),
+        ({"prefetch_batches": -1}, "prefetch_batches -1"),
+        ({"output": "arrow"}, "allowed are packed, csr, dense, dense_norm"),
+        ({"output": "dense_norm"}, "dense_norm needs it"),
+        ({"output": "csr", "target_sum": 1e4}, "would ignore it"),
+        ({"on_damage": "ignore"}, "allowed are stop and skip"),
+        ({"cells_seen": -1}, "cells_seen -1"),
+        ({"split": "dev"}, "this corpus has train, validation, test"),
+        ({"split": "test"}, "has no cells"),
+        ({"weights": np.ones(2, np.int64)}, "has 3 datasets"),
+    ],
+)
+def test_mistakes_are_refused(corpus, options, message):
+    with pytest.raises(ValueError, match=message):
+        open_loader(corpus, **options)
 
 
 def test_log1p_normalise():

@@ -196,17 +196,26 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
     """The exported model scores what validation logged."""
     from sclong_ds import Corpus, load_model
     from sclong_ds.data import CellBatch
-    from sclong_ds.objective import VALIDATION_EPOCH, MaskedMetrics, mask_batch
+    from sclong_ds.masking import VALIDATION_EPOCH
+    from sclong_ds.metrics import MaskedMetrics
+    from sclong_ds.objective import masked_batch
+    from sclong_ds.preparation import prepare
 
     run_module("sclong_ds", "export", straight / "checkpoints", "--out", tmp_path / "model")
     model, corpus = load_model(tmp_path / "model"), Corpus(small_corpus)
     rows = corpus.split("validation")[:20]
-    batch = CellBatch(corpus.rows(rows), rows, np.full(20, VALIDATION_EPOCH))
-    objective = load_config("sclong_tiny").objective
-    masked = mask_batch(batch, objective, target_sum=1e4, seed=0)
-    metrics = MaskedMetrics(corpus.gene_stats.mean_expressed, torch.device("cpu"))
+    cells, device = corpus.packed_rows(rows), torch.device("cpu")
+    batch = CellBatch(cells, rows, np.full(20, VALIDATION_EPOCH), np.zeros(20, dtype=int))
+    prepared = prepare(batch, config=load_config("sclong_tiny"), n_genes=corpus.n_genes)
+    masked = masked_batch(
+        cells, prepared.targets, n_genes=corpus.n_genes, target_sum=1e4, device=device
+    )
+    metrics = MaskedMetrics(corpus.gene_stats.mean_expressed, device)
     with torch.no_grad():
-        metrics.add(model(masked.x, masked.hidden), masked.x, masked.targets)
+        predicted = model(masked.x, masked.hidden).gather(1, masked.positions)
+    metrics.add(
+        predicted, masked.true, masked.valid, masked.positions, torch.zeros_like(masked.valid)
+    )
     logged = [r for r in read_metrics(straight) if "val/mse" in r][-1]
     assert metrics.compute()["val/mse"] == pytest.approx(logged["val/mse"], rel=1e-5)
     assert (tmp_path / "model" / "README.md").read_text().startswith("# scLong")

@@ -297,6 +297,7 @@ def test_many_open_stores_keep_few_files_open(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     stores = [CellStore(tmp_path / "cells.zarr") for _ in range(30)]
     assert all(len(store.row_total) == len(store.row_entries) == 20 for store in stores)
+    assert all(store.read_chunk(0).nnz for store in stores)
     assert len(list(Path("/proc/self/fd").iterdir())) < before + 10
 
 
@@ -350,24 +351,6 @@ def test_store_refuses(tmp_path: Path) -> None:
     group.attrs["version"] = 99
     with pytest.raises(ValueError, match="version 99, this program reads"):
         CellStore(tmp_path / "cells.zarr")
-
-
-@pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_damaged_chunk_is_named(tmp_path: Path, codec: str) -> None:
-    matrix = random_counts(7)
-    write_store(tmp_path / "cells.zarr", matrix, codec=codec)
-    file = tmp_path / "cells.zarr" / "gap" / "c" / "0"
-    damaged = bytearray(file.read_bytes())
-    damaged[20] ^= 1
-    file.write_bytes(damaged)
-    store = CellStore(tmp_path / "cells.zarr")
-    with pytest.raises(ValueError, match=r"chunk 0 \(cells 0 to \d+\) is damaged"):
-        store.read_chunk(0)
-    assert_same(store.rows([199]), matrix[[199]])
-    table = tmp_path / "cells.zarr" / "row_nnz" / "c" / "0"
-    table.write_bytes(table.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="missing or cut"):
-        CellStore(tmp_path / "cells.zarr").row_nnz  # noqa: B018
 
 
 def test_packed_cells_can_be_moved_between_stores(tmp_path: Path) -> None:

@@ -6,40 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from small_model import G, cells, close, small_graph, small_model
 from torch_geometric.nn import SGConv
 
-from sclong_ds.config import PerformerConfig, load_config
-from sclong_ds.model.gene_encoder import GeneEncoder
+from sclong_ds.config import load_config
+from sclong_ds.model.gene_encoder import GeneEncoder, normalised_adjacency
 from sclong_ds.model.sclong import ScLong, expression_order
-
-G = 60
-
-
-def small_graph(n=G, edges=300, seed=0):
-    rng = np.random.default_rng(seed)
-    flat = np.unique(rng.integers(0, n * n, edges))
-    weights = rng.random(len(flat)).astype(np.float32)
-    return np.stack([flat % n, flat // n]).astype(np.int64), weights
-
-
-def small_model(seed=0, graph=True, **changes):
-    stack = PerformerConfig(depth=2, heads=2, dim_head=8, nb_features=None, ff_mult=2)
-    settings = {
-        "base_dim": 16, "large_dim": 24, "top_seq_len": 12, "expression_hidden": 8,
-        "large_encoder": stack, "mini_encoder": stack, "decoder": stack, "gene_bias": False,
-    }  # fmt: skip
-    config = dataclasses.replace(load_config("sclong_tiny").model, **(settings | changes))
-    torch.manual_seed(seed)
-    model = ScLong(config, n_genes=G, graph=small_graph() if graph else None)
-    torch.nn.init.normal_(model.head.weight)  # the head starts at zero, which would hide the rest
-    return model.eval()
-
-
-def cells(b=4, dtype=torch.float32, seed=1):
-    gen = torch.Generator().manual_seed(seed)
-    x = torch.rand(b, G, generator=gen, dtype=dtype) * 4 * (torch.rand(b, G, generator=gen) < 0.4)
-    mask = (torch.rand(b, G, generator=gen) < 0.15) & (x > 0)
-    return x, mask
 
 
 def on_meta(preset):
@@ -130,6 +102,27 @@ def test_gene_encoder_is_the_published_convolution():
     reference.lin.bias.data.copy_(encoder.linears[0].bias)
     convolved = reference(encoder.table, torch.from_numpy(edges), torch.from_numpy(weights))
     torch.testing.assert_close(encoder(), convolved + encoder.vectors, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_product_is_the_dense_one_both_ways_and_has_the_same_bits_twice(dtype):
+    encoder = GeneEncoder(G, 16, layers=1, graph=small_graph())
+    dense = torch.zeros(G, G, dtype=torch.float64)
+    matrix = normalised_adjacency(small_graph(), G)[0]
+    for row in range(G):
+        at = slice(int(matrix.ends[row]), int(matrix.ends[row + 1]))
+        dense[row].index_add_(0, matrix.columns[at].long(), matrix.weights[at])
+    gen = torch.Generator().manual_seed(0)
+    h = torch.randn(G, 16, generator=gen, dtype=dtype, requires_grad=True)
+    grad = torch.randn(G, 16, generator=gen, dtype=dtype)
+    runs = []
+    for _ in range(2):
+        out = encoder._convolve(h)
+        runs.append((out, *torch.autograd.grad(out, h, grad)))
+    wanted = dense @ h.double(), dense.T @ grad.double()
+    for first, second, want in zip(*runs, wanted, strict=True):
+        assert torch.equal(first, second)
+        assert close(first.double(), want, 1e-6 if dtype == torch.float32 else 1e-14)
 
 
 def test_gene_without_neighbours_gets_the_bias():

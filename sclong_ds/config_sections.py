@@ -1,0 +1,296 @@
+"""The sections of a run's configuration: every key with its meaning, unit and source."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PerformerConfig:
+    """One Performer stack (large encoder, mini encoder or decoder)."""
+
+    depth: int
+    """Number of layers (attention + feed-forward)."""
+    heads: int
+    """Attention heads."""
+    dim_head: int
+    """Width of one head."""
+    nb_features: int | None
+    """Random features per head; null means int(dim_head * ln(dim_head)), as in the Performer paper
+    (arXiv:2009.14794)."""
+    ff_mult: int
+    """Hidden width of the feed-forward block as a multiple of the stack's width."""
+
+    def features(self) -> int:
+        """Return the number of random features, with null resolved."""
+        return self.nb_features or int(self.dim_head * math.log(self.dim_head))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Architecture of `ScLong`. A checkpoint can be resumed only with the same section."""
+
+    base_dim: int
+    """Width C of the gene and expression vectors, the mini encoder and the decoder (200 in
+    scLong)."""
+    large_dim: int
+    """Width D of the large encoder (1,280 in scLong)."""
+    top_seq_len: int
+    """Number T of highest-expressed genes of a cell that the large encoder reads (4,096 in
+    scLong)."""
+    routing: Literal["top", "expressed"]
+    """top: the large encoder reads top_seq_len genes of every cell (scLong); expressed: the cell's
+    expressed and hidden genes alone, top_seq_len at most, so that no zero takes its time."""
+    expression_hidden: int
+    """Hidden width of the expression encoder's MLP (50 in scLong)."""
+    mask_vector_max_norm: float | None
+    """Largest norm of the vector that stands for a hidden value (1.0 in the released code); null:
+    no limit."""
+    pad_token: bool
+    """One more token behind the genes, without a value (true in the released code)."""
+    gene_encoder: Literal["graph", "embedding", "none"]
+    """graph: graph convolution of a gene table; ablations: embedding: the same table and layers
+    without a graph; none: gene vectors alone (gene_encoder_layers has no effect)."""
+    gene_encoder_layers: int
+    """Graph convolution layers (1 in scLong)."""
+    gene_graph: str | None
+    """Path of the graph written by `python -m data_prep gene-graph`; required when gene_encoder is
+    graph."""
+    use_gene_vectors: bool
+    """One learned vector per gene beside the gene encoder's output (gene2vec in scLong); false is
+    an ablation."""
+    gene_vectors: str | None
+    """Path of a (genes, base_dim) .npy, say of `python -m data_prep gene-vectors`, at which the
+    gene vectors and the gene encoder's table start; null: normal(0, 0.02) and normal(0, 1)."""
+    contextual_encoder: Literal["dual", "large", "mini"]
+    """dual: both encoders; ablations: large: genes that it does not read keep their input vectors;
+    mini: all genes go through the mini encoder (large_*, top_seq_len, routing have no effect)."""
+    large_encoder: PerformerConfig
+    """Performer over the top_seq_len highest-expressed genes."""
+    mini_encoder: PerformerConfig
+    """Performer over the remaining genes."""
+    decoder: PerformerConfig
+    """Final full-length Performer over all genes."""
+    qkv_bias: bool
+    """Biases in the query, key and value projections (false in the published configuration)."""
+    head: Literal["mlp", "linear"]
+    """Decoder of the expression value: mlp (the paper) or linear (the released code)."""
+    head_init: Literal["mean", "random"]
+    """mean: the last layer starts at zero and its bias at the data's mean; random: as any linear
+    layer (the released code)."""
+    gene_bias: bool
+    """One learned output bias per gene, initialised at the gene's mean expressed value in the
+    training cells."""
+    attention: Literal["favor", "softmax"]
+    """favor: FAVOR+ random features, linear in the genes; softmax: exact attention, quadratic
+    (ablation: random_features, stabiliser_scope and redraws have no effect)."""
+    random_features: Literal["orthogonal", "orthogonal_qr", "gaussian"]
+    """orthogonal: uniform over rotations; orthogonal_qr: as QR leaves the signs, which biases the
+    estimate (the released code); gaussian: independent (ablation)."""
+    random_features_file: str | None
+    """Path of the features to use before the first redraw, written by `import-reference`; null:
+    they are drawn."""
+    stabiliser_scope: Literal["sample", "head"]
+    """Over what the key stabiliser of FAVOR+ takes its maximum: one cell, or one head of one
+    cell."""
+    feature_redraw_interval: int
+    """Optimizer steps between redraws of the random features; 0 keeps the first draw."""
+    projection_seed: int
+    """Seed of the random features; each projection is a function of (seed, layer, redraw index)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What the loader reads and how a cell becomes model input."""
+
+    corpus: str | None
+    """Folder of a finalized corpus (`python -m data_prep finalize`), or an fsspec URL of one
+    (s3://...); required for training."""
+    cache_dir: str | None
+    """Where the tables of a remote corpus are kept; null: SCLONG_CACHE, else ~/.cache/sclong_ds."""
+    target_sum: float
+    """Counts of a cell are scaled to this total before log1p (1.0e4 in scLong's data)."""
+    shuffle_group_chunks: int
+    """Chunks that are read and shuffled together; memory is about 3 MB a chunk."""
+    prefetch_batches: int
+    """Batches that a background thread keeps ready."""
+    balance_by: Literal["none", "dataset", "tissue"]
+    """What is sampled evenly: none visits every cell once an epoch; dataset or tissue gives each of
+    them a share proportional to its cells ** balance_exponent."""
+    balance_exponent: float
+    """1: shares as in the corpus, 0: the same share for every dataset or tissue."""
+    max_repeats: int
+    """Most visits to a cell in an epoch when sampling is balanced or weighted."""
+    dataset_weights: str | None
+    """File of `dataset_id<TAB>weight` lines, relative visits to a cell of each dataset; 0 leaves a
+    dataset out. Instead of balance_by."""
+    on_damage: Literal["stop", "skip"]
+    """A damaged shard: stop the run, or log it, count its cells and train without them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """Masked-value reconstruction."""
+
+    mask_prob: float
+    """Share of a cell's non-zero values that are targets (0.15 in scLong); with mask_prob_range
+    that of validation alone."""
+    mask_prob_range: tuple[float, float] | None
+    """[low, high]: every visit to a cell in training draws its share uniformly from here, instead
+    of mask_prob; null: always mask_prob."""
+    zero_mask_prob: float
+    """Share of a cell's zero genes that are targets too (0 in scLong)."""
+    replace_prob: float
+    """Share of the targets whose value is hidden; the rest keep it (0.9 in scLong)."""
+    target_rounding: Literal["exact", "float32"]
+    """exact: ceil(mask_prob * n) targets of n values; float32: the product is rounded to float32
+    before, which makes one more at some n (the released code)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule, by optimizer step."""
+
+    name: Literal["adamw", "adam"]
+    """adamw decays matrices only; adam has no decay (the released code)."""
+    lr: float
+    """Peak learning rate."""
+    betas: tuple[float, float]
+    """Adam's decay rates of the first and second moment."""
+    eps: float
+    """Adam's denominator term."""
+    weight_decay: float
+    """Decoupled decay of matrices; biases, norms and vectors are not decayed. Must be 0 for
+    adam."""
+    schedule: Literal["cosine", "constant", "warm_restarts"]
+    """Shape after the warm-up; warm_restarts: cosine cycles, each with its own warm-up (the
+    released code)."""
+    warmup_steps: int
+    """Steps of linear warm-up, from 0; of warm_restarts from the lowest rate, in every cycle."""
+    decay_steps: int
+    """Step at which cosine reaches min_lr_ratio; the rate stays there afterwards. Independent of
+    run.max_steps. Of warm_restarts the length of the first cycle."""
+    min_lr_ratio: float
+    """Lowest learning rate as a share of lr (cosine, warm_restarts)."""
+    cycle_mult: float
+    """Factor on a cycle's length without warm-up at each restart (2 in the released code); 1 for
+    the other schedules."""
+    cycle_gamma: float
+    """Factor on the peak rate at each restart (0.9 in the released code); 1 for the other
+    schedules."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """DeepSpeed: names are DeepSpeed's own.
+
+    The JSON of ds_config says "auto" for the numbers that live here.
+    """
+
+    ds_config: str
+    """zero1, zero2, zero3, zero3_offload (files of ds_configs/) or a path to a DeepSpeed JSON."""
+    train_batch_size: int
+    """Cells per optimizer step, over all ranks and accumulation steps."""
+    train_micro_batch_size_per_gpu: int
+    """Cells per forward pass on one rank; train_batch_size must be a multiple of it times the world
+    size."""
+    gradient_clipping: float
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    precision: Literal["fp32", "bf16"]
+    """bf16 keeps fp32 master weights. CPUs without AMX are about 5 times slower in bf16."""
+    activation_checkpointing: bool
+    """Recompute each Performer layer in the backward pass instead of storing its activations."""
+    attention_backend: Literal["auto", "triton", "torch"]
+    """What computes FAVOR+: auto: Triton kernels on GPUs that can run them, else plain torch."""
+    compile_layers: bool
+    """Compile each Performer layer with torch.compile, which fuses LayerNorm, GELU and residual;
+    ZeRO stages 1 and 2 only."""
+    timeout_s: int
+    """Longest wait in a collective before the run stops."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_n_steps: int
+    """Steps between checkpoints; one is also written at the end and on a signal."""
+    keep_last: int
+    """Newest checkpoints that are kept."""
+    keep_every_n_steps: int | None
+    """Checkpoints of multiples of it stay for ever; null: none."""
+    keep_best: bool
+    """The checkpoint with the lowest val/mse so far stays, of those saved at a step that was
+    validated."""
+    max_failed_saves: int
+    """Checkpoints in a row that could not be written (disk full) that stop the run."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """MLflow. The run folder holds every metric too, whatever is set here."""
+
+    enabled: bool
+    """false: no MLflow, only the run folder."""
+    uri: str | None
+    """Tracking server; null: MLFLOW_TRACKING_URI, else an sqlite file mlflow.db beside the run
+    folder."""
+    experiment: str
+    """MLflow experiment."""
+    run_name: str | None
+    """MLflow run name; null: the name of the run folder."""
+    flush_every_n_steps: int
+    """Steps whose metrics are sent to MLflow in one call."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunSection:
+    """The training run itself."""
+
+    dir: str | None
+    """Run folder; starting again on the same folder resumes. Required for training."""
+    seed: int
+    """Seeds weights, cell order and masks."""
+    init_from: str | None
+    """MODEL_DIR of `export` or `import-reference` whose weights the run starts from; null: random
+    weights. Training data, optimizer and schedule begin anew."""
+    max_steps: int
+    """Optimizer steps after which the run is done."""
+    validate_every_n_steps: int
+    """Steps between validations; one also runs at step 0 and at the end. 0: none."""
+    validation_cells: int
+    """Held-out cells (the first ones of the validation split, fixed masks) per validation."""
+    spike_zscore: float
+    """A loss this many robust standard deviations above the last ones is reported with its cells;
+    0: never."""
+    spike_window: int
+    """Losses that a spike is measured against."""
+    max_skipped_steps: int
+    """Steps with a non-finite loss or gradient in a row (none of them is applied) that stop the
+    run."""
+    profile_step: int
+    """Step whose torch profiler trace goes to the run folder; 0: none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """The whole configuration of a run."""
+
+    model: ModelConfig
+    """Architecture."""
+    data: DataConfig
+    """Corpus and transform."""
+    objective: ObjectiveConfig
+    """Masking."""
+    optim: OptimConfig
+    """Optimizer and schedule."""
+    engine: EngineConfig
+    """DeepSpeed, batch sizes, precision."""
+    checkpoint: CheckpointConfig
+    """Saving."""
+    tracking: TrackingConfig
+    """MLflow."""
+    run: RunSection
+    """Length, seed, folder, validation."""

@@ -1,0 +1,269 @@
+"""A folder of files that are only read: on a disk, or behind a URL that fsspec understands.
+
+    folder = Location("s3://bucket/corpus")          # or "CORPUS", "file:///CORPUS", "memory://..."
+    folder.read_range("cells.zarr/gap/c/0", 0, 100)  # a part of a file, by one range request
+    folder.local_path("genes.tsv")                   # a whole file, downloaded once
+
+Files that are needed whole (catalogue, genes, row tables) are downloaded once into a cache, where
+all processes of a machine share them: `cache_dir`, else $SCLONG_CACHE, else ~/.cache/sclong_ds.
+Cells are read by ranges and never cached. fsspec is imported for a remote folder only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+CACHE_VARIABLE = "SCLONG_CACHE"
+_BLOCK_BYTES = 2**24
+
+
+class Location:
+    """A folder, local or remote; opening it touches no file. Equal URLs are equal locations."""
+
+    def __init__(
+        self,
+        url: str | Path,
+        *,
+        cache_dir: str | Path | None = None,
+        version: str | None = None,
+    ) -> None:
+        """Name a folder.
+
+        Args:
+            url: Path, or fsspec URL.
+            cache_dir: Where to keep downloaded files; unused for a local folder.
+            version: Hash of the folder's content. With it a file in the cache is used without
+                asking the server again; another version never finds it. Without it the server is
+                asked for the file's state (size, entity tag or time of change) first.
+        """
+        self.url = str(url) if isinstance(url, Path) else url.rstrip("/") or "/"
+        self.version = version
+        self._root = self.url
+        """The folder whose copy the cache holds: the one this was reached from by `/`."""
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        path = self.url.removeprefix("file://")
+        self.is_local = "://" not in path
+        self._folder = Path(path) if self.is_local else None
+        self._opened: tuple[int, Any, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Location({self.url!r})"
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Location) and other.url == self.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Connections belong to a process: the copy makes its own.
+        inside = self.url[len(self._root) + 1 :]
+        return _unpickled, (self._root, inside, self._cache_dir, self.version)
+
+    def __truediv__(self, name: str) -> Location:
+        """Return the folder `name` inside this one."""
+        inside = Location(f"{self.url}/{name}", cache_dir=self._cache_dir, version=self.version)
+        inside._root = self._root
+        return inside
+
+    @property
+    def folder(self) -> Path:
+        """The folder on this machine.
+
+        Raises:
+            ValueError: It is not on this machine.
+        """
+        if self._folder is None:
+            raise ValueError(f"{self.url}: needs a folder on this machine; copy it here first")
+        return self._folder
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a file of that name."""
+        if self._folder is not None:
+            return (self._folder / name).is_file()
+        with self._remote(name) as (files, path):
+            return bool(files.isfile(path))
+
+    def names(self) -> list[str]:
+        """Return the sorted names of the files and folders directly inside.
+
+        Raises:
+            FileNotFoundError: No such folder.
+        """
+        if self._folder is not None:
+            return sorted(os.listdir(self._folder))
+        with self._remote("") as (files, path):
+            return sorted({entry.rstrip("/").rpartition("/")[2] for entry in files.ls(path, False)})
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes.
+
+        Raises:
+            FileNotFoundError: No such file.
+        """
+        if self._folder is not None:
+            return (self._folder / name).stat().st_size
+        with self._remote(name) as (files, path):
+            return int(files.size(path))
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            FileNotFoundError: No such file.
+        """
+        if self._folder is not None:
+            return (self._folder / name).read_bytes()
+        with self._remote(name) as (files, path):
+            return bytes(files.cat_file(path))
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Return a part of a file; fewer bytes than `length` where the file ends before.
+
+        No descriptor is kept, so that neither threads nor forked processes share one: opening a
+        file costs little beside reading a chunk.
+
+        Args:
+            name: File inside the folder.
+            start: First byte.
+            length: Number of bytes.
+
+        Raises:
+            FileNotFoundError: No such file.
+        """
+        if self._folder is not None:
+            handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return _read_at(handle, start, length)
+            finally:
+                os.close(handle)
+        if length == 0:
+            return b""
+        with self._remote(name) as (files, path):
+            data = bytes(files.cat_file(path, start=start, end=start + length))
+            if len(data) > length:
+                raise OSError(f"asked for {length} bytes, got {len(data)}: no range requests here")
+            return data
+
+    def local_path(self, name: str) -> Path:
+        """Return a path of a whole file on this machine, downloading a remote one once.
+
+        Any number of processes may ask at the same time: one downloads, the others wait for it.
+
+        Args:
+            name: File inside the folder.
+
+        Raises:
+            FileNotFoundError: No such file.
+        """
+        if self._folder is not None:
+            return self._folder / name
+        with self._remote(name) as (files, path):
+            state = self.version or f"{files.ukey(path)} {files.size(path)}"
+            target = self._cached(name, state)
+            if target.is_file():
+                return target
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(target):
+                if not target.is_file():
+                    _download(files, path, target)
+        return target
+
+    def _cached(self, name: str, state: str) -> Path:
+        """Return the place of a file in the cache: one folder for each URL and state of it."""
+        base = self._cache_dir or Path(
+            os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sclong_ds"
+        )
+        key = hashlib.sha256(f"{self._root}\n{state}".encode()).hexdigest()[:16]
+        readable = re.sub(r"[^A-Za-z0-9.]+", "-", self._root)[-60:].strip("-")
+        return base / f"{readable}-{key}" / self.url[len(self._root) + 1 :] / name
+
+    @contextmanager
+    def _remote(self, name: str) -> Iterator[tuple[Any, str]]:
+        """Give the file system and the path in it; every failure leaves as a named OSError."""
+        where = f"{self.url}/{name}" if name else self.url
+        files, root = self._filesystem()
+        try:
+            yield files, f"{root}/{name}" if name else root
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{where}: no such file") from error
+        except Exception as error:
+            # Clients of object stores have error classes of their own, some of them no OSError.
+            text = f"{where}: cannot be read ({type(error).__name__}: {error})"
+            raise _renamed(error, text) from error
+
+    def _filesystem(self) -> tuple[Any, str]:
+        # A forked process must not use the connections and event loop of its parent.
+        if self._opened is None or self._opened[0] != os.getpid():
+            from fsspec.core import url_to_fs
+
+            try:
+                self._opened = (os.getpid(), *url_to_fs(self.url))
+            except ImportError as error:
+                raise ValueError(
+                    f"{self.url}: reading this URL needs a package that is not installed "
+                    f"({error}); install it with pip, or copy the folder to this machine"
+                ) from None
+            except ValueError as error:
+                raise ValueError(f"{self.url}: {error}; give a path or an fsspec URL") from None
+            except OSError as error:
+                raise _renamed(error, f"{self.url}: cannot be reached ({error})") from error
+        return self._opened[1], self._opened[2].rstrip("/")
+
+
+def _renamed(error: Exception, text: str) -> OSError:
+    """Return an OSError with another text; the error number, if any, gives its class."""
+    number = error.errno if isinstance(error, OSError) else None
+    return OSError(text) if number is None else OSError(number, text)
+
+
+def _unpickled(url: str, inside: str, cache_dir: Path | None, version: str | None) -> Location:
+    root = Location(url, cache_dir=cache_dir, version=version)
+    return root / inside if inside else root
+
+
+def _read_at(handle: int, start: int, length: int) -> bytes:
+    data = os.pread(handle, length, start)
+    # One call may give less than there is: after a signal, and never more than 2 GB.
+    while 0 < len(data) < length:
+        more = os.pread(handle, length - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _download(files: Any, path: str, target: Path) -> None:
+    """Copy a remote file to its place in the cache, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as copy, files.open(path, "rb") as source:
+            while block := source.read(_BLOCK_BYTES):
+                copy.write(block)
+        found, expected = Path(temporary).stat().st_size, files.size(path)
+        if found != expected:
+            raise OSError(f"{found} of {expected} bytes arrived")
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Let one process at a time write `target`."""
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        # Without locks (some network file systems) several download: a rename keeps that safe.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,138 @@
+"""Write a checkpoint's model as a folder that `load_model` reads: `python -m sclong_ds export`.
+
+    python -m sclong_ds export RUN_DIR/checkpoints/step_00000050 --out MODEL_DIR
+
+Reads one checkpoint, checked against its manifest; writes the folder that `sclong_ds.model_dir`
+describes. The weights of all ranks are merged in memory (4 bytes a parameter).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sclong_ds.checkpoint import full_weights, redraw_index
+from sclong_ds.checkpoint_files import MANIFEST, complete_checkpoints, damage, read_state
+from sclong_ds.config import RunConfig, load_config
+from sclong_ds.features_file import read_features
+from sclong_ds.model.performer import drawn_features
+from sclong_ds.model.sclong import Transform
+from sclong_ds.model_dir import FEATURES, GRAPH, write_model_dir
+from sclong_ds.run_folder import environment, git_commit, read_metrics
+
+log = logging.getLogger(__name__)
+
+
+def resolve(path: Path) -> Path:
+    """Return the checkpoint a path means: itself, or the newest of a `checkpoints` or run folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, unfinished, or a converted copy.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such checkpoint folder")
+    path = path.resolve()
+    if (path / "zero").is_dir():
+        raise ValueError(
+            f"{path} is a universal checkpoint, which has no manifest, configuration and genes: "
+            f"export the checkpoint that it was made from"
+        )
+    is_checkpoint = path.name.startswith("step_") or (path / MANIFEST).is_file()
+    found = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
+    if not found and not is_checkpoint:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint: give RUN_DIR/checkpoints/step_N or a run folder"
+        )
+    chosen = path if is_checkpoint else found[0]
+    problem = damage(chosen)
+    if problem is not None:
+        raise ValueError(f"{chosen} is damaged or unfinished ({problem}); use another checkpoint")
+    return chosen
+
+
+def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
+    """Write the exported model of a checkpoint.
+
+    Args:
+        checkpoint_dir: A checkpoint, a `checkpoints` folder or a run folder (its newest
+            checkpoint).
+        out: Folder to make.
+
+    Returns:
+        The provenance that was written.
+    """
+    checkpoint = resolve(checkpoint_dir)
+    config = load_config(checkpoint / "config.yaml")
+    state = read_state(checkpoint)
+    graph = checkpoint / GRAPH
+    provenance = asdict(state) | {
+        "checkpoint": checkpoint.name,
+        "commit": git_commit(),
+        "validation": _validation(checkpoint, state.step),
+        "environment": environment(),
+    }
+    write_model_dir(
+        out,
+        weights=full_weights(checkpoint),
+        model=config.model,
+        transform=transform_of(config),
+        genes=checkpoint / "genes.tsv",
+        graph=graph if graph.is_file() else None,
+        features=features_of(checkpoint, config, state.step),
+        provenance=provenance,
+    )
+    return provenance
+
+
+def features_of(checkpoint: Path, config: RunConfig, step: int) -> dict[str, Tensor] | None:
+    """Return the random features (M, K) by `stack.layer` that belong to a checkpoint's weights.
+
+    They are drawn here and not where the model is used: another processor may round differently.
+    """
+    if config.model.attention != "favor":
+        return None
+    redraws = redraw_index(config, step)
+    if redraws == 0 and (checkpoint / FEATURES).is_file():
+        return read_features(checkpoint / FEATURES)
+    return drawn_features(config.model, redraws)
+
+
+def transform_of(config: RunConfig) -> Transform:
+    """Return the value transform of a run."""
+    return Transform(name="log1p_total", target_sum=config.data.target_sum)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `python -m sclong_ds export`."""
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="a checkpoint or a run folder"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="MODEL_DIR", help="folder to make"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `python -m sclong_ds export`."""
+    provenance = export(args.checkpoint, args.out)
+    log.info("wrote %s from step %d of %s", args.out, provenance["step"], args.checkpoint)
+    return 0
+
+
+def _validation(checkpoint: Path, step: int) -> dict[str, float]:
+    """Return the last validation figures up to a step.
+
+    Empty unless the checkpoint still lies in its run folder.
+    """
+    run_dir = checkpoint.parent.parent
+    if not (run_dir / "metrics.jsonl").is_file():
+        return {}
+    rows = [r for r in read_metrics(run_dir) if "val/mse" in r and r["step"] <= step]
+    names = ("val/mse", "val/baseline_mse", "val/pearson", "val/baseline_pearson")
+    return {n: rows[-1][n] for n in names if n in rows[-1]} if rows else {}

@@ -1,0 +1,135 @@
+"""Which values of a cell are targets and which of them are hidden, drawn on the host.
+
+Targets are ceil(mask_prob * n) of a cell's n non-zero values, drawn without replacement, and, with
+`objective.zero_mask_prob`, some of its zero genes by the same rule; a cell without any count has no
+targets. A target is hidden from the model with probability replace_prob and keeps its value
+otherwise. The draw is a pure function of (seed, epoch, pass, cell), so it depends neither on the
+batch nor on the rank. numpy only: it runs in the loader's thread. Source: the scLong paper (15% of
+the non-zero values, 90% replaced).
+
+Shapes: B cells, P target places.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sclong_ds.config import ObjectiveConfig
+
+VALIDATION_EPOCH = 2**62
+"""Epoch number of validation masks: fixed, and never reached by training."""
+WIDTH_STEP = 64
+"""P is a multiple of it, so that compilers and allocators meet few shapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The targets of one micro-batch, a row per cell: non-zero values first, then zero genes.
+
+    Attributes:
+        positions: (B, P) int64 gene index; 0 at padding.
+        hidden: (B, P) bool, values the model must not see; False at padding.
+        valid: (B, P) bool, False at padding.
+        n_targets: (B,) int64 targets of each cell.
+    """
+
+    positions: NDArray[np.int64]
+    hidden: NDArray[np.bool_]
+    valid: NDArray[np.bool_]
+    n_targets: NDArray[np.int64]
+
+
+def target_count(n_nonzero: int, objective: ObjectiveConfig) -> int:
+    """Return how many of a cell's non-zero values are targets at `objective.mask_prob`.
+
+    Args:
+        n_nonzero: Non-zero values of the cell.
+        objective: The `objective` section.
+    """
+    return _ceil_share(n_nonzero, objective.mask_prob, objective.target_rounding)
+
+
+def draw_targets(
+    genes_indptr: NDArray[np.integer],
+    genes_indices: NDArray[np.integer],
+    *,
+    cell_ids: NDArray[np.integer],
+    epochs: NDArray[np.integer],
+    passes: NDArray[np.integer],
+    objective: ObjectiveConfig,
+    seed: int,
+    n_genes: int,
+) -> Targets:
+    """Draw the targets of a micro-batch.
+
+    Args:
+        genes_indptr: (B + 1,) bounds of each cell in `genes_indices`, as in a CSR matrix.
+        genes_indices: (values,) genes with a count, increasing within a cell.
+        cell_ids: (B,) row of each cell in the corpus.
+        epochs: (B,) epoch of this visit to the cell; VALIDATION_EPOCH in validation.
+        passes: (B,) pass of the epoch; 0 where an epoch has one.
+        objective: The `objective` section.
+        seed: `run.seed`.
+        n_genes: Genes of the corpus.
+
+    Returns:
+        The targets; P is at least WIDTH_STEP.
+    """
+    draws = [
+        _draw_cell(genes_indices[start:stop], counter, objective, seed, n_genes)
+        for start, stop, *counter in zip(
+            genes_indptr[:-1].tolist(), genes_indptr[1:].tolist(),
+            passes.tolist(), cell_ids.tolist(), epochs.tolist(), strict=True,
+        )
+    ]  # fmt: skip
+    n_targets = np.array([len(genes) for genes, _ in draws], dtype=np.int64)
+    width = WIDTH_STEP * max(1, math.ceil(n_targets.max(initial=0) / WIDTH_STEP))
+    positions = np.zeros((len(draws), width), dtype=np.int64)
+    hidden = np.zeros((len(draws), width), dtype=bool)
+    for b, (genes, replaced) in enumerate(draws):
+        positions[b, : len(genes)] = genes
+        hidden[b, : len(genes)] = replaced
+    return Targets(positions, hidden, np.arange(width) < n_targets[:, None], n_targets)
+
+
+def _draw_cell(
+    genes: NDArray[np.integer],
+    counter: list[int],
+    objective: ObjectiveConfig,
+    seed: int,
+    n_genes: int,
+) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
+    """Return a cell's target genes and which are hidden; `counter` is (pass, cell, epoch)."""
+    # Counter blocks of a keyed generator: independent streams per visit; 2**63 keeps them apart
+    # from the loader's.
+    rng = np.random.Generator(np.random.Philox(key=seed + 2**63, counter=[0, *counter]))
+    share, bounds, epoch = objective.mask_prob, objective.mask_prob_range, counter[-1]
+    # Validation masks are the same in runs with and without a range: their figures compare.
+    if bounds is not None and epoch != VALIDATION_EPOCH:
+        share = rng.uniform(*bounds)
+    count = _ceil_share(len(genes), share, objective.target_rounding)
+    targets = genes[rng.permutation(len(genes))[:count]]
+    hidden = rng.random(count) < objective.replace_prob
+    # Zero genes are drawn last: the targets among the values do not depend on them.
+    n_zero = n_genes - len(genes)
+    count = _ceil_share(n_zero, objective.zero_mask_prob, objective.target_rounding)
+    # A cell that could not be read stands in its batch without counts: nothing is known of it.
+    if count == 0 or len(genes) == 0:
+        return targets, hidden
+    zeros = rng.choice(n_zero, count, replace=False, shuffle=False)
+    # The number of zero genes before each gene with a count says how many of those come first.
+    zeros += np.searchsorted(genes - np.arange(len(genes)), zeros, side="right")
+    more = rng.random(count) < objective.replace_prob
+    return np.concatenate((targets, zeros)), np.concatenate((hidden, more))
+
+
+def _ceil_share(n: int, share: float, rounding: str) -> int:
+    """Return ceil(share * n), exactly or with the product rounded to float32."""
+    if rounding == "float32":
+        return math.ceil(np.float32(n) * np.float32(share))
+    # The product is rounded to 9 digits first: 0.15 * 100 is 15.000000000000002 in binary.
+    return math.ceil(round(n * share, 9))

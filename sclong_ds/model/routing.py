@@ -1,0 +1,105 @@
+"""Which genes of a cell the large encoder reads, and where they lie when cells are packed.
+
+With `model.routing: top` every cell sends its top_seq_len highest genes, so cells stay rectangular
+and `expression_order` says all. With `expressed` a cell sends its candidates, the expressed and the
+hidden genes, top_seq_len at most: `route` lays the tokens of all cells on one axis, first what the
+large encoder reads, cell by cell, then what is left for the mini encoder, cell by cell. Nothing
+here makes a GPU wait for the host if the lengths are given.
+
+Shapes: B cells, N tokens of a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sclong_ds.model.performer import CellSpans
+
+
+def expression_order(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the genes of each cell by falling value; hidden values last, ties by lower gene index.
+
+    Args:
+        x: Transformed expression (B, G), >= 0.
+        mask: (B, G) bool, True where the value is hidden, or None.
+
+    Returns:
+        (B, G) int64 gene indices.
+    """
+    keys = x if mask is None else x.masked_fill(mask, -1.0)
+    return torch.sort(keys, dim=1, descending=True, stable=True).indices
+
+
+def candidate_order(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the genes of each cell: expressed ones by falling value, hidden ones, zeros.
+
+    Ties go to the lower gene index. Arguments and result as `expression_order`.
+    """
+    keys = x.masked_fill(x <= 0, -2.0)
+    if mask is not None:
+        keys = keys.masked_fill(mask, -1.0)
+    return torch.sort(keys, dim=1, descending=True, stable=True).indices
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Where the tokens of cells (B, N) lie on one axis (B N,)."""
+
+    order: Tensor
+    """(B N,) int64: flat index b N + gene of the token at each place of the axis."""
+    places: Tensor
+    """(B N,) int64, the inverse: place of each cell's each gene."""
+    high: CellSpans
+    """Cells of the large encoder, at the start of the axis."""
+    low: CellSpans
+    """Cells of the mini encoder, behind."""
+
+
+def route(
+    x: Tensor, mask: Tensor | None, *, top_seq_len: int, lengths: Sequence[int] | None
+) -> Routes:
+    """Divide each cell's tokens between the encoders by `model.routing: expressed`.
+
+    Args:
+        x: Transformed expression (B, N), >= 0.
+        mask: (B, N) bool, True where the value is hidden, or None.
+        top_seq_len: Most tokens of a cell that the large encoder reads.
+        lengths: (B,) per cell min(candidates, top_seq_len), known to the host; None counts them,
+            for which a GPU waits.
+
+    Raises:
+        ValueError: On a CPU: the lengths are not those of the cells. On a GPU, which does not wait
+            for a comparison, a wrong sum stops the process with a device-side assertion.
+    """
+    b, n = x.shape
+    order = candidate_order(x, mask)
+    candidates = x > 0 if mask is None else (x > 0) | mask
+    counts = candidates.sum(1).clamp(max=top_seq_len)
+    if lengths is None or x.device.type == "cpu":
+        counted = counts.tolist()
+        if lengths is not None and list(lengths) != counted:
+            raise ValueError(
+                f"lengths: got {list(lengths)}, the cells have {counted} expressed or hidden genes "
+                f"of at most {top_seq_len}"
+            )
+        lengths = counted
+    total = sum(lengths)
+    torch._assert_async(counts.sum() == total, "lengths are not those of the cells")
+    ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    low_ends = torch.arange(0, (b + 1) * n, n, device=x.device) - ends
+    rank = torch.arange(n, device=x.device)
+    high_places = ends[:-1, None] + rank
+    low_places = total + low_ends[:-1, None] + rank - counts[:, None]
+    by_rank = torch.where(rank < counts[:, None], high_places, low_places)
+    rows = order + torch.arange(0, b * n, n, device=x.device)[:, None]
+    # Both scatter a permutation: each element is written once.
+    return Routes(
+        torch.empty_like(rows.view(-1)).scatter_(0, by_rank.view(-1), rows.view(-1)),
+        torch.empty_like(rows).scatter_(1, order, by_rank).view(-1),
+        CellSpans(ends.int(), top_seq_len, tuple(lengths)),
+        CellSpans(low_ends.int(), n, tuple(n - length for length in lengths)),
+    )

@@ -1,0 +1,354 @@
+"""The order of cells: one endless stream that every rank works out for itself.
+
+The stream is a pure function of (seed, chunk borders, weights, group size), so the position in it
+is one integer, the number of visits so far, valid for any number of ranks.
+
+Uniform. An epoch visits every cell of the split once: its chunks are permuted, taken in groups of
+`group_chunks`, and the cells of a group are permuted. Epochs follow each other without a gap.
+
+Weighted. A cell of weight w is visited floor(w) or ceil(w) times an epoch. An epoch is P passes,
+P = ceil(largest w), each ordered as above; a pass visits a cell at most once. The cells of the
+split lie end to end on a ring, each as long as its weight; a pass visits those that one of its L
+points falls on. Points of a pass are P weights of 1 apart, L = floor(length of the ring / P). Where
+the first one lies is drawn for the epoch, and the passes are shifted against each other by a weight
+of 1, so that the points of an epoch are 1 apart (systematic sampling; W. G. Cochran, Sampling
+Techniques, 1977, chapter 8). The piece of the ring, shorter than P, that L leaves out lies
+elsewhere each epoch. Every pass reads all chunks that it visits: reading costs up to P times as
+much a visit as uniform sampling.
+
+Weights are integers, 2^16 for one visit an epoch, so that the sums are the same on every machine.
+Only their sums at the chunk borders are kept; numpy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+ONE = 2**16
+"""The weight of a cell that is visited once an epoch."""
+_BLOCK_CELLS = 2**20  # cells whose weights are held at a time while they are added up
+_OFFSETS = 2**63  # second counter word of the draws of an epoch; passes stay below
+
+
+class DatasetColumn(Protocol):
+    """What knows the dataset of every cell, for instance a `Corpus`."""
+
+    @property
+    def row_dataset(self) -> NDArray[np.uint32]:
+        """(cells,) position of the cell's dataset."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CellWeights:
+    """How often each cell is visited."""
+
+    datasets: NDArray[np.int64]
+    """(datasets,) weight of the cells of each dataset; 2^16 is one visit an epoch, 0 none."""
+    column: DatasetColumn
+    """The dataset of every cell."""
+
+    def of(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the weights of the cells `start` to `stop` - 1."""
+        return self.datasets[np.asarray(self.column.row_dataset[start:stop])]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Visits to cells whose chunks are read together."""
+
+    start: int
+    """Position in the stream of the first one."""
+    epoch: int
+    pass_number: int
+    """Pass within the epoch; always 0 where cells have no weights."""
+    rows: NDArray[np.int64]
+    """(visits,) the cells in their order, each at most once."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Visits:
+    """Consecutive visits of the stream; all arrays are (visits,) int64."""
+
+    start: int
+    """Position in the stream of the first one."""
+    rows: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+    passes: NDArray[np.int64]
+
+
+class CellStream:
+    """The endless global order of cells.
+
+    Attributes:
+        n_cells: Cells of the split.
+        passes: Passes of an epoch, 1 without weights.
+        pass_visits: Visits of a pass.
+        epoch_visits: Visits of an epoch.
+        group_chunks: Chunks that are read and shuffled together.
+    """
+
+    def __init__(
+        self,
+        chunk_rows: ArrayLike,
+        *,
+        seed: int,
+        group_chunks: int,
+        weights: CellWeights | None = None,
+    ) -> None:
+        """Add up the weights, if any; takes no more than a block of cells at a time.
+
+        Args:
+            chunk_rows: (n + 1,) first row of each chunk of the split, ascending; the last entry is
+                the end.
+            seed: `run.seed`.
+            group_chunks: Chunks that are shuffled together.
+            weights: None visits every cell once an epoch.
+
+        Raises:
+            ValueError: A split without cells, or weights that give it no visit.
+        """
+        self._bounds = np.asarray(chunk_rows, dtype=np.int64)
+        self.n_cells = int(self._bounds[-1] - self._bounds[0])
+        if self.n_cells < 1:
+            raise ValueError(
+                "the training split has no cells: check the split of `python -m data_prep finalize`"
+            )
+        if group_chunks < 1:
+            raise ValueError(f"group_chunks {group_chunks}: must be at least 1")
+        self._seed, self.group_chunks, self._weights = seed, group_chunks, weights
+        self.passes, self.pass_visits = 1, self.n_cells
+        if weights is not None:
+            self._sums, largest = _border_sums(self._bounds, weights)
+            self.passes = max(1, -(-largest // ONE))
+            self.pass_visits = int(self._sums[-1]) // (self.passes * ONE)
+        if self.pass_visits < 1:
+            raise ValueError(
+                f"the weights of the datasets give the {self.n_cells} cells of the split less than "
+                f"one visit in each of the {self.passes} passes of an epoch: make them more equal"
+            )
+        self.epoch_visits = self.passes * self.pass_visits
+
+    def groups(self, position: int) -> Iterator[Group]:
+        """Yield the groups of the stream from the one that holds `position` on, without end."""
+        for number in count(position // self.pass_visits):
+            epoch, pass_number = divmod(number, self.passes)
+            draw = None if self._weights is None else self._draw(epoch, pass_number)
+            order = self._rng(pass_number, 0, epoch).permutation(len(self._bounds) - 1)
+            sizes = np.diff(self._bounds if draw is None else draw.points_before(self._sums))
+            firsts = np.arange(0, len(order), self.group_chunks)
+            ends = np.cumsum(np.add.reduceat(sizes[order], firsts)) + number * self.pass_visits
+            starts = np.concatenate(([number * self.pass_visits], ends[:-1]))
+            for k in np.flatnonzero((ends > position) & (ends > starts)):
+                first = int(firsts[k])
+                members = order[first : first + self.group_chunks]
+                rows = np.concatenate([self._rows(chunk, draw) for chunk in members])
+                shuffled = self._rng(pass_number, first + 1, epoch).permutation(rows)
+                yield Group(int(starts[k]), epoch, pass_number, shuffled)
+
+    def batches(self, position: int, *, size: int, stop: int | None = None) -> Iterator[Visits]:
+        """Yield consecutive visits from `position` on.
+
+        Args:
+            position: Visits before the first batch.
+            size: Visits of a batch.
+            stop: Position at which the batches end; the last one may be shorter. None: never.
+        """
+        if stop is not None and position >= stop:
+            return
+        parts: list[tuple[Group, slice]] = []
+        start, end = position, position + size if stop is None else min(position + size, stop)
+        for group in self.groups(position):
+            group_end = group.start + len(group.rows)
+            while start < group_end:
+                parts.append(
+                    (group, slice(max(start, group.start) - group.start, end - group.start))
+                )
+                if end > group_end:
+                    break
+                yield _joined(start, parts)
+                if end == stop:
+                    return
+                parts, start = [], end
+                end = start + size if stop is None else min(start + size, stop)
+
+    def _rows(self, chunk: int, draw: _Draw | None) -> NDArray[np.int64]:
+        """Return the cells of a chunk that a pass visits."""
+        first, last = int(self._bounds[chunk]), int(self._bounds[chunk + 1])
+        rows = np.arange(first, last)
+        if draw is None or self._weights is None:
+            return rows
+        ends = np.concatenate(([0], np.cumsum(self._weights.of(first, last))))
+        return rows[np.diff(draw.points_before(self._sums[chunk] + ends)) > 0]
+
+    def _draw(self, epoch: int, pass_number: int) -> _Draw:
+        total, unit = int(self._sums[-1]), self.passes * ONE
+        rng = self._rng(_OFFSETS, 0, epoch)
+        turn, offset = int(rng.integers(total)), int(rng.integers(unit))
+        return _Draw(
+            total, self.pass_visits, unit, turn=turn, offset=(offset + pass_number * ONE) % unit
+        )
+
+    def _rng(self, block: int, part: int, epoch: int) -> np.random.Generator:
+        return np.random.Generator(
+            np.random.Philox(key=self._seed, counter=[0, block, part, epoch])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """The points of one pass on the ring of weights: `turn + offset + k * unit` for k < points."""
+
+    total: int
+    points: int
+    unit: int
+    turn: int
+    offset: int
+
+    def points_before(self, place: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many points lie in [0, place) for places from 0 to `total`."""
+        beyond = self._unturned(place - self.turn + self.total)
+        return self._unturned(place - self.turn) + beyond - self._unturned(self.total - self.turn)
+
+    def _unturned(self, place: NDArray[np.int64] | int) -> NDArray[np.int64]:
+        return np.clip((place - self.offset + self.unit - 1) // self.unit, 0, self.points)
+
+
+def _border_sums(bounds: NDArray[np.int64], weights: CellWeights) -> tuple[NDArray[np.int64], int]:
+    """Return (n + 1,) sums of the weights before each chunk border, and the largest weight."""
+    sums, largest = np.zeros(len(bounds), np.int64), 0
+    first = 0
+    while first < len(bounds) - 1:
+        # int64 holds the sum of 10^14 visits.
+        last = int(np.searchsorted(bounds, bounds[first] + _BLOCK_CELLS, side="right")) - 1
+        last = max(last, first + 1)
+        of_cells = weights.of(int(bounds[first]), int(bounds[last]))
+        before = np.concatenate(([0], np.cumsum(of_cells)))
+        sums[first + 1 : last + 1] = (
+            sums[first] + before[bounds[first + 1 : last + 1] - bounds[first]]
+        )
+        largest = max(largest, int(of_cells.max(initial=0)))
+        first = last
+    return sums, largest
+
+
+def _joined(start: int, parts: list[tuple[Group, slice]]) -> Visits:
+    rows = [group.rows[part] for group, part in parts]
+    lengths = [len(part) for part in rows]
+    return Visits(
+        start,
+        np.concatenate(rows),
+        np.repeat([group.epoch for group, _ in parts], lengths),
+        np.repeat([group.pass_number for group, _ in parts], lengths),
+    )
+
+
+def dataset_weights(
+    n_cells: Sequence[int], groups: Sequence[str | None], *, exponent: float, max_repeats: int
+) -> NDArray[np.int64]:
+    """Weigh the cells of datasets so that groups of datasets get chosen shares of the visits.
+
+    The share of a group is proportional to its cells ** exponent, but no cell is visited more than
+    `max_repeats` times an epoch; what a group cannot take goes to the others in proportion. The
+    cells of a group weigh the same, and the mean over all cells is 1 visit up to rounding.
+
+    Args:
+        n_cells: (datasets,) cells of each dataset in the split.
+        groups: (datasets,) what each dataset counts to: its own id, its tissue, ...; the datasets
+            with None make up one group of their own.
+        exponent: 1 for shares as in the corpus, 0 for the same share for every group.
+        max_repeats: Most visits to a cell in an epoch.
+
+    Returns:
+        (datasets,) weights; 2^16 is one visit an epoch.
+
+    Raises:
+        ValueError: Lists of different lengths, no cells, an exponent outside 0 to 1, or max_repeats
+            below 1.
+    """
+    if len(n_cells) != len(groups):
+        raise ValueError(f"{len(n_cells)} datasets with cells, but groups for {len(groups)}")
+    if not 0 <= exponent <= 1:
+        raise ValueError(f"balance exponent {exponent}: allowed are 0 to 1")
+    if max_repeats < 1:
+        raise ValueError(f"max_repeats {max_repeats}: must be at least 1")
+    cells: dict[str | None, int] = {}
+    for group, n in zip(groups, n_cells, strict=True):
+        cells[group] = cells.get(group, 0) + int(n)
+    cells = {group: n for group, n in cells.items() if n}
+    if not cells:
+        raise ValueError("no dataset has cells in this split")
+    # Decimal numbers: powers of floats differ in the last bit between machines.
+    share = {group: Decimal(n) ** Decimal(str(exponent)) for group, n in cells.items()}
+    visits = _filled(cells, share, max_repeats)
+    weight = {group: visits[group] / n for group, n in cells.items()}
+    return np.array([_fixed(weight.get(group, Decimal(0))) for group in groups], dtype=np.int64)
+
+
+def _filled(
+    cells: Mapping[str | None, int], share: Mapping[str | None, Decimal], max_repeats: int
+) -> dict[str | None, Decimal]:
+    """Divide as many visits as there are cells by share, at most max_repeats for each cell."""
+    left, free = Decimal(sum(cells.values())), dict(share)
+    visits: dict[str | None, Decimal] = {}
+    while free:
+        scale = left / sum(free.values())
+        full = [group for group in free if free[group] * scale >= cells[group] * max_repeats]
+        if not full:
+            return visits | {group: part * scale for group, part in free.items()}
+        for group in full:
+            visits[group] = Decimal(cells[group] * max_repeats)
+            left -= visits[group]
+            del free[group]
+    return visits
+
+
+def explicit_weights(
+    weights: Mapping[str, float], *, dataset_ids: Sequence[str], n_cells: Sequence[int]
+) -> NDArray[np.int64]:
+    """Scale chosen weights of datasets so that the mean over all cells is 1 visit an epoch.
+
+    Args:
+        weights: Relative visits to a cell of each dataset; 0 leaves the dataset out.
+        dataset_ids: (datasets,) the corpus's datasets.
+        n_cells: (datasets,) cells of each one in the split.
+
+    Returns:
+        (datasets,) weights; 2^16 is one visit an epoch.
+
+    Raises:
+        ValueError: Datasets that the corpus does not have, or that have no weight; weights that are
+            negative or not finite, or all zero.
+    """
+    unknown, missing = sorted(set(weights) - set(dataset_ids)), set(dataset_ids) - set(weights)
+    if unknown:
+        raise ValueError(f"weights for datasets that the corpus does not have: {_some(unknown)}")
+    if missing:
+        raise ValueError(
+            f"datasets without a weight: {_some(sorted(missing))}; give each one, 0 leaves it out"
+        )
+    wrong = [f"{d} {w}" for d, w in weights.items() if not (math.isfinite(w) and w >= 0)]
+    if wrong:
+        raise ValueError(f"weights must be finite and not negative: got {_some(wrong)}")
+    relative = [Decimal(str(weights[d])) for d in dataset_ids]
+    total = sum((w * int(n) for w, n in zip(relative, n_cells, strict=True)), Decimal(0))
+    if not total:
+        raise ValueError("every dataset with cells in this split has weight 0: nothing is left")
+    scale = sum(int(n) for n in n_cells) / total
+    return np.array([_fixed(w * scale) for w in relative], dtype=np.int64)
+
+
+def _fixed(weight: Decimal) -> int:
+    """Round to the fixed point; only a weight of 0 becomes 0."""
+    return max(1, int(weight * ONE + Decimal("0.5"))) if weight else 0
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

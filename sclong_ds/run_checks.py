@@ -1,0 +1,120 @@
+"""What a training run checks before it starts or resumes, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sclong_ds.checkpoint_files import TrainState
+from sclong_ds.config import RunConfig
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.sampling import read_weights
+from sclong_ds.strict_yaml import read_yaml, to_dict, to_yaml
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Check what the command line must name, before any process group is joined.
+
+    Raises:
+        ValueError: A required setting is missing.
+        FileNotFoundError: A named file or folder does not exist.
+    """
+    required = {
+        "data.corpus": (config.data.corpus, "the folder that `python -m data_prep finalize` made"),
+        "run.dir": (config.run.dir, "the run folder to make or to resume"),
+    }
+    if config.model.gene_encoder == "graph":
+        made = (
+            "the file that `python -m data_prep gene-graph` made (or model.gene_encoder=embedding)"
+        )
+        required["model.gene_graph"] = (config.model.gene_graph, made)
+    for key, (value, meaning) in required.items():
+        if value is None:
+            raise ValueError(f"{key} is not set: add {key}=PATH, {meaning}")
+    for key, path in {
+        "model.gene_graph": config.model.gene_graph,
+        "model.gene_vectors": config.model.gene_vectors,
+        "model.random_features_file": config.model.random_features_file,
+    }.items():
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"{key}={path}: no such file")
+    corpus = str(config.data.corpus)
+    if "://" not in corpus and not Path(corpus).is_dir():
+        raise FileNotFoundError(f"data.corpus={corpus}: no such folder")
+    if config.data.dataset_weights is not None:
+        read_weights(Path(config.data.dataset_weights))
+
+
+def refuse_changes(saved: Path, config: RunConfig) -> None:
+    """Refuse to resume a run under another model or data section.
+
+    Paths may change, their content may not; so may what has no influence on the weights.
+
+    Raises:
+        ValueError: What differs.
+    """
+    if not saved.is_file():
+        return
+    before, now = read_yaml(saved), to_dict(config)
+    free = {f"model.{key}" for key in ("gene_graph", "gene_vectors", "random_features_file")}
+    free |= {f"data.{key}" for key in ("corpus", "cache_dir", "prefetch_batches", "on_damage")}
+    lines = [
+        f"{section}.{key}: {before[section].get(key)!r} -> {value!r}"
+        for section in ("model", "data")
+        for key, value in now[section].items()
+        if before[section].get(key) != value and f"{section}.{key}" not in free
+    ]
+    if lines:
+        raise ValueError(
+            f"run.dir={saved.parent}: cannot resume with a changed configuration "
+            f"({'; '.join(lines)}); undo the change or use a new run.dir"
+        )
+
+
+def check_same_on_all_ranks(config: RunConfig, state: TrainState, model: ScLong) -> None:
+    """Check that all ranks read the same files and draw the same random features.
+
+    Raises:
+        ValueError: Which ranks differ from rank 0.
+    """
+    features = [
+        performer.features(torch.device("cpu"))[0].numpy().tobytes()
+        for performer in model.performers().values()
+    ]
+    settings = to_yaml(replace(config, run=replace(config.run, dir=None)))
+    mine = hashlib.sha256(b"".join(features) + repr(state).encode() + settings.encode()).hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    different = [r for r, other in enumerate(everyone) if other != everyone[0]]
+    if different:
+        raise ValueError(
+            f"ranks {different} have another configuration, corpus, gene graph or random features "
+            f"than rank 0: check that all nodes see the same files and have the same library "
+            f"versions"
+        )
+
+
+def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> None:
+    """Refuse to resume on other cells, genes, graph or seed.
+
+    Args:
+        run_dir: Run folder.
+        found: State of the checkpoint.
+        now: State that the run would begin with.
+
+    Raises:
+        ValueError: What differs.
+    """
+    names = ("seed", "corpus_hash", "genes_hash", "graph_hash", "features_hash")
+    changed = [n for n in names if getattr(found, n) != getattr(now, n)]
+    if changed:
+        raise ValueError(
+            f"run.dir={run_dir}: cannot resume, {', '.join(changed)} differ from the "
+            f"checkpoint's; use the same corpus, gene graph, random features and run.seed, or a "
+            f"new run.dir"
+        )

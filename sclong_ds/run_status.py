@@ -1,0 +1,331 @@
+"""`status`: how a run is doing, at a glance, from its files alone.
+
+    python -m sclong_ds status RUN_DIR [--json]
+
+Reads `run.json`, `config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/` and `heartbeat/` of
+a run folder, of a run that trains or of one that is over, from any machine that sees the folder.
+Writes nothing. Needs neither torch nor a GPU. Exit status: 0, or 1 when the folder is no run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sclong_ds.guards import SKIPPED_METRIC
+from sclong_ds.run_folder import (
+    METRICS_FILE,
+    RUN_FILE,
+    read_events,
+    read_every_row,
+    read_run_json,
+)
+from sclong_ds.strict_yaml import read_yaml
+from sclong_ds.watchdog import ENDED, HANG_FILE, SLOW_FILE, read_heartbeats, read_json
+
+State = Literal["running", "finished", "interrupted", "failed", "hung", "lost"]
+"""lost: on record as running, but no rank has written for a while: killed without notice."""
+
+Rows = list[dict[str, float]]
+
+_STATES: dict[str, State] = {"FINISHED": "finished", "KILLED": "interrupted", "FAILED": "failed"}
+# Steps that the figures are means of: enough to even out batches, few enough to be of now.
+_RECENT_STEPS, _LOSS_STEPS = 100, 10
+# File systems shared over a network show another machine's writing up to a minute late.
+_LEAST_SILENCE_S = 60.0
+_SHOWN_NODES, _SHOWN_RANKS = 16, 8
+_VALIDATION = ("mse", "baseline_mse", "pearson", "baseline_pearson")
+
+
+@dataclass(frozen=True, slots=True)
+class RankStatus:
+    """One rank by its heartbeat."""
+
+    rank: int
+    """The rank."""
+    node: str
+    """Its node."""
+    state: Literal["alive", "silent", "ended"]
+    """silent: it should have written by now."""
+    step: int
+    """Step it is in."""
+    phase: str
+    """What it does there."""
+    phase_s: float
+    """Seconds it had been doing that when it wrote."""
+    age_s: float
+    """Seconds since it wrote."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """What the files of a run say about it; None for what they do not say."""
+
+    run_dir: str
+    """Run folder."""
+    run_id: str | None
+    """Id of run.json."""
+    state: State
+    """How the run is."""
+    step: int
+    """Optimizer steps done."""
+    max_steps: int | None
+    """Optimizer steps to do."""
+    loss: float | None
+    """Mean training loss of the last 10 steps."""
+    cells_per_s: float | None
+    """Cells a second over the last 100 steps, pauses for validation and checkpoints included."""
+    step_time_s: float | None
+    """Seconds per step, over the same steps."""
+    eta_s: float | None
+    """Seconds left at this rate."""
+    last_row_age_s: float | None
+    """Seconds since metrics.jsonl grew."""
+    checkpoint: str | None
+    """Newest checkpoint that is still there."""
+    checkpoint_age_s: float | None
+    """Seconds since it was saved."""
+    restarts: int
+    """How often the run was resumed."""
+    skipped_steps: int
+    """Steps that were not applied because they were not finite."""
+    spikes: int
+    """Loss spikes reported."""
+    validation_step: int | None
+    """Step of the last validation."""
+    validation: dict[str, float]
+    """Its figures."""
+    world_size: int | None
+    """Ranks of the run."""
+    ranks: tuple[RankStatus, ...]
+    """Ranks that have a heartbeat."""
+    warning: str | None
+    """Who holds up the others, while they wait."""
+    error: str | None
+    """Why the watchdog has ended the run."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `python -m sclong_ds status`."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the status and return the exit status."""
+    status = read_status(args.run_dir)
+    text = json.dumps(asdict(status), indent=2, allow_nan=False) if args.json else describe(status)
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
+def read_status(run_dir: Path) -> RunStatus:
+    """Read the status of a run.
+
+    Args:
+        run_dir: Run folder.
+
+    Raises:
+        FileNotFoundError: The folder is no run.
+        ValueError: A file of the run is damaged.
+    """
+    if not (run_dir / RUN_FILE).is_file():
+        raise FileNotFoundError(
+            f"{run_dir}: no {RUN_FILE} in it, so this is no run; give the folder that training "
+            f"writes to (run.dir)"
+        )
+    now = time.time()
+    record, events = read_run_json(run_dir), read_events(run_dir)
+    rows = read_every_row(run_dir) if (run_dir / METRICS_FILE).is_file() else []
+    openings = [e for e in events if e.get("event") in ("start", "resume")]
+    opening: dict[str, Any] = openings[-1] if openings else {"time": 0.0, "step": 0}
+    # A resumed run repeats steps: what its earlier lives wrote says nothing about where it is now.
+    steps = [r for r in rows if "train/loss" in r and r["time"] >= opening["time"]]
+    validation = next((r for r in reversed(rows) if "val/mse" in r), None)
+    step = int((steps or [opening])[-1]["step"])
+    ranks = _ranks(run_dir / "heartbeat", now)
+    error = read_json(run_dir / "heartbeat" / HANG_FILE).get("error")
+    state, max_steps = _state(record, ranks, error), _max_steps(run_dir)
+    cells_per_s, step_time_s = _speed(steps)
+    eta_s = None
+    if state == "running" and max_steps is not None and step_time_s is not None:
+        eta_s = (max_steps - step) * step_time_s
+    saved = _last_checkpoint(run_dir, events)
+    return RunStatus(
+        run_dir=str(run_dir),
+        run_id=record.get("run_id"),
+        state=state,
+        step=step,
+        max_steps=max_steps,
+        loss=_mean([r["train/loss"] for r in steps[-_LOSS_STEPS:]]),
+        cells_per_s=cells_per_s,
+        step_time_s=step_time_s,
+        eta_s=eta_s,
+        last_row_age_s=now - rows[-1]["time"] if rows else None,
+        checkpoint=saved["path"] if saved else None,
+        checkpoint_age_s=now - saved["time"] if saved else None,
+        restarts=int(record.get("restarts", 0)),
+        skipped_steps=int(steps[-1].get(SKIPPED_METRIC, 0)) if steps else 0,
+        spikes=sum(e.get("event") == "spike" for e in events),
+        validation_step=int(validation["step"]) if validation else None,
+        validation=_validation_figures(validation or {}),
+        world_size=opening.get("world_size"),
+        ranks=ranks,
+        warning=read_json(run_dir / "heartbeat" / SLOW_FILE).get("text"),
+        error=error,
+    )
+
+
+def describe(status: RunStatus) -> str:
+    """Return the status as a few lines of text."""
+    of = "" if status.max_steps is None else f" of {status.max_steps:,}"
+    share = f" ({status.step / status.max_steps:.1%})" if status.max_steps else ""
+    lines = [f"{status.run_dir}: {status.state}, step {status.step:,}{of}{share}"]
+    if status.error:
+        lines.append(_line("error", status.error))
+    elif status.warning:
+        lines.append(_line("warning", status.warning))
+    if status.loss is not None:
+        lines.append(_line("loss", f"{status.loss:.4f}, mean of the last {_LOSS_STEPS} steps"))
+    if status.cells_per_s is not None and status.step_time_s is not None:
+        speed = f"{status.cells_per_s:,.1f} cells/s, {status.step_time_s:.2f} s a step"
+        left = "" if status.eta_s is None else f", {_duration(status.eta_s)} left"
+        lines.append(_line("speed", speed + left))
+    if status.last_row_age_s is not None:
+        lines.append(_line("last figures", f"{_duration(status.last_row_age_s)} ago"))
+    saved = "none yet"
+    if status.checkpoint is not None and status.checkpoint_age_s is not None:
+        saved = f"{status.checkpoint}, {_duration(status.checkpoint_age_s)} ago"
+    lines.append(_line("checkpoint", saved))
+    if status.validation:
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in status.validation.items())
+        lines.append(_line("validation", f"step {status.validation_step:,}: {figures}"))
+    counts = f"{status.restarts} restarts, {status.skipped_steps} skipped steps"
+    lines.append(_line("trouble", f"{counts}, {status.spikes} loss spikes"))
+    return "\n".join(lines + _describe_ranks(status))
+
+
+def _describe_ranks(status: RunStatus) -> list[str]:
+    """Return a line on all ranks and, while it trains or hangs, one per node."""
+    if not status.ranks:
+        return [_line("ranks", "no heartbeat")]
+    nodes: dict[str, list[RankStatus]] = {}
+    for rank in status.ranks:
+        nodes.setdefault(rank.node, []).append(rank)
+    alive = sum(rank.state == "alive" for rank in status.ranks)
+    total = status.world_size or len(status.ranks)
+    lines = [_line("ranks", f"{alive} of {total} alive, on {len(nodes)} nodes")]
+    if all(rank.state == "ended" for rank in status.ranks):
+        return [_line("ranks", f"all {len(status.ranks)} have ended, on {len(nodes)} nodes")]
+    # Nodes in trouble first: of a thousand, only some are shown.
+    by_trouble = sorted(nodes, key=lambda n: (all(r.state == "alive" for r in nodes[n]), n))
+    lines += [_line("", f"{n}: {_describe_node(nodes[n])}") for n in by_trouble[:_SHOWN_NODES]]
+    if len(nodes) > _SHOWN_NODES:
+        lines.append(_line("", f"and {len(nodes) - _SHOWN_NODES} more nodes"))
+    return lines
+
+
+def _describe_node(ranks: list[RankStatus]) -> str:
+    alive = [rank for rank in ranks if rank.state == "alive"]
+    text = f"{len(alive)} of {len(ranks)} ranks alive"
+    if alive:
+        last = min(alive, key=lambda r: (r.step, -r.phase_s))
+        text += f"; rank {last.rank} in '{last.phase}' of step {last.step} for {last.phase_s:.0f} s"
+    for state in ("silent", "ended"):
+        gone = [rank for rank in ranks if rank.state == state]
+        if gone:
+            named = ", ".join(str(rank.rank) for rank in gone[:_SHOWN_RANKS])
+            more = ", ..." if len(gone) > _SHOWN_RANKS else ""
+            age = _duration(min(rank.age_s for rank in gone))
+            text += f"; {state} for {age}: {named}{more} ('{gone[0].phase}' of step {gone[0].step})"
+    return text
+
+
+def _ranks(folder: Path, now: float) -> tuple[RankStatus, ...]:
+    found = []
+    for rank, heartbeat in sorted(read_heartbeats(folder).items()):
+        try:
+            # The time is the file server's: the nodes' clocks are not asked.
+            age_s = max(0.0, now - (folder / f"rank_{rank:05d}.json").stat().st_mtime)
+        except FileNotFoundError:
+            continue
+        silent = age_s > max(_LEAST_SILENCE_S, 3 * heartbeat.interval_s)
+        state: Literal["alive", "silent", "ended"] = "silent" if silent else "alive"
+        found.append(
+            RankStatus(
+                rank=rank,
+                node=heartbeat.node,
+                state="ended" if heartbeat.phase == ENDED else state,
+                step=heartbeat.step,
+                phase=heartbeat.phase,
+                phase_s=heartbeat.phase_s,
+                age_s=age_s,
+            )
+        )
+    return tuple(found)
+
+
+def _state(record: dict[str, Any], ranks: tuple[RankStatus, ...], error: str | None) -> State:
+    if error:
+        return "hung"
+    state = _STATES.get(str(record.get("status")), "running")
+    if state == "running" and ranks and all(rank.state != "alive" for rank in ranks):
+        return "lost"
+    return state
+
+
+def _speed(steps: Rows) -> tuple[float | None, float | None]:
+    """Return cells per second and seconds per step, by the time stamps of the last rows."""
+    recent = steps[-_RECENT_STEPS - 1 :]
+    if not recent:
+        return None, None
+    first, last = recent[0], recent[-1]
+    seconds, n_steps = last["time"] - first["time"], last["step"] - first["step"]
+    if n_steps > 0 and seconds > 0:
+        return (last["cells_seen"] - first["cells_seen"]) / seconds, seconds / n_steps
+    return last.get("perf/cells_per_s"), last.get("perf/step_time_s")
+
+
+def _last_checkpoint(run_dir: Path, events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the event of the newest checkpoint that was not pruned since."""
+    folder = run_dir / "checkpoints"
+    saved = (e for e in reversed(events) if e.get("event") == "checkpoint")
+    return next((e for e in saved if (folder / e["path"]).is_dir()), None)
+
+
+def _max_steps(run_dir: Path) -> int | None:
+    path = run_dir / "config.yaml"
+    section = read_yaml(path).get("run") if path.is_file() else None
+    value = section.get("max_steps") if isinstance(section, dict) else None
+    return value if isinstance(value, int) else None
+
+
+def _validation_figures(row: dict[str, float]) -> dict[str, float]:
+    found = {name: row.get(f"val/{name}", math.nan) for name in _VALIDATION}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _mean(values: list[float]) -> float | None:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<13}{text}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

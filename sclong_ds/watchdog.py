@@ -1,0 +1,356 @@
+"""A heartbeat per rank, and a time-out that names the rank that holds up the others.
+
+    with Watchdog(run_dir / "heartbeat", rank=0, world_size=8, timeout_s=1800, node="n1") as dog:
+        dog.beat(step, "data")
+
+Ranks see each other through files alone, so this works with NCCL and gloo, in any phase, and while
+the main thread hangs in a collective. A daemon thread writes `rank_00000.json` (a `Heartbeat`) at
+a fixed interval. After half the time-out without a beat, one rank logs who is behind (`slow.json`);
+at the time-out one rank prints it as an error (`hang.json`), every rank writes its stacks
+(`stack_rank_0.txt`) and ends with status 1, without clean-up: nothing can interrupt a collective.
+
+Clocks of nodes differ, so a rank is alive when its file changes between two looks; one whose main
+thread never lets go of Python's global lock counts as frozen. Every rank must beat at the same
+places of the program: the ranks with the fewest beats are behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+log = logging.getLogger(__name__)
+
+ENDED = "ended"
+"""Phase of a rank whose training loop is over, in whichever way."""
+
+SLOW_FILE, HANG_FILE = "slow.json", "hang.json"
+_NAMED_RANKS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """What a rank last wrote about itself."""
+
+    rank: int
+    """The rank."""
+    node: str
+    """Its node."""
+    pid: int
+    """Its process."""
+    step: int
+    """Optimizer step it is in."""
+    phase: str
+    """What it does in this step."""
+    phase_s: float
+    """Seconds since that began, by its own clock."""
+    beats: int
+    """Beats so far; the same on all ranks at the same place of the program."""
+    reading: str | None
+    """File it is reading, if it said so."""
+    written: int
+    """How often the file was written: it changes as long as the process lives."""
+    interval_s: float
+    """Seconds from one writing to the next."""
+
+    @property
+    def place(self) -> str:
+        """Where in the program the rank is, in words."""
+        return f"'{self.phase}' of step {self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Beat:
+    step: int
+    phase: str
+    reading: str | None
+    count: int
+    since: float
+    limit_s: float
+
+
+class Watchdog:
+    """Writes this rank's heartbeat and watches its progress; a context manager.
+
+    Args:
+        folder: The run's `heartbeat` folder, shared by all ranks; made if absent.
+        rank: This rank.
+        world_size: Number of ranks.
+        timeout_s: Seconds without a beat after which the run ends. Collectives must have a longer
+            time-out of their own, or they end the run first, without a name.
+        node: Name of this node.
+    """
+
+    def __init__(
+        self, folder: Path, *, rank: int, world_size: int, timeout_s: float, node: str
+    ) -> None:
+        self._folder, self._rank, self._world_size = folder, rank, world_size
+        self._timeout_s, self._node = timeout_s, node
+        # 1,000 ranks write 50 small files a second between them; within a time-out of minutes this
+        # is often enough to see who lives.
+        self._interval_s = min(timeout_s / 8, max(10.0, world_size / 50))
+        self._beat = _Beat(0, "start", None, 0, time.monotonic(), timeout_s)
+        self._written = 0
+        self._files_fail = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # What an earlier life left would be taken for this one's.
+        for name in (SLOW_FILE, HANG_FILE, self._stack_name()):
+            (self._folder / name).unlink(missing_ok=True)
+        if self._rank == 0:
+            for path in self._folder.glob("rank_*.json"):
+                if int(path.stem.removeprefix("rank_")) >= self._world_size:
+                    path.unlink(missing_ok=True)
+        self._write_heartbeat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.beat(self._beat.step, ENDED)
+        self._write_heartbeat()
+
+    def beat(
+        self, step: int, phase: str, *, reading: str | None = None, patience: float = 1.0
+    ) -> None:
+        """Tell what this rank begins to do; as cheap as setting an attribute.
+
+        Args:
+            step: Optimizer step, from 1.
+            phase: What begins: data, forward, backward, step, checkpoint, validation, ...
+            reading: File that is about to be read.
+            patience: This phase may take so many times the time-out, at least 1; all ranks give
+                the same number, since they wait for each other.
+        """
+        limit_s = patience * self._timeout_s
+        self._beat = _Beat(step, phase, reading, self._beat.count + 1, time.monotonic(), limit_s)
+
+    def _watch(self) -> None:
+        """Write and look until stopped; runs on the daemon thread."""
+        warned: _Beat | None = None
+        claimed = False
+        while not self._stop.wait(self._interval_s):
+            self._write_heartbeat()
+            if read_json(self._folder / HANG_FILE):
+                self._end()
+            beat = self._beat
+            if claimed and beat is not warned:
+                self._release(SLOW_FILE)
+                claimed = False
+            stalled_s = time.monotonic() - beat.since
+            # Two looks at the others take two intervals; the second is at the time-out.
+            if stalled_s >= beat.limit_s - 2 * self._interval_s:
+                self._end_if_hung(beat, stalled_s)
+            elif stalled_s >= beat.limit_s / 2 and beat is not warned:
+                warned = beat
+                claimed = self._claim(SLOW_FILE)
+                if claimed:
+                    self._warn_if_slow(beat)
+        if claimed:
+            self._release(SLOW_FILE)
+
+    def _warn_if_slow(self, beat: _Beat) -> None:
+        text = self._diagnose(beat)
+        if text is not None:
+            log.warning("%s; the run ends after %.0f s without progress", text, beat.limit_s)
+            self._write(SLOW_FILE, {"text": text, "time": time.time()})
+
+    def _end_if_hung(self, beat: _Beat, stalled_s: float) -> None:
+        """Report and end the process, unless another rank reports or there is progress."""
+        if self._claim(HANG_FILE):
+            text = self._diagnose(beat)
+            if text is None:
+                self._release(HANG_FILE)
+                return
+        elif stalled_s >= beat.limit_s + 4 * self._interval_s:
+            # The rank that was to report is gone: say at least what is known here.
+            text = _sentence([self._heartbeat()], alive=True)
+        else:
+            return
+        error = f"{text}; all ranks stop; start the same command again to resume"
+        # Straight to the descriptor: the main thread may hang with the lock of sys.stderr.
+        os.write(2, f"error: {error}\n".encode())
+        self._write(HANG_FILE, {"error": error, "time": time.time()})
+        self._end()
+
+    def _end(self) -> NoReturn:
+        try:
+            with (self._folder / self._stack_name()).open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            self._complain(error)
+        # The end of one process makes a launcher kill the others: they write their stacks first.
+        time.sleep(2 * self._interval_s)
+        os._exit(1)
+
+    def _diagnose(self, beat: _Beat) -> str | None:
+        """Look at all ranks twice and say who is behind; None: this rank has moved on."""
+        before = read_heartbeats(self._folder)
+        looked_at = time.monotonic()
+        if self._moves(beat, until=lambda: time.monotonic() - looked_at >= 2 * self._interval_s):
+            return None
+        after = read_heartbeats(self._folder) | {self._rank: self._heartbeat()}
+        return who_is_behind(before, after, world_size=self._world_size)
+
+    def _moves(self, beat: _Beat, *, until: Callable[[], bool]) -> bool:
+        """Wait until something holds, still writing; tells whether this rank moved on meanwhile."""
+        while not until():
+            if self._stop.wait(self._interval_s / 2) or self._beat is not beat:
+                return True
+            self._write_heartbeat()
+        return False
+
+    def _stack_name(self) -> str:
+        return f"stack_rank_{self._rank}.txt"
+
+    def _heartbeat(self) -> Heartbeat:
+        beat = self._beat
+        return Heartbeat(
+            rank=self._rank,
+            node=self._node,
+            pid=os.getpid(),
+            step=beat.step,
+            phase=beat.phase,
+            phase_s=round(time.monotonic() - beat.since, 1),
+            beats=beat.count,
+            reading=beat.reading,
+            written=self._written,
+            interval_s=self._interval_s,
+        )
+
+    def _write_heartbeat(self) -> None:
+        self._written += 1
+        self._write(f"rank_{self._rank:05d}.json", asdict(self._heartbeat()))
+
+    def _write(self, name: str, content: Mapping[str, object]) -> None:
+        """Write a file whole, but not to the disk: after a power cut it is of no use."""
+        partial = self._folder / f".{name}.{self._rank}"
+        try:
+            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            os.replace(partial, self._folder / name)
+        except OSError as error:
+            self._complain(error)
+
+    def _claim(self, name: str) -> bool:
+        """Tell whether this rank is the first to make a file, so that one rank speaks for all."""
+        try:
+            os.close(os.open(self._folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            self._complain(error)
+        return True
+
+    def _release(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            (self._folder / name).unlink()
+
+    def _complain(self, error: OSError) -> None:
+        """Log the first failure: training goes on without heartbeats."""
+        if not self._files_fail:
+            self._files_fail = True
+            log.warning("rank %d: no heartbeat, hangs are not seen: %s", self._rank, error)
+
+
+def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
+    """Return the heartbeats of a run by rank; unreadable files are left out.
+
+    Args:
+        folder: The run's `heartbeat` folder.
+    """
+    found = {}
+    for path in sorted(folder.glob("rank_*.json")):
+        content = read_json(path)
+        if content.keys() == Heartbeat.__dataclass_fields__.keys():
+            found[content["rank"]] = Heartbeat(**content)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file of the heartbeat folder; an absent or unfinished one is an empty dict."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def who_is_behind(
+    before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat], *, world_size: int
+) -> str:
+    """Say in words which ranks hold up the others.
+
+    A rank that has written nothing between the two looks is gone or frozen and is named first;
+    else those with the fewest steps and beats.
+
+    Args:
+        before: Heartbeats by rank at a first look.
+        after: Heartbeats at a second look, after every living rank has written again.
+        world_size: Number of ranks.
+    """
+    alive = [after[r] for r in sorted(after) if r < world_size and after[r] != before.get(r)]
+    silent = [after[r] for r in sorted(after) if r < world_size and after[r] == before.get(r)]
+    absent = [str(r) for r in range(world_size) if r not in after]
+    named: list[str] = []
+    if absent:
+        more = ", ..." if len(absent) > _NAMED_RANKS else ""
+        noun = "rank" if len(absent) == 1 else f"{len(absent)} ranks"
+        named.append(f"{noun} {', '.join(absent[:_NAMED_RANKS])}{more}: no heartbeat at all")
+    named += [_sentence(part, alive=False) for part in _by_place(silent)]
+    if not named and alive:
+        last = min((h.step, h.beats) for h in alive)
+        behind = [h for h in alive if (h.step, h.beats) == last]
+        named = [_sentence(part, alive=True) for part in _by_place(behind)]
+        if len(behind) == world_size > 1:
+            named.append("all ranks are at the same place: a collective or a device hangs")
+        alive = [h for h in alive if (h.step, h.beats) != last]
+    waiting = Counter(h.place for h in alive).most_common(1)
+    if waiting:
+        named.append(f"{len(alive)} of {world_size} ranks wait, most in {waiting[0][0]}")
+    return "; ".join(named)
+
+
+def _by_place(group: Sequence[Heartbeat]) -> list[list[Heartbeat]]:
+    """Return the ranks that are at the same place, together."""
+    parts: dict[tuple[str, str | None], list[Heartbeat]] = {}
+    for heartbeat in group:
+        parts.setdefault((heartbeat.place, heartbeat.reading), []).append(heartbeat)
+    return list(parts.values())
+
+
+def _sentence(group: Sequence[Heartbeat], *, alive: bool) -> str:
+    """Say what ranks at the same place do, and for how long the longest of them has."""
+    first, nodes = group[0], sorted({h.node for h in group})
+    if len(group) == 1:
+        who = f"rank {first.rank} (node {first.node})"
+    else:
+        more = ", ..." if len(group) > _NAMED_RANKS else ""
+        ranks = ", ".join(str(h.rank) for h in group[:_NAMED_RANKS])
+        where = ", ".join(nodes[:_NAMED_RANKS]) + (", ..." if len(nodes) > _NAMED_RANKS else "")
+        who = f"each of {len(group)} ranks {ranks}{more} (nodes {where})"
+    if first.phase == ENDED:
+        return f"{who} has ended, in step {first.step}"
+    reading = f", reading {first.reading}," if first.reading else ""
+    if not alive:
+        return f"{who} is gone or frozen, last heard of in {first.place}{reading.rstrip(',')}"
+    return f"{who} has been in {first.place}{reading} for {max(h.phase_s for h in group):.0f} s"

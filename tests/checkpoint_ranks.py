@@ -1,0 +1,197 @@
+"""Save, fail to save, and load on every rank of a small ZeRO-3 engine; one process per rank.
+
+Launched with `deepspeed --no_local_rank tests/checkpoint_ranks.py FOLDER [SMALL_DISK]`; rank N
+writes what it saw to FOLDER/rank_N.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sclong_ds import checkpoint
+from sclong_ds.checkpoint_files import ChecksummedFile, TrainState, best_checkpoint
+from sclong_ds.config import load_config
+from sclong_ds.engine import (
+    build_partitioned,
+    initialize,
+    join_process_group,
+    quiet_deepspeed,
+    resolve_ds_config,
+)
+
+CONFIG = load_config("sclong_tiny")
+KEEP = {"keep_last": 1, "keep_every_n_steps": 3, "keep_best": True}
+MICRO_STEPS = 512
+
+
+def make_engine(*, ds_config: str = "zero3", precision: str = "fp32", micro_steps: int = 1) -> Any:
+    """Make an engine of two layers, with a group that is decayed and one that is not."""
+    settings = dataclasses.replace(
+        CONFIG.engine, ds_config=ds_config, precision=precision,
+        train_batch_size=micro_steps * dist.get_world_size(), gradient_clipping=0.0,
+    )  # fmt: skip
+    resolved = resolve_ds_config(settings, world_size=dist.get_world_size())
+    model = build_partitioned(
+        lambda: nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), seed=0, ds_config=resolved
+    )
+    return initialize(model, optim=CONFIG.optim, ds_config=resolved)
+
+
+def train(engine: Any) -> float:
+    """Do one step on ones; returns the loss before it."""
+    loss = engine(torch.ones(1, 64)).square().mean()
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def state(step: int) -> TrainState:
+    """Return the position after a step."""
+    return TrainState(
+        step=step, cells_seen=step, world_size=dist.get_world_size(), seed=0, precision="fp32",
+        zero_stage=3, corpus_hash="", genes_hash="", graph_hash=None, features_hash=None,
+    )  # fmt: skip
+
+
+def listing(folder: Path) -> list[str]:
+    """Return the names in a folder; no rank changes it while another looks."""
+    dist.barrier()
+    names = sorted(path.name for path in folder.iterdir())
+    dist.barrier()
+    return names
+
+
+def refused(engine: Any, folder: Path, step: int) -> str:
+    """Save and return the error, or an empty text."""
+    try:
+        checkpoint.save(engine, folder, state(step), files=[], **KEEP)
+    except checkpoint.SaveError as error:
+        return str(error)
+    return ""
+
+
+class FullDisk:
+    """Makes the writes of rank 1 fail after 1,000 bytes."""
+
+    def __enter__(self) -> None:
+        self.write = write = ChecksummedFile.write
+
+        def fail(file: ChecksummedFile, data: bytes) -> int:
+            if dist.get_rank() == 1 and file.size > 1000:
+                file.error = OSError(errno.ENOSPC, "No space left on device")
+                raise file.error
+            return write(file, data)
+
+        ChecksummedFile.write = fail  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        ChecksummedFile.write = self.write  # type: ignore[method-assign]
+
+
+def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
+    """Save under the rules, fail, go on; then find the newest damaged and load the one before."""
+    engine, rank = make_engine(), dist.get_rank()
+    dist.barrier()
+    if rank == 0:
+        folder.mkdir()
+        (folder / "step_00000099.partial" / "part").mkdir(parents=True)
+        (folder.parent / "config.yaml").write_text("a: 1\n")
+    dist.barrier()
+    extra = [folder.parent / "config.yaml"]
+    for step, val_mse in enumerate([3.0, 1.0, 2.0, None, float("nan")], start=1):
+        seen["loss"] = train(engine)
+        saved = checkpoint.save(engine, folder, state(step), files=extra, val_mse=val_mse, **KEEP)
+    seen["saved"] = dataclasses.asdict(saved)
+    seen["kept"], seen["best"] = listing(folder), best_checkpoint(folder)
+    with FullDisk():
+        seen["refused"] = refused(engine, folder, 6)
+    seen["after_failure"] = listing(folder)
+    seen["loss"] = train(engine)
+    checkpoint.save(engine, folder, state(7), files=[], **KEEP | {"keep_last": 2})
+    seen["after_recovery"] = listing(folder)
+    if rank == 0:
+        victim = next((folder / "step_00000007").glob("zero_pp_rank_1_*optim_states.pt"))
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    dist.barrier()
+    fresh = make_engine()
+    loaded = checkpoint.load(fresh, folder, expected=state(0))
+    assert loaded is not None
+    seen["loaded"] = dataclasses.asdict(loaded)
+    seen["after_load"], seen["loss_loaded"] = listing(folder), train(fresh)
+    checkpoint.save(fresh, folder, state(8), files=[], **KEEP)
+    seen["after_damage"] = listing(folder)
+
+
+def fill_disk(folder: Path, seen: dict[str, Any]) -> None:
+    """Save on a disk that has room for one and a half checkpoints."""
+    engine, rank = make_engine(), dist.get_rank()
+    train(engine)
+    if rank == 0:
+        (folder / "checkpoints").mkdir()
+    dist.barrier()
+    seen["disk_first"] = refused(engine, folder / "checkpoints", 1)
+    filler = folder / "filler"
+    if rank == 0:
+        size = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
+        filler.write_bytes(bytes(free_bytes(folder) - size // 2))
+    dist.barrier()
+    seen["disk_full"] = refused(engine, folder / "checkpoints", 2)
+    seen["disk_after_failure"] = listing(folder / "checkpoints")
+    train(engine)
+    dist.barrier()
+    if rank == 0:
+        filler.unlink()
+    dist.barrier()
+    seen["disk_again"] = refused(engine, folder / "checkpoints", 3)
+    seen["disk_after"] = listing(folder / "checkpoints")
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free space of a file system in bytes."""
+    import shutil
+
+    return shutil.disk_usage(folder).free
+
+
+def accumulate(ds_config: str) -> float:
+    """Accumulate one gradient of 1 and many of 2^-9 in bf16; returns their sum."""
+    engine = make_engine(ds_config=ds_config, precision="bf16", micro_steps=MICRO_STEPS)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    for micro_step in range(MICRO_STEPS):
+        # Of the last layer's biases alone; DeepSpeed divides by the number of micro-steps.
+        weight = MICRO_STEPS * (1.0 if micro_step == 0 else 2.0**-9)
+        engine.backward(engine(x).float()[0, 0] * weight)
+        if micro_step < MICRO_STEPS - 1:
+            engine.step()
+    from deepspeed.utils import safe_get_full_grad
+
+    bias = dict(engine.module.named_parameters())["1.bias"]
+    return float(safe_get_full_grad(bias)[0])
+
+
+def main(folder: str, small_disk: str | None = None) -> None:
+    """Go through all of it and write what this rank saw."""
+    quiet_deepspeed()
+    join_process_group(timeout_s=120)
+    seen: dict[str, Any] = {}
+    keep_and_fail(Path(folder) / "checkpoints", seen)
+    if small_disk:
+        fill_disk(Path(small_disk), seen)
+    seen["sums"] = {name: accumulate(name) for name in ("zero1", "zero2", "zero3")}
+    (Path(folder) / f"rank_{dist.get_rank()}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

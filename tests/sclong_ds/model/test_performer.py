@@ -1,0 +1,110 @@
+"""The last layer at some positions alone, and compiled layers: exactly the plain model."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_model import G, cells, close, gradients, small_model
+from torch._dynamo.utils import counters
+
+from sclong_ds.config import PerformerConfig
+
+PRECISION = [(torch.float32, 2e-6), (torch.float64, 1e-12)]
+
+
+def decoder(depth):
+    return PerformerConfig(depth=depth, heads=2, dim_head=8, nb_features=None, ff_mult=2)
+
+
+def chosen(x):
+    """Different genes per cell, the first and the last one, and the last cell's twice."""
+    gen = torch.Generator().manual_seed(3)
+    positions = torch.stack([torch.randperm(G, generator=gen)[:9] for _ in x])
+    positions[0, :2] = torch.tensor([0, G - 1])
+    positions[-1] = 4
+    return positions
+
+
+CHANGES = {
+    "plain": {},
+    "one layer": {"decoder": decoder(1)},
+    "pad token, bias per gene": {"pad_token": True, "gene_bias": True},
+    "bias of the projections": {"qkv_bias": True, "head": "linear"},
+    "softmax": {"attention": "softmax"},
+    "mini only, maximum per head": {"contextual_encoder": "mini", "stabiliser_scope": "head"},
+    "packed": {"routing": "expressed"},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_chosen_genes_have_the_predictions_and_gradients_of_all(
+    changes, dtype, tolerance, recompute
+):
+    model = small_model(**changes).to(dtype).train()
+    for performer in model.performers().values():
+        performer.recompute = recompute
+    x, mask = cells(3, dtype)
+    positions = chosen(x)
+    whole = model(x, mask).gather(1, positions)
+    whole.square().sum().backward()
+    wanted = gradients(model)
+    out = model(x, mask, positions=positions)
+    assert out.shape == positions.shape
+    assert close(out, whole, tolerance)
+    out.square().sum().backward()
+    for name, got in gradients(model).items():
+        assert close(got, wanted[name], 20 * tolerance), name
+
+
+def test_the_end_of_the_model_runs_on_the_chosen_genes_alone():
+    model, rows = small_model(), {}
+    layer = model.decoder.layers[-1]
+    parts = {"feed forward": layer.feed_forward, "out": layer.attention.to_out, "norm": model.norm}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda _, i, o, name=name: rows.update({name: o.shape[1]}))
+    x, mask = cells(3)
+    model(x, mask, positions=chosen(x))
+    assert rows == dict.fromkeys(parts, 9)
+    assert model.encode(x, mask).shape == (3, G, 16)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Return a model with compiled layers; its graphs are made once for this module."""
+    model = small_model(
+        gene_bias=True,
+        large_encoder=dataclasses.replace(decoder(2), heads=3),
+        mini_encoder=decoder(1),
+        routing="expressed",
+    ).train()
+    for performer in model.performers().values():
+        performer.compile_layers = True
+    return model
+
+
+# torch.compile itself reads .grad of the tensors that it traces with.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("wanted", ["all", "some"])
+def test_compiled_layers_equal_the_plain_ones(compiled, recompute, wanted):
+    """Batches whose cells have other lengths too, without a graph break or a graph per batch."""
+    results = {}
+    for compile_layers in (False, True):
+        for performer in compiled.performers().values():
+            performer.compile_layers, performer.recompute = compile_layers, recompute
+        results[compile_layers] = []
+        for seed in (1, 2, 3):
+            graphs = counters["stats"]["unique_graphs"]
+            x, mask = cells(3, seed=seed, expressed=0.05 * seed)
+            positions = chosen(x) if wanted == "some" else None
+            out = compiled(x, mask, positions=positions)
+            out.square().sum().backward()
+            results[compile_layers].append((out.detach(), gradients(compiled)))
+            # The second length makes the graphs for all lengths.
+            assert seed < 3 or counters["stats"]["unique_graphs"] == graphs
+    for (got, of_got), (want, of_want) in zip(results[True], results[False], strict=True):
+        assert close(got, want, 1e-6)
+        for name in of_want:
+            assert close(of_got[name], of_want[name], 1e-5), name

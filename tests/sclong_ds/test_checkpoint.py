@@ -1,0 +1,311 @@
+"""Checkpoints are whole or absent, checked, pruned by rule, and survive a full disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launching import ROOT, environment
+
+from sclong_ds.checkpoint_files import (
+    ChecksummedFile,
+    best_checkpoint,
+    complete_checkpoints,
+    damage,
+    fingerprint,
+    name_of,
+    prune,
+    record_best,
+    remove_unfinished,
+    write_manifest,
+)
+from sclong_ds.config import load_config
+
+RANKS = 2
+
+
+def make_checkpoint(folder: Path, step: int, files: dict[str, bytes] | None = None) -> Path:
+    path = folder / name_of(step)
+    path.mkdir(parents=True)
+    for name, content in (files or {"state.json": b"{}"}).items():
+        (path / name).write_bytes(content)
+    write_manifest(path, {})
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+FILES = {
+    f"zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt": bytes(range(rank, 40 + rank))
+    for rank in range(3)
+    for what in ("model", "optim")
+} | {"state.json": b"{}", "config.yaml": b"a: 1\n"}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("victim", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_any_harm_to_any_file_is_found_by_some_rank(tmp_path, parts, victim, harm):
+    path = make_checkpoint(tmp_path, 1, FILES)
+    assert [damage(path, part=i, parts=parts) for i in range(parts)] == [None] * parts
+    content = bytearray((path / victim).read_bytes())
+    content[len(content) // 2] ^= 1
+    if harm == "remove":
+        (path / victim).unlink()
+    else:
+        (path / victim).write_bytes(content if harm == "flip" else content[:-1])
+    found = [damage(path, part=i, parts=parts) for i in range(parts)]
+    # A flipped digit in the manifest harms one entry, or makes it unreadable for all.
+    assert any(found)
+    if victim != "manifest.json":
+        assert sum(problem is not None for problem in found) == 1
+        assert victim in next(filter(None, found))
+
+
+def test_every_rank_checks_the_files_that_it_loads(tmp_path):
+    path = make_checkpoint(tmp_path, 1, FILES)
+    for rank in range(3):
+        victim = path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        whole = victim.read_bytes()
+        victim.write_bytes(b"")
+        assert [damage(path, part=i, parts=3) is not None for i in range(3)] == [
+            i == rank for i in range(3)
+        ]
+        victim.write_bytes(whole)
+
+
+def test_a_file_that_another_node_wrote_elsewhere_is_missed(tmp_path):
+    path = tmp_path / name_of(1)
+    path.mkdir()
+    with pytest.raises(OSError, match="a file system that all nodes share"):
+        write_manifest(path, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": [40, 1]})
+    (path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(bytes(39))
+    with pytest.raises(OSError, match="40 bytes"):
+        write_manifest(path, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": [40, 1]})
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.binary(max_size=300), max_size=8))
+def test_checksum_of_what_is_written_is_that_of_the_file(tmp_path_factory, blocks):
+    path = tmp_path_factory.mktemp("sum") / "file"
+    with path.open("wb") as raw:
+        file = ChecksummedFile(raw)
+        for block in blocks:
+            file.write(block)
+    assert [file.size, file.crc] == fingerprint(path)
+
+
+def test_a_failed_write_is_kept():
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    file = ChecksummedFile(Full())
+    with pytest.raises(OSError, match="No space left"):
+        file.write(b"x")
+    assert file.error is not None
+    assert file.size == 0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    steps=st.lists(st.integers(1, 60), min_size=1, max_size=9, unique=True).map(sorted),
+    errors=st.lists(st.floats(0, 1) | st.none() | st.just(float("nan")), min_size=9, max_size=9),
+    keep_last=st.integers(1, 3),
+    every=st.none() | st.integers(1, 20),
+    keep_best=st.booleans(),
+)
+def test_pruning_keeps_what_the_rules_name_and_nothing_else(
+    tmp_path_factory, steps, errors, keep_last, every, keep_best
+):
+    folder = tmp_path_factory.mktemp("prune")
+    scores: dict[int, float] = {}
+    for step, error in zip(steps, errors, strict=False):
+        make_checkpoint(folder, step)
+        record_best(folder, name_of(step), error)
+        prune(folder, keep_last=keep_last, keep_every_n_steps=every, keep_best=keep_best)
+        if error is not None and error == error:
+            scores[step] = error
+        expected = {s for s in steps if s <= step and every and s % every == 0}
+        expected |= set([s for s in steps if s <= step][-keep_last:])
+        if keep_best and scores:
+            # Of equals the first; later ones do not replace it.
+            best = min(scores, key=lambda s: (scores[s], s))
+            expected.add(best)
+            assert best_checkpoint(folder) == (name_of(best), scores[best])
+        kept = [p.name for p in complete_checkpoints(folder)]
+        assert kept == [name_of(s) for s in sorted(expected, reverse=True)]
+        scores = {s: e for s, e in scores.items() if (folder / name_of(s)).is_dir()}
+        assert not list(folder.glob("*.partial"))
+
+
+def test_damaged_ones_go_when_a_newer_good_one_is_there(tmp_path):
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "step_00000003.damaged").mkdir()
+    (tmp_path / "step_00000009.damaged").mkdir()
+    (tmp_path / "step_00000006.partial").mkdir()
+    assert [p.name for p in complete_checkpoints(tmp_path)] == [name_of(4), name_of(2)]
+    prune(tmp_path, keep_last=2, keep_every_n_steps=None, keep_best=False)
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == [name_of(2), name_of(4), "step_00000009.damaged"]
+
+
+def test_more_than_eight_digits_are_still_the_newest(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        make_checkpoint(tmp_path, step)
+    assert complete_checkpoints(tmp_path)[0].name == "step_100000000"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("keep_every_n_steps", 75, "must be a multiple of checkpoint.every_n_steps 50"),
+        ("keep_every_n_steps", 0, "or null"),
+        ("max_failed_saves", 0, "must be >= 1"),
+    ],
+)
+def test_wrong_settings_are_named(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("sclong_tiny", [f"checkpoint.{key}={value}"])
+    kept = load_config("sclong_tiny", ["checkpoint.keep_every_n_steps=100"])
+    assert kept.checkpoint.keep_every_n_steps == 100
+
+
+def test_export_refuses_what_is_no_whole_checkpoint(tmp_path, capsys):
+    from sclong_ds.__main__ import main
+    from sclong_ds.export import resolve
+
+    good = make_checkpoint(tmp_path / "run" / "checkpoints", 5)
+    copy = tmp_path / "kept for the paper"
+    shutil.copytree(good, copy)
+    for path in (good, good.parent, tmp_path / "run"):
+        assert resolve(path) == good
+    assert resolve(copy) == copy
+    partial = good.parent / "step_00000006.partial"
+    shutil.copytree(good, partial)
+    (partial / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="damaged or unfinished"):
+        resolve(partial)
+    universal = tmp_path / "step_00000005_universal"
+    (universal / "zero").mkdir(parents=True)
+    with pytest.raises(ValueError, match="export the checkpoint that it was made from"):
+        resolve(universal)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        resolve(tmp_path / "empty")
+    for path, message in {partial: "damaged or unfinished", universal: "universal"}.items():
+        assert main(["export", str(path), "--out", str(tmp_path / "out")]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert message in said
+        assert said.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory):
+    """A disk of 4 MB, or None where this user may not mount one."""
+    folder = tmp_path_factory.mktemp("disk")
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode
+    yield folder if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, small_disk):
+    """What each of two ranks saw in `checkpoint_ranks.py`, and the folder that they saved to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(RANKS),
+        "--master_port", str(20000 + os.getpid() % 20000), "--no_local_rank",
+        str(ROOT / "tests" / "checkpoint_ranks.py"), str(folder),
+    ]  # fmt: skip
+    command += [str(small_disk)] if small_disk else []
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    seen = [json.loads((folder / f"rank_{i}.json").read_text()) for i in range(RANKS)]
+    return seen, folder / "checkpoints", done.stdout + done.stderr
+
+
+@pytest.mark.distributed
+def test_saved_checkpoints_are_whole_and_those_of_the_rules_stay(ranks):
+    seen, folder, _ = ranks
+    for rank in seen:
+        assert rank["kept"] == ["best.json", "latest", name_of(2), name_of(3), name_of(5)]
+        assert rank["best"] == [name_of(2), 1.0]
+        assert rank["saved"]["name"] == name_of(5)
+        assert rank["saved"]["seconds"] > 0
+    whole = complete_checkpoints(folder)
+    assert [p.name for p in whole] == [name_of(8), name_of(3), name_of(2)]
+    assert [damage(p) for p in whole] == [None] * 3
+    files = {p.name: p.stat().st_size for p in whole[1].iterdir()}
+    assert {"state.json", "config.yaml", "manifest.json"} < files.keys()
+    manifest = json.loads((whole[1] / "manifest.json").read_text())
+    assert {n: size for n, (size, _) in manifest.items()} == {
+        n: size for n, size in files.items() if n != "manifest.json"
+    }
+    assert (folder / "latest").read_text() == f"{name_of(8)}\n"
+    assert seen[0]["saved"]["n_bytes"] == pytest.approx(sum(files.values()), rel=0.02)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_cannot_write_costs_this_checkpoint_alone(ranks):
+    seen, _, _ = ranks
+    for rank in seen:
+        assert "step 6" in rank["refused"]
+        assert "rank 1: [Errno 28] No space left on device" in rank["refused"]
+        assert "rank 0" not in rank["refused"]
+        assert rank["after_failure"] == rank["kept"]
+        assert name_of(7) in rank["after_recovery"]
+
+
+@pytest.mark.distributed
+def test_a_damaged_one_is_set_aside_and_the_one_before_it_is_loaded(ranks):
+    seen, _, output = ranks
+    assert output.count("is damaged") == 1
+    for rank in seen:
+        assert rank["loaded"]["name"] == name_of(5)
+        assert rank["loaded"]["state"]["step"] == 5
+        (damaged,) = rank["loaded"]["damaged"]
+        assert damaged.startswith(f"{name_of(7)}: zero_pp_rank_1_")
+        assert f"{name_of(7)}.damaged" in rank["after_load"]
+        # With keep_last 1, the damaged newer one would have pushed the new one out.
+        assert rank["after_damage"] == ["best.json", "latest", *map(name_of, (2, 3, 8))]
+        # The loss of the step after 5, from the weights that were saved there.
+        assert rank["loss_loaded"] == rank["loss"]
+
+
+@pytest.mark.distributed
+def test_a_full_disk_costs_one_checkpoint_and_no_work(ranks, small_disk):
+    if small_disk is None:
+        pytest.skip("mounting a small disk needs root")
+    seen, _, _ = ranks
+    for rank in seen:
+        assert rank["disk_first"] == rank["disk_again"] == ""
+        assert "No space left on device" in rank["disk_full"]
+        assert "Make room there" in rank["disk_full"]
+        assert rank["disk_after_failure"] == ["latest", name_of(1)]
+        assert rank["disk_after"] == ["latest", name_of(3)]
+
+
+@pytest.mark.distributed
+def test_bf16_gradients_are_summed_in_fp32(ranks):
+    """1 and 511 times 2^-9; a sum in bf16 stays 1. ZeRO-1 reports its sum rounded to bf16."""
+    for rank in ranks[0]:
+        assert rank["sums"] == pytest.approx(
+            {"zero1": 2, "zero2": 1 + 511 / 512, "zero3": 1 + 511 / 512}, rel=2e-3
+        )

@@ -1,0 +1,329 @@
+"""What follows from the shapes of the model: equal to what torch counts."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from sclong_ds.config import PerformerConfig, load_config
+from sclong_ds.costs import (
+    activation_bytes,
+    backward_flops_per_cell,
+    flops_per_cell,
+    parameter_counts,
+    peak_activation_bytes,
+    recompute_flops_per_cell,
+    training_flops_per_cell,
+)
+from sclong_ds.model.sclong import ScLong
+
+GENES = 27_874
+
+
+def stack(depth, heads, dim_head, nb_features, ff_mult):
+    return PerformerConfig(
+        depth=depth, heads=heads, dim_head=dim_head, nb_features=nb_features, ff_mult=ff_mult
+    )
+
+
+def small(**changes):
+    """Return a model section in which no two sizes are equal."""
+    sizes = {
+        "base_dim": 10,
+        "large_dim": 24,
+        "top_seq_len": 11,
+        "expression_hidden": 5,
+        "gene_encoder": "embedding",
+        "large_encoder": stack(3, 3, 8, 13, 4),
+        "mini_encoder": stack(2, 2, 4, 5, 3),
+        "decoder": stack(1, 2, 6, 7, 2),
+    }
+    return replace(load_config("sclong_tiny").model, **(sizes | changes))
+
+
+def built(model, n_genes, graph=None):
+    torch.manual_seed(0)
+    return ScLong(model, n_genes=n_genes, graph=graph)
+
+
+def inputs(cells, n_genes, n_expressed=None):
+    """Return values, n_expressed of a cell not zero (None: all), and which are hidden."""
+    gen = torch.Generator().manual_seed(cells)
+    x = torch.rand(cells, n_genes, generator=gen) + 0.1
+    mask = torch.rand(cells, n_genes, generator=gen) < 0.3
+    if n_expressed is not None:
+        x[:, n_expressed:], mask[:, n_expressed:] = 0, False
+    return x, mask
+
+
+VARIANTS = [
+    {},
+    {"head": "linear", "gene_bias": False},
+    {"qkv_bias": True, "gene_encoder_layers": 2},
+    {"pad_token": True, "mask_vector_max_norm": 0.5, "gene_bias": True},
+    {"contextual_encoder": "large"},
+    {"contextual_encoder": "mini", "gene_encoder": "none"},
+    {"attention": "softmax", "use_gene_vectors": False},
+    {
+        "pad_token": True,
+        "head": "linear",
+        "contextual_encoder": "large",
+        "attention": "softmax",
+        "use_gene_vectors": False,
+        "gene_encoder_layers": 2,
+    },
+    {
+        "pad_token": True,
+        "contextual_encoder": "mini",
+        "attention": "softmax",
+        "gene_encoder": "none",
+        "mask_vector_max_norm": 1.0,
+    },
+    {"stabiliser_scope": "head", "decoder": stack(2, 1, 4, None, 4)},
+]
+
+
+@pytest.mark.parametrize("preset", ["sclong_tiny", "sclong_100m", "sclong_1gpu", "sclong_1b"])
+def test_parameters_equal_the_model_on_the_meta_device(preset):
+    model = replace(load_config(preset).model, gene_encoder="embedding")
+    with torch.device("meta"):
+        parameters = ScLong(model, n_genes=GENES, graph=None).named_parameters()
+    counts = dict.fromkeys(parameter_counts(model, GENES), 0)
+    for name, parameter in parameters:
+        counts[name.split(".")[0]] += parameter.numel()
+    assert parameter_counts(model, GENES) == counts
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_parameters_of_variants(changes):
+    model = small(**changes)
+    parts = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in built(model, 37).named_children()
+    }
+    assert list(parameter_counts(model, 37).items()) == list(parts.items())
+
+
+def counted_flops(net, x, mask, *, backward, **options):
+    def matrix_vector(a, _, *args, out_shape=None, **kwargs):
+        return 2 * a[0] * a[1]
+
+    def exact_attention(q, k, v, *args, out_shape=None, **kwargs):
+        return sdpa_flop_count(q, k, v)
+
+    def exact_attention_backward(grad, q, k, v, *args, out_shape=None, **kwargs):
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    # The counter does not know these two operators, nor the name of the CPU's exact attention.
+    aten = torch.ops.aten
+    mapping = {
+        aten.mv: matrix_vector,
+        aten._scaled_dot_product_flash_attention_for_cpu: exact_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: exact_attention_backward,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter:
+        y = net(x, mask, **options)
+        if backward:
+            y.square().sum().backward()
+    parts = {
+        name.split(".")[1]: sum(ops.values())
+        for name, ops in counter.get_flop_counts().items()
+        if name.count(".") == 1
+    }
+    return counter.get_total_flops(), parts
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_flops_equal_those_torch_counts(changes):
+    model, cells = small(**changes), 3
+    net, batch = built(model, 37), inputs(cells, 37)
+    forward = flops_per_cell(model, 37)
+    times = {part: 1 if part == "gene_encoder" else cells for part in forward}
+    total, parts = counted_flops(net, *batch, backward=False)
+    for part in forward:
+        assert parts.get(part, 0) == forward[part] * times[part], part
+    assert total == sum(forward[part] * times[part] for part in forward)
+    both, _ = counted_flops(net, *batch, backward=True)
+    backward = backward_flops_per_cell(model, 37)
+    assert both - total == sum(backward[part] * times[part] for part in backward)
+    assert training_flops_per_cell(model, 37, micro_batch=cells) == pytest.approx(both / cells)
+
+
+@pytest.mark.parametrize(("n_expressed", "n_wanted"), [(7, None), (30, None), (None, 5), (7, 5)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention": "softmax", "decoder": stack(2, 2, 6, 7, 2)},
+        {"qkv_bias": True, "contextual_encoder": "mini", "head": "linear"},
+    ],
+)
+def test_flops_of_fewer_tokens_and_predictions(changes, n_expressed, n_wanted):
+    """Cells with their own number of genes in the large encoder; predictions of some genes."""
+    routing = "top" if n_expressed is None else "expressed"
+    model, cells = small(routing=routing, **changes), 3
+    net, batch = built(model, 37), inputs(cells, 37, n_expressed)
+    positions = None if n_wanted is None else torch.arange(n_wanted).expand(cells, -1)
+    numbers = {"n_expressed": n_expressed, "n_wanted": n_wanted}
+    forward, backward = (
+        count(model, 37, **numbers) for count in (flops_per_cell, backward_flops_per_cell)
+    )
+    times = {part: 1 if part == "gene_encoder" else cells for part in forward}
+    total, parts = counted_flops(net, *batch, backward=False, positions=positions)
+    for part in forward:
+        assert parts.get(part, 0) == forward[part] * times[part], part
+    both, _ = counted_flops(net, *batch, backward=True, positions=positions)
+    assert both - total == sum(backward[part] * times[part] for part in backward)
+    trained = training_flops_per_cell(model, 37, micro_batch=cells, **numbers)
+    assert trained == pytest.approx(both / cells)
+    for performer in net.performers().values():
+        performer.recompute = True
+    again, _ = counted_flops(net, *batch, backward=True, positions=positions)
+    assert again - both == cells * recompute_flops_per_cell(model, 37, **numbers)
+
+
+def test_expressed_genes_count_with_their_routing_alone():
+    for n_expressed, same in ((7, False), (11, True), (99, True), (None, True)):
+        model = small(routing="expressed")
+        costs = [flops_per_cell(m, 37, n_expressed=n_expressed) for m in (model, small())]
+        assert (costs[0] == costs[1]) == same
+        assert costs[1] == flops_per_cell(small(), 37)
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_activation_checkpointing_repeats_the_performer_layers(changes):
+    model = small(**changes)
+    net, batch = built(model, 37), inputs(1, 37)
+    plain, _ = counted_flops(net, *batch, backward=True)
+    for performer in net.performers().values():
+        performer.recompute = True
+    again, _ = counted_flops(net, *batch, backward=True)
+    assert again - plain == recompute_flops_per_cell(model, 37)
+
+
+def test_graph_edges_add_one_sparse_product_each_way():
+    model = small(gene_encoder="graph", gene_encoder_layers=2)
+    extra = 2 * 2 * 100 * model.base_dim
+    for count in (flops_per_cell, backward_flops_per_cell):
+        without, with_edges = count(model, 37), count(model, 37, 100)
+        assert with_edges["gene_encoder"] - without["gene_encoder"] == extra
+        assert {k: v for k, v in with_edges.items() if k != "gene_encoder"} == {
+            k: v for k, v in without.items() if k != "gene_encoder"
+        }
+
+
+def kept_bytes(net, cells, n_genes, n_expressed=None):
+    """Return the bytes of all storages that autograd keeps, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    x, mask = inputs(cells, n_genes, n_expressed)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = net(x, mask)
+        loss = ((y - x).square() * torch.ones_like(mask)).sum()
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("changes", VARIANTS[:-1])
+def test_kept_activations_equal_what_autograd_saves(changes, recompute):
+    model = small(**changes)
+    net = built(model, 37)
+    for performer in net.performers().values():
+        performer.recompute = recompute
+    # The difference of two micro-batches leaves out what is kept once, whatever their size.
+    per_cell = (kept_bytes(net, 6, 37) - kept_bytes(net, 2, 37)) / 4
+    parts = activation_bytes(model, 37, element_bytes=4, recompute=recompute)
+    assert sum(parts.values()) == per_cell
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pad_token": True}, {"attention": "softmax"}, {"contextual_encoder": "large"}],
+)
+def test_kept_activations_of_packed_cells(changes, recompute):
+    """But for the ends of the cells: 4 bytes per encoder that keeps them."""
+    model = small(routing="expressed", **changes)
+    net = built(model, 37)
+    for performer in net.performers().values():
+        performer.recompute = recompute
+    per_cell = (kept_bytes(net, 6, 37, 7) - kept_bytes(net, 2, 37, 7)) / 4
+    parts = activation_bytes(model, 37, element_bytes=4, recompute=recompute, n_expressed=7)
+    assert 0 <= per_cell - sum(parts.values()) <= 8
+
+
+class PeakBytes(TorchDispatchMode):
+    """Tracks the bytes of the tensors that operators make while it is active."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.alive = {t.untyped_storage()._cdata for t in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("cells", [2, 10])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention": "softmax"},
+        {"contextual_encoder": "large", "pad_token": True},
+        {"contextual_encoder": "mini", "gene_encoder": "none"},
+    ],
+)
+def test_predicted_peak_is_near_the_counted_one(changes, cells, recompute):
+    model = small(
+        base_dim=48,
+        large_dim=96,
+        top_seq_len=128,
+        large_encoder=stack(3, 4, 32, 70, 4),
+        mini_encoder=stack(1, 4, 16, 44, 4),
+        decoder=stack(2, 4, 16, 160, 4),
+        **changes,
+    )
+    net, (x, mask) = built(model, 400), inputs(cells, 400)
+    for performer in net.performers().values():
+        performer.recompute = recompute
+    net(x, mask).sum().backward()  # allocates gradients and draws the random features
+    features = [w for performer in net.performers().values() for w in performer.features(x.device)]
+    known = [*net.parameters(), *(p.grad for p in net.parameters()), *features]
+    with PeakBytes(known) as counted:
+        (net(x, mask) - x).square().sum().backward()
+    predicted_peak = peak_activation_bytes(
+        model, 400, micro_batch=cells, element_bytes=4, recompute=recompute
+    )
+    assert predicted_peak == pytest.approx(counted.peak, rel=0.045)
