@@ -1,7 +1,8 @@
 """Stages of `benchmarks/gpu_check.py` about the whole model.
 
 `model` trains the published configuration on random cells with bf16 weights and AdamW, without
-DeepSpeed; `reference` does the same with the released model, imported from a checkout.
+DeepSpeed: predictions at the hidden values, as in training, and for comparison at all genes;
+`reference` does the same with the released model, imported from a checkout.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from torch import Tensor, nn
 from sclong_ds.config import ModelConfig, load_config
 from sclong_ds.costs import training_flops_per_cell
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.model.performer import SelfAttention
 from sclong_ds.model.sclong import ScLong
 
 Row = dict[str, Any]
 PEAK_TFLOPS = 989.0
 """Dense bf16 peak of H100 SXM and H200, from NVIDIA's data sheet."""
 EDGES_PER_GENE = 20
+EXPRESSED, HIDDEN = 0.07, 0.15
+"""Share of a cell's genes that have a count (1,950 of 27,874), and of those the targets."""
 RELEASED_CLASS = "DualEncoderSCFM"
 
 
@@ -49,13 +51,18 @@ def _graph(n_genes: int) -> tuple[np.ndarray, np.ndarray]:
     return edges, rng.random(edges.shape[1], dtype=np.float32)
 
 
-def _batch(b: int, n_genes: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return expression (B, G), 15 % of it non-zero, and the hidden values, 15 % of those."""
+def _batch(b: int, n_genes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return expression (B, G), the genes to hide (B, P) and the same as a mask (B, G).
+
+    Every cell has the same number of expressed genes.
+    """
     generator = torch.Generator(device).manual_seed(1)
-    options = {"generator": generator, "device": device}
-    x = torch.rand(b, n_genes, **options) * 5
-    x = x * (torch.rand(b, n_genes, **options) < 0.15)
-    return x, (x > 0) & (torch.rand(b, n_genes, **options) < 0.15)
+    draw = torch.rand(b, n_genes, generator=generator, device=device)
+    genes = draw.topk(round(EXPRESSED * n_genes), dim=1).indices
+    values = 0.5 + 4 * torch.rand(genes.shape, generator=generator, device=device)
+    positions = genes[:, : max(1, round(HIDDEN * genes.shape[1]))].contiguous()
+    x = torch.zeros_like(draw).scatter_(1, genes, values)
+    return x, positions, torch.zeros_like(x, dtype=torch.bool).scatter_(1, positions, True)
 
 
 def _timed(step: Callable[[], object], device: str, *, steps: int) -> float:
@@ -79,32 +86,69 @@ def _optimizer(net: nn.Module, device: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(net.parameters(), lr=1e-5, fused=device == "cuda")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One way to make a training step."""
+
+    backend: str
+    """`engine.attention_backend`."""
+    cells: int
+    """Micro-batch."""
+    routing: str = "top"
+    """`model.routing`."""
+    all_genes: bool = False
+    """Predict every gene and not the hidden ones alone."""
+    compiled: bool = False
+    """`engine.compile_layers`."""
+
+    def __str__(self) -> str:
+        """Return the case for people."""
+        extras = {"all genes": self.all_genes, "compiled layers": self.compiled}
+        extras["expressed genes only"] = self.routing == "expressed"
+        return " ".join(
+            [f"{self.backend} micro-batch {self.cells}", *(k for k, v in extras.items() if v)]
+        )
+
+
+def cases(*, on_gpu: bool) -> list[Case]:
+    """Return what is measured, in the order of worth."""
+    if not on_gpu:
+        return [
+            Case(backend="torch", cells=1, all_genes=True),
+            Case(backend="torch", cells=2),
+            Case(backend="torch", cells=2, routing="expressed"),
+        ]
+    return [
+        Case(backend="triton", cells=4),
+        Case(backend="triton", cells=1),
+        Case(backend="triton", cells=6),
+        Case(backend="triton", cells=4, routing="expressed"),
+        Case(backend="triton", cells=4, all_genes=True),
+        Case(backend="torch", cells=1, all_genes=True),
+        Case(backend="triton", cells=4, compiled=True),
+    ]
+
+
 def model(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield cells/s, MFU and peak memory: kernels, compiled layers, torch backend."""
+    """Yield cells/s, MFU and peak memory of each case."""
     config, n_genes = _sizes(args)
     graph = _graph(n_genes)
     torch.manual_seed(0)
     with torch.device(args.device):
         net = ScLong(config, n_genes=n_genes, graph=graph, output_mean=1.0)
     net = net.to(torch.bfloat16)
-    layers = [m for m in net.modules() if isinstance(m, SelfAttention)]
     optimizer = _optimizer(net, args.device)
-    batches = (1, 2) if args.tiny else (4, 1, 6)
     on_gpu = args.device == "cuda"
-    runs = [("triton" if on_gpu else "torch", b, False) for b in batches]
-    runs += [("triton", 4, True), ("torch", 1, False)] if on_gpu else []
-    for backend, b, compiled in runs:
-        for layer in layers:
-            layer.backend = backend
-        if compiled:
-            for performer in net.performers().values():
-                for block in performer.layers:
-                    block.compile()
-        row = {"case": f"{backend} micro-batch {b}{' compiled layers' if compiled else ''}"}
+    for case in cases(on_gpu=on_gpu):
+        net.config = replace(config, routing=case.routing)
+        for performer in net.performers().values():
+            performer.compile_layers = case.compiled
+            for layer in performer.layers:
+                layer.attention.backend = case.backend
         try:
-            yield row | _step(net, optimizer, b, config, n_genes, graph, args)
+            yield {"case": str(case)} | _step(net, optimizer, case, n_genes, graph, args)
         except torch.OutOfMemoryError:
-            yield row | {"out_of_memory": True}
+            yield {"case": str(case), "out_of_memory": True}
         if on_gpu:
             optimizer.zero_grad(set_to_none=True)
             gc.collect()
@@ -114,20 +158,24 @@ def model(args: argparse.Namespace) -> Iterator[Row]:
 def _step(
     net: ScLong,
     optimizer: torch.optim.Optimizer,
-    b: int,
-    config: ModelConfig,
+    case: Case,
     n_genes: int,
     graph: tuple[np.ndarray, np.ndarray],
     args: argparse.Namespace,
 ) -> Row:
     """Measure a training step."""
-    x, hidden = _batch(b, n_genes, args.device)
-    x = x.bfloat16()
+    x, positions, hidden = _batch(case.cells, n_genes, args.device)
+    x, true = x.bfloat16(), x.gather(1, positions)
+    n_expressed = round(EXPRESSED * n_genes)
+    lengths = [min(n_expressed, net.config.top_seq_len)] * case.cells
     losses = []
 
     def step() -> None:
-        error = (net(x, hidden).float() - x.float()).square() * hidden
-        loss = error.sum() / hidden.sum()
+        if case.all_genes:
+            predicted = net(x, hidden, lengths=lengths).gather(1, positions)
+        else:
+            predicted = net(x, hidden, positions=positions, lengths=lengths)
+        loss = (predicted.float() - true).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -136,9 +184,16 @@ def _step(
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = _timed(step, args.device, steps=2 if args.tiny else 5)
-    flops = training_flops_per_cell(config, n_genes, graph[0].shape[1], micro_batch=b)
-    row: Row = {"cells_per_s": b / seconds, "step_ms": 1e3 * seconds}
-    row |= {"mfu": flops * b / seconds / 1e12 / PEAK_TFLOPS}
+    flops = training_flops_per_cell(
+        net.config,
+        n_genes,
+        graph[0].shape[1],
+        micro_batch=case.cells,
+        n_expressed=n_expressed,
+        n_wanted=None if case.all_genes else positions.shape[1],
+    )
+    row: Row = {"cells_per_s": case.cells / seconds, "step_ms": 1e3 * seconds}
+    row |= {"mfu": flops * case.cells / seconds / 1e12 / PEAK_TFLOPS}
     row |= {"first_loss": losses[0].item(), "last_loss": losses[-1].item()}
     row["correct"] = bool(torch.stack(losses).isfinite().all())
     if args.device == "cuda":
@@ -159,7 +214,7 @@ def reference(args: argparse.Namespace) -> Iterator[Row]:
         net = found(**arguments, gene2vec_file=str(vectors)).to(args.device)
     optimizer = _optimizer(net, args.device)
     for b in (1, 2) if args.tiny else (1, 4):
-        x, hidden = _batch(b, n_genes, args.device)
+        x, _, hidden = _batch(b, n_genes, args.device)
         x = nn.functional.pad(x.masked_fill(hidden, -10.0), (0, 1))
 
         def step(x: Tensor = x) -> None:

@@ -1,9 +1,9 @@
 """Predicted memory of one rank: model states by ZeRO stage, DeepSpeed's buffers, activations.
 
-Model states follow Rajbhandari et al., arXiv:1910.02054, section 3, with fp32 Adam; the buffers are
-those that DeepSpeed 0.19 allocates. The peak is the backward pass of a micro-batch, or the step of
-the optimizer with its fp32 gradients if that is higher. A prediction: nothing here was measured on
-a GPU. `python -m sclong_ds plan` prints it.
+Model states follow Rajbhandari et al., arXiv:1910.02054, section 3, with Adam and the sums of
+gradients in fp32; the buffers are those that DeepSpeed 0.19 allocates. The peak is the backward
+pass of a micro-batch, or the step of the optimizer with its fp32 gradients if that is higher. A
+prediction: nothing here was measured on a GPU. `python -m sclong_ds plan` prints it.
 """
 
 from __future__ import annotations
@@ -135,10 +135,11 @@ def memory_per_rank(
     # A CPU gives untouched pages no memory; a GPU gives a bucket its whole size.
     bucket = min(zero.reduce_bucket, total) if setup.on_cpu else zero.reduce_bucket
     group = min(share, zero.sub_group) if third else share
-    gradients = e * share
+    # Micro-steps add up in fp32, whatever the model's precision.
+    gradients = 4 * share
     return Memory(
         weights=e * ((0 if params_to_host else share) + resident if third else total),
-        gradients=e * total if zero.stage == 1 else 0 if to_host else gradients,
+        gradients=4 * total if zero.stage == 1 else 0 if to_host else gradients,
         # Stage 3 in fp32 updates the weights themselves; the other stages copy them.
         master_weights=0 if to_host or (third and e == 4) else 4 * share,
         adam_moments=0 if to_host else 8 * share,
@@ -155,8 +156,8 @@ def memory_per_rank(
             recompute=recompute,
             n_expressed=setup.n_expressed,
         ),
-        # One group's gradients flattened, and their fp32 copy.
-        optimizer_step=0 if to_host else group * (6 if e == 2 else 4),
+        # One group's gradients, flattened.
+        optimizer_step=0 if to_host else 4 * group,
         offloaded=(to_host * (12 + 4) * share) + to_host * gradients + params_to_host * e * share,
     )
 

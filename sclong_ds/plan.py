@@ -30,11 +30,14 @@ from sclong_ds.costs import (
 from sclong_ds.devices import DEVICES, GIB, Device, find_device
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
+from sclong_ds.masking import target_count
 from sclong_ds.memory import Setup, Zero, largest_micro_batch, memory_per_rank, zero_settings
 from sclong_ds.store import Corpus
 
 SCLONG_CELLS = 48_024_242
 """Cells of the scLong corpus: an epoch when neither --cells nor data.corpus says otherwise."""
+SCLONG_EXPRESSED = 1_800
+"""Expressed genes of a typical cell, when there is no data.corpus."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,8 @@ class Workload:
     """Edges of the gene graph; 0 without one."""
     cells: int
     """Training cells of one epoch."""
+    n_expressed: int
+    """Expressed genes of a cell, on average."""
 
 
 def make_plan(
@@ -84,14 +89,16 @@ def make_plan(
             f"model.top_seq_len: got {model.top_seq_len}, must be below the number of genes {genes}"
         )
     device = find_device(site.device, ranks_per_node=site.gpus_per_node)
-    setup = Setup(site.nodes * site.gpus_per_node, site.device == "cpu", genes, work.n_edges)
+    setup = Setup(
+        site.nodes * site.gpus_per_node, site.device == "cpu", genes, work.n_edges, work.n_expressed
+    )
     zero = zero_settings(ds_config)
     parameters = _with_total(parameter_counts(model, genes))
-    recomputes = config.engine.activation_checkpointing
+    recomputes, cell = config.engine.activation_checkpointing, _cell(config, work)
     flops = {
-        "forward": _with_total(flops_per_cell(model, genes, work.n_edges)),
-        "backward": _with_total(backward_flops_per_cell(model, genes, work.n_edges)),
-        "recompute": recompute_flops_per_cell(model, genes) if recomputes else 0,
+        "forward": _with_total(flops_per_cell(model, genes, work.n_edges, **cell)),
+        "backward": _with_total(backward_flops_per_cell(model, genes, work.n_edges, **cell)),
+        "recompute": recompute_flops_per_cell(model, genes, **cell) if recomputes else 0,
     }
     batch = [key for key in ds_config if "batch_size" in key or "accumulation" in key]
     return {
@@ -107,6 +114,12 @@ def make_plan(
         "time": _time_plan(config, device, site, work),
         "checkpoint": _checkpoint_plan(config, zero, parameters["total"]),
     }
+
+
+def _cell(config: RunConfig, work: Workload) -> dict[str, int]:
+    """Return expressed and predicted genes of an average cell."""
+    wanted = target_count(work.n_expressed, config.objective)
+    return {"n_expressed": work.n_expressed, "n_wanted": wanted}
 
 
 def _with_total(parts: dict[str, int]) -> dict[str, int]:
@@ -128,7 +141,13 @@ def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) ->
         fits = largest_micro_batch(
             model, other, setup, usable_bytes=usable, element_bytes=e, recompute=recompute
         )
-        kept = activation_bytes(model, setup.n_genes, element_bytes=e, recompute=recompute)
+        kept = activation_bytes(
+            model,
+            setup.n_genes,
+            element_bytes=e,
+            recompute=recompute,
+            n_expressed=setup.n_expressed,
+        )
         cells = engine.train_batch_size // setup.world_size
         return {
             "stage": stage,
@@ -158,7 +177,9 @@ def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) ->
     """Predict rates and times at the stated utilisation."""
     engine, cells = config.engine, work.cells
     micro = engine.train_micro_batch_size_per_gpu
-    flops = training_flops_per_cell(config.model, work.n_genes, work.n_edges, micro_batch=micro)
+    flops = training_flops_per_cell(
+        config.model, work.n_genes, work.n_edges, micro_batch=micro, **_cell(config, work)
+    )
     per_rank = device.flops_per_s(engine.precision) * site.mfu / flops
     all_ranks = per_rank * site.nodes * site.gpus_per_node
     run_cells = config.run.max_steps * engine.train_batch_size
@@ -336,7 +357,10 @@ def _workload(config: RunConfig, cells: int | None) -> Workload:
     graph = config.model.gene_graph
     n_edges = len(read_gene_graph(graph, genes_hash=genes.hash)[1]) if graph else 0
     known = len(corpus.splits["train"]) if corpus else SCLONG_CELLS
-    return Workload(n_genes=len(genes), n_edges=n_edges, cells=cells or known)
+    expressed = round(corpus.cells.n_values / len(corpus)) if corpus else SCLONG_EXPRESSED
+    return Workload(
+        n_genes=len(genes), n_edges=n_edges, cells=cells or known, n_expressed=expressed
+    )
 
 
 def _positive(text: str) -> int:
