@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -264,6 +264,7 @@ def first_state(
         genes_hash=corpus.genes.hash,
         graph_hash=hash_of(config.model.gene_graph),
         features_hash=hash_of(config.model.random_features_file),
+        weights_hash=hash_of(config.data.dataset_weights),
     )
 
 
@@ -355,14 +356,20 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     """Lock the run folder, resume, write what the run consists of, start the tracker."""
     run_dir = run.run_dir
     on_first_rank(lambda: claim_run_folder(run))
-    found = checkpoint.load(run.engine, run_dir / "checkpoints", expected=run.state)
+    found = checkpoint.load(
+        run.engine,
+        run_dir / "checkpoints",
+        expected=run.state,
+        accept=lambda state: refuse_other_inputs(run_dir, state, run.state),
+    )
     if found is not None:
-        refuse_other_inputs(run_dir, found.state, run.state)
         run.state, run.last_checkpoint = found.state, found.name
         step, window = run.state.step, run.config.run.spike_window
-        run.guard.restore(
-            on_first_rank(lambda: history_of(read_metrics(run_dir), step=step, spike_window=window))
+        history = on_first_rank(
+            lambda: history_of(read_metrics(run_dir), step=step, spike_window=window)
         )
+        # The rows of the last steps may be lost with a machine; the checkpoint is not.
+        run.guard.restore(replace(history, skipped=run.state.skipped_steps))
     on_first_rank(lambda: write_inputs(run, ds_config))
     run.tracker.start(
         params={"world_size": run.ranks.world_size, "parameters": count_parameters(run.model)},

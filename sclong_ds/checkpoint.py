@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
@@ -219,7 +219,9 @@ def _writing_with(engine: Any) -> Iterator[_Writer]:
         del engine._copy_recovery_script
 
 
-def load(engine: Any, folder: Path, *, expected: TrainState) -> Loaded | None:
+def load(
+    engine: Any, folder: Path, *, expected: TrainState, accept: Callable[[TrainState], None]
+) -> Loaded | None:
     """Load the newest good checkpoint of a run; every rank must call it.
 
     One that another number of ranks saved is converted.
@@ -228,6 +230,8 @@ def load(engine: Any, folder: Path, *, expected: TrainState) -> Loaded | None:
         engine: The DeepSpeed engine, freshly initialised.
         folder: The run's `checkpoints` folder.
         expected: What this run would start from; stage and precision must agree.
+        accept: Called with the checkpoint's state before anything is loaded; it raises ValueError
+            when the run cannot go on from there.
 
     Returns:
         What was loaded, or None when there is no checkpoint.
@@ -247,6 +251,7 @@ def load(engine: Any, folder: Path, *, expected: TrainState) -> Loaded | None:
             f"this run has stage {expected.zero_stage} in {expected.precision}: "
             f"set engine.ds_config and engine.precision back, or use a new run.dir"
         )
+    accept(state)
     with _quiet():
         if state.world_size == dist.get_world_size():
             path, _ = engine.load_checkpoint(str(folder), tag=name)

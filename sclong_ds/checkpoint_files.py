@@ -11,6 +11,7 @@ gene_graph.npz, random_features.safetensors), state.json (position of the run) a
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -22,6 +23,8 @@ from typing import IO
 
 from sclong_ds.files import write_atomic
 
+log = logging.getLogger(__name__)
+
 BEST = "best.json"
 MANIFEST = "manifest.json"
 
@@ -31,7 +34,7 @@ class TrainState:
     """Where a run is, and on what; everything but weights and optimizer moments."""
 
     step: int
-    """Optimizer steps applied."""
+    """Optimizer steps made, skipped ones included."""
     cells_seen: int
     """Position in the stream of cells."""
     world_size: int
@@ -50,6 +53,10 @@ class TrainState:
     """SHA-256 of the gene graph file."""
     features_hash: str | None
     """SHA-256 of the file of random features."""
+    weights_hash: str | None = None
+    """SHA-256 of `data.dataset_weights`."""
+    skipped_steps: int = 0
+    """Steps that were not applied because something was not finite."""
 
 
 class ChecksummedFile:
@@ -107,7 +114,18 @@ def remove_unfinished(folder: Path) -> None:
         folder: The run's `checkpoints` folder.
     """
     for unfinished in folder.glob("step_*.partial"):
-        shutil.rmtree(unfinished)
+        _remove(unfinished)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a folder; one that something still uses, as NFS shows it, is left for the next time.
+
+    What is on its way out must not make the saving of a new checkpoint fail.
+    """
+    try:
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", checkpoint, error)
 
 
 def damage(checkpoint: Path, *, part: int = 0, parts: int = 1) -> str | None:
@@ -241,7 +259,7 @@ def prune(folder: Path, *, keep_last: int, keep_every_n_steps: int | None, keep_
     """
     for old in _unwanted(folder, keep_last, keep_every_n_steps, keep_best):
         # A kill in the middle must not leave what looks like a damaged checkpoint.
-        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+        _remove(old.rename(old.with_name(f"{old.name}.partial")))
 
 
 def _unwanted(folder: Path, keep_last: int, every: int | None, keep_best: bool) -> Iterator[Path]:

@@ -137,8 +137,12 @@ class LoaderThreads:
         for _ in range(_GROUPS_IN_MEMORY):
             self._free_groups.put(_GroupBuffers(empty_bytes(group_bytes), empty_bytes(group_bytes)))
         self._micro_batches = plan.batch // (plan.micro * plan.world_size)
-        for _ in range(plan.prefetch_batches + 2 if plan.prefetch_batches else 1):
-            self._free_steps.put([Buffer(plan.allocate) for _ in range(self._micro_batches)])
+        self._buffers = [
+            [Buffer(plan.allocate) for _ in range(self._micro_batches)]
+            for _ in range(plan.prefetch_batches + 2 if plan.prefetch_batches else 1)
+        ]
+        for buffers in self._buffers:
+            self._free_steps.put(buffers)
         self._assembled = self._assemble_steps()
         works: list[tuple[str, Callable[[], None], queue.SimpleQueue[Any]]] = [
             ("cells-read", self._read_groups, self._groups)
@@ -270,6 +274,10 @@ class LoaderThreads:
             self.reading = None
 
     def _assemble_ahead(self) -> None:
+        if self._plan.output in ("dense", "dense_norm"):
+            # Memory comes with the first touch, which takes longer than a batch: before the first.
+            for buffer in (b for buffers in self._buffers for b in buffers):
+                buffer.reserve(4 * self._plan.micro * self._plan.corpus.n_genes).fill(0)
         for item in self._assembled:
             self._steps.put(item)
 

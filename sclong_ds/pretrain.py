@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,9 +49,13 @@ from sclong_ds.run_checks import check_inputs
 from sclong_ds.sampling import weights_of
 from sclong_ds.signals import STOP_STATUS, StopRequest
 from sclong_ds.step_timer import StepTimer
-from sclong_ds.validation import validate, validation_is_due
+from sclong_ds.validation import sum_or_raise, validate, validation_is_due
 
 log = logging.getLogger("sclong_ds.pretrain")
+
+PATIENCE = 4
+"""Saving may take this many times engine.timeout_s. Collectives wait twice as long: the watchdog,
+which names the slow rank, must come first."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_inputs(config)
         stop = StopRequest()
         quiet_deepspeed()
-        ranks = join_process_group(timeout_s=2 * config.engine.timeout_s)
+        ranks = join_process_group(timeout_s=2 * PATIENCE * config.engine.timeout_s)
         level = logging.INFO if ranks.rank == 0 else logging.WARNING
         logging.basicConfig(
             level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
@@ -100,14 +105,15 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
     progress = Progress(run)
     try:
         with run.watchdog, open_loader(run) as loader:
-            if validation_is_due(run):
-                validate(run)
+            if validation_is_due(run) and not validate(run):
+                outcome = "KILLED"
+                return stop_early(run)
             while run.state.step < config.run.max_steps:
                 run.watchdog.beat(run.state.step + 1, "data", reading=loader.reading)
                 started, waited = time.perf_counter(), loader.waited_s
-                batch = next(loader)
+                batch, n_targets = next_batch(run, loader)
                 with profiled(run):
-                    figures = train_step(run, batch)
+                    figures = train_step(run, batch, n_targets)
                 if figures is None:
                     outcome = "KILLED"
                     return stop_early(run)
@@ -115,8 +121,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
                 record_step(run, figures, step_s=time.perf_counter() - started)
                 progress.show(figures)
                 done = run.state.step == config.run.max_steps
-                if validation_is_due(run) or done:
-                    validate(run)
+                if validation_is_due(run) and not validate(run):
+                    outcome = "KILLED"
+                    return stop_early(run)
                 if run.state.step % config.checkpoint.every_n_steps == 0 or done:
                     save(run, must=done)
         outcome = "FINISHED"
@@ -133,7 +140,29 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         run.tracker.finish(outcome)
 
 
-def train_step(run: Run, batch: StepBatch) -> dict[str, float] | None:
+def next_batch(run: Run, loader: CellLoader) -> tuple[StepBatch, int]:
+    """Return this rank's part of the next step, and the targets of the whole.
+
+    Raises:
+        ValueError: What a rank could not read, on all ranks: the others would wait for it.
+    """
+    batch, problem, mine, skipped = None, None, 0, 0
+    try:
+        batch = next(loader)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    else:
+        mine = sum(int(b.extra.targets.n_targets.sum()) for b in batch.micro_batches)
+        skipped = batch.skipped
+    # From here on a rank waits for the others; one that still reads is in an earlier phase.
+    run.watchdog.beat(run.state.step + 1, "targets")
+    n_targets, n_skipped = sum_or_raise(run.ranks, mine, skipped, problem=problem)
+    assert batch is not None
+    run.skipped_cells += n_skipped
+    return batch, n_targets
+
+
+def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] | None:
     """Do one optimizer step; returns its figures, or None when asked to stop before its end."""
     config, engine, step = run.config, run.engine, run.state.step + 1
     timer = StepTimer(run.ranks.device)
@@ -142,8 +171,6 @@ def train_step(run: Run, batch: StepBatch) -> dict[str, float] | None:
     # The loss is the mean over the targets of the global batch, whatever the number of ranks,
     # micro-batches and targets of a cell. DeepSpeed averages over ranks and micro-batches; the
     # weight undoes that.
-    mine = sum(int(b.extra.targets.n_targets.sum()) for b in batch.micro_batches)
-    n_targets, n_skipped = sum_over_ranks(run.ranks, mine, batch.skipped)
     weight = run.ranks.world_size * len(batch.micro_batches) / max(n_targets, 1)
     squared_error = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
     for micro_batch in batch.micro_batches:
@@ -176,9 +203,15 @@ def train_step(run: Run, batch: StepBatch) -> dict[str, float] | None:
         "train/lr": lr,
     }
     judge(run, batch, figures)
-    run.state = replace(run.state, step=step, cells_seen=run.state.cells_seen + len(batch.cell_ids))
-    run.skipped_cells += n_skipped
+    run.state = replace(
+        run.state,
+        step=step,
+        cells_seen=run.state.cells_seen + len(batch.cell_ids),
+        skipped_steps=run.guard.skipped,
+    )
     figures |= {"train/n_targets": n_targets, SKIPPED_METRIC: run.guard.skipped}
+    # Equal in two runs whose step had the same cells in the same order.
+    figures["data/cells_crc32"] = zlib.crc32(batch.cell_ids.astype("<i8").tobytes())
     return figures | {f"perf/{name}_s": seconds for name, seconds in timer.seconds().items()}
 
 
@@ -188,24 +221,24 @@ def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
     Raises:
         ValueError: Too many steps in a row were not finite.
     """
-    step = run.state.step + 1
-    verdict = run.guard.judge(
-        figures["train/loss"],
-        grad_norm=figures["train/grad_norm"],
-        applied=run.engine.was_step_applied(),
-        step=step,
-        cells=batch.cell_ids.tolist(),
-        last_checkpoint=run.last_checkpoint,
-    )
+    step, applied = run.state.step + 1, run.engine.was_step_applied()
+    loss, grad_norm = figures["train/loss"], figures["train/grad_norm"]
+    cells = batch.cell_ids.tolist()
+
+    def record(event: str) -> None:
+        run.tracker.event(event, step=step, loss=loss, grad_norm=grad_norm, cell_ids=cells)
+
+    try:
+        verdict = run.guard.judge(
+            loss, grad_norm=grad_norm, applied=applied, step=step, cells=cells,
+            last_checkpoint=run.last_checkpoint,
+        )  # fmt: skip
+    except ValueError:
+        record("spoilt_step" if applied else "skipped_step")
+        raise
     if verdict.kind != "ok":
         log.warning("%s", verdict.text)
-        run.tracker.event(
-            "spike" if verdict.kind == "spike" else "skipped_step",
-            step=step,
-            loss=figures["train/loss"],
-            grad_norm=figures["train/grad_norm"],
-            cell_ids=batch.cell_ids.tolist(),
-        )
+        record("spike" if verdict.kind == "spike" else "skipped_step")
 
 
 def any_rank_must_stop(run: Run) -> bool:
@@ -216,7 +249,7 @@ def any_rank_must_stop(run: Run) -> bool:
 def stop_early(run: Run) -> int:
     """Save the last finished step and return the status that asks for a restart."""
     step = run.state.step
-    if step and not (run.run_dir / "checkpoints" / name_of(step)).exists():
+    if step and run.last_checkpoint != name_of(step):
         save(run, must=True)
     run.tracker.event("signal", step=step, reason=run.stop.reason() or "another rank")
     log.info("stopped after step %d; start the same command again to go on", step)
@@ -261,7 +294,7 @@ def save(run: Run, *, must: bool) -> None:
         SaveError: The run cannot go on without the checkpoint.
     """
     settings, step = run.config.checkpoint, run.state.step
-    run.watchdog.beat(step, "checkpoint", patience=4)
+    run.watchdog.beat(step, "checkpoint", patience=PATIENCE)
     names = ("config.yaml", "genes.tsv", GRAPH, FEATURES)
     try:
         saved = checkpoint.save(

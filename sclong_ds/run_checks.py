@@ -62,7 +62,10 @@ def refuse_changes(saved: Path, config: RunConfig) -> None:
         return
     before, now = read_yaml(saved), to_dict(config)
     free = {f"model.{key}" for key in ("gene_graph", "gene_vectors", "random_features_file")}
-    free |= {f"data.{key}" for key in ("corpus", "cache_dir", "prefetch_batches", "on_damage")}
+    free |= {
+        f"data.{key}"
+        for key in ("corpus", "dataset_weights", "cache_dir", "prefetch_batches", "on_damage")
+    }
     lines = [
         f"{section}.{key}: {before[section].get(key)!r} -> {value!r}"
         for section in ("model", "data")
@@ -110,11 +113,13 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
     Raises:
         ValueError: What differs.
     """
-    names = ("seed", "corpus_hash", "genes_hash", "graph_hash", "features_hash")
+    names = (
+        "seed", "corpus_hash", "genes_hash", "graph_hash", "features_hash", "weights_hash"
+    )  # fmt: skip
     changed = [n for n in names if getattr(found, n) != getattr(now, n)]
     if changed:
         raise ValueError(
             f"run.dir={run_dir}: cannot resume, {', '.join(changed)} differ from the "
-            f"checkpoint's; use the same corpus, gene graph, random features and run.seed, or a "
-            f"new run.dir"
+            f"checkpoint's; use the same corpus, gene graph, random features, dataset weights and "
+            f"run.seed, or a new run.dir"
         )

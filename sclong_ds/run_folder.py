@@ -49,8 +49,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._metrics = _open_lines(path / METRICS_FILE)
-        self._events = _open_lines(path / EVENTS_FILE)
+        self._metrics = _Lines(path / METRICS_FILE)
+        self._events = _Lines(path / EVENTS_FILE)
 
     def __enter__(self) -> Self:
         return self
@@ -77,13 +77,13 @@ class RunFolder:
             row[name] = number if math.isfinite(number) else None
             if row[name] is None:
                 odd[name] = str(number)
-        _append(self._metrics, row | {"time": time.time()})
+        self._metrics.append(row | {"time": time.time()})
         if odd:
             self.append_event("non_finite", step=step, values=odd)
 
     def append_event(self, name: str, *, step: int, **fields: object) -> None:
         """Write one row of events.jsonl: time, event name, step and any further fields."""
-        _append(self._events, {"time": time.time(), "event": name, "step": int(step), **fields})
+        self._events.append({"time": time.time(), "event": name, "step": int(step), **fields})
 
     def close(self) -> None:
         """Close both files; closing twice is allowed."""
@@ -215,9 +215,26 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _append(file: BinaryIO, row: Mapping[str, object]) -> None:
-    file.write(json.dumps(_plain(row), allow_nan=False).encode() + b"\n")
-    file.flush()
+class _Lines:
+    """Appends lines to a file; what a full disk refuses waits in memory for the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._path, self._waiting = _open_lines(path), path, b""
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Write one line and hand it to the operating system."""
+        had_waited = bool(self._waiting)
+        self._waiting += json.dumps(_plain(row), allow_nan=False).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not had_waited:
+                log.error("%s: %s; its lines wait in memory until there is room", self._path, error)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def _plain(value: object) -> object:
@@ -242,7 +259,7 @@ def _open_lines(path: Path) -> BinaryIO:
         if whole < len(data):
             os.truncate(path, whole)
             log.warning("%s: dropped an unfinished last line (%d bytes)", path, len(data) - whole)
-    return path.open("ab")
+    return path.open("ab", buffering=0)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

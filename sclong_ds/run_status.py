@@ -275,7 +275,7 @@ def _state(record: dict[str, Any], ranks: tuple[RankStatus, ...], error: str | N
     if error:
         return "hung"
     state = _STATES.get(str(record.get("status")), "running")
-    if state == "running" and ranks and all(rank.state != "alive" for rank in ranks):
+    if state == "running" and ranks and all(rank.state == "silent" for rank in ranks):
         return "lost"
     return state
 

@@ -32,8 +32,8 @@ def weights_of(data: DataConfig, corpus: Corpus) -> NDArray[np.int64] | None:
         groups = ids if data.balance_by == "dataset" else [d.tissue for d in corpus.datasets]
         if not any(groups):
             raise ValueError(
-                f"data.balance_by={data.balance_by}: no dataset of {corpus.path} names its tissue; "
-                f"add a tissue column to the manifest and finalize again, or use dataset"
+                f"data.balance_by={data.balance_by}: no dataset of {corpus.location} names its "
+                f"tissue; add a tissue column to the manifest and finalize again, or use dataset"
             )
         return dataset_weights(
             n_cells, groups, exponent=data.balance_exponent, max_repeats=data.max_repeats
@@ -43,7 +43,8 @@ def weights_of(data: DataConfig, corpus: Corpus) -> NDArray[np.int64] | None:
     weights = explicit_weights(
         read_weights(Path(data.dataset_weights)), dataset_ids=ids, n_cells=n_cells
     )
-    most = int(np.argmax(weights))
+    # A dataset without training cells may have any weight.
+    most = int(np.argmax(np.where(n_cells, weights, 0)))
     if weights[most] > data.max_repeats * ONE:
         raise ValueError(
             f"data.dataset_weights={data.dataset_weights}: a cell of {ids[most]} would be visited "

@@ -9,17 +9,21 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds import checkpoint
 from sclong_ds.build import Run
+from sclong_ds.checkpoint_files import name_of, record_best
 from sclong_ds.data import CellBatch
-from sclong_ds.engine import sum_over_ranks
+from sclong_ds.engine import Ranks, sum_over_ranks
 from sclong_ds.masking import VALIDATION_EPOCH
 from sclong_ds.metrics import MaskedMetrics, routed_large
 from sclong_ds.objective import MaskedBatch, masked_batch
 from sclong_ds.plots import prediction_density_figure
 from sclong_ds.preparation import prepare
+from sclong_ds.store import DamagedChunk
+from sclong_ds.streams import encode
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
@@ -28,22 +32,47 @@ DENSITY_VALUES = 20_000
 """Points of the predicted-against-true picture."""
 
 
+def sum_or_raise(ranks: Ranks, *values: int, problem: str | None) -> list[int]:
+    """Return sums of integers over the ranks, unless one of them has a problem.
+
+    Every rank must call it with as many values. A rank that gave up alone would leave the others
+    waiting for it.
+
+    Args:
+        ranks: The ranks.
+        values: This rank's numbers.
+        problem: What this rank could not do; None: nothing.
+
+    Raises:
+        ValueError: The problem of the first rank that has one, on all ranks.
+    """
+    *sums, failed = sum_over_ranks(ranks, *values, problem is not None)
+    if failed:
+        everyone: list[str | None] = [None] * ranks.world_size
+        dist.all_gather_object(everyone, problem)
+        rank, text = next((r, text) for r, text in enumerate(everyone) if text is not None)
+        raise ValueError(text if ranks.world_size == 1 else f"rank {rank}: {text}")
+    return sums
+
+
 def validation_is_due(run: Run) -> bool:
     """Tell whether the current step is one to validate at; also true for a run resumed there."""
-    every = run.config.run.validate_every_n_steps
-    return bool(every) and run.state.step % every == 0
+    every, last = run.config.run.validate_every_n_steps, run.config.run.max_steps
+    return bool(every) and (run.state.step % every == 0 or run.state.step == last)
 
 
 @torch.no_grad()
-def validate(run: Run) -> None:
+def validate(run: Run) -> bool:
     """Score the first cells of the validation split and log the figures.
 
-    Gives up without figures when asked to stop; a run resumed at this step validates again.
+    Returns:
+        False when a rank was asked to stop: there are no figures, and a run resumed at this step
+        validates again.
     """
     cells = run.corpus.splits["validation"]
     rows = np.arange(cells.start, cells.stop)[: run.config.run.validation_cells]
     if len(rows) == 0 or run.config.run.validate_every_n_steps == 0:
-        return
+        return True
     started = time.perf_counter()
     run.engine.eval()
     run.model.redraw_features(checkpoint.redraw_index(run.config, run.state.step))
@@ -52,7 +81,7 @@ def validate(run: Run) -> None:
     for masked, predicted in _predictions(run, rows):
         if predicted is None:
             run.engine.train()
-            return
+            return False
         metrics.add(predicted, masked.true, masked.valid, masked.positions, _in_large(run, masked))
         if sum(len(pair) for pair in pairs) < DENSITY_VALUES:
             shown = masked.valid & (masked.true > 0)
@@ -68,7 +97,12 @@ def validate(run: Run) -> None:
     if run.ranks.rank == 0 and pairs:
         predicted, true = torch.cat(pairs)[:DENSITY_VALUES].numpy().T
         if len(true):
-            run.tracker.figure("predicted_vs_true", prediction_density_figure(predicted, true))
+            try:
+                run.tracker.figure("predicted_vs_true", prediction_density_figure(predicted, true))
+            except OSError as error:
+                # A full disk, on this rank alone.
+                log.error("the picture of the validation is not written: %s", error)
+    return True
 
 
 def _predictions(run: Run, rows: np.ndarray) -> Iterator[tuple[MaskedBatch, Tensor | None]]:
@@ -78,12 +112,15 @@ def _predictions(run: Run, rows: np.ndarray) -> Iterator[tuple[MaskedBatch, Tens
     """
     size, stride = run.config.engine.train_micro_batch_size_per_gpu, run.ranks.world_size
     for start in range(0, len(rows), size * stride):
-        run.watchdog.beat(run.state.step, "validation")
-        stop = bool(sum_over_ranks(run.ranks, int(run.stop.reason() is not None))[0])
+        run.watchdog.beat(run.state.step, "validation: data")
         mine = rows[start : start + size * stride][run.ranks.rank * size :][:size]
         # Every rank makes the same number of forward passes, or ZeRO-3 hangs: a rank without cells
         # scores none of row 0.
-        masked, lengths = _masked(run, mine if len(mine) else rows[:1])
+        cells, problem = _read(run, mine if len(mine) else rows[:1])
+        run.watchdog.beat(run.state.step, "validation")
+        stop = sum_or_raise(run.ranks, run.stop.reason() is not None, problem=problem)[0]
+        assert cells is not None
+        masked, lengths = _masked(run, cells)
         if stop:
             yield masked, None
             return
@@ -92,16 +129,28 @@ def _predictions(run: Run, rows: np.ndarray) -> Iterator[tuple[MaskedBatch, Tens
             yield masked, predicted
 
 
-def _masked(run: Run, rows: np.ndarray) -> tuple[MaskedBatch, list[int] | None]:
-    """Read cells, draw their targets and bring both to the device."""
-    n_genes = run.corpus.n_genes
-    cells = run.corpus.packed_rows(rows)
+def _read(run: Run, rows: np.ndarray) -> tuple[CellBatch | None, str | None]:
+    """Read cells, or say why they cannot be read; damaged ones may be without counts."""
     epochs, passes = np.full(len(rows), VALIDATION_EPOCH), np.zeros(len(rows), dtype=np.int64)
-    prepared = prepare(CellBatch(cells, rows, epochs, passes), config=run.config, n_genes=n_genes)
+    try:
+        cells = run.corpus.packed_rows(rows)
+    except DamagedChunk as error:
+        if run.config.data.on_damage == "stop":
+            return None, str(error)
+        log.warning("%s. Validation leaves out the cells read with it", error)
+        cells = encode(csr_matrix((len(rows), run.corpus.n_genes), dtype=np.uint32))
+    except (ValueError, OSError) as error:
+        return None, str(error)
+    return CellBatch(cells, rows, epochs, passes), None
+
+
+def _masked(run: Run, batch: CellBatch) -> tuple[MaskedBatch, list[int] | None]:
+    """Draw the targets of cells and bring both to the device."""
+    prepared = prepare(batch, config=run.config, n_genes=run.corpus.n_genes)
     masked = masked_batch(
-        cells,
+        batch.counts,
         prepared.targets,
-        n_genes=n_genes,
+        n_genes=run.corpus.n_genes,
         target_sum=run.config.data.target_sum,
         device=run.ranks.device,
     )
@@ -132,6 +181,9 @@ def _record(run: Run, figures: dict[str, float]) -> None:
         log.info("step %d validation: none of the cells has a target", step)
         return
     run.validated = (step, mse)
+    if run.ranks.rank == 0 and run.last_checkpoint == name_of(step):
+        # A run that was stopped before it validated at this step, and goes on from there.
+        record_best(run.run_dir / "checkpoints", name_of(step), mse)
     run.tracker.event("validation", step=step, mse=mse)
     log.info(
         "step %d validation on %d cells: masked MSE %.4f, "

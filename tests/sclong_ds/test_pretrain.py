@@ -1,4 +1,7 @@
-"""Real training runs: ZeRO-3 ranks on the CPU, stopped, killed, resumed, refused."""
+"""Real training runs: ZeRO-3 ranks on the CPU, stopped, resumed, refused.
+
+What a run survives beyond that is in `test_survival.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ import torch
 from launching import ROOT, deepspeed_command, environment, run_module
 from safetensors.numpy import load_file
 
+from benchmarks.random_kills import last_step, openings, train
 from sclong_ds.config import load_config
 from sclong_ds.model.performer import drawn_features
-from sclong_ds.run_folder import read_events, read_metrics
+from sclong_ds.run_folder import read_metrics
+from sclong_ds.signals import lock_run_folder
 
 pytestmark = pytest.mark.distributed
 STEPS = 60
@@ -50,16 +55,25 @@ def finish(process, expected=0):
     return output
 
 
+def run_ranks(ranks, args, run_dir):
+    """Train on some ranks, without the time that a launcher takes."""
+    train(["-m", "sclong_ds.pretrain", *args], n_ranks=ranks, log=run_dir.with_suffix(".log"))
+
+
 def losses(run_dir):
     return {int(r["step"]): r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r}
 
 
+def cells(run_dir):
+    rows = read_metrics(run_dir)
+    return [r["data/cells_crc32"] for r in rows if "data/cells_crc32" in r]
+
+
 def wait_for_step(run_dir, step, process):
     deadline = time.monotonic() + 300
-    path = run_dir / "metrics.jsonl"
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0][-6000:]
-        if path.exists() and len(path.read_bytes().splitlines()) > step:
+        if last_step(run_dir) >= step:
             return
         time.sleep(0.02)
     pytest.fail(f"step {step} was not reached")
@@ -75,7 +89,7 @@ def weights(run_dir, tmp_path):
 def straight(tmp_path_factory, small_corpus, small_graph) -> Path:
     """An uninterrupted run on two ranks."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    finish(launch(2, settings(run_dir, small_corpus, small_graph)))
+    run_ranks(2, settings(run_dir, small_corpus, small_graph), run_dir)
     return run_dir
 
 
@@ -111,85 +125,70 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("who", ["everyone", "launcher", "outer launcher"])
-def test_stopped_and_resumed_equals_straight_through(
-    straight, small_corpus, small_graph, tmp_path, who
-):
-    args = settings(tmp_path / "run", small_corpus, small_graph)
-    process = launch(2, args)
-    wait_for_step(tmp_path / "run", 10, process)
-    if who == "everyone":
+def stop(how, process):
+    """Interrupt a run that the launcher has started; returns its exit status."""
+    launcher = psutil.Process(process.pid)
+    ranks = launcher.children()[0].children()
+    if how == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)
-    elif who == "launcher":
-        psutil.Process(process.pid).children()[0].terminate()
-    else:
+    elif how == "ranks":
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+    elif how == "launcher":
+        launcher.children()[0].terminate()
+    elif how == "outer launcher":
         # Kills only the outer `deepspeed` process; the ranks notice that it is gone.
-        process.terminate()
+        launcher.terminate()
+    else:
+        ranks[-1].kill()
     process.communicate(timeout=300)
-    deadline = time.monotonic() + 60
-    while (
-        not (tmp_path / "run" / "checkpoints" / "latest").exists() and time.monotonic() < deadline
-    ):
-        time.sleep(0.1)
-    stopped = max(losses(tmp_path / "run"))
-    assert 10 <= stopped < STEPS
-    assert (tmp_path / "run" / "checkpoints" / f"step_{stopped:08d}").is_dir()
+    psutil.wait_procs(ranks, timeout=60)
+    return process.returncode
+
+
+def test_stopped_in_every_way_and_resumed_equals_straight_through(
+    straight, small_corpus, small_graph, tmp_path
+):
+    """One run that is interrupted again and again."""
+    run_dir, end = tmp_path / "run", 24
+    args = settings(run_dir, small_corpus, small_graph, **{"run.max_steps": end})
+    stops = []
+    for how in ("Ctrl-C", "ranks", "launcher", "outer launcher", "kill"):
+        process = launch(2, args)
+        wait_for_step(run_dir, (stops[-1] if stops else 0) + 2, process)
+        status = stop(how, process)
+        stopped = last_step(run_dir)
+        assert stopped < end, how
+        if how == "kill":
+            assert status not in (0, 75)
+            break
+        assert (run_dir / "checkpoints" / f"step_{stopped:08d}").is_dir(), how
+        if how == "ranks":
+            assert status == 75
+        stops.append(stopped)
     finish(launch(2, args))
-    events = [e["event"] for e in read_events(tmp_path / "run")]
-    assert events.count("start") == 1
-    assert events.count("resume") == 1
-    assert losses(tmp_path / "run") == losses(straight)
-    if who == "everyone":
-        ours, theirs = weights(tmp_path / "run", tmp_path), weights(straight, tmp_path / "other")
-        assert ours.keys() == theirs.keys()
-        assert all(np.array_equal(ours[n], theirs[n]) for n in ours)
-
-
-def test_ranks_that_were_asked_to_stop_exit_75(small_corpus, small_graph, tmp_path):
-    process = launch(2, settings(tmp_path / "run", small_corpus, small_graph))
-    wait_for_step(tmp_path / "run", 5, process)
-    inner = psutil.Process(process.pid).children()[0]
-    for rank in inner.children():
-        rank.send_signal(signal.SIGTERM)
-    finish(process, expected=75)
-
-
-def test_killed_and_resumed_equals_straight_through(straight, small_corpus, small_graph, tmp_path):
-    args = settings(tmp_path / "run", small_corpus, small_graph)
-    process = launch(2, args)
-    wait_for_step(tmp_path / "run", 20, process)
-    inner = psutil.Process(process.pid).children()[0]
-    inner.children()[-1].kill()
-    process.communicate(timeout=300)
-    assert process.returncode != 0
-    finish(launch(2, args))
-    assert losses(tmp_path / "run") == losses(straight)
+    # After the kill it goes on from the last checkpoint, which that of step 12 may be.
+    *before, last = openings(run_dir)
+    assert before == [0, *stops]
+    assert last in (stops[-1], 12)
+    expected = losses(straight)
+    assert losses(run_dir) == {step: expected[step] for step in range(1, end + 1)}
+    assert cells(run_dir) == cells(straight)[:end]
+    newest = f"checkpoints/step_{end:08d}/manifest.json"
+    ours, theirs = (json.loads((run / newest).read_text()) for run in (run_dir, straight))
+    assert {n: v for n, v in ours.items() if n.endswith(".pt")} == {
+        n: v for n, v in theirs.items() if n.endswith(".pt")
+    }
 
 
 def test_one_rank_agrees_with_two(straight, small_corpus, small_graph, tmp_path):
-    args = settings(tmp_path / "run", small_corpus, small_graph, **{"run.max_steps": 15})
+    args = settings(tmp_path / "run", small_corpus, small_graph, **{"run.max_steps": 12})
     run_module("sclong_ds.pretrain", *args)
+    assert cells(tmp_path / "run") == cells(straight)[:12]
     one, two = losses(tmp_path / "run"), losses(straight)
     assert one[1] == pytest.approx(two[1], rel=1e-6)
-    for step in range(2, 16):
+    for step in range(2, 13):
         assert one[step] == pytest.approx(two[step], rel=1e-3), step
-
-
-def test_damaged_checkpoint_is_found_and_the_one_before_is_used(
-    straight, small_corpus, small_graph, tmp_path
-):
-    run_dir = tmp_path / "run"
-    shutil.copytree(straight, run_dir)
-    newest = run_dir / "checkpoints" / f"step_{STEPS:08d}"
-    victim = next(newest.glob("*optim_states.pt"))
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    output = finish(launch(2, settings(run_dir, small_corpus, small_graph)))
-    assert "is damaged" in output
-    assert losses(run_dir) == losses(straight)
-    resumed = [e for e in read_events(run_dir) if e["event"] == "resume"]
-    assert [e["step"] for e in resumed] == [48]
 
 
 def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
@@ -226,13 +225,13 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3_offload"])
 def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, stage):
-    changes = {"run.max_steps": 6, "engine.ds_config": stage}
+    changes = {"run.max_steps": 4, "engine.ds_config": stage, "run.validate_every_n_steps": 0}
     run_module(
         "sclong_ds.pretrain", *settings(tmp_path / "run", small_corpus, small_graph, **changes)
     )
     got, expected = losses(tmp_path / "run"), losses(straight)
-    assert [got[s] for s in range(1, 7)] == pytest.approx(
-        [expected[s] for s in range(1, 7)], rel=1e-3
+    assert [got[s] for s in range(1, 5)] == pytest.approx(
+        [expected[s] for s in range(1, 5)], rel=1e-3
     )
 
 
@@ -244,24 +243,22 @@ def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, stage
     ],
     ids=["zero1", "zero3, recomputed, redrawn"],
 )
-def test_bf16_stopped_and_resumed_equals_straight_through(
+def test_bf16_resumed_equals_straight_through(
     straight, small_corpus, small_graph, tmp_path, overrides
 ):
-    changes = {"engine.precision": "bf16", **overrides}
-
-    def train(name, steps):
-        args = settings(
-            tmp_path / name, small_corpus, small_graph, **{"run.max_steps": steps} | changes
-        )
-        finish(launch(2, args))
-        return losses(tmp_path / name)
-
-    whole = train("whole", 8)
-    train("parts", 5)
-    assert train("parts", 8) == whole
-    expected = losses(straight)
-    assert [whole[s] for s in range(1, 9)] == pytest.approx(
-        [expected[s] for s in range(1, 9)], rel=0.1
+    changes = {
+        "engine.precision": "bf16", "run.max_steps": 7, "checkpoint.every_n_steps": 4,
+        "run.validate_every_n_steps": 0, **overrides,
+    }  # fmt: skip
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    run_ranks(2, settings(whole, small_corpus, small_graph, **changes), whole)
+    # Another run folder with the checkpoint alone: what follows cannot come from anywhere else.
+    shutil.copytree(whole / "checkpoints" / "step_00000004", rest / "checkpoints" / "step_00000004")
+    run_ranks(2, settings(rest, small_corpus, small_graph, **changes), rest)
+    got, expected = losses(whole), losses(straight)
+    assert losses(rest) == {step: got[step] for step in (5, 6, 7)}
+    assert [got[s] for s in range(1, 8)] == pytest.approx(
+        [expected[s] for s in range(1, 8)], rel=0.1
     )
 
 
@@ -292,7 +289,7 @@ def refused(*args):
     return errors[0]
 
 
-def test_resume_refuses_what_would_not_be_the_same_run(
+def test_resume_refuses_another_run_and_passes_over_a_damaged_checkpoint(
     straight, small_corpus, small_graph, tmp_path
 ):
     run_dir = tmp_path / "run"
@@ -300,19 +297,27 @@ def test_resume_refuses_what_would_not_be_the_same_run(
     before = (run_dir / "config.yaml").read_bytes()
     changed = refused(*settings(run_dir, small_corpus, small_graph, **{"model.top_seq_len": 32}))
     assert "model.top_seq_len: 64 -> 32" in changed
-    assert "saved by 2 ranks, this run has 1" in refused(
-        *settings(run_dir, small_corpus, small_graph)
-    )
     other = settings(run_dir, small_corpus, small_graph, **{"engine.ds_config": "zero2"})
     assert "was saved with ZeRO stage 3 in fp32" in refused(*other)
     assert (run_dir / "config.yaml").read_bytes() == before
 
+    newest = run_dir / "checkpoints" / f"step_{STEPS:08d}"
+    victim = next(newest.glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    run_ranks(2, settings(run_dir, small_corpus, small_graph), run_dir)
+    assert "is damaged" in run_dir.with_suffix(".log").read_text()
+    assert losses(run_dir) == losses(straight)
+    assert openings(run_dir) == [0, 48]
 
-def test_many_ranks_say_an_error_once(small_corpus, tmp_path):
-    args = settings(tmp_path / "run", small_corpus, "/none.npz")
+
+def test_many_ranks_say_an_error_once(small_corpus, demo_graph, tmp_path):
+    args = settings(tmp_path / "run", small_corpus, demo_graph)
     output = finish(launch(2, args), expected=1)
     assert output.count("error: ") == 1
-    assert "model.gene_graph=/none.npz: no such file" in output
+    assert "made for another gene vocabulary" in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_released_choices_train(small_corpus, small_graph, tmp_path):
@@ -333,7 +338,7 @@ def test_released_choices_train(small_corpus, small_graph, tmp_path):
     run_dir = tmp_path / "run"
     steps = {"run.max_steps": 6, "run.validate_every_n_steps": 0, "optim.lr": "1.0e-1"}
     args = settings(run_dir, small_corpus, small_graph, **(choices | schedule | steps))
-    finish(launch(2, args))
+    run_ranks(2, args, run_dir)
     assert sorted(losses(run_dir)) == [1, 2, 3, 4, 5, 6]
     rates = [r["train/lr"] for r in read_metrics(run_dir) if "train/lr" in r]
     assert rates == pytest.approx([0.01, 0.055, 0.1, 0.055, 0.01, 0.055])
@@ -362,6 +367,9 @@ def test_missing_inputs_are_named(small_corpus, small_graph, tmp_path, capsys):
         "did you mean 'max_steps'": settings(
             run_dir, small_corpus, small_graph, **{"run.max_step": 3}
         ),
+        "must be a multiple": settings(
+            run_dir, small_corpus, small_graph, **{"engine.train_micro_batch_size_per_gpu": 3}
+        ),
     }
     for message, args in cases.items():
         assert main(args) == 1
@@ -371,21 +379,7 @@ def test_missing_inputs_are_named(small_corpus, small_graph, tmp_path, capsys):
     assert not run_dir.exists()
 
 
-def test_inputs_that_do_not_fit_are_named(small_corpus, small_graph, demo_graph, tmp_path):
-    run_dir = tmp_path / "run"
-    micro = {"engine.train_micro_batch_size_per_gpu": 3}
-    cases = {
-        "made for another gene vocabulary": settings(run_dir, small_corpus, demo_graph),
-        "must be a multiple": settings(run_dir, small_corpus, small_graph, **micro),
-    }
-    for message, args in cases.items():
-        assert message in refused(*args), message
-    assert not run_dir.exists()
-
-
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    from sclong_ds.signals import lock_run_folder
-
     held = lock_run_folder(tmp_path, wait_s=0)
     code = (
         "from pathlib import Path; from sclong_ds.signals import lock_run_folder; "

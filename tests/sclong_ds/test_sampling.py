@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sclong_ds.config import load_config
+from sclong_ds.order import ONE
+from sclong_ds.sampling import read_weights, weights_of
+
+CELLS = np.array([100, 300, 0, 400])
+
+
+def data(**changes: Any) -> Any:
+    return dataclasses.replace(load_config("sclong_tiny").data, **changes)
+
+
+def corpus(*tissues: str | None) -> Any:
+    """What is asked of a corpus; the third dataset has no training cells."""
+    splits = [{"train": n} if n else {"validation": 5} for n in CELLS.tolist()]
+    datasets = [
+        SimpleNamespace(dataset_id=f"d{i}", tissue=tissue, split_cells=cells)
+        for i, (cells, tissue) in enumerate(zip(splits, tissues or (None,) * 4, strict=True))
+    ]
+    return SimpleNamespace(datasets=datasets, location="s3://bucket/corpus")
+
+
+def visits(weights: Any) -> list[float]:
+    """Return the visits of each dataset in an epoch."""
+    return (weights / ONE * CELLS).tolist()
+
+
+def test_uniform_sampling_has_no_weights():
+    assert weights_of(data(), corpus()) is None
+
+
+def test_datasets_get_equal_shares_as_far_as_repeats_allow():
+    even = weights_of(data(balance_by="dataset", balance_exponent=0.0, max_repeats=3), corpus())
+    assert visits(even) == pytest.approx([800 / 3, 800 / 3, 0, 800 / 3], rel=1e-3)
+    capped = weights_of(data(balance_by="dataset", balance_exponent=0.0, max_repeats=2), corpus())
+    assert visits(capped) == pytest.approx([200, 300, 0, 300], rel=1e-3)
+    as_found = weights_of(data(balance_by="dataset", max_repeats=3), corpus())
+    assert visits(as_found) == pytest.approx(CELLS.tolist(), rel=1e-3)
+
+
+def test_datasets_of_a_tissue_share_its_part():
+    balanced = data(balance_by="tissue", balance_exponent=0.0, max_repeats=9)
+    weights = weights_of(balanced, corpus("blood", "blood", None, "lung"))
+    assert visits(weights) == pytest.approx([100, 300, 0, 400], rel=1e-3)
+    weights = weights_of(balanced, corpus("blood", "lung", None, "lung"))
+    assert visits(weights) == pytest.approx([400, 400 * 3 / 7, 0, 400 * 4 / 7], rel=1e-3)
+
+
+def test_tissues_that_nobody_named_are_an_error_also_of_a_remote_corpus():
+    with pytest.raises(ValueError, match=r"s3://bucket/corpus names its tissue"):
+        weights_of(data(balance_by="tissue"), corpus())
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.tsv"
+    path.write_text("# relative visits\nd3\t1\nd0\t4\n\nd1\t0\nd2\t7\n")
+    return path
+
+
+def test_weights_of_a_file_are_relative_and_may_leave_datasets_out(table: Path):
+    weights = weights_of(data(dataset_weights=str(table), max_repeats=4), corpus())
+    # 800 visits: 4 parts for each of 100 cells, 1 part for each of 400.
+    assert visits(weights)[:2] + visits(weights)[3:] == pytest.approx([400, 0, 400], rel=1e-3)
+
+
+def test_more_visits_than_max_repeats_are_refused(table: Path):
+    with pytest.raises(ValueError, match=r"a cell of d0 would be visited 4\.0 times .* is 1:"):
+        weights_of(data(dataset_weights=str(table)), corpus())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("d0\t1\nd1 2\n", "line 2: got 'd1 2', need dataset_id, a tab and a number"),
+        ("d0\tmany\n", "line 1: got"),
+        ("d0\t1\n\nd0\t2\n", "line 3: dataset d0 has a weight already"),
+    ],
+)
+def test_lines_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "weights.tsv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_weights(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"data\.dataset_weights=.*none\.tsv: no such file"):
+        read_weights(tmp_path / "none.tsv")
