@@ -208,7 +208,8 @@ class EngineConfig:
     """Compile each Performer layer with torch.compile, which fuses LayerNorm, GELU and residual;
     ZeRO stages 1 and 2 only."""
     timeout_s: int
-    """Longest wait in a collective before the run stops."""
+    """Longest time without progress before the run stops and says which rank it waits for; saving
+    may take four times as long."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ Memory: the converter holds the optimizer state of at most 4 of the old ranks at
 parameter, divided by their number), and then single parameters. Disk: up to three times the
 checkpoint, for the time of the conversion. Measured on two cores: 48 million parameters of 2 ranks,
 576 MB, in 7 s with 0.55 GB in the largest process; it grows with the size of the checkpoint. The
-other ranks wait meanwhile, at most engine.timeout_s.
+other ranks wait meanwhile, at most 8 times engine.timeout_s.
 
 Source: https://www.deepspeed.ai/tutorials/universal-checkpointing/
 """
