@@ -251,6 +251,8 @@ def _download(files: Any, path: str, target: Path) -> None:
         with os.fdopen(handle, "wb") as copy, files.open(path, "rb") as source:
             while block := source.read(_BLOCK_BYTES):
                 copy.write(block)
+            copy.flush()
+            os.fsync(copy.fileno())
         found, expected = Path(temporary).stat().st_size, files.size(path)
         if found != expected:
             raise OSError(f"{found} of {expected} bytes arrived")

@@ -12,12 +12,12 @@ of the batch. The position is one integer, the number of visits so far, valid fo
 that ends (`stop_at`) may end with a short batch: the ranks beyond its end get micro-batches without
 cells, so that every rank makes the same number of steps.
 
-Threads. One reads and decompresses groups of chunks into buffers that are used again, one group
+Threads. One reads and decompresses groups of chunks into buffers that are used again, two groups
 ahead; one gathers or decodes this rank's cells, no others, straight into the buffers of a step.
 They start with the first `next`, in the process that calls it. Every rank reads every group.
 
-Memory of a rank, in bytes: 4 * group_chunks * chunk_entries for the groups (30 chunks of 2^19
-entries: 63 MB), and (prefetch_batches + 2) times this rank's share of a batch, or once without
+Memory of a rank, in bytes: 6 * group_chunks * chunk_entries for the groups (30 chunks of 2^19
+entries: 94 MB), and (prefetch_batches + 2) times this rank's share of a batch, or once without
 prefetching. A cell takes packed 16 + 2 * entries, csr 8 * non-zero values, dense 4 * genes. Packed
 and csr buffers grow with the largest share so far, by a quarter more than needed.
 """

@@ -1,7 +1,7 @@
 """The threads behind a `CellLoader`: one reads groups of chunks ahead, one assembles batches.
 
 Buffers go round: a group's buffers from the assembling thread back to the reading one, a step's
-buffers from the training loop back to the assembling thread. There are two of the former and
+buffers from the training loop back to the assembling thread. There are three of the former and
 `prefetch_batches` + 2 of the latter, which bounds what is read ahead. Without prefetching nothing
 can overlap: the caller assembles its batches itself, in one buffer that stays in the cache.
 """
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 Output = Literal["packed", "csr", "dense", "dense_norm"]
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")
 WAIT_WARNING_S = 30.0
-_GROUPS_IN_MEMORY = 2
+_GROUPS_IN_MEMORY = 3  # in use, and read ahead: the last of an epoch may be small, and the next
 _JOIN_S = 10.0  # a thread that hangs on a dead disk is left behind: it is a daemon
 
 
@@ -169,6 +169,9 @@ class LoaderThreads:
 
     def stop(self) -> None:
         """Tell the threads to end, without waiting for them."""
+        if self.pid != os.getpid():
+            # They are the parent's, and a lock of its queues may have been held at the fork.
+            return
         self._stopped = True
         for waited_for in (self._free_groups, self._groups, self._free_steps):
             waited_for.put(None)

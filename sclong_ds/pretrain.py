@@ -109,7 +109,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
                 outcome = "KILLED"
                 return stop_early(run)
             while run.state.step < config.run.max_steps:
-                run.watchdog.beat(run.state.step + 1, "data", reading=loader.reading)
+                run.watchdog.beat(run.state.step + 1, "data", reading=lambda: loader.reading)
                 started, waited = time.perf_counter(), loader.waited_s
                 batch, n_targets = next_batch(run, loader)
                 with profiled(run):
@@ -159,6 +159,11 @@ def next_batch(run: Run, loader: CellLoader) -> tuple[StepBatch, int]:
     n_targets, n_skipped = sum_or_raise(run.ranks, mine, skipped, problem=problem)
     assert batch is not None
     run.skipped_cells += n_skipped
+    if n_skipped == len(batch.cell_ids):
+        raise ValueError(
+            f"none of the {n_skipped} cells of step {run.state.step + 1} could be read: is "
+            f"{run.corpus.location} still there? Start the same command again when it is"
+        )
     return batch, n_targets
 
 

@@ -67,7 +67,7 @@ def read_weights(path: Path) -> dict[str, float]:
     if not path.is_file():
         raise FileNotFoundError(f"data.dataset_weights={path}: no such file")
     weights: dict[str, float] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         name, _, text = line.partition("\t")

@@ -74,7 +74,7 @@ class Heartbeat:
 class _Beat:
     step: int
     phase: str
-    reading: str | None
+    reading: Callable[[], str | None] | None
     count: int
     since: float
     limit_s: float
@@ -131,14 +131,19 @@ class Watchdog:
         self._write_heartbeat()
 
     def beat(
-        self, step: int, phase: str, *, reading: str | None = None, patience: float = 1.0
+        self,
+        step: int,
+        phase: str,
+        *,
+        reading: Callable[[], str | None] | None = None,
+        patience: float = 1.0,
     ) -> None:
         """Tell what this rank begins to do; as cheap as setting an attribute.
 
         Args:
             step: Optimizer step, from 1.
             phase: What begins: data, forward, backward, step, checkpoint, validation, ...
-            reading: File that is about to be read.
+            reading: Tells what is being read at the moment it is called.
             patience: This phase may take so many times the time-out, at least 1; all ranks give
                 the same number, since they wait for each other.
         """
@@ -233,7 +238,7 @@ class Watchdog:
             phase=beat.phase,
             phase_s=round(time.monotonic() - beat.since, 1),
             beats=beat.count,
-            reading=beat.reading,
+            reading=beat.reading() if beat.reading else None,
             written=self._written,
             interval_s=self._interval_s,
         )

@@ -92,11 +92,11 @@ def test_it_writes_what_the_rank_does_and_leaves_no_thread(tmp_path: Path):
         assert read_heartbeats(folder)[3].phase == "start"
     assert read_heartbeats(folder)[3].phase == ENDED
     with Watchdog(folder, rank=3, world_size=4, timeout_s=0.8, node="n1") as watchdog:
-        watchdog.beat(7, "data", reading="shard 2")
+        watchdog.beat(7, "data", reading=lambda: "shard 2")
         wait_for(lambda: read_heartbeats(folder)[3].step == 7)
         first = read_heartbeats(folder)[3]
         assert (first.node, first.phase, first.reading, first.beats) == ("n1", "data", "shard 2", 1)
-        watchdog.beat(7, "data", reading="shard 2")
+        watchdog.beat(7, "data", reading=lambda: "shard 2")
         wait_for(lambda: read_heartbeats(folder)[3].written > first.written)
     assert not [t for t in threading.enumerate() if t.name == "watchdog"]
     assert {p.name for p in folder.iterdir()} == {"rank_00003.json"}

@@ -1,0 +1,347 @@
+"""Kill ranks of a training run at random moments, and compare it with a run that was left alone.
+
+    python -m benchmarks.random_kills [--kills 10] [--ranks 2] [--steps 60] [--seed 0] [--work DIR]
+
+Makes a small corpus below DIR (the system's folder for temporary files unless told otherwise),
+trains once without interruption, then again with SIGKILL to a random rank at a random moment: while
+it starts, in the middle of a step, or while it saves. The same command is started again until the
+run is done. Prints a table of the kills, and whether every step of every life has the loss and the
+cells of the uninterrupted run, and the last checkpoint the same bytes, weights and optimizer
+moments. Exit status 1: they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy import sparse
+
+from benchmarks.environment import environment
+from sclong_ds.run_folder import read_events, read_every_row, read_metrics
+
+ROOT = Path(__file__).parents[1]
+N_GENES, N_CELLS, N_VALIDATION = 300, 300, 40
+COMPARED = ("train/loss", "train/grad_norm", "train/lr", "data/cells_crc32")
+"""What a step must have in common with the same step of the uninterrupted run."""
+Moment = Literal["starting", "training", "saving"]
+MOMENTS: tuple[Moment, ...] = ("starting", "training", "saving")
+START_S = 12.0
+"""Longest wait before a kill during the start, seconds."""
+AHEAD_STEPS = 14
+"""A life is killed at most so many steps after it began."""
+PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """One life of a run that was killed."""
+
+    moment: Moment
+    """What the run was doing."""
+    rank: int
+    """The rank that was killed."""
+    after_s: float
+    """Seconds after the start of the command."""
+    resumed_from: int | None
+    """Step that this life went on from; None: it was killed before that."""
+    last_step: int
+    """Last step in metrics.jsonl at the kill."""
+
+
+def make_corpus(folder: Path) -> Path:
+    """Write a corpus of random cells: two datasets, one three times the other, many small chunks.
+
+    Args:
+        folder: Folder to make.
+    """
+    from sclong_ds.genes import GeneVocabulary
+    from sclong_ds.store import CellWriter, DatasetInfo, write_catalogue
+
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    genes = GeneVocabulary.bundled()
+    columns = (genes.ids, genes.symbols, genes.classes)
+    genes = GeneVocabulary(*(column[:N_GENES] for column in columns))
+    genes.write(folder / "genes.tsv")
+    rates = rng.lognormal(-1.5, 1.2, (2, N_GENES))
+    dataset = (np.arange(N_CELLS) % 4 == 0).astype(np.uint32)
+    counts = rng.poisson(rates[dataset])
+    train = N_CELLS - N_VALIDATION
+    options = {"n_genes": N_GENES, "chunk_entries": 4096, "chunks_per_shard": 2}
+    with CellWriter(folder / "cells.zarr", **options) as writer:
+        for rows in (slice(0, train), slice(train, N_CELLS)):
+            cells = sparse.csr_matrix(counts[rows].astype(np.uint32))
+            writer.append(cells, source={"dataset": dataset[rows]})
+            writer.end_chunk()
+    values = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))[:train]
+    expressed, n = values[values > 0], (values > 0).sum(axis=0)
+    mean = np.where(n > 0, values.sum(axis=0) / np.maximum(n, 1), expressed.mean())
+    np.savez(
+        folder / "gene_stats.npz", n_expressing=n, total_counts=counts[:train].sum(axis=0),
+        mean_expressed=mean, mean_expressed_all=expressed.mean(),
+        var_expressed_all=expressed.var(), target_sum=1e4,
+    )  # fmt: skip
+    about = dict.fromkeys(DatasetInfo.__dataclass_fields__) | {"duplicates_dropped": 0}
+    datasets = [
+        about | {"dataset_id": f"d{i}", "n_cells": int((dataset == i).sum()),
+                 "split_cells": {"train": int((dataset[:train] == i).sum())}}
+        for i in range(2)
+    ]  # fmt: skip
+    splits = {"train": [0, train], "validation": [train, N_CELLS], "test": [N_CELLS, N_CELLS]}
+    catalogue = {"hash": "random", "genes_hash": genes.hash, "n_cells": N_CELLS}
+    write_catalogue(folder, catalogue | {"splits": splits, "datasets": datasets})
+    return folder
+
+
+def settings(run_dir: Path, corpus: Path, **overrides: object) -> list[str]:
+    """Return the arguments of `sclong_ds.pretrain` for a small model on a CPU.
+
+    Args:
+        run_dir: Run folder.
+        corpus: Corpus of `make_corpus`.
+        overrides: Further `key=value` settings.
+    """
+    base: dict[str, object] = {
+        "run.dir": run_dir, "data.corpus": corpus, "data.shuffle_group_chunks": 2,
+        "model.gene_encoder": "embedding", "model.top_seq_len": 64,
+        "run.validate_every_n_steps": 10, "run.validation_cells": 8,
+        "checkpoint.every_n_steps": 5, "checkpoint.keep_last": 3, "tracking.enabled": "false",
+    }  # fmt: skip
+    return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
+
+
+def start_ranks(
+    n_ranks: int, command: Sequence[str], *, log: Path
+) -> list[subprocess.Popen[bytes]]:
+    """Start the ranks of a run on this machine's CPU, without a launcher.
+
+    Args:
+        n_ranks: Number of ranks.
+        command: Arguments of Python, for instance `-m sclong_ds.pretrain ...`.
+        log: File that the output of all ranks is added to.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    size = {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with log.open("ab") as output:
+        return [
+            subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                env=env | size | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(n_ranks)
+        ]  # fmt: skip
+
+
+def end_ranks(ranks: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End ranks as a launcher does when one of them has died: TERM, a while, then KILL."""
+    alive = [rank for rank in ranks if rank.poll() is None]
+    for rank in alive:
+        rank.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 3
+    while any(rank.poll() is None for rank in alive) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for rank in alive:
+        rank.kill()
+        rank.wait()
+
+
+def last_step(run_dir: Path) -> int:
+    """Return the last step in metrics.jsonl, whatever life wrote it; 0: none."""
+    rows = read_every_row(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    steps = [int(row["step"]) for row in rows if "train/loss" in row]
+    return steps[-1] if steps else 0
+
+
+def openings(run_dir: Path) -> list[int]:
+    """Return the steps that the lives of a run have gone on from; 0 for a new one."""
+    return [e["step"] for e in read_events(run_dir) if e["event"] in ("start", "resume")]
+
+
+def kill_at_random(
+    command: Sequence[str], run_dir: Path, *, n_ranks: int, moment: Moment,
+    rng: random.Random, log: Path,
+) -> Kill | None:  # fmt: skip
+    """Start a run and kill one of its ranks at a moment; None: it was done before.
+
+    Args:
+        command: Arguments of Python.
+        run_dir: Its run folder.
+        n_ranks: Number of ranks.
+        moment: What the run must be doing.
+        rng: Decides when, and which rank.
+        log: File for the output of the ranks.
+    """
+    victim, lives = rng.randrange(n_ranks), len(openings(run_dir))
+    after_s, steps = rng.uniform(0, START_S), rng.randint(1, AHEAD_STEPS)
+    within_step_s = rng.uniform(0, 0.3)
+    started = time.monotonic()
+    ranks = start_ranks(n_ranks, command, log=log)
+
+    def opened() -> list[int]:
+        return openings(run_dir)[lives:]
+
+    def reached() -> bool:
+        if moment == "starting":
+            return time.monotonic() - started > after_s
+        new = opened()
+        if not new:
+            return False
+        if moment == "saving":
+            partial = next((run_dir / "checkpoints").glob("step_*.partial"), None)
+            return partial is not None and last_step(run_dir) > new[0]
+        return last_step(run_dir) >= new[0] + steps
+
+    try:
+        if not wait_until(reached, while_all=ranks):
+            if any(rank.wait() for rank in ranks):
+                raise RuntimeError(f"the run failed by itself, see {log}")
+            return None
+        time.sleep(within_step_s if moment == "training" else within_step_s / 4)
+        ranks[victim].kill()
+        ranks[victim].wait()
+        killed_s = time.monotonic() - started
+    finally:
+        end_ranks(ranks)
+    new = opened()
+    return Kill(
+        moment=moment, rank=victim, after_s=round(killed_s, 1), last_step=last_step(run_dir),
+        resumed_from=new[0] if new else None,
+    )  # fmt: skip
+
+
+def wait_until(
+    condition: Callable[[], bool], *, while_all: Iterable[subprocess.Popen[bytes]]
+) -> bool:
+    """Wait for a condition; False: a process has ended before it held."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if any(process.poll() is not None for process in while_all):
+            return False
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"nothing happened in {PATIENCE_S:.0f} s")
+        time.sleep(0.01)
+    return True
+
+
+def train(command: Sequence[str], *, n_ranks: int, log: Path) -> None:
+    """Run a command on some ranks to its end.
+
+    Args:
+        command: Arguments of Python.
+        n_ranks: Number of ranks.
+        log: File for the output of the ranks.
+
+    Raises:
+        RuntimeError: A rank failed.
+    """
+    ranks = start_ranks(n_ranks, command, log=log)
+
+    def over() -> bool:
+        status = [rank.poll() for rank in ranks]
+        # A rank that fails may leave the others waiting for it.
+        return any(status) or None not in status
+
+    try:
+        wait_until(over, while_all=())
+        if any(rank.poll() for rank in ranks):
+            raise RuntimeError(f"a rank failed, see {log}:\n{log.read_text()[-3000:]}")
+    finally:
+        end_ranks(ranks)
+
+
+def differences(run_dir: Path, straight: Path) -> list[str]:
+    """Say in what a run differs from an uninterrupted one; nothing: in no bit.
+
+    Every row of every life counts, those too that were written again after a kill.
+
+    Args:
+        run_dir: The run that was killed.
+        straight: The other run, of at least as many steps.
+    """
+    expected = {int(r["step"]): r for r in read_metrics(straight) if "train/loss" in r}
+    rows = [r for r in read_every_row(run_dir) if "train/loss" in r]
+    found = [
+        f"step {r['step']}: {name} is {r[name]!r}, not {expected[int(r['step'])][name]!r}"
+        for r in rows
+        for name in COMPARED
+        if r[name] != expected[int(r["step"])][name]
+    ]
+    missing = set(range(1, last_step(run_dir) + 1)) - {int(r["step"]) for r in rows}
+    if missing:
+        found.append(f"no rows of the steps {sorted(missing)}")
+    ours, theirs = (_newest_tensors(folder) for folder in (run_dir, straight))
+    if ours != theirs:
+        found.append(f"the files of {ours.keys() | theirs.keys()} differ")
+    return found
+
+
+def _newest_tensors(run_dir: Path) -> dict[str, Any]:
+    """Return the manifest's size and CRC-32 of what the ranks wrote into the newest checkpoint."""
+    newest = (run_dir / "checkpoints" / "latest").read_text().strip()
+    manifest = json.loads((run_dir / "checkpoints" / newest / "manifest.json").read_text())
+    return {f"{newest}/{name}": value for name, value in manifest.items() if name.endswith(".pt")}
+
+
+def main() -> int:
+    """Run the comparison and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=10, help="default 10")
+    parser.add_argument("--ranks", type=int, default=2, help="default 2")
+    parser.add_argument("--steps", type=int, default=60, help="default 60")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; default 0")
+    parser.add_argument("--work", type=Path, help="folder to make and keep (default: temporary)")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        corpus, log = make_corpus(work / "corpus"), work / "ranks.log"
+        commands = {
+            name: ["-m", "sclong_ds.pretrain",
+                   *settings(work / name, corpus, **{"run.max_steps": args.steps})]
+            for name in ("straight", "killed")
+        }  # fmt: skip
+        train(commands["straight"], n_ranks=args.ranks, log=log)
+        print("| kill | rank | while | after, s | resumed from | last step |\n" + "|---" * 6 + "|")
+        for number in range(1, args.kills + 1):
+            kill = kill_at_random(
+                commands["killed"], work / "killed", n_ranks=args.ranks, log=log, rng=rng,
+                moment=rng.choice(MOMENTS),
+            )  # fmt: skip
+            if kill is None:
+                print(f"the run was done after {number - 1} kills")
+                break
+            start = "-" if kill.resumed_from is None else kill.resumed_from
+            print(
+                f"| {number} | {kill.rank} | {kill.moment} | {kill.after_s} | {start} | "
+                f"{kill.last_step} |",
+                flush=True,
+            )
+        train(commands["killed"], n_ranks=args.ranks, log=log)
+        found = differences(work / "killed", work / "straight")
+        rows = len(read_every_row(work / "killed"))
+    print(f"seed {args.seed}, {args.ranks} ranks, {args.steps} steps, {rows} rows written")
+    print(environment())
+    print("\n".join(found) or "equal: every loss, gradient norm, cell, weight and optimizer moment")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
