@@ -22,10 +22,17 @@
 : "${SCLONG_SCRATCH:=}"
 # Ranks on each node; empty: one per GPU, or one on a node without GPUs.
 : "${SCLONG_RANKS_PER_NODE:=}"
-# 1: a job that was asked to stop queues itself again. 0: it exits with 75 and an outer loop does so.
+# 1: a job that was asked to stop, or lost a rank, queues itself again. 0: it exits with 75, or the
+# status of the lost rank, and an outer loop does so.
 : "${SCLONG_REQUEUE:=1}"
 # Seconds that the last ranks get after the first one has ended, whether well or badly.
 : "${SCLONG_STRAGGLER_S:=300}"
+# Starts in a row of one job without a new checkpoint, after which it is not queued again.
+: "${SCLONG_MAX_STALLED:=3}"
+# Seconds that every node gets to answer the check before training; 0: no check.
+: "${SCLONG_PREFLIGHT:=120}"
+# 1: when the check names bad nodes, the job queues itself again without them. 0: it ends.
+: "${SCLONG_EXCLUDE_BAD:=0}"
 # MLflow server or store; empty: a file beside the run folder.
 : "${MLFLOW_TRACKING_URI:=}"
 # Network of NCCL (GPUs) and gloo (CPUs); empty: they choose themselves.

@@ -15,13 +15,25 @@
 # Submit from the project root, or set SCLONG_HOME to it. Settings of the site: slurm/env.sh.
 # All sbatch options above can be overridden on the command line.
 #
-# Before the time limit (USR1, 120 s ahead) and on preemption (TERM) every rank finishes its step, the
-# run is saved and the job queues itself again; the next life of the job continues from there, in the
-# same run folder and the same log. Any other exit status of the training is the job's own.
+# First the nodes are checked (sclong_ds/preflight.py): a bad one is named and nothing is trained.
+#
+# Before the time limit (USR1, 120 s ahead or as much as the last checkpoints took) and on preemption
+# (TERM) every rank finishes its micro-batch, the run is saved and the job queues itself again; the
+# next life of the job continues from there, in the same run folder and the same log, on as many nodes
+# as it then gets: submit with --nodes=MIN-MAX, or `scontrol update JobId=J NumNodes=N` while it waits.
+#
+# What is queued again is decided in sclong_ds/restarts.py:
+#   saved after a signal (75)                    yes
+#   a rank was killed (137: out of memory, ...)  yes, when the run has made a step before
+#   a rank hung and the watchdog ended the run   yes, when the run has made a step before
+#   a node failed                                yes, Slurm does it by itself (--requeue)
+#   the training says what is wrong (1, 2)       no
+#   preflight names bad nodes                    no; with SCLONG_EXCLUDE_BAD=1 yes, without them
+# and none of it after SCLONG_MAX_STALLED starts in a row that made no new checkpoint.
 set -euo pipefail
 
-readonly REQUEUE_STATUS=75 # sclong_ds.pretrain: saved because of a signal, wants to be started again
-readonly FORWARD_EVERY_S=10
+readonly SIGNAL_S=120 # as --signal above
+readonly FORWARD_EVERY_S=5
 
 main() {
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -40,17 +52,27 @@ main() {
   # shellcheck source-path=SCRIPTDIR source=env.sh
   source "$root/slurm/env.sh"
 
+  asked_to_stop=0
+  trap 'asked_to_stop=1' USR1 TERM
   set_ranks
   set_rendezvous
   echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NODELIST," \
     "$SLURM_JOB_NUM_NODES x $LOCAL_WORLD_SIZE ranks of $cpus_per_rank CPUs," \
     "rendezvous $MASTER_ADDR:$MASTER_PORT"
 
-  asked_to_stop=0
-  trap 'asked_to_stop=1' USR1 TERM
-  launch "$@" &
+  save_s=$(restarts begin "$@") || exit 1
+  if ((save_s > SIGNAL_S)); then ask_earlier; fi
+  preflight "$@"
+  launch sclong_ds.pretrain "$SCLONG_STRAGGLER_S" "$@" &
   wait_for_step $!
-  finish "$status"
+  finish "$status" "$@"
+}
+
+# Runs sclong_ds.restarts with a command, and with the training's arguments after that.
+restarts() {
+  # shellcheck disable=SC2086 # a command with its arguments
+  $SCLONG_CONTAINER python -m sclong_ds.restarts "${@:1:1}" --max-stalled "$SCLONG_MAX_STALLED" \
+    "${@:2}"
 }
 
 # Sets LOCAL_WORLD_SIZE (ranks per node) and cpus_per_rank from the allocation.
@@ -88,24 +110,71 @@ set_rendezvous() {
   fi
   # Below 32768, where Linux starts to hand out ports of its own.
   MASTER_PORT=$((15000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 15000))
-  export MASTER_ADDR MASTER_PORT
+  export MASTER_ADDR MASTER_PORT SCLONG_NODES="${hosts[*]}"
 }
 
-# Starts one task per rank. kill-on-bad-exit stays off: 75 is not a failure, and the rank that ends
-# first with it must not take the one that still writes along; --wait ends the ranks of a dead run.
+# Sends this script USR1 save_s seconds before the time limit, where Slurm's own comes too late.
+ask_earlier() {
+  local end left
+  end=$(job_field EndTime)
+  end=$(date --date="$end" +%s 2>/dev/null) || return 0 # no time limit
+  left=$((end - $(date +%s) - save_s))
+  echo "warning: a checkpoint of this run takes so long that it is saved $save_s s before the time limit," \
+    "not $SIGNAL_S s (--signal): make --time long enough for it"
+  { sleep "$((left > 0 ? left : 0))" && kill -USR1 $$; } &
+}
+
+# Checks the nodes; ends the job when one is bad. It has a port of its own: the training's is to be free.
+preflight() {
+  step=0
+  if ((SCLONG_PREFLIGHT == 0)); then return; fi
+  MASTER_PORT=$((MASTER_PORT + 15)) launch sclong_ds.preflight "$((SCLONG_PREFLIGHT + 10))" \
+    --timeout-s "$SCLONG_PREFLIGHT" "$@" &
+  wait_for_step $!
+  step=1
+  if ((status == 0 && asked_to_stop)); then finish 75 "$@"; fi
+  if ((status == 0)); then return; fi
+  if [[ $SCLONG_EXCLUDE_BAD == 1 ]]; then exclude_bad_nodes "$@"; fi
+  exit "$status"
+}
+
+# Queues the job again, never to run on the nodes that preflight.json names.
+exclude_bad_nodes() {
+  local bad before
+  bad=$(restarts bad-nodes "$@") || return 0
+  if [[ -z $bad ]]; then return; fi
+  before=$(job_field ExcNodeList)
+  if [[ $before != "(null)" ]]; then bad="$before,$bad"; fi
+  # Slurm changes this of waiting jobs only, and ends this script as soon as the job waits.
+  trap '' TERM
+  if scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"; then
+    echo "job $SLURM_JOB_ID is queued again without $bad"
+  fi
+}
+
+# Prints one field of `scontrol show job`.
+job_field() {
+  scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"
+}
+
+# Starts a module, one task per rank, in which the last ones get some seconds after the first has
+# ended. kill-on-bad-exit stays off: 75 is not a failure, and the rank that ends first with it must not
+# take the one that still writes along; --wait ends the ranks of a dead run.
 # USR1 is ignored until python has installed its handler: by default it would end the rank.
 # srun must not read the job's own CPU request, which may be for another number of tasks.
 launch() {
+  local module=$1 straggler_s=$2
+  shift 2
   unset SLURM_CPUS_PER_TASK
   if [[ ${SLURM_TRES_PER_TASK:-} != *gpu* ]]; then unset SLURM_TRES_PER_TASK; fi
   # shellcheck disable=SC2016 # the variables are those of the tasks
   exec srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" \
     --ntasks="$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE))" --ntasks-per-node="$LOCAL_WORLD_SIZE" \
     --cpus-per-task="$cpus_per_rank" --gpu-bind=none \
-    --kill-on-bad-exit=0 --wait="$SCLONG_STRAGGLER_S" \
+    --kill-on-bad-exit=0 --wait="$straggler_s" \
     bash -c 'trap "" USR1
       export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-      exec $SCLONG_CONTAINER python -u -m sclong_ds.pretrain "$@"' pretrain "$@"
+      exec $SCLONG_CONTAINER python -u -m "$0" "$@"' "$module" "$@"
 }
 
 # Waits until the step has really ended and sets `status`. A trapped signal ends bash's `wait` early;
@@ -116,7 +185,7 @@ wait_for_step() {
   while kill -0 "$pid" 2>/dev/null; do
     if ((asked_to_stop)); then
       # scancel fails when the step has not begun or has just ended: the next round sees which.
-      scancel --signal=USR1 "$SLURM_JOB_ID.0" || true
+      scancel --signal=USR1 "$SLURM_JOB_ID.$step" || true
       sleep "$FORWARD_EVERY_S" &
       pause=$!
       wait -n "$pid" "$pause" || true
@@ -129,22 +198,24 @@ wait_for_step() {
   wait "$pid" || status=$? # bash keeps the status of a child that has ended
 }
 
-# Ends the job with the training's exit status, or queues it again.
+# Ends the job with the training's exit status, or queues it again; that status comes first.
 finish() {
-  local state
-  if (($1 != REQUEUE_STATUS)); then exit "$1"; fi
-  state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+  local ended=$1 state
+  shift
+  if ((ended == 0)); then exit 0; fi
+  restarts end --status "$ended" "$@" || exit "$ended"
+  state=$(job_field JobState)
   if [[ $SCLONG_REQUEUE != 1 ]]; then
-    echo "saved; exit $1 (SCLONG_REQUEUE=$SCLONG_REQUEUE): submit the same command to continue"
+    echo "exit $ended (SCLONG_REQUEUE=$SCLONG_REQUEUE): submit the same command to continue"
   elif [[ $state != RUNNING ]]; then
     # A user's scancel also reaches the ranks as TERM: it must not bring the job back.
-    echo "saved; Slurm ends the job ($state), it is not queued again: submit the same command to continue"
+    echo "Slurm ends the job ($state), it is not queued again: submit the same command to continue"
   elif scontrol requeue "$SLURM_JOB_ID"; then
-    echo "saved; job $SLURM_JOB_ID is queued again"
+    echo "job $SLURM_JOB_ID is queued again"
   else
-    echo "saved; Slurm refused to queue the job again: submit the same command to continue" >&2
+    echo "Slurm refused to queue the job again: submit the same command to continue" >&2
   fi
-  exit "$1"
+  exit "$ended"
 }
 
 main "$@"

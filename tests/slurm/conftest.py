@@ -128,7 +128,7 @@ class SlurmCluster:
     def wait(self, job_id: str, *, timeout_s: float = 240.0) -> Job:
         """Wait until a job is over, without holding a requeued job back, and return its outcome."""
         deadline = time.monotonic() + timeout_s
-        released = False
+        released = 0
         while True:
             fields = self.fields(job_id)
             state = fields["JobState"].split(",")[0]
@@ -138,16 +138,36 @@ class SlurmCluster:
                 if state != "COMPLETED":
                     log = f"{log}\n{daemon_logs(self.folder)}"
                 return Job(job_id, state, code, int(fields["Restarts"]), log)
-            if state == "PENDING" and fields.get("Reason") == "BeginTime" and not released:
-                # Slurm holds a requeued job back for two minutes, so that the nodes have cleaned
-                # up after its first life; started at once, it sometimes fails without a word.
-                self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now+20")
-                released = True
+            held = state == "PENDING" and fields.get("Reason") == "BeginTime"
+            if held and int(fields["Restarts"]) > released and self.nodes_are_clean():
+                self.release(job_id)
+                released = int(fields["Restarts"])
             assert time.monotonic() < deadline, (
                 f"job {job_id} still {state} after {timeout_s} s\n"
                 f"{self.log(fields['JobId'])}\n{daemon_logs(self.folder)}"
             )
-            time.sleep(0.5)
+            time.sleep(0.2)
+
+    def nodes_are_clean(self) -> bool:
+        """Tell whether no node has anything of a job, ended jobs included."""
+        states = self.command("sinfo", "--noheader", "--Node", "--format=%T").split()
+        return not [s for s in states if s.startswith(("alloc", "mixed", "compl", "draining"))]
+
+    def wait_until_requeued(self, job_id: str) -> None:
+        """Wait until a job may begin its next life; Slurm holds it back for two minutes.
+
+        A life that begins while a node still ends the one before, or in the same second, fails
+        without a word ("Job credential revoked" in slurmctld.log): the node then refuses all that
+        was issued to the job so far.
+        """
+        self.wait_until(
+            job_id,
+            lambda: self.fields(job_id).get("Reason") == "BeginTime" and self.nodes_are_clean(),
+        )
+
+    def release(self, job_id: str) -> None:
+        """Let a requeued job begin now."""
+        self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now+1")
 
     def wait_until(
         self, job_id: str, condition: Callable[[], bool], *, timeout_s: float = 240.0

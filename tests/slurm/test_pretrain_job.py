@@ -1,7 +1,8 @@
-"""pretrain.sh trains on two nodes and continues exactly after a signal; embed.sh uses the model."""
+"""pretrain.sh checks two nodes, trains on them and continues after signals; embed.sh embeds."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,22 +64,49 @@ def test_two_nodes_train_the_tiny_preset(straight_run: tuple[Path, Any]) -> None
     assert (run_dir / "checkpoints" / "latest").is_file()
 
 
-def test_a_signal_saves_requeues_and_continues_exactly(
+def test_the_nodes_are_checked_before_the_training(straight_run: tuple[Path, Any]) -> None:
+    run_dir, job = straight_run
+    verdict = json.loads((run_dir / "preflight.json").read_text())
+    assert (verdict["ok"], verdict["job"], verdict["problems"]) == (True, job.id, [])
+    assert [rank["node"] for rank in verdict["ranks"]] == ["n1", "n2"]
+    assert all(rank["write_bytes_per_s"] > 0 for rank in verdict["ranks"])
+    assert {"data.corpus", "model.gene_graph"} <= set(verdict["ranks"][1]["compared"])
+    assert verdict["all_reduce"]["seconds"] > 0
+    assert job.log.index("preflight: 2 ranks are fit") < job.log.index("new run")
+    assert not list(run_dir.glob(".preflight*"))
+
+
+def _signal_at(slurm: Any, job_id: str, run_dir: Path, step: int) -> None:
+    """Ask a job to stop once a step is done, and wait until it is queued again."""
+    metrics = run_dir / "metrics.jsonl"
+    slurm.wait_until(job_id, lambda: metrics.exists() and step in _figures(run_dir))
+    slurm.command("scancel", "--batch", "--signal=USR1", job_id)
+    slurm.wait_until_requeued(job_id)
+
+
+def test_signals_requeue_the_job_which_continues_exactly_and_then_on_one_node(
     slurm: Any, straight_run: tuple[Path, Any], demo_corpus: Path, demo_graph: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "preempted"
     job_id = _submit(slurm, run_dir, demo_corpus, demo_graph)
-    metrics = run_dir / "metrics.jsonl"
-    slurm.wait_until(job_id, lambda: metrics.exists() and 2 in _figures(run_dir), timeout_s=300)
-    slurm.command("scancel", "--batch", "--signal=USR1", job_id)
+    _signal_at(slurm, job_id, run_dir, 2)
+    slurm.release(job_id)
+    _signal_at(slurm, job_id, run_dir, 6)
+    slurm.command("scontrol", "update", f"JobId={job_id}", "NumNodes=1")
     job = slurm.wait(job_id, timeout_s=400)
-    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1), job.log
-    assert f"job {job_id} is queued again" in job.log
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 2), job.log
+    assert job.log.count(f"job {job_id} is queued again") == 2
     events = read_events(run_dir)
-    stopped = next(e["step"] for e in events if e["event"] == "finish" and e["step"] < STEPS)
-    assert 2 <= stopped
-    assert [e["step"] for e in events if e["event"] == "resume"] == [stopped]
-    assert _figures(run_dir) == _figures(straight_run[0])
+    stops = [e["step"] for e in events if e["event"] == "finish" and e["step"] < STEPS]
+    resumes = [e for e in events if e["event"] == "resume"]
+    assert [e["step"] for e in resumes] == stops
+    assert [(e["saved_by"], e["world_size"]) for e in resumes] == [(2, 2), (2, 1)]
+    straight, figures = _figures(straight_run[0]), _figures(run_dir)
+    on_two = [step for step in straight if step <= stops[1]]
+    assert [figures[step] for step in on_two] == [straight[step] for step in on_two]
+    assert list(figures) == list(straight)
+    losses = [figures[step][0] for step in straight]
+    assert losses == pytest.approx([loss for loss, _ in straight.values()], rel=1e-3)
 
 
 def test_embed_job_writes_one_vector_per_cell(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-JOBS = [script for script in SCRIPTS if script.name != "env.sh"]
+JOBS = [script for script in SCRIPTS if script.name not in ("env.sh", "pipeline.sh")]
 PATH_OF_A_SITE = re.compile(r"/(home|scratch|gpfs|lustre|data|work|mnt)/")
 
 
@@ -81,15 +82,17 @@ def test_ranks_follow_the_allocation(
     slurm: Any, tmp_path: Path, options: tuple[str, ...], settings: dict[str, str],
     nodes: int, ranks_per_node: int, cpus: int,
 ) -> None:  # fmt: skip
-    # The container setting puts a command in front of python; this one shows what it was given.
+    # The container setting puts a command in front of python; this one shows what a rank is given.
     show = tmp_path / "show"
     variables = "$RANK/$WORLD_SIZE $SLURMD_NODENAME $LOCAL_RANK/$LOCAL_SIZE $OMP_NUM_THREADS"
     show.write_text(
-        f'#!/bin/bash\necho "rank {variables} $MASTER_ADDR"; printf "<%s>" "$@"; echo\n'
+        "#!/bin/bash\n"
+        f'if [[ $* != *sclong_ds.pretrain* ]]; then exec {sys.executable} "${{@:2}}"; fi\n'
+        f'echo "rank {variables} $MASTER_ADDR"; printf "<%s>" "$@"; echo\n'
     )
     show.chmod(0o755)
-    arguments = ("--config", "a b", "run.dir='c d'")
-    environment = settings | {"SCLONG_CONTAINER": str(show)}
+    arguments = ("--config", "sclong_tiny", f"run.dir={tmp_path}/c d")
+    environment = settings | {"SCLONG_CONTAINER": str(show), "SCLONG_PREFLIGHT": "0"}
     job = slurm.wait(slurm.sbatch("pretrain.sh", *arguments, options=options, env=environment))
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
     world = nodes * ranks_per_node
@@ -101,12 +104,12 @@ def test_ranks_follow_the_allocation(
     ]
     found = sorted(line for line in job.log.splitlines() if line.startswith("rank "))
     assert found == expected
-    command = "<python><-u><-m><sclong_ds.pretrain><--config><a b><run.dir='c d'>"
-    assert job.log.count(command) == world
+    command = "<python><-u><-m><sclong_ds.pretrain><--config><sclong_tiny>"
+    assert job.log.count(f"{command}<run.dir={tmp_path}/c d>") == world
 
 
 @pytest.mark.slurm
-def test_a_failing_training_gives_the_job_its_status(slurm: Any) -> None:
+def test_a_wrong_configuration_ends_the_job(slurm: Any) -> None:
     job = slurm.wait(slurm.sbatch("pretrain.sh", "--config", "no_such_preset"))
     assert job.state == "FAILED"
     assert job.exit_code in (1, 2)

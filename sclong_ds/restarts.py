@@ -1,0 +1,217 @@
+"""Whether a Slurm job may start, or be queued again: the guard against a job that crashes for ever.
+
+    python -m sclong_ds.restarts begin --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.restarts end --status STATUS --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.restarts bad-nodes --config FILE|PRESET [key=value ...]
+
+slurm/pretrain.sh runs it with the training's own arguments, once for all ranks. `begin` records the
+start in RUN_DIR/restarts.json and prints how many seconds before the time limit the run must be
+asked to save; `end` says what a training that ended with STATUS means; `bad-nodes` prints the nodes
+that RUN_DIR/preflight.json names. Exit status: 0 go on (start, queue again), 1 do not, with a line
+that says why.
+
+Progress is a newer checkpoint: what is trained after the last one is lost with a crash. What asks
+for another life: 75 (saved after a signal), a hang that the watchdog ended, and every status but 0,
+1 and 2, that is a rank that was killed (137: SIGKILL, as by the kernel when memory runs out). A
+training that ends with 1 or 2 has said what is wrong with it, and would say so again; and a run
+that crashed before its first step ever is set up wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from sclong_ds.checkpoint_files import complete_checkpoints, step_of
+from sclong_ds.config import load_config
+from sclong_ds.files import write_atomic
+from sclong_ds.run_folder import METRICS_FILE, now, read_events, read_every_row
+
+RESTARTS_FILE = "restarts.json"
+PREFLIGHT_FILE = "preflight.json"
+SAVED_STATUS, OWN_ERRORS = 75, (1, 2)
+_KEPT_LIVES = 200
+# Until every rank has the signal (10 s), has ended its micro-batch, and Slurm has seen the job end.
+_BEYOND_SAVING_S = 30
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """One start of a job."""
+
+    job: str
+    """Slurm's job id, the same in all lives of a job."""
+    started: str
+    """Time, UTC."""
+    nodes: str
+    """Slurm's list of its nodes."""
+    step: int
+    """Step of the newest checkpoint when it started."""
+
+
+def begin(run_dir: Path, *, job: str, nodes: str, max_stalled: int) -> None:
+    """Record a start.
+
+    Args:
+        run_dir: Run folder; made if absent.
+        job: Slurm's job id.
+        nodes: Slurm's list of the job's nodes.
+        max_stalled: Starts in a row of one job without a new checkpoint, after which it stops.
+
+    Raises:
+        ValueError: The job has started too often without getting on.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    refuse_stalled(run_dir, job=job, max_stalled=max_stalled)
+    life = Life(job=job, started=now(), nodes=nodes, step=newest_step(run_dir))
+    lives = [*read_lives(run_dir), life][-_KEPT_LIVES:]
+    text = json.dumps([asdict(life) for life in lives], indent=2)
+    write_atomic(run_dir / RESTARTS_FILE, f"{text}\n".encode())
+
+
+def refuse_stalled(run_dir: Path, *, job: str, max_stalled: int) -> None:
+    """Refuse another life to a job whose last ones brought no new checkpoint; args as `begin`.
+
+    Raises:
+        ValueError: There were too many of them.
+    """
+    step = newest_step(run_dir)
+    stalled = takewhile(
+        lambda life: life.job == job and life.step == step, read_lives(run_dir)[::-1]
+    )
+    n_stalled = len(list(stalled))
+    if n_stalled >= max_stalled:
+        raise ValueError(
+            f"job {job} made no new checkpoint in {n_stalled} starts in a row (it is still at step "
+            f"{step}) and is not started again: see above what ended it, or lower "
+            f"checkpoint.every_n_steps, then submit the same command again"
+        )
+
+
+def end(run_dir: Path, status: int, *, job: str, max_stalled: int) -> str:
+    """Return why a training that has ended is to be queued again.
+
+    Args:
+        run_dir: Run folder.
+        status: Exit status of the training, the highest of its ranks.
+        job: Slurm's job id.
+        max_stalled: As for `begin`.
+
+    Raises:
+        ValueError: It is not to be, and why.
+    """
+    reason = "saved after a signal"
+    if status != SAVED_STATUS:
+        reason = "a rank hung" if _hung(run_dir) else f"a rank died (status {status})"
+        if status in OWN_ERRORS and not _hung(run_dir):
+            raise ValueError(
+                f"the training ended by itself with status {status} and is not started again: "
+                f"see above what is wrong"
+            )
+        if not _made_a_step(run_dir):
+            raise ValueError(
+                f"{reason} before the run's first step; it is not started again: see above and the "
+                f"nodes' logs (137 is often too little memory), then submit the same command again"
+            )
+    refuse_stalled(run_dir, job=job, max_stalled=max_stalled)
+    return reason
+
+
+def seconds_to_save(run_dir: Path) -> int:
+    """Return how long before the time limit the run must be asked to save, s.
+
+    Twice the slowest of the last checkpoints, and some time until all ranks have heard of it; for a
+    run without checkpoints the latter alone.
+    """
+    saved = [e["seconds"] for e in read_events(run_dir) if e.get("event") == "checkpoint"]
+    return math.ceil(2 * max(saved[-20:], default=0) + _BEYOND_SAVING_S)
+
+
+def newest_step(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint of a run, or 0."""
+    return max((step_of(p.name) for p in complete_checkpoints(run_dir / "checkpoints")), default=0)
+
+
+def read_lives(run_dir: Path) -> list[Life]:
+    """Return the recorded starts of a run, oldest first.
+
+    Raises:
+        ValueError: The record is damaged.
+    """
+    path = run_dir / RESTARTS_FILE
+    if not path.exists():
+        return []
+    try:
+        return [Life(**life) for life in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a record of starts ({error}); remove it") from None
+
+
+def bad_nodes(run_dir: Path) -> list[str]:
+    """Return the nodes that the last preflight named, or none when all of them are bad."""
+    path = run_dir / PREFLIGHT_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["bad_nodes"] if path.exists() else []
+
+
+def _hung(run_dir: Path) -> bool:
+    """Tell whether the watchdog has ended this life; both times are the file server's."""
+    hang, started = run_dir / "heartbeat" / "hang.json", run_dir / RESTARTS_FILE
+    return hang.exists() and hang.stat().st_mtime >= started.stat().st_mtime
+
+
+def _made_a_step(run_dir: Path) -> bool:
+    rows = read_every_row(run_dir) if (run_dir / METRICS_FILE).exists() else []
+    return newest_step(run_dir) > 0 or any(row["step"] > 0 for row in rows)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of sclong_ds.pretrain, of which only the configuration matters here."""
+    parser.add_argument("--config", required=True, metavar="FILE|PRESET")
+    parser.add_argument("--dry-run", action="store_true", help="as for the training")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m sclong_ds.restarts")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("begin", "end", "bad-nodes"):
+        command = commands.add_parser(name)
+        command.add_argument("--max-stalled", type=int, default=3, metavar="N")
+        if name == "end":
+            command.add_argument("--status", type=int, required=True)
+        add_training_arguments(command)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    job = os.environ.get("SLURM_JOB_ID", "none")
+    try:
+        config = load_config(args.config, args.overrides)
+        if config.run.dir is None:
+            raise ValueError("run.dir is not set: add run.dir=PATH, the run folder")
+        run_dir = Path(config.run.dir)
+        if args.command == "begin":
+            nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+            begin(run_dir, job=job, nodes=nodes, max_stalled=args.max_stalled)
+            sys.stdout.write(f"{seconds_to_save(run_dir)}\n")
+        elif args.command == "end":
+            log.info("%s", end(run_dir, args.status, job=job, max_stalled=args.max_stalled))
+        else:
+            sys.stdout.write(f"{','.join(bad_nodes(run_dir))}\n")
+        return 0
+    except (ValueError, OSError) as error:
+        log.error("error: %s", " ".join(str(error).split()))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+#
+# Submits the whole way from raw datasets to a trained model as a chain of jobs, and prints their ids.
+# Runs on the login node, from the project root:
+#
+#   bash slurm/pipeline.sh --manifest MANIFEST --out DIR [options] -- --config PRESET|FILE [key=value ...]
+#   bash slurm/pipeline.sh --manifest manifest.tsv --out runs/atlas --tasks 64 \
+#     --sbatch-train "--nodes=8 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 --time=24:00:00" \
+#     -- --config sclong_1b
+#
+#   --manifest FILE     datasets, as for `python -m data_prep convert`
+#   --out DIR           folder to make: DIR/corpus, DIR/graph.npz and the run folder DIR/run
+#   --tasks N           tasks of the array that converts (1)
+#   --keep-going        go on without datasets that cannot be converted; without it the chain ends
+#   --convert "..."     more options of `python -m data_prep convert`
+#   --finalize "..."    more options of `python -m data_prep finalize`
+#   --graph "..."       more options of `python -m data_prep gene-graph`
+#   --sbatch-prep "..."   sbatch options of the data preparation and the graph
+#   --sbatch-train "..."  sbatch options of the training
+#
+# Options within quotes are split at spaces. The chain is
+#   convert (array) -> finalize -> verify and gene-graph -> pretrain
+# A job begins when those before it have succeeded; when one fails, Slurm takes those after it out of
+# the queue. Every step can be submitted again by hand, and the whole too: what is done is skipped.
+set -euo pipefail
+
+main() {
+  local manifest="" out="" tasks=1 after_convert=afterok
+  local convert="" finalize="" graph="" prep="" train=""
+  while (($#)); do
+    case $1 in
+      --manifest) manifest=$(value "$@") ;;
+      --out) out=$(value "$@") ;;
+      --tasks) tasks=$(value "$@") ;;
+      --convert) convert=$(value "$@") ;;
+      --finalize) finalize=$(value "$@") ;;
+      --graph) graph=$(value "$@") ;;
+      --sbatch-prep) prep=$(value "$@") ;;
+      --sbatch-train) train=$(value "$@") ;;
+      --keep-going)
+        after_convert=afterany
+        shift
+        continue
+        ;;
+      --)
+        shift
+        break
+        ;;
+      *) fail "unknown argument '$1': see the head of slurm/pipeline.sh" ;;
+    esac
+    shift 2
+  done
+  if [[ ! -f slurm/env.sh && ! -f ${SCLONG_HOME:-}/slurm/env.sh ]]; then
+    fail "$PWD is not the project: run it from the project root, or set SCLONG_HOME"
+  fi
+  if [[ -z $out || $# == 0 ]]; then fail "--out DIR and, after --, --config PRESET|FILE are needed"; fi
+  if [[ ! -f $manifest ]]; then fail "--manifest '$manifest': no such file"; fi
+  if [[ ! $tasks =~ ^[1-9][0-9]*$ ]]; then fail "--tasks $tasks: got no number above 0"; fi
+  home="${SCLONG_HOME:-$PWD}"
+  mkdir -p "$out"
+  manifest=$(realpath "$manifest")
+  out=$(realpath "$out")
+
+  local converted finalized verified graphed trained
+  # shellcheck disable=SC2086 # several options in one string
+  {
+    converted=$(submit convert "" "--array=0-$((tasks - 1)) $prep" \
+      data_prep.sh convert "$manifest" --out "$out/corpus" $convert)
+    finalized=$(submit finalize "$after_convert:$converted" "$prep" \
+      data_prep.sh finalize "$out/corpus" $finalize)
+    verified=$(submit verify "afterok:$finalized" "$prep" data_prep.sh verify "$out/corpus")
+    graphed=$(submit gene-graph "afterok:$finalized" "$prep" \
+      gene_graph.sh --genes "$out/corpus/genes.tsv" --out "$out/graph.npz" $graph)
+    trained=$(submit pretrain "afterok:$verified:$graphed" "$train" \
+      pretrain.sh "$@" run.dir="$out/run" data.corpus="$out/corpus" model.gene_graph="$out/graph.npz")
+  }
+  printf '%s\t%s\n' convert "$converted" finalize "$finalized" verify "$verified" \
+    gene-graph "$graphed" pretrain "$trained"
+}
+
+# Prints the value that follows an option.
+value() {
+  if (($# < 2)); then fail "$1 needs a value"; fi
+  printf '%s' "$2"
+}
+
+# Submits one job: its name, what it waits for, sbatch options, script, arguments. Prints its id.
+submit() {
+  local name=$1 after=$2 options=$3 script=$4 id
+  shift 4
+  if [[ -n $after ]]; then options="--dependency=$after --kill-on-invalid-dep=yes $options"; fi
+  # shellcheck disable=SC2086 # several options in one string
+  id=$(sbatch --parsable --job-name="sclong-$name" $options "$home/slurm/$script" "$@")
+  echo "${id%%;*}"
+}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+main "$@"

@@ -1,0 +1,151 @@
+"""What asks for another life of a job, and when it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sclong_ds.restarts import (
+    RESTARTS_FILE,
+    bad_nodes,
+    begin,
+    end,
+    main,
+    newest_step,
+    read_lives,
+    seconds_to_save,
+)
+
+
+def _begin(run_dir: Path, *, job: str = "7", max_stalled: int = 3) -> None:
+    begin(run_dir, job=job, nodes="n[1-2]", max_stalled=max_stalled)
+
+
+def _end(run_dir: Path, status: int, *, max_stalled: int = 3) -> str:
+    return end(run_dir, status, job="7", max_stalled=max_stalled)
+
+
+def _checkpoint(run_dir: Path, step: int) -> None:
+    (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+
+
+def _metrics(run_dir: Path, step: int) -> None:
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": step, "time": 0.0}) + "\n")
+
+
+def test_starts_without_a_new_checkpoint_end_the_job(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 40)
+    for _ in range(3):
+        _begin(tmp_path)
+    with pytest.raises(ValueError, match=r"no new checkpoint in 3 starts .* at step 40"):
+        _begin(tmp_path)
+    assert [life.step for life in read_lives(tmp_path)] == [40, 40, 40]
+
+
+def test_a_new_checkpoint_or_a_new_job_begins_the_count_again(tmp_path: Path) -> None:
+    for _ in range(3):
+        _begin(tmp_path)
+    _checkpoint(tmp_path, 10)
+    _begin(tmp_path)
+    _begin(tmp_path)
+    assert [life.step for life in read_lives(tmp_path)] == [0, 0, 0, 10, 10]
+    _begin(tmp_path, job="8", max_stalled=1)
+    with pytest.raises(ValueError, match="job 8"):
+        _begin(tmp_path, job="8", max_stalled=1)
+
+
+def test_only_whole_checkpoints_are_progress(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) == 0
+    _checkpoint(tmp_path, 20)
+    (tmp_path / "checkpoints" / "step_00000030.partial").mkdir()
+    assert newest_step(tmp_path) == 20
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_what_the_training_itself_reports_is_not_repeated(tmp_path: Path, status: int) -> None:
+    _checkpoint(tmp_path, 5)
+    _begin(tmp_path)
+    with pytest.raises(ValueError, match=f"ended by itself with status {status}"):
+        _end(tmp_path, status)
+
+
+@pytest.mark.parametrize("status", [137, 139, 134, 9])
+def test_a_dead_rank_asks_for_another_life_once_the_run_has_made_a_step(
+    tmp_path: Path, status: int
+) -> None:
+    _begin(tmp_path)
+    with pytest.raises(ValueError, match=f"status {status}.* before the run's first step"):
+        _end(tmp_path, status)
+    _metrics(tmp_path, 0)  # a validation before the first step
+    with pytest.raises(ValueError, match="first step"):
+        _end(tmp_path, status)
+    _metrics(tmp_path, 1)
+    assert _end(tmp_path, status) == f"a rank died (status {status})"
+    with pytest.raises(ValueError, match="in 1 starts in a row"):
+        _end(tmp_path, status, max_stalled=1)
+
+
+def test_a_hang_of_this_life_asks_for_another(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 5)
+    hang = tmp_path / "heartbeat" / "hang.json"
+    hang.parent.mkdir()
+    hang.write_text("{}")
+    os.utime(hang, (1000, 1000))
+    _begin(tmp_path)
+    with pytest.raises(ValueError, match="by itself"):
+        _end(tmp_path, 1)
+    hang.write_text("{}")
+    os.utime(tmp_path / RESTARTS_FILE, (1000, 1000))
+    assert _end(tmp_path, 1) == "a rank hung"
+
+
+def test_a_saved_run_comes_back_even_before_its_first_step(tmp_path: Path) -> None:
+    _begin(tmp_path)
+    assert _end(tmp_path, 75) == "saved after a signal"
+    with pytest.raises(ValueError, match="no new checkpoint"):
+        _end(tmp_path, 75, max_stalled=1)
+
+
+def test_time_to_save_follows_the_slowest_recent_checkpoint(tmp_path: Path) -> None:
+    assert seconds_to_save(tmp_path) == 30
+    seconds = [900.0] + [10.0] * 18 + [45.2, 12.0]
+    rows = [
+        {"time": 0.0, "event": "checkpoint", "step": i, "seconds": s} for i, s in enumerate(seconds)
+    ]
+    lines = [json.dumps(row) for row in [*rows, {"time": 0.0, "event": "finish", "step": 9}]]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    assert seconds_to_save(tmp_path) == 121
+
+
+def test_damaged_record_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / RESTARTS_FILE).write_text('[{"job": "7"}]')
+    with pytest.raises(ValueError, match=r"restarts\.json: .*remove it"):
+        _begin(tmp_path)
+
+
+def test_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = ("--max-stalled", "1", "--config", "sclong_tiny", f"run.dir={tmp_path / 'run'}")
+    assert main(["begin", *run]) == 0
+    assert capsys.readouterr().out == "30\n"
+    assert main(["begin", *run]) == 1
+    assert main(["end", "--status", "2", *run]) == 1
+    assert main(["end", "--status", "75", *run[:1], "2", *run[2:]]) == 0
+    assert main(["bad-nodes", *run]) == 0
+    assert capsys.readouterr().out == "\n"
+    assert main(["begin", "--config", "sclong_tiny"]) == 1
+    assert main(["begin", "--config", "no_such_preset"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "run.dir is not set" in errors[-2]
+    assert "no such preset or file" in errors[-1]
+
+
+def test_bad_nodes_are_those_of_the_last_preflight(tmp_path: Path) -> None:
+    assert bad_nodes(tmp_path) == []
+    (tmp_path / "preflight.json").write_text(json.dumps({"bad_nodes": ["n2", "n5"]}))
+    assert bad_nodes(tmp_path) == ["n2", "n5"]

@@ -1,0 +1,90 @@
+"""pipeline.sh: from a manifest to a trained model in one chain of jobs; a failure ends it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sclong_ds.run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["convert", "finalize", "verify", "gene-graph", "pretrain"]
+# The 300 genes of the small corpus.
+SMALL = (
+    "--config", "sclong_tiny", "model.top_seq_len=64", "model.large_encoder.depth=1",
+    "engine.train_batch_size=2", "run.max_steps=2", "run.validation_cells=4",
+    "tracking.enabled=false",
+)  # fmt: skip
+
+
+def _submit(slurm: Any, manifest: Path, out: Path, genes: Path, *options: str) -> dict[str, str]:
+    """Submit the chain and return its job ids by name."""
+    convert = f"--genes {genes} --min-genes-mapped 100 --min-share-mapped 0"
+    logs = f"--output={slurm.folder}/jobs/%x-%j.out"
+    text = slurm.command(
+        "bash", "slurm/pipeline.sh", "--manifest", str(manifest), "--out", str(out),
+        "--convert", convert, "--finalize", "--validation-datasets immune_b",
+        "--sbatch-prep", logs, "--sbatch-train", f"{logs} --nodes=2", *options, "--", *SMALL,
+    )  # fmt: skip
+    return dict(line.split("\t") for line in text.splitlines())
+
+
+@pytest.mark.slurm
+def test_the_chain_ends_with_a_trained_model(
+    slurm: Any, small_corpus: Path, tmp_path: Path
+) -> None:
+    source = small_corpus.parent
+    jobs = _submit(
+        slurm, source / "manifest.tsv", tmp_path / "out", source / "genes.tsv", "--tasks", "2"
+    )
+    assert list(jobs) == NAMES
+    trained = slurm.wait(jobs["pretrain"])
+    assert (trained.state, trained.exit_code) == ("COMPLETED", 0), trained.log
+    assert [
+        row["step"] for row in read_metrics(tmp_path / "out" / "run") if "train/loss" in row
+    ] == [
+        1,
+        2,
+    ]
+    assert {slurm.wait(jobs[name]).state for name in ("finalize", "verify", "gene-graph")} == {
+        "COMPLETED"
+    }
+
+
+@pytest.mark.slurm
+def test_a_failed_conversion_ends_the_chain(slurm: Any, small_corpus: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.tsv"
+    manifest.write_text("dataset_id\tpath\nabsent\tabsent.h5ad\n")
+    jobs = _submit(slurm, manifest, tmp_path / "out", small_corpus.parent / "genes.tsv")
+    assert slurm.wait(jobs["pretrain"]).state == "CANCELLED"
+    assert slurm.wait(f"{jobs['convert']}_0").state == "FAILED"
+    assert not (tmp_path / "out" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--out DIR and, after --"),
+        (("--manifest",), "--manifest needs a value"),
+        (
+            ("--out", "o", "--manifest", "none.tsv", "--", "--config", "x"),
+            "'none.tsv': no such file",
+        ),
+        (("--nodes", "2"), "unknown argument '--nodes'"),
+        (
+            ("--out", "o", "--manifest", "README.md", "--tasks", "0", "--", "--config", "x"),
+            "--tasks 0: got no number above 0",
+        ),
+    ],
+)
+def test_wrong_arguments_submit_nothing(arguments: tuple[str, ...], message: str) -> None:
+    done = subprocess.run(
+        ["bash", "slurm/pipeline.sh", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert not done.stdout
