@@ -267,8 +267,8 @@ def train(command: Sequence[str], *, n_ranks: int, log: Path) -> None:
         end_ranks(ranks)
 
 
-def differences(run_dir: Path, straight: Path) -> list[str]:
-    """Say in what a run differs from an uninterrupted one; nothing: in no bit.
+def wrong_steps(run_dir: Path, straight: Path) -> list[str]:
+    """Say in which steps a run differs from an uninterrupted one.
 
     Every row of every life counts, those too that were written again after a kill.
 
@@ -277,20 +277,28 @@ def differences(run_dir: Path, straight: Path) -> list[str]:
         straight: The other run, of at least as many steps.
     """
     expected = {int(r["step"]): r for r in read_metrics(straight) if "train/loss" in r}
-    rows = [r for r in read_every_row(run_dir) if "train/loss" in r]
+    rows = read_every_row(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    steps = [(int(r["step"]), r) for r in rows if "train/loss" in r]
     found = [
-        f"step {r['step']}: {name} is {r[name]!r}, not {expected[int(r['step'])][name]!r}"
-        for r in rows
+        f"step {step}: {name} is {row[name]!r}, not {expected[step][name]!r}"
+        for step, row in steps
         for name in COMPARED
-        if r[name] != expected[int(r["step"])][name]
+        if row[name] != expected[step][name]
     ]
-    missing = set(range(1, last_step(run_dir) + 1)) - {int(r["step"]) for r in rows}
-    if missing:
-        found.append(f"no rows of the steps {sorted(missing)}")
+    missing = set(range(1, last_step(run_dir) + 1)) - {step for step, _ in steps}
+    return found + [f"no row of step {step}" for step in sorted(missing)]
+
+
+def differences(run_dir: Path, straight: Path) -> list[str]:
+    """Say in what a finished run differs from an uninterrupted one; nothing: in no bit.
+
+    Args:
+        run_dir: The run that was killed.
+        straight: The other run, of as many steps.
+    """
     ours, theirs = (_newest_tensors(folder) for folder in (run_dir, straight))
-    if ours != theirs:
-        found.append(f"the files of {ours.keys() | theirs.keys()} differ")
-    return found
+    names = [f"{n} differs" for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)]
+    return wrong_steps(run_dir, straight) + names
 
 
 def _newest_tensors(run_dir: Path) -> dict[str, Any]:
@@ -319,19 +327,21 @@ def main() -> int:
             for name in ("straight", "killed")
         }  # fmt: skip
         train(commands["straight"], n_ranks=args.ranks, log=log)
-        print("| kill | rank | while | after, s | resumed from | last step |\n" + "|---" * 6 + "|")
+        titles = "kill", "rank", "while", "after, s", "resumed from", "last step", "equal so far"
+        print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
         for number in range(1, args.kills + 1):
             kill = kill_at_random(
                 commands["killed"], work / "killed", n_ranks=args.ranks, log=log, rng=rng,
-                moment=rng.choice(MOMENTS),
+                moment=MOMENTS[number % len(MOMENTS)],
             )  # fmt: skip
             if kill is None:
                 print(f"the run was done after {number - 1} kills")
                 break
             start = "-" if kill.resumed_from is None else kill.resumed_from
+            equal = "no" if wrong_steps(work / "killed", work / "straight") else "yes"
             print(
                 f"| {number} | {kill.rank} | {kill.moment} | {kill.after_s} | {start} | "
-                f"{kill.last_step} |",
+                f"{kill.last_step} | {equal} |",
                 flush=True,
             )
         train(commands["killed"], n_ranks=args.ranks, log=log)

@@ -105,8 +105,9 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
     if left:
         raise ValueError(f"{path.name}: {', '.join(left)}: 'auto' has no source here; give a value")
     config.setdefault("steps_per_print", 2**31)
-    if engine.precision == "bf16":
-        # Sums of many micro-steps: bf16 keeps 8 bits, so a term of 1/256 of the sum is lost.
+    if engine.precision == "bf16" and config["zero_optimization"]["stage"] > 1:
+        # Sums of many micro-steps: bf16 keeps 8 bits, so a term of 1/256 of the sum is lost. With
+        # stage 1 it would bring in another optimizer, whose checkpoints cannot be merged.
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config
 

@@ -135,11 +135,11 @@ def memory_per_rank(
     # A CPU gives untouched pages no memory; a GPU gives a bucket its whole size.
     bucket = min(zero.reduce_bucket, total) if setup.on_cpu else zero.reduce_bucket
     group = min(share, zero.sub_group) if third else share
-    # Micro-steps add up in fp32, whatever the model's precision.
+    # Micro-steps add up in fp32, whatever the model's precision; in stage 1 in the model's.
     gradients = 4 * share
     return Memory(
         weights=e * ((0 if params_to_host else share) + resident if third else total),
-        gradients=4 * total if zero.stage == 1 else 0 if to_host else gradients,
+        gradients=e * total if zero.stage == 1 else 0 if to_host else gradients,
         # Stage 3 in fp32 updates the weights themselves; the other stages copy them.
         master_weights=0 if to_host or (third and e == 4) else 4 * share,
         adam_moments=0 if to_host else 8 * share,
@@ -156,8 +156,8 @@ def memory_per_rank(
             recompute=recompute,
             n_expressed=setup.n_expressed,
         ),
-        # One group's gradients, flattened.
-        optimizer_step=0 if to_host else 4 * group,
+        # One group's gradients in fp32, flattened, and in stage 1 those in the model's precision.
+        optimizer_step=0 if to_host else (6 if zero.stage == 1 and e == 2 else 4) * group,
         offloaded=(to_host * (12 + 4) * share) + to_host * gradients + params_to_host * e * share,
     )
 
