@@ -1,0 +1,266 @@
+"""What a training run survives: killed and hanging ranks, bad numbers, a full disk, lost data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from launching import run_module
+
+from benchmarks.random_kills import (
+    differences,
+    end_ranks,
+    kill_at_random,
+    last_step,
+    make_corpus,
+    openings,
+    settings,
+    start_ranks,
+    train,
+    wait_until,
+)
+from sclong_ds.checkpoint_files import complete_checkpoints, damage
+from sclong_ds.data import open_stream
+from sclong_ds.run_folder import read_events, read_every_row, read_metrics
+from sclong_ds.store import Corpus
+
+pytestmark = pytest.mark.distributed
+PRETRAIN = ("-m", "sclong_ds.pretrain")
+MIXED = {
+    "data.balance_by": "dataset", "data.balance_exponent": 0.0, "data.max_repeats": 3,
+    "objective.zero_mask_prob": 0.05, "objective.mask_prob_range": "[0.1, 0.4]",
+    "model.routing": "expressed",
+}  # fmt: skip
+"""Settings that change which cells are visited, what is drawn for them and how it is routed."""
+STEPS = 18
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("random") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, corpus):
+    """An uninterrupted run on two ranks, with everything mixed."""
+    folder = tmp_path_factory.mktemp("straight")
+    args = settings(folder / "run", corpus, **MIXED, **{"run.max_steps": STEPS})
+    train([*PRETRAIN, *args], n_ranks=2, log=folder / "log")
+    return folder / "run"
+
+
+def steps_of(run_dir):
+    return [row for row in read_metrics(run_dir) if "train/loss" in row]
+
+
+def column(run_dir, name):
+    return [row[name] for row in steps_of(run_dir)]
+
+
+def events(run_dir, name):
+    return [event for event in read_events(run_dir) if event["event"] == name]
+
+
+def error_line(text):
+    """Return the one line that says why a run has failed."""
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text[-5000:]
+    assert "Traceback" not in text
+    return errors[0]
+
+
+def test_killed_at_random_equals_straight_through(straight, corpus, tmp_path):
+    """Steps, cells of a balanced sampling, weights and moments: no bit differs."""
+    run_dir, log, rng = tmp_path / "run", tmp_path / "log", random.Random(1)
+    args = settings(run_dir, corpus, **MIXED, **{"run.max_steps": STEPS})
+    for moment in ("saving", "training"):
+        kill = kill_at_random(
+            [*PRETRAIN, *args], run_dir, n_ranks=2, moment=moment, rng=rng, log=log
+        )
+        print(kill)  # noqa: T201
+        assert kill is not None, "the run was done before the kill"
+    train([*PRETRAIN, *args], n_ranks=2, log=log)
+    assert len(openings(run_dir)) == 3
+    assert len(steps_of(run_dir)) == STEPS
+    assert differences(run_dir, straight) == []
+
+
+def test_one_rank_equals_two_and_a_step_can_be_profiled(straight, corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    args = settings(
+        run_dir, corpus, **MIXED, **{"run.max_steps": 4, "run.profile_step": 2,
+        "run.validate_every_n_steps": 0},
+    )  # fmt: skip
+    run_module("sclong_ds.pretrain", *args)
+    for name in ("data/cells_crc32", "train/n_targets"):
+        assert column(run_dir, name) == column(straight, name)[:4]
+    one, two = column(run_dir, "train/loss"), column(straight, "train/loss")
+    assert one[:2] == pytest.approx(two[:2], rel=1e-5)
+    assert one == pytest.approx(two[:4], rel=1e-3)
+    with gzip.open(run_dir / "profile" / "step_00000002.json.gz") as trace:
+        assert any("addmm" in str(event.get("name")) for event in json.load(trace)["traceEvents"])
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(corpus, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    endless = {"run.max_steps": 10**6, "engine.timeout_s": 8, "checkpoint.every_n_steps": 10**6}
+    ranks = start_ranks(2, [*PRETRAIN, *settings(run_dir, corpus, **endless)], log=log)
+    try:
+        assert wait_until(lambda: last_step(run_dir) >= 2, while_all=ranks), log.read_text()
+        ranks[1].send_signal(signal.SIGSTOP)
+        assert ranks[0].wait(timeout=60) == 1
+    finally:
+        ranks[1].send_signal(signal.SIGCONT)
+        end_ranks(ranks)
+    line = error_line(log.read_text())
+    assert line.startswith("error: rank 1 (node ")
+    assert "gone or frozen" in line
+    assert "start the same command again" in line
+    assert (run_dir / "heartbeat" / "stack_rank_0.txt").stat().st_size
+
+
+def test_steps_that_are_not_finite_stop_the_run_with_good_weights(corpus, tmp_path):
+    """A learning rate that no float can stand: the first step is applied, no other is."""
+    from sclong_ds.checkpoint import full_weights
+
+    run_dir = tmp_path / "run"
+    wild = {"optim.lr": "1.0e+30", "run.max_skipped_steps": 4, "checkpoint.every_n_steps": 2,
+            "run.validate_every_n_steps": 0}  # fmt: skip
+    done = run_module("sclong_ds.pretrain", *settings(run_dir, corpus, **wild), check=False)
+    assert done.returncode == 1
+    line = error_line(done.stderr)
+    assert "skipped step 4 in a row, run.max_skipped_steps=4 stops the run" in line
+    skipped = events(run_dir, "skipped_step")
+    assert all(len(event["cell_ids"]) == 4 for event in skipped)
+    last = complete_checkpoints(run_dir / "checkpoints")[0]
+    assert f"last good checkpoint: {last.name}" in line
+    assert all(torch.isfinite(weight).all() for weight in full_weights(last).values())
+    assert [e["step"] for e in skipped] == [2, 3, 4, 5]
+    assert column(run_dir, "train/skipped_steps") == [0, 1, 2, 3]
+
+
+FAULTS = """
+import sys, time
+from sclong_ds import pretrain
+from sclong_ds.store import Corpus
+
+read, squared_error, calls = Corpus.read_packed, pretrain.masked_squared_error, []
+
+def slow(*args, **kwargs):
+    time.sleep(0.5)
+    return read(*args, **kwargs)
+
+def poisoned(*args):
+    calls.append(args)
+    return squared_error(*args) * (float("nan") if len(calls) == 9 else 1)
+
+Corpus.read_packed, pretrain.masked_squared_error = slow, poisoned
+sys.exit(pretrain.main(sys.argv[1:]))
+"""
+"""A disk that takes half a second for a chunk, and one NaN in the third step of one rank."""
+
+
+def test_one_bad_step_is_skipped_and_a_slow_disk_is_seen(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    args = settings(run_dir, corpus, **{"run.max_steps": 5, "run.validate_every_n_steps": 0})
+    train(["-c", FAULTS, *args], n_ranks=1, log=tmp_path / "log")
+    assert column(run_dir, "train/skipped_steps") == [0, 0, 1, 1, 1]
+    assert [math.isnan(loss) for loss in column(run_dir, "train/loss")] == [0, 0, 1, 0, 0]
+    # The step that was not applied does not count in the schedule.
+    rates = column(run_dir, "train/lr")
+    assert rates[2] == rates[3]
+    assert len(set(rates)) == 4
+    (event,) = events(run_dir, "skipped_step")
+    assert (event["step"], len(event["cell_ids"])) == (3, 4)
+    # Two chunks are read before the first step.
+    assert column(run_dir, "perf/data_wait_s")[0] >= 1.0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MB; a checkpoint takes 2."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot mount a small file system here: {error}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, small_disk, tmp_path):
+    run_dir, log = small_disk / "run", tmp_path / "log"
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(3 * 2**20))
+    changes = {"run.max_steps": 40, "run.validate_every_n_steps": 0, "checkpoint.keep_last": 1,
+               "checkpoint.every_n_steps": 4, "checkpoint.max_failed_saves": 9}  # fmt: skip
+    command = [*PRETRAIN, *settings(run_dir, corpus, **changes)]
+    ranks = start_ranks(1, command, log=log)
+    try:
+        assert wait_until(lambda: last_step(run_dir) >= 10, while_all=ranks), log.read_text()
+    finally:
+        ranks[0].kill()
+        ranks[0].wait()
+    failed = events(run_dir, "checkpoint_failed")
+    assert failed[0]["step"] == 8
+    assert "No space left on device" in failed[0]["error"]
+    kept = complete_checkpoints(run_dir / "checkpoints")
+    assert [path.name for path in kept] == ["step_00000004"]
+    assert damage(kept[0]) is None
+    ballast.unlink()
+    again = [*PRETRAIN, *settings(run_dir, corpus, **changes | {"run.max_steps": 12})]
+    train(again, n_ranks=1, log=log)
+    assert openings(run_dir) == [0, 4]
+    twice = [row for row in read_every_row(run_dir) if row["step"] in (5, 9)]
+    assert [row["train/loss"] for row in twice[:2]] == [row["train/loss"] for row in twice[2:]]
+    assert [p.name for p in complete_checkpoints(run_dir / "checkpoints")] == ["step_00000012"]
+
+
+def test_a_damaged_shard_stops_the_run_or_is_skipped(corpus, tmp_path):
+    broken = tmp_path / "corpus"
+    shutil.copytree(corpus, broken)
+    shard, validation = (broken / "cells.zarr" / "gap" / "c" / n for n in "13")
+    for path in (shard, validation):
+        content = bytearray(path.read_bytes())
+        content[: len(content) // 2] = bytes(len(content) // 2)
+        path.write_bytes(content)
+    sizes = {"engine.train_batch_size": 64, "engine.train_micro_batch_size_per_gpu": 16,
+             "run.max_steps": 4, "run.validate_every_n_steps": 0}  # fmt: skip
+
+    log = tmp_path / "stop.log"
+    args = settings(tmp_path / "stop", broken, **sizes)
+    ranks = start_ranks(2, [*PRETRAIN, *args], log=log)
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [1, 1]
+    finally:
+        end_ranks(ranks)
+    # A rank whose own cells were whole stops with the other one, and says nothing.
+    line = error_line(log.read_text())
+    assert line.startswith(f"error: rank 1: {shard}: chunk 2 ")
+
+    log = tmp_path / "skip.log"
+    changes = {"data.on_damage": "skip", "model.routing": "expressed",
+               "run.validate_every_n_steps": 4}  # fmt: skip
+    args = settings(tmp_path / "skip", broken, **sizes | changes)
+    train([*PRETRAIN, *args], n_ranks=2, log=log)
+    assert np.isfinite(column(tmp_path / "skip", "train/loss")).all()
+    found = Corpus(broken)
+    stream = open_stream(found, seed=0, group_chunks=2)
+    visits = next(stream.batches(0, size=256)).rows
+    lost = (visits >= found.chunk_rows[2]) & (visits < found.chunk_rows[4])
+    assert lost.any()
+    assert column(tmp_path / "skip", "data/skipped_cells")[-1] == lost.sum()
+    for rank in range(2):
+        assert log.read_text().count(f"{shard}: chunk {2 + rank} ") == 2
+    assert f"{validation}: chunk 6 " in log.read_text()
+    assert "validation: none of the cells has a target" in log.read_text()
