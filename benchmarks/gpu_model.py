@@ -45,14 +45,14 @@ def _sizes(args: argparse.Namespace) -> tuple[ModelConfig, int]:
     return replace(tiny, large_encoder=replace(tiny.large_encoder, depth=1)), 200
 
 
-def _graph(n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+def random_graph(n_genes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a random graph of the size of the real one."""
     rng = np.random.default_rng(0)
     edges = rng.integers(0, n_genes, (2, EDGES_PER_GENE * n_genes))
     return edges, rng.random(edges.shape[1], dtype=np.float32)
 
 
-def _batch(b: int, n_genes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def random_cells(b: int, n_genes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return expression (B, G), the genes to hide (B, P) and the same as a mask (B, G).
 
     Every cell has the same number of expressed genes.
@@ -152,7 +152,7 @@ LEAST_S = {False: 10.0, True: 60.0}
 def model(args: argparse.Namespace) -> Iterator[Row]:
     """Yield cells/s, MFU and peak memory of each case."""
     config, n_genes = _sizes(args)
-    graph = _graph(n_genes)
+    graph = random_graph(n_genes)
     torch.manual_seed(0)
     with torch.device(args.device):
         net = ScLong(config, n_genes=n_genes, graph=graph, output_mean=1.0)
@@ -204,7 +204,7 @@ def _step(
     args: argparse.Namespace,
 ) -> Row:
     """Measure a training step: one micro-batch and the optimizer."""
-    x, positions, hidden = _batch(case.cells, n_genes, args.device)
+    x, positions, hidden = random_cells(case.cells, n_genes, args.device)
     x, true = x.bfloat16(), x.gather(1, positions)
     n_expressed = round(EXPRESSED * n_genes)
     lengths = [min(n_expressed, net.config.top_seq_len)] * case.cells
@@ -254,7 +254,7 @@ def _step(
 def reference(args: argparse.Namespace) -> Iterator[Row]:
     """Yield the same of the released model, fp32 weights under bf16 autocast."""
     config, n_genes = _sizes(args)
-    edges, weights = (torch.from_numpy(a) for a in _graph(n_genes))
+    edges, weights = (torch.from_numpy(a) for a in random_graph(n_genes))
     with tempfile.TemporaryDirectory() as folder:
         vectors = Path(folder) / "vectors.npy"
         np.save(vectors, np.zeros((n_genes, config.base_dim), dtype=np.float32))
@@ -264,7 +264,7 @@ def reference(args: argparse.Namespace) -> Iterator[Row]:
         net = found(**arguments, gene2vec_file=str(vectors)).to(args.device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=args.device == "cuda")
     for b in (1, 2) if args.tiny else (1, 4):
-        x, _, hidden = _batch(b, n_genes, args.device)
+        x, _, hidden = random_cells(b, n_genes, args.device)
         x = nn.functional.pad(x.masked_fill(hidden, -10.0), (0, 1))
 
         def step(x: Tensor = x) -> None:
