@@ -19,7 +19,7 @@ import torch
 
 from kernels.favor_attention import triton_obstacle
 from sclong_ds import checkpoint
-from sclong_ds.checkpoint import Loaded
+from sclong_ds.checkpoint import Loaded, Saving
 from sclong_ds.checkpoint_files import TrainState, complete_checkpoints
 from sclong_ds.config import RunConfig
 from sclong_ds.costs import training_flops_per_cell
@@ -83,6 +83,10 @@ class Run:
     """Name of the newest good checkpoint."""
     validated: tuple[int, float] | None = None
     """Step and masked MSE of the last validation."""
+    saving: Saving | None = None
+    """Checkpoint that is being written while training goes on."""
+    stalled_s: float = 0.0
+    """Time that training stood still for checkpoints since the last row of metrics."""
     failed_saves: int = 0
     """Checkpoints in a row that could not be written."""
     skipped_cells: int = 0

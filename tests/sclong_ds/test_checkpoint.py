@@ -269,8 +269,18 @@ def test_a_rank_that_cannot_write_costs_this_checkpoint_alone(ranks):
         assert "step 6" in rank["refused"]
         assert "rank 1: [Errno 28] No space left on device" in rank["refused"]
         assert "rank 0" not in rank["refused"]
+        for said in rank["not_pickled"]:
+            assert "rank 1: RuntimeError: no pickle of it" in said
         assert rank["after_failure"] == rank["kept"]
         assert name_of(7) in rank["after_recovery"]
+
+
+@pytest.mark.distributed
+def test_what_is_written_in_the_background_is_the_state_when_it_began(ranks):
+    """The bytes are those of a save that training waits for, though it went on meanwhile."""
+    for rank in ranks[0]:
+        assert len(rank["background"]) == 4
+        assert all(rank["background"].values()), rank["background"]
 
 
 @pytest.mark.distributed
