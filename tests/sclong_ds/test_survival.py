@@ -8,12 +8,12 @@ import math
 import random
 import shutil
 import signal
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from launching import run_module
+from small_disk import CANNOT_MOUNT, small_disk
 
 from benchmarks.random_kills import (
     differences,
@@ -185,22 +185,19 @@ def test_one_bad_step_is_skipped_and_a_slow_disk_is_seen(corpus, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 6 MB; a checkpoint takes 2."""
+def disk_of_6_mb(tmp_path):
+    """A checkpoint takes 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"cannot mount a small file system here: {error}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(folder, mib=6) as mounted:
+        if mounted is None:
+            pytest.skip(CANNOT_MOUNT)
+        yield mounted
 
 
-def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, small_disk, tmp_path):
-    run_dir, log = small_disk / "run", tmp_path / "log"
-    ballast = small_disk / "ballast"
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, disk_of_6_mb, tmp_path):
+    run_dir, log = disk_of_6_mb / "run", tmp_path / "log"
+    ballast = disk_of_6_mb / "ballast"
     ballast.write_bytes(bytes(3 * 2**20))
     changes = {"run.max_steps": 40, "run.validate_every_n_steps": 0, "checkpoint.keep_last": 1,
                "checkpoint.every_n_steps": 4, "checkpoint.max_failed_saves": 9}  # fmt: skip
