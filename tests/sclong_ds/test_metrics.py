@@ -73,7 +73,7 @@ def check(figures, suffix, chosen):
             assert figures[name] == pytest.approx(value), name
         exact = stats.spearmanr(predicted, t).statistic
         # Within an expression bin, fewer rank bins tell the true values apart.
-        near = 1e-2 if "bin" in suffix else 1e-3
+        near = 4e-3 if "bin" in suffix else 1e-3
         assert figures[f"val/{prefix}spearman{suffix}"] == pytest.approx(exact, abs=near)
     assert figures[f"val/n_values{suffix}"] == len(t)
 
@@ -81,7 +81,7 @@ def check(figures, suffix, chosen):
 def test_figures_equal_numpy_and_scipy():
     data = values(n_cells=2000)
     # A value on a border belongs to the upper bin.
-    data.true[:, :4] = torch.tensor(BIN_EDGES)
+    data.true[:9, :4] = torch.tensor(BIN_EDGES)
     figures = score(data)
     nonzero = data.true > 0
     check(figures, "", data.chosen(nonzero))
