@@ -55,9 +55,45 @@ def finish(process, expected=0):
     return output
 
 
-def run_ranks(ranks, args, run_dir):
+def run_ranks(ranks, args, run_dir, *, program=("-m", "sclong_ds.pretrain")):
     """Train on some ranks, without the time that a launcher takes."""
-    train(["-m", "sclong_ds.pretrain", *args], n_ranks=ranks, log=run_dir.with_suffix(".log"))
+    train([*program, *args], n_ranks=ranks, log=run_dir.with_suffix(".log"))
+
+
+OUTPUTS = """
+import sys
+import torch
+from sclong_ds import pretrain
+
+save = pretrain.save
+
+def save_and_show(run, *, must):
+    save(run, must=must)
+    x = torch.rand(3, run.corpus.n_genes, generator=torch.Generator().manual_seed(0)) * 4
+    x *= x > 2
+    run.engine.eval()
+    with torch.no_grad():
+        seen = run.engine(x, (x > 3) & (x < 3.5))
+    if must and run.ranks.rank == 0:
+        torch.save((x, seen), sys.argv[1])
+    run.engine.train()
+
+pretrain.save = save_and_show
+sys.exit(pretrain.main(sys.argv[2:]))
+"""
+"""Trains, and writes what the trained model makes of three cells."""
+
+
+def assert_export_is_the_trained_model(run_dir, outputs, *, dtype):
+    """The exported model gives the same bits; after a training in bf16, once it is in bf16 too."""
+    from sclong_ds import load_model
+
+    out = run_dir.with_name(f"{run_dir.name}_exported")
+    run_module("sclong_ds", "export", run_dir, "--out", out)
+    x, expected = torch.load(outputs)
+    model = load_model(out).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(model(x, (x > 3) & (x < 3.5)), expected)
 
 
 def losses(run_dir):
@@ -181,9 +217,13 @@ def test_stopped_in_every_way_and_resumed_equals_straight_through(
     }
 
 
-def test_one_rank_agrees_with_two(straight, small_corpus, small_graph, tmp_path):
+def test_one_rank_agrees_with_two_and_exports_what_it_trained(
+    straight, small_corpus, small_graph, tmp_path
+):
     args = settings(tmp_path / "run", small_corpus, small_graph, **{"run.max_steps": 12})
-    run_module("sclong_ds.pretrain", *args)
+    outputs = tmp_path / "outputs.pt"
+    run_ranks(1, args, tmp_path / "run", program=("-c", OUTPUTS, outputs))
+    assert_export_is_the_trained_model(tmp_path / "run", outputs, dtype=torch.float32)
     assert cells(tmp_path / "run") == cells(straight)[:12]
     one, two = losses(tmp_path / "run"), losses(straight)
     assert one[1] == pytest.approx(two[1], rel=1e-6)
@@ -243,7 +283,7 @@ def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, stage
     ],
     ids=["zero1", "zero3, recomputed, redrawn"],
 )
-def test_bf16_resumed_equals_straight_through(
+def test_bf16_resumed_equals_straight_through_and_exports_what_it_trained(
     straight, small_corpus, small_graph, tmp_path, overrides
 ):
     changes = {
@@ -256,7 +296,10 @@ def test_bf16_resumed_equals_straight_through(
     shutil.copytree(whole / "checkpoints" / "step_00000004", rest / "checkpoints" / "step_00000004")
     rows = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (rest / "metrics.jsonl").write_text("".join(rows[:4]))
-    run_ranks(2, settings(rest, small_corpus, small_graph, **changes), rest)
+    outputs = tmp_path / "outputs.pt"
+    args = settings(rest, small_corpus, small_graph, **changes)
+    run_ranks(2, args, rest, program=("-c", OUTPUTS, outputs))
+    assert_export_is_the_trained_model(rest, outputs, dtype=torch.bfloat16)
     assert openings(rest) == [4]
     got, expected = losses(whole), losses(straight)
     assert losses(rest) == got
