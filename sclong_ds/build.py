@@ -124,6 +124,8 @@ def describe(
 ) -> None:
     """Log at the start what will run."""
     e = config.engine
+    accumulated = ds_config["gradient_accumulation_steps"]
+    stage = ds_config["zero_optimization"]["stage"]
     log.info("configuration:\n%s", to_yaml(config).rstrip())
     log.info(
         "corpus: %d training cells, %d validation cells, %d genes, %d datasets",
@@ -140,10 +142,15 @@ def describe(
         "batch: %d cells = %d a micro-batch x %d accumulation steps x %d ranks; "
         "ZeRO stage %d, %s, on %s",
         e.train_batch_size, e.train_micro_batch_size_per_gpu,
-        ds_config["gradient_accumulation_steps"], ranks.world_size,
-        ds_config["zero_optimization"]["stage"], e.precision, device_name(ranks.device),
+        accumulated, ranks.world_size, stage, e.precision, device_name(ranks.device),
     )  # fmt: skip
     log.info("attention: %s", attention_path(config, ranks, model))
+    if ranks.rank == 0 and e.precision == "bf16" and stage == 1 and accumulated > 1:
+        log.warning(
+            "ZeRO stage 1 adds the gradients of %d micro-steps up in bf16; stages 2 and 3 do in "
+            "fp32: use engine.ds_config=zero2, or larger micro-batches",
+            accumulated,
+        )
 
 
 def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:

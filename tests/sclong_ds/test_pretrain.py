@@ -96,6 +96,10 @@ def assert_export_is_the_trained_model(run_dir, outputs, *, dtype):
         assert torch.equal(model(x, (x > 3) & (x < 3.5)), expected)
 
 
+def log_of(run_dir):
+    return run_dir.with_suffix(".log").read_text()
+
+
 def losses(run_dir):
     return {int(r["step"]): r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r}
 
@@ -141,6 +145,14 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
     last = np.mean([found[s] for s in range(STEPS - 14, STEPS + 1)])
     assert last < 0.97 * first
     assert rows[-1]["cells_seen"] == 4 * STEPS
+    steps = [r for r in rows if "train/loss" in r]
+    parts = ("data_wait", "forward", "backward", "optimizer", "checkpoint")
+    assert all(r[f"perf/{part}_s"] >= 0 for r in steps for part in parts)
+    assert all(sum(r[f"perf/{part}_s"] for part in parts[:4]) <= r["perf/step_time_s"]
+               for r in steps)  # fmt: skip
+    # In the row after the step that was saved.
+    stalled = {int(r["step"]) for r in steps if r["perf/checkpoint_s"] > 0}
+    assert {13, 25, 37, 49} <= stalled
     for name in (
         "config.yaml",
         "ds_config.json",
@@ -300,6 +312,8 @@ def test_bf16_resumed_equals_straight_through_and_exports_what_it_trained(
     args = settings(rest, small_corpus, small_graph, **changes)
     run_ranks(2, args, rest, program=("-c", OUTPUTS, outputs))
     assert_export_is_the_trained_model(rest, outputs, dtype=torch.bfloat16)
+    warned = "stage 1 adds the gradients of 2 micro-steps up in bf16" in log_of(rest)
+    assert warned == (overrides.get("engine.ds_config") == "zero1")
     assert openings(rest) == [4]
     got, expected = losses(whole), losses(straight)
     assert losses(rest) == got
@@ -353,7 +367,7 @@ def test_resume_refuses_another_run_and_passes_over_a_damaged_checkpoint(
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     run_ranks(2, settings(run_dir, small_corpus, small_graph), run_dir)
-    assert "is damaged" in run_dir.with_suffix(".log").read_text()
+    assert "is damaged" in log_of(run_dir)
     assert losses(run_dir) == losses(straight)
     assert openings(run_dir) == [0, 48]
 
