@@ -216,8 +216,8 @@ def _checkpoint_plan(
     copied = math.ceil(12 * parameters / world_size) + weights * parameters
     return {
         "bytes": size,
-        # The next one is complete before the oldest goes.
-        "disk_bytes": size * (config.checkpoint.keep_last + 1),
+        # The next one is complete before the oldest goes; the best may be an older one.
+        "disk_bytes": size * (config.checkpoint.keep_last + 1 + config.checkpoint.keep_best),
         "host_copy_bytes": copied if config.checkpoint.asynchronous else 0,
         "every_n_steps": config.checkpoint.every_n_steps,
         "exported_bytes": 4 * parameters,

@@ -22,7 +22,7 @@ import torch
 from launching import ROOT, deepspeed_command, environment, run_module
 from safetensors.numpy import load_file
 
-from benchmarks.random_kills import last_step, openings, train
+from benchmarks.random_kills import end_ranks, last_step, openings, start_ranks, train
 from sclong_ds.config import load_config
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.run_folder import read_metrics
@@ -36,7 +36,7 @@ def settings(run_dir, corpus, graph, **overrides):
     base = {
         "run.dir": run_dir, "data.corpus": corpus, "model.gene_graph": graph,
         "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 30,
-        "run.validation_cells": 20, "checkpoint.every_n_steps": 12, "checkpoint.keep_last": 5,
+        "run.validation_cells": 21, "checkpoint.every_n_steps": 12, "checkpoint.keep_last": 5,
         "optim.decay_steps": STEPS, "tracking.enabled": "false",
     }  # fmt: skip
     return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
@@ -254,9 +254,9 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
 
     run_module("sclong_ds", "export", straight / "checkpoints", "--out", tmp_path / "model")
     model, corpus = load_model(tmp_path / "model"), Corpus(small_corpus)
-    rows = corpus.split("validation")[:20]
+    rows = corpus.split("validation")[:21]
     cells, device = corpus.packed_rows(rows), torch.device("cpu")
-    batch = CellBatch(cells, rows, np.full(20, VALIDATION_EPOCH), np.zeros(20, dtype=int))
+    batch = CellBatch(cells, rows, np.full(21, VALIDATION_EPOCH), np.zeros(21, dtype=int))
     prepared = prepare(batch, config=load_config("sclong_tiny"), n_genes=corpus.n_genes)
     masked = masked_batch(
         cells, prepared.targets, n_genes=corpus.n_genes, target_sum=1e4, device=device
@@ -377,6 +377,22 @@ def test_many_ranks_say_an_error_once(small_corpus, demo_graph, tmp_path):
     output = finish(launch(2, args), expected=1)
     assert output.count("error: ") == 1
     assert "made for another gene vocabulary" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_would_run_something_else_is_found(small_corpus, small_graph, tmp_path):
+    """Nothing but parameters is broadcast: other random features would never be noticed."""
+    program = (
+        "import os, sys; from sclong_ds import pretrain; "
+        "sys.exit(pretrain.main([*sys.argv[1:], 'model.projection_seed=' + os.environ['RANK']]))"
+    )
+    args, log = settings(tmp_path / "run", small_corpus, small_graph), tmp_path / "log"
+    ranks = start_ranks(2, ["-c", program, *args], log=log)
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [1, 1]
+    finally:
+        end_ranks(ranks)
+    assert log.read_text().count("error: ranks [1] have another configuration") == 1
     assert not (tmp_path / "run").exists()
 
 
