@@ -85,7 +85,7 @@ def compare(run_dir: Path, straight: Path) -> dict[str, Any]:
     return {
         "loss": largest("train/loss"),
         "grad_norm": largest("train/grad_norm"),
-        "weights": max(float((weights[n] - others[n]).abs().max()) for n in others),
+        "weights": max(float((weights[n] - others[n]).detach().abs().max()) for n in others),
         "exact": all(a[n] == b[n] for a, b in zip(ours, theirs, strict=True) for n in EXACT),
     }
 
