@@ -67,11 +67,11 @@ def test_two_nodes_train_the_tiny_preset(straight_run: tuple[Path, Any]) -> None
 def test_the_nodes_are_checked_before_the_training(straight_run: tuple[Path, Any]) -> None:
     run_dir, job = straight_run
     verdict = json.loads((run_dir / "preflight.json").read_text())
-    assert (verdict["ok"], verdict["job"], verdict["problems"]) == (True, job.id, [])
+    assert (verdict["ok"], verdict["life"], verdict["problems"]) == (True, f"{job.id}.0", [])
     assert [rank["node"] for rank in verdict["ranks"]] == ["n1", "n2"]
     assert all(rank["write_bytes_per_s"] > 0 for rank in verdict["ranks"])
     assert {"data.corpus", "model.gene_graph"} <= set(verdict["ranks"][1]["compared"])
-    assert verdict["all_reduce"]["seconds"] > 0
+    assert verdict["all_reduce"]["bytes_per_s"] > 0
     assert job.log.index("preflight: 2 ranks are fit") < job.log.index("new run")
     assert not list(run_dir.glob(".preflight*"))
 
