@@ -26,13 +26,20 @@ main() {
     id=$(sbatch --parsable --wait --no-requeue --open-mode=append \
       --output="sclong-pretrain-$SCLONG_CHAIN.out" "$@" | tee /dev/stderr) || status=$?
     if [[ -z $id ]]; then exit "$status"; fi # sbatch has said why
-    state=$(scontrol show job --oneliner "${id%%;*}" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p')
+    until state=$(job_state "${id%%;*}") && [[ $state != COMPLETING ]]; do
+      sleep 2 # a node still ends what the job has left there
+    done
     echo "job $id: $state, status $status" >&2
     case $state in
       NODE_FAIL | PREEMPTED | BOOT_FAIL) ;;
       *) if ((status != 75)); then exit "$status"; fi ;;
     esac
   done
+}
+
+# Prints the state of a job; "unknown" when Slurm does not say.
+job_state() {
+  scontrol show job --oneliner "$1" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p' || echo unknown
 }
 
 main "$@"

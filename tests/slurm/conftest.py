@@ -142,9 +142,10 @@ class SlurmCluster:
         self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
     def return_node(self, node: str) -> None:
-        """Start a lost node again; it is idle when this returns."""
+        """Start a lost node again; jobs may use it when this returns."""
         _start_daemon(self, f"slurmd-{node}")
-        _wait_until(lambda: self.command(*NODE_STATES, f"--nodes={node}") == "idle", self.folder)
+        state = (*NODE_STATES, f"--nodes={node}")
+        _wait_until(lambda: not self.command(*state).startswith("down"), self.folder)
 
     def _processes(self, node: str) -> list[psutil.Process]:
         """Return the processes of jobs on a node, by the environment that Slurm gives them."""

@@ -134,12 +134,11 @@ def test_where_a_job_may_not_queue_itself_it_is_submitted_again_until_it_is_done
     ranks = _make_ranks(tmp_path, behaviour="done in life 3")
     settings = {"SCLONG_CONTAINER": str(ranks), "SCLONG_PREFLIGHT": "0"}
     log = tmp_path / "log"
-    loop = subprocess.Popen(
-        ["bash", "slurm/resubmit.sh", "--nodes=2", f"--output={log}", "slurm/pretrain.sh",
-         "--config", "sclong_tiny", f"run.dir={tmp_path / 'run'}"],
+    command = ["bash", "slurm/resubmit.sh", "--nodes=2", f"--output={log}", "slurm/pretrain.sh"]
+    with subprocess.Popen(
+        [*command, "--config", "sclong_tiny", f"run.dir={tmp_path / 'run'}"],
         env=slurm.environment() | settings, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
+    ) as loop:  # fmt: skip
         assert loop.stderr is not None
         first = loop.stderr.readline().strip()
         _wait_for(slurm, first, tmp_path, "ready-{rank}-1")
@@ -149,9 +148,7 @@ def test_where_a_job_may_not_queue_itself_it_is_submitted_again_until_it_is_done
         _wait_for(slurm, second, tmp_path, "ready-{rank}-2")
         slurm.lose_node("n2")
         slurm.return_node("n2")
-        rest = loop.communicate(timeout=120)[1]
-    finally:
-        loop.kill()
+        rest = loop.stderr.read()
     assert ended == f"job {first}: FAILED, status 75\n"
     assert f"job {second}: NODE_FAIL" in rest
     assert loop.returncode == 0, rest
