@@ -65,6 +65,8 @@ main() {
 
   restarts begin "$@" || exit 1
   ask_in_time "$@" &
+  asker=$!
+  trap 'kill "$asker" 2>/dev/null || true' EXIT
   preflight "$@"
   launch sclong_ds.pretrain "$SCLONG_STRAGGLER_S" "$@" &
   wait_for_step $!
@@ -136,16 +138,19 @@ set_rendezvous() {
 # run's checkpoints, or an extended limit, may say something else later on, so it looks again whenever
 # half of the time is over.
 ask_in_time() {
-  local end left save_s
-  trap - USR1 TERM
+  local end left save_s pause=""
+  trap '[[ -z $pause ]] || kill "$pause"; exit' TERM # a sleep of hours must not outlive the job
   while true; do
     end=$(job_field EndTime)
     end=$(date --date="$end" +%s 2>/dev/null) || return 0 # no time limit
     save_s=$(restarts seconds-to-save "$@") || return 0
     left=$((end - $(date +%s) - save_s))
     if ((left <= 0)); then break; fi
-    sleep $((left < 60 ? left : left / 2))
+    sleep $((left < 60 ? left : left / 2)) &
+    pause=$!
+    wait "$pause"
   done
+  if (($(ps -o ppid= "$BASHPID") != $$)); then return; fi # killed: $$ may be somebody else by now
   echo "asking the run to save: its checkpoints need it $save_s s before the time limit"
   kill -USR1 $$
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from sclong_ds import pretrain
 from sclong_ds.checkpoint import SaveError
 from sclong_ds.failures import passes, read_failure, report
 
@@ -52,6 +53,14 @@ def test_a_rank_that_says_what_is_wrong_is_on_record_for_its_life(
     monkeypatch.setenv("RANK", "0")
     assert report(ValueError("no such shard"), None) == 1
     assert capsys.readouterr().err == "error: no such shard\n"
+
+
+def test_a_failed_device_ends_the_training_with_71(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(pretrain, "check_inputs", fail)
+    assert pretrain.main(["--config", "sclong_tiny"]) == 71
 
 
 def test_outside_of_slurm_nothing_is_recorded(
