@@ -7,8 +7,8 @@
 #   bash slurm/resubmit.sh [sbatch options] slurm/pretrain.sh --config PRESET|FILE [key=value ...]
 #
 # Each job is a new one that continues in the same run folder; all append to one log,
-# sclong-pretrain-CHAIN.out, unless --output says otherwise. A job that ended with status 75, or that
-# lost a node or was preempted, is submitted again; SCLONG_MAX_STALLED counts over all of them. Ends
+# sclong-pretrain-CHAIN.out, unless --output says otherwise. A job that ended with status 75, lost a
+# node, was preempted or out of time, is submitted again; SCLONG_MAX_STALLED counts over them all. Ends
 # with the status of the last job. Interrupting this script leaves the job that runs alone.
 set -euo pipefail
 
@@ -31,7 +31,7 @@ main() {
     done
     echo "job $id: $state, status $status" >&2
     case $state in
-      NODE_FAIL | PREEMPTED | BOOT_FAIL) ;;
+      NODE_FAIL | PREEMPTED | BOOT_FAIL | TIMEOUT) ;;
       *) if ((status != 75)); then exit "$status"; fi ;;
     esac
   done
