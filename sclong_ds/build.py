@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +33,7 @@ from sclong_ds.engine import (
     on_first_rank,
     resolve_ds_config,
 )
+from sclong_ds.failures import node_name
 from sclong_ds.features_file import read_features
 from sclong_ds.files import file_sha256, write_atomic
 from sclong_ds.graph_file import read_gene_graph
@@ -209,7 +209,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout_s=config.engine.timeout_s,
-            node=platform.node(),
+            node=node_name(),
         ),
         guard=StepGuard(
             spike_zscore=config.run.spike_zscore,

@@ -6,8 +6,9 @@ r"""Pretrain scLong: the story from the command to the training step.
 
 `main` reads the configuration, `train` builds the run and loops, `train_step` is one optimizer
 step. Starting the same command again on the same run.dir resumes. Exit status: 0 done, 1 failed, 2
-bad usage, 75 stopped by a signal after saving (start again to go on). Reads the corpus and the gene
-graph; writes the run folder (README: "What a run folder holds") and MLflow.
+bad usage, 71 a device, network or disk failed, 75 stopped by a signal after saving (start again to
+go on). Reads the corpus and the gene graph; writes the run folder (README: "What a run folder
+holds") and MLflow.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import sys
 import time
 import zlib
@@ -23,12 +23,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sclong_ds import checkpoint
+from sclong_ds import checkpoint, failures
 from sclong_ds.build import Run, build
 from sclong_ds.checkpoint_files import name_of
 from sclong_ds.config import RunConfig, load_config
@@ -74,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="for instance run.max_steps=100"
     )
     args = parser.parse_args(argv)
+    run_dir = None
     try:
         config = load_config(args.config, args.overrides)
+        if config.run.dir is not None and not args.dry_run:
+            run_dir = Path(config.run.dir)
         check_inputs(config)
         stop = StopRequest()
         quiet_deepspeed()
@@ -87,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = train(config, ranks, stop, dry_run=args.dry_run)
         dist.destroy_process_group()
         return status
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         # The process group is left as it is: with NCCL, destroying it can wait for the other ranks.
-        return report_error(error)
+        return failures.report(error, run_dir)
 
 
 def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> int:
@@ -366,20 +370,6 @@ class Progress:
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
-
-
-def report_error(error: Exception) -> int:
-    """Print one line about what went wrong; returns exit status 1."""
-    message = " ".join(str(error).split())
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        # Rank 0 says what all ranks run into; the others give it the time to, and speak only for
-        # what they alone ran into.
-        time.sleep(1)
-        log.warning("rank %d: %s", rank, message)
-    return 1
 
 
 if __name__ == "__main__":
