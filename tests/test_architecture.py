@@ -33,7 +33,7 @@ LOADER = {
 }
 """The loader: no torch either, so that it can be used, and timed, without."""
 CONFIG = {"sclong_ds.config", "sclong_ds.config_rules", "sclong_ds.config_sections"}
-HEAVY = {"torch", "deepspeed", "triton", "mlflow"}
+HEAVY = {"torch", "deepspeed", "triton", "torch_geometric", "mlflow"}
 
 
 def modules() -> dict[str, Path]:
