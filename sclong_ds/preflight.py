@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from sclong_ds.config import load_config
+from sclong_ds.failures import life_id
 from sclong_ds.files import write_atomic
 from sclong_ds.node_report import GIB, Place, Report, examine, on_gpus
 from sclong_ds.restarts import PREFLIGHT_FILE, add_training_arguments
@@ -268,6 +269,8 @@ def check(place: Place, store: dist.Store, report: Report, *, timeout_s: float) 
         reduced = collect(store, "reduced", place, timeout_s=1)
         problems = judge_trial(entered, reduced, place, timeout_s=timeout_s)
         seconds = max((r.get("seconds", 0.0) for r in reduced.values()), default=None)
+    # Each rank sends and receives 2 (n - 1) / n of the tensor in a ring.
+    moved = 2 * (place.world_size - 1) / place.world_size * REDUCED_BYTES
     log.info("\n".join(["preflight:", *table(reports, place)]))
     bad = sorted({problem.node for problem in problems})
     store.set("verdict", "unfit" if problems else "fit")
@@ -277,10 +280,14 @@ def check(place: Place, store: dist.Store, report: Report, *, timeout_s: float) 
     return {
         "ok": not problems,
         "time": now(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "life": life_id(),
         "problems": [{"nodes": n, "text": text} for text, n in by_text(problems).items()],
         "bad_nodes": bad if len(bad) < len(set(place.nodes)) else [],
-        "all_reduce": {"bytes": REDUCED_BYTES, "seconds": seconds},
+        "all_reduce": {
+            "bytes": REDUCED_BYTES,
+            "seconds": seconds,
+            "bytes_per_s": moved / seconds if seconds else None,
+        },
         "ranks": [
             asdict(reports[rank]) | {"node": place.node_of(rank)} for rank in sorted(reports)
         ],
@@ -294,12 +301,11 @@ def publish(verdict: Mapping[str, Any], place: Place, run_dir: Path | None) -> N
         who = "all nodes" if len(nodes) == len(place.nodes) > 1 else ", ".join(nodes)
         log.error("error: %s: %s", who, problem["text"])
     if verdict["ok"]:
-        seconds = verdict["all_reduce"]["seconds"]
-        # Each rank sends and receives 2 (n - 1) / n of the tensor in a ring.
-        share = 2 * (place.world_size - 1) / place.world_size
+        reduced = verdict["all_reduce"]
         log.info(
             "preflight: %d ranks are fit; all-reduce of %.0f MiB in %.2f s (%.2f GB/s a rank)",
-            place.world_size, REDUCED_BYTES / 2**20, seconds, share * REDUCED_BYTES / seconds / 1e9,
+            place.world_size, reduced["bytes"] / 2**20, reduced["seconds"],
+            reduced["bytes_per_s"] / 1e9,
         )  # fmt: skip
     if run_dir is not None and run_dir.is_dir():
         text = json.dumps(verdict, indent=2) + "\n"

@@ -1,20 +1,22 @@
-"""Whether a Slurm job may start, or be queued again: the guard against a job that crashes for ever.
+"""Whether a Slurm job may start, or be started again: the guard against one that crashes for ever.
 
     python -m sclong_ds.restarts begin --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.restarts seconds-to-save --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts end --status STATUS --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts bad-nodes --config FILE|PRESET [key=value ...]
 
 slurm/pretrain.sh runs it with the training's own arguments, once for all ranks. `begin` records the
-start in RUN_DIR/restarts.json and prints how many seconds before the time limit the run must be
-asked to save; `end` says what a training that ended with STATUS means; `bad-nodes` prints the nodes
-that RUN_DIR/preflight.json names. Exit status: 0 go on (start, queue again), 1 do not, with a line
-that says why.
+start in RUN_DIR/restarts.json; `seconds-to-save` prints how long before the time limit the run must
+be asked to save; `end` says what a training that ended with STATUS means; `bad-nodes` prints the
+nodes that this life's preflight named. Exit status: 0 go on (start, start again), 1 do not, with a
+line that says why.
 
 Progress is a newer checkpoint: what is trained after the last one is lost with a crash. What asks
-for another life: 75 (saved after a signal), a hang that the watchdog ended, and every status but 0,
-1 and 2, that is a rank that was killed (137: SIGKILL, as by the kernel when memory runs out). A
-training that ends with 1 or 2 has said what is wrong with it, and would say so again; and a run
-that crashed before its first step ever is set up wrongly.
+for another life: 75 (saved after a signal); a hang that the watchdog ended; 71, a device, network
+or file system that failed; and a rank that was killed (137: SIGKILL, as by the kernel when memory
+runs out). A training that says what is wrong with it would say so again, whatever the ranks end
+with that lose it as a peer; and a run that crashed before its first step ever is set up wrongly.
+The lives of a training are those of a job, or of the jobs that slurm/resubmit.sh submits.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from sclong_ds.checkpoint_files import complete_checkpoints, step_of
 from sclong_ds.config import load_config
+from sclong_ds.failures import OWN_STATUS, PASSING_STATUS, life_id, read_failure
 from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import METRICS_FILE, now, read_events, read_every_row
+from sclong_ds.signals import STOP_STATUS
 
 RESTARTS_FILE = "restarts.json"
 PREFLIGHT_FILE = "preflight.json"
-SAVED_STATUS, OWN_ERRORS = 75, (1, 2)
+_OWN_STATUSES = (OWN_STATUS, 2)
 _KEPT_LIVES = 200
 # Until every rank has the signal (10 s), has ended its micro-batch, and Slurm has seen the job end.
 _BEYOND_SAVING_S = 30
@@ -50,7 +55,9 @@ class Life:
     """One start of a job."""
 
     job: str
-    """Slurm's job id, the same in all lives of a job."""
+    """Slurm's job id, the same in all lives of a job; of resubmitted jobs the chain's name."""
+    id: str | None
+    """Slurm's job id and restart count."""
     started: str
     """Time, UTC."""
     nodes: str
@@ -64,7 +71,7 @@ def begin(run_dir: Path, *, job: str, nodes: str, max_stalled: int) -> None:
 
     Args:
         run_dir: Run folder; made if absent.
-        job: Slurm's job id.
+        job: Slurm's job id, or the chain's name.
         nodes: Slurm's list of the job's nodes.
         max_stalled: Starts in a row of one job without a new checkpoint, after which it stops.
 
@@ -73,7 +80,7 @@ def begin(run_dir: Path, *, job: str, nodes: str, max_stalled: int) -> None:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     refuse_stalled(run_dir, job=job, max_stalled=max_stalled)
-    life = Life(job=job, started=now(), nodes=nodes, step=newest_step(run_dir))
+    life = Life(job=job, id=life_id(), started=now(), nodes=nodes, step=newest_step(run_dir))
     lives = [*read_lives(run_dir), life][-_KEPT_LIVES:]
     text = json.dumps([asdict(life) for life in lives], indent=2)
     write_atomic(run_dir / RESTARTS_FILE, f"{text}\n".encode())
@@ -99,25 +106,20 @@ def refuse_stalled(run_dir: Path, *, job: str, max_stalled: int) -> None:
 
 
 def end(run_dir: Path, status: int, *, job: str, max_stalled: int) -> str:
-    """Return why a training that has ended is to be queued again.
+    """Return why a training that has ended is to be started again.
 
     Args:
         run_dir: Run folder.
         status: Exit status of the training, the highest of its ranks.
-        job: Slurm's job id.
+        job: As for `begin`.
         max_stalled: As for `begin`.
 
     Raises:
         ValueError: It is not to be, and why.
     """
     reason = "saved after a signal"
-    if status != SAVED_STATUS:
-        reason = "a rank hung" if _hung(run_dir) else f"a rank died (status {status})"
-        if status in OWN_ERRORS and not _hung(run_dir):
-            raise ValueError(
-                f"the training ended by itself with status {status} and is not started again: "
-                f"see above what is wrong"
-            )
+    if status != STOP_STATUS:
+        reason = _reason(run_dir, status)
         if not _made_a_step(run_dir):
             raise ValueError(
                 f"{reason} before the run's first step; it is not started again: see above and the "
@@ -125,6 +127,21 @@ def end(run_dir: Path, status: int, *, job: str, max_stalled: int) -> str:
             )
     refuse_stalled(run_dir, job=job, max_stalled=max_stalled)
     return reason
+
+
+def _reason(run_dir: Path, status: int) -> str:
+    """Return what ended a training that did not save; raises as `end`."""
+    if _hung(run_dir):
+        return "a rank hung"
+    said = read_failure(run_dir, life=life_id())
+    if said is not None or status in _OWN_STATUSES:
+        raise ValueError(
+            f"the training ended by itself with status {status} and is not started again: "
+            f"{said or 'see above what is wrong'}"
+        )
+    if status == PASSING_STATUS:
+        return f"a device, network or disk failed a rank (status {status}, see above)"
+    return f"a rank died (status {status})"
 
 
 def seconds_to_save(run_dir: Path) -> int:
@@ -158,9 +175,21 @@ def read_lives(run_dir: Path) -> list[Life]:
 
 
 def bad_nodes(run_dir: Path) -> list[str]:
-    """Return the nodes that the last preflight named, or none when all of them are bad."""
+    """Return the nodes that this life's preflight named, or none when all of them are bad."""
+    verdict = read_verdict(run_dir, life=life_id())
+    return verdict["bad_nodes"] if verdict else []
+
+
+def read_verdict(run_dir: Path, *, life: str | None) -> dict[str, Any] | None:
+    """Return what the preflight of a life found (preflight.json), or None when it has not ended.
+
+    Args:
+        run_dir: Run folder.
+        life: A `life_id`.
+    """
     path = run_dir / PREFLIGHT_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["bad_nodes"] if path.exists() else []
+    verdict = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return verdict if life is not None and verdict.get("life") == life else None
 
 
 def _hung(run_dir: Path) -> bool:
@@ -185,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m sclong_ds.restarts")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("begin", "end", "bad-nodes"):
+    for name in ("begin", "seconds-to-save", "end", "bad-nodes"):
         command = commands.add_parser(name)
         command.add_argument("--max-stalled", type=int, default=3, metavar="N")
         if name == "end":
@@ -193,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_training_arguments(command)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    job = os.environ.get("SLURM_JOB_ID", "none")
+    job = os.environ.get("SCLONG_CHAIN") or os.environ.get("SLURM_JOB_ID", "none")
     try:
         config = load_config(args.config, args.overrides)
         if config.run.dir is None:
@@ -202,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "begin":
             nodes = os.environ.get("SLURM_JOB_NODELIST", "")
             begin(run_dir, job=job, nodes=nodes, max_stalled=args.max_stalled)
+        elif args.command == "seconds-to-save":
             sys.stdout.write(f"{seconds_to_save(run_dir)}\n")
         elif args.command == "end":
             log.info("%s", end(run_dir, args.status, job=job, max_stalled=args.max_stalled))

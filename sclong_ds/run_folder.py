@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 # What decides the numbers of a run, as recorded in run.json.
 _PACKAGES = (
-    "sclong_ds", "torch", "deepspeed", "triton", "numpy", "zarr", "anndata",
+    "sclong_ds", "torch", "deepspeed", "triton", "torch-geometric", "numpy", "zarr", "anndata",
     "mlflow",
 )  # fmt: skip
 _run_file_lock = threading.Lock()

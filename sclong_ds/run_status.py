@@ -2,8 +2,9 @@
 
     python -m sclong_ds status RUN_DIR [--json]
 
-Reads `run.json`, `config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/` and `heartbeat/` of
-a run folder, of a run that trains or of one that is over, from any machine that sees the folder.
+Reads `run.json`, `config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/`, `heartbeat/` and,
+of a Slurm job, `restarts.json`, `preflight.json` and `failure.json` of a run folder, of a run that
+trains or of one that is over, from any machine that sees the folder.
 Writes nothing. Needs neither torch nor a GPU. Exit status: 0, or 1 when the folder is no run.
 """
 
@@ -18,7 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sclong_ds.failures import read_failure
 from sclong_ds.guards import SKIPPED_METRIC
+from sclong_ds.restarts import Life, read_lives, read_verdict
 from sclong_ds.run_folder import (
     METRICS_FILE,
     RUN_FILE,
@@ -93,6 +96,12 @@ class RunStatus:
     """Seconds since it was saved."""
     restarts: int
     """How often the run was resumed."""
+    job: str | None
+    """Slurm job, or chain of jobs, of the last start."""
+    starts: int
+    """Starts of that job so far."""
+    nodes: str | None
+    """Slurm's list of its nodes at the last one."""
     skipped_steps: int
     """Steps that were not applied because they were not finite."""
     spikes: int
@@ -108,7 +117,7 @@ class RunStatus:
     warning: str | None
     """Who holds up the others, while they wait."""
     error: str | None
-    """Why the watchdog has ended the run."""
+    """Why the last life ended: what the watchdog, the training or the preflight said."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,11 +144,9 @@ def read_status(run_dir: Path) -> RunStatus:
         FileNotFoundError: The folder is no run.
         ValueError: A file of the run is damaged.
     """
+    lives = read_lives(run_dir)
     if not (run_dir / RUN_FILE).is_file():
-        raise FileNotFoundError(
-            f"{run_dir}: no {RUN_FILE} in it, so this is no run; give the folder that training "
-            f"writes to (run.dir)"
-        )
+        raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {_no_run_yet(run_dir, lives)}")
     now = time.time()
     record, events = read_run_json(run_dir), read_events(run_dir)
     rows = read_every_row(run_dir) if (run_dir / METRICS_FILE).is_file() else []
@@ -150,8 +157,9 @@ def read_status(run_dir: Path) -> RunStatus:
     validation = next((r for r in reversed(rows) if "val/mse" in r), None)
     step = int((steps or [opening])[-1]["step"])
     ranks = _ranks(run_dir / "heartbeat", now)
-    error = read_json(run_dir / "heartbeat" / HANG_FILE).get("error")
-    state, max_steps = _state(record, ranks, error), _max_steps(run_dir)
+    hang = read_json(run_dir / "heartbeat" / HANG_FILE).get("error")
+    state, max_steps = _state(record, ranks, hang), _max_steps(run_dir)
+    last = lives[-1] if lives else None
     cells_per_s, step_time_s = _speed(steps)
     eta_s = None
     if state == "running" and max_steps is not None and step_time_s is not None:
@@ -171,6 +179,9 @@ def read_status(run_dir: Path) -> RunStatus:
         checkpoint=saved["path"] if saved else None,
         checkpoint_age_s=now - saved["time"] if saved else None,
         restarts=int(record.get("restarts", 0)),
+        job=last.job if last else None,
+        starts=sum(life.job == last.job for life in lives) if last else 0,
+        nodes=last.nodes if last else None,
         skipped_steps=int(steps[-1].get(SKIPPED_METRIC, 0)) if steps else 0,
         spikes=sum(e.get("event") == "spike" for e in events),
         validation_step=int(validation["step"]) if validation else None,
@@ -178,8 +189,26 @@ def read_status(run_dir: Path) -> RunStatus:
         world_size=opening.get("world_size"),
         ranks=ranks,
         warning=read_json(run_dir / "heartbeat" / SLOW_FILE).get("text"),
-        error=error,
+        error=hang or (_ended_by(run_dir, last) if state not in ("running", "finished") else None),
     )
+
+
+def _no_run_yet(run_dir: Path, lives: list[Life]) -> str:
+    """Say why a folder is no run, or not yet one."""
+    if not lives:
+        return "so this is no run; give the folder that training writes to (run.dir)"
+    last = lives[-1]
+    why = _ended_by(run_dir, last) or "see the log of the job"
+    return f"so the training of job {last.job} ({last.nodes}) has not begun: {why}"
+
+
+def _ended_by(run_dir: Path, life: Life | None) -> str | None:
+    """Return what a Slurm job's training or preflight said was wrong in a life."""
+    if life is None:
+        return None
+    verdict = read_verdict(run_dir, life=life.id) or {"problems": []}
+    found = [f"preflight: {', '.join(p['nodes'])}: {p['text']}" for p in verdict["problems"]]
+    return read_failure(run_dir, life=life.id) or "; ".join(found) or None
 
 
 def describe(status: RunStatus) -> str:
@@ -206,6 +235,8 @@ def describe(status: RunStatus) -> str:
     if status.validation:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in status.validation.items())
         lines.append(_line("validation", f"step {status.validation_step:,}: {figures}"))
+    if status.job is not None:
+        lines.append(_line("job", f"{status.job}, start {status.starts}, on {status.nodes}"))
     counts = f"{status.restarts} restarts, {status.skipped_steps} skipped steps"
     lines.append(_line("trouble", f"{counts}, {status.spikes} loss spikes"))
     return "\n".join(lines + _describe_ranks(status))

@@ -16,23 +16,26 @@
 # All sbatch options above can be overridden on the command line.
 #
 # First the nodes are checked (sclong_ds/preflight.py): a bad one is named and nothing is trained.
+# Then one srun starts one process per GPU, or one per node without GPUs (README: one `deepspeed`
+# launcher per node instead).
 #
 # Before the time limit (USR1, 120 s ahead or as much as the last checkpoints took) and on preemption
 # (TERM) every rank finishes its micro-batch, the run is saved and the job queues itself again; the
 # next life of the job continues from there, in the same run folder and the same log, on as many nodes
 # as it then gets: submit with --nodes=MIN-MAX, or `scontrol update JobId=J NumNodes=N` while it waits.
 #
-# What is queued again is decided in sclong_ds/restarts.py:
-#   saved after a signal (75)                    yes
-#   a rank was killed (137: out of memory, ...)  yes, when the run has made a step before
-#   a rank hung and the watchdog ended the run   yes, when the run has made a step before
-#   a node failed                                yes, Slurm does it by itself (--requeue)
-#   the training says what is wrong (1, 2)       no
-#   preflight names bad nodes                    no; with SCLONG_EXCLUDE_BAD=1 yes, without them
-# and none of it after SCLONG_MAX_STALLED starts in a row that made no new checkpoint.
+# What is started again is decided in sclong_ds/restarts.py:
+#   saved after a signal (75)                         yes
+#   a rank was killed (137: out of memory, ...)       yes, when the run has made a step before
+#   a device, network or disk failed a rank (71)      yes, when the run has made a step before
+#   a rank hung and the watchdog ended the run        yes, when the run has made a step before
+#   a node failed                                     yes, Slurm does it by itself (--requeue)
+#   the training says what is wrong (1, 2)            no
+#   preflight names bad nodes                         no; with SCLONG_EXCLUDE_BAD=1 yes, without them
+# and none of it after SCLONG_MAX_STALLED starts in a row that made no new checkpoint. Where the job
+# may not queue itself it ends with 75 instead, and slurm/resubmit.sh submits it again.
 set -euo pipefail
 
-readonly SIGNAL_S=120 # as --signal above
 readonly FORWARD_EVERY_S=5
 
 main() {
@@ -60,8 +63,10 @@ main() {
     "$SLURM_JOB_NUM_NODES x $LOCAL_WORLD_SIZE ranks of $cpus_per_rank CPUs," \
     "rendezvous $MASTER_ADDR:$MASTER_PORT"
 
-  save_s=$(restarts begin "$@") || exit 1
-  if ((save_s > SIGNAL_S)); then ask_earlier; fi
+  restarts begin "$@" || exit 1
+  ask_in_time "$@" &
+  asker=$!
+  trap 'kill "$asker" 2>/dev/null || true' EXIT
   preflight "$@"
   launch sclong_ds.pretrain "$SCLONG_STRAGGLER_S" "$@" &
   wait_for_step $!
@@ -78,10 +83,10 @@ restarts() {
 # Sets LOCAL_WORLD_SIZE (ranks per node) and cpus_per_rank from the allocation.
 set_ranks() {
   local cpus
-  LOCAL_WORLD_SIZE="${SCLONG_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+  LOCAL_WORLD_SIZE="${SCLONG_RANKS_PER_NODE:-$(gpus_on_node)}"
   if ((LOCAL_WORLD_SIZE < 1)); then LOCAL_WORLD_SIZE=1; fi
   if [[ -n ${SLURM_GPUS:-} && -z $SCLONG_RANKS_PER_NODE ]] &&
-    ((${SLURM_GPUS##*:} != LOCAL_WORLD_SIZE * SLURM_JOB_NUM_NODES)); then
+    (($(sum_of_counts "$SLURM_GPUS") != LOCAL_WORLD_SIZE * SLURM_JOB_NUM_NODES)); then
     echo "error: $SLURM_GPUS GPUs are spread unevenly over $SLURM_JOB_NUM_NODES nodes:" \
       "ask with --gpus-per-node" >&2
     exit 2
@@ -99,6 +104,22 @@ set_ranks() {
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus_per_rank}"
 }
 
+# Prints the number of GPUs that the job has on this node. Slurm before 20.11 knows --gres alone, and
+# says only which they are.
+gpus_on_node() {
+  local ids="${SLURM_JOB_GPUS:-${GPU_DEVICE_ORDINAL:-}}"
+  if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+    echo "$SLURM_GPUS_ON_NODE"
+  else
+    tr ',' '\n' <<<"$ids" | sed '/^$/d' | wc -l
+  fi
+}
+
+# Prints the sum of counts like "4", "a100:4" or "a100:2,h100:2".
+sum_of_counts() {
+  echo "$(($(tr ',' '\n' <<<"$1" | sed 's/.*://' | paste -sd+ -)))"
+}
+
 # Sets MASTER_ADDR (the first node) and MASTER_PORT (from the job id, new in each life of the job).
 set_rendezvous() {
   local hosts
@@ -113,15 +134,25 @@ set_rendezvous() {
   export MASTER_ADDR MASTER_PORT SCLONG_NODES="${hosts[*]}"
 }
 
-# Sends this script USR1 save_s seconds before the time limit, where Slurm's own comes too late.
-ask_earlier() {
-  local end left
-  end=$(job_field EndTime)
-  end=$(date --date="$end" +%s 2>/dev/null) || return 0 # no time limit
-  left=$((end - $(date +%s) - save_s))
-  echo "warning: a checkpoint of this run takes so long that it is saved $save_s s before the time limit," \
-    "not $SIGNAL_S s (--signal): make --time long enough for it"
-  { sleep "$((left > 0 ? left : 0))" && kill -USR1 $$; } &
+# Sends this script USR1 early enough before the time limit to save, where --signal comes too late: the
+# run's checkpoints, or an extended limit, may say something else later on, so it looks again whenever
+# half of the time is over.
+ask_in_time() {
+  local end left save_s pause=""
+  trap '[[ -z $pause ]] || kill "$pause"; exit' TERM # a sleep of hours must not outlive the job
+  while true; do
+    end=$(job_field EndTime)
+    end=$(date --date="$end" +%s 2>/dev/null) || return 0 # no time limit
+    save_s=$(restarts seconds-to-save "$@") || return 0
+    left=$((end - $(date +%s) - save_s))
+    if ((left <= 0)); then break; fi
+    sleep $((left < 60 ? left : left / 2)) &
+    pause=$!
+    wait "$pause"
+  done
+  if (($(ps -o ppid= "$BASHPID") != $$)); then return; fi # killed: $$ may be somebody else by now
+  echo "asking the run to save: its checkpoints need it $save_s s before the time limit"
+  kill -USR1 $$
 }
 
 # Checks the nodes; ends the job when one is bad. It has a port of its own: the training's is to be free.
@@ -134,7 +165,7 @@ preflight() {
   step=1
   if ((status == 0 && asked_to_stop)); then finish 75 "$@"; fi
   if ((status == 0)); then return; fi
-  if [[ $SCLONG_EXCLUDE_BAD == 1 ]]; then exclude_bad_nodes "$@"; fi
+  if [[ $SCLONG_EXCLUDE_BAD == 1 && $SCLONG_REQUEUE == 1 ]]; then exclude_bad_nodes "$@"; fi
   exit "$status"
 }
 
@@ -160,19 +191,19 @@ job_field() {
 # Starts a module, one task per rank, in which the last ones get some seconds after the first has
 # ended. kill-on-bad-exit stays off: 75 is not a failure, and the rank that ends first with it must not
 # take the one that still writes along; --wait ends the ranks of a dead run.
-# USR1 is ignored until python has installed its handler: by default it would end the rank.
-# srun must not read the job's own CPU request, which may be for another number of tasks.
+# The signals are ignored until python has installed its handlers: by default they would end the rank.
+# srun must not read what the job asked for per task and GPU, which may be another layout.
 launch() {
   local module=$1 straggler_s=$2
   shift 2
-  unset SLURM_CPUS_PER_TASK
+  unset SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU
   if [[ ${SLURM_TRES_PER_TASK:-} != *gpu* ]]; then unset SLURM_TRES_PER_TASK; fi
   # shellcheck disable=SC2016 # the variables are those of the tasks
   exec srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" \
     --ntasks="$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE))" --ntasks-per-node="$LOCAL_WORLD_SIZE" \
     --cpus-per-task="$cpus_per_rank" --gpu-bind=none \
     --kill-on-bad-exit=0 --wait="$straggler_s" \
-    bash -c 'trap "" USR1
+    bash -c 'trap "" USR1 TERM
       export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
       exec $SCLONG_CONTAINER python -u -m "$0" "$@"' "$module" "$@"
 }
@@ -198,24 +229,26 @@ wait_for_step() {
   wait "$pid" || status=$? # bash keeps the status of a child that has ended
 }
 
-# Ends the job with the training's exit status, or queues it again; that status comes first.
+# Ends the job with the training's exit status, or queues it again. Where it is to be started again but
+# cannot queue itself, it ends with 75.
 finish() {
-  local ended=$1 state
+  local ended=$1
   shift
   if ((ended == 0)); then exit 0; fi
   restarts end --status "$ended" "$@" || exit "$ended"
-  state=$(job_field JobState)
-  if [[ $SCLONG_REQUEUE != 1 ]]; then
-    echo "exit $ended (SCLONG_REQUEUE=$SCLONG_REQUEUE): submit the same command to continue"
-  elif [[ $state != RUNNING ]]; then
+  if (($(job_field Restarts) > ${SLURM_RESTART_COUNT:-0})); then
+    echo "Slurm queues job $SLURM_JOB_ID again"
+  elif [[ $(job_field JobState) != RUNNING ]]; then
     # A user's scancel also reaches the ranks as TERM: it must not bring the job back.
-    echo "Slurm ends the job ($state), it is not queued again: submit the same command to continue"
+    echo "job $SLURM_JOB_ID was ended ($(job_field JobState)): submit the same command to continue"
+  elif [[ $SCLONG_REQUEUE != 1 ]]; then
+    echo "exit 75 (SCLONG_REQUEUE=$SCLONG_REQUEUE): submit the same command to continue"
   elif scontrol requeue "$SLURM_JOB_ID"; then
     echo "job $SLURM_JOB_ID is queued again"
   else
-    echo "Slurm refused to queue the job again: submit the same command to continue" >&2
+    echo "exit 75, Slurm refused to queue the job again: submit the same command to continue"
   fi
-  exit "$ended"
+  exit 75
 }
 
 main "$@"

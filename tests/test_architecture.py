@@ -33,7 +33,7 @@ LOADER = {
 }
 """The loader: no torch either, so that it can be used, and timed, without."""
 CONFIG = {"sclong_ds.config", "sclong_ds.config_rules", "sclong_ds.config_sections"}
-HEAVY = {"torch", "deepspeed", "triton", "mlflow"}
+HEAVY = {"torch", "deepspeed", "triton", "torch_geometric", "mlflow"}
 
 
 def modules() -> dict[str, Path]:
@@ -125,7 +125,7 @@ def test_data_prep_imports_only_the_storage_modules():
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("deepspeed", {"sclong_ds.engine", "sclong_ds.checkpoint"}),
+        ("deepspeed", {"sclong_ds.engine", "sclong_ds.checkpoint", "sclong_ds.checkpoint_writer"}),
         ("mlflow", {"sclong_ds.tracking"}),
     ],
 )

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 GeneGraph = tuple[np.ndarray, np.ndarray]
 """edge_index (2, E) int64 [source; target] and edge_weight (E,) float32."""
@@ -61,24 +62,19 @@ class SparseRows(NamedTuple):
 def normalised_adjacency(graph: GeneGraph, n_genes: int) -> tuple[SparseRows, SparseRows]:
     """Return the normalised adjacency (target, source) and its transpose, float64.
 
-    A gene without neighbours has a row of zeros.
-
     Args:
         graph: Edges [source; target] and their weights.
         n_genes: Number of genes G.
     """
-    (sources, targets), weights = (torch.from_numpy(a) for a in graph)
-    weights = weights.double()
-    degree = weights.new_zeros(n_genes).scatter_add_(0, targets, weights)
-    scale = torch.where(degree > 0, degree.rsqrt(), 0.0)
-    weights = scale[sources] * weights * scale[targets]
+    edges, weights = (torch.from_numpy(a) for a in graph)
+    edges, weights = gcn_norm(edges, weights.double(), num_nodes=n_genes, add_self_loops=False)
 
     def by_row(rows: Tensor, columns: Tensor) -> SparseRows:
         order = torch.argsort(rows * n_genes + columns, stable=True)
         ends = nn.functional.pad(torch.bincount(rows, minlength=n_genes).cumsum(0), (1, 0))
         return SparseRows(ends.int(), columns[order].int(), weights[order])
 
-    return by_row(targets, sources), by_row(sources, targets)
+    return by_row(edges[1], edges[0]), by_row(edges[0], edges[1])
 
 
 class _NeighbourSum(torch.autograd.Function):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sclong_ds import failures
 from sclong_ds.restarts import (
     RESTARTS_FILE,
     bad_nodes,
@@ -72,7 +73,7 @@ def test_what_the_training_itself_reports_is_not_repeated(tmp_path: Path, status
         _end(tmp_path, status)
 
 
-@pytest.mark.parametrize("status", [137, 139, 134, 9])
+@pytest.mark.parametrize("status", [71, 137, 139, 134])
 def test_a_dead_rank_asks_for_another_life_once_the_run_has_made_a_step(
     tmp_path: Path, status: int
 ) -> None:
@@ -83,9 +84,24 @@ def test_a_dead_rank_asks_for_another_life_once_the_run_has_made_a_step(
     with pytest.raises(ValueError, match="first step"):
         _end(tmp_path, status)
     _metrics(tmp_path, 1)
-    assert _end(tmp_path, status) == f"a rank died (status {status})"
+    assert f"(status {status}" in _end(tmp_path, status)
     with pytest.raises(ValueError, match="in 1 starts in a row"):
         _end(tmp_path, status, max_stalled=1)
+
+
+def test_what_one_rank_says_outweighs_how_the_others_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    _checkpoint(tmp_path, 5)
+    _begin(tmp_path)
+    failures.record(tmp_path, "rank 1 (n2): no such shard")
+    for status in (1, 71, 137):
+        with pytest.raises(ValueError, match=r"by itself .*: rank 1 \(n2\): no such shard"):
+            _end(tmp_path, status)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the record is of an earlier life
+    assert _end(tmp_path, 71).startswith("a device, network or disk failed a rank")
+    assert _end(tmp_path, 137) == "a rank died (status 137)"
 
 
 def test_a_hang_of_this_life_asks_for_another(tmp_path: Path) -> None:
@@ -132,12 +148,18 @@ def test_commands(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     run = ("--max-stalled", "1", "--config", "sclong_tiny", f"run.dir={tmp_path / 'run'}")
     assert main(["begin", *run]) == 0
+    assert main(["seconds-to-save", *run]) == 0
     assert capsys.readouterr().out == "30\n"
     assert main(["begin", *run]) == 1
     assert main(["end", "--status", "2", *run]) == 1
     assert main(["end", "--status", "75", *run[:1], "2", *run[2:]]) == 0
     assert main(["bad-nodes", *run]) == 0
     assert capsys.readouterr().out == "\n"
+    # The jobs of slurm/resubmit.sh are one training.
+    monkeypatch.setenv("SCLONG_CHAIN", "chain")
+    assert main(["begin", *run]) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert main(["begin", *run]) == 1
     assert main(["begin", "--config", "sclong_tiny"]) == 1
     assert main(["begin", "--config", "no_such_preset"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -145,7 +167,13 @@ def test_commands(
     assert "no such preset or file" in errors[-1]
 
 
-def test_bad_nodes_are_those_of_the_last_preflight(tmp_path: Path) -> None:
+def test_bad_nodes_are_those_of_this_lifes_preflight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert bad_nodes(tmp_path) == []
-    (tmp_path / "preflight.json").write_text(json.dumps({"bad_nodes": ["n2", "n5"]}))
+    verdict = {"bad_nodes": ["n2", "n5"], "life": "7.0"}
+    (tmp_path / "preflight.json").write_text(json.dumps(verdict))
     assert bad_nodes(tmp_path) == ["n2", "n5"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert bad_nodes(tmp_path) == []

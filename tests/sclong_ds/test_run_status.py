@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sclong_ds import failures
 from sclong_ds.__main__ import main
+from sclong_ds.restarts import begin
 from sclong_ds.run_folder import RunFolder, update_run_json
 from sclong_ds.run_status import describe, read_status
 from sclong_ds.watchdog import ENDED, HANG_FILE, SLOW_FILE, Heartbeat
@@ -167,3 +169,35 @@ def test_time_is_not_needed_to_be_the_same_on_all_nodes(run_dir: Path):
     add_rank(run_dir, 0, age_s=-30)
     assert read_status(run_dir).ranks[0].age_s == 0.0
     assert time.time() == NOW
+
+
+def test_a_slurm_job_is_shown_with_what_ended_its_last_life(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert read_status(run_dir).job is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for life in range(2):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(life))
+        begin(run_dir, job="7", nodes="n[1-2]", max_stalled=3)
+    failures.record(run_dir, "rank 1 (n2): no such shard")
+    status = read_status(run_dir)
+    assert (status.job, status.starts, status.nodes, status.error) == ("7", 2, "n[1-2]", None)
+    assert "7, start 2, on n[1-2]" in describe(status)
+    update_run_json(run_dir, status="FAILED")
+    assert read_status(run_dir).error == "rank 1 (n2): no such shard"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    begin(run_dir, job="7", nodes="n1", max_stalled=3)
+    assert read_status(run_dir).error is None
+
+
+def test_a_training_that_has_not_begun_says_what_preflight_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    begin(tmp_path, job="7", nodes="n[1-2]", max_stalled=3)
+    with pytest.raises(FileNotFoundError, match=r"job 7 \(n\[1-2\]\) has not begun: see the log"):
+        read_status(tmp_path)
+    verdict = {"life": "7.0", "problems": [{"nodes": ["n2"], "text": "no corpus"}]}
+    (tmp_path / "preflight.json").write_text(json.dumps(verdict))
+    with pytest.raises(FileNotFoundError, match="has not begun: preflight: n2: no corpus"):
+        read_status(tmp_path)

@@ -10,6 +10,7 @@ Source: https://slurm.schedmd.com/programmer_guide.html (multiple slurmd support
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import getpass
 import os
@@ -24,11 +25,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("n1", "n2")
+GRACE_S = 60
+"""Time that a preempted job gets before Slurm ends it, s."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
+NODE_STATES = ("sinfo", "--noheader", "--Node", "--partition=all", "--format=%T")
 FINAL_STATES = frozenset(
     {
         "COMPLETED",
@@ -64,6 +69,7 @@ class SlurmCluster:
     """Handle of the running two-node cluster; `folder` holds its configuration, state and logs."""
 
     folder: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = dataclasses.field(default_factory=dict)
 
     def command(self, *args: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> str:
         """Run a Slurm client command against this cluster.
@@ -113,6 +119,44 @@ class SlurmCluster:
         command = ["sbatch", "--parsable", f"--output={log}", *options, f"slurm/{script}"]
         return self.command(*command, *map(str, args), env=env).split(";")[0]
 
+    def preempt(self) -> None:
+        """Take both nodes for a moment for a job that goes first."""
+        log = f"--output={self.folder}/jobs/urgent-%j.out"
+        options = ("--partition=urgent", "--nodes=2", "--exclusive", log)
+        self.command("sbatch", *options, "--wrap=sleep 1")
+
+    def kill_ranks(self, node: str) -> None:
+        """Kill (SIGKILL) everything that jobs run on a node."""
+        for process in self._processes(node):
+            process.kill()
+
+    def lose_node(self, node: str) -> None:
+        """Play a power failure: kill all that runs on a node; Slurm is told, as by a monitor."""
+        processes = self._processes(node)
+        steps = {p.parent() for p in processes} - set(processes)
+        self.daemons[f"slurmd-{node}"].kill()
+        self.daemons[f"slurmd-{node}"].wait()
+        for process in (*steps, *processes):
+            if process is not None:
+                process.kill()
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
+
+    def return_node(self, node: str) -> None:
+        """Start a lost node again; jobs may use it when this returns."""
+        _start_daemon(self, f"slurmd-{node}")
+        state = (*NODE_STATES, f"--nodes={node}")
+        _wait_until(lambda: not self.command(*state).startswith("down"), self.folder)
+
+    def _processes(self, node: str) -> list[psutil.Process]:
+        """Return the processes of jobs on a node, by the environment that Slurm gives them."""
+        mine = {"SLURM_CONF": str(self.folder / "slurm.conf"), "SLURMD_NODENAME": node}
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if mine.items() <= process.environ().items():
+                    found.append(process)
+        return found
+
     def fields(self, job_id: str) -> dict[str, str]:
         """Return the fields that `scontrol show job` prints for a job or one task of an array."""
         text = self.command("scontrol", "show", "job", "--oneliner", job_id).splitlines()[0]
@@ -150,7 +194,7 @@ class SlurmCluster:
 
     def nodes_are_clean(self) -> bool:
         """Tell whether no node has anything of a job, ended jobs included."""
-        states = self.command("sinfo", "--noheader", "--Node", "--format=%T").split()
+        states = self.command(*NODE_STATES).split()
         return not [s for s in states if s.startswith(("alloc", "mixed", "compl", "draining"))]
 
     def wait_until_requeued(self, job_id: str) -> None:
@@ -194,17 +238,15 @@ def slurm() -> Iterator[SlurmCluster]:
     # socket must be short.
     folder = Path(tempfile.mkdtemp(prefix="sclong-slurm-"))
     folder.chmod(0o755)
-    daemons: list[subprocess.Popen[bytes]] = []
+    cluster = SlurmCluster(folder)
     try:
         _write_configuration(folder)
-        cluster = SlurmCluster(folder)
-        _start_daemons(folder, daemons)
-        _wait_until_idle(cluster, daemons)
+        _start_daemons(cluster)
         yield cluster
         cluster.command("scancel", f"--user={getpass.getuser()}")
-        _wait_until_idle(cluster, daemons)
+        _wait_until(lambda: _all_idle(cluster), folder)
     finally:
-        _stop(daemons)
+        _stop(cluster.daemons)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -248,12 +290,17 @@ def _write_configuration(folder: Path) -> None:
         "JobRequeue": 1,
         "KillWait": 30,
         "MinJobAge": 3600,
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
     }
     lines = [f"{name}={value}" for name, value in settings.items()]
     for node, port in zip(NODES, ports[1:], strict=True):
         address = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
         lines.append(f"NodeName={node} {address} CPUs=2 Gres=gpu:2 State=UNKNOWN")
-    lines.append(f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP")
+    # Jobs of the partition `urgent` take the nodes of those in `all`, which get some time to save.
+    partition = f"Nodes={','.join(NODES)} MaxTime=INFINITE State=UP"
+    lines.append(f"PartitionName=all {partition} Default=YES PriorityTier=1 GraceTime={GRACE_S}")
+    lines.append(f"PartitionName=urgent {partition} PriorityTier=2 PreemptMode=OFF")
     for number in range(2):
         (folder / f"gpu{number}").touch()
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
@@ -278,59 +325,51 @@ def _free_ports(count: int) -> list[int]:
             s.close()
 
 
-def _start_daemons(folder: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
-    """Start munged, slurmctld and the two slurmd in the foreground, each with its own log."""
-    munge = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "seed")]
-    conf = str(folder / "slurm.conf")
-    commands = {
-        "munged": ["munged", "--foreground", f"--socket={folder}/munge.sock", *munge],
-        "slurmctld": ["slurmctld", "-D", "-f", conf],
-        **{f"slurmd-{node}": ["slurmd", "-D", "-N", node, "-f", conf] for node in NODES},
+def _start_daemons(cluster: SlurmCluster) -> None:
+    """Start munged, slurmctld and the two slurmd, and wait until both nodes are idle."""
+    _start_daemon(cluster, "munged")
+    _wait_until((cluster.folder / "munge.sock").exists, cluster.folder)
+    for name in ("slurmctld", *(f"slurmd-{node}" for node in NODES)):
+        _start_daemon(cluster, name)
+    _wait_until(lambda: _all_idle(cluster), cluster.folder)
+
+
+def _start_daemon(cluster: SlurmCluster, name: str) -> None:
+    """Start one daemon in the foreground, with its own log."""
+    folder, conf = cluster.folder, str(cluster.folder / "slurm.conf")
+    command, _, node = name.partition("-")
+    munge = [f"--{file}-file={folder}/munge.{file}" for file in ("key", "pid", "seed")]
+    arguments = {
+        "munged": ["--foreground", f"--socket={folder}/munge.sock", *munge],
+        "slurmctld": ["-D", "-f", conf],
+        "slurmd": ["-D", "-N", node, "-f", conf],
     }
-    for name, command in commands.items():
-        with (folder / f"{name}.log").open("wb") as log:
-            program = _program(command[0])
-            assert program is not None
-            daemons.append(
-                subprocess.Popen(
-                    [program, *command[1:]],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | {"SLURM_CONF": conf},
-                    cwd=folder,
-                )
-            )
-        if name == "munged":
-            _wait_for_socket(folder, daemons[-1])
-
-
-def _wait_for_socket(folder: Path, munged: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 30
-    while not (folder / "munge.sock").exists():
-        if munged.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"munged did not start\n{daemon_logs(folder)}")
-        time.sleep(0.1)
-
-
-def _wait_until_idle(cluster: SlurmCluster, daemons: list[subprocess.Popen[bytes]]) -> None:
-    """Return when both nodes are idle; fail with the daemons' logs when they do not become so."""
-    deadline = time.monotonic() + 60
-    while True:
-        done = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--format=%T"],
-            env=cluster.environment(),
-            capture_output=True,
-            text=True,
+    program = _program(command)
+    assert program is not None
+    with (folder / f"{name}.log").open("ab") as log:
+        cluster.daemons[name] = subprocess.Popen(
+            [program, *arguments[command]],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"SLURM_CONF": conf},
+            cwd=folder,
         )
-        if done.stdout.split() == ["idle"] * len(NODES):
-            return
-        dead = [d.args for d in daemons if d.poll() is not None]
-        if dead or time.monotonic() > deadline:
-            pytest.fail(
-                f"nodes are {done.stdout.split()}, ended: {dead}\n{daemon_logs(cluster.folder)}"
-            )
-        time.sleep(0.5)
+
+
+def _wait_until(condition: Callable[[], bool], folder: Path, *, timeout_s: float = 60.0) -> None:
+    """Wait until a condition of the cluster holds; fail with the daemons' logs otherwise."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"the cluster is not ready after {timeout_s} s\n{daemon_logs(folder)}")
+        time.sleep(0.3)
+
+
+def _all_idle(cluster: SlurmCluster) -> bool:
+    # The controller may not answer yet, which is an error of sinfo.
+    done = subprocess.run(NODE_STATES, env=cluster.environment(), capture_output=True, text=True)
+    return done.stdout.split() == ["idle"] * len(NODES)
 
 
 def daemon_logs(folder: Path) -> str:
@@ -341,9 +380,9 @@ def daemon_logs(folder: Path) -> str:
     )
 
 
-def _stop(daemons: list[subprocess.Popen[bytes]]) -> None:
+def _stop(daemons: Mapping[str, subprocess.Popen[bytes]]) -> None:
     """Stop the daemons that this session started, the last one first."""
-    for daemon in reversed(daemons):
+    for daemon in reversed(daemons.values()):
         if daemon.poll() is None:
             daemon.send_signal(signal.SIGTERM)
         try:

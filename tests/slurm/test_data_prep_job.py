@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launching import run_module
 
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.store import Corpus
@@ -54,6 +55,47 @@ def test_finalize_and_verify_run_as_jobs(slurm: Any, converted: tuple[Path, list
         job = slurm.wait(slurm.sbatch("data_prep.sh", command, corpus))
         assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
     assert len(Corpus(corpus)) > 0
+
+
+# In front of python: SIGKILL to all processes of array task 1 when it has converted a dataset.
+KILLED_ONCE = """#!/bin/bash
+if [[ ${{SLURM_ARRAY_TASK_ID:-}} != 1 || -e {folder}/killed ]]; then exec {python} "${{@:2}}"; fi
+touch {folder}/killed
+set -m
+{python} "${{@:2}}" &
+until compgen -G "{folder}/corpus/ledger/odd*" >/dev/null; do sleep 0.01; done
+kill -9 -- -$!
+wait $!
+"""
+
+
+def test_a_killed_array_task_is_made_good_by_the_same_command(slurm: Any, tmp_path: Path) -> None:
+    names = ("even_0", "odd_1", "even_2", "odd_3", "even_4", "odd_5", "even_6", "odd_7")
+    files = ("immune_a.h5ad", "immune_c.csv.gz") * 4
+    rows = [f"{n}\t{MANIFEST.parent / f}" for n, f in zip(names, files, strict=True)]
+    manifest, corpus = tmp_path / "manifest.tsv", tmp_path / "corpus"
+    manifest.write_text("\n".join(["dataset_id\tpath", *rows]) + "\n")
+    shim = tmp_path / "shim"
+    shim.write_text(KILLED_ONCE.format(folder=tmp_path, python=sys.executable))
+    shim.chmod(0o755)
+
+    def convert() -> list[Any]:
+        job = slurm.sbatch(
+            "data_prep.sh", "convert", manifest, "--out", corpus,
+            options=("--array=0-1",), env={"SCLONG_CONTAINER": str(shim)},
+        )  # fmt: skip
+        return [slurm.wait(f"{job}_{task}") for task in (0, 1)]
+
+    first = convert()
+    assert [(t.state, t.exit_code) for t in first] == [("COMPLETED", 0), ("FAILED", 137)]
+    refused = slurm.wait(slurm.sbatch("data_prep.sh", "finalize", corpus))
+    assert (refused.state, refused.exit_code) == ("FAILED", 1)
+    assert "odd_7" in refused.log
+    assert [(t.state, t.exit_code) for t in convert()] == [("COMPLETED", 0)] * 2
+    assert slurm.wait(slurm.sbatch("data_prep.sh", "finalize", corpus)).state == "COMPLETED"
+    run_module("data_prep", "convert", manifest, "--out", tmp_path / "straight")
+    run_module("data_prep", "finalize", tmp_path / "straight")
+    assert Corpus(corpus).hash == Corpus(tmp_path / "straight").hash
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ test_pretrain_job.py goes the same ways with real training.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ import pytest
 
 pytestmark = pytest.mark.slurm
 
+ROOT = Path(__file__).resolve().parents[2]
 RANK = """#!{python}
-import os, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 
 if "sclong_ds.pretrain" not in sys.argv:
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 folder, start_s, behaviour = Path({folder!r}), {start_s}, {behaviour!r}
-rank, life = os.environ["RANK"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-if behaviour == "second life" and life:
+rank, life = os.environ["RANK"], len(json.loads((folder / "run" / "restarts.json").read_text()))
+if behaviour == f"done in life {{life}}":
     sys.exit(0)
 if behaviour == "error":
     sys.exit(1)
@@ -34,9 +36,13 @@ time.sleep(start_s)
 asked = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda *_: asked.append(1))
-(folder / f"ready-{{rank}}").touch()
+(folder / f"ready-{{rank}}-{{life}}").touch()
+if behaviour == "slow checkpoint" and rank == "0":
+    with (folder / "run" / "events.jsonl").open("a") as events:
+        row = {{"time": time.time(), "event": "checkpoint", "step": 20, "seconds": 50.0}}
+        events.write(json.dumps(row) + "\\n")
 if behaviour == "crash" and rank == "1":
-    if life == 0:
+    if life == 1:
         (folder / "run" / "checkpoints" / "step_00000020").mkdir()
     os.kill(os.getpid(), signal.SIGKILL)
 while not asked:
@@ -48,15 +54,8 @@ sys.exit(75)
 """
 
 
-def _submit(
-    slurm: Any,
-    folder: Path,
-    *,
-    start_s: float = 0.0,
-    behaviour: str = "",
-    minutes: int = 10,
-    **settings: str,
-) -> str:
+def _make_ranks(folder: Path, *, start_s: float = 0.0, behaviour: str = "") -> Path:
+    """Write the program of the ranks and what a run has left; returns the program."""
     program = folder / "rank"
     text = RANK.format(
         python=sys.executable, folder=str(folder), start_s=start_s, behaviour=behaviour
@@ -64,24 +63,36 @@ def _submit(
     program.write_text(text)
     program.chmod(0o755)
     (folder / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
-    environment = {"SCLONG_CONTAINER": str(program), "SCLONG_PREFLIGHT": "0", **settings}
-    arguments = ("--config", "sclong_tiny", f"run.dir={folder / 'run'}")
-    options = ("--nodes=2", f"--time={minutes}")
-    return slurm.sbatch("pretrain.sh", *arguments, options=options, env=environment)
+    return program
+
+
+def _submit(
+    slurm: Any, folder: Path, *, options: tuple[str, ...] = (),
+    settings: dict[str, str] | None = None,
+    **ranks: Any,
+) -> str:  # fmt: skip
+    environment = {"SCLONG_CONTAINER": str(_make_ranks(folder, **ranks)), "SCLONG_PREFLIGHT": "0"}
+    return slurm.sbatch(
+        "pretrain.sh", "--config", "sclong_tiny", f"run.dir={folder / 'run'}",
+        options=("--nodes=2", "--time=10", *options), env=environment | (settings or {}),
+    )  # fmt: skip
 
 
 def _wait_for(slurm: Any, job_id: str, folder: Path, mark: str) -> None:
-    marks = [folder / f"{mark}-{rank}" for rank in range(2)]
+    marks = [folder / mark.format(rank=rank) for rank in range(2)]
     slurm.wait_until(job_id, lambda: all(path.exists() for path in marks), timeout_s=60)
 
 
-@pytest.mark.parametrize("name", ["USR1", "TERM"])
+@pytest.mark.parametrize("name", ["USR1", "TERM", "preemption"])
 def test_a_signal_lets_all_ranks_save_before_the_job_is_queued_again(
     slurm: Any, tmp_path: Path, name: str
 ) -> None:
-    job_id = _submit(slurm, tmp_path, behaviour="second life")
-    _wait_for(slurm, job_id, tmp_path, "ready")
-    slurm.command("scancel", "--batch", f"--signal={name}", job_id)
+    job_id = _submit(slurm, tmp_path, behaviour="done in life 2")
+    _wait_for(slurm, job_id, tmp_path, "ready-{rank}-1")
+    if name == "preemption":
+        slurm.preempt()  # the ranks get TERM, the script nothing
+    else:
+        slurm.command("scancel", "--batch", f"--signal={name}", job_id)
     job = slurm.wait(job_id)
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1), job.log
     assert job.log.index("saved by rank 0") < job.log.index(f"job {job_id} is queued again")
@@ -90,36 +101,81 @@ def test_a_signal_lets_all_ranks_save_before_the_job_is_queued_again(
     assert len(set(ports)) == 2, "a new life has a new port: the old one may still be taken"
 
 
-def test_a_signal_before_the_ranks_listen_is_not_lost(slurm: Any, tmp_path: Path) -> None:
-    job_id = _submit(slurm, tmp_path, start_s=4.0, SCLONG_REQUEUE="0")
-    _wait_for(slurm, job_id, tmp_path, "started")
+def test_signals_before_the_ranks_listen_end_no_rank_and_are_not_lost(
+    slurm: Any, tmp_path: Path
+) -> None:
+    job_id = _submit(slurm, tmp_path, start_s=4.0, settings={"SCLONG_REQUEUE": "0"})
+    _wait_for(slurm, job_id, tmp_path, "started-{rank}")
+    slurm.command("scancel", "--signal=TERM", job_id)  # to the ranks, as a preemption
     slurm.command("scancel", "--batch", "--signal=USR1", job_id)
     job = slurm.wait(job_id)
     assert (job.state, job.exit_code) == ("FAILED", 75), job.log
     assert "saved by rank 0" in job.log
 
 
-def test_slow_checkpoints_are_begun_earlier_and_without_requeue_the_job_ends_with_75(
+def test_a_run_is_asked_to_save_as_early_as_its_first_checkpoints_need_it(
     slurm: Any, tmp_path: Path
 ) -> None:
-    # Twice 50 s and 30 s are not within the 120 s of --signal: asked at once, of two minutes.
-    (tmp_path / "run").mkdir()
-    row = {"time": 0.0, "event": "checkpoint", "step": 10, "seconds": 50.0}
-    (tmp_path / "run" / "events.jsonl").write_text(json.dumps(row) + "\n")
-    job = slurm.wait(_submit(slurm, tmp_path, minutes=2, SCLONG_REQUEUE="0"))
+    # Of two minutes, 130 s are for saving as soon as a checkpoint has taken 50 s; before that 30 s,
+    # so the script looks again after 45 s. --signal alone would come 70 s later.
+    job_id = _submit(
+        slurm, tmp_path, behaviour="slow checkpoint", options=("--time=2", "--signal=B:USR1@5"),
+        settings={"SCLONG_REQUEUE": "0"},
+    )  # fmt: skip
+    job = slurm.wait(job_id)
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", 75, 0), job.log
-    assert "saved 130 s before the time limit" in job.log
+    assert "its checkpoints need it 130 s before the time limit" in job.log
     assert "saved by rank 0" in job.log
+
+
+def test_where_a_job_may_not_queue_itself_it_is_submitted_again_until_it_is_done(
+    slurm: Any, tmp_path: Path
+) -> None:
+    ranks = _make_ranks(tmp_path, behaviour="done in life 3")
+    settings = {"SCLONG_CONTAINER": str(ranks), "SCLONG_PREFLIGHT": "0"}
+    log = tmp_path / "log"
+    command = ["bash", "slurm/resubmit.sh", "--nodes=2", f"--output={log}", "slurm/pretrain.sh"]
+    with subprocess.Popen(
+        [*command, "--config", "sclong_tiny", f"run.dir={tmp_path / 'run'}"],
+        env=slurm.environment() | settings, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    ) as loop:  # fmt: skip
+        assert loop.stderr is not None
+        first = loop.stderr.readline().strip()
+        _wait_for(slurm, first, tmp_path, "ready-{rank}-1")
+        slurm.command("scancel", "--batch", "--signal=USR1", first)
+        ended = loop.stderr.readline()
+        second = loop.stderr.readline().strip()
+        _wait_for(slurm, second, tmp_path, "ready-{rank}-2")
+        slurm.lose_node("n2")
+        slurm.return_node("n2")
+        rest = loop.stderr.read()
+    assert ended == f"job {first}: FAILED, status 75\n"
+    assert f"job {second}: NODE_FAIL" in rest
+    assert loop.returncode == 0, rest
+    assert rest.splitlines()[-1].endswith(": COMPLETED, status 0")
+    lives = json.loads((tmp_path / "run" / "restarts.json").read_text())
+    assert [life["id"].split(".")[0] for life in lives][:2] == [first, second]
+    assert len({life["job"] for life in lives}) == 1, "the guard counts them as one training"
+    assert log.read_text().count("start 1: ") == 3
+
+
+def test_slurms_refusal_to_queue_a_job_again_ends_it_with_75(slurm: Any, tmp_path: Path) -> None:
+    job_id = _submit(slurm, tmp_path, options=("--no-requeue",))
+    _wait_for(slurm, job_id, tmp_path, "ready-{rank}-1")
+    slurm.command("scancel", "--batch", "--signal=USR1", job_id)
+    job = slurm.wait(job_id)
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 75, 0), job.log
+    assert "exit 75, Slurm refused to queue the job again" in job.log
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Any, tmp_path: Path) -> None:
     job_id = _submit(slurm, tmp_path)
-    _wait_for(slurm, job_id, tmp_path, "ready")
+    _wait_for(slurm, job_id, tmp_path, "ready-{rank}-1")
     slurm.command("scancel", job_id)  # the ranks get TERM, the script nothing
     job = slurm.wait(job_id)
     assert (job.state, job.restarts) == ("CANCELLED", 0), job.log
     assert "saved by rank 0" in job.log
-    assert "it is not queued again" in job.log
+    assert f"job {job_id} was ended (" in job.log
 
 
 def test_a_killed_rank_brings_the_job_back_until_no_life_makes_a_new_checkpoint(
@@ -127,8 +183,9 @@ def test_a_killed_rank_brings_the_job_back_until_no_life_makes_a_new_checkpoint(
 ) -> None:
     # Rank 0 would wait for ever, as in a collective. The first life makes a checkpoint.
     job_id = _submit(
-        slurm, tmp_path, behaviour="crash", SCLONG_STRAGGLER_S="1", SCLONG_MAX_STALLED="2"
-    )
+        slurm, tmp_path, behaviour="crash",
+        settings={"SCLONG_STRAGGLER_S": "1", "SCLONG_MAX_STALLED": "2"},
+    )  # fmt: skip
     job = slurm.wait(job_id)
     assert (job.state, job.restarts) == ("FAILED", 2), job.log
     assert job.exit_code not in (0, 75)

@@ -1,0 +1,108 @@
+"""What ended a training: something that it says is wrong, or something that may be well again.
+
+`sclong_ds.pretrain` ends with `report`. A wrong setting, a damaged file or bad numbers would come
+again in another life of the job: status 1, and FAILURE_FILE in the run folder, for the ranks that
+merely lose a peer end with statuses of their own. A device, a network or a file system that gave up
+may be well again, or another node may be better: status 71. `sclong_ds.restarts` reads both.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from sclong_ds.files import write_atomic
+
+OWN_STATUS, PASSING_STATUS = 1, 71
+"""Exit statuses: the training says what is wrong; EX_OSERR, a device, network or disk gave up."""
+FAILURE_FILE = "failure.json"
+_PASSING_ERRORS = frozenset(
+    {
+        errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET,
+        errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+        errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ESHUTDOWN, errno.ENOLINK,
+    }
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def life_id() -> str | None:
+    """Return which life of which Slurm job this is, or None outside of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return None if job is None else f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def passes(error: Exception) -> bool:
+    """Tell whether the same command may succeed later or on other nodes.
+
+    torch raises RuntimeError and its subclasses for what devices, NCCL and gloo report, memory that
+    does not suffice included. What another rank could not read arrives as text, with the number of
+    the operating system's error in it.
+
+    Args:
+        error: What ended the training.
+    """
+    if isinstance(error, RuntimeError):
+        return not isinstance(error, NotImplementedError | RecursionError)
+    numbers = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}
+    return bool(numbers & _PASSING_ERRORS)
+
+
+def report(error: Exception, run_dir: Path | None) -> int:
+    """Print what went wrong and return the exit status of this rank.
+
+    Args:
+        error: What ended the training; with its traceback when it is torch's.
+        run_dir: Where to record it, for a Slurm job; None: nowhere.
+    """
+    message = " ".join(str(error).split())
+    rank = int(os.environ.get("RANK", "0"))
+    if isinstance(error, RuntimeError):
+        traceback.print_exception(error)
+    if rank == 0:
+        sys.stderr.write(f"error: {message}\n")
+    else:
+        # Rank 0 says what all ranks run into; the others give it the time to, and speak only for
+        # what they alone ran into.
+        time.sleep(1)
+        log.warning("rank %d: %s", rank, message)
+    if passes(error):
+        return PASSING_STATUS
+    if run_dir is not None and run_dir.is_dir() and life_id() is not None:
+        record(run_dir, f"rank {rank} ({node_name()}): {message}")
+    return OWN_STATUS
+
+
+def record(run_dir: Path, text: str) -> None:
+    """Write what is wrong into the run folder, with the life that it ended."""
+    row = {"time": time.time(), "life": life_id(), "error": text}
+    try:
+        write_atomic(run_dir / FAILURE_FILE, f"{json.dumps(row)}\n".encode())
+    except OSError as error:
+        log.warning("%s: %s", run_dir / FAILURE_FILE, error)
+
+
+def read_failure(run_dir: Path, *, life: str | None) -> str | None:
+    """Return what a life of a Slurm job said was wrong, or None.
+
+    Args:
+        run_dir: Run folder.
+        life: A `life_id`.
+    """
+    path = run_dir / FAILURE_FILE
+    row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return row["error"] if life is not None and row.get("life") == life else None
+
+
+def node_name() -> str:
+    """Return this node's name: Slurm's, where it has one, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
