@@ -51,7 +51,7 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._reason = signal.Signals(number).name
-        # One is enough. Where a signal is sent again and again, one of them meets the end of python,
+        # One is enough. Of signals that are sent again and again, one may meet the end of python,
         # which gives handled signals, but not ignored ones, back their default: to kill.
         for again in _STOP_SIGNALS:
             signal.signal(again, signal.SIG_IGN)
