@@ -1,20 +1,20 @@
-"""Stages of `benchmarks/gpu_check.py` about the attention kernels.
+"""Stages of `benchmarks/gpu_check.py` about the attention kernels: ceilings, resources, results.
 
 Each stage yields rows: a `case` and its figures. On the CPU the torch backend stands in for the
 kernels, and what only a compiled kernel can show is left out.
-
-FLOPs: a dot is 2 K M per token and head, 4 of them forward and 10 backward. Targets are for one
-cell on an H100, in microseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -22,16 +22,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.favor_literal import literal_attention
-from kernels.favor_attention import favor_attention_packed
+from kernels.favor_attention import favor_attention_kv, favor_attention_packed
 from kernels.reference import favor_attention_oracle, random_features
 from kernels.reference import favor_attention_packed as torch_attention
 
 Row = dict[str, Any]
-LAYERS = {"large": (32, 4096), "mini": (8, 23_778), "decoder": (8, 27_874)}
-"""Heads H and tokens N of the published configuration's layers."""
-TARGET_US = {"large": (60, 110), "decoder": (100, 190)}
-"""Forward and backward at batch 1."""
 BF16_OUT, BF16_GRADIENT = 5e-3, 1e-2
+WORKERS = 8
+"""Processes that compile kernels at the same time."""
 
 
 def backend(args: argparse.Namespace) -> str:
@@ -40,30 +38,49 @@ def backend(args: argparse.Namespace) -> str:
 
 
 def make(
-    args: argparse.Namespace, *, b: int, n: int, h: int, m: int, k: int = 64,
-    dtype: torch.dtype = torch.bfloat16, seed: int = 0,
+    device: str, *, b: int, n: int, h: int, m: int, k: int = 64, dtype: str = "bfloat16",
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return qkv (B, N, 3, H, K), features (M, K) and the output's gradient."""
-    generator = torch.Generator(args.device).manual_seed(seed)
-    options = {"generator": generator, "device": args.device}
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "device": device}
     qkv = torch.randn(b, n, 3, h, k, **options) * 3**-0.5
     qkv[:, :, 2] += 0.5
-    w = random_features(m, k, generator=torch.Generator().manual_seed(seed)).to(args.device)
-    return qkv.to(dtype), w, torch.randn(b, n, h, k, **options).to(dtype)
+    w = random_features(m, k, generator=torch.Generator().manual_seed(seed)).to(device)
+    kind = getattr(torch, dtype)
+    return qkv.to(kind), w, torch.randn(b, n, h, k, **options).to(kind)
 
 
 def median_us(work: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Return the median time of a call; on a GPU with cold caches."""
+    """Return the median time of a call.
+
+    On a GPU with cold caches, and as one CUDA graph: the kernels alone, without the time in which
+    Python starts them, which a training step hides behind the kernels before.
+    """
     if args.device == "cuda":
         from triton.testing import do_bench
 
-        return 1e3 * do_bench(work, return_mode="median", warmup=10, rep=60)
+        return 1e3 * do_bench(captured(work).replay, return_mode="median", warmup=10, rep=60)
     times = []
     for _ in range(3):
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
     return 1e6 * statistics.median(times)
+
+
+def captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """Return a call as a CUDA graph, after calls that compile what it needs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
 
 
 def device(args: argparse.Namespace) -> Iterator[Row]:
@@ -87,27 +104,95 @@ def device(args: argparse.Namespace) -> Iterator[Row]:
     yield {"case": "bf16 matrix product", "us": us, "tflops": 2 * n**3 / us / 1e6}
 
 
-def _recorded(args: argparse.Namespace, m: int, **sizes: int) -> list[tuple[Any, ...]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A forward and backward pass whose kernels are looked at."""
+
+    m: int
+    """Number of features M."""
+    n: int = 4096
+    """Tokens N."""
+    h: int = 32
+    """Heads H."""
+    k: int = 64
+    """Head width K."""
+    dtype: str = "bfloat16"
+    exact: bool = True
+    packed_cells: bool = False
+    plan: Any = None
+    """Block sizes; None: those that the operator takes."""
+
+    def __str__(self) -> str:
+        """Return the call for people."""
+        names = {"detached maxima": not self.exact, "packed cells": self.packed_cells}
+        sizes = f"{self.dtype} m={self.m} k={self.k}"
+        return " ".join([sizes, *(name for name, is_on in names.items() if is_on)])
+
+
+CALLS = [
+    *(Call(m=m, packed_cells=packed) for m in (256, 266) for packed in (False, True)),
+    Call(m=256, exact=False),
+    Call(m=266, dtype="float32"),
+    Call(m=110, k=32),
+    Call(m=256, k=128),
+]
+"""What the other stages launch, compiled ahead of them."""
+
+
+def recorded(call: Call, device: str = "cuda") -> list[tuple[str, Callable[[], Any], Any]]:
     """Run forward and backward once; return (name, launch again, compiled) of every kernel."""
     from kernels.favor_launch import Setting, backward, default_plan, forward, launch
 
-    qkv, w, grad = make(args, m=m, **sizes)
-    q, k, v = qkv.unbind(2)
-    calls: list[tuple[Any, ...]] = []
+    qkv, w, grad = make(device, b=1, n=call.n, h=call.h, m=call.m, k=call.k, dtype=call.dtype)
+    cu_seqlens = None
+    if call.packed_cells:
+        qkv, grad = qkv[0], grad[0]
+        cu_seqlens = torch.tensor([0, call.n], dtype=torch.int32, device=device)
+    q, k, v = qkv.unbind(-3)
+    calls = []
 
     def run(kernel: Any, grid: Any, block: Any, **arguments: Any) -> None:
-        compiled = launch(kernel, grid, block, **arguments)
-        again = lambda: launch(kernel, grid, block, **arguments)  # noqa: E731
-        calls.append((kernel.__name__, again, compiled))
+        again = partial(launch, kernel, grid, block, **arguments)
+        calls.append((kernel.__name__, again, again()))
 
-    setting = Setting(eps=1e-4, per_head=False, exact=True, max_seqlen=0)
-    plan = getattr(args, "plan", None) or default_plan(
-        m, q.shape[-1], q.dtype, torch.cuda.get_device_capability()
-    )
-    out, saved = forward(q, k, v, w, None, setting, plan, save=True, run=run)
-    backward(grad, q, k, v, m, None, saved, setting, plan, run=run)
+    setting = Setting(eps=1e-4, per_head=False, exact=call.exact, max_seqlen=call.n)
+    on_gpu = device == "cuda"
+    capability = torch.cuda.get_device_capability() if on_gpu else (9, 0)
+    plan = call.plan or default_plan(call.m, call.k, q.dtype, capability)
+    out, saved = forward(q, k, v, w, cu_seqlens, setting, plan, save=True, run=run)
+    backward(grad, q, k, v, call.m, cu_seqlens, saved, setting, plan, run=run)
     assert out.isfinite().all()
     return calls
+
+
+def compile_ahead(calls: Iterable[Call]) -> Iterator[list[Row]]:
+    """Compile the kernels of calls in several processes, into Triton's cache on disk.
+
+    Yields each call's resources; none where the GPU has too little for its blocks.
+    """
+    pool = ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield from pool.map(_resources_of, calls)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _resources_of(call: Call) -> list[Row]:
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        found = recorded(call)
+    except OutOfResources:
+        return []
+    return [
+        {
+            "case": f"{call} {name}",
+            "registers": compiled.n_regs,
+            "spills": compiled.n_spills,
+            "shared": compiled.metadata.shared,
+        }
+        for name, _, compiled in found
+    ]
 
 
 def resources(args: argparse.Namespace) -> Iterator[Row]:
@@ -115,34 +200,56 @@ def resources(args: argparse.Namespace) -> Iterator[Row]:
     if args.device == "cpu":
         yield {"case": "resources", "skipped": "there are no compiled kernels on a CPU"}
         return
-    for m in (256, 266):
-        for name, _, compiled in _recorded(args, m, b=1, n=4096, h=32):
-            figures = {"registers": compiled.n_regs, "spills": compiled.n_spills}
-            yield {"case": f"m={m} {name}", **figures, "shared": compiled.metadata.shared}
+    for rows in compile_ahead(CALLS):
+        yield from rows
 
 
 def correctness(args: argparse.Namespace) -> Iterator[Row]:
     """Yield errors against float64 of output and gradients, and whether they are small enough."""
+    # Also fills new memory with NaN: an element that no kernel writes is found.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     lengths = (1, 33) if args.tiny else (1, 100, 1000, 4096)
+    draw = partial(make, args.device, b=2, h=4)
     for m in (256, 266):
         for n in lengths:
-            yield _compared(args, make(args, b=2, n=n, h=4, m=m), f"m={m} n={n}", {})
-    small = make(args, b=2, n=lengths[-1] // 4, h=4, m=256)
+            yield _compared(args, draw(n=n, m=m), f"m={m} n={n}", {})
+    n = lengths[-1] // 4
+    small = draw(n=n, m=256)
     for options in ({"scope": "head"}, {"max_grad": "detach"}):
         yield _compared(args, small, str(options), options)
+    for sizes in ({"m": 110, "k": 32}, {"m": 256, "k": 128}):
+        yield _compared(args, draw(n=n, **sizes), f"m={sizes['m']} k={sizes['k']}", {})
     qkv, w, grad = small
     long = qkv.clone()
     long[:, :, :2] *= 30 / qkv[:, :, :2].float().norm(dim=-1, keepdim=True).to(qkv.dtype)
     yield _compared(args, (long, w, grad), "|q| = |k| = 30", {}, absolute=True)
-    fp32 = make(args, b=2, n=lengths[-1] // 4, h=4, m=266, dtype=torch.float32)
+    fp32 = draw(n=n, m=266, dtype="float32")
     yield _compared(args, fp32, "float32", {}, out_limit=1e-5, gradient_limit=2e-5)
+    yield from _same_bits(args, draw(n=n, m=266))
+
+
+def _same_bits(args: argparse.Namespace, case: tuple[Tensor, Tensor, Tensor]) -> Iterator[Row]:
+    """Yield whether a cell has the same bits twice, alone, packed, and with fewer queries."""
+    qkv, w, grad = case
+    n = qkv.shape[1]
     whole = _run(qkv, w, grad, backend=backend(args))
-    again = _run(qkv, w, grad, backend=backend(args))
     alone = _run(qkv[1:], w, grad[1:], backend=backend(args))
-    same = all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    yield {"case": "the same bits twice", "correct": same}
-    same = all(torch.equal(a[1:], b) for a, b in zip(whole, alone, strict=True))
-    yield {"case": "the same bits alone and in a batch", "correct": same}
+
+    def row(name: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> Row:
+        same = all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        return {"case": f"the same bits {name}", "correct": same}
+
+    yield row("twice", _run(qkv, w, grad, backend=backend(args)), whole)
+    yield row("alone and in a batch", tuple(t[1:] for t in whole), alone)
+    # One cell of a token, one of none, and the second cell of the batch.
+    ends = torch.tensor([0, 1, 1, n + 1], dtype=torch.int32, device=args.device)
+    tokens, gradients = (torch.cat([t[0, :1], t[1]]) for t in (qkv, grad))
+    packed = _run(tokens, w, gradients, backend=backend(args), cu_seqlens=ends, max_seqlen=n)
+    yield row("alone and packed", tuple(t[None, 1:] for t in packed), alone)
+    few = slice(n // 3, n // 2)
+    q, kv = qkv[:, few, 0], qkv[:, :, 1:]
+    out = favor_attention_kv(q, kv, w, backend=backend(args))
+    yield row("for fewer queries", (out,), (whole[0][:, few],))
 
 
 def _run(qkv: Tensor, w: Tensor, grad: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -209,119 +316,3 @@ def _literal_errors(
 
 def _error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
-
-
-def _forward_backward(
-    function: Callable[[Tensor], Tensor], qkv: Tensor, grad: Tensor, args: argparse.Namespace
-) -> tuple[float, float]:
-    """Return the medians of the forward pass alone, and of the backward pass."""
-    leaf = qkv.detach().clone().requires_grad_()
-    forward_us = median_us(lambda: function(leaf), args)
-
-    def both() -> None:
-        leaf.grad = None
-        function(leaf).backward(grad)
-
-    return forward_us, median_us(both, args) - forward_us
-
-
-def timing(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield times of each kernel, of the operator per layer and batch, and of the alternatives."""
-    layers = {"tiny": (2, 64)} if args.tiny else LAYERS
-    for name, (h, n) in layers.items():
-        for b in (1,) if args.tiny else (1, 4, 8) if name == "large" else (1, 4):
-            yield from _operator_rows(args, name, b, n, h)
-    if args.device == "cuda":
-        for m in (256, 266):
-            for kernel, again, _ in _recorded(args, m, b=1, n=4096, h=32):
-                yield {"case": f"kernel large m={m} {kernel}", "us": median_us(again, args)}
-    for name, (h, n) in layers.items():
-        yield from _alternative_rows(args, name, n, h)
-
-
-def _operator_rows(args: argparse.Namespace, name: str, b: int, n: int, h: int) -> Iterator[Row]:
-    for m in (256, 266) if b == 1 else (266,):
-        qkv, w, grad = make(args, b=b, n=n, h=h, m=m)
-        times = _forward_backward(
-            lambda x, w=w: favor_attention_packed(x, w, backend=backend(args)), qkv, grad, args
-        )
-        targets = TARGET_US.get(name, (None, None)) if b == 1 and m == 256 else (None, None)
-        dot = 2 * b * n * h * 64 * m
-        for part, us, dots, target in zip(
-            ("forward", "backward"), times, (4, 10), targets, strict=True
-        ):
-            row: Row = {"case": f"{name} b={b} m={m} {part}", "us": us}
-            row |= {"tflops": dots * dot / us / 1e6}
-            yield row | ({"target_us": target} if target else {})
-
-
-def _alternative_rows(args: argparse.Namespace, name: str, n: int, h: int) -> Iterator[Row]:
-    """Yield the times of literal code, compiled literal code and exact attention, one cell."""
-    qkv, w, grad = make(args, b=1, n=n, h=h, m=266)
-
-    def autocast(x: Tensor) -> Tensor:
-        with torch.autocast(args.device, dtype=torch.bfloat16):
-            return literal_attention(x, w).to(x.dtype)
-
-    def exact(x: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-    choices = {"literal code, autocast": autocast}
-    if args.device == "cuda":
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        def flash(x: Tensor) -> Tensor:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return exact(x)
-
-        choices["softmax, flash"] = flash
-    else:
-        choices["softmax, scaled_dot_product_attention"] = exact
-    if name in ("large", "tiny"):
-        options = {} if args.device == "cuda" else {"backend": "eager"}
-        choices["literal code, torch.compile"] = torch.compile(autocast, **options)
-    for choice, function in choices.items():
-        forward_us, backward_us = _forward_backward(function, qkv, grad, args)
-        yield {"case": f"{name} b=1 {choice} forward", "us": forward_us}
-        yield {"case": f"{name} b=1 {choice} backward", "us": backward_us}
-
-
-def sweep(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield the three fastest block sizes of each kernel at the large layer, next to the chosen."""
-    if args.device == "cpu":
-        yield {"case": "sweep", "skipped": "there are no compiled kernels on a CPU"}
-        return
-    from triton.runtime.errors import OutOfResources
-
-    from kernels.favor_launch import default_plan
-
-    chosen = default_plan(256, 64, torch.bfloat16, torch.cuda.get_device_capability())
-    names = ("query_pass", "key_gradient", "query_gradient", "key_pass", "summary_gradient")
-    for name in names:
-        block = getattr(chosen, name)
-        wide = name in ("key_pass", "summary_gradient")
-        features = (128, 256) if wide else (32, 64)
-        times = {}
-        options = [
-            replace(block, rows=rows, features=f, warps=warps, stages=stages)
-            for rows in ((32, 64, 128) if wide else (64, 128))
-            for f in features
-            for warps in (4, 8)
-            for stages in (2, 3, 4)
-        ]
-        for option in [block, *options]:
-            plan = replace(chosen, **{name: option})
-            trial = argparse.Namespace(**vars(args), plan=plan)
-            try:
-                calls = _recorded(trial, 256, b=1, n=4096, h=32)
-            except OutOfResources:
-                continue
-            again = next(call[1] for call in calls if call[0] == name)
-            times[option] = median_us(again, args)
-        best = sorted(times, key=times.__getitem__)[:3]
-        for option in dict.fromkeys([block, *best]):
-            mark = "chosen" if option == block else "best"
-            sizes = f"rows={option.rows} features={option.features}"
-            shape = f"{sizes} warps={option.warps} stages={option.stages}"
-            yield {"case": f"{name} {mark} {shape}", "us": times[option]}

@@ -1,8 +1,9 @@
 """Stages of `benchmarks/gpu_check.py` about the whole model.
 
-`model` trains the published configuration on random cells with bf16 weights and AdamW, without
-DeepSpeed: predictions at the hidden values, as in training, and for comparison at all genes;
-`reference` does the same with the released model, imported from a checkout.
+`model` trains the published configuration on random cells with bf16 weights and AdamW on float32
+copies of them, without DeepSpeed, an optimizer step after each micro-batch: predictions at the
+hidden values, as in training, and for comparison at all genes; `reference` does the same with the
+released model, imported from a checkout.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,14 @@ def _sizes(args: argparse.Namespace) -> tuple[ModelConfig, int]:
     return replace(tiny, large_encoder=replace(tiny.large_encoder, depth=1)), 200
 
 
-def _graph(n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+def random_graph(n_genes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a random graph of the size of the real one."""
     rng = np.random.default_rng(0)
     edges = rng.integers(0, n_genes, (2, EDGES_PER_GENE * n_genes))
     return edges, rng.random(edges.shape[1], dtype=np.float32)
 
 
-def _batch(b: int, n_genes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def random_cells(b: int, n_genes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return expression (B, G), the genes to hide (B, P) and the same as a mask (B, G).
 
     Every cell has the same number of expressed genes.
@@ -82,8 +83,23 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _optimizer(net: nn.Module, device: str) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), lr=1e-5, fused=device == "cuda")
+class MasterWeights:
+    """AdamW on float32 copies of bf16 parameters, as DeepSpeed has them."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], device: str) -> None:
+        self.parameters = list(parameters)
+        self.masters = [p.detach().float() for p in self.parameters]
+        self.adamw = torch.optim.AdamW(self.masters, lr=1e-5, fused=device == "cuda")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Make a step and forget the gradients."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            assert parameter.grad is not None
+            master.grad, parameter.grad = parameter.grad.float(), None
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        torch._foreach_copy_(self.parameters, self.masters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,23 +139,29 @@ def cases(*, on_gpu: bool) -> list[Case]:
         Case(backend="triton", cells=1),
         Case(backend="triton", cells=6),
         Case(backend="triton", cells=4, routing="expressed"),
+        Case(backend="triton", cells=4, compiled=True),
         Case(backend="triton", cells=4, all_genes=True),
         Case(backend="torch", cells=1, all_genes=True),
-        Case(backend="triton", cells=4, compiled=True),
     ]
+
+
+LEAST_S = {False: 10.0, True: 60.0}
+"""A case, with compiled layers or not, is not started with less time left."""
 
 
 def model(args: argparse.Namespace) -> Iterator[Row]:
     """Yield cells/s, MFU and peak memory of each case."""
     config, n_genes = _sizes(args)
-    graph = _graph(n_genes)
+    graph = random_graph(n_genes)
     torch.manual_seed(0)
     with torch.device(args.device):
         net = ScLong(config, n_genes=n_genes, graph=graph, output_mean=1.0)
     net = net.to(torch.bfloat16)
-    optimizer = _optimizer(net, args.device)
-    on_gpu = args.device == "cuda"
-    for case in cases(on_gpu=on_gpu):
+    optimizer = MasterWeights(net.parameters(), args.device)
+    for case in cases(on_gpu=args.device == "cuda"):
+        if time.monotonic() > args.deadline - LEAST_S[case.compiled]:
+            yield {"case": str(case), "skipped": "no time"}
+            continue
         net.config = replace(config, routing=case.routing)
         for performer in net.performers().values():
             performer.compile_layers = case.compiled
@@ -149,40 +171,66 @@ def model(args: argparse.Namespace) -> Iterator[Row]:
             yield {"case": str(case)} | _step(net, optimizer, case, n_genes, graph, args)
         except torch.OutOfMemoryError:
             yield {"case": str(case), "out_of_memory": True}
-        if on_gpu:
-            optimizer.zero_grad(set_to_none=True)
-            gc.collect()
+        net.zero_grad(set_to_none=True)
+        gc.collect()
+        if args.device == "cuda":
             torch.cuda.empty_cache()
+    yield from _alone(net, optimizer, args)
+
+
+def _alone(net: ScLong, optimizer: MasterWeights, args: argparse.Namespace) -> Iterator[Row]:
+    """Yield times of what does not depend on the cells of a micro-batch."""
+
+    def gene_encoder() -> None:
+        genes = net.gene_encoder()
+        genes.backward(torch.ones_like(genes))
+        net.gene_encoder.zero_grad(set_to_none=True)
+
+    def update() -> None:
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+    for name, work in (("gene encoder", gene_encoder), ("optimizer", update)):
+        yield {"case": f"{name} alone", "step_ms": 1e3 * _timed(work, args.device, steps=3)}
 
 
 def _step(
     net: ScLong,
-    optimizer: torch.optim.Optimizer,
+    optimizer: MasterWeights,
     case: Case,
     n_genes: int,
     graph: tuple[np.ndarray, np.ndarray],
     args: argparse.Namespace,
 ) -> Row:
-    """Measure a training step."""
-    x, positions, hidden = _batch(case.cells, n_genes, args.device)
+    """Measure a training step: one micro-batch and the optimizer."""
+    x, positions, hidden = random_cells(case.cells, n_genes, args.device)
     x, true = x.bfloat16(), x.gather(1, positions)
     n_expressed = round(EXPRESSED * n_genes)
     lengths = [min(n_expressed, net.config.top_seq_len)] * case.cells
     losses = []
 
-    def step() -> None:
+    def gradients() -> None:
         if case.all_genes:
             predicted = net(x, hidden, lengths=lengths).gather(1, positions)
         else:
             predicted = net(x, hidden, positions=positions, lengths=lengths)
         loss = (predicted.float() - true).square().mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
 
-    if args.device == "cuda":
+    def step() -> None:
+        gradients()
+        optimizer.step()
+
+    step()
+    on_gpu = args.device == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    gradients()
+    kept = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    optimizer.step()
     seconds = _timed(step, args.device, steps=2 if args.tiny else 5)
     flops = training_flops_per_cell(
         net.config,
@@ -196,15 +244,17 @@ def _step(
     row |= {"mfu": flops * case.cells / seconds / 1e12 / PEAK_TFLOPS}
     row |= {"first_loss": losses[0].item(), "last_loss": losses[-1].item()}
     row["correct"] = bool(torch.stack(losses).isfinite().all())
-    if args.device == "cuda":
+    row["published"] = case.backend == "triton" and case.routing == "top" and not case.all_genes
+    if on_gpu:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["gb_per_cell"] = kept / 1e9 / case.cells
     return row
 
 
 def reference(args: argparse.Namespace) -> Iterator[Row]:
     """Yield the same of the released model, fp32 weights under bf16 autocast."""
     config, n_genes = _sizes(args)
-    edges, weights = (torch.from_numpy(a) for a in _graph(n_genes))
+    edges, weights = (torch.from_numpy(a) for a in random_graph(n_genes))
     with tempfile.TemporaryDirectory() as folder:
         vectors = Path(folder) / "vectors.npy"
         np.save(vectors, np.zeros((n_genes, config.base_dim), dtype=np.float32))
@@ -212,9 +262,9 @@ def reference(args: argparse.Namespace) -> Iterator[Row]:
         arguments |= {"G_go": edges.to(args.device), "G_go_weight": weights.to(args.device)}
         found = _released_class(args.reference)
         net = found(**arguments, gene2vec_file=str(vectors)).to(args.device)
-    optimizer = _optimizer(net, args.device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=args.device == "cuda")
     for b in (1, 2) if args.tiny else (1, 4):
-        x, _, hidden = _batch(b, n_genes, args.device)
+        x, _, hidden = random_cells(b, n_genes, args.device)
         x = nn.functional.pad(x.masked_fill(hidden, -10.0), (0, 1))
 
         def step(x: Tensor = x) -> None:

@@ -31,7 +31,7 @@ class _Summary(NamedTuple):
     a: Tensor
     """A (H, M, K)."""
     c: Tensor
-    """c (H, M, 1)."""
+    """c (H, 1, M)."""
     a_sum: Tensor
     """a (H, 1, K)."""
     c_sum: Tensor
@@ -41,7 +41,7 @@ class _Summary(NamedTuple):
     own_peak: Tensor
     """Maximum of each head (H,)."""
     arg: Tensor
-    """Its flat index, token M + feature (H,)."""
+    """Its flat index, token M + feature (H,); zeros where nobody asked for it."""
 
 
 def by_argument(
@@ -86,7 +86,7 @@ def forward(
     cells = _cells(cu_seqlens, query_cu_seqlens, (queries, out), (keys, values))
     peak = _batch_peak([c[2] for c in cells], w) if scope == "tensor" else None
     for qc, oc, kc, vc in cells:
-        _query_forward(qc, w, _key_forward(kc, vc, w, scope, eps, peak), eps, oc)
+        _query_forward(qc, w, _key_forward(kc, vc, w, scope, eps, peak, find=False), eps, oc)
     return out
 
 
@@ -116,7 +116,7 @@ def backward(
     peak = _batch_peak([c[3] for c in cells], w) if scope == "tensor" else None
     winners = []  # per cell: weight and place of the key maximum
     for qc, gc, dq, kc, vc, dk, dv in cells:
-        summary = _key_forward(kc, vc, w, scope, eps, peak)
+        summary = _key_forward(kc, vc, w, scope, eps, peak, find=exact)
         da, dc = _query_backward(qc, gc, w, summary, eps, exact, dq)
         # The sum of p over a head in closed form: summed from p it would be lost in rounding.
         flow = -eps * kc.shape[1] * dc.sum((1, 2))
@@ -200,17 +200,25 @@ def _squared(x: Tensor) -> Tensor:
 
 
 def _key_forward(
-    k: Tensor, v: Tensor, w: Tensor, scope: Scope, eps: float, batch_peak: Tensor | None
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    scope: Scope,
+    eps: float,
+    batch_peak: Tensor | None,
+    *,
+    find: bool,
 ) -> _Summary:
     """Return the summary of one cell's keys and values (H, N, K).
 
     The maximum of the scope is known after the last block only: each block is taken relative to the
-    highest value of its head so far, and the sums are scaled when that rises.
+    highest value of its head so far, and the sums are scaled when that rises. Where each head's
+    maximum is takes as long as its features, so it is looked for if `find` alone.
     """
     n_heads, n, width = k.shape
     mean = v.mean(1, keepdim=True, dtype=w.dtype)
     a = w.new_zeros(n_heads, w.shape[0], width)
-    z = w.new_zeros(n_heads, w.shape[0], 1)
+    z = w.new_zeros(n_heads, 1, w.shape[0])
     own_peak = w.new_full((n_heads,), -torch.inf)
     arg = torch.zeros(n_heads, dtype=torch.int64, device=w.device)
     heads, tokens = _blocks(k, w)
@@ -218,20 +226,23 @@ def _key_forward(
         for rows in tokens:
             kb, vb = k[h, rows].to(w.dtype), v[h, rows].to(w.dtype)
             y = torch.matmul(kb, w.T)
-            top, where = y.flatten(1).max(-1)
+            if find:
+                top, where = y.flatten(1).max(-1)
+                arg[h] = torch.where(top > own_peak[h], where + rows.start * w.shape[0], arg[h])
+            else:
+                top = y.flatten(1).amax(-1)
             new = torch.maximum(own_peak[h], top)
-            arg[h] = torch.where(top > own_peak[h], where + rows.start * w.shape[0], arg[h])
             decay = (own_peak[h] - new).exp()[:, None, None]
             own_peak[h] = new
             f = y.sub_(_squared(kb) + new[:, None, None]).exp_()
-            z[h] = z[h] * decay + f.sum(1)[..., None]
+            z[h] = z[h] * decay + f.sum(1, keepdim=True)
             torch.baddbmm(a[h] * decay, f.transpose(1, 2), vb - mean[h], out=a[h])
     peak = {"sample": own_peak.max(), "head": own_peak, "tensor": batch_peak}[scope]
     assert peak is not None
     factor = (own_peak - peak).exp()[:, None, None]
     a *= factor
     c = z * factor + eps * n
-    sums = a.sum(1, keepdim=True), c.sum(1, keepdim=True)
+    sums = a.sum(1, keepdim=True), c.sum(2, keepdim=True)
     return _Summary(mean, a, c, *sums, peak.expand(n_heads)[:, None, None], own_peak, arg)
 
 
@@ -240,23 +251,32 @@ def _query_forward(q: Tensor, w: Tensor, summary: _Summary, eps: float, out: Ten
     heads, tokens = _blocks(q, w)
     for h in heads:
         for rows in tokens:
-            e, _ = _query_features(q[h, rows].to(w.dtype), w)
-            den = torch.bmm(e, summary.c[h]) + eps * summary.c_sum[h]
+            e, _ = _query_features(q[h, rows].to(w.dtype), w, find=False)
+            den = _row_sums(e, summary.c[h]) + eps * summary.c_sum[h]
             num = torch.bmm(e, summary.a[h]) + eps * summary.a_sum[h]
             out[h, rows] = (summary.mean[h] + num / den).to(out.dtype)
 
 
-def _query_features(q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return E (H, N, M) and the feature of each row's maximum (H, N)."""
+def _query_features(q: Tensor, w: Tensor, *, find: bool) -> tuple[Tensor, Tensor | None]:
+    """Return E (H, N, M) and, if `find`, the feature of each row's maximum (H, N)."""
     x = torch.matmul(q, w.T)
-    top, arg = x.max(-1, keepdim=True)
-    return x.sub_(top + _squared(q)).exp_(), arg[..., 0]
+    arg = None
+    if find:
+        top, arg = x.max(-1)
+    else:
+        top = x.amax(-1)
+    return x.sub_(top[..., None] + _squared(q)).exp_(), arg
+
+
+def _row_sums(e: Tensor, weights: Tensor) -> Tensor:
+    """Return sums over features (H, N, 1); a product with one column is several times slower."""
+    return (e * weights).sum(-1, keepdim=True)
 
 
 def _query_backward(
     q: Tensor, grad: Tensor, w: Tensor, summary: _Summary, eps: float, exact: bool, dq: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write dq (H, N, K); return the gradients of A (H, M, K) and c (H, M, 1)."""
+    """Write dq (H, N, K); return the gradients of A (H, M, K) and c (H, 1, M)."""
     da, dc = torch.zeros_like(summary.a), torch.zeros_like(summary.c)
     heads, tokens = _blocks(q, w)
     for h in heads:
@@ -264,21 +284,21 @@ def _query_backward(
         a_sum, c_sum = summary.a_sum[h], summary.c_sum[h]
         for rows in tokens:
             qb = q[h, rows].to(w.dtype)
-            e, arg = _query_features(qb, w)
-            den = torch.bmm(e, c) + eps * c_sum
+            e, arg = _query_features(qb, w, find=exact)
+            den = _row_sums(e, c) + eps * c_sum
             g = grad[h, rows].to(w.dtype) / den
             u = torch.bmm(g, a.transpose(1, 2))
             # delta = g . (out - mu), from the same products as the gradient.
             g_a = (g * a_sum).sum(-1, keepdim=True)
-            delta = ((e * u).sum(-1, keepdim=True) + eps * g_a) / den
+            delta = (_row_sums(e, u) + eps * g_a) / den
             torch.baddbmm(da[h] + eps * g.sum(1, keepdim=True), e.transpose(1, 2), g, out=da[h])
-            dc[h] -= torch.bmm(e.transpose(1, 2), delta) + eps * delta.sum(1, keepdim=True)
+            dc[h] -= torch.bmm(delta.transpose(1, 2), e) + eps * delta.sum(1, keepdim=True)
             # Gradient of the exponent, then through what is subtracted from it: the squared norm
             # and the row maximum. Their common weight, the row sum of p, has this closed form.
-            p = u.addcmul_(delta, c.transpose(1, 2), value=-1).mul_(e)
+            p = u.addcmul_(delta, c, value=-1).mul_(e)
             flow = eps * (delta * c_sum - g_a)
             pulled = qb * q.shape[-1] ** -0.5
-            if exact:
+            if arg is not None:
                 pulled = pulled + w[arg]
             dq[h, rows] = (torch.matmul(p, w) - flow * pulled).to(dq.dtype)
     return da, dc
@@ -322,7 +342,7 @@ def _key_backward(
             f = torch.matmul(kb, w.T).sub_(_squared(kb) + summary.peak[h]).exp_()
             dv[h, rows] = (torch.bmm(f, da[h]) + da_sum[h]).to(dv.dtype)
             p = torch.bmm(vb - summary.mean[h], da[h].transpose(1, 2))
-            p.add_(dc[h].transpose(1, 2)).mul_(f)
+            p.add_(dc[h]).mul_(f)
             block = torch.matmul(p, w) - p.sum(-1, keepdim=True) * kb * k.shape[-1] ** -0.5
             if pull is not None:
                 # Before rounding, since the parts can cancel; by a mask, since an index would make

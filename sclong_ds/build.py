@@ -18,7 +18,7 @@ import torch
 
 from kernels.favor_attention import triton_obstacle
 from sclong_ds import checkpoint
-from sclong_ds.checkpoint import Loaded
+from sclong_ds.checkpoint import Loaded, Saving
 from sclong_ds.checkpoint_files import TrainState, complete_checkpoints
 from sclong_ds.config import RunConfig
 from sclong_ds.costs import training_flops_per_cell
@@ -83,6 +83,10 @@ class Run:
     """Name of the newest good checkpoint."""
     validated: tuple[int, float] | None = None
     """Step and masked MSE of the last validation."""
+    saving: Saving | None = None
+    """Checkpoint that is being written while training goes on."""
+    stalled_s: float = 0.0
+    """Time that training stood still for checkpoints since the last row of metrics."""
     failed_saves: int = 0
     """Checkpoints in a row that could not be written."""
     skipped_cells: int = 0
@@ -120,6 +124,8 @@ def describe(
 ) -> None:
     """Log at the start what will run."""
     e = config.engine
+    accumulated = ds_config["gradient_accumulation_steps"]
+    stage = ds_config["zero_optimization"]["stage"]
     log.info("configuration:\n%s", to_yaml(config).rstrip())
     log.info(
         "corpus: %d training cells, %d validation cells, %d genes, %d datasets",
@@ -136,10 +142,15 @@ def describe(
         "batch: %d cells = %d a micro-batch x %d accumulation steps x %d ranks; "
         "ZeRO stage %d, %s, on %s",
         e.train_batch_size, e.train_micro_batch_size_per_gpu,
-        ds_config["gradient_accumulation_steps"], ranks.world_size,
-        ds_config["zero_optimization"]["stage"], e.precision, device_name(ranks.device),
+        accumulated, ranks.world_size, stage, e.precision, device_name(ranks.device),
     )  # fmt: skip
     log.info("attention: %s", attention_path(config, ranks, model))
+    if ranks.rank == 0 and e.precision == "bf16" and stage == 1 and accumulated > 1:
+        log.warning(
+            "ZeRO stage 1 adds the gradients of %d micro-steps up in bf16; stages 2 and 3 do in "
+            "fp32: use engine.ds_config=zero2, or larger micro-batches",
+            accumulated,
+        )
 
 
 def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:

@@ -1,10 +1,11 @@
 """Checkpoints of a running job: save as a whole or not at all, find the newest good one, load it.
 
-Every rank writes its own files under a temporary name, with checksums, and syncs them; rank 0 sees
-that all of them are there and renames the folder. When a rank cannot write (the disk is full), all
-ranks learn of it, nothing of the attempt stays and the checkpoints before it are untouched. On load
-every rank checks a share of the files; a damaged checkpoint is set aside, loudly, and the one
-before it is used. What is on disk: `sclong_ds.checkpoint_files`.
+Every rank writes its own files under a temporary name, with checksums, and syncs them, while
+training goes on if it may (`sclong_ds.checkpoint_writer`); then rank 0 sees that all of them are
+there and renames the folder. When a rank cannot write (the disk is full), all ranks learn of it,
+nothing of the attempt stays and the checkpoints before it are untouched. On load every rank checks
+a share of the files; a damaged checkpoint is set aside, loudly, and the one before it is used. What
+is on disk: `sclong_ds.checkpoint_files`.
 """
 
 from __future__ import annotations
@@ -13,22 +14,18 @@ import contextlib
 import io
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
 from sclong_ds.checkpoint_files import (
-    ChecksummedFile,
     TrainState,
     complete_checkpoints,
     damage,
@@ -39,7 +36,8 @@ from sclong_ds.checkpoint_files import (
     remove_unfinished,
     write_manifest,
 )
-from sclong_ds.config import RunConfig
+from sclong_ds.checkpoint_writer import CheckpointWriter, Written
+from sclong_ds.config import CheckpointConfig, RunConfig
 from sclong_ds.elastic import load_converted
 from sclong_ds.engine import on_first_rank
 from sclong_ds.files import sync_folder, write_atomic
@@ -52,6 +50,29 @@ class SaveError(OSError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A checkpoint on its way to the disk, as one rank knows it."""
+
+    folder: Path
+    """The run's `checkpoints` folder."""
+    state: TrainState
+    """Position of the run."""
+    files: tuple[Path, ...]
+    """Files to keep with the weights."""
+    settings: CheckpointConfig
+    """Which checkpoints stay."""
+    val_mse: float | None
+    """Masked MSE on the validation cells at this step, where it was validated."""
+    writer: CheckpointWriter
+    """Writes this rank's files."""
+
+    @property
+    def partial(self) -> Path:
+        """The folder until it is whole."""
+        return _partial(self.folder, self.state)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """A checkpoint that was written."""
 
@@ -60,7 +81,7 @@ class Saved:
     n_bytes: int
     """Size of its files."""
     seconds: float
-    """Time from the first to the last rank's part, the renaming included."""
+    """Time that the slowest rank took to write, and rank 0 to complete the folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,58 +100,82 @@ class Loaded:
     """Time to check, convert and load it."""
 
 
-def save(
+def begin_save(
     engine: Any,
     folder: Path,
     state: TrainState,
     *,
     files: Iterable[Path],
-    keep_last: int,
-    keep_every_n_steps: int | None = None,
-    keep_best: bool = False,
+    settings: CheckpointConfig,
     val_mse: float | None = None,
-) -> Saved:
-    """Save a checkpoint; every rank must call it.
+    background: bool,
+) -> Saving:
+    """Begin to save a checkpoint; every rank must call it, and then `finish_save`.
 
     Args:
         engine: The DeepSpeed engine.
         folder: The run's `checkpoints` folder, shared by all ranks.
         state: Position of the run.
         files: Files to keep with the weights.
-        keep_last: Newest checkpoints that stay.
-        keep_every_n_steps: Checkpoints of multiples of it stay for ever.
-        keep_best: The checkpoint with the lowest `val_mse` so far stays.
+        settings: Which checkpoints stay.
         val_mse: Masked MSE on the validation cells at this step, where it was validated.
+        background: Return when everything is copied to host memory, and write while training goes
+            on; otherwise when it is written.
+
+    Raises:
+        SaveError: Rank 0 could not make the folder; nothing of the attempt is left.
+    """
+    partial = _partial(folder, state)
+    try:
+        on_first_rank(lambda: _begin(partial))
+    except ValueError as error:
+        raise _save_error(folder, state, error) from None
+    writer, own = CheckpointWriter(background=background), engine.checkpoint_engine
+    engine.checkpoint_engine = writer
+    # DeepSpeed puts a script beside the checkpoints; on a full disk rank 0 would fail alone.
+    engine._copy_recovery_script = lambda _: None
+    try:
+        with _quiet():
+            engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    finally:
+        engine.checkpoint_engine = own
+        del engine._copy_recovery_script
+    return Saving(
+        folder=folder, state=state, files=tuple(files), settings=settings, val_mse=val_mse,
+        writer=writer,
+    )  # fmt: skip
+
+
+def finish_save(saving: Saving) -> Saved:
+    """Wait until all ranks have written and give the checkpoint its name; every rank must call it.
+
+    Args:
+        saving: What `begin_save` returned.
 
     Raises:
         SaveError: A rank could not write; nothing of the attempt is left.
     """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, saving.writer.written())
     started = time.perf_counter()
-    name = name_of(state.step)
-    partial = folder / f"{name}.partial"
-
-    def finish() -> int:
-        n_bytes = _finish(partial, state, files=files, written=written)
-        record_best(folder, name, val_mse)
-        prune(
-            folder,
-            keep_last=keep_last,
-            keep_every_n_steps=keep_every_n_steps,
-            keep_best=keep_best,
-        )
-        return n_bytes
-
     try:
-        on_first_rank(lambda: _begin(partial))
-        written = _write(engine, partial)
-        n_bytes = on_first_rank(finish)
+        n_bytes = on_first_rank(lambda: _finish(saving, everyone))
     except ValueError as error:
-        on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise SaveError(
-            f"the checkpoint of step {state.step} could not be saved in {folder}: {error}; the "
-            f"checkpoints before it are untouched. Make room there, or lower checkpoint.keep_last"
-        ) from None
-    return Saved(name=name, n_bytes=n_bytes, seconds=time.perf_counter() - started)
+        on_first_rank(lambda: shutil.rmtree(saving.partial, ignore_errors=True))
+        raise _save_error(saving.folder, saving.state, error) from None
+    seconds = max(written.seconds for written in everyone) + time.perf_counter() - started
+    return Saved(name=name_of(saving.state.step), n_bytes=n_bytes, seconds=seconds)
+
+
+def _partial(folder: Path, state: TrainState) -> Path:
+    return folder / f"{name_of(state.step)}.partial"
+
+
+def _save_error(folder: Path, state: TrainState, error: ValueError) -> SaveError:
+    return SaveError(
+        f"the checkpoint of step {state.step} could not be saved in {folder}: {error}; the "
+        f"checkpoints before it are untouched. Make room there, or lower checkpoint.keep_last"
+    )
 
 
 def _begin(partial: Path) -> None:
@@ -139,31 +184,36 @@ def _begin(partial: Path) -> None:
     partial.mkdir()
 
 
-def _write(engine: Any, partial: Path) -> dict[str, list[int]]:
-    """Write every rank's files; returns size and CRC-32 of all of them, by name.
+def _finish(saving: Saving, everyone: list[Written]) -> int:
+    """Complete the folder, rename it, remove old ones; returns its size in bytes.
 
     Raises:
-        ValueError: Which ranks could not, on all ranks.
+        ValueError: Which ranks could not write.
     """
-    with _quiet(), _writing_with(engine) as writer:
-        engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (writer.files, writer.error and str(writer.error)))
-    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
+    errors = [f"rank {rank}: {w.error}" for rank, w in enumerate(everyone) if w.error]
     if errors:
         raise ValueError("; ".join(errors))
-    return {name: value for files, _ in everyone for name, value in files.items()}
-
-
-def _finish(
-    partial: Path, state: TrainState, *, files: Iterable[Path], written: dict[str, list[int]]
-) -> int:
-    """Complete the folder and give it its final name; returns its size in bytes."""
-    folder, final = partial.parent, partial.with_suffix("")
-    for file in files:
+    folder, partial, settings = saving.folder, saving.partial, saving.settings
+    for file in saving.files:
         write_atomic(partial / file.name, file.read_bytes())
-    write_atomic(partial / "state.json", (json.dumps(asdict(state), indent=2) + "\n").encode())
+    state = json.dumps(asdict(saving.state), indent=2) + "\n"
+    write_atomic(partial / "state.json", state.encode())
+    written = {name: value for w in everyone for name, value in w.files.items()}
     n_bytes = write_manifest(partial, written)
+    _rename(partial)
+    record_best(folder, name_of(saving.state.step), saving.val_mse)
+    prune(
+        folder,
+        keep_last=settings.keep_last,
+        keep_every_n_steps=settings.keep_every_n_steps,
+        keep_best=settings.keep_best,
+    )
+    return n_bytes
+
+
+def _rename(partial: Path) -> None:
+    """Give a complete folder its final name, and `latest` that name."""
+    folder, final = partial.parent, partial.with_suffix("")
     sync_folder(partial)
     # Normally absent; what is there stays on disk until the new one has its name.
     old = folder / f"{final.name}.old.partial"
@@ -173,50 +223,6 @@ def _finish(
     sync_folder(folder)
     shutil.rmtree(old, ignore_errors=True)
     write_atomic(folder / "latest", f"{final.name}\n".encode())
-    return n_bytes
-
-
-class _Writer(TorchCheckpointEngine):
-    """Writes this rank's files, synced; keeps their checksums, and the failure if there is one.
-
-    A failure is not raised: the other ranks would wait in DeepSpeed's barriers for this one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: dict[str, list[int]] = {}
-        self.error: OSError | None = None
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write one file."""
-        try:
-            with open(path, "wb") as raw:
-                file = ChecksummedFile(raw)
-                try:
-                    torch.save(state_dict, cast(IO[bytes], file))
-                except RuntimeError:
-                    # torch.save's own error hides that of the file.
-                    raise file.error or RuntimeError(f"{path} cannot be written") from None
-                file.flush()
-                os.fsync(raw.fileno())
-        except OSError as error:
-            self.error = error
-        else:
-            self.files[Path(path).name] = [file.size, file.crc]
-
-
-@contextlib.contextmanager
-def _writing_with(engine: Any) -> Iterator[_Writer]:
-    """Let DeepSpeed write through a `_Writer`, and nothing besides."""
-    writer, own = _Writer(), engine.checkpoint_engine
-    engine.checkpoint_engine = writer
-    # DeepSpeed puts a script beside the checkpoints; on a full disk rank 0 would fail alone.
-    engine._copy_recovery_script = lambda _: None
-    try:
-        yield writer
-    finally:
-        engine.checkpoint_engine = own
-        del engine._copy_recovery_script
 
 
 def load(

@@ -227,6 +227,9 @@ class CheckpointConfig:
     validated."""
     max_failed_saves: int
     """Checkpoints in a row that could not be written (disk full) that stop the run."""
+    asynchronous: bool
+    """Write while training goes on, from a copy in host memory (12 bytes a parameter, divided by
+    the ranks); false: training waits, without a copy. The last checkpoint is always waited for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,7 +112,7 @@ def make_plan(
         "batch": {key: ds_config[key] for key in batch},
         "memory": _memory_plan(config, zero, setup, device),
         "time": _time_plan(config, device, site, work),
-        "checkpoint": _checkpoint_plan(config, zero, parameters["total"]),
+        "checkpoint": _checkpoint_plan(config, zero, parameters["total"], setup.world_size),
     }
 
 
@@ -127,14 +127,12 @@ def _with_total(parts: dict[str, int]) -> dict[str, int]:
 
 
 def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) -> dict[str, Any]:
-    """Predict memory as configured, and in all stages with and without checkpointing."""
+    """Predict memory as configured, and in all stages, offloaded, recomputed or not."""
     engine, model = config.engine, config.model
     e = 2 if engine.precision == "bf16" else 4
     micro, usable = engine.train_micro_batch_size_per_gpu, device.usable_bytes()
 
-    def row(stage: int, recompute: bool) -> dict[str, Any]:
-        # Parameters can be offloaded in stage 3 only; overlap and bucket sizes stay as configured.
-        other = replace(zero, stage=stage, offload_param=zero.offload_param and stage == 3)
+    def row(other: Zero, recompute: bool) -> dict[str, Any]:
         memory = memory_per_rank(
             model, other, setup, micro_batch=micro, element_bytes=e, recompute=recompute
         )
@@ -150,7 +148,8 @@ def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) ->
         )
         cells = engine.train_batch_size // setup.world_size
         return {
-            "stage": stage,
+            "stage": other.stage,
+            "offload": other.offload_optimizer,
             "activation_checkpointing": recompute,
             "parts_bytes": asdict(memory),
             "states_bytes": memory.states(),
@@ -162,8 +161,14 @@ def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) ->
             ),
         }
 
-    table = [row(stage, recompute) for stage in (1, 2, 3) for recompute in (False, True)]
-    configured = row(zero.stage, engine.activation_checkpointing)
+    # Parameters can be offloaded in stage 3 only; overlap and bucket sizes stay as configured.
+    others = [
+        replace(zero, stage=stage, offload_optimizer=off, offload_param=off and stage == 3)
+        for stage in (1, 2, 3)
+        for off in (False, True)
+    ]
+    table = [row(other, recompute) for other in others for recompute in (False, True)]
+    configured = row(zero, engine.activation_checkpointing)
     return configured | {
         "predicted": True,
         "micro_batch": micro,
@@ -195,19 +200,25 @@ def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) ->
         "run_epochs": run_cells / cells,
         "run_hours": run_cells / all_ranks / 3600,
         "run_gpu_hours": run_cells / per_rank / 3600,
-        "loader_cells_per_s": all_ranks,
-        "loader_cells_per_s_per_node": all_ranks / site.nodes,
+        # Every rank reads and decompresses the cells of all, and decodes its own.
+        "read_cells_per_s_per_rank": all_ranks,
+        "decoded_cells_per_s_per_rank": per_rank,
     }
 
 
-def _checkpoint_plan(config: RunConfig, zero: Zero, parameters: int) -> dict[str, int]:
+def _checkpoint_plan(
+    config: RunConfig, zero: Zero, parameters: int, world_size: int
+) -> dict[str, int]:
     """Size the files: fp32 weights and two moments; stages 1 and 2 add the model's own weights."""
     weights = 0 if zero.stage == 3 else (2 if config.engine.precision == "bf16" else 4)
     size = (12 + weights) * parameters
+    # The model's own weights are those of rank 0.
+    copied = math.ceil(12 * parameters / world_size) + weights * parameters
     return {
         "bytes": size,
-        # The next one is complete before the oldest goes.
-        "disk_bytes": size * (config.checkpoint.keep_last + 1),
+        # The next one is complete before the oldest goes; the best may be an older one.
+        "disk_bytes": size * (config.checkpoint.keep_last + 1 + config.checkpoint.keep_best),
+        "host_copy_bytes": copied if config.checkpoint.asynchronous else 0,
         "every_n_steps": config.checkpoint.every_n_steps,
         "exported_bytes": 4 * parameters,
     }
@@ -271,23 +282,32 @@ def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
         f"{'fits' if memory['fits'] else 'DOES NOT FIT'}: {_gib(memory['usable_bytes'])} usable of "
         f"{plan['device']['memory_gib']:.1f}",
         "",
-        f"  {'stage':8}{'checkpointing':15}{'states':>9}{'per cell':>10}{'peak':>9}   "
+        f"  {'ZeRO':6}{'offload':9}{'checkpointing':15}{'weights':>9}{'gradients':>11}"
+        f"{'optimizer':>11}{'buffers':>9}{'activations':>13}{'peak':>9}{'host':>9}   "
         "largest micro-batch (one that divides the batch)",
     ]
-    lines += [
-        f"  ZeRO-{row['stage']:<3}{switch[row['activation_checkpointing']]:15}"
-        f"{_gib(row['states_bytes']):>9}{_gib(row['kept_per_cell_bytes']):>10}"
-        f"{_gib(row['peak_bytes']):>9}   "
-        f"{row['largest_micro_batch']} ({row['largest_dividing_micro_batch']})"
-        for row in memory["stages"]
-    ]
+    lines += [_memory_row(row, switch) for row in memory["stages"]]
     return lines
+
+
+def _memory_row(row: Mapping[str, Any], switch: Mapping[bool, str]) -> str:
+    """Return one line of the table; what is not there at the same time is not in the peak."""
+    part = row["parts_bytes"]
+    optimizer = part["master_weights"] + part["adam_moments"]
+    buffers = part["reduce_buckets"] + part["gathered_layers"] + part["batch_constants"]
+    return (
+        f"  {row['stage']:<6}{switch[row['offload']]:9}{switch[row['activation_checkpointing']]:15}"
+        f"{_gib(part['weights']):>9}{_gib(part['gradients']):>11}{_gib(optimizer):>11}"
+        f"{_gib(buffers):>9}{_gib(part['activations']):>13}{_gib(row['peak_bytes']):>9}"
+        f"{_gib(part['offloaded']):>9}   "
+        f"{row['largest_micro_batch']} ({row['largest_dividing_micro_batch']})"
+    )
 
 
 def _time_lines(plan: Mapping[str, Any]) -> list[str]:
     time, saved = plan["time"], plan["checkpoint"]
     hours = "rank-hours" if plan["device"]["name"] == "cpu" else "GPU-hours"
-    return [
+    lines = [
         f"Time, predicted at {plan['mfu']:.0%} of peak, validation and checkpoints not included",
         f"  {time['cells_per_s']:,.4g} cells/s, {time['cells_per_s_per_rank']:,.4g} per rank, "
         f"{time['step_time_s']:,.4g} s per step",
@@ -295,13 +315,17 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"{time['epoch_hours']:,.4g} h, {time['gpu_hours_per_epoch']:,.4g} {hours}",
         f"  run.max_steps {time['run_steps']:,}: {time['run_epochs']:.3g} epochs, "
         f"{time['run_hours']:,.4g} h, {time['run_gpu_hours']:,.4g} {hours}",
-        f"  the loader must give {time['loader_cells_per_s']:,.4g} cells/s, "
-        f"{time['loader_cells_per_s_per_node']:,.4g} per node",
+        f"  the loader of every rank must read {time['read_cells_per_s_per_rank']:,.4g} cells/s, "
+        f"those of all ranks, and decode {time['decoded_cells_per_s_per_rank']:,.4g} of them",
         "",
         f"Checkpoint {_gib(saved['bytes'])} GiB every {saved['every_n_steps']} steps; disk for "
         f"those kept and the next {_gib(saved['disk_bytes'])} GiB; exported model "
         f"{_gib(saved['exported_bytes'])} GiB",
     ]
+    if saved["host_copy_bytes"]:
+        copied = _gib(saved["host_copy_bytes"])
+        lines.append(f"  checkpoint.asynchronous: a copy of {copied} GiB in a rank's host memory")
+    return lines
 
 
 def _gib(size: float) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import time
 import zlib
@@ -43,20 +44,16 @@ from sclong_ds.engine import (
     sum_over_ranks,
 )
 from sclong_ds.guards import SKIPPED_METRIC
-from sclong_ds.model_dir import FEATURES, GRAPH
 from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.preparation import prepare
 from sclong_ds.run_checks import check_inputs
 from sclong_ds.sampling import weights_of
+from sclong_ds.saving import PATIENCE, save, settle, settle_if_written
 from sclong_ds.signals import STOP_STATUS, StopRequest
 from sclong_ds.step_timer import StepTimer
 from sclong_ds.validation import sum_or_raise, validate, validation_is_due
 
 log = logging.getLogger("sclong_ds.pretrain")
-
-PATIENCE = 4
-"""Saving may take this many times engine.timeout_s. Collectives wait twice as long: the watchdog,
-which names the slow rank, must come first."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,6 +121,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
                 figures["perf/data_wait_s"] = loader.waited_s - waited
                 record_step(run, figures, step_s=time.perf_counter() - started)
                 progress.show(figures)
+                settle_if_written(run)
                 done = run.state.step == config.run.max_steps
                 if validation_is_due(run) and not validate(run):
                     outcome = "KILLED"
@@ -237,6 +235,9 @@ def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
     def record(event: str) -> None:
         run.tracker.event(event, step=step, loss=loss, grad_norm=grad_norm, cell_ids=cells)
 
+    if not (applied and math.isfinite(loss) and math.isfinite(grad_norm)):
+        # The run may end here, and then names its last checkpoint.
+        settle(run)
     try:
         verdict = run.guard.judge(
             loss, grad_norm=grad_norm, applied=applied, step=step, cells=cells,
@@ -257,6 +258,7 @@ def any_rank_must_stop(run: Run) -> bool:
 
 def stop_early(run: Run) -> int:
     """Save the last finished step and return the status that asks for a restart."""
+    settle(run)
     step = run.state.step
     if step and run.last_checkpoint != name_of(step):
         save(run, must=True)
@@ -293,46 +295,11 @@ def profiled(run: Run) -> Iterator[None]:
     log.info("profiler trace: %s (open it with https://ui.perfetto.dev)", trace)
 
 
-def save(run: Run, *, must: bool) -> None:
-    """Write a checkpoint of the current state.
-
-    A failure, for instance a full disk, is logged and the run goes on from memory, unless the
-    checkpoint must be there or checkpoint.max_failed_saves failed in a row.
-
-    Raises:
-        SaveError: The run cannot go on without the checkpoint.
-    """
-    settings, step = run.config.checkpoint, run.state.step
-    run.watchdog.beat(step, "checkpoint", patience=PATIENCE)
-    names = ("config.yaml", "genes.tsv", GRAPH, FEATURES)
-    try:
-        saved = checkpoint.save(
-            run.engine,
-            run.run_dir / "checkpoints",
-            run.state,
-            files=[run.run_dir / n for n in names if (run.run_dir / n).is_file()],
-            keep_last=settings.keep_last,
-            keep_every_n_steps=settings.keep_every_n_steps,
-            keep_best=settings.keep_best,
-            val_mse=run.validated[1] if run.validated and run.validated[0] == step else None,
-        )
-    except checkpoint.SaveError as error:
-        run.failed_saves += 1
-        run.tracker.event("checkpoint_failed", step=step, error=str(error))
-        if must or run.failed_saves >= settings.max_failed_saves:
-            raise
-        log.error("%s", error)
-        return
-    run.failed_saves, run.last_checkpoint = 0, saved.name
-    run.tracker.event(
-        "checkpoint", step=step, path=saved.name, bytes=saved.n_bytes,
-        seconds=round(saved.seconds, 3),
-    )  # fmt: skip
-    log.info("saved %s, %.1f MB in %.1f s", saved.name, saved.n_bytes / 1e6, saved.seconds)
-
-
 def record_step(run: Run, figures: dict[str, float], *, step_s: float) -> None:
-    """Log one step's figures; its time includes the wait for data."""
+    """Log one step's figures; its time includes the wait for data, but no checkpoint.
+
+    `perf/checkpoint_s` is how long training stood still for checkpoints since the row before.
+    """
     config = run.config
     rate = config.engine.train_batch_size / step_s
     flops = rate * run.flops_per_cell / run.ranks.world_size
@@ -342,8 +309,10 @@ def record_step(run: Run, figures: dict[str, float], *, step_s: float) -> None:
         "perf/cells_per_s": rate,
         "perf/genes_per_s": rate * run.corpus.n_genes,
         "perf/tflops_per_s_per_rank": flops / 1e12,
+        "perf/checkpoint_s": run.stalled_s,
         "mem/peak_gib": peak_memory_gib(run.ranks.device),
     }
+    run.stalled_s = 0.0
     if run.peak_flops is not None:
         speed["perf/mfu"] = flops / run.peak_flops
     if config.data.on_damage == "skip":

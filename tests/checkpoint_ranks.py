@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from sclong_ds.engine import (
 )
 
 CONFIG = load_config("sclong_tiny")
-KEEP = {"keep_last": 1, "keep_every_n_steps": 3, "keep_best": True}
+KEEP = dataclasses.replace(
+    CONFIG.checkpoint, keep_last=1, keep_every_n_steps=3, keep_best=True, asynchronous=True
+)
 MICRO_STEPS = 512
 
 
@@ -48,7 +51,8 @@ def make_engine(*, ds_config: str = "zero3", precision: str = "fp32", micro_step
 
 def train(engine: Any) -> float:
     """Do one step on ones; returns the loss before it."""
-    loss = engine(torch.ones(1, 64)).square().mean()
+    dtype = next(engine.module.parameters()).dtype
+    loss = engine(torch.ones(1, 64, dtype=dtype)).float().square().mean()
     engine.backward(loss)
     engine.step()
     return loss.item()
@@ -70,10 +74,17 @@ def listing(folder: Path) -> list[str]:
     return names
 
 
+def save(engine: Any, folder: Path, step: int, **options: Any) -> checkpoint.Saved:
+    """Save, and wait for it."""
+    defaults = {"files": [], "settings": KEEP, "background": step % 2 == 0}
+    saving = checkpoint.begin_save(engine, folder, state(step), **defaults | options)
+    return checkpoint.finish_save(saving)
+
+
 def refused(engine: Any, folder: Path, step: int) -> str:
     """Save and return the error, or an empty text."""
     try:
-        checkpoint.save(engine, folder, state(step), files=[], **KEEP)
+        save(engine, folder, step)
     except checkpoint.SaveError as error:
         return str(error)
     return ""
@@ -97,6 +108,62 @@ class FullDisk:
         ChecksummedFile.write = self.write  # type: ignore[method-assign]
 
 
+class Failing:
+    """Makes torch.save raise on rank 1 something that is not the disk's fault."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __enter__(self) -> None:
+        self.save = torch.save
+        if dist.get_rank() == 1:
+            torch.save = self.fail
+
+    def fail(self, *args: object) -> None:
+        raise self.error
+
+    def __exit__(self, *_: object) -> None:
+        torch.save = self.save
+
+
+def save_in_the_background(folder: Path, seen: dict[str, Any]) -> None:
+    """Save a state in the foreground; then in the background, and train on before it is written."""
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    seen["background"] = {}
+    for name in ("zero1 fp32", "zero2 bf16", "zero3 fp32", "zero3_offload bf16"):
+        ds_config, precision = name.split()
+        engine = make_engine(ds_config=ds_config, precision=precision)
+        train(engine)
+        manifests, release = [], threading.Event()
+        for background in (False, True):
+            if background:
+                hold(release)
+            saving = checkpoint.begin_save(
+                engine, folder, state(1), files=[], settings=KEEP, background=background
+            )
+            assert saving.writer.is_done() != background
+            if background:
+                train(engine)
+                release.set()
+            path = folder / checkpoint.finish_save(saving).name
+            manifests.append(json.loads((path / "manifest.json").read_text()))
+        seen["background"][name] = manifests[0] == manifests[1]
+
+
+def hold(release: threading.Event) -> None:
+    """Let the next file be written only when released."""
+    save_now = torch.save
+
+    def wait_and_save(*args: Any) -> None:
+        torch.save = save_now
+        assert release.wait(60)
+        save_now(*args)
+
+    torch.save = wait_and_save
+
+
 def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
     """Save under the rules, fail, go on; then find the newest damaged and load the one before."""
     engine, rank = make_engine(), dist.get_rank()
@@ -109,14 +176,16 @@ def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
     extra = [folder.parent / "config.yaml"]
     for step, val_mse in enumerate([3.0, 1.0, 2.0, None, float("nan")], start=1):
         seen["loss"] = train(engine)
-        saved = checkpoint.save(engine, folder, state(step), files=extra, val_mse=val_mse, **KEEP)
+        saved = save(engine, folder, step, files=extra, val_mse=val_mse)
     seen["saved"] = dataclasses.asdict(saved)
     seen["kept"], seen["best"] = listing(folder), best_checkpoint(folder)
     with FullDisk():
         seen["refused"] = refused(engine, folder, 6)
     seen["after_failure"] = listing(folder)
     seen["loss"] = train(engine)
-    checkpoint.save(engine, folder, state(7), files=[], **KEEP | {"keep_last": 2})
+    with Failing(RuntimeError("no pickle of it")):
+        seen["not_pickled"] = [refused(engine, folder, step) for step in (6, 7)]
+    save(engine, folder, 7, settings=dataclasses.replace(KEEP, keep_last=2))
     seen["after_recovery"] = listing(folder)
     if rank == 0:
         victim = next((folder / "step_00000007").glob("zero_pp_rank_1_*optim_states.pt"))
@@ -129,7 +198,7 @@ def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
     assert loaded is not None
     seen["loaded"] = dataclasses.asdict(loaded)
     seen["after_load"], seen["loss_loaded"] = listing(folder), train(fresh)
-    checkpoint.save(fresh, folder, state(8), files=[], **KEEP)
+    save(fresh, folder, 8)
     seen["after_damage"] = listing(folder)
 
 
@@ -186,6 +255,7 @@ def main(folder: str, small_disk: str | None = None) -> None:
     join_process_group(timeout_s=120)
     seen: dict[str, Any] = {}
     keep_and_fail(Path(folder) / "checkpoints", seen)
+    save_in_the_background(Path(folder) / "background", seen)
     if small_disk:
         fill_disk(Path(small_disk), seen)
     seen["sums"] = {name: accumulate(name) for name in ("zero1", "zero2", "zero3")}

@@ -220,7 +220,9 @@ def _compiled_layer() -> Callable[..., Tensor]:
     lengths, so that there are at most a handful per stack: with and without gradients, with and
     without positions, for the first length and for all others.
     """
-    return torch.compile(lambda layer, *inputs: layer(*inputs), fullgraph=True, recompile_limit=64)
+    compiled = torch.compile(lambda layer, *inputs: layer(*inputs), fullgraph=True)
+    # By the configuration: torch.compile takes the limit as an argument from 2.13 on only.
+    return torch._dynamo.config.patch(recompile_limit=64)(compiled)
 
 
 class Performer(nn.Module):

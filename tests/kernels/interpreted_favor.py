@@ -74,6 +74,7 @@ def check(got, want):
         (torch.float32, {"m": 256, "n": 64}),
         (torch.float32, {"m": 266, "n": 97}),
         (torch.float32, {"m": 110, "n": 130, "k": 32}),
+        (torch.float32, {"m": 128, "n": 65, "h": 1}),
         (torch.float32, {"m": 60, "n": 33, "k": 128}),
         (torch.float32, {"m": 31, "n": 2, "k": 16, "h": 3}),
         (torch.bfloat16, {"m": 256, "n": 100}),
@@ -131,9 +132,12 @@ def test_single_token():
     assert dqkv[:, :, :2].abs().max() < 1e-6
 
 
-def test_cell_of_a_batch_has_the_bits_of_the_cell_alone():
+def test_cell_of_a_batch_has_the_bits_of_the_cell_alone_and_of_another_run():
     qkv, w, grad = make(b=3, n=75, m=44, k=32, dtype=torch.bfloat16)
     out, dqkv = kernels(qkv, w, grad)
+    again = kernels(qkv, w, grad)
+    assert torch.equal(out, again[0])
+    assert torch.equal(dqkv, again[1])
     for b in range(3):
         alone = kernels(qkv[b : b + 1], w, grad[b : b + 1])
         assert torch.equal(out[b], alone[0][0])
@@ -174,7 +178,10 @@ def test_strides_do_not_change_the_bits(form):
         assert torch.equal(leaf.grad, expected[1][:, :, i])
 
 
-@pytest.mark.parametrize("kind", ["zero", "large", "one_large_element", "all_equal"])
+KINDS = ["zero", "large", "one_large_element", "all_large_elements", "all_equal"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_extreme_inputs(kind):
     qkv, w, grad = make(n=20, m=44, k=32)
     if kind == "zero":
@@ -183,6 +190,8 @@ def test_extreme_inputs(kind):
         qkv[:, :, :2] *= 30 / qkv[:, :, :2].norm(dim=-1, keepdim=True)
     if kind == "one_large_element":
         qkv[..., 3] = 30.0
+    if kind == "all_large_elements":
+        qkv[:, :, :2] = 30 * qkv[:, :, :2].sign()
     if kind == "all_equal":
         qkv = torch.full_like(qkv, 0.75)
     got, want = kernels(qkv, w, grad), truth(qkv, w, grad)

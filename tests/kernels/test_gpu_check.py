@@ -1,11 +1,15 @@
 """The GPU check runs all its stages without a GPU, and says what is wrong."""
 
 import json
+import re
+import subprocess
+import sys
 
-from launching import run_module
+import pytest
+from launching import ROOT, environment, run_module
 
-from benchmarks.gpu_check import verdict
 from benchmarks.gpu_model import RELEASED_CLASS
+from benchmarks.gpu_targets import add_floors, targets, verdict
 
 STANDS_FOR_RELEASED = f"""
 import torch
@@ -21,24 +25,66 @@ class {RELEASED_CLASS}(torch.nn.Module):
 """
 
 
+NEEDED = {"torch", "triton", "numpy", "yaml"}
+"""What the machine with the GPU must have; the project's other requirements are hidden."""
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return None if name in {names} else PathFinder.find_spec(name, path, target)
+
+    def find_distributions(self, context=None):
+        return PathFinder.find_distributions(context)
+
+
+sys.meta_path = [Finder() if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def other_requirements():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines if line[:1].isalpha()}
+    renamed = {"pyyaml": "yaml", "scikit_learn": "sklearn"}
+    return {renamed.get(name, name) for name in names} - NEEDED
+
+
 def test_all_stages_run_without_a_gpu(tmp_path):
+    """With torch, triton, numpy and pyyaml alone."""
     checkout = tmp_path / "released" / "package"
     checkout.mkdir(parents=True)
     (checkout / "model.py").write_text(STANDS_FOR_RELEASED)
+    hidden = other_requirements()
+    assert {"deepspeed", "zarr", "numba", "sklearn", "mlflow"} <= hidden
+    (tmp_path / "sitecustomize.py").write_text(HIDE.format(names=hidden))
     out = tmp_path / "out.json"
-    done = run_module(
-        "benchmarks.gpu_check", "--device", "cpu", "--tiny", "--json", out,
-        "--reference", checkout.parent, check=False,
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--tiny",
+            "--json", str(out), "--reference", str(checkout.parent),
+        ],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    stages = json.loads(out.read_text())["stages"]
+    document = json.loads(out.read_text())
+    stages = document["stages"]
     assert {name: stage["status"] for name, stage in stages.items()} == dict.fromkeys(
-        ("device", "correctness", "resources", "timing", "model", "sweep", "reference"), "done"
+        ("device", "resources", "correctness", "timing", "model", "reference", "sweep"), "done"
     )
     cases = {row["case"]: row for stage in stages.values() for row in stage["rows"]}
-    assert cases["m=266 n=33"]["correct"]
+    results = {case: row["correct"] for case, row in cases.items() if "correct" in row}
+    assert all(results.values())
+    assert {"m=266 n=33", "float32", "the same bits alone and packed"} < set(results)
+    assert cases["tiny b=1 m=266 kernels forward"]["floor_us"] > 0
     assert cases["torch micro-batch 2"]["cells_per_s"] > 0
+    assert cases["gene encoder alone"]["step_ms"] > 0
     assert cases["released model micro-batch 1"]["cells_per_s"] > 0
+    assert document["targets"] == []
     assert "torch micro-batch 2" in done.stdout
 
 
@@ -53,17 +99,61 @@ def test_stages_stop_with_the_budget(tmp_path):
     assert done.returncode == 0
 
 
-def stage(status="done", message="", **row):
-    return {"status": status, "seconds": 1, "message": message, "rows": [row] if row else []}
+def stage(*rows, status="done", message=""):
+    return {"status": status, "seconds": 1, "message": message, "rows": list(rows)}
 
 
-def test_verdict():
-    good = {"timing": stage(case="a", us=70.0, target_us=60.0)}
-    assert verdict(good, on_gpu=True) == []
-    slow = {"timing": stage(case="a", us=76.0, target_us=60.0)}
-    assert verdict(slow, on_gpu=True) == ["a: 76 us, target 60 us"]
-    assert verdict(slow, on_gpu=False) == []
-    wrong = {"correctness": stage(case="b", correct=False)}
-    assert verdict(wrong, on_gpu=True) == ["wrong result: b"]
-    failed = {"model": stage("failed", "Traceback\nRuntimeError: x"), "reference": stage("failed")}
-    assert verdict(failed, on_gpu=True) == ["stage model: failed: ['RuntimeError: x']"]
+H100 = stage(
+    {"case": "machine", "gpu": "NVIDIA H100 80GB HBM3"},
+    {"case": "copy", "us": 1.0, "tb_per_s": 3.0},
+    {"case": "bf16 matrix product", "us": 1.0, "tflops": 800.0},
+)
+
+
+def timed(us, part="forward", way="kernels", m=256, **more):
+    key = {"layer": "large", "b": 1, "m": m, "way": way, "part": part}
+    return {"case": f"{way} {part}", "us": us} | key | more
+
+
+def test_failures_fail_the_check():
+    wrong = {"correctness": stage({"case": "b", "correct": False})}
+    assert verdict(wrong) == ["wrong result: b"]
+    failed = stage(status="failed", message="Traceback\nRuntimeError: x")
+    results = {"model": failed, "reference": failed, "sweep": failed}
+    assert verdict(results) == ["stage model: failed: ['RuntimeError: x']"]
+
+
+def test_targets_fail_the_check_when_missed_by_a_quarter():
+    near, far = timed(75.0), timed(76.0)
+    assert verdict({"device": H100, "timing": stage(near)}) == []
+    (line,) = verdict({"device": H100, "timing": stage(far)})
+    assert "76  at most 60: MISSED" in line
+    assert (
+        verdict({"device": stage({"case": "m", "gpu": "NVIDIA A100"}), "timing": stage(far)}) == []
+    )
+
+
+def test_targets_compare_like_with_like():
+    times = [timed(50.0), timed(100.0, m=266), timed(2000.0, way="literal code", m=266)]
+    times += [timed(450.0, way="softmax, flash", m=266), timed(700.0, "backward", m=266)]
+    step = {"case": "micro-batch 4", "published": True, "cells_per_s": 17.0, "mfu": 0.4}
+    steps = [step | {"gb_per_cell": 9.5}, {"case": "x", "published": False, "cells_per_s": 30.0}]
+    released = stage({"case": "r", "cells_per_s": 2.0}, {"case": "s", "out_of_memory": True})
+    results = {"timing": stage(*times), "model": stage(*steps), "reference": released}
+    found = {target.figure.split(":")[-1].strip(): target for target in targets(results)}
+    assert {name: (target.got, target.miss <= 1) for name, target in found.items()} == {
+        "kernels forward, us": (50.0, True),
+        "time of literal code over the kernels'": (20.0, True),
+        "time of softmax, flash over the kernels'": (4.5, False),
+        "cells_per_s": (17.0, True),
+        "mfu": (0.4, False),
+        "activations of a cell without recomputing, GB": (9.5, True),
+        "cells per second over the released code's": (8.5, True),
+    }
+
+
+def test_floors_are_what_the_gpu_itself_reaches():
+    rows = [timed(60.0, gflop=16.0, mb=67.2), timed(60.0, "backward", gflop=40.0, mb=67.2)]
+    add_floors({"device": H100, "timing": stage(*rows)})
+    assert [row["floor_us"] for row in rows] == pytest.approx([22.4, 50.0])
+    assert rows[0]["of_floor"] == pytest.approx(22.4 / 60)

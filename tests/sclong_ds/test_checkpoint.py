@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT, environment
+from small_disk import CANNOT_MOUNT, small_disk
 
 from sclong_ds.checkpoint_files import (
     ChecksummedFile,
@@ -213,18 +214,13 @@ def test_export_refuses_what_is_no_whole_checkpoint(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def small_disk(tmp_path_factory):
-    """A disk of 4 MB, or None where this user may not mount one."""
-    folder = tmp_path_factory.mktemp("disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    mounted = shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode
-    yield folder if mounted else None
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+def disk_of_4_mb(tmp_path_factory):
+    with small_disk(tmp_path_factory.mktemp("disk"), mib=4) as mounted:
+        yield mounted
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory, small_disk):
+def ranks(tmp_path_factory, disk_of_4_mb):
     """What each of two ranks saw in `checkpoint_ranks.py`, and the folder that they saved to."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [
@@ -232,7 +228,7 @@ def ranks(tmp_path_factory, small_disk):
         "--master_port", str(20000 + os.getpid() % 20000), "--no_local_rank",
         str(ROOT / "tests" / "checkpoint_ranks.py"), str(folder),
     ]  # fmt: skip
-    command += [str(small_disk)] if small_disk else []
+    command += [str(disk_of_4_mb)] if disk_of_4_mb else []
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
@@ -269,8 +265,18 @@ def test_a_rank_that_cannot_write_costs_this_checkpoint_alone(ranks):
         assert "step 6" in rank["refused"]
         assert "rank 1: [Errno 28] No space left on device" in rank["refused"]
         assert "rank 0" not in rank["refused"]
+        for said in rank["not_pickled"]:
+            assert "rank 1: RuntimeError: no pickle of it" in said
         assert rank["after_failure"] == rank["kept"]
         assert name_of(7) in rank["after_recovery"]
+
+
+@pytest.mark.distributed
+def test_what_is_written_in_the_background_is_the_state_when_it_began(ranks):
+    """The bytes are those of a save that training waits for, though it went on meanwhile."""
+    for rank in ranks[0]:
+        assert len(rank["background"]) == 4
+        assert all(rank["background"].values()), rank["background"]
 
 
 @pytest.mark.distributed
@@ -290,9 +296,9 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_is_loaded(ranks):
 
 
 @pytest.mark.distributed
-def test_a_full_disk_costs_one_checkpoint_and_no_work(ranks, small_disk):
-    if small_disk is None:
-        pytest.skip("mounting a small disk needs root")
+def test_a_full_disk_costs_one_checkpoint_and_no_work(ranks, disk_of_4_mb):
+    if disk_of_4_mb is None:
+        pytest.skip(CANNOT_MOUNT)
     seen, _, _ = ranks
     for rank in seen:
         assert rank["disk_first"] == rank["disk_again"] == ""

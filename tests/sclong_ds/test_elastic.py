@@ -23,7 +23,7 @@ def train(ranks: int, run_dir: Path, corpus: Path, graph: Path, **changes: objec
         "run.dir": run_dir, "data.corpus": corpus, "model.gene_graph": graph,
         "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 0,
         "checkpoint.every_n_steps": 2, "checkpoint.keep_last": 9, "optim.decay_steps": 60,
-        "optim.weight_decay": 0.5, "tracking.enabled": "false",
+        "optim.weight_decay": 0.5, "model.feature_redraw_interval": 3, "tracking.enabled": "false",
     } | changes  # fmt: skip
     args = ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in settings.items())]
     done = subprocess.run(
@@ -54,10 +54,10 @@ def stopped_at(straight: Path, step: int, run_dir: Path) -> Path:
     return run_dir
 
 
-def rows(run_dir: Path) -> dict[int, tuple[float, float]]:
-    """Return loss and gradient norm by step."""
+def rows(run_dir: Path, *names: str) -> dict[int, tuple[float, ...]]:
+    """Return figures by step."""
     return {
-        int(r["step"]): (r["train/loss"], r["train/grad_norm"])
+        int(r["step"]): tuple(r[name] for name in names)
         for r in read_metrics(run_dir)
         if "train/loss" in r
     }
@@ -65,7 +65,10 @@ def rows(run_dir: Path) -> dict[int, tuple[float, float]]:
 
 def assert_same_training(run_dir: Path, straight: Path, *, weights_atol: float) -> None:
     """The same cells under the same masks would not give another loss; other ones would."""
-    got, expected = rows(run_dir), rows(straight)
+    exact = ("data/cells_crc32", "train/n_targets", "train/lr")
+    assert rows(run_dir, *exact) == rows(straight, *exact)
+    near = ("train/loss", "train/grad_norm")
+    got, expected = rows(run_dir, *near), rows(straight, *near)
     assert sorted(got) == sorted(expected) == list(range(1, STEPS + 1))
     for step in got:
         # Measured: 4e-8. The order in which gradients are summed differs.
@@ -109,12 +112,14 @@ def test_two_ranks_then_one_then_two(straight, small_corpus, small_graph, tmp_pa
             assert groups == [("decay", 0.5), ("no_decay", 0.0)]
 
 
-def test_two_ranks_then_four(straight, small_corpus, small_graph, tmp_path):
+def test_two_ranks_then_four_then_two(straight, small_corpus, small_graph, tmp_path):
     run_dir = stopped_at(straight, SAVED, tmp_path / "run")
     # What a process that was killed while it converted or saved leaves behind.
     for left in (f"step_{SAVED:08d}.universal.partial", "step_00000005.partial"):
         (run_dir / "checkpoints" / left / "part").mkdir(parents=True)
-    train(4, run_dir, small_corpus, small_graph)
+    train(4, run_dir, small_corpus, small_graph, **{"run.max_steps": SAVED + 2})
+    said = train(2, run_dir, small_corpus, small_graph)
+    assert f"resuming after step {SAVED + 2}, converted from 4 ranks" in said
     assert_same_training(run_dir, straight, weights_atol=1e-5)
     assert not list((run_dir / "checkpoints").glob("*.partial"))
 

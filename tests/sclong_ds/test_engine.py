@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+from small_model import small_model
 
+from sclong_ds.build import set_options
 from sclong_ds.config import load_config
 from sclong_ds.engine import (
     DS_CONFIGS_DIR,
@@ -75,6 +77,17 @@ def test_learning_rate_warms_up_and_falls():
     assert rates[12:] == pytest.approx([0.1, 0.1, 0.1])
     constant = dataclasses.replace(optim, schedule="constant")
     assert [learning_rate(constant, step) for step in (0, 4, 99)] == [0.25, 1.0, 1.0]
+
+
+def test_layers_are_compiled_where_their_weights_are_whole():
+    config = dataclasses.replace(
+        CONFIG, engine=dataclasses.replace(CONFIG.engine, compile_layers=True)
+    )
+    model = small_model()
+    with pytest.raises(ValueError, match="zero1 or zero2"):
+        set_options(model, config, resolve(ds_config="zero3", train_batch_size=2))
+    set_options(model, config, resolve(ds_config="zero2", train_batch_size=2))
+    assert all(performer.compile_layers for performer in model.performers().values())
 
 
 def test_only_matrices_are_decayed():

@@ -62,7 +62,7 @@ def score(*parts):
     return metrics.compute()
 
 
-def check(figures, suffix, chosen, *, spearman):
+def check(figures, suffix, chosen):
     p, t, b = chosen
     for prefix, predicted in (("", p), ("baseline_", b)):
         expected = {
@@ -71,25 +71,26 @@ def check(figures, suffix, chosen, *, spearman):
         }
         for name, value in expected.items():
             assert figures[name] == pytest.approx(value), name
-        if spearman:
-            exact = stats.spearmanr(predicted, t).statistic
-            assert figures[f"val/{prefix}spearman{suffix}"] == pytest.approx(exact, abs=1e-3)
+        exact = stats.spearmanr(predicted, t).statistic
+        # Within an expression bin, fewer rank bins tell the true values apart.
+        near = 4e-3 if "bin" in suffix else 1e-3
+        assert figures[f"val/{prefix}spearman{suffix}"] == pytest.approx(exact, abs=near)
     assert figures[f"val/n_values{suffix}"] == len(t)
 
 
 def test_figures_equal_numpy_and_scipy():
-    data = values()
+    data = values(n_cells=2000)
     # A value on a border belongs to the upper bin.
-    data.true[:, :4] = torch.tensor(BIN_EDGES)
+    data.true[:9, :4] = torch.tensor(BIN_EDGES)
     figures = score(data)
     nonzero = data.true > 0
-    check(figures, "", data.chosen(nonzero), spearman=True)
-    check(figures, "/large", data.chosen(nonzero & data.in_large), spearman=True)
-    check(figures, "/mini", data.chosen(nonzero & ~data.in_large), spearman=True)
+    check(figures, "", data.chosen(nonzero))
+    check(figures, "/large", data.chosen(nonzero & data.in_large))
+    check(figures, "/mini", data.chosen(nonzero & ~data.in_large))
     edges = [0.0, *BIN_EDGES, np.inf]
     for k in range(5):
         inside = nonzero & (data.true >= edges[k]) & (data.true < edges[k + 1])
-        check(figures, f"/bin_{k}", data.chosen(inside), spearman=False)
+        check(figures, f"/bin_{k}", data.chosen(inside))
     t = data.chosen(nonzero)[1]
     assert figures["val/target_variance"] == pytest.approx(t.var())
     p, t, b = data.chosen(~nonzero)

@@ -118,6 +118,8 @@ def test_time_follows_from_flops_and_utilisation():
     plan = plan_of()
     time, batch = plan["time"], plan["batch"]
     reached = 0.4 * 989e12 * 16
+    assert time["read_cells_per_s_per_rank"] == time["cells_per_s"]
+    assert time["decoded_cells_per_s_per_rank"] * 16 == pytest.approx(time["cells_per_s"])
     assert time["cells_per_s"] * time["training_flops_per_cell"] == pytest.approx(reached)
     assert time["gpu_hours_per_epoch"] == pytest.approx(16 * time["epoch_hours"])
     assert time["steps_per_epoch"] == -(-1_000_000 // batch["train_batch_size"])
@@ -130,10 +132,14 @@ def test_time_follows_from_flops_and_utilisation():
 def test_memory_table_has_every_stage_and_the_configured_one():
     memory = plan_of()["memory"]
     rows = memory["stages"]
-    assert [(r["stage"], r["activation_checkpointing"]) for r in rows] == [
-        (stage, on) for stage in (1, 2, 3) for on in (False, True)
+    switches = (False, True)
+    assert [(r["stage"], r["offload"], r["activation_checkpointing"]) for r in rows] == [
+        (stage, off, on) for stage in (1, 2, 3) for off in switches for on in switches
     ]
-    configured = rows[5]
+    assert [r["parts_bytes"]["offloaded"] > 0 for r in rows] == [r["offload"] for r in rows]
+    for on_device, offloaded in zip(rows[::4], rows[2::4], strict=True):
+        assert on_device["states_bytes"] > offloaded["states_bytes"]
+    configured = rows[9]
     assert {k: memory[k] for k in configured} == configured
     assert all(64 % r["largest_dividing_micro_batch"] == 0 for r in rows)
     for without, with_recompute in zip(rows[::2], rows[1::2], strict=True):
@@ -192,6 +198,7 @@ def test_json_is_one_document_on_stdout(capsys):
     assert plan["cells"] == SCLONG_CELLS
     assert plan["batch"]["gradient_accumulation_steps"] == 1024 // (4 * 16)
     assert plan["checkpoint"]["bytes"] == 12 * plan["parameters"]["total"]
+    assert plan["checkpoint"]["host_copy_bytes"] * 16 == pytest.approx(plan["checkpoint"]["bytes"])
 
 
 def test_text_shows_parameters_and_overrides(capsys):

@@ -22,7 +22,7 @@ import torch
 from launching import ROOT, deepspeed_command, environment, run_module
 from safetensors.numpy import load_file
 
-from benchmarks.random_kills import last_step, openings, train
+from benchmarks.random_kills import end_ranks, last_step, openings, start_ranks, train
 from sclong_ds.config import load_config
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.run_folder import read_metrics
@@ -36,7 +36,7 @@ def settings(run_dir, corpus, graph, **overrides):
     base = {
         "run.dir": run_dir, "data.corpus": corpus, "model.gene_graph": graph,
         "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 30,
-        "run.validation_cells": 20, "checkpoint.every_n_steps": 12, "checkpoint.keep_last": 5,
+        "run.validation_cells": 21, "checkpoint.every_n_steps": 12, "checkpoint.keep_last": 5,
         "optim.decay_steps": STEPS, "tracking.enabled": "false",
     }  # fmt: skip
     return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
@@ -55,9 +55,63 @@ def finish(process, expected=0):
     return output
 
 
-def run_ranks(ranks, args, run_dir):
+def run_ranks(ranks, args, run_dir, *, program=("-m", "sclong_ds.pretrain")):
     """Train on some ranks, without the time that a launcher takes."""
-    train(["-m", "sclong_ds.pretrain", *args], n_ranks=ranks, log=run_dir.with_suffix(".log"))
+    train([*program, *args], n_ranks=ranks, log=run_dir.with_suffix(".log"))
+
+
+OUTPUTS = """
+import sys
+import torch
+from sclong_ds import pretrain
+
+save = pretrain.save
+
+def save_and_show(run, *, must):
+    save(run, must=must)
+    x = torch.rand(3, run.corpus.n_genes, generator=torch.Generator().manual_seed(0)) * 4
+    x *= x > 2
+    run.engine.eval()
+    with torch.no_grad():
+        seen = run.engine(x, (x > 3) & (x < 3.5))
+    if must and run.ranks.rank == 0:
+        torch.save((x, seen), sys.argv[1])
+    run.engine.train()
+
+pretrain.save = save_and_show
+sys.exit(pretrain.main(sys.argv[2:]))
+"""
+"""Trains, and writes what the trained model makes of three cells."""
+
+
+LOADED = """
+import sys
+import torch
+import sclong_ds
+
+x, expected = torch.load(sys.argv[1])
+with torch.no_grad():
+    found = sclong_ds.load_model(sys.argv[2]).to(expected.dtype)(x, (x > 3) & (x < 3.5))
+assert torch.equal(found, expected), (found - expected).abs().max()
+"""
+
+
+@pytest.fixture
+def one_order_of_sums(monkeypatch):
+    """MKL adds the same numbers in another order where they lie at other addresses."""
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+
+
+def assert_export_is_the_trained_model(run_dir, outputs):
+    """The exported model gives the same bits; after a training in bf16, once it is in bf16 too."""
+    out = run_dir.with_name(f"{run_dir.name}_exported")
+    run_module("sclong_ds", "export", run_dir, "--out", out)
+    command = [sys.executable, "-c", LOADED, outputs, out]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True)
+
+
+def log_of(run_dir):
+    return run_dir.with_suffix(".log").read_text()
 
 
 def losses(run_dir):
@@ -105,6 +159,14 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
     last = np.mean([found[s] for s in range(STEPS - 14, STEPS + 1)])
     assert last < 0.97 * first
     assert rows[-1]["cells_seen"] == 4 * STEPS
+    steps = [r for r in rows if "train/loss" in r]
+    parts = ("data_wait", "forward", "backward", "optimizer", "checkpoint")
+    assert all(r[f"perf/{part}_s"] >= 0 for r in steps for part in parts)
+    assert all(sum(r[f"perf/{part}_s"] for part in parts[:4]) <= r["perf/step_time_s"]
+               for r in steps)  # fmt: skip
+    # In the row after the step that was saved.
+    stalled = {int(r["step"]) for r in steps if r["perf/checkpoint_s"] > 0}
+    assert {13, 25, 37, 49} <= stalled
     for name in (
         "config.yaml",
         "ds_config.json",
@@ -181,9 +243,14 @@ def test_stopped_in_every_way_and_resumed_equals_straight_through(
     }
 
 
-def test_one_rank_agrees_with_two(straight, small_corpus, small_graph, tmp_path):
+@pytest.mark.usefixtures("one_order_of_sums")
+def test_one_rank_agrees_with_two_and_exports_what_it_trained(
+    straight, small_corpus, small_graph, tmp_path
+):
     args = settings(tmp_path / "run", small_corpus, small_graph, **{"run.max_steps": 12})
-    run_module("sclong_ds.pretrain", *args)
+    outputs = tmp_path / "outputs.pt"
+    run_ranks(1, args, tmp_path / "run", program=("-c", OUTPUTS, outputs))
+    assert_export_is_the_trained_model(tmp_path / "run", outputs)
     assert cells(tmp_path / "run") == cells(straight)[:12]
     one, two = losses(tmp_path / "run"), losses(straight)
     assert one[1] == pytest.approx(two[1], rel=1e-6)
@@ -202,9 +269,9 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
 
     run_module("sclong_ds", "export", straight / "checkpoints", "--out", tmp_path / "model")
     model, corpus = load_model(tmp_path / "model"), Corpus(small_corpus)
-    rows = corpus.split("validation")[:20]
+    rows = corpus.split("validation")[:21]
     cells, device = corpus.packed_rows(rows), torch.device("cpu")
-    batch = CellBatch(cells, rows, np.full(20, VALIDATION_EPOCH), np.zeros(20, dtype=int))
+    batch = CellBatch(cells, rows, np.full(21, VALIDATION_EPOCH), np.zeros(21, dtype=int))
     prepared = prepare(batch, config=load_config("sclong_tiny"), n_genes=corpus.n_genes)
     masked = masked_batch(
         cells, prepared.targets, n_genes=corpus.n_genes, target_sum=1e4, device=device
@@ -235,6 +302,7 @@ def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, stage
     )
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -243,7 +311,7 @@ def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, stage
     ],
     ids=["zero1", "zero3, recomputed, redrawn"],
 )
-def test_bf16_resumed_equals_straight_through(
+def test_bf16_resumed_equals_straight_through_and_exports_what_it_trained(
     straight, small_corpus, small_graph, tmp_path, overrides
 ):
     changes = {
@@ -256,7 +324,12 @@ def test_bf16_resumed_equals_straight_through(
     shutil.copytree(whole / "checkpoints" / "step_00000004", rest / "checkpoints" / "step_00000004")
     rows = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (rest / "metrics.jsonl").write_text("".join(rows[:4]))
-    run_ranks(2, settings(rest, small_corpus, small_graph, **changes), rest)
+    outputs = tmp_path / "outputs.pt"
+    args = settings(rest, small_corpus, small_graph, **changes)
+    run_ranks(2, args, rest, program=("-c", OUTPUTS, outputs))
+    assert_export_is_the_trained_model(rest, outputs)
+    warned = "stage 1 adds the gradients of 2 micro-steps up in bf16" in log_of(rest)
+    assert warned == (overrides.get("engine.ds_config") == "zero1")
     assert openings(rest) == [4]
     got, expected = losses(whole), losses(straight)
     assert losses(rest) == got
@@ -310,7 +383,7 @@ def test_resume_refuses_another_run_and_passes_over_a_damaged_checkpoint(
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     run_ranks(2, settings(run_dir, small_corpus, small_graph), run_dir)
-    assert "is damaged" in run_dir.with_suffix(".log").read_text()
+    assert "is damaged" in log_of(run_dir)
     assert losses(run_dir) == losses(straight)
     assert openings(run_dir) == [0, 48]
 
@@ -320,6 +393,22 @@ def test_many_ranks_say_an_error_once(small_corpus, demo_graph, tmp_path):
     output = finish(launch(2, args), expected=1)
     assert output.count("error: ") == 1
     assert "made for another gene vocabulary" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_would_run_something_else_is_found(small_corpus, small_graph, tmp_path):
+    """Nothing but parameters is broadcast: other random features would never be noticed."""
+    program = (
+        "import os, sys; from sclong_ds import pretrain; "
+        "sys.exit(pretrain.main([*sys.argv[1:], 'model.projection_seed=' + os.environ['RANK']]))"
+    )
+    args, log = settings(tmp_path / "run", small_corpus, small_graph), tmp_path / "log"
+    ranks = start_ranks(2, ["-c", program, *args], log=log)
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [1, 1]
+    finally:
+        end_ranks(ranks)
+    assert log.read_text().count("error: ranks [1] have another configuration") == 1
     assert not (tmp_path / "run").exists()
 
 

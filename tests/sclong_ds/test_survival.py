@@ -8,12 +8,12 @@ import math
 import random
 import shutil
 import signal
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from launching import run_module
+from small_disk import CANNOT_MOUNT, small_disk
 
 from benchmarks.random_kills import (
     differences,
@@ -160,47 +160,52 @@ def slow(*args, **kwargs):
 
 def poisoned(*args):
     calls.append(args)
-    return squared_error(*args) * (float("nan") if len(calls) == 9 else 1)
+    faults = {9: float("nan"), 89: 1e3}
+    return squared_error(*args) * faults.get(len(calls), 1)
 
 Corpus.read_packed, pretrain.masked_squared_error = slow, poisoned
 sys.exit(pretrain.main(sys.argv[1:]))
 """
-"""A disk that takes half a second for a chunk, and one NaN in the third step of one rank."""
+"""A disk that takes half a second for a chunk, a NaN in the third step, a spike in the 23rd."""
 
 
-def test_one_bad_step_is_skipped_and_a_slow_disk_is_seen(corpus, tmp_path):
+def test_one_bad_step_is_skipped_a_spike_reported_and_a_slow_disk_seen(corpus, tmp_path):
     run_dir = tmp_path / "run"
-    args = settings(run_dir, corpus, **{"run.max_steps": 5, "run.validate_every_n_steps": 0})
+    args = settings(run_dir, corpus, **{"run.max_steps": 24, "run.validate_every_n_steps": 0})
     train(["-c", FAULTS, *args], n_ranks=1, log=tmp_path / "log")
-    assert column(run_dir, "train/skipped_steps") == [0, 0, 1, 1, 1]
-    assert [math.isnan(loss) for loss in column(run_dir, "train/loss")] == [0, 0, 1, 0, 0]
+    assert column(run_dir, "train/skipped_steps") == [0, 0, *[1] * 22]
+    losses = column(run_dir, "train/loss")
+    assert [step for step, loss in enumerate(losses, start=1) if math.isnan(loss)] == [3]
+    (spike,) = events(run_dir, "spike")
+    assert (spike["step"], spike["loss"]) == (23, losses[22])
+    found = Corpus(corpus)
+    stream = open_stream(found, seed=0, group_chunks=2)
+    visits = next(stream.batches(0, size=96)).rows.tolist()
+    assert spike["cell_ids"] == visits[88:92]
     # The step that was not applied does not count in the schedule.
     rates = column(run_dir, "train/lr")
     assert rates[2] == rates[3]
-    assert len(set(rates)) == 4
+    assert len(set(rates)) == 23
     (event,) = events(run_dir, "skipped_step")
-    assert (event["step"], len(event["cell_ids"])) == (3, 4)
+    assert (event["step"], event["cell_ids"]) == (3, visits[8:12])
     # Two chunks are read before the first step.
     assert column(run_dir, "perf/data_wait_s")[0] >= 1.0
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 6 MB; a checkpoint takes 2."""
+def disk_of_6_mb(tmp_path):
+    """A checkpoint takes 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"cannot mount a small file system here: {error}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(folder, mib=6) as mounted:
+        if mounted is None:
+            pytest.skip(CANNOT_MOUNT)
+        yield mounted
 
 
-def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, small_disk, tmp_path):
-    run_dir, log = small_disk / "run", tmp_path / "log"
-    ballast = small_disk / "ballast"
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, disk_of_6_mb, tmp_path):
+    run_dir, log = disk_of_6_mb / "run", tmp_path / "log"
+    ballast = disk_of_6_mb / "ballast"
     ballast.write_bytes(bytes(3 * 2**20))
     changes = {"run.max_steps": 40, "run.validate_every_n_steps": 0, "checkpoint.keep_last": 1,
                "checkpoint.every_n_steps": 4, "checkpoint.max_failed_saves": 9}  # fmt: skip

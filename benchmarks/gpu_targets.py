@@ -1,0 +1,136 @@
+"""What `benchmarks/gpu_check.py` found against its targets: plain figures, no torch.
+
+Results are its document's `stages`: rows by stage, each a `case` and its figures. The targets are
+for one H100; an H200 must reach them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Row = dict[str, Any]
+CHIPS = ("H100", "H200")
+SLACK = 1.25
+"""A target missed by more fails the check."""
+TARGET_US = {("large", "forward"): 60, ("large", "backward"): 110}
+TARGET_US |= {("decoder", "forward"): 100, ("decoder", "backward"): 190}
+"""Of the operator at batch 1 and 256 features."""
+LEAST_RATIO = {
+    ("literal code", "forward"): 20,
+    ("literal code", "backward"): 20,
+    ("literal code, torch.compile", "forward"): 4,
+    ("literal code, torch.compile", "backward"): 4,
+    ("softmax, flash", "forward"): 5,
+    ("softmax, flash", "backward"): 7,
+}
+"""Time of another way over that of the kernels, at the large layer and batch 1."""
+LEAST_CELLS_PER_S, LEAST_MFU, MOST_GB_PER_CELL, LEAST_OVER_RELEASED = 16.0, 0.45, 10.0, 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A figure and what it should be."""
+
+    figure: str
+    got: float
+    target: float
+    at_least: bool
+
+    @property
+    def miss(self) -> float:
+        """How many times worse than the target; at most 1 where it is reached."""
+        return self.target / self.got if self.at_least else self.got / self.target
+
+    def row(self) -> Row:
+        """Return what the document holds of it."""
+        return asdict(self) | {"reached": self.miss <= 1}
+
+    def __str__(self) -> str:
+        """Return one line for people."""
+        bound = "at least" if self.at_least else "at most"
+        mark = "reached" if self.miss <= 1 else "MISSED"
+        return f"{self.figure:62} {self.got:9.4g}  {bound} {self.target:g}: {mark}"
+
+
+def rows_of(results: dict[str, Any], stage: str) -> list[Row]:
+    """Return a stage's rows, none if it did not run."""
+    return results[stage]["rows"] if stage in results else []
+
+
+def on_target_chip(results: dict[str, Any]) -> bool:
+    """Return whether the targets are meant for the GPU of these results."""
+    names = [row.get("gpu", "") for row in rows_of(results, "device")]
+    return any(chip in name for chip in CHIPS for name in names)
+
+
+def add_floors(results: dict[str, Any]) -> None:
+    """Give every timed row with FLOPs and bytes its floor: what the GPU's own ceilings allow."""
+    device = rows_of(results, "device")
+    bandwidth = next((row["tb_per_s"] for row in device if "tb_per_s" in row), None)
+    peak = next((row["tflops"] for row in device if "tflops" in row), None)
+    if bandwidth is None or peak is None:
+        return
+    for row in rows_of(results, "timing"):
+        if "gflop" in row and "us" in row:
+            row["floor_us"] = max(row["gflop"] / peak * 1e3, row["mb"] / bandwidth)
+            row["of_floor"] = row["floor_us"] / row["us"]
+
+
+def targets(results: dict[str, Any]) -> list[Target]:
+    """Return every target for which there is a figure."""
+    return [*_attention(rows_of(results, "timing")), *_model(results)]
+
+
+def _attention(rows: list[Row]) -> Iterator[Target]:
+    times = {(r.get("layer"), r.get("b"), r.get("m"), r.get("way"), r.get("part")): r for r in rows}
+    for (layer, part), target in TARGET_US.items():
+        row = times.get((layer, 1, 256, "kernels", part))
+        if row:
+            yield Target(figure=f"{row['case']}, us", got=row["us"], target=target, at_least=False)
+    for (way, part), least in LEAST_RATIO.items():
+        # Exact attention has no features; the others have as many as the kernels beside them.
+        ours = times.get(("large", 1, 266, "kernels", part))
+        other = times.get(("large", 1, 266, way, part))
+        if ours and other:
+            figure = f"large layer, {part}: time of {way} over the kernels'"
+            yield Target(figure=figure, got=other["us"] / ours["us"], target=least, at_least=True)
+
+
+def _model(results: dict[str, Any]) -> Iterator[Target]:
+    # Another routing or another loss is other work: the targets are for the published one.
+    published = [row for row in rows_of(results, "model") if row.get("published")]
+    if not published:
+        return
+    best = max(published, key=lambda row: row["cells_per_s"])
+    named = f"training step, {best['case']}"
+    speed = {"cells_per_s": LEAST_CELLS_PER_S, "mfu": LEAST_MFU}
+    for key, least in speed.items():
+        yield Target(figure=f"{named}: {key}", got=best[key], target=least, at_least=True)
+    kept = [row["gb_per_cell"] for row in published if "gb_per_cell" in row]
+    if kept:
+        figure = "activations of a cell without recomputing, GB"
+        yield Target(figure=figure, got=max(kept), target=MOST_GB_PER_CELL, at_least=False)
+    released = [r["cells_per_s"] for r in rows_of(results, "reference") if "cells_per_s" in r]
+    if released:
+        yield Target(
+            figure="training step: cells per second over the released code's",
+            got=best["cells_per_s"] / max(released),
+            target=LEAST_OVER_RELEASED,
+            at_least=True,
+        )
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """Return what is wrong: failed stages, wrong results, targets missed by more than 25 %."""
+    wrong = [
+        f"stage {name}: {stage['status']}: {stage['message'].strip().splitlines()[-1:]}"
+        for name, stage in results.items()
+        if stage["status"] not in ("done", "skipped") and name not in ("reference", "sweep")
+    ]
+    rows = [row for stage in results.values() for row in stage["rows"]]
+    wrong += [f"wrong result: {row['case']}" for row in rows if row.get("correct") is False]
+    if on_target_chip(results):
+        wrong += [str(target) for target in targets(results) if target.miss > SLACK]
+    return wrong
