@@ -13,7 +13,7 @@ from typing import Any
 import anndata
 import pytest
 
-from sclong_ds.restarts import read_lives
+from sclong_ds.restarts import newest_step, read_lives
 from sclong_ds.run_folder import read_events, read_every_row, read_metrics, read_run_json
 from sclong_ds.run_status import RunStatus, read_status
 
@@ -101,7 +101,8 @@ def troubled_run(
     """
     run_dir = tmp_path_factory.mktemp("pretrain_job") / "troubled"
     job_id = _submit(slurm, run_dir, demo_corpus, demo_graph, "tracking.enabled=true")
-    _wait_for_steps(slurm, job_id, run_dir, 5)  # validation, and 4 steps: one is saved
+    slurm.wait_until(job_id, lambda: newest_step(run_dir) > 0)
+    _wait_for_steps(slurm, job_id, run_dir, 1)
     status = read_status(run_dir)
     slurm.kill_ranks("n2")
     slurm.wait_until_requeued(job_id)
@@ -130,6 +131,7 @@ def test_a_job_comes_back_after_every_trouble_on_fewer_and_more_nodes(
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 4), job.log
     assert all(f"start {life}:" in job.log for life in range(1, 6)), "one log for all lives"
     assert "a rank died (status 137)" in job.log
+    assert job.log.count("saved after a signal") == 2
     assert [life.nodes for life in read_lives(run_dir)] == ["n[1-2]"] * 3 + ["n1", "n[1-2]"]
     resumes = [e for e in read_events(run_dir) if e["event"] == "resume"]
     assert [(e["saved_by"], e["world_size"]) for e in resumes] == [(2, 2)] * 2 + [(2, 1), (1, 2)]
@@ -145,7 +147,6 @@ def test_the_losses_over_all_lives_are_those_of_the_uninterrupted_run(
     # On as many ranks bit for bit, repeated steps too; on one rank sums have another order.
     alone = next(e["time"] for e in read_events(run_dir) if e.get("world_size") == 1)
     rows = [r for r in read_every_row(run_dir) if "train/loss" in r and r["time"] < alone]
-    assert len(rows) > len({row["step"] for row in rows}), "no step was repeated"
     assert all((r["train/loss"], r["train/grad_norm"]) == straight[int(r["step"])] for r in rows)
     assert resumes[2] in {int(row["step"]) for row in rows}
     losses = [figures[step][0] for step in straight]
