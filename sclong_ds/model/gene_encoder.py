@@ -1,9 +1,16 @@
 """Gene encoder: one vector per gene from a learned table and a convolution over the gene graph.
 
-The output depends on parameters only, so it is computed once per forward pass at most. It is the
-sum of the gene vectors and of the convolved gene table, either of which can be left out. The
-convolution is that of Kipf and Welling (arXiv:1609.02907) without added self loops: neighbours are
-summed with weights D^-1/2 A D^-1/2, D being the weighted in-degree, and then pass a linear layer.
+The output depends on parameters only, so it is computed once per forward pass. Once per optimizer
+step, for all its micro-batches, would be exact under ZeRO-1 and 2 but saves next to nothing: 0.3 %
+of the CPU time of a micro-batch of one cell of `sclong_100m`, less with more cells or layers
+(`python -m benchmarks.gene_encoder`; `benchmarks.gpu_check` shows it on a GPU). Under ZeRO-3 it
+would be wrong: a parameter without a gradient in a step's first micro-batch keeps that of the step
+before.
+
+The output is the sum of the gene vectors and of the convolved gene table, either of which can be
+left out. The convolution is that of Kipf and Welling (arXiv:1609.02907) without added self loops:
+neighbours are summed with weights D^-1/2 A D^-1/2, D being the weighted in-degree, and then pass a
+linear layer.
 
 Shapes: G genes, C base width, E edges.
 """

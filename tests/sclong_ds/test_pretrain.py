@@ -290,9 +290,19 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
     assert "exists" in again.stderr
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3_offload"])
-def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, stage):
-    changes = {"run.max_steps": 4, "engine.ds_config": stage, "run.validate_every_n_steps": 0}
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {
+            "engine.ds_config": "zero2", "engine.compile_layers": "true",
+            "engine.activation_checkpointing": "true",
+        },
+        {"engine.ds_config": "zero3_offload"},
+    ],
+    ids=["zero2, compiled, recomputed", "zero3_offload"],
+)  # fmt: skip
+def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, overrides):
+    changes = {"run.max_steps": 4, "run.validate_every_n_steps": 0, **overrides}
     run_module(
         "sclong_ds.pretrain", *settings(tmp_path / "run", small_corpus, small_graph, **changes)
     )

@@ -7,7 +7,8 @@ import torch
 from small_model import G, cells, close, gradients, small_model
 from torch._dynamo.utils import counters
 
-from sclong_ds.config import PerformerConfig
+from sclong_ds.build import set_options
+from sclong_ds.config import PerformerConfig, load_config
 
 PRECISION = [(torch.float32, 2e-6), (torch.float64, 1e-12)]
 
@@ -108,3 +109,12 @@ def test_compiled_layers_equal_the_plain_ones(compiled, recompute, wanted):
         assert close(got, want, 1e-6)
         for name in of_want:
             assert close(of_got[name], of_want[name], 1e-5), name
+
+
+def test_compiled_layers_are_refused_where_weights_are_partitioned():
+    config = load_config("sclong_tiny", ["engine.compile_layers=true"])
+    model = small_model()
+    with pytest.raises(ValueError, match="zero1 or zero2"):
+        set_options(model, config, {"zero_optimization": {"stage": 3}})
+    set_options(model, config, {"zero_optimization": {"stage": 2}})
+    assert all(performer.compile_layers for performer in model.performers().values())
