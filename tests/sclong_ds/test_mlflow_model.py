@@ -12,7 +12,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from exported import write_model
+from exported import named_genes, write_model
 from launching import run_module
 from scipy.sparse import csr_matrix
 
@@ -44,10 +44,7 @@ print(sclong_ds.__file__)
 
 @pytest.fixture(scope="module")
 def genes() -> GeneVocabulary:
-    bundled = GeneVocabulary.bundled()
-    named = [i for i, gene in enumerate(bundled.ids) if bundled.symbols[i] != gene][:N_GENES]
-    columns = (bundled.ids, bundled.symbols, bundled.classes)
-    return GeneVocabulary(*(tuple(column[i] for i in named) for column in columns))
+    return named_genes(N_GENES)
 
 
 @pytest.fixture(scope="module")
