@@ -32,6 +32,7 @@ SMALL = (
     "run.validation_cells=4",
     f"run.max_steps={STEPS}",
     "tracking.enabled=false",
+    "tracking.picture_cells=null",
 )
 
 
