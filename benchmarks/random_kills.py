@@ -120,6 +120,7 @@ def settings(run_dir: Path, corpus: Path, **overrides: object) -> list[str]:
         "model.gene_encoder": "embedding", "model.top_seq_len": 64,
         "run.validate_every_n_steps": 10, "run.validation_cells": 8,
         "checkpoint.every_n_steps": 5, "checkpoint.keep_last": 3, "tracking.enabled": "false",
+        "tracking.picture_cells": "null",
     }  # fmt: skip
     return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
 

@@ -21,7 +21,9 @@ COMMANDS = {
     "embed": ("sclong_ds.embed", "cells to embeddings, AnnData out"),
     "evaluate": ("sclong_ds.evaluate", "zero-shot scores of embeddings against baselines"),
     "status": ("sclong_ds.run_status", "how a run is doing, from its files"),
-    "report": ("sclong_ds.report", "one HTML page about a run"),
+    "report": ("sclong_ds.report", "one HTML page about a run, or about several"),
+    "compare": ("sclong_ds.compare", "settings and figures of several runs, side by side"),
+    "log-model": ("sclong_ds.mlflow_model", "exported model to MLflow, and to its registry"),
 }
 """Command to module and help; a module has add_arguments(parser) and run(args)."""
 

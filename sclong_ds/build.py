@@ -36,6 +36,7 @@ from sclong_ds.engine import (
 from sclong_ds.failures import node_name
 from sclong_ds.features_file import read_features
 from sclong_ds.files import file_sha256, write_atomic
+from sclong_ds.gradient_norms import GradientNorms
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.guards import StepGuard, history_of
 from sclong_ds.initial_weights import InitialWeights, check_initial_model
@@ -43,12 +44,13 @@ from sclong_ds.masking import target_count
 from sclong_ds.metrics import bin_labels
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import FEATURES, GRAPH
+from sclong_ds.rank_times import RankTimes
 from sclong_ds.run_checks import (
     check_same_on_all_ranks,
     refuse_changes,
     refuse_other_inputs,
 )
-from sclong_ds.run_folder import read_metrics, update_run_json
+from sclong_ds.run_folder import read_metrics, take_over_ids
 from sclong_ds.signals import StopRequest, lock_run_folder
 from sclong_ds.store import Corpus
 from sclong_ds.strict_yaml import to_yaml
@@ -78,6 +80,8 @@ class Run:
     """Of forward and backward."""
     peak_flops: float | None
     """Peak of a rank's device, FLOP/s; None: unknown."""
+    gradient_norms: GradientNorms
+    rank_times: RankTimes
     lock: IO[str] | None = None
     last_checkpoint: str | None = None
     """Name of the newest good checkpoint."""
@@ -200,7 +204,9 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         corpus=corpus,
         model=model,
         engine=engine,
-        tracker=Tracker(config, run_dir, enabled=ranks.rank == 0),
+        tracker=Tracker(
+            config, run_dir, enabled=ranks.rank == 0, samples_node=ranks.local_rank == 0
+        ),
         stop=stop,
         state=state,
         run_dir=run_dir,
@@ -218,6 +224,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         ),
         flops_per_cell=training_flops(config, corpus, model),
         peak_flops=peak_flops(config, ranks),
+        gradient_norms=GradientNorms(engine, model),
+        rank_times=RankTimes(),
     )
     if not dry_run:
         open_run_folder(run, ds_config)
@@ -381,9 +389,14 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
         )
         # The rows of the last steps may be lost with a machine; the checkpoint is not.
         run.guard.restore(replace(history, skipped=run.state.skipped_steps))
+        on_first_rank(lambda: take_over_ids(run_dir, run_dir / "checkpoints" / found.name))
     on_first_rank(lambda: write_inputs(run, ds_config))
     run.tracker.start(
-        params={"world_size": run.ranks.world_size, "parameters": count_parameters(run.model)},
+        params={
+            "world_size": run.ranks.world_size,
+            "parameters": count_parameters(run.model),
+            "ds_config": ds_config,
+        },
         tags={
             "corpus_hash": run.state.corpus_hash,
             "genes_hash": run.state.genes_hash,
@@ -391,9 +404,9 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
         },
         artifacts=[run_dir / "config.yaml", run_dir / "ds_config.json"],
         resumed=found is not None,
+        step=run.state.step,
+        summary=summary(run),
     )
-    if run.ranks.rank == 0:
-        update_run_json(run_dir, summary=summary(run))
     record_opening(run, found)
 
 

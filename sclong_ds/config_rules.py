@@ -42,10 +42,15 @@ def check(config: RunConfig, where: str) -> None:
         *_checkpoint_rules(config.checkpoint),
         *_model_rules(config.model),
         *_optim_rules(config.optim),
+        (
+            (config.tracking.picture_cells or 0) >= 0,
+            f"tracking.picture_cells: got {config.tracking.picture_cells}, must be >= 0 or null",
+        ),
     ]
     at_least_zero = (
         "optim.warmup_steps model.feature_redraw_interval run.validate_every_n_steps "
-        "run.validation_cells run.seed run.spike_zscore run.profile_step model.projection_seed"
+        "run.validation_cells run.seed run.spike_zscore run.profile_step model.projection_seed "
+        "tracking.system_metrics_every_s"
     )
     at_least_one = (
         "model.base_dim model.large_dim model.top_seq_len model.expression_hidden "

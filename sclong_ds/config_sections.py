@@ -245,8 +245,17 @@ class TrackingConfig:
     """MLflow experiment."""
     run_name: str | None
     """MLflow run name; null: the name of the run folder."""
+    parent_run: str | None
+    """MLflow id of the run that this one is shown below; null: none."""
+    tags: dict[str, str]
+    """Further MLflow tags by name, for instance {project: atlas}; {}: none."""
     flush_every_n_steps: int
     """Steps whose metrics are sent to MLflow in one call."""
+    system_metrics_every_s: float
+    """Seconds between samples of CPU, memory, disk, network and GPUs on every node; 0: none."""
+    picture_cells: int | None
+    """Validation cells whose embeddings and genes are drawn, beside the other pictures of every
+    validation; 0: the others alone; null: no pictures."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

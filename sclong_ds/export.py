@@ -23,7 +23,7 @@ from sclong_ds.features_file import read_features
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.model.sclong import Transform
 from sclong_ds.model_dir import FEATURES, GRAPH, write_model_dir
-from sclong_ds.run_folder import environment, git_commit, read_metrics
+from sclong_ds.run_folder import environment, git_commit, read_metrics, recorded_ids
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
     provenance = asdict(state) | {
         "checkpoint": checkpoint.name,
         "commit": git_commit(),
+        "run": recorded_ids(checkpoint),
         "validation": _validation(checkpoint, state.step),
         "environment": environment(),
     }

@@ -6,7 +6,9 @@ Imported by `sclong_ds.report`. `document` wraps a body into a page that needs n
 from __future__ import annotations
 
 import base64
+import datetime
 import html
+import math
 from collections.abc import Sequence
 
 _STYLE = """
@@ -34,7 +36,8 @@ letter-spacing:-.01em}.card span{color:var(--muted);font-size:13px}
 table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:anywhere}
-th{font-weight:600;color:var(--muted)}thead th{background:var(--tint)}
+th{font-weight:600;color:var(--muted)}thead th{background:var(--tint);
+overflow-wrap:normal}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:26px}tbody th{width:44%;font-weight:400}
 .pair td{font-variant-numeric:tabular-nums}
@@ -105,10 +108,49 @@ def key_table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], *, numeric: bool = False) -> str:
-    """Return a table with a head; numeric aligns all cells right."""
-    kind = ' class="n"' if numeric else ""
-    top = "".join(f"<th{kind}>{html.escape(name)}</th>" for name in head)
-    lines = (
-        f"<tr>{''.join(f'<td{kind}>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body
-    )
+    """Return a table with a head; numeric aligns all columns but the first right."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        kinds = ["", *([' class="n"' if numeric else ""] * (len(cells) - 1))]
+        return "".join(
+            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+            for kind, cell in zip(kinds, cells, strict=True)
+        )
+
+    top, lines = row("th", head), (f"<tr>{row('td', cells)}</tr>" for cells in body)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def text(value: object) -> str:
+    """Return any value for people."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number(value) if is_number else str(value)  # type: ignore[arg-type]
+
+
+def number(value: float) -> str:
+    """Return a count with separators, any other number with four significant digits."""
+    if not math.isfinite(value):
+        return "not recorded"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def cell(value: float, key: str) -> str:
+    """Return a validation number: errors and correlations with as many digits down a column."""
+    scored = key.endswith(("mse", "pearson"))
+    return f"{value:.4f}" if scored and math.isfinite(value) else number(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a time span for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def clock(timestamp: float) -> str:
+    """Return a point in time, in the local time zone."""
+    return datetime.datetime.fromtimestamp(timestamp).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

@@ -8,6 +8,7 @@ so there is no global state, nothing to close, and no display is needed.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,36 +22,82 @@ Row = Mapping[str, float]
 
 # Blue and orange of the Okabe-Ito palette: told apart with any colour vision, and in grey print.
 TRAIN_COLOR, VALIDATION_COLOR, BASELINE_COLOR = "#0072B2", "#D55E00", "#6B7280"
-_INK, _MUTED, _GRID = "#1F2937", "#4B5563", "#E5E7EB"
+INK, MUTED, _GRID = "#1F2937", "#4B5563", "#E5E7EB"
+COLORS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B",
+    "#7F7F7F", "#000000",
+)  # fmt: skip
+"""Okabe and Ito's colours, and a few more that are far from them."""
+_MAX_NAMED = 16  # curves of one picture that a legend can name
 _MAX_POINTS = 2000  # more than a page can show; keeps the SVG of a long run small
 _HASH_SALT = "sclong_ds"  # element ids of an SVG: same rows, same bytes
 
 
-def loss_figure(rows: Sequence[Row], *, restarts: Sequence[int] = ()) -> Figure:
-    """Draw the masked MSE by step: training, validation and the per-gene-mean predictor.
+X_AXES = {"step": "optimizer step", "cells_seen": "cells seen", "hours": "hours of training"}
+"""Column of a row to the label of the axis that curves are drawn against."""
+
+
+def loss_figure(
+    rows: Sequence[Row], *, restarts: Sequence[int] = (), against: str = "step", wide: bool = True
+) -> Figure:
+    """Draw the masked MSE: training, validation and the per-gene-mean predictor.
 
     Args:
         rows: Metric rows with `train/loss`, `val/mse`, `val/baseline_mse`.
-        restarts: Steps at which the run was resumed, marked by a thin line.
+        restarts: Steps at which the run was resumed, marked by a thin line; against steps only.
+        against: Key of `X_AXES`.
+        wide: For the width of a page, or else for half of it.
     """
-    figure, axes = _new_figure(9.0, 3.9)
-    steps, loss = series(rows, "train/loss")
-    _curve(axes, steps, loss, color=TRAIN_COLOR, label="training")
-    val_steps, val = series(rows, "val/mse")
+    figure, axes = new_figure(*((9.0, 3.9) if wide else (4.5, 2.9)))
+    x, loss = series(rows, "train/loss", against)
+    _curve(axes, x, loss, color=TRAIN_COLOR, label="training")
+    val_x, val = series(rows, "val/mse", against)
     if len(val):
-        axes.plot(val_steps, val, "o-", color=VALIDATION_COLOR, ms=4.5, lw=1.8, label="validation")
-    base_steps, base = series(rows, "val/baseline_mse")
+        axes.plot(val_x, val, "o-", color=VALIDATION_COLOR, ms=4.5, lw=1.8, label="validation")
+    base_x, base = series(rows, "val/baseline_mse", against)
     if len(base):
         axes.plot(
-            base_steps, base, "--", color=BASELINE_COLOR, lw=1.5, marker="_", ms=10,
+            base_x, base, "--", color=BASELINE_COLOR, lw=1.5, marker="_", ms=10,
             label="validation, per-gene mean predictor",
         )  # fmt: skip
     for number, step in enumerate(restarts):
         label = "restart" if number == 0 else None
         axes.axvline(step, color=BASELINE_COLOR, lw=1.0, ls=":", zorder=1, label=label)
-    axes.set(xlabel="optimizer step", ylabel="masked MSE")
+    axes.set(xlabel=X_AXES[against], ylabel="masked MSE")
     axes.set_ylim(bottom=0.0, top=_top(loss, val, base))
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
+    if wide:
+        _legend_above(axes)
+    return figure
+
+
+def runs_figure(
+    runs: Mapping[str, Sequence[Row]],
+    name: str,
+    *,
+    ylabel: str,
+    against: str = "step",
+    wide: bool = True,
+) -> Figure:
+    """Draw one metric of several runs.
+
+    Args:
+        runs: Name of each run to its rows.
+        name: Metric.
+        ylabel: Axis label.
+        against: Key of `X_AXES`.
+        wide: For the width of a page, or else for half of it.
+    """
+    figure, axes = new_figure(*((9.0, 3.7) if wide else (4.5, 2.7)))
+    curves = []
+    for (label, rows), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
+        x, values = series(rows, name, against)
+        if len(values):
+            smooth_curve(axes, x, values, color, label, 1.8)
+            curves.append(values)
+    axes.set(xlabel=X_AXES[against], ylabel=ylabel)
+    axes.set_ylim(bottom=min(0.0, *(c.min() for c in curves), 0.0), top=_top(*curves))
+    if len(curves) <= _MAX_NAMED:
+        _legend_above(axes)
     return figure
 
 
@@ -66,7 +113,7 @@ def curve_figure(
         smooth: Add the running mean over the faint raw values.
         zero: Start the axis at 0.
     """
-    figure, axes = _new_figure(4.5, 2.7)
+    figure, axes = new_figure(4.5, 2.7)
     steps, values = series(rows, name)
     _curve(axes, steps, values, color=TRAIN_COLOR, label=None, smooth=smooth)
     axes.set(xlabel="optimizer step", ylabel=ylabel)
@@ -76,10 +123,11 @@ def curve_figure(
 
 
 def bin_error_figure(row: Row, *, labels: Sequence[str] | None = None) -> Figure:
-    """Draw the masked MSE of each expression bin, the model beside the per-gene-mean predictor.
+    """Draw MSE and Pearson of each expression bin, the model beside the per-gene-mean predictor.
 
     Args:
-        row: A validation row with `val/mse/bin_K` and `val/baseline_mse/bin_K`.
+        row: A validation row with `val/mse/bin_K`, `val/baseline_mse/bin_K` and, for the second
+            panel, `val/pearson/bin_K`, `val/baseline_pearson/bin_K`.
         labels: Name of every bin by number; None: the numbers. A bin without values has no metric
             and is left out.
 
@@ -92,19 +140,27 @@ def bin_error_figure(row: Row, *, labels: Sequence[str] | None = None) -> Figure
     if labels is not None and len(labels) <= bins[-1]:
         raise ValueError(f"got {len(labels)} bin labels, but there is a bin {bins[-1]} (from 0)")
     at = np.arange(len(bins))
-    model = [row[f"val/mse/bin_{k}"] for k in bins]
-    mean = [row.get(f"val/baseline_mse/bin_{k}", np.nan) for k in bins]
-    figure, axes = _new_figure(9.0, 3.3)
-    bars = [
-        axes.bar(at - 0.2, model, 0.38, color=VALIDATION_COLOR, label="model"),
-        axes.bar(at + 0.2, mean, 0.38, color="#B6BBC4", label="per-gene mean predictor"),
-    ]
-    for container in bars:
-        axes.bar_label(container, fmt="%.2f", fontsize=8, padding=2, color=_MUTED)
-    axes.set_xticks(at, [labels[k] if labels is not None else f"bin {k}" for k in bins])
-    axes.set(xlabel="true value, low to high", ylabel="masked MSE")
-    axes.grid(visible=False, axis="x")
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    names = [labels[k] if labels is not None else f"bin {k}" for k in bins]
+    shown = [("mse", "masked MSE")]
+    if any(f"val/pearson/bin_{k}" in row for k in bins):
+        shown.append(("pearson", "Pearson correlation"))
+    figure = Figure(figsize=(5.2 * len(shown), 3.5), layout="constrained", facecolor="white")
+    for axes, (metric, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown,
+                                     strict=True):  # fmt: skip
+        style_axes(axes)
+        for shift, prefix, color, label in (
+            (-0.2, "val", VALIDATION_COLOR, "model"),
+            (0.2, "val/baseline", "#B6BBC4", "per-gene mean predictor"),
+        ):
+            join = "/" if prefix == "val" else "_"
+            values = [row.get(f"{prefix}{join}{metric}/bin_{k}", np.nan) for k in bins]
+            bars = axes.bar(at + shift, values, 0.38, color=color, label=label)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2, color=MUTED)
+        axes.set_xticks(at, names)
+        axes.set(xlabel="true value, low to high", ylabel=title)
+        axes.grid(visible=False, axis="x")
+        axes.margins(y=0.16)
+    figure.axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
@@ -128,7 +184,7 @@ def prediction_density_figure(
     predicted = np.asarray(predicted, dtype=np.float64)
     true = np.asarray(true, dtype=np.float64)
     finite = np.isfinite(predicted) & np.isfinite(true)
-    figure, axes = _new_figure(5.4, 4.6)
+    figure, axes = new_figure(5.4, 4.6)
     low = float(min(0.0, predicted[finite].min(initial=0.0)))
     high = float(max(predicted[finite].max(initial=0.0), true[finite].max(initial=1.0)))
     extent = (low, high, low, high)
@@ -139,18 +195,20 @@ def prediction_density_figure(
     axes.plot([low, high], [low, high], color="#B91C1C", lw=1.2, ls="--", label="predicted = true")
     axes.set(xlabel="true value, log1p(scaled count)", ylabel="predicted value")
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-    axes.set_title(_agreement(predicted, true), fontsize=10, color=_INK, loc="left")
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper left")
+    axes.set_title(_agreement(predicted, true), fontsize=10, color=INK, loc="left")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
     bar = figure.colorbar(density, ax=axes, shrink=0.85)
-    bar.set_label("masked values per cell of the grid", fontsize=9, color=_MUTED)
-    bar.ax.tick_params(labelsize=8, colors=_MUTED)
+    bar.set_label("masked values per cell of the grid", fontsize=9, color=MUTED)
+    bar.ax.tick_params(labelsize=8, colors=MUTED)
     bar.outline.set_visible(False)
     return figure
 
 
-def series(rows: Sequence[Row], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the steps and the finite values of one metric, each (N,)."""
-    pairs = [(row["step"], row[name]) for row in rows if name in row]
+def series(
+    rows: Sequence[Row], name: str, against: str = "step"
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the steps, or another column, and the finite values of one metric, each (N,)."""
+    pairs = [(row[against], row[name]) for row in rows if name in row and against in row]
     array = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
     array = array[np.isfinite(array[:, 1])]
     return array[:, 0], array[:, 1]
@@ -186,17 +244,23 @@ def svg_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes, in the style of all of them."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
+    style_axes(axes)
+    return figure, axes
+
+
+def style_axes(axes: Axes) -> None:
+    """Give axes the style of all figures."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#9CA3AF")
-    axes.tick_params(colors=_MUTED, labelsize=9)
-    axes.xaxis.label.set(color=_INK, fontsize=10)
-    axes.yaxis.label.set(color=_INK, fontsize=10)
+    axes.tick_params(colors=MUTED, labelsize=9)
+    axes.xaxis.label.set(color=INK, fontsize=10)
+    axes.yaxis.label.set(color=INK, fontsize=10)
     axes.grid(visible=True, color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _curve(
@@ -219,6 +283,29 @@ def _curve(
     axes.plot(steps[thin], values[thin], color=color, lw=0.8, alpha=0.28)
     named = f"{label}, mean of {window} steps" if label else None
     axes.plot(steps[thin], smoothed[thin], color=color, lw=2.0, label=named)
+
+
+def smooth_curve(
+    axes: Axes,
+    steps: NDArray[np.float64],
+    values: NDArray[np.float64],
+    color: str,
+    label: str,
+    width: float,
+) -> None:
+    """Plot the running mean of a curve, thinned; of a short one the values."""
+    window = 1 if len(values) < 20 else max(5, len(values) // 25) | 1
+    thin = slice(None, None, max(1, -(-len(values) // _MAX_POINTS)))
+    smoothed = running_mean(values, window=window)
+    marker = "o" if len(values) < 20 else ""
+    axes.plot(steps[thin], smoothed[thin], color=color, lw=width, label=label, marker=marker, ms=3)
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(
+        frameon=False, fontsize=9, labelcolor=INK, ncols=4, loc="lower left",
+        bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, columnspacing=1.4,
+    )  # fmt: skip
 
 
 def _top(*curves: NDArray[np.float64]) -> float | None:

@@ -300,7 +300,9 @@ def publish(verdict: Mapping[str, Any], place: Place, run_dir: Path | None) -> N
         nodes = problem["nodes"]
         who = "all nodes" if len(nodes) == len(place.nodes) > 1 else ", ".join(nodes)
         log.error("error: %s: %s", who, problem["text"])
-    if verdict["ok"]:
+    if verdict["ok"] and place.world_size == 1:
+        log.info("preflight: the only rank is fit")
+    elif verdict["ok"]:
         reduced = verdict["all_reduce"]
         log.info(
             "preflight: %d ranks are fit; all-reduce of %.0f MiB in %.2f s (%.2f GB/s a rank)",

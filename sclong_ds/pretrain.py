@@ -198,6 +198,7 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
         with timer.part("backward"):
             engine.backward(loss * weight)
         with timer.part("optimizer"):
+            run.gradient_norms.measure()
             engine.step()
         squared_error += loss.detach()
     if config.model.mask_vector_max_norm is not None and engine.was_step_applied():
@@ -208,6 +209,7 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
         "train/loss": squared_error.item() / max(n_targets, 1),
         "train/grad_norm": float(engine.get_global_grad_norm()),
         "train/lr": lr,
+        **run.gradient_norms.figures(),
     }
     judge(run, batch, figures)
     run.state = replace(
@@ -246,6 +248,7 @@ def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
     except ValueError:
         record("spoilt_step" if applied else "skipped_step")
         raise
+    figures["train/spike"] = int(verdict.kind == "spike")
     if verdict.kind != "ok":
         log.warning("%s", verdict.text)
         record("spike" if verdict.kind == "spike" else "skipped_step")
@@ -317,6 +320,7 @@ def record_step(run: Run, figures: dict[str, float], *, step_s: float) -> None:
         speed["perf/mfu"] = flops / run.peak_flops
     if config.data.on_damage == "skip":
         speed["data/skipped_cells"] = run.skipped_cells
+    run.rank_times.add(figures | speed)
     run.tracker.log(run.state.step, figures | speed)
 
 

@@ -1,8 +1,9 @@
 """The files a run writes about itself; everything else about a run is derived from them.
 
 `sclong_ds.tracking` writes them during training (rank 0), `sclong_ds.report` and tests read them:
-`run.json` (ids, status, environment), `metrics.jsonl` (one JSON object per logged row) and
-`events.jsonl` (start, resume, signal, checkpoint, ...). Both .jsonl files only ever grow.
+`run.json` (ids, starts, status, environment), `metrics.jsonl` (one JSON object per logged row),
+`events.jsonl` (start, resume, signal, checkpoint, ...) and `system/NODE.jsonl` (samples of a node).
+The .jsonl files only ever grow. `plots/step_N` holds the pictures of the validation at a step.
 
 JSON has no NaN: a non-finite metric is `null` in metrics.jsonl, with a `non_finite` event that says
 which of nan, inf, -inf it was; `read_metrics` gives NaN for it. After a kill, a resumed run repeats
@@ -32,6 +33,9 @@ from sclong_ds.files import write_atomic
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 RUN_FILE = "run.json"
+SYSTEM_DIR = "system"
+PLOTS_DIR = "plots"
+REPORT_FILE = "report.html"
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +53,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._metrics = _Lines(path / METRICS_FILE)
-        self._events = _Lines(path / EVENTS_FILE)
+        self._metrics = Lines(path / METRICS_FILE)
+        self._events = Lines(path / EVENTS_FILE)
 
     def __enter__(self) -> Self:
         return self
@@ -113,14 +117,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def read_every_row(run_dir: Path) -> list[dict[str, float]]:
     """Return the rows of metrics.jsonl as written, repeated steps too; raises as `read_metrics`."""
-    rows = _read_lines(run_dir / METRICS_FILE)
+    rows = read_lines(run_dir / METRICS_FILE)
     return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of events.jsonl in the order written; an absent file is an empty list."""
     path = run_dir / EVENTS_FILE
-    return _read_lines(path) if path.exists() else []
+    return read_lines(path) if path.exists() else []
 
 
 def read_run_json(run_dir: Path) -> dict[str, Any]:
@@ -145,20 +149,52 @@ def update_run_json(run_dir: Path, **fields: object) -> dict[str, Any]:
     return merged
 
 
-def record_start(run_dir: Path, *, resumed: bool) -> dict[str, Any]:
+def picture_steps(run_dir: Path) -> dict[int, Path]:
+    """Return the folders of pictures of a run by the step of the validation, in order."""
+    folders = (run_dir / PLOTS_DIR).glob("step_*")
+    found = {int(f.name.removeprefix("step_")): f for f in folders if f.suffix == "" and f.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def recorded_ids(folder: Path) -> dict[str, Any]:
+    """Return what says which run a folder with a run.json belongs to: its ids, where MLflow is."""
+    saved = read_run_json(folder)
+    names = ("run_id", "mlflow_run_id", "mlflow_tracking_uri", "created")
+    return {name: saved[name] for name in names if saved.get(name)}
+
+
+def take_over_ids(run_dir: Path, checkpoint: Path) -> None:
+    """Stay the run that a checkpoint belongs to when the run folder has lost its run.json."""
+    if not (run_dir / RUN_FILE).exists() and (checkpoint / RUN_FILE).exists():
+        update_run_json(run_dir, **recorded_ids(checkpoint))
+
+
+def record_start(
+    run_dir: Path, *, resumed: bool, step: int = 0, world_size: int = 1
+) -> dict[str, Any]:
     """Write into run.json who runs, on what, and how often the run was restarted; return it.
 
     Args:
         run_dir: Run folder; `run_id` and `created` of an existing run.json are kept.
         resumed: Whether training continues from a checkpoint; adds one to `restarts`.
+        step: Step that this start goes on from.
+        world_size: Number of ranks.
     """
-    old = read_run_json(run_dir)
+    old, job = read_run_json(run_dir), os.environ.get("SLURM_JOB_ID")
+    start = {
+        "time": now(),
+        "step": step,
+        "world_size": world_size,
+        "host": platform.node(),
+        "slurm_job_id": job,
+    }
     return update_run_json(
         run_dir,
         run_id=old.get("run_id") or uuid.uuid4().hex,
         mlflow_run_id=old.get("mlflow_run_id"),
         mlflow_tracking_uri=old.get("mlflow_tracking_uri"),
-        slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+        slurm_job_id=job,
+        starts=[*old.get("starts", []), start],
         commit=git_commit(),
         created=old.get("created") or now(),
         restarts=int(old.get("restarts", 0)) + int(resumed),
@@ -203,6 +239,14 @@ def environment() -> dict[str, str]:
     }
 
 
+def installed_packages() -> str:
+    """Return `name==version` lines of everything that is installed, sorted."""
+    found = {
+        f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.name
+    }
+    return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -215,7 +259,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-class _Lines:
+class Lines:
     """Appends lines to a file; what a full disk refuses waits in memory for the next line."""
 
     def __init__(self, path: Path) -> None:
@@ -262,7 +306,12 @@ def _open_lines(path: Path) -> BinaryIO:
     return path.open("ab", buffering=0)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a .jsonl file of a run; an unfinished last line is left out.
+
+    Raises:
+        ValueError: A line is not a row.
+    """
     lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(

@@ -14,6 +14,7 @@ from sclong_ds import checkpoint
 from sclong_ds.build import Run
 from sclong_ds.engine import sum_over_ranks
 from sclong_ds.model_dir import FEATURES, GRAPH
+from sclong_ds.run_folder import RUN_FILE
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
@@ -21,8 +22,8 @@ log = logging.getLogger("sclong_ds.pretrain")
 PATIENCE = 4
 """Saving may take this many times engine.timeout_s. Collectives wait twice as long: the watchdog,
 which names the slow rank, must come first."""
-COPIED = ("config.yaml", "genes.tsv", GRAPH, FEATURES)
-"""Files of the run folder that make a checkpoint self-contained."""
+COPIED = ("config.yaml", "genes.tsv", GRAPH, FEATURES, RUN_FILE)
+"""Files of the run folder that make a checkpoint self-contained, and say which run it is of."""
 
 
 def save(run: Run, *, must: bool) -> None:

@@ -20,6 +20,9 @@ STOP_STATUS = 75
 """Exit status of a run that was asked to stop and saved: EX_TEMPFAIL, start it again to go on."""
 
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 class StopRequest:
     """Remembers that somebody asked this process to stop; the training loop asks it once a step.
 
@@ -32,7 +35,7 @@ class StopRequest:
         self._reason: str | None = None
         self._launcher = _launcher()
         self._launched_by = self._launcher.ppid() if self._launcher else None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def reason(self) -> str | None:
@@ -48,6 +51,10 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._reason = signal.Signals(number).name
+        # One is enough. Of signals that are sent again and again, one may meet the end of python,
+        # which gives handled signals, but not ignored ones, back their default: to kill.
+        for again in _STOP_SIGNALS:
+            signal.signal(again, signal.SIG_IGN)
 
 
 def _launcher() -> psutil.Process | None:

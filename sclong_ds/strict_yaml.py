@@ -161,6 +161,13 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return tuple(
             _convert(v, a, f"{name}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
         )
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: expected a mapping, got {_show(value)}")
+        return {
+            _convert(k, args[0], f"{name} key"): _convert(v, args[1], f"{name}.{k}")
+            for k, v in value.items()
+        }
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

@@ -20,8 +20,9 @@ from sclong_ds.engine import Ranks, sum_over_ranks
 from sclong_ds.masking import VALIDATION_EPOCH
 from sclong_ds.metrics import MaskedMetrics, routed_large
 from sclong_ds.objective import MaskedBatch, masked_batch
-from sclong_ds.plots import prediction_density_figure
 from sclong_ds.preparation import prepare
+from sclong_ds.rank_times import skew
+from sclong_ds.review import show
 from sclong_ds.store import DamagedChunk
 from sclong_ds.streams import encode
 
@@ -93,15 +94,12 @@ def validate(run: Run) -> bool:
         "cells_seen": run.state.cells_seen,
         "perf/validation_s": time.perf_counter() - started,
     }
+    times = run.rank_times.gather(run.ranks)
+    if times is not None:
+        figures |= skew(times)
     _record(run, figures)
-    if run.ranks.rank == 0 and pairs:
-        predicted, true = torch.cat(pairs)[:DENSITY_VALUES].numpy().T
-        if len(true):
-            try:
-                run.tracker.figure("predicted_vs_true", prediction_density_figure(predicted, true))
-            except OSError as error:
-                # A full disk, on this rank alone.
-                log.error("the picture of the validation is not written: %s", error)
+    shown = torch.cat(pairs)[:DENSITY_VALUES] if pairs else torch.zeros(0, 2)
+    show(run, predicted_true=shown.T.numpy(), times=times)
     return True
 
 

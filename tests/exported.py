@@ -14,6 +14,14 @@ from sclong_ds.model.sclong import ScLong, Transform
 from sclong_ds.model_dir import write_model_dir
 
 
+def named_genes(count: int) -> GeneVocabulary:
+    """Return the first genes of the bundled table that have a symbol of their own."""
+    bundled = GeneVocabulary.bundled()
+    named = [i for i, gene in enumerate(bundled.ids) if bundled.symbols[i] != gene][:count]
+    columns = (bundled.ids, bundled.symbols, bundled.classes)
+    return GeneVocabulary(*(tuple(column[i] for i in named) for column in columns))
+
+
 def write_model(folder: Path, genes: GeneVocabulary, *, seed: int) -> Path:
     """Export a small model with random weights."""
     genes.write(folder / "genes.tsv")

@@ -95,12 +95,17 @@ def test_kernels_import_torch_and_triton_only():
             "tracking",
             {
                 "sclong_ds.config",
-                "sclong_ds.files",
-                "sclong_ds.plots",
+                "sclong_ds.mlflow_store",
+                "sclong_ds.picture_data",
                 "sclong_ds.run_folder",
                 "sclong_ds.strict_yaml",
+                "sclong_ds.system_metrics",
             },
         ),
+        ("mlflow_store", {"sclong_ds.run_folder"}),
+        ("system_metrics", {"sclong_ds.run_folder"}),
+        ("gradient_norms", set()),
+        ("rank_times", {"sclong_ds.engine", "sclong_ds.picture_data"}),
     ],
 )
 def test_parts_of_training_know_only_what_they_need(name, allowed):
@@ -126,7 +131,7 @@ def test_data_prep_imports_only_the_storage_modules():
     ("library", "allowed"),
     [
         ("deepspeed", {"sclong_ds.engine", "sclong_ds.checkpoint", "sclong_ds.checkpoint_writer"}),
-        ("mlflow", {"sclong_ds.tracking"}),
+        ("mlflow", {"sclong_ds.mlflow_store", "sclong_ds.mlflow_model"}),
     ],
 )
 def test_library_is_imported_in_its_place_only(library, allowed):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from exported import write_model
+from exported import named_genes, write_model
 from scipy.sparse import csr_matrix
 
 from data_prep.convert import Settings, convert_dataset, prepare_corpus
@@ -28,11 +28,7 @@ N_GENES, N_CELLS = 60, 23
 
 @pytest.fixture(scope="module")
 def genes() -> GeneVocabulary:
-    """The first genes of the bundled table that have a symbol of their own."""
-    bundled = GeneVocabulary.bundled()
-    named = [i for i, gene in enumerate(bundled.ids) if bundled.symbols[i] != gene][:N_GENES]
-    columns = (bundled.ids, bundled.symbols, bundled.classes)
-    return GeneVocabulary(*(tuple(column[i] for i in named) for column in columns))
+    return named_genes(N_GENES)
 
 
 @pytest.fixture(scope="module")

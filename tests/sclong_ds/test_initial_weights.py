@@ -56,6 +56,7 @@ def test_run_starts_from_the_weights_it_is_given(model_dir, small_corpus, tmp_pa
         "engine.ds_config": stage,
         "run.validate_every_n_steps": 0, "engine.precision": "bf16", "optim.lr": "1.0e-20",
         "optim.weight_decay": 0.0, "tracking.enabled": "false",
+        "tracking.picture_cells": "null",
         "model.random_features_file": features,
     }  # fmt: skip
     command = ["--config", "sclong_tiny", *overrides(model_dir, **settings)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,6 +39,7 @@ def settings(run_dir, corpus, graph, **overrides):
         "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 30,
         "run.validation_cells": 21, "checkpoint.every_n_steps": 12, "checkpoint.keep_last": 5,
         "optim.decay_steps": STEPS, "tracking.enabled": "false",
+        "tracking.picture_cells": "null",
     }  # fmt: skip
     return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
 
@@ -118,6 +120,20 @@ def losses(run_dir):
     return {int(r["step"]): r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r}
 
 
+def check_gradient_norms(run_dir):
+    """The norms of the parts add up to DeepSpeed's own norm of the whole gradient."""
+    steps = [r for r in read_metrics(run_dir) if "train/grad_norm" in r]
+    parts = {"gene_encoder", "expression_encoder", "large", "mini", "decoder", "head"}
+    for row in steps:
+        of_part = {k.split("/")[-1]: v for k, v in row.items() if k.startswith("train/grad_norm/")}
+        assert of_part.keys() == parts
+        whole = math.sqrt(sum(v**2 for v in of_part.values()))
+        assert whole == pytest.approx(row["train/grad_norm"], rel=1e-4)
+    # The head's last layer starts at zero: at first nothing else gets a gradient.
+    assert steps[0]["train/grad_norm/large"] < steps[0]["train/grad_norm/head"]
+    assert all(v > 0 for k, v in steps[-1].items() if k.startswith("train/grad_norm/"))
+
+
 def cells(run_dir):
     rows = read_metrics(run_dir)
     return [r["data/cells_crc32"] for r in rows if "data/cells_crc32" in r]
@@ -143,7 +159,8 @@ def weights(run_dir, tmp_path):
 def straight(tmp_path_factory, small_corpus, small_graph) -> Path:
     """An uninterrupted run on two ranks."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    run_ranks(2, settings(run_dir, small_corpus, small_graph), run_dir)
+    changes = {"tracking.picture_cells": 21, "tracking.system_metrics_every_s": 1.0}
+    run_ranks(2, settings(run_dir, small_corpus, small_graph, **changes), run_dir)
     return run_dir
 
 
@@ -173,9 +190,21 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
         "metrics.jsonl",
         "events.jsonl",
         "run.json",
+        "environment.txt",
+        "report.html",
         "plots/predicted_vs_true.png",
+        "checkpoints/step_00000060/run.json",
     ):
         assert (straight / name).is_file(), name
+    check_gradient_norms(straight)
+    shown = {"predicted_vs_true", "expression_bins", "cells", "genes"}
+    for step, more in ((0, set()), (30, {"gradient_norms", "ranks"}),
+                       (60, {"gradient_norms", "ranks"})):  # fmt: skip
+        pictures = (straight / "plots" / f"step_{step:08d}").glob("*.png")
+        assert {p.stem for p in pictures} == shown | more
+    assert scores[-1]["perf/rank_skew"] >= 1
+    (node,) = (straight / "system").glob("*.jsonl")
+    assert len(node.read_text().splitlines()) >= 2
     resolved = json.loads((straight / "ds_config.json").read_text())
     assert "auto" not in json.dumps(resolved)
     assert sorted(p.name for p in (straight / "checkpoints").glob("step_*")) == [
@@ -310,6 +339,7 @@ def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, overr
     assert [got[s] for s in range(1, 5)] == pytest.approx(
         [expected[s] for s in range(1, 5)], rel=1e-3
     )
+    check_gradient_norms(tmp_path / "run")
 
 
 @pytest.mark.usefixtures("one_order_of_sums")
@@ -346,6 +376,7 @@ def test_bf16_resumed_equals_straight_through_and_exports_what_it_trained(
     assert [got[s] for s in range(1, 8)] == pytest.approx(
         [expected[s] for s in range(1, 8)], rel=0.1
     )
+    check_gradient_norms(whole)
 
 
 def test_first_loss_is_the_variance_of_the_targets(small_corpus, small_graph, tmp_path):

@@ -3,13 +3,16 @@ import base64
 import html.parser
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sclong_ds import plots, report
+from sclong_ds import compare, plots, report
+from sclong_ds.__main__ import main
 from sclong_ds.run_folder import RunFolder, update_run_json
+from sclong_ds.run_record import read_run
 
 NASTY = '<script>alert("x")</script>&'
 
@@ -123,20 +126,20 @@ def test_page_states_the_numbers_of_the_run(
 
 
 def test_restart_shows_as_two_processes(run_dir: Path) -> None:
-    text = report.build_page(report.read_run(run_dir))
+    text = report.build_page(read_run(run_dir))
     cells = Page(text).cells
-    head = cells.index("Last event") + 1
-    rows = [cells[head + 7 * n : head + 7 * (n + 1)] for n in range(2)]
-    assert [(r[0], r[4], r[5], r[6]) for r in rows] == [
-        ("1", "0", "12", "start"),
-        ("2", "10", "30", "resume"),
+    head = cells.index("Redone") + 1
+    rows = [cells[head + 9 * n : head + 9 * (n + 1)] for n in range(2)]
+    assert [r[:1] + r[4:] for r in rows] == [
+        ["1", "0", "12", "start", "2", "2"],
+        ["2", "10", "30", "resume", "2", "0"],
     ]
 
 
 def test_page_needs_nothing_else_and_runs_nothing(run_dir: Path) -> None:
-    text = report.build_page(report.read_run(run_dir))
+    text = report.build_page(read_run(run_dir))
     page = Page(text)
-    assert len(page.sources) == page.tags.count("img") == 6
+    assert len(page.sources) == page.tags.count("img") == 8
     assert all(
         s.startswith(("data:image/svg+xml;base64,", "data:image/png;")) for s in page.sources
     )
@@ -146,8 +149,77 @@ def test_page_needs_nothing_else_and_runs_nothing(run_dir: Path) -> None:
         assert len(base64.b64decode(source.partition(",")[2], validate=True)) > 1000
 
 
+def test_hours_of_training_leave_out_the_pause_between_two_processes(run_dir: Path) -> None:
+    hours = [row["hours"] * 3600 for row in read_run(run_dir).train]
+    assert len(hours) == 30
+    assert hours[0] == pytest.approx(2.0)
+    assert hours[-1] == pytest.approx(64.0, abs=2.1), "the hour between them does not count"
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> Path:
+    """A run of 5 steps with another learning rate, that never validated."""
+    folder = tmp_path / "other"
+    with RunFolder(folder) as files:
+        files.append_event("start", step=0, world_size=2)
+        for step in range(1, 6):
+            files.append_metrics(step, {"train/loss": 2.0, "cells_seen": 4 * step})
+    (folder / "config.yaml").write_text("optim:\n  lr: 0.5\nrun:\n  dir: x\n  seed: 0\n")
+    return folder
+
+
+def test_runs_are_compared_on_one_page(run_dir: Path, other_run: Path, tmp_path: Path) -> None:
+    (run_dir / "config.yaml").write_text("optim:\n  lr: 0.1\nrun:\n  dir: y\n  seed: 0\n")
+    out = tmp_path / "two.html"
+    assert call(str(run_dir), str(other_run), "--out", str(out)) == 0
+    page = Page(out.read_text(encoding="utf-8"))
+    at = page.cells.index("optim.lr")
+    assert page.cells[at + 1 : at + 3] == ["0.1", "0.5"]
+    assert "run.seed" not in page.cells, "the same in both"
+    assert "run.dir" not in page.cells, "always different"
+    at = page.cells.index("val/mse, last")
+    assert page.cells[at + 1 : at + 3] == ["0.4000", ""]
+    assert page.tags.count("img") == 5
+    assert all(s.startswith("data:image/svg+xml;base64,") for s in page.sources)
+
+
+def test_compare_prints_what_the_page_shows(
+    run_dir: Path, other_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "config.yaml").write_text("optim:\n  lr: 0.1\n")
+    assert main(["compare", str(run_dir), str(other_run)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["trial", "other"]
+    assert ["step", "30", "5"] in lines
+    assert ["restarts", "1", "0"] in lines
+    assert ["optim.lr", "0.1", "0.5"] in lines
+    assert main(["compare", str(run_dir), str(other_run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["differences"]["optim.lr"] == {"trial": "0.1", "other": "0.5"}
+    first, second = (run["figures"] for run in found["runs"])
+    assert (first["val/mse, last"], first["val/mse, best"]) == (0.4, 0.4)
+    assert second["val/mse, last"] is None
+    assert second["train/loss"] == 2.0
+
+
+def test_runs_of_one_name_are_told_apart(run_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "trial"
+    shutil.copytree(run_dir, copy)
+    names = compare.names_of([read_run(run_dir), read_run(copy)])
+    assert names == [f"{tmp_path.name}/trial", "elsewhere/trial"]
+
+
+def test_scores_stand_beside_those_of_the_mean() -> None:
+    row = {"val/mse": 0.5, "val/baseline_mse": 0.75, "val/pearson": 0.9, "val/n_values": 12.0}
+    row |= {"val/mse/bin_1": 0.25, "val/n_values/bin_1": 4.0}
+    assert compare.scores_table(row, ["low", "high"]) == [
+        ["all values", "12", "0.5000", "0.7500", "0.9000", "", "", ""],
+        ["value high", "4", "0.2500", "", "", "", "", ""],
+    ]
+
+
 def test_every_text_of_the_run_is_escaped(run_dir: Path) -> None:
-    text = report.build_page(report.read_run(run_dir))
+    text = report.build_page(read_run(run_dir))
     assert "<script" not in text
     assert Page(text).text.count(NASTY) == 5  # events (2), summary, environment, config.yaml
 
@@ -156,7 +228,7 @@ def test_bare_metrics_are_enough(tmp_path: Path) -> None:
     """A run that was killed before anything else was written still has a page."""
     with RunFolder(tmp_path / "bare") as files:
         files.append_metrics(1, {"train/loss": 1.0})
-    page = Page(report.build_page(report.read_run(tmp_path / "bare")))
+    page = Page(report.build_page(read_run(tmp_path / "bare")))
     assert "Status not recorded" in page.text
     assert "Validation" not in page.text
     assert "Genes" not in page.cells
@@ -166,7 +238,7 @@ def test_bare_metrics_are_enough(tmp_path: Path) -> None:
 def test_validation_alone_has_a_page(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run") as files:
         files.append_metrics(0, {"val/mse": float("nan"), "val/baseline_mse": 0.5})
-    page = Page(report.build_page(report.read_run(tmp_path / "run")))
+    page = Page(report.build_page(read_run(tmp_path / "run")))
     assert "No training step was logged." in page.text
     assert "not recorded" in page.text
 
@@ -175,7 +247,7 @@ def test_many_validations_are_thinned_to_the_first_and_last(tmp_path: Path) -> N
     with RunFolder(tmp_path / "run") as files:
         for step in range(101):
             files.append_metrics(step, {"val/mse": 1.0})
-    text = report.build_page(report.read_run(tmp_path / "run"))
+    text = report.build_page(read_run(tmp_path / "run"))
     assert "12 of 101 validations, evenly spread." in text
     cells = Page(text).cells
     assert "0" in cells

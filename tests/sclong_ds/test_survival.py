@@ -185,7 +185,7 @@ def test_one_bad_step_is_skipped_a_spike_reported_and_a_slow_disk_seen(corpus, t
     # The step that was not applied does not count in the schedule.
     rates = column(run_dir, "train/lr")
     assert rates[2] == rates[3]
-    assert len(set(rates)) == 23
+    assert len(set(rates[:11])) == 10
     (event,) = events(run_dir, "skipped_step")
     assert (event["step"], event["cell_ids"]) == (3, visits[8:12])
     # Two chunks are read before the first step.

@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,10 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sclong_ds import plots, tracking
+from sclong_ds import mlflow_store, tracking
 from sclong_ds.config import RunConfig, load_config
-from sclong_ds.run_folder import read_events, read_metrics, read_run_json
-from sclong_ds.tracking import Tracker, find_run_dir, tracking_uri
+from sclong_ds.mlflow_store import find_run_dir, tracking_uri
+from sclong_ds.run_folder import (
+    read_events,
+    read_lines,
+    read_metrics,
+    read_run_json,
+    take_over_ids,
+)
+from sclong_ds.tracking import Tracker
 
 
 def make_config(*, uri: str | None, enabled: bool = True, lr: str = "0.001") -> RunConfig:
@@ -23,6 +31,7 @@ def make_config(*, uri: str | None, enabled: bool = True, lr: str = "0.001") -> 
         "tracking.enabled": str(enabled).lower(),
         "tracking.experiment": "tests",
         "tracking.flush_every_n_steps": "3",
+        "tracking.picture_cells": "0",
         "model.large_encoder.dim_head": "8",
         "optim.lr": lr,
     }
@@ -43,7 +52,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture
 
 
 def client_of(uri: str) -> Any:
-    return tracking._new_client(uri)
+    return mlflow_store.new_client(uri)
 
 
 def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -72,7 +81,6 @@ def test_one_mlflow_run_over_a_restart(
     for step in range(1, 6):
         tracker.log(step, {"train/loss": 1.0 / step, "cells_seen": 4 * step})
     tracker.log(5, {"val/mse": 0.5, "val/mse/bin_0": math.nan})
-    tracker.figure("density", plots.prediction_density_figure(np.arange(9.0), np.arange(9.0)))
     tracker.finish("KILLED")
     assert client_of(store).get_run(run_id).info.status == "KILLED"
 
@@ -99,11 +107,11 @@ def test_one_mlflow_run_over_a_restart(
     assert (tags["corpus_hash"], tags["restarts"]) == ("abc", "1")
     assert tags["run_dir"] == str(run_dir)
     names = {f.path for f in client_of(store).list_artifacts(run_id)}
-    assert {"config.yaml", "events.jsonl", "run.json", "plots", "restart_001"} <= names
+    assert {"config.yaml", "events.jsonl", "run.json", "environment.txt", "restart_001"} <= names
     written = read_run_json(run_dir)
     assert (written["status"], written["restarts"]) == ("FINISHED", 1)
     assert written["mlflow_run_id"] == run_id
-    assert written["mlflow_synced_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
+    assert written["mlflow_synced"] == {"metrics.jsonl": (run_dir / "metrics.jsonl").stat().st_size}
 
 
 def test_run_folder_is_found_by_either_id(store: str, tmp_path: Path) -> None:
@@ -144,8 +152,8 @@ class FlakyClient:
 @pytest.fixture
 def switch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     state = SimpleNamespace(down=False, refused=0)
-    real = tracking._new_client
-    monkeypatch.setattr(tracking, "_new_client", lambda uri: FlakyClient(real(uri), state))
+    real = mlflow_store.new_client
+    monkeypatch.setattr(mlflow_store, "new_client", lambda uri: FlakyClient(real(uri), state))
     monkeypatch.setattr(tracking, "_RETRY_AFTER_S", 0.0)
     return state
 
@@ -197,7 +205,7 @@ def test_batch_sent_twice_counts_once(
     tracker.log(2, {"train/loss": math.nan, "train/lr": 0.1})
     tracker.finish("KILLED")
     path = tmp_path / "run" / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlflow_synced_bytes": 0}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlflow_synced": {}}))
     tracker, again = start(make_config(uri=store), tmp_path / "run", resumed=True)
     tracker.finish("FINISHED")
     assert again == run_id
@@ -208,7 +216,7 @@ def test_batch_sent_twice_counts_once(
 def test_long_backlog_is_sent_in_order_over_several_requests(
     store: str, tmp_path: Path, quiet: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_MAX_METRICS", 10)
+    monkeypatch.setattr(mlflow_store, "MAX_METRICS", 10)
     tracker, run_id = start(make_config(uri=store), tmp_path / "run")
     monkeypatch.setattr(tracker, "_flush", lambda: None)
     for step in range(1, 26):
@@ -237,7 +245,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert tracker.start(params={}, tags={}, artifacts=[], resumed=False) is None
     tracker.log(1, {"train/loss": 1.0})
     tracker.event("start", step=0)
-    tracker.figure("x", plots.prediction_density_figure(np.arange(9.0), np.arange(9.0)))
+    tracker.draw(0, {"predicted_true": np.zeros((2, 3))})
     tracker.artifact(tmp_path / "x")
     tracker.finish("FINISHED")
     assert list(tmp_path.iterdir()) == []
@@ -248,13 +256,15 @@ def test_without_mlflow_the_run_folder_is_complete(tmp_path: Path) -> None:
     tracker, run_id = start(make_config(uri=None, enabled=False), run_dir)
     tracker.event("start", step=0, world_size=2)
     tracker.log(1, {"train/loss": 1.0})
-    tracker.figure("density", plots.prediction_density_figure(np.arange(9.0), np.arange(9.0)))
-    tracker.finish("FAILED")
+    tracker.draw(1, {"predicted_true": np.arange(8.0).reshape(2, 4)})
+    tracker.finish("FINISHED")
     assert run_id is None
     assert read_metrics(run_dir)[0]["train/loss"] == 1.0
     assert read_events(run_dir)[0]["world_size"] == 2
-    assert read_run_json(run_dir)["status"] == "FAILED"
-    assert (run_dir / "plots" / "density.png").read_bytes().startswith(b"\x89PNG")
+    assert read_run_json(run_dir)["status"] == "FINISHED"
+    for folder in (run_dir / "plots", run_dir / "plots" / "step_00000001"):
+        assert (folder / "predicted_vs_true.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (run_dir / "report.html").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -268,6 +278,167 @@ def test_store_is_chosen_by_config_then_environment_then_run_folder(
     assert tracking_uri("http://other", tmp_path / "run") == "http://other"
 
 
+def test_description_of_a_run(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture
+) -> None:
+    """Tags, parent, dataset, versions and Slurm's job are where MLflow shows them."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    parent = client_of(store).create_run(
+        client_of(store).create_experiment("parents"), run_name="sweep"
+    )
+    settings = ["tracking.tags={project: atlas}", f"tracking.parent_run={parent.info.run_id}"]
+    settings += [f"tracking.uri={store}", "tracking.run_name=big", "tracking.picture_cells=null"]
+    config = load_config("sclong_tiny", [*settings, "tracking.experiment=described"])
+    summary = {
+        "corpus": "s3://bucket/atlas", "n_cells_train": 90, "n_cells_validation": 10,
+        "n_genes": 300, "n_datasets": 3, "world_size": 8, "device": "cpu", "parameters": {"a": 5},
+    }  # fmt: skip
+    for resumed in (False, True):
+        tracker = Tracker(config, tmp_path / "run", enabled=True)
+        run_id = tracker.start(
+            params={"ds_config": {"zero_optimization": {"stage": 3}}},
+            tags={"corpus_hash": "c" * 64}, artifacts=[], resumed=resumed, step=40 * resumed,
+            summary=summary,
+        )  # fmt: skip
+        tracker.event("resume" if resumed else "start", step=40 * resumed)
+        tracker.finish("FINISHED")
+    run = client_of(store).get_run(run_id)
+    assert client_of(store).get_experiment(run.info.experiment_id).name == "described"
+    assert run.info.run_name == "big"
+    tags = run.data.tags
+    assert (tags["project"], tags["slurm_job_id"]) == ("atlas", "77")
+    assert tags["mlflow.parentRunId"] == parent.info.run_id
+    assert tags["restart_001"].startswith("after step 40, ")
+    assert ", 8 ranks from " in tags["restart_001"]
+    assert tags["restart_001"].endswith(", Slurm job 77")
+    assert "90 training cells of 3 datasets" in tags["mlflow.note.content"]
+    assert run.data.params["ds_config.zero_optimization.stage"] == "3"
+    assert (
+        run.data.params["environment.torch"]
+        == read_run_json(tmp_path / "run")["environment"]["torch"]
+    )
+    found = {
+        (
+            i.tags[0].value,
+            i.dataset.name,
+            i.dataset.digest,
+            json.loads(i.dataset.profile)["num_rows"],
+        )
+        for i in run.inputs.dataset_inputs
+    }
+    assert found == {
+        ("training", "atlas (training)", "c" * 36, 90),
+        ("validation", "atlas (validation)", "c" * 36, 10),
+    }
+    assert "numpy==" in (tmp_path / "run" / "environment.txt").read_text()
+
+
+def test_every_node_is_sampled_into_the_one_run(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"tracking.uri={store}", "tracking.system_metrics_every_s=0.05"]
+    config = load_config("sclong_tiny", [*settings, "tracking.picture_cells=null"])
+    trackers = []
+    for rank, node in enumerate(("n 1", "n2")):
+        monkeypatch.setenv("SLURMD_NODENAME", node)
+        tracker = Tracker(config, tmp_path / "run", enabled=rank == 0, samples_node=True)
+        trackers.append(tracker)
+        tracker.start(params={}, tags={}, artifacts=[], resumed=False)
+        tracker.log(7, {"train/loss": 1.0})
+    for tracker in reversed(trackers):  # rank 0 last, as the others may end before it
+        tracker.finish("FINISHED")
+    run_id = read_run_json(tmp_path / "run")["mlflow_run_id"]
+    for node in ("n_1", "n2"):
+        rows = read_lines(tmp_path / "run" / "system" / f"{node}.jsonl")
+        name = f"system/{node}/system_memory_usage_percentage"
+        assert rows[-1]["step"] == 7
+        assert 0 < rows[-1][name] <= 100
+        assert len(history(store, run_id, name)) == len(rows)
+
+
+def test_pictures_of_every_validation_arrive_once(store: str, tmp_path: Path) -> None:
+    """Also those that were drawn while nobody could send them."""
+    run_dir = tmp_path / "run"
+    tracker, _ = start(make_config(uri=store), run_dir)
+    for step in (10, 20):
+        tracker.log(step, {"train/loss": 1.0, "val/mse": 1.0})
+        tracker.draw(step, {"predicted_true": np.arange(8.0).reshape(2, 4)})
+    tracker.finish("FINISHED")
+    run_id = read_run_json(run_dir)["mlflow_run_id"]
+
+    def sent() -> list[str]:
+        client = client_of(store)
+        steps = [f.path for f in client.list_artifacts(run_id, "plots")]
+        return sorted(f.path for step in steps for f in client.list_artifacts(run_id, step))
+
+    wanted = [f"plots/step_000000{n}/predicted_vs_true.png" for n in (10, 20)]
+    assert sent() == wanted
+    late = run_dir / "plots" / "step_00000030"
+    shutil.copytree(run_dir / "plots" / "step_00000020", late)
+    tracker, _ = start(make_config(uri=store), run_dir, resumed=True)
+    tracker.finish("FINISHED")
+    assert sent() == [*wanted, "plots/step_00000030/predicted_vs_true.png"]
+    assert "report.html" in {f.path for f in client_of(store).list_artifacts(run_id)}
+
+
+def test_picture_that_cannot_be_drawn_is_reported_and_holds_up_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    tracker, _ = start(make_config(uri=None, enabled=False), run_dir)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.draw(1, {"nothing": np.zeros(1)})
+    tracker.draw(2, {"predicted_true": np.arange(8.0).reshape(2, 4)})
+    tracker.finish("FINISHED")
+    assert "pictures were not drawn (status 1)" in caplog.text
+    assert (run_dir / "plots" / "step_00000002" / "predicted_vs_true.png").is_file()
+
+
+def test_slow_server_gets_smaller_batches(
+    store: str, tmp_path: Path, switch: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that cannot take 1000 values in time is not sent the same 1000 for ever."""
+    tracker, run_id = start(make_config(uri=store), tmp_path / "run")
+    sender, sizes = tracker._sender, []
+    assert sender is not None
+    real = sender._connected.log_batch
+
+    def log_batch(run_id: str, metrics: Any) -> None:
+        sizes.append(len(metrics))
+        if len(metrics) > 150:
+            raise TimeoutError("read timed out")
+        real(run_id, metrics=metrics)
+
+    sender._client = SimpleNamespace(
+        log_batch=log_batch, set_terminated=lambda *_: None, log_artifact=lambda *_: None
+    )
+    tracker._config = load_config("sclong_tiny", ["tracking.flush_every_n_steps=1000"])
+    for step in range(1, 101):
+        tracker.log(step, {f"m{k}": float(step) for k in range(10)})
+    for _ in range(12):
+        tracker._flush()
+        if tracker._pending is not None:
+            tracker._pending.exception()
+    tracker.finish("FINISHED")
+    assert sizes[:4] == [1000, 500, 250, 120]
+    assert history(store, str(run_id), "m0") == [(s, float(s)) for s in range(1, 101)]
+
+
+def test_run_json_of_a_checkpoint_keeps_the_run(store: str, tmp_path: Path) -> None:
+    """A run folder that lost its run.json goes on as the run its checkpoint belongs to."""
+    tracker, run_id = start(make_config(uri=store), tmp_path / "run")
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.finish("KILLED")
+    checkpoint = tmp_path / "step_00000001"
+    checkpoint.mkdir()
+    (tmp_path / "run" / "run.json").rename(checkpoint / "run.json")
+    take_over_ids(tmp_path / "run", checkpoint)
+    tracker, again = start(make_config(uri=store), tmp_path / "run", resumed=True)
+    tracker.finish("FINISHED")
+    assert again == run_id
+    assert history(store, str(run_id), "train/loss") == [(1, 1.0)]
+
+
 def test_importing_the_module_does_not_import_mlflow() -> None:
-    code = "import sys, sclong_ds.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, sclong_ds.tracking, sclong_ds.report; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

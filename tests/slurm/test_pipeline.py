@@ -17,6 +17,7 @@ SMALL = (
     "--config", "sclong_tiny", "model.top_seq_len=64", "model.large_encoder.depth=1",
     "engine.train_batch_size=2", "run.max_steps=2", "run.validation_cells=4",
     "tracking.enabled=false",
+    "tracking.picture_cells=null",
 )  # fmt: skip
 
 

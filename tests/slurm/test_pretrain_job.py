@@ -13,7 +13,7 @@ from typing import Any
 import anndata
 import pytest
 
-from sclong_ds.restarts import read_lives
+from sclong_ds.restarts import newest_step, read_lives
 from sclong_ds.run_folder import read_events, read_every_row, read_metrics, read_run_json
 from sclong_ds.run_status import RunStatus, read_status
 
@@ -21,17 +21,18 @@ pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT_CELLS = ROOT / "data_prep" / "resources" / "demo" / "immune_c.csv.gz"
-STEPS = 24
+STEPS = 30
 # sclong_tiny with short encoders: what is tested is the job, and a step is to take a second.
 SMALL = (
     "model.top_seq_len=256",
     "model.large_encoder.depth=1",
     "engine.train_batch_size=2",
     "checkpoint.every_n_steps=3",
-    "run.validate_every_n_steps=24",
+    "run.validate_every_n_steps=30",
     "run.validation_cells=4",
     f"run.max_steps={STEPS}",
     "tracking.enabled=false",
+    "tracking.picture_cells=null",
 )
 
 
@@ -81,9 +82,13 @@ def test_the_nodes_are_checked_before_the_training(straight_run: tuple[Path, Any
     assert not list(run_dir.glob(".preflight*"))
 
 
-def _wait_for_step(slurm: Any, job_id: str, run_dir: Path, step: int) -> None:
+def _wait_for_steps(slurm: Any, job_id: str, run_dir: Path, count: int) -> None:
+    """Wait until this life of a job has made some steps."""
     metrics = run_dir / "metrics.jsonl"
-    slurm.wait_until(job_id, lambda: metrics.exists() and step in _figures(run_dir))
+    before = len(read_every_row(run_dir)) if metrics.exists() else 0
+    slurm.wait_until(
+        job_id, lambda: metrics.exists() and len(read_every_row(run_dir)) >= before + count
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,24 +102,25 @@ def troubled_run(
     """
     run_dir = tmp_path_factory.mktemp("pretrain_job") / "troubled"
     job_id = _submit(slurm, run_dir, demo_corpus, demo_graph, "tracking.enabled=true")
-    _wait_for_step(slurm, job_id, run_dir, 4)
+    slurm.wait_until(job_id, lambda: newest_step(run_dir) > 0)
+    _wait_for_steps(slurm, job_id, run_dir, 1)
     status = read_status(run_dir)
     slurm.kill_ranks("n2")
     slurm.wait_until_requeued(job_id)
     slurm.release(job_id)
-    _wait_for_step(slurm, job_id, run_dir, 8)
+    _wait_for_steps(slurm, job_id, run_dir, 2)
     slurm.preempt()
     slurm.wait_until_requeued(job_id)
     slurm.release(job_id)
-    _wait_for_step(slurm, job_id, run_dir, 13)
+    _wait_for_steps(slurm, job_id, run_dir, 2)
     slurm.lose_node("n2")
     slurm.command("scontrol", "update", f"JobId={job_id}", "NumNodes=1")
     slurm.wait_until_requeued(job_id)
     slurm.release(job_id)
-    _wait_for_step(slurm, job_id, run_dir, 18)
-    slurm.return_node("n2")
+    _wait_for_steps(slurm, job_id, run_dir, 2)
     slurm.command("scancel", "--batch", "--signal=USR1", job_id)
     slurm.wait_until_requeued(job_id)
+    slurm.return_node("n2")
     slurm.command("scontrol", "update", f"JobId={job_id}", "NumNodes=2")
     return run_dir, slurm.wait(job_id, timeout_s=400), status
 
@@ -126,6 +132,7 @@ def test_a_job_comes_back_after_every_trouble_on_fewer_and_more_nodes(
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 4), job.log
     assert all(f"start {life}:" in job.log for life in range(1, 6)), "one log for all lives"
     assert "a rank died (status 137)" in job.log
+    assert job.log.count("saved after a signal") == 2
     assert [life.nodes for life in read_lives(run_dir)] == ["n[1-2]"] * 3 + ["n1", "n[1-2]"]
     resumes = [e for e in read_events(run_dir) if e["event"] == "resume"]
     assert [(e["saved_by"], e["world_size"]) for e in resumes] == [(2, 2)] * 2 + [(2, 1), (1, 2)]
@@ -141,7 +148,6 @@ def test_the_losses_over_all_lives_are_those_of_the_uninterrupted_run(
     # On as many ranks bit for bit, repeated steps too; on one rank sums have another order.
     alone = next(e["time"] for e in read_events(run_dir) if e.get("world_size") == 1)
     rows = [r for r in read_every_row(run_dir) if "train/loss" in r and r["time"] < alone]
-    assert len(rows) > len({row["step"] for row in rows}), "no step was repeated"
     assert all((r["train/loss"], r["train/grad_norm"]) == straight[int(r["step"])] for r in rows)
     assert resumes[2] in {int(row["step"]) for row in rows}
     losses = [figures[step][0] for step in straight]

@@ -1,0 +1,167 @@
+"""`compare`: figures of several runs side by side, and the settings in which they differ.
+
+    python -m sclong_ds compare RUN_DIR_OR_RUN_ID RUN_DIR_OR_RUN_ID [...] [--json]
+
+Reads the run folders (`sclong_ds.run_record`); a run id is looked up in the tracking store. Prints
+two tables, or one JSON document. `sclong_ds.report` shows the same on a page, with curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sclong_ds import page
+from sclong_ds.run_record import RunRecord, find_run
+
+SCORE_HEAD = ("MSE", "of the mean", "Pearson", "of the mean", "Spearman", "of the mean")
+"""Heads of the figures of `scores_table`; each beside that of the per-gene-mean predictor."""
+_SCORES = ("mse", "pearson", "spearman")
+_OWN_SETTINGS = frozenset({"run.dir"})
+"""Settings that differ between any two runs and say nothing."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `python -m sclong_ds compare`."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN_DIR_OR_RUN_ID", help="run folders, or runs' ids"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables and return the exit status."""
+    records = [find_run(name) for name in args.runs]
+    if args.json:
+        text = json.dumps(as_json(records), indent=2, allow_nan=False)
+    else:
+        head, settings = ["", *names_of(records)], settings_table(records)
+        text = _aligned([head, *figures_table(records)]) + "\n\n"
+        text += _aligned([["setting", *head[1:]], *settings]) if settings else "same settings"
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
+def names_of(records: Sequence[RunRecord]) -> list[str]:
+    """Return a name for every run: its folder's, with the parent's where two are the same."""
+    counts = Counter(record.name for record in records)
+    return [r.name if counts[r.name] == 1 else f"{r.folder.parent.name}/{r.name}" for r in records]
+
+
+def figures(record: RunRecord) -> dict[str, float | str | None]:
+    """Return the figures that sum a run up; None for what it did not record."""
+    last = record.validation[-1] if record.validation else {}
+    best = min((row["val/mse"] for row in record.validation), default=math.nan)
+    row = record.train[-1] if record.train else last
+    found: dict[str, float | str] = {
+        "status": str(record.run.get("status", "unknown")).lower(),
+        "step": record.steps,
+        "cells_seen": row.get("cells_seen", math.nan),
+        "train/loss": record.last_mean("train/loss"),
+        "val/mse, last": last.get("val/mse", math.nan),
+        "val/mse, best": best,
+        "val/baseline_mse": last.get("val/baseline_mse", math.nan),
+        "val/pearson": last.get("val/pearson", math.nan),
+        "val/baseline_pearson": last.get("val/baseline_pearson", math.nan),
+        "val/spearman": last.get("val/spearman", math.nan),
+        "perf/cells_per_s": record.median("perf/cells_per_s"),
+        "perf/mfu": record.median("perf/mfu"),
+        "perf/data_wait_s": record.median("perf/data_wait_s"),
+        "mem/peak_gib": record.highest("mem/peak_gib"),
+        "wall_time_s": record.wall_time_s,
+        "restarts": float(record.run.get("restarts", 0)),
+        "skipped_steps": record.highest("train/skipped_steps"),
+        "spikes": float(record.count("spike")),
+        "parameters": float(sum((record.summary.get("parameters") or {}).values())) or math.nan,
+    }
+    return {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in found.items()}
+
+
+def figures_table(records: Sequence[RunRecord]) -> list[list[str]]:
+    """Return a row for every figure that some run has: its name, and the runs' values."""
+    columns = [figures(record) for record in records]
+    return [
+        [name, *(_shown(name, column[name]) for column in columns)]
+        for name in columns[0]
+        if any(column[name] is not None for column in columns)
+    ]
+
+
+def settings_table(records: Sequence[RunRecord]) -> list[list[str]]:
+    """Return a row for every setting that is not the same in all runs: its key, and the values."""
+    keys = dict.fromkeys(key for record in records for key in record.settings)
+    rows = ([key, *(r.settings.get(key, "not recorded") for r in records)] for key in keys)
+    about = [
+        ["commit", *(str(r.run.get("commit", "not recorded")) for r in records)],
+        *(
+            [name, *(page.text(r.summary.get(name, "not recorded")) for r in records)]
+            for name in ("n_cells_train", "n_genes", "world_size", "device")
+        ),
+    ]
+    return [row for row in (*rows, *about) if len(set(row[1:])) > 1 and row[0] not in _OWN_SETTINGS]
+
+
+def scores_table(row: Mapping[str, float], labels: Sequence[str] | None) -> list[list[str]]:
+    """Return the scores of a validation beside those of the per-gene-mean predictor.
+
+    Args:
+        row: A validation row.
+        labels: Name of every expression bin.
+
+    Returns:
+        A row for all values, for each expression bin and for each encoder: its name, the number of
+        values, and the figures under `SCORE_HEAD`.
+    """
+    groups = {"all values": "", "large encoder": "/large", "mini encoder": "/mini"}
+    groups |= {f"value {label}": f"/bin_{k}" for k, label in enumerate(labels or ())}
+    return [
+        [name, page.number(row.get(f"val/n_values{suffix}", math.nan))]
+        + [
+            _score(row.get(f"val/{prefix}{score}{suffix}", math.nan))
+            for score in _SCORES
+            for prefix in ("", "baseline_")
+        ]
+        for name, suffix in groups.items()
+        if f"val/mse{suffix}" in row and f"val/n_values{suffix}" in row
+    ]
+
+
+def as_json(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return both tables as plain data."""
+    names = names_of(records)
+    return {
+        "runs": [
+            {"name": name, "folder": str(record.folder), "figures": figures(record)}
+            for name, record in zip(names, records, strict=True)
+        ],
+        "differences": {
+            key: dict(zip(names, values, strict=True)) for key, *values in settings_table(records)
+        },
+    }
+
+
+def _score(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else ""
+
+
+def _shown(name: str, value: float | str | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if name.startswith("val/"):
+        return f"{value:.4f}"
+    return page.duration(value) if name == "wall_time_s" else page.number(value)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )

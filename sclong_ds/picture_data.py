@@ -1,0 +1,66 @@
+"""What the pictures of a validation are drawn from, between the run and the process that draws.
+
+The run writes `plots/step_N.npz` (`write_data`); `sclong_ds.pictures` takes it (`take_data`), which
+renames it to `step_N.drawing.npz`, and removes it when the pictures are there. What a process that
+was killed has left is drawn by the next start of the run (`put_back`). Needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sclong_ds.files import write_atomic
+from sclong_ds.run_folder import PLOTS_DIR
+
+RANK_COLUMNS = (
+    "perf/data_wait_s",
+    "perf/forward_s",
+    "perf/backward_s",
+    "perf/optimizer_s",
+    "perf/step_time_s",
+    "mem/peak_gib",
+)
+"""What is known of each rank: means per step."""
+
+Data = Mapping[str, NDArray[Any]]
+
+
+def write_data(run_dir: Path, step: int, data: Data) -> None:
+    """Write the arrays of a validation.
+
+    Args:
+        run_dir: Run folder.
+        step: Optimizer step.
+        data: Arrays by name, without Python objects.
+    """
+    folder = run_dir / PLOTS_DIR
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.savez(buffer, **data)
+    write_atomic(folder / f"step_{step:08d}.npz", buffer.getvalue())
+
+
+def pending(run_dir: Path) -> list[Path]:
+    """Return the files that are to be drawn, by step."""
+    files = (run_dir / PLOTS_DIR).glob("step_*.npz")
+    return sorted(file for file in files if file.stem.count(".") == 0)
+
+
+def take_data(file: Path) -> tuple[Path, dict[str, NDArray[Any]]]:
+    """Mark a file as being drawn, and return its new name and its arrays."""
+    taken = file.with_suffix(".drawing.npz")
+    file.rename(taken)
+    with np.load(taken, allow_pickle=False) as arrays:
+        return taken, dict(arrays)
+
+
+def put_back(run_dir: Path) -> None:
+    """Let what a killed process was drawing be drawn again."""
+    for file in (run_dir / PLOTS_DIR).glob("step_*.drawing.npz"):
+        file.rename(file.with_name(file.name.replace(".drawing", "")))

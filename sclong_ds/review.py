@@ -1,0 +1,228 @@
+"""What the pictures of a validation need, collected over all ranks.
+
+`sclong_ds.validation` calls `show` after it has scored the held-out cells. The model reads some of
+them once more, with nothing hidden and with all genes wanted, as `embed` does: their embeddings,
+and of the genes whose values vary most the mean encodings and the decoder's attention. Rank 0
+hands all of it to `Tracker.draw`. Nothing here ends a run: what cannot be read is left out, and
+when a rank is asked to stop there are no pictures.
+
+Shapes: B cells, G genes, N tokens, S shown genes, C base width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sclong_ds.build import Run
+from sclong_ds.data import log1p_normalise
+from sclong_ds.engine import sum_over_ranks
+
+# The messages are part of the training log.
+log = logging.getLogger("sclong_ds.pretrain")
+
+SHOWN_GENES = 40
+"""Genes of the gene-gene pictures: as many names as a picture has room for."""
+
+LABELS = ("cell_type", "celltype", "cell_label", "cell_ontology_class", "annotation", "label")
+"""Columns of obs that name a cell's kind, most telling first; spelling as `_plain_name` leaves."""
+
+
+def show(run: Run, *, predicted_true: NDArray[np.float32], times: NDArray[Any] | None) -> None:
+    """Collect and hand over what the pictures of this validation need; every rank must call it.
+
+    Args:
+        run: The run.
+        predicted_true: (2, n) predicted and true values of this rank's targets.
+        times: (ranks, columns) of `RankTimes.gather`.
+    """
+    wanted = run.config.tracking.picture_cells
+    if wanted is None:
+        return
+    data: dict[str, NDArray[Any]] = {"predicted_true": predicted_true}
+    if times is not None:
+        data["rank_times"] = times
+    cells = run.corpus.splits["validation"]
+    rows = np.arange(cells.start, cells.stop)[:wanted]
+    if len(rows):
+        data |= _encoded(run, rows)
+    if run.ranks.rank == 0:
+        run.tracker.draw(run.state.step, data)
+
+
+def _encoded(run: Run, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Return what the model makes of cells, on rank 0; nothing when some rank cannot go on."""
+    ranks = run.ranks
+    mine, problem = rows[ranks.rank :: ranks.world_size], None
+    try:
+        x = log1p_normalise(run.corpus.rows(mine), target_sum=run.config.data.target_sum)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+        log.warning("pictures of cells are left out on all ranks: %s", problem)
+    if sum_over_ranks(ranks, problem is not None)[0]:
+        return {}
+    genes = _varying_genes(run, x)
+    sums = _GeneSums(run, genes)
+    embedded = _embed(run, x, longest=-(-len(rows) // ranks.world_size), sums=sums)
+    if embedded is None:
+        return {}
+    everyone: list[Any] = [None] * ranks.world_size
+    found = (mine, embedded, (x > 0).sum(axis=1))
+    dist.all_gather_object(everyone, found, group=ranks.control)
+    shown, embeddings, n_expressed = (np.concatenate(part) for part in zip(*everyone, strict=True))
+    data = {"embedding": embeddings, "n_expressed": n_expressed} | sums.means()
+    data["gene_symbols"] = np.array([run.corpus.genes.symbols[g] for g in genes])
+    return data | _annotation(run, shown) if ranks.rank == 0 else {}
+
+
+def _varying_genes(run: Run, x: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the (S,) genes whose values vary most over the cells of all ranks, by gene index."""
+    device = run.ranks.device
+    values = torch.from_numpy(x).to(device, torch.float64)
+    moments = torch.stack([values.sum(0), values.square().sum(0)])
+    n_cells = sum_over_ranks(run.ranks, len(x))[0]
+    dist.all_reduce(moments)
+    mean, square = moments / n_cells
+    count = min(SHOWN_GENES, len(mean))
+    chosen = torch.topk(square - mean.square(), count).indices.sort().values
+    dist.broadcast(chosen, src=0)
+    return chosen.cpu().numpy()
+
+
+def _embed(
+    run: Run, x: NDArray[np.float32], *, longest: int, sums: _GeneSums
+) -> NDArray[np.float32] | None:
+    """Return the embeddings (B, C) of this rank's cells; None when a rank was asked to stop.
+
+    Args:
+        run: The run.
+        x: (B, G) transformed expression.
+        longest: Most cells of a rank: all ranks make as many forward passes.
+        sums: Takes what the pictures of genes need.
+    """
+    size, device = run.config.engine.train_micro_batch_size_per_gpu, run.ranks.device
+    parts = [np.zeros((0, run.config.model.base_dim), dtype=np.float32)]
+    run.engine.eval()
+    try:
+        with sums.listening():
+            for start in range(0, longest, size):
+                run.watchdog.beat(run.state.step, "validation: pictures")
+                if sum_over_ranks(run.ranks, run.stop.reason() is not None)[0]:
+                    return None
+                own = x[start : start + size]
+                n_own = len(own)
+                # A rank without cells left makes the pass too, or ZeRO-3 hangs.
+                own = own if n_own else np.zeros((1, x.shape[1]), dtype=np.float32)
+                values = torch.from_numpy(own).to(device)
+                run.engine(values)
+                embedded = sums.add(values)
+                parts.append(embedded[:n_own].cpu().numpy())
+    finally:
+        run.engine.train()
+    return np.concatenate(parts)
+
+
+class _GeneSums:
+    """Sums over cells of the shown genes' encodings and attention, of the pass that just ran.
+
+    Args:
+        run: The run.
+        genes: (S,) shown genes.
+    """
+
+    def __init__(self, run: Run, genes: NDArray[np.int64]) -> None:
+        self._run, n = run, len(genes)
+        device = run.ranks.device
+        self._genes = torch.from_numpy(genes).to(device)
+        self._encoded = torch.zeros(n, run.config.model.base_dim + 1, device=device)
+        self._attention = torch.zeros(n, n + 1, device=device)
+        self._h: Tensor | None = None
+        self._qkv: Tensor | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the encodings and the decoder's last queries and keys of every forward pass."""
+
+        def keep_encodings(_: Any, inputs: tuple[Any, ...]) -> None:
+            self._h = inputs[0]
+
+        def keep_projections(_: Any, __: Any, output: Tensor) -> None:
+            self._qkv = output
+
+        model = self._run.model
+        handles = [model.head.register_forward_pre_hook(keep_encodings)]
+        # A compiled layer does not call the hooks of what it consists of.
+        if not self._run.config.engine.compile_layers:
+            last = model.decoder.layers[-1].attention.to_qkv
+            handles.append(last.register_forward_hook(keep_projections))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, x: Tensor) -> Tensor:
+        """Add the cells (B, G) that the pass read, and return their embeddings (B, C)."""
+        assert self._h is not None
+        h, expressed = self._h.float(), (x > 0).float()
+        shown = expressed[:, self._genes]
+        weighted = h[:, self._genes] * shown[:, :, None]
+        self._encoded[:, :-1] += weighted.sum(0)
+        self._encoded[:, -1] += shown.sum(0)
+        if self._qkv is not None:
+            attention = self._exact_attention(self._qkv) * shown[:, :, None]
+            self._attention[:, :-1] += attention.sum(0)
+            self._attention[:, -1] += shown.sum(0)
+        # As `embed` pools: the mean over the genes that a cell expresses.
+        total = torch.bmm(expressed[:, None, :], h)[:, 0]
+        return total / expressed.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+    def _exact_attention(self, qkv: Tensor) -> Tensor:
+        """Return (B, S, S) softmax attention among the shown genes, mean over heads, times N.
+
+        It is what the random features estimate. 1 is what a gene gets when all get the same.
+        """
+        sizes = self._run.config.model.decoder
+        q, k, _ = qkv.float().unflatten(-1, (3, sizes.heads, sizes.dim_head)).unbind(2)
+        scores = torch.einsum("bshk,bnhk->bhsn", q[:, self._genes], k) * sizes.dim_head**-0.5
+        shares = torch.softmax(scores, dim=-1)[..., self._genes].mean(dim=1)
+        return shares * k.shape[1]
+
+    def means(self) -> dict[str, NDArray[Any]]:
+        """Return the means over the cells of all ranks that express the gene."""
+        dist.all_reduce(self._encoded)
+        dist.all_reduce(self._attention)
+        encoded, attention = self._encoded.cpu().numpy(), self._attention.cpu().numpy()
+        found = {"gene_encodings": encoded[:, :-1] / np.maximum(encoded[:, -1:], 1)}
+        if attention[:, -1].any():
+            found["gene_attention"] = attention[:, :-1] / np.maximum(attention[:, -1:], 1)
+        return found
+
+
+def _annotation(run: Run, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Return dataset and label of cells; without the label where the corpus has none."""
+    try:
+        obs = run.corpus.obs(rows)
+    except (ValueError, OSError) as error:
+        log.warning("pictures of cells are without their annotation: %s", error)
+        return {}
+    found = {"dataset": obs["dataset_id"].astype(str).to_numpy(dtype=str)}
+    columns = {_plain_name(str(column)): column for column in obs.columns}
+    name = next((name for name in LABELS if name in columns), None)
+    if name is not None:
+        found["label"] = obs[columns[name]].fillna("").astype(str).to_numpy(dtype=str)
+        found["label_name"] = np.array(str(columns[name]))
+    return found
+
+
+def _plain_name(column: str) -> str:
+    return re.sub(r"[\s.-]+", "_", column.strip().lower())

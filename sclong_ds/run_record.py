@@ -1,0 +1,220 @@
+"""What a run folder holds, read once, and the figures that sum a run up.
+
+`sclong_ds.report` and `sclong_ds.compare` read runs through this.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sclong_ds import plots
+from sclong_ds.mlflow_store import find_run_dir
+from sclong_ds.run_folder import (
+    METRICS_FILE,
+    PLOTS_DIR,
+    SYSTEM_DIR,
+    read_events,
+    read_every_row,
+    read_lines,
+    read_metrics,
+    read_run_json,
+)
+from sclong_ds.strict_yaml import parse_yaml
+
+Rows = list[dict[str, float]]
+
+LAST_STEPS = 10  # one batch of few cells is noisy: "last" training numbers are means
+HOURS = "hours"
+"""Key of a row's training time, see `read_run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One process's life: from a start to the last sign before the next one."""
+
+    start: float
+    end: float
+    first_step: int
+    last_step: int
+    last_event: str
+    world_size: int | None
+    """Ranks."""
+    lost_steps: int
+    """Steps that the next start did again: they were behind the last checkpoint."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder holds.
+
+    Attributes:
+        folder: Run folder.
+        run: run.json.
+        train: Training rows by step, with `HOURS`.
+        validation: Validation rows by step, with `HOURS`.
+        events: Events in the order written.
+        sessions: Lives of the run.
+        texts: Name to content of the resolved configuration files.
+        images: PNG files of the newest pictures, sorted by name.
+        system: Samples of every node by its name, with `HOURS`.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    train: Rows
+    validation: Rows
+    events: list[dict[str, Any]]
+    sessions: tuple[Session, ...]
+    texts: dict[str, str]
+    images: tuple[Path, ...]
+    system: dict[str, Rows]
+
+    @property
+    def name(self) -> str:
+        """Name for people."""
+        return self.folder.name
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The `summary` of run.json, or nothing."""
+        return dict(self.run.get("summary") or {})
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """The resolved configuration by dotted key; nothing where there is none."""
+        text = self.texts.get("config.yaml")
+        return dict(_flat(parse_yaml(text, f"{self.folder}/config.yaml"), "")) if text else {}
+
+    @property
+    def steps(self) -> int:
+        """Last optimizer step."""
+        return int(max(row["step"] for row in self.train + self.validation))
+
+    @property
+    def wall_time_s(self) -> float:
+        """Seconds during which the run was alive; pauses before a restart do not count."""
+        return sum(session.end - session.start for session in self.sessions)
+
+    @property
+    def restart_steps(self) -> list[int]:
+        """Steps after which the run was resumed."""
+        return [int(e["step"]) for e in self.events if e["event"] == "resume"]
+
+    def median(self, name: str) -> float:
+        """Return the median of a training metric; the first step, which warms up, is left out."""
+        values = plots.series(self.train, name)[1]
+        values = values[1:] if len(values) > 1 else values
+        return float(np.median(values)) if len(values) else math.nan
+
+    def last_mean(self, name: str) -> float:
+        """Return the mean of a training metric over the last steps."""
+        values = plots.series(self.train, name)[1][-LAST_STEPS:]
+        return float(values.mean()) if len(values) else math.nan
+
+    def highest(self, name: str) -> float:
+        """Return the highest value of a metric, of training or validation."""
+        values = plots.series(self.train + self.validation, name)[1]
+        return float(values.max()) if len(values) else math.nan
+
+    def count(self, event: str) -> int:
+        """Return how many events of a name there are."""
+        return sum(e["event"] == event for e in self.events)
+
+
+def find_run(name: str) -> RunRecord:
+    """Read a run by its folder or its id; raises as `read_run` and `find_run_dir`."""
+    folder = Path(name)
+    return read_run(folder if folder.is_dir() else find_run_dir(name))
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read a run folder.
+
+    Rows get `HOURS`: hours of training before them, pauses between two lives left out.
+
+    Raises:
+        FileNotFoundError: The folder or its metrics.jsonl does not exist.
+        ValueError: There is nothing to report yet, or a file of the run is damaged.
+    """
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir}: no such run folder")
+    if not (run_dir / METRICS_FILE).is_file():
+        raise FileNotFoundError(
+            f"{run_dir}: no {METRICS_FILE} in it; give the folder that training wrote (run.dir)"
+        )
+    rows = read_metrics(run_dir)
+    train = [row for row in rows if "train/loss" in row]
+    validation = [row for row in rows if "val/mse" in row]
+    if not train and not validation:
+        raise ValueError(
+            f"{run_dir}: {METRICS_FILE} has no row with train/loss or val/mse; "
+            "nothing was trained yet: run the report after the first step"
+        )
+    events = read_events(run_dir)
+    marks = [(row["time"], int(row["step"])) for row in read_every_row(run_dir)]
+    sessions = _sessions(events, marks)
+    nodes = {f.stem: read_lines(f) for f in sorted((run_dir / SYSTEM_DIR).glob("*.jsonl"))}
+    for row in itertools.chain(train, validation, *nodes.values()):
+        row[HOURS] = _alive_before(sessions, row["time"]) / 3600
+    files = (run_dir / name for name in ("config.yaml", "ds_config.json"))
+    return RunRecord(
+        folder=run_dir.resolve(),
+        run=read_run_json(run_dir),
+        train=train,
+        validation=validation,
+        events=events,
+        sessions=sessions,
+        texts={f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()},
+        images=tuple(sorted((run_dir / PLOTS_DIR).glob("*.png"))),
+        system=nodes,
+    )
+
+
+def _sessions(events: list[dict[str, Any]], rows: list[tuple[float, int]]) -> tuple[Session, ...]:
+    """Return the lives of a run from its events, and time and step of every row ever written."""
+    starts = [e for e in events if e["event"] in ("start", "resume")]
+    marks = sorted(
+        [(float(e["time"]), int(e["step"]), str(e["event"])) for e in events]
+        + [(time, step, "") for time, step in rows],
+        key=lambda mark: mark[0],
+    )
+    bounds = [float(e["time"]) for e in starts] or [marks[0][0]]
+    found = []
+    for n, (begin, until) in enumerate(zip(bounds, [*bounds[1:], math.inf], strict=True)):
+        own = [mark for mark in marks if begin <= mark[0] < until]
+        last = max(step for _, step, _ in own)
+        names = [name for _, _, name in own if name]
+        resumed_at = int(starts[n + 1]["step"]) if n + 1 < len(starts) else last
+        found.append(
+            Session(
+                start=begin,
+                end=own[-1][0],
+                first_step=own[0][1],
+                last_step=last,
+                last_event=names[-1] if names else "",
+                world_size=starts[n].get("world_size") if starts else None,
+                lost_steps=max(0, last - resumed_at),
+            )
+        )
+    return tuple(found)
+
+
+def _alive_before(sessions: Iterable[Session], time: float) -> float:
+    """Return the seconds that a run was alive before a point in time."""
+    return sum(max(0.0, min(s.end, time) - s.start) for s in sessions)
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "null" if value is None else str(value)

@@ -1,0 +1,221 @@
+"""Figures of what a model makes of held-out cells, and of how its ranks and parts fare.
+
+Drawn by `sclong_ds.pictures` from plain arrays, made like those of `sclong_ds.plots`.
+
+Shapes: n cells, S genes, C base width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+from sclong_ds import plots
+from sclong_ds.picture_data import RANK_COLUMNS
+from sclong_ds.plots import COLORS, INK, MUTED, Row
+
+_NOTHING = "not given"
+_MAX_RANK_BARS = 64
+_ZERO_NORM = 1e-12
+
+
+def cell_figure(
+    points: NDArray[np.floating[Any]],
+    groups: Mapping[str, NDArray[np.str_]],
+    *,
+    n_expressed: NDArray[np.integer[Any]],
+    method: str,
+) -> Figure:
+    """Draw cells in the plane, a panel for each grouping and one for the expressed genes.
+
+    Args:
+        points: (n, 2).
+        groups: Title of a panel to the (n,) group of each cell.
+        n_expressed: (n,) expressed genes of each cell.
+        method: How the points were found.
+    """
+    n_panels = len(groups) + 1
+    figure = Figure(figsize=(4.4 * n_panels + 0.8, 4.6), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, n_panels, squeeze=False)[0]
+    size = float(np.clip(3000 / len(points), 4, 40))
+    for axes, (title, values) in zip(panels, groups.items(), strict=False):
+        _plain_panel(axes, f"by {title}", method)
+        for color, (name, of_group) in zip(COLORS, _largest(values), strict=False):
+            label = f"{name} ({of_group.sum():,})"
+            axes.scatter(*points[of_group].T, s=size, color=color, alpha=0.8, lw=0, label=label)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False, fontsize=8,
+            markerscale=max(1.0, 20 / size), labelcolor=INK, handletextpad=0.2, columnspacing=1.0,
+        )  # fmt: skip
+    _plain_panel(panels[-1], "by expressed genes", method)
+    dots = panels[-1].scatter(*points.T, s=size, c=n_expressed, cmap="viridis", lw=0)
+    bar = figure.colorbar(dots, ax=panels[-1], shrink=0.8)
+    bar.set_label("expressed genes of the cell", fontsize=9, color=MUTED)
+    _quiet_bar(bar)
+    figure.suptitle(f"{len(points):,} held-out cells", fontsize=10, color=INK, x=0.01, ha="left")
+    return figure
+
+
+def gene_figure(
+    encodings: NDArray[np.floating[Any]],
+    attention: NDArray[np.floating[Any]] | None,
+    symbols: Sequence[str] | NDArray[np.str_],
+) -> Figure:
+    """Draw how alike the shown genes are to the model, and which ones the decoder attends to.
+
+    Args:
+        encodings: (S, C) mean encodings over the cells that express the gene.
+        attention: (S, S) attention of gene (row) to gene (column), 1 where all get the same.
+        symbols: (S,) names.
+    """
+    expressed = np.linalg.norm(encodings, axis=1) > 0
+    encodings, names = encodings[expressed], np.asarray(symbols)[expressed]
+    likeness = _cosines(encodings)
+    order = _by_likeness(likeness)
+    panels_of = [likeness[np.ix_(order, order)]]
+    if attention is not None:
+        attention = attention[np.ix_(expressed, expressed)]
+        panels_of.append(np.log2(np.maximum(attention[np.ix_(order, order)], 2.0**-16)))
+    figure = Figure(figsize=(8.4 * len(panels_of), 7.4), layout="constrained", facecolor="white")
+    titles = (
+        ("likeness of genes: cosine of their mean encodings", "cosine", 1.0),
+        ("attention in the decoder's last layer: row attends to column", "log2 of even share", 3.0),
+    )
+    panels = figure.subplots(1, len(panels_of), squeeze=False)[0]
+    for axes, values, (title, unit, limit) in zip(panels, panels_of, titles, strict=False):
+        top = limit if unit == "cosine" else max(0.5, float(np.percentile(np.abs(values), 98)))
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+        at = np.arange(len(order))
+        axes.set_xticks(at, names[order], rotation=90, fontsize=8, color=INK)
+        axes.set_yticks(at, names[order], fontsize=8, color=INK)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, fontsize=11, color=INK, loc="left")
+        bar = figure.colorbar(image, ax=axes, shrink=0.6, extend="neither")
+        bar.set_label(unit, fontsize=9, color=MUTED)
+        _quiet_bar(bar)
+    figure.suptitle(
+        f"{len(order)} genes whose values vary most", fontsize=10, color=INK, x=0.01, ha="left"
+    )
+    return figure
+
+
+def gradient_figure(rows: Sequence[Row]) -> Figure:
+    """Draw the gradient norm of the whole model and of its parts, spikes and skipped steps marked.
+
+    Args:
+        rows: Training rows with `train/grad_norm`, `train/grad_norm/PART`.
+    """
+    figure, axes = plots.new_figure(9.0, 4.2)
+    prefix = "train/grad_norm/"
+    names = dict.fromkeys(n.removeprefix(prefix) for r in rows for n in r if n.startswith(prefix))
+    curves = [("train/grad_norm", "whole model", "#111827", 2.2)]
+    curves += [
+        (prefix + n, n.replace("_", " "), color, 1.4)
+        for n, color in zip(names, COLORS, strict=False)
+    ]
+    for name, label, color, width in curves:
+        steps, values = plots.series(rows, name)
+        if len(values):
+            plots.smooth_curve(axes, steps, np.maximum(values, _ZERO_NORM), color, label, width)
+    spikes = [row["step"] for row in rows if row.get("train/spike")]
+    for number, step in enumerate(spikes):
+        label = "loss spike" if number == 0 else None
+        axes.axvline(step, color="#B91C1C", lw=1.0, ls=":", label=label, zorder=1)
+    skipped = max((row.get("train/skipped_steps", 0) for row in rows), default=0)
+    axes.set_yscale("log")
+    axes.set(xlabel="optimizer step", ylabel="norm of the gradient, before clipping")
+    axes.set_title(f"{skipped:.0f} skipped steps", fontsize=10, color=INK, loc="right")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=4, loc="upper center",
+                bbox_to_anchor=(0.5, -0.16))  # fmt: skip
+    return figure
+
+
+def rank_figure(times: NDArray[np.floating[Any]]) -> Figure:
+    """Draw where the time of each rank goes, and its memory.
+
+    Args:
+        times: (ranks, columns) means per step of `RANK_COLUMNS`.
+    """
+    figure = Figure(figsize=(9.0, 5.2), layout="constrained", facecolor="white")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1.0))
+    order = np.arange(len(times))
+    title = "mean of a step since the last validation"
+    if len(times) > _MAX_RANK_BARS:
+        # Of a thousand ranks those that differ most.
+        own = times[:, 0] + times[:, 1]
+        order = np.sort(np.argsort(-np.abs(own - np.median(own)), kind="stable")[:_MAX_RANK_BARS])
+        title += f"; the {_MAX_RANK_BARS} of {len(times):,} ranks that differ most"
+    at, bottom = np.arange(len(order)), np.zeros(len(order))
+    parts = ("waiting for data", "forward", "backward", "optimizer")
+    for column, (name, color) in enumerate(zip(parts, ("#D55E00", *COLORS[5:3:-1], COLORS[2]),
+                                               strict=True)):  # fmt: skip
+        values = times[order, column]
+        upper.bar(at, values, 0.8, bottom=bottom, color=color, label=name)
+        bottom += values
+    rest = np.maximum(times[order, RANK_COLUMNS.index("perf/step_time_s")] - bottom, 0)
+    upper.bar(at, rest, 0.8, bottom=bottom, color="#D1D5DB", label="other, waiting for ranks")
+    lower.bar(at, times[order, RANK_COLUMNS.index("mem/peak_gib")], 0.8, color="#0072B2")
+    for axes, label in ((upper, "seconds"), (lower, "peak memory, GiB")):
+        plots.style_axes(axes)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel(label)
+    lower.set(xlabel="rank", xlim=(-0.6, max(len(order), 8) - 0.4))
+    shown = at if len(at) <= 16 else at[:: -(-len(at) // 16)]
+    lower.set_xticks(shown, [str(order[i]) for i in shown])
+    upper.set_title(title, fontsize=10, color=INK, loc="left")
+    upper.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=5, loc="lower left",
+                 bbox_to_anchor=(0.0, 1.08))  # fmt: skip
+    return figure
+
+
+def _largest(values: NDArray[np.str_]) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Return the groups by falling size, small ones together when there are more than colours."""
+    names, counts = np.unique(values, return_counts=True)
+    by_size = names[np.argsort(-counts, kind="stable")]
+    groups = [(str(name) or _NOTHING, values == name) for name in by_size]
+    if len(groups) <= len(COLORS):
+        return groups
+    rest = groups[len(COLORS) - 1 :]
+    others = np.any([of_group for _, of_group in rest], axis=0)
+    return [*groups[: len(COLORS) - 1], (f"{len(rest)} others", others)]
+
+
+def _cosines(encodings: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return (S, S) cosines, after taking off what all genes have in common."""
+    centred = encodings.astype(np.float64) - encodings.mean(axis=0, dtype=np.float64)
+    norms = np.linalg.norm(centred, axis=1, keepdims=True)
+    unit = centred / np.maximum(norms, _ZERO_NORM)
+    return np.clip(unit @ unit.T, -1.0, 1.0)
+
+
+def _by_likeness(likeness: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return an order of the genes that puts alike ones side by side."""
+    if len(likeness) < 3:
+        return np.arange(len(likeness))
+    distance = 1.0 - (likeness + likeness.T) / 2
+    np.fill_diagonal(distance, 0.0)
+    tree = linkage(squareform(distance, checks=False), method="average", optimal_ordering=True)
+    return leaves_list(tree)
+
+
+def _plain_panel(axes: Axes, title: str, method: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9CA3AF")
+    axes.set_xlabel(f"{method} 1", fontsize=8, color=MUTED, loc="left")
+    axes.set_ylabel(f"{method} 2", fontsize=8, color=MUTED, loc="bottom")
+
+
+def _quiet_bar(bar: Any) -> None:
+    bar.ax.tick_params(labelsize=8, colors=MUTED)
+    bar.outline.set_visible(False)

@@ -1,0 +1,130 @@
+"""An exported model as MLflow model: logged with its run, registered, opened elsewhere, used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from exported import named_genes, write_model
+from launching import run_module
+from scipy.sparse import csr_matrix
+
+from sclong_ds.config import load_config
+from sclong_ds.embed import embed_counts
+from sclong_ds.genes import GeneVocabulary
+from sclong_ds.mlflow_model import EmbeddingModel, _load_pyfunc
+from sclong_ds.mlflow_store import new_client
+from sclong_ds.model_dir import load_model
+from sclong_ds.run_folder import recorded_ids
+from sclong_ds.tracking import Tracker
+
+N_GENES, N_CELLS = 60, 9
+SETTINGS = {"min_genes_mapped": 10, "min_share_mapped": 0.5}
+
+# What a stranger does, who has the packages but not this checkout.
+USE = """
+import json, sys
+import anndata, mlflow
+import numpy as np
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2], model_config=json.loads(sys.argv[3]))
+found = model.predict(anndata.read_h5ad(sys.argv[4]))
+found.to_pickle(sys.argv[5])
+import sclong_ds
+print(sclong_ds.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def genes() -> GeneVocabulary:
+    return named_genes(N_GENES)
+
+
+@pytest.fixture(scope="module")
+def model_dir(genes: GeneVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), genes, seed=0)
+
+
+@pytest.fixture(scope="module")
+def counts() -> np.ndarray:
+    return np.random.default_rng(0).poisson(1.0, (N_CELLS, N_GENES))
+
+
+@pytest.fixture(scope="module")
+def cells(counts: np.ndarray, genes: GeneVocabulary) -> anndata.AnnData:
+    """The cells with their genes in reverse order, named by symbol."""
+    obs = pd.DataFrame(index=[f"cell{i}" for i in range(N_CELLS)])
+    var = pd.DataFrame(index=list(genes.symbols)[::-1])
+    return anndata.AnnData(csr_matrix(counts[:, ::-1].astype(np.float32)), obs=obs, var=var)
+
+
+def test_registered_model_embeds_in_another_process(
+    model_dir: Path, counts: np.ndarray, cells: anndata.AnnData, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = load_config("sclong_tiny", [f"tracking.uri={uri}", "tracking.picture_cells=null"])
+    tracker = Tracker(config, tmp_path / "run", enabled=True)
+    run_id = tracker.start(params={}, tags={}, artifacts=[], resumed=False)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.finish("FINISHED")
+
+    logged = run_module(
+        "sclong_ds", "log-model", model_dir, "--run", tmp_path / "run", "--register", "embedder"
+    )
+    assert logged.stdout.splitlines()[-1] == "models:/embedder/1"
+    client = new_client(uri)
+    assert client.get_model_version("embedder", "1").run_id == run_id
+    run = client.get_run(run_id)
+    assert len(run.outputs.model_outputs) == 1
+    assert run.info.status == "FINISHED"
+    assert [m.value for m in client.get_metric_history(run_id, "train/loss")] == [1.0]
+
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    away = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    used = subprocess.run(
+        [sys.executable, "-c", USE, uri, "models:/embedder/1", json.dumps(SETTINGS),
+         tmp_path / "cells.h5ad", tmp_path / "found.pkl"],
+        cwd=tmp_path, env=away, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert used.returncode == 0, used.stderr[-3000:]
+    code = Path(used.stdout.splitlines()[-1])
+    assert code.is_relative_to(tmp_path / "mlartifacts"), "it brings its own code"
+    found = pd.read_pickle(tmp_path / "found.pkl")
+    assert list(found.index) == list(cells.obs_names)
+    expected = embed_counts(load_model(model_dir), csr_matrix(counts))
+    np.testing.assert_allclose(found.to_numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def opened(model_dir: Path) -> EmbeddingModel:
+    return _load_pyfunc(str(model_dir), SETTINGS)
+
+
+def test_table_gives_what_anndata_gives(opened: EmbeddingModel, cells: anndata.AnnData) -> None:
+    pd.testing.assert_frame_equal(opened.predict(cells.to_df()), opened.predict(cells))
+
+
+def test_what_is_not_raw_counts_is_refused(opened: EmbeddingModel, cells: anndata.AnnData) -> None:
+    with pytest.raises(ValueError, match="count"):
+        opened.predict(cells.to_df() + 0.25)
+    with pytest.raises(ValueError, match="got ndarray; give AnnData"):
+        opened.predict(np.zeros((2, 2)))  # type: ignore[arg-type]
+
+
+def test_unknown_setting_is_refused(model_dir: Path) -> None:
+    with pytest.raises(ValueError, match="unknown batchsize; allowed: batch_size"):
+        _load_pyfunc(str(model_dir), {"batchsize": 3})
+
+
+def test_model_of_no_tracked_run_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    done = run_module("sclong_ds", "log-model", model_dir, check=False)
+    assert done.returncode == 1
+    assert "provenance.json names no MLflow run: give --run RUN_DIR" in done.stderr
+    assert recorded_ids(tmp_path) == {}

@@ -1,0 +1,32 @@
+"""A signal asks for a stop once; what follows cannot kill a process that is ending by itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from launching import ROOT
+
+SAVES_AND_ENDS = """
+import os, signal, sys
+from sclong_ds.signals import StopRequest
+
+class Last:
+    # Python has by then given handled signals back their default.
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):
+        kill(pid, number)
+
+stop = StopRequest()
+assert stop.reason() is None
+os.kill(os.getpid(), signal.SIGUSR1)
+assert stop.reason() == "SIGUSR1"
+last = Last()
+sys.exit(75)
+"""
+
+
+def test_a_repeated_signal_does_not_kill_a_process_that_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SAVES_AND_ENDS], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 75, done.stderr
