@@ -192,10 +192,13 @@ class _GeneSums:
         It is what the random features estimate. 1 is what a gene gets when all get the same.
         """
         sizes = self._run.config.model.decoder
-        q, k, _ = qkv.float().unflatten(-1, (3, sizes.heads, sizes.dim_head)).unbind(2)
-        scores = torch.einsum("bshk,bnhk->bhsn", q[:, self._genes], k) * sizes.dim_head**-0.5
-        shares = torch.softmax(scores, dim=-1)[..., self._genes].mean(dim=1)
-        return shares * k.shape[1]
+        shares = []
+        for cell in qkv.unflatten(-1, (3, sizes.heads, sizes.dim_head)):
+            # A cell at a time, and no values: all of a batch in float32 would be gigabytes.
+            q, k = cell[self._genes, 0].float(), cell[:, 1].float()
+            scores = torch.einsum("shk,nhk->hsn", q, k) * sizes.dim_head**-0.5
+            shares.append(torch.softmax(scores, dim=-1)[..., self._genes].mean(dim=0))
+        return torch.stack(shares) * qkv.shape[1]
 
     def means(self) -> dict[str, NDArray[Any]]:
         """Return the means over the cells of all ranks that express the gene."""

@@ -111,9 +111,12 @@ class Tracker:
         settings, about = self._config.tracking, dict(summary or {})
         self._step = step
         if self._samples_node and settings.system_metrics_every_s:
-            self._sampler = NodeSampler(
-                self._run_dir, every_s=settings.system_metrics_every_s, step=lambda: self._step
-            )
+            try:
+                self._sampler = NodeSampler(
+                    self._run_dir, every_s=settings.system_metrics_every_s, step=lambda: self._step
+                )
+            except OSError as error:  # a rank that gave up here would leave the others waiting
+                log.warning("this node is not sampled: %s", error)
         if not self._enabled:
             return None
         self._folder = RunFolder(self._run_dir)
@@ -270,7 +273,7 @@ class _Artist:
     def finish(self, *, wait_s: float) -> None:
         """Wait until all is drawn, and end the process when that takes longer."""
         deadline = time.monotonic() + wait_s
-        while self._is_busy() or (wait_s and pending(self._run_dir)):
+        while self._is_busy() or pending(self._run_dir):
             if time.monotonic() >= deadline:
                 break
             self._start()
@@ -298,12 +301,15 @@ class _Artist:
         place = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
         # It shares the node with training: one thread, and last in line.
         threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-        with self._log_file.open("wb") as output:
-            self._process = subprocess.Popen(
-                ["nice", "-n", "15", sys.executable, "-m", "sclong_ds.pictures", self._run_dir],
-                env=os.environ | place | threads, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        try:
+            with self._log_file.open("wb") as output:
+                self._process = subprocess.Popen(
+                    ["nice", "-n", "15", sys.executable, "-m", "sclong_ds.pictures", self._run_dir],
+                    env=os.environ | place | threads, stdin=subprocess.DEVNULL,
+                    stdout=output, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+        except OSError as error:  # a full disk, no memory: the next validation tries again
+            log.error("pictures are not drawn now: %s", error)
 
     @property
     def _log_file(self) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from sclong_ds import pictures, review, validation_plots
@@ -143,6 +144,28 @@ def test_every_waiting_validation_is_drawn_once(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (tmp_path / "report.html").is_file()
     assert not taken.exists()
+
+
+def test_attention_is_that_of_all_genes_and_embedding_that_of_the_expressed() -> None:
+    heads, width, genes = 2, 8, np.array([1, 4, 9])
+    sizes = SimpleNamespace(heads=heads, dim_head=width)
+    config = SimpleNamespace(model=SimpleNamespace(base_dim=5, decoder=sizes))
+    run: Any = SimpleNamespace(config=config, ranks=SimpleNamespace(device=torch.device("cpu")))
+    sums = review._GeneSums(run, genes)
+    torch.manual_seed(0)
+    qkv, h = torch.randn(3, 50, 3 * heads * width), torch.randn(3, 50, 5)
+    q, k, _ = qkv.unflatten(-1, (3, heads, width)).unbind(2)
+    scores = torch.einsum("bshk,bnhk->bhsn", q, k) / width**0.5
+    expected = torch.softmax(scores, dim=-1).mean(dim=1) * 50
+    got = sums._exact_attention(qkv)
+    torch.testing.assert_close(got, expected[:, genes][:, :, genes])
+    x = (torch.rand(3, 50) > 0.5).float()
+    sums._h, sums._qkv = h, qkv
+    pooled = torch.stack([h[b][x[b] > 0].mean(dim=0) for b in range(3)])
+    torch.testing.assert_close(sums.add(x), pooled)
+    shown = x[:, genes].bool()
+    mean = torch.stack([h[:, g][shown[:, i]].mean(dim=0) for i, g in enumerate(genes)])
+    torch.testing.assert_close(sums._encoded[:, :-1] / sums._encoded[:, -1:], mean)
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,17 @@ def test_every_node_is_sampled_into_the_one_run(
         assert len(history(store, run_id, name)) == len(rows)
 
 
+def test_node_that_cannot_be_sampled_trains(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "system").write_text("a file where the folder should be")
+    tracker = Tracker(make_config(uri=None), tmp_path / "run", enabled=False, samples_node=True)
+    tracker.start(params={}, tags={}, artifacts=[], resumed=False)
+    tracker.finish("FINISHED")
+    assert "this node is not sampled: " in caplog.text
+
+
 def test_pictures_of_every_validation_arrive_once(store: str, tmp_path: Path) -> None:
     """Also those that were drawn while nobody could send them."""
     run_dir = tmp_path / "run"
