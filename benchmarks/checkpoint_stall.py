@@ -1,70 +1,104 @@
 """Measure how long training stands still for a checkpoint, waiting for it and in the background.
 
-    python -m benchmarks.checkpoint_stall [--ranks 2] [--folder DIR]
+    python -m benchmarks.checkpoint_stall [--width 2048] [--folder DIR]
 
-Trains the wide model of `benchmarks.rank_memory` (40 million parameters, 480 MB a checkpoint) with
-a checkpoint every few steps, below DIR (the system's folder for temporary files unless told
-otherwise), once with checkpoint.asynchronous=false and once with true. Prints a table of medians.
+Trains eight square layers (34 million parameters, 400 MB a checkpoint) with ZeRO-3 in one process
+on a CPU, and saves below DIR (the system's folder for temporary files unless told otherwise), in
+turns waiting and in the background. Prints a table of medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.environment import environment
-from benchmarks.random_kills import make_corpus, settings, train
-from benchmarks.rank_memory import WIDE
-from sclong_ds.run_folder import read_events, read_metrics
 
-EVERY, STEPS = 4, 24
+ROUNDS = 3
 
 
 def main() -> int:
-    """Run both and print the table."""
+    """Save in both ways and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
-    parser.add_argument("--folder", type=Path, help="where the run folders lie for a while")
+    parser.add_argument("--width", type=int, default=2048, help="default %(default)s")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints lie for a while")
     args = parser.parse_args()
-    titles = ("checkpoint.asynchronous", "MB", "written in, s", "training stands still, s",
-              "step, s", "step while it is written, s")  # fmt: skip
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    step, save = prepare(args.width)
+    times: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for number in range(ROUNDS):
+            for background in times:
+                step()
+                place = Path(folder) / f"{number}_{background}"
+                times[background].append(save(place, background))
+    titles = "checkpoint.asynchronous", "training stands still, s", "written in, s", "MB"
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        work = Path(temporary)
-        corpus = make_corpus(work / "corpus")
-        for asynchronous in ("false", "true"):
-            run_dir = work / asynchronous
-            changes = WIDE | {
-                "run.max_steps": STEPS, "run.validate_every_n_steps": 0,
-                "checkpoint.every_n_steps": EVERY, "checkpoint.keep_last": 1,
-                "checkpoint.asynchronous": asynchronous,
-            }  # fmt: skip
-            command = ["-m", "sclong_ds.pretrain", *settings(run_dir, corpus, **changes)]
-            train(command, n_ranks=args.ranks, log=work / "log")
-            # All but the last checkpoint, which a run always waits for.
-            saved = [e for e in read_events(run_dir) if e["event"] == "checkpoint"][:-1]
-            rows = [row for row in read_metrics(run_dir) if row["step"] > EVERY]
-            after = [row for row in rows if row["step"] % EVERY == 1]
-            # What a save costs is spread over the rows until the next one.
-            stalls = [
-                sum(r["perf/checkpoint_s"] for r in rows if 0 < r["step"] - e["step"] <= EVERY)
-                for e in saved
-            ]
-            others = [row for row in rows if row["step"] % EVERY == 0]
-            figures = (
-                saved[0]["bytes"] / 1e6,
-                statistics.median(e["seconds"] for e in saved),
-                statistics.median(stalls),
-                statistics.median(row["perf/step_time_s"] for row in others),
-                statistics.median(row["perf/step_time_s"] for row in after),
-            )
-            text = " | ".join(f"{figure:.2f}" for figure in figures)
-            print(f"| {asynchronous} | {text} |", flush=True)
+    for background, figures in times.items():
+        medians = [statistics.median(column) for column in zip(*figures, strict=True)]
+        print(f"| {str(background).lower()} | {' | '.join(f'{m:.2f}' for m in medians)} |")
     print(environment())
     return 0
+
+
+def prepare(width: int) -> tuple[Any, Any]:
+    """Return a function that does a step, and one that saves and times it.
+
+    Args:
+        width: Width of the layers.
+    """
+    import torch
+    from torch import nn
+
+    from sclong_ds import checkpoint
+    from sclong_ds.checkpoint_files import TrainState
+    from sclong_ds.config import load_config
+    from sclong_ds.engine import (
+        build_partitioned,
+        initialize,
+        join_process_group,
+        quiet_deepspeed,
+        resolve_ds_config,
+    )
+
+    quiet_deepspeed()
+    join_process_group(timeout_s=600)
+    config = load_config("sclong_tiny", ["engine.train_batch_size=1"])
+    ds_config = resolve_ds_config(config.engine, world_size=1)
+    model = build_partitioned(
+        lambda: nn.Sequential(*(nn.Linear(width, width) for _ in range(8))),
+        seed=0,
+        ds_config=ds_config,
+    )
+    engine = initialize(model, optim=config.optim, ds_config=ds_config)
+    fields = dict.fromkeys((f.name for f in dataclasses.fields(TrainState)), 0)
+
+    def step() -> None:
+        engine.backward(engine(torch.ones(1, width)).square().mean())
+        engine.step()
+
+    def save(folder: Path, background: bool) -> tuple[float, ...]:
+        folder.mkdir()
+        started = time.perf_counter()
+        saving = checkpoint.begin_save(
+            engine, folder, TrainState(**fields), files=[], settings=config.checkpoint,
+            background=background,
+        )  # fmt: skip
+        stalled = time.perf_counter() - started
+        while not saving.writer.is_done():
+            step()
+        started = time.perf_counter()
+        saved = checkpoint.finish_save(saving)
+        return stalled + time.perf_counter() - started, saved.seconds, saved.n_bytes / 1e6
+
+    return step, save
 
 
 if __name__ == "__main__":
