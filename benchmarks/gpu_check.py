@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_check [--budget 540] [--json OUT] [--reference PATH] [--only STAGE,...]
     python -m benchmarks.gpu_check --device cpu --tiny      the same stages, small, without a GPU
 
-Needs torch, triton, numpy and pyyaml alone. Stages, each in a process of its own with its own time
-limit, so that a failure or a hang in one leaves the others alone; whatever a stage found is written
-to OUT at once:
+Needs torch, triton and numpy, for `model` and `reference` also pyyaml and torch-geometric. Stages,
+each in a process of its own with its own time limit, so that a failure or a hang in one leaves the
+others alone; whatever a stage found is written to OUT at once:
 
     device       names, versions, the GPU's own ceilings (copy, matrix product)
     resources    registers, spills and shared memory of every compiled kernel

@@ -24,7 +24,7 @@ from sclong_ds.memory import Setup, memory_per_rank, zero_settings
 from sclong_ds.run_folder import read_metrics
 
 MIB = 2**20
-STEPS = 3
+STEPS = 2
 
 
 def stack(depth: int, heads: int, dim_head: int) -> str:

@@ -3,7 +3,7 @@
 Parameters and FLOPs are exact for the plain torch kernels (`kernels/reference.py`). FLOPs are those
 of matrix products, 2 m n k each; backward is 2 x forward for linear layers. FAVOR+ has, per token
 and head, 4 dots of 2 K M in forward and 10 in backward (2 recompute features, 2 recompute sums, 6
-are gradients), plus products with one column: 1 and 2 of 2 M. Softmax attention, which torch
+are gradients), plus in backward one product with a row, 2 M. Softmax attention, which torch
 computes in blocks, has 2 dots of 2 K N in forward and 5 in backward (1 recomputes scores). Bytes
 are exact for what autograd keeps, and a prediction for the working memory of the backward pass.
 
@@ -234,12 +234,9 @@ def _layer_flops(
     if model.attention == "softmax":
         dot = 2 * n * rows * inner
         return linear + 2 * dot, 2 * linear + 5 * dot
-    column = 2 * rows * stack.heads * stack.features()
-    keys, queries = 2 * n * inner * stack.features(), column * stack.dim_head
-    return (
-        linear + 2 * keys + 2 * queries + column,
-        2 * linear + 6 * keys + 4 * queries + 2 * column,
-    )
+    row = 2 * rows * stack.heads * stack.features()
+    keys, queries = 2 * n * inner * stack.features(), row * stack.dim_head
+    return linear + 2 * keys + 2 * queries, 2 * linear + 6 * keys + 4 * queries + row
 
 
 def activation_bytes(

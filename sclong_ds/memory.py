@@ -175,7 +175,9 @@ def _gathered(model: ModelConfig, zero: Zero, setup: Setup, partitioned: int) ->
         2 * width * width * stack.ff_mult
         for stack, width, _ in stacks(model, setup.n_genes).values()
     )
-    return min(partitioned, zero.reuse_distance // 2 + zero.prefetch_bucket + layer)
+    arriving = zero.prefetch_bucket + layer
+    copied = min(partitioned, arriving) if setup.on_cpu else 0
+    return min(partitioned, zero.reuse_distance // 2 + arriving) + copied
 
 
 def _batch_constants(model: ModelConfig, setup: Setup, e: int) -> int:

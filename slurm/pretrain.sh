@@ -138,7 +138,7 @@ set_rendezvous() {
 # run's checkpoints, or an extended limit, may say something else later on, so it looks again whenever
 # half of the time is over.
 ask_in_time() {
-  local end left save_s pause=""
+  local end left save_s pause="" self=$BASHPID
   trap '[[ -z $pause ]] || kill "$pause"; exit' TERM # a sleep of hours must not outlive the job
   while true; do
     end=$(job_field EndTime)
@@ -150,7 +150,7 @@ ask_in_time() {
     pause=$!
     wait "$pause"
   done
-  if (($(ps -o ppid= "$BASHPID") != $$)); then return; fi # killed: $$ may be somebody else by now
+  if (($(ps -o ppid= "$self") != $$)); then return; fi # killed: $$ may be somebody else by now
   echo "asking the run to save: its checkpoints need it $save_s s before the time limit"
   kill -USR1 $$
 }

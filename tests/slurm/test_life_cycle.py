@@ -38,6 +38,7 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda *_: asked.append(1))
 (folder / f"ready-{{rank}}-{{life}}").touch()
 if behaviour == "slow checkpoint" and rank == "0":
+    time.sleep(5)  # the script has looked for checkpoints before
     with (folder / "run" / "events.jsonl").open("a") as events:
         row = {{"time": time.time(), "event": "checkpoint", "step": 20, "seconds": 50.0}}
         events.write(json.dumps(row) + "\\n")
