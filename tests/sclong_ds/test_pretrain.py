@@ -91,28 +91,23 @@ import sys
 import torch
 import sclong_ds
 
+if sys.argv[3:] == ["zero3"]:
+    # Under ZeRO-3 DeepSpeed's own linear layer adds the bias after the product, with a rounding.
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    torch.nn.functional.linear = zero3_linear_wrap
 x, expected = torch.load(sys.argv[1])
 with torch.no_grad():
     found = sclong_ds.load_model(sys.argv[2]).to(expected.dtype)(x, (x > 3) & (x < 3.5))
-near = 4 * torch.finfo(expected.dtype).eps
-torch.testing.assert_close(found, expected, rtol=near, atol=near)
+assert torch.equal(found, expected), f"{(found - expected).abs().max()} apart"
 """
 
 
-@pytest.fixture
-def one_order_of_sums(monkeypatch):
-    """MKL adds the same numbers in another order where they lie at other addresses."""
-    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-
-
 def assert_export_is_the_trained_model(run_dir, outputs):
-    """The exported model gives the same values; after a training in bf16, once it is in bf16 too.
-
-    But for the last bits, which the products with the graph leave open.
-    """
+    """The exported model gives the same bits; after a training in bf16, once it is in bf16 too."""
     out = run_dir.with_name(f"{run_dir.name}_exported")
     run_module("sclong_ds", "export", run_dir, "--out", out)
-    command = [sys.executable, "-c", LOADED, outputs, out]
+    stage = json.loads((run_dir / "ds_config.json").read_text())["zero_optimization"]["stage"]
+    command = [sys.executable, "-c", LOADED, outputs, out, f"zero{stage}"]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True)
 
 
@@ -276,7 +271,6 @@ def test_stopped_in_every_way_and_resumed_equals_straight_through(
     }
 
 
-@pytest.mark.usefixtures("one_order_of_sums")
 def test_one_rank_agrees_with_two_and_exports_what_it_trained(
     straight, small_corpus, small_graph, tmp_path
 ):
@@ -346,7 +340,6 @@ def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, overr
     check_gradient_norms(tmp_path / "run")
 
 
-@pytest.mark.usefixtures("one_order_of_sums")
 @pytest.mark.parametrize(
     "overrides",
     [
