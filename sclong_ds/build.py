@@ -33,7 +33,6 @@ from sclong_ds.engine import (
     on_first_rank,
     resolve_ds_config,
 )
-from sclong_ds.failures import node_name
 from sclong_ds.features_file import read_features
 from sclong_ds.files import file_sha256, write_atomic
 from sclong_ds.gradient_norms import GradientNorms
@@ -50,7 +49,7 @@ from sclong_ds.run_checks import (
     refuse_changes,
     refuse_other_inputs,
 )
-from sclong_ds.run_folder import read_metrics, take_over_ids
+from sclong_ds.run_folder import node_name, read_metrics, take_over_ids
 from sclong_ds.signals import StopRequest, lock_run_folder
 from sclong_ds.store import Corpus
 from sclong_ds.strict_yaml import to_yaml

@@ -12,7 +12,6 @@ import errno
 import json
 import logging
 import os
-import platform
 import re
 import sys
 import time
@@ -20,6 +19,7 @@ import traceback
 from pathlib import Path
 
 from sclong_ds.files import write_atomic
+from sclong_ds.run_folder import node_name
 
 OWN_STATUS, PASSING_STATUS = 1, 71
 """Exit statuses: the training says what is wrong; EX_OSERR, a device, network or disk gave up."""
@@ -101,8 +101,3 @@ def read_failure(run_dir: Path, *, life: str | None) -> str | None:
     path = run_dir / FAILURE_FILE
     row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return row["error"] if life is not None and row.get("life") == life else None
-
-
-def node_name() -> str:
-    """Return this node's name: Slurm's, where it has one, else the host's."""
-    return os.environ.get("SLURMD_NODENAME") or platform.node()

@@ -254,6 +254,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def node_name() -> str:
+    """Return this node's name: Slurm's, where it has one, for several may be one host."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node() or "node"
+
+
 def now() -> str:
     """Return the time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -10,8 +10,6 @@ GPU; with NVIDIA ones the figures come from NVML.
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import re
 import threading
 import time
@@ -21,19 +19,11 @@ from typing import Any
 
 import psutil
 
-from sclong_ds.run_folder import SYSTEM_DIR, Lines
+from sclong_ds.run_folder import SYSTEM_DIR, Lines, node_name
 
 log = logging.getLogger(__name__)
 
 _MB = 1e6
-
-
-def node_name() -> str:
-    """Return the name of this node as far as file and metric names allow: Slurm's, or the host's.
-
-    Slurm's first, for several of its nodes may be one host.
-    """
-    return re.sub(r"[^\w.-]", "_", os.environ.get("SLURMD_NODENAME") or platform.node() or "node")
 
 
 class NodeSampler:
@@ -48,7 +38,9 @@ class NodeSampler:
     def __init__(self, run_dir: Path, *, every_s: float, step: Callable[[], int]) -> None:
         folder = run_dir / SYSTEM_DIR
         folder.mkdir(parents=True, exist_ok=True)
-        self._node, self._every_s, self._step = node_name(), every_s, step
+        # As far as the names of files and metrics allow.
+        self._node = re.sub(r"[^\w.-]", "_", node_name())
+        self._every_s, self._step = every_s, step
         self._file = Lines(folder / f"{self._node}.jsonl")
         self._run_dir = run_dir
         self._stop = threading.Event()

@@ -1,0 +1,57 @@
+"""What a trained model makes of some cells, from the run itself and from its exported model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from launching import ROOT, environment, run_module
+
+OUTPUTS = """
+import sys
+import torch
+from sclong_ds import pretrain
+
+save = pretrain.save
+
+def save_and_show(run, *, must):
+    save(run, must=must)
+    x = torch.rand(3, run.corpus.n_genes, generator=torch.Generator().manual_seed(0)) * 4
+    x *= x > 2
+    run.engine.eval()
+    with torch.no_grad():
+        seen = run.engine(x, (x > 3) & (x < 3.5))
+    if must and run.ranks.rank == 0:
+        torch.save((x, seen), sys.argv[1])
+    run.engine.train()
+
+pretrain.save = save_and_show
+sys.exit(pretrain.main(sys.argv[2:]))
+"""
+"""Trains, and writes what the trained model makes of three cells."""
+
+
+LOADED = """
+import sys
+import torch
+import sclong_ds
+
+if sys.argv[3:] == ["zero3"]:
+    # Under ZeRO-3 DeepSpeed's own linear layer adds the bias after the product, with a rounding.
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    torch.nn.functional.linear = zero3_linear_wrap
+x, expected = torch.load(sys.argv[1])
+with torch.no_grad():
+    found = sclong_ds.load_model(sys.argv[2]).to(expected.dtype)(x, (x > 3) & (x < 3.5))
+assert torch.equal(found, expected), f"{(found - expected).abs().max()} apart"
+"""
+
+
+def assert_export_is_the_trained_model(run_dir, outputs):
+    """The exported model gives the same bits; after a training in bf16, once it is in bf16 too."""
+    out = run_dir.with_name(f"{run_dir.name}_exported")
+    run_module("sclong_ds", "export", run_dir, "--out", out)
+    stage = json.loads((run_dir / "ds_config.json").read_text())["zero_optimization"]["stage"]
+    command = [sys.executable, "-c", LOADED, outputs, out, f"zero{stage}"]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True)
