@@ -423,7 +423,7 @@ def peak_memory_gib(device: torch.device) -> float:
         device: The rank's device.
     """
     if device.type == "cpu":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        # Not getrusage: its maximum begins with what the parent held when it started the process.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
     return get_accelerator().max_memory_allocated() / 2**30

@@ -8,7 +8,6 @@ built, its peak, and the bytes of the whole model.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from sclong_ds.engine import (
     build_partitioned,
     count_parameters,
     join_process_group,
+    peak_memory_gib,
     resolve_ds_config,
 )
 from sclong_ds.genes import GeneVocabulary
@@ -37,7 +37,7 @@ def main(folder: str, preset: str, *overrides: str) -> None:
     )
     figures = {
         "before_bytes": before,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": round(peak_memory_gib(ranks.device) * 2**30),
         "held_bytes": sum(p.ds_tensor.nbytes for p in model.parameters()),
         "model_bytes": sum(p.ds_numel * p.element_size() for p in model.parameters()),
         "parameters": count_parameters(model),
