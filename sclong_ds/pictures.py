@@ -78,11 +78,11 @@ def draw(run_dir: Path, file: Path) -> Path:
     rows = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
     labels = (read_run_json(run_dir).get("summary") or {}).get("expression_bins")
     for name, figure in figures(data, rows, step=step, bin_labels=labels):
-        png = plots.png_bytes(figure)
-        write_atomic(partial / f"{name}.png", png)
-        write_atomic(run_dir / PLOTS_DIR / f"{name}.png", png)
+        write_atomic(partial / f"{name}.png", plots.png_bytes(figure))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+    for picture in folder.glob("*.png"):
+        write_atomic(run_dir / PLOTS_DIR / picture.name, picture.read_bytes())
     taken.unlink()
     return folder
 

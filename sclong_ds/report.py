@@ -110,7 +110,7 @@ def build_page(record: RunRecord) -> str:
             page.section("What was run", _what_was_run(record)),
             page.section("Training", _training(record)),
             page.section("Validation", _validation(record)),
-            page.section("Plots of the run", _images(record.images)),
+            page.section("Pictures", _pictures(record)),
             page.section("Nodes", _nodes(record)),
             page.section("Restarts and events", _sessions_table(record) + _events_table(record)),
             page.section("Configuration and environment", _details(record)),
@@ -337,10 +337,22 @@ def _validation(record: RunRecord) -> str:
     return "<br>".join(parts)
 
 
-def _images(paths: Sequence[Path]) -> str:
-    shown = sorted(paths, key=lambda p: (list(_PICTURES).index(p.stem) if p.stem in _PICTURES
-                                         else len(_PICTURES), p.stem))  # fmt: skip
-    return "".join(
+def _pictures(record: RunRecord) -> str:
+    """Return the newest pictures, and which validation they show."""
+    if record.pictured_step is None:
+        return ""
+    note = f"Of the validation at step {record.pictured_step:,}."
+    last = int(record.validation[-1]["step"]) if record.validation else record.pictured_step
+    if last > record.pictured_step:
+        note += (
+            f" Those of step {last:,} are not drawn yet: "
+            f"python -m sclong_ds.pictures {record.folder} draws what waits."
+        )
+    order = list(_PICTURES)
+    shown = sorted(
+        record.images, key=lambda p: order.index(p.stem) if p.stem in order else len(order)
+    )
+    return f'<p class="note">{html.escape(note)}</p>' + "".join(
         page.image(
             path.read_bytes(),
             "image/png",

@@ -19,8 +19,8 @@ from sclong_ds import plots
 from sclong_ds.mlflow_store import find_run_dir
 from sclong_ds.run_folder import (
     METRICS_FILE,
-    PLOTS_DIR,
     SYSTEM_DIR,
+    picture_steps,
     read_events,
     read_every_row,
     read_lines,
@@ -64,6 +64,7 @@ class RunRecord:
         sessions: Lives of the run.
         texts: Name to content of the resolved configuration files.
         images: PNG files of the newest pictures, sorted by name.
+        pictured_step: Step of the validation that they show; None without pictures.
         system: Samples of every node by its name, with `HOURS`.
     """
 
@@ -75,6 +76,7 @@ class RunRecord:
     sessions: tuple[Session, ...]
     texts: dict[str, str]
     images: tuple[Path, ...]
+    pictured_step: int | None
     system: dict[str, Rows]
 
     @property
@@ -165,6 +167,7 @@ def read_run(run_dir: Path) -> RunRecord:
     for row in itertools.chain(train, validation, *nodes.values()):
         row[HOURS] = _alive_before(sessions, row["time"]) / 3600
     files = (run_dir / name for name in ("config.yaml", "ds_config.json"))
+    pictured, folder = max(picture_steps(run_dir).items(), default=(None, None))
     return RunRecord(
         folder=run_dir.resolve(),
         run=read_run_json(run_dir),
@@ -173,7 +176,8 @@ def read_run(run_dir: Path) -> RunRecord:
         events=events,
         sessions=sessions,
         texts={f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()},
-        images=tuple(sorted((run_dir / PLOTS_DIR).glob("*.png"))),
+        images=() if folder is None else tuple(sorted(folder.glob("*.png"))),
+        pictured_step=pictured,
         system=nodes,
     )
 

@@ -53,7 +53,7 @@ ENVIRONMENT_FILE = "environment.txt"
 _RETRY_AFTER_S = 30.0
 _START_WAIT_S = 60.0  # the first use of an sqlite file creates its tables: some seconds
 _FINISH_WAIT_S = 20.0  # twice at most; batch systems grant a minute or two after a signal
-_DRAW_WAIT_S = 60.0  # at the end of a run that is done
+_DRAW_WAIT_S = 180.0  # at the end of a run that is done; less than batch systems give a last rank
 _EVENTS_TO_SEND = frozenset({"start", "resume", "validation", "spike", "skipped_step"})
 
 
@@ -279,7 +279,10 @@ class _Artist:
             self._start()
             time.sleep(0.1)
         if self._process is not None and self._is_busy():
-            log.info("a resumed run draws the pictures that are missing")
+            log.info(
+                "pictures that are missing: a resumed run draws them, or python -m "
+                "sclong_ds.pictures %s", self._run_dir,
+            )  # fmt: skip
             self._process.kill()
             self._process.wait()
 
@@ -299,12 +302,12 @@ class _Artist:
         if self._is_busy() or not pending(self._run_dir):
             return
         place = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        # It shares the node with training: one thread, and last in line.
+        # It shares the node with training: one thread, and behind it.
         threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MPLBACKEND": "agg"}
         try:
             with self._log_file.open("wb") as output:
                 self._process = subprocess.Popen(
-                    ["nice", "-n", "15", sys.executable, "-m", "sclong_ds.pictures", self._run_dir],
+                    ["nice", "-n", "10", sys.executable, "-m", "sclong_ds.pictures", self._run_dir],
                     env=os.environ | place | threads, stdin=subprocess.DEVNULL,
                     stdout=output, stderr=subprocess.STDOUT,
                 )  # fmt: skip

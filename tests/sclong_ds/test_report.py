@@ -74,9 +74,10 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         clock += 3600.0
     (folder / "config.yaml").write_text(f"model: '{NASTY}'\n")
     (folder / "ds_config.json").write_text('{"zero_optimization": {"stage": 3}}')
-    (folder / "plots").mkdir()
+    pictures = folder / "plots" / "step_00000020"
+    pictures.mkdir(parents=True)
     figure = plots.prediction_density_figure(np.arange(9.0), np.arange(9.0))
-    (folder / "plots" / "predicted_vs_true.png").write_bytes(plots.png_bytes(figure))
+    (pictures / "predicted_vs_true.png").write_bytes(plots.png_bytes(figure))
     update_run_json(
         folder,
         status="FINISHED",
@@ -134,6 +135,19 @@ def test_restart_shows_as_two_processes(run_dir: Path) -> None:
         ["1", "0", "12", "start", "2", "2"],
         ["2", "10", "30", "resume", "2", "0"],
     ]
+
+
+def test_page_says_which_validation_the_pictures_show(run_dir: Path, tmp_path: Path) -> None:
+    late = "not drawn yet: python -m sclong_ds.pictures"
+    text = Page(report.build_page(read_run(run_dir))).text
+    assert "Of the validation at step 20. Those of step 30 are not drawn yet" in text
+    assert late in text
+    drawn = tmp_path / "drawn"
+    shutil.copytree(run_dir, drawn)
+    (drawn / "plots" / "step_00000020").rename(drawn / "plots" / "step_00000030")
+    text = Page(report.build_page(read_run(drawn))).text
+    assert "Of the validation at step 30." in text
+    assert late not in text
 
 
 def test_page_needs_nothing_else_and_runs_nothing(run_dir: Path) -> None:
