@@ -1,9 +1,10 @@
 """What ended a training: something that it says is wrong, or something that may be well again.
 
-`sclong_ds.pretrain` ends with `report`. A wrong setting, a damaged file or bad numbers would come
-again in another life of the job: status 1, and FAILURE_FILE in the run folder, for the ranks that
-merely lose a peer end with statuses of their own. A device, a network or a file system that gave up
-may be well again, or another node may be better: status 71. `sclong_ds.restarts` reads both.
+`sclong_ds.pretrain` ends with `report` and `run_to_end`. A wrong setting, a damaged file or bad
+numbers would come again in another life of the job: status 1, and FAILURE_FILE in the run folder,
+for the ranks that merely lose a peer end with statuses of their own. A device, a network or a file
+system that gave up may be well again, or another node may be better: status 71.
+`sclong_ds.restarts` reads both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import node_name
@@ -80,6 +83,27 @@ def report(error: Exception, run_dir: Path | None) -> int:
     if run_dir is not None and run_dir.is_dir() and life_id() is not None:
         record(run_dir, f"rank {rank} ({node_name()}): {message}")
     return OWN_STATUS
+
+
+def run_to_end(main: Callable[[], int]) -> NoReturn:
+    """Run a command and end its process with the command's status, without Python's own shutdown.
+
+    A rank must end with the status that it means: `sclong_ds.restarts` and launchers act on it.
+    Threads of gloo free the tensors of the last collectives whenever they get to it, and abort the
+    process (134) when they come to it while Python shuts down; one of NCCL may hang.
+
+    Args:
+        main: Returns the exit status; what it raises is printed, and the status is 1.
+    """
+    try:
+        status = main()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the status must not be 134)
+        traceback.print_exception(error)
+        status = OWN_STATUS
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def record(run_dir: Path, text: str) -> None:

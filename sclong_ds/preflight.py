@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from sclong_ds.config import load_config
-from sclong_ds.failures import life_id
+from sclong_ds.failures import life_id, run_to_end
 from sclong_ds.files import write_atomic
 from sclong_ds.node_report import GIB, Place, Report, examine, on_gpus
 from sclong_ds.restarts import PREFLIGHT_FILE, add_training_arguments
@@ -351,6 +351,4 @@ def _run_dir(source: str, overrides: Sequence[str]) -> Path | None:
 
 
 if __name__ == "__main__":
-    STATUS = main()
-    logging.shutdown()
-    os._exit(STATUS)  # a thread may still hang in the collective
+    run_to_end(main)

@@ -377,4 +377,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    failures.run_to_end(main)

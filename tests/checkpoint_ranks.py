@@ -28,6 +28,7 @@ from sclong_ds.engine import (
     quiet_deepspeed,
     resolve_ds_config,
 )
+from sclong_ds.failures import run_to_end
 
 CONFIG = load_config("sclong_tiny")
 KEEP = dataclasses.replace(
@@ -249,7 +250,7 @@ def accumulate(ds_config: str) -> float:
     return float(safe_get_full_grad(bias)[0])
 
 
-def main(folder: str, small_disk: str | None = None) -> None:
+def main(folder: str, small_disk: str | None = None) -> int:
     """Go through all of it and write what this rank saw."""
     quiet_deepspeed()
     join_process_group(timeout_s=120)
@@ -260,8 +261,8 @@ def main(folder: str, small_disk: str | None = None) -> None:
         fill_disk(Path(small_disk), seen)
     seen["sums"] = {name: accumulate(name) for name in ("zero1", "zero2", "zero3")}
     (Path(folder) / f"rank_{dist.get_rank()}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_to_end(lambda: main(*sys.argv[1:]))

@@ -21,11 +21,12 @@ from sclong_ds.engine import (
     peak_memory_gib,
     resolve_ds_config,
 )
+from sclong_ds.failures import run_to_end
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.sclong import ScLong
 
 
-def main(folder: str, preset: str, *overrides: str) -> None:
+def main(folder: str, preset: str, *overrides: str) -> int:
     """Build the model on this rank and write the figures."""
     config = load_config(preset, overrides)
     ranks = join_process_group(timeout_s=config.engine.timeout_s)
@@ -43,7 +44,8 @@ def main(folder: str, preset: str, *overrides: str) -> None:
         "parameters": count_parameters(model),
     }
     (Path(folder) / f"rank_{ranks.rank}.json").write_text(json.dumps(figures))
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_to_end(lambda: main(*sys.argv[1:]))

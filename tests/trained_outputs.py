@@ -11,7 +11,7 @@ from launching import ROOT, environment, run_module
 OUTPUTS = """
 import sys
 import torch
-from sclong_ds import pretrain
+from sclong_ds import failures, pretrain
 
 save = pretrain.save
 
@@ -27,7 +27,7 @@ def save_and_show(run, *, must):
     run.engine.train()
 
 pretrain.save = save_and_show
-sys.exit(pretrain.main(sys.argv[2:]))
+failures.run_to_end(lambda: pretrain.main(sys.argv[2:]))
 """
 """Trains, and writes what the trained model makes of three cells."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.random_kills import end_ranks, start_ranks
 from sclong_ds import pretrain
 from sclong_ds.checkpoint import SaveError
 from sclong_ds.failures import passes, read_failure, report
@@ -69,3 +70,34 @@ def test_outside_of_slurm_nothing_is_recorded(
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert report(ValueError("wrong"), tmp_path) == 1
     assert not list(tmp_path.iterdir())
+
+
+LEAVE = """
+import sys, torch
+import torch.distributed as dist
+from sclong_ds.failures import run_to_end
+
+def main():
+    dist.init_process_group("gloo")
+    for _ in range(200):
+        dist.all_reduce(torch.ones(2**16), async_op=True)
+    if sys.argv[1] == "raise":
+        raise KeyError("not foreseen")
+    return int(sys.argv[1])
+
+run_to_end(main)
+"""
+"""Leaves while gloo's threads still free tensors: sys.exit aborted in three of four pairs."""
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("0", 0), ("1", 1), ("75", 75), ("raise", 1)])
+def test_ranks_end_with_the_status_that_they_mean(
+    outcome: str, status: int, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    ranks = start_ranks(2, ["-c", LEAVE, outcome], log=log)
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [status, status]
+    finally:
+        end_ranks(ranks)
+    assert log.read_text().count("KeyError: 'not foreseen'") == (2 if outcome == "raise" else 0)

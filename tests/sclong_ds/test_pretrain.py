@@ -389,8 +389,9 @@ def test_many_ranks_say_an_error_once(small_corpus, demo_graph, tmp_path):
 def test_a_rank_that_would_run_something_else_is_found(small_corpus, small_graph, tmp_path):
     """Nothing but parameters is broadcast: other random features would never be noticed."""
     program = (
-        "import os, sys; from sclong_ds import pretrain; "
-        "sys.exit(pretrain.main([*sys.argv[1:], 'model.projection_seed=' + os.environ['RANK']]))"
+        "import os, sys; from sclong_ds import failures, pretrain; "
+        "sys.argv.append('model.projection_seed=' + os.environ['RANK']); "
+        "failures.run_to_end(pretrain.main)"
     )
     args, log = settings(tmp_path / "run", small_corpus, small_graph), tmp_path / "log"
     ranks = start_ranks(2, ["-c", program, *args], log=log)

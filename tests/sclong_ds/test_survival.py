@@ -148,8 +148,8 @@ def test_steps_that_are_not_finite_stop_the_run_with_good_weights(corpus, tmp_pa
 
 
 FAULTS = """
-import sys, time
-from sclong_ds import pretrain
+import time
+from sclong_ds import failures, pretrain
 from sclong_ds.store import Corpus
 
 read, squared_error, calls = Corpus.read_packed, pretrain.masked_squared_error, []
@@ -164,7 +164,7 @@ def poisoned(*args):
     return squared_error(*args) * faults.get(len(calls), 1)
 
 Corpus.read_packed, pretrain.masked_squared_error = slow, poisoned
-sys.exit(pretrain.main(sys.argv[1:]))
+failures.run_to_end(pretrain.main)
 """
 """A disk that takes half a second for a chunk, a NaN in the third step, a spike in the 23rd."""
 
