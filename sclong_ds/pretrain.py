@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from sclong_ds import checkpoint, failures
 from sclong_ds.build import Run, build
-from sclong_ds.checkpoint_files import name_of
 from sclong_ds.config import RunConfig, load_config
 from sclong_ds.data import CellBatch, CellLoader, StepBatch, open_stream
 from sclong_ds.engine import (
@@ -261,9 +260,8 @@ def any_rank_must_stop(run: Run) -> bool:
 
 def stop_early(run: Run) -> int:
     """Save the last finished step and return the status that asks for a restart."""
-    settle(run)
     step = run.state.step
-    if step and run.last_checkpoint != name_of(step):
+    if step:
         save(run, must=True)
     run.tracker.event("signal", step=step, reason=run.stop.reason() or "another rank")
     log.info("stopped after step %d; start the same command again to go on", step)

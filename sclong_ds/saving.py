@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from sclong_ds import checkpoint
 from sclong_ds.build import Run
+from sclong_ds.checkpoint_files import name_of
 from sclong_ds.engine import sum_over_ranks
 from sclong_ds.model_dir import FEATURES, GRAPH
 from sclong_ds.run_folder import RUN_FILE
@@ -34,13 +35,21 @@ def save(run: Run, *, must: bool) -> None:
 
     Args:
         run: The run.
-        must: The run ends here: wait for the checkpoint, and without a copy of it in memory.
+        must: The run ends here: wait for the checkpoint, without a copy of it in memory; nothing
+            to do if it is there. One before it that could not be written is only logged.
 
     Raises:
         SaveError: The run cannot go on without the checkpoint.
     """
-    settle(run)
+    try:
+        settle(run)
+    except checkpoint.SaveError as error:
+        if not must:
+            raise
+        log.error("%s", error)
     settings, step = run.config.checkpoint, run.state.step
+    if must and run.last_checkpoint == name_of(step):
+        return
     background = settings.asynchronous and not must
     with _stall(run):
         try:

@@ -231,6 +231,36 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, disk_of_6_mb, tm
     assert [p.name for p in complete_checkpoints(run_dir / "checkpoints")] == ["step_00000012"]
 
 
+PENDING = """
+from sclong_ds import checkpoint, failures, pretrain, saving
+
+finish, failed = checkpoint.finish_save, []
+
+def finish_or_fail(pending):
+    saved = finish(pending)
+    if not failed:
+        failed.append(saved)
+        raise checkpoint.SaveError("step_00000004: no space was left")
+    return saved
+
+checkpoint.finish_save = finish_or_fail
+pretrain.settle_if_written = lambda run: None
+failures.run_to_end(pretrain.main)
+"""
+"""The first checkpoint is still being written when the run ends, and then cannot be."""
+
+
+def test_a_pending_checkpoint_that_fails_does_not_cost_the_last_one(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    args = settings(run_dir, corpus, **{
+        "run.max_steps": 6, "run.validate_every_n_steps": 0, "checkpoint.every_n_steps": 4,
+        "checkpoint.max_failed_saves": 1, "checkpoint.asynchronous": "true"})  # fmt: skip
+    train(["-c", PENDING, *args], n_ranks=1, log=tmp_path / "log")
+    assert [row["step"] for row in events(run_dir, "checkpoint_failed")] == [4]
+    newest = complete_checkpoints(run_dir / "checkpoints")[0]
+    assert (newest.name, damage(newest)) == ("step_00000006", None)
+
+
 def test_a_damaged_shard_stops_the_run_or_is_skipped(corpus, tmp_path):
     broken = tmp_path / "corpus"
     shutil.copytree(corpus, broken)
