@@ -178,7 +178,7 @@ def openings(run_dir: Path) -> list[int]:
 
 def kill_at_random(
     command: Sequence[str], run_dir: Path, *, n_ranks: int, moment: Moment,
-    rng: random.Random, log: Path,
+    rng: random.Random, log: Path, ahead_steps: int = AHEAD_STEPS,
 ) -> Kill | None:  # fmt: skip
     """Start a run and kill one of its ranks at a moment; None: it was done before.
 
@@ -189,9 +189,10 @@ def kill_at_random(
         moment: What the run must be doing.
         rng: Decides when, and which rank.
         log: File for the output of the ranks.
+        ahead_steps: "training" is at most as many steps after the life's first.
     """
     victim, lives = rng.randrange(n_ranks), len(openings(run_dir))
-    after_s, steps = rng.uniform(0, START_S), rng.randint(1, AHEAD_STEPS)
+    after_s, steps = rng.uniform(0, START_S), rng.randint(1, ahead_steps)
     within_step_s = rng.uniform(0, 0.3)
     started = time.monotonic()
     ranks = start_ranks(n_ranks, command, log=log)

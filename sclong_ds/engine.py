@@ -186,7 +186,10 @@ def join_process_group(*, timeout_s: int) -> Ranks:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 0)))
+        # Hidden from DeepSpeed: where all ranks are local it makes 66 MiB of shared memory for
+        # each, for inference alone, and leaves them behind; where there is no room, ranks crash.
+        told = os.environ.pop("LOCAL_SIZE", "0")
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", told))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
     else:

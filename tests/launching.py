@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PORT = 20000 + os.getpid() % 20000
+"""Where the ranks of a launcher meet."""
 
 
 def run_module(
@@ -37,13 +39,12 @@ def environment() -> dict[str, str]:
 def deepspeed_command(ranks: int, *args: object) -> list[str]:
     """Return the command line that launches `python -m sclong_ds.pretrain ARGS` on some ranks."""
     launcher = Path(sys.executable).parent / "deepspeed"
-    port = 20000 + os.getpid() % 20000
     return [
         str(launcher),
         "--num_gpus",
         str(ranks),
         "--master_port",
-        str(port),
+        str(PORT),
         "--module",
         "sclong_ds.pretrain",
         *map(str, args),

@@ -79,6 +79,7 @@ from sclong_ds.failures import run_to_end
 
 def main():
     dist.init_process_group("gloo")
+    dist.barrier()  # rank 0 holds the store that the other one joins with
     for _ in range(200):
         dist.all_reduce(torch.ones(2**16), async_op=True)
     if sys.argv[1] == "raise":

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from launching import ROOT, deepspeed_command, environment, run_module
+from launching import PORT, ROOT, deepspeed_command, environment, run_module
 from safetensors.numpy import load_file
 from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 
@@ -378,9 +378,10 @@ def test_resume_refuses_another_run_and_passes_over_a_damaged_checkpoint(
     assert openings(run_dir) == [0, 48]
 
 
-def test_many_ranks_say_an_error_once(small_corpus, demo_graph, tmp_path):
+def test_many_ranks_say_an_error_once_and_leave_nothing(small_corpus, demo_graph, tmp_path):
     args = settings(tmp_path / "run", small_corpus, demo_graph)
     output = finish(launch(2, args), expected=1)
+    assert not list(Path("/dev/shm").glob(f"deepspeed*_{PORT}_*"))
     assert output.count("error: ") == 1
     assert "made for another gene vocabulary" in output
     assert not (tmp_path / "run").exists()

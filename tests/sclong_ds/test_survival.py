@@ -83,7 +83,7 @@ def test_killed_at_random_equals_straight_through(straight, corpus, tmp_path):
     args = settings(run_dir, corpus, **MIXED, **{"run.max_steps": STEPS})
     for moment in ("saving", "training"):
         kill = kill_at_random(
-            [*PRETRAIN, *args], run_dir, n_ranks=2, moment=moment, rng=rng, log=log
+            [*PRETRAIN, *args], run_dir, n_ranks=2, moment=moment, rng=rng, log=log, ahead_steps=2
         )
         print(kill)  # noqa: T201
         assert kill is not None, "the run was done before the kill"
