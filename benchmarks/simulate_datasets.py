@@ -40,8 +40,6 @@ N_DATASETS, TASKS = 1618, 4
 BROKEN_EVERY = 11
 N_GENES = 2_000
 TISSUES = ("blood", "lung", "liver", "heart", "kidney", "brain", "skin", "gut", "spleen", "eye")
-Fields = dict[str, str]
-"""Columns of a manifest line."""
 
 
 def _table(counts: sparse.csr_matrix, genes: Sequence[str], name: str) -> anndata.AnnData:

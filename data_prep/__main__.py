@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from sclong_ds.files import local_path
 from sclong_ds.genes import GeneVocabulary
 
 COMMANDS = {
@@ -132,9 +133,11 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_manifest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder tree with datasets")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="manifest to write (default: print it)"
+        "folder", type=local_path, metavar="FOLDER", help="folder tree with datasets"
+    )
+    parser.add_argument(
+        "--out", type=local_path, metavar="FILE", help="manifest to write (default: print it)"
     )
     _add_genes(parser)
     _add_json(parser)
@@ -164,7 +167,10 @@ def _run_manifest(args: argparse.Namespace) -> int:
 
 def _add_genes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--genes", type=Path, metavar="FILE", help="gene vocabulary (default: the bundled one)"
+        "--genes",
+        type=local_path,
+        metavar="FILE",
+        help="gene vocabulary (default: the bundled one)",
     )
 
 
@@ -184,8 +190,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "whose source cannot be reached is kept as it is, with a warning."
     )
     default = Settings(genes_hash="")
-    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="list of datasets")
-    parser.add_argument("--out", type=Path, required=True, metavar="CORPUS", help="corpus folder")
+    parser.add_argument("manifest", type=local_path, metavar="MANIFEST", help="list of datasets")
+    parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")
     parser.add_argument(
         "--task", type=_whole(0), metavar="I", help="do every N-th dataset from the I-th on, from 0"
     )
@@ -416,7 +422,7 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", type=Path, metavar="CORPUS", help="corpus folder")
+    parser.add_argument("corpus", type=local_path, metavar="CORPUS", help="corpus folder")
 
 
 def _add_codec(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from data_prep import qc_figures
 from data_prep.ledger import LedgerEntry, count_statuses
 from data_prep.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
-from sclong_ds.files import write_atomic
+from sclong_ds.files import local_path, write_atomic
 
 TEMPLATE = Path(__file__).parent / "resources" / "qc_report.html"
 FEW_DATASETS = 24
@@ -36,9 +36,13 @@ WORST = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("corpus", type=Path, metavar="CORPUS", help="corpus folder")
+    parser.add_argument("corpus", type=local_path, metavar="CORPUS", help="corpus folder")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="page to write, such as qc.html"
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="FILE",
+        help="page to write, such as qc.html",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the figures as one JSON document"

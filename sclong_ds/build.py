@@ -30,6 +30,7 @@ from sclong_ds.engine import (
     fill_master_weights,
     fill_parameters,
     initialize,
+    learning_rate,
     on_first_rank,
     resolve_ds_config,
 )
@@ -45,6 +46,7 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import FEATURES, GRAPH
 from sclong_ds.rank_times import RankTimes
 from sclong_ds.run_checks import (
+    check_run_folder,
     check_same_on_all_ranks,
     refuse_changes,
     refuse_other_inputs,
@@ -147,6 +149,11 @@ def describe(
         e.train_batch_size, e.train_micro_batch_size_per_gpu,
         accumulated, ranks.world_size, stage, e.precision, device_name(ranks.device),
     )  # fmt: skip
+    last = learning_rate(config.optim, config.run.max_steps - 1)
+    log.info(
+        "learning rate: at most %.3g, %.3g (%.0f%%) in the last of %d steps",
+        config.optim.lr, last, 100 * last / config.optim.lr, config.run.max_steps,
+    )  # fmt: skip
     log.info("attention: %s", attention_path(config, ranks, model))
     if ranks.rank == 0 and e.precision == "bf16" and stage == 1 and accumulated > 1:
         log.warning(
@@ -226,7 +233,9 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         gradient_norms=GradientNorms(engine, model),
         rank_times=RankTimes(),
     )
-    if not dry_run:
+    if dry_run:
+        on_first_rank(lambda: check_run_folder(run_dir, config, state))
+    else:
         open_run_folder(run, ds_config)
     return run
 
@@ -429,7 +438,10 @@ def record_opening(run: Run, found: Loaded | None) -> None:
 def claim_run_folder(run: Run) -> None:
     """Make the run folder and lock it; refuse one that holds another run's checkpoints."""
     checkpoints = run.run_dir / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run.dir={run.run_dir}: {error}") from None
     run.lock = lock_run_folder(run.run_dir, wait_s=60)
     if complete_checkpoints(checkpoints):
         refuse_changes(run.run_dir / "config.yaml", run.config)

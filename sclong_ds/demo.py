@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from sclong_ds.files import local_path
 from sclong_ds.run_folder import read_events, read_metrics, read_run_json
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m sclong_ds.demo", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("demo_run"), help="folder to make (default: demo_run)"
+        "--out",
+        type=local_path,
+        default=Path("demo_run"),
+        help="folder to make (default: demo_run)",
     )
     out = parser.parse_args(argv).out.resolve()
     if out.exists() and not (out / MARK).exists():

@@ -41,7 +41,7 @@ from data_prep.counts import exact_counts
 from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, read_harmonized
 from data_prep.source import BLOCK_CELLS
 from sclong_ds.data import log1p_normalise
-from sclong_ds.files import file_sha256
+from sclong_ds.files import file_sha256, local_path
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
@@ -100,7 +100,9 @@ class Coverage:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m sclong_ds embed`."""
     add_input_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT.h5ad", help="file to write")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="OUT.h5ad", help="file to write"
+    )
     parser.add_argument(
         "--no-counts", action="store_true", help="leave the counts (X) out of the file"
     )
@@ -108,10 +110,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `embed` and `evaluate` share: the model, the cells and how to run."""
-    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="exported model")
+    parser.add_argument("model_dir", type=local_path, metavar="MODEL_DIR", help="exported model")
     parser.add_argument(
         "input",
-        type=Path,
+        type=local_path,
         metavar="INPUT",
         help="raw counts (h5ad, AnnData zarr, 10x h5 or mtx, loom, csv, tsv) or a finalized corpus",
     )

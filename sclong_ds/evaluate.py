@@ -70,7 +70,7 @@ from sclong_ds.embed import (
     progress,
     weights_hash,
 )
-from sclong_ds.files import write_atomic
+from sclong_ds.files import local_path, write_atomic
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
 
@@ -118,7 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", metavar="KEY", help="obs column with the batches; adds the batch scores"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="folder to write"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of folds, k-means and t-SNE (default %(default)s)"
     )

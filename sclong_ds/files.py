@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import tempfile
@@ -29,6 +30,20 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def local_path(text: str) -> Path:
+    """Return a path of the command line; a URL would become a folder named `s3:`.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is a URL.
+    """
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: must be a path on this machine, not a URL")
+    return Path(text)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from sclong_ds.config import ModelConfig
-from sclong_ds.files import file_sha256
+from sclong_ds.files import file_sha256, local_path
 from sclong_ds.genes import BUNDLED_PATH, UNKNOWN_CLASS, GeneVocabulary
 from sclong_ds.graph_file import check_edges, read_gene_graph, write_gene_graph
 from sclong_ds.model.gene_encoder import GeneGraph
@@ -295,10 +295,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--genes", "X.txt", "its genes in input order, one name a line, or a gene table"),
         ("--out", "MODEL_DIR", "folder to make"),
     ):
-        parser.add_argument(name, type=Path, required=True, metavar=metavar, help=text)
+        parser.add_argument(name, type=local_path, required=True, metavar=metavar, help=text)
     parser.add_argument(
         "--gene-graph",
-        type=Path,
+        type=local_path,
         metavar="GRAPH.npz",
         help="graph of `python -m data_prep gene-graph --genes X.txt` to use instead of the one in "
         "the constructor arguments",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sclong_ds.checkpoint_files import TrainState
+from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, read_state
 from sclong_ds.config import RunConfig
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.sampling import read_weights
@@ -36,6 +37,9 @@ def check_inputs(config: RunConfig) -> None:
     for key, (value, meaning) in required.items():
         if value is None:
             raise ValueError(f"{key} is not set: add {key}=PATH, {meaning}")
+    if "://" in str(config.run.dir):
+        raise ValueError(f"run.dir={config.run.dir}: must be a path, on a shared file system where "
+                         f"several nodes train, not a URL")  # fmt: skip
     for key, path in {
         "model.gene_graph": config.model.gene_graph,
         "model.gene_vectors": config.model.gene_vectors,
@@ -123,3 +127,24 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
             f"checkpoint's; use the same corpus, gene graph, random features, dataset weights and "
             f"run.seed, or a new run.dir"
         )
+
+
+def check_run_folder(run_dir: Path, config: RunConfig, now: TrainState) -> None:
+    """Check, without a change, that a run could begin or go on in a folder.
+
+    Args:
+        run_dir: Run folder.
+        config: The run's configuration.
+        now: State that the run would begin with.
+
+    Raises:
+        ValueError: It holds another run's checkpoints.
+        PermissionError: It cannot be written.
+    """
+    found = complete_checkpoints(run_dir / "checkpoints")
+    if found:
+        refuse_changes(run_dir / "config.yaml", config)
+        refuse_other_inputs(run_dir, read_state(found[0]), now)
+    place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise PermissionError(f"run.dir={run_dir}: {place} is not a folder that can be written")

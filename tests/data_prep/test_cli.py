@@ -142,6 +142,8 @@ def test_more_tasks_than_datasets_is_no_error(data: Path, tmp_path: Path) -> Non
         ["convert", "m.tsv", "--out", "c", "--max-counts", "0"],
         ["convert", "m.tsv", "--out", "c", "--max-counts", "5", "--min-counts", "9"],
         ["convert", "m.tsv", "--out", "c", "--max-mito-fraction", "20"],
+        ["convert", "m.tsv", "--out", "s3://bucket/c"],
+        ["verify", "file:///c"],
         ["manifest"],
         ["forget", "c"],
         ["finalize", "c", "--split-by", "moon"],

@@ -343,6 +343,12 @@ def test_dry_run_checks_and_leaves_nothing(small_corpus, small_graph, tmp_path):
     done = run_module("sclong_ds.pretrain", "--dry-run", *args)
     assert "everything fits together" in done.stderr
     assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    for place, says in (("s3://b/run", "not a URL"), (tmp_path / "file/run", "is not a folder")):
+        args = settings(place, small_corpus, small_graph)
+        error = refused("--dry-run", *args)
+        assert error.startswith(f"error: run.dir={place}: ")
+        assert says in error
 
 
 def refused(*args):
@@ -361,8 +367,9 @@ def test_resume_refuses_another_run_and_passes_over_a_damaged_checkpoint(
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)
     before = (run_dir / "config.yaml").read_bytes()
-    changed = refused(*settings(run_dir, small_corpus, small_graph, **{"model.top_seq_len": 32}))
-    assert "model.top_seq_len: 64 -> 32" in changed
+    changed = settings(run_dir, small_corpus, small_graph, **{"model.top_seq_len": 32})
+    assert "model.top_seq_len: 64 -> 32" in refused(*changed)
+    assert "model.top_seq_len: 64 -> 32" in refused("--dry-run", *changed)
     other = settings(run_dir, small_corpus, small_graph, **{"engine.ds_config": "zero2"})
     assert "was saved with ZeRO stage 3 in fp32" in refused(*other)
     assert (run_dir / "config.yaml").read_bytes() == before
