@@ -386,7 +386,6 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     found = checkpoint.load(
         run.engine,
         run_dir / "checkpoints",
-        expected=run.state,
         accept=lambda state: refuse_other_inputs(run_dir, state, run.state),
     )
     if found is not None:

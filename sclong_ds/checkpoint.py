@@ -201,18 +201,31 @@ def _finish(saving: Saving, everyone: list[Written]) -> int:
     written = {name: value for w in everyone for name, value in w.files.items()}
     n_bytes = write_manifest(partial, written)
     _rename(partial)
-    record_best(folder, name_of(saving.state.step), saving.val_mse)
-    prune(
-        folder,
-        keep_last=settings.keep_last,
-        keep_every_n_steps=settings.keep_every_n_steps,
-        keep_best=settings.keep_best,
-    )
+    _tidy(folder, name_of(saving.state.step), saving.val_mse, settings)
     return n_bytes
 
 
+def _tidy(folder: Path, name: str, val_mse: float | None, settings: CheckpointConfig) -> None:
+    """Bring what stands beside a new checkpoint up to date; the checkpoint is good without it."""
+    actions: tuple[Callable[[], None], ...] = (
+        lambda: record_best(folder, name, val_mse),
+        lambda: prune(
+            folder,
+            keep_last=settings.keep_last,
+            keep_every_n_steps=settings.keep_every_n_steps,
+            keep_best=settings.keep_best,
+        ),
+        lambda: write_atomic(folder / "latest", f"{name}\n".encode()),
+    )
+    for action in actions:
+        try:
+            action()
+        except OSError as error:
+            log.warning("%s is saved, but: %s", name, error)
+
+
 def _rename(partial: Path) -> None:
-    """Give a complete folder its final name, and `latest` that name."""
+    """Give a complete folder its final name."""
     folder, final = partial.parent, partial.with_suffix("")
     sync_folder(partial)
     # Normally absent; what is there stays on disk until the new one has its name.
@@ -222,12 +235,9 @@ def _rename(partial: Path) -> None:
     partial.rename(final)
     sync_folder(folder)
     shutil.rmtree(old, ignore_errors=True)
-    write_atomic(folder / "latest", f"{final.name}\n".encode())
 
 
-def load(
-    engine: Any, folder: Path, *, expected: TrainState, accept: Callable[[TrainState], None]
-) -> Loaded | None:
+def load(engine: Any, folder: Path, *, accept: Callable[[TrainState], None]) -> Loaded | None:
     """Load the newest good checkpoint of a run; every rank must call it.
 
     One that another number of ranks saved is converted.
@@ -235,7 +245,6 @@ def load(
     Args:
         engine: The DeepSpeed engine, freshly initialised.
         folder: The run's `checkpoints` folder.
-        expected: What this run would start from; stage and precision must agree.
         accept: Called with the checkpoint's state before anything is loaded; it raises ValueError
             when the run cannot go on from there.
 
@@ -243,20 +252,13 @@ def load(
         What was loaded, or None when there is no checkpoint.
 
     Raises:
-        ValueError: Checkpoints exist but none is good, or it was saved in another precision or ZeRO
-            stage, or cannot be converted.
+        ValueError: Checkpoints exist but none is good, or it cannot be read or converted.
     """
     started = time.perf_counter()
     name, damaged = _choose(folder)
     if name is None:
         return None
     state = read_state(folder / name)
-    if (state.precision, state.zero_stage) != (expected.precision, expected.zero_stage):
-        raise ValueError(
-            f"{folder / name} was saved with ZeRO stage {state.zero_stage} in {state.precision}, "
-            f"this run has stage {expected.zero_stage} in {expected.precision}: "
-            f"set engine.ds_config and engine.precision back, or use a new run.dir"
-        )
     accept(state)
     with _quiet():
         if state.world_size == dist.get_world_size():
@@ -278,7 +280,7 @@ def _choose(folder: Path) -> tuple[str | None, tuple[str, ...]]:
     """Return the newest good checkpoint's name, or None, and what is wrong with newer ones.
 
     Raises:
-        ValueError: There are checkpoints, and all are damaged.
+        ValueError: There are checkpoints, and all are damaged, or a rank cannot read one.
     """
     found = on_first_rank(lambda: [path.name for path in complete_checkpoints(folder)])
     problems: dict[str, str] = {}
@@ -301,11 +303,21 @@ def _choose(folder: Path) -> tuple[str | None, tuple[str, ...]]:
 
 
 def _damage_on_any_rank(checkpoint: Path) -> str | None:
-    """Check a checkpoint, each rank a share of it; every rank gets the first problem, or None."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    mine = damage(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
-    dist.all_gather_object(problems, mine)
-    return next((problem for problem in problems if problem is not None), None)
+    """Check a checkpoint, each rank a share of it; every rank gets the first problem, or None.
+
+    Raises:
+        ValueError: A rank could not read it, on all ranks: it may be good.
+    """
+    everyone: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    try:
+        mine = damage(checkpoint, part=dist.get_rank(), parts=dist.get_world_size()), None
+    except OSError as error:
+        mine = None, str(error)
+    dist.all_gather_object(everyone, mine)
+    for rank, (_, unreadable) in enumerate(everyone):
+        if unreadable is not None:
+            raise ValueError(f"rank {rank} cannot read its part of {checkpoint}: {unreadable}")
+    return next((problem for problem, _ in everyone if problem is not None), None)
 
 
 def _set_aside(folder: Path, names: Iterable[str]) -> None:

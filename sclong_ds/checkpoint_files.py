@@ -138,22 +138,23 @@ def damage(checkpoint: Path, *, part: int = 0, parts: int = 1) -> str | None:
 
     Returns:
         What is wrong, or None.
+
+    Raises:
+        OSError: A file is there and cannot be read, now and here.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
     for number, (name, (size, crc)) in enumerate(sorted(manifest.items())):
         writer = re.search(r"zero_pp_rank_(\d+)_", name)
         if (int(writer[1]) if writer else number) % parts != part:
             continue
         path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
         try:
             found = fingerprint(path)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        except FileNotFoundError:
+            return f"{name} is missing"
         if found != [size, crc]:
             return f"{name} does not have the size and CRC-32 it was saved with"
     return None

@@ -87,10 +87,12 @@ def convert(checkpoint: Path, folder: Path, *, names: Iterable[str]) -> None:
     folder.mkdir()
     target = folder / checkpoint.name
     log.info("converting %s for %d ranks", checkpoint, dist.get_world_size())
+    # A signal to all of a job's processes asks the ranks to stop, which they do after this.
+    deaf = ["sh", "-c", 'trap "" INT TERM USR1; exec "$@"', "sh"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder",
                str(checkpoint), "--output_folder", str(target), "--inject_missing_state",
                "--num_extract_workers", str(_WORKERS)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([*deaf, *command], capture_output=True, text=True, check=False)
     wanted = [f"{name}/{state}.pt" for name in names for state in ("fp32", "exp_avg", "exp_avg_sq")]
     missing = [name for name in wanted if not (target / "zero" / name).is_file()]
     if done.returncode or missing:

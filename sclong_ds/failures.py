@@ -9,6 +9,7 @@ system that gave up may be well again, or another node may be better: status 71.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -69,11 +70,13 @@ def report(error: Exception, run_dir: Path | None) -> int:
     """
     message = " ".join(str(error).split())
     rank = int(os.environ.get("RANK", "0"))
-    if isinstance(error, RuntimeError):
-        traceback.print_exception(error)
-    if rank == 0:
-        sys.stderr.write(f"error: {message}\n")
-    else:
+    # A message that finds no room, in a log on a full disk, must not change the status.
+    with contextlib.suppress(OSError):
+        if isinstance(error, RuntimeError):
+            traceback.print_exception(error)
+        if rank == 0:
+            sys.stderr.write(f"error: {message}\n")
+    if rank != 0:
         # Rank 0 says what all ranks run into; the others give it the time to, and speak only for
         # what they alone ran into.
         time.sleep(1)
@@ -98,11 +101,13 @@ def run_to_end(main: Callable[[], int]) -> NoReturn:
     try:
         status = main()
     except Exception as error:  # noqa: BLE001 (whatever it is, the status must not be 134)
-        traceback.print_exception(error)
         status = OWN_STATUS
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)
 
 

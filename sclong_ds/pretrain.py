@@ -47,10 +47,15 @@ from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.preparation import prepare
 from sclong_ds.run_checks import check_inputs
 from sclong_ds.sampling import weights_of
-from sclong_ds.saving import PATIENCE, save, settle, settle_if_written
+from sclong_ds.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
 from sclong_ds.signals import STOP_STATUS, StopRequest
 from sclong_ds.step_timer import StepTimer
-from sclong_ds.validation import sum_or_raise, validate, validation_is_due
+from sclong_ds.validation import (
+    UnreadableCellsError,
+    sum_or_raise,
+    validate,
+    validation_is_due,
+)
 
 log = logging.getLogger("sclong_ds.pretrain")
 
@@ -105,28 +110,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
     progress = Progress(run)
     try:
         with run.watchdog, open_loader(run) as loader:
-            if validation_is_due(run) and not validate(run):
+            if not go_to_the_end(run, loader, progress):
                 outcome = "KILLED"
                 return stop_early(run)
-            while run.state.step < config.run.max_steps:
-                run.watchdog.beat(run.state.step + 1, "data", reading=lambda: loader.reading)
-                started, waited = time.perf_counter(), loader.waited_s
-                batch, n_targets = next_batch(run, loader)
-                with profiled(run):
-                    figures = train_step(run, batch, n_targets)
-                if figures is None:
-                    outcome = "KILLED"
-                    return stop_early(run)
-                figures["perf/data_wait_s"] = loader.waited_s - waited
-                record_step(run, figures, step_s=time.perf_counter() - started)
-                progress.show(figures)
-                settle_if_written(run)
-                done = run.state.step == config.run.max_steps
-                if validation_is_due(run) and not validate(run):
-                    outcome = "KILLED"
-                    return stop_early(run)
-                if run.state.step % config.checkpoint.every_n_steps == 0 or done:
-                    save(run, must=done)
         outcome = "FINISHED"
         log.info(
             "done: %d steps, %s cells; run folder %s",
@@ -141,11 +127,44 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         run.tracker.finish(outcome)
 
 
+def go_to_the_end(run: Run, loader: CellLoader, progress: Progress) -> bool:
+    """Do the steps that are left, with validations and checkpoints; False: asked to stop.
+
+    Raises:
+        UnreadableCellsError: After saving the last finished step.
+    """
+    config = run.config
+    try:
+        if validation_is_due(run) and not validate(run):
+            return False
+        while run.state.step < config.run.max_steps:
+            run.watchdog.beat(run.state.step + 1, "data", reading=lambda: loader.reading)
+            started, waited = time.perf_counter(), loader.waited_s
+            batch, n_targets = next_batch(run, loader)
+            with profiled(run):
+                figures = train_step(run, batch, n_targets)
+            if figures is None:
+                return False
+            figures["perf/data_wait_s"] = loader.waited_s - waited
+            record_step(run, figures, step_s=time.perf_counter() - started)
+            progress.show(figures)
+            settle_if_written(run)
+            done = run.state.step == config.run.max_steps
+            if validation_is_due(run) and not validate(run):
+                return False
+            if run.state.step % config.checkpoint.every_n_steps == 0 or done:
+                save(run, must=done)
+    except UnreadableCellsError:
+        save_before_failing(run)
+        raise
+    return True
+
+
 def next_batch(run: Run, loader: CellLoader) -> tuple[StepBatch, int]:
     """Return this rank's part of the next step, and the targets of the whole.
 
     Raises:
-        ValueError: What a rank could not read, on all ranks: the others would wait for it.
+        UnreadableCellsError: What a rank could not read, on all ranks: others would wait for it.
     """
     batch, problem, mine, skipped = None, None, 0, 0
     try:
@@ -161,7 +180,7 @@ def next_batch(run: Run, loader: CellLoader) -> tuple[StepBatch, int]:
     assert batch is not None
     run.skipped_cells += n_skipped
     if n_skipped == len(batch.cell_ids):
-        raise ValueError(
+        raise UnreadableCellsError(
             f"none of the {n_skipped} cells of step {run.state.step + 1} could be read: is "
             f"{run.corpus.location} still there? Start the same command again when it is"
         )

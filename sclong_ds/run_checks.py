@@ -107,7 +107,7 @@ def check_same_on_all_ranks(config: RunConfig, state: TrainState, model: ScLong)
 
 
 def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> None:
-    """Refuse to resume on other cells, genes, graph or seed.
+    """Refuse to resume on other cells, genes, graph or seed, or with other files of the optimizer.
 
     Args:
         run_dir: Run folder.
@@ -117,6 +117,12 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
     Raises:
         ValueError: What differs.
     """
+    if (found.precision, found.zero_stage) != (now.precision, now.zero_stage):
+        raise ValueError(
+            f"run.dir={run_dir}: was saved with ZeRO stage {found.zero_stage} in "
+            f"{found.precision}, this run has stage {now.zero_stage} in {now.precision}: "
+            f"set engine.ds_config and engine.precision back, or use a new run.dir"
+        )
     names = (
         "seed", "corpus_hash", "genes_hash", "graph_hash", "features_hash", "weights_hash"
     )  # fmt: skip

@@ -68,6 +68,15 @@ def save(run: Run, *, must: bool) -> None:
         settle(run, must=must)
 
 
+def save_before_failing(run: Run) -> None:
+    """Save the last finished step of a run that cannot go on, unless that fails too."""
+    if run.state.step:
+        try:
+            save(run, must=True)
+        except checkpoint.SaveError as error:
+            log.error("%s", error)
+
+
 def settle_if_written(run: Run) -> None:
     """Finish the checkpoint that is being written, if all ranks have written their part."""
     if run.saving is None:

@@ -33,6 +33,10 @@ DENSITY_VALUES = 20_000
 """Points of the predicted-against-true picture."""
 
 
+class UnreadableCellsError(ValueError):
+    """Cells could not be read; raised on every rank, between two steps."""
+
+
 def sum_or_raise(ranks: Ranks, *values: int, problem: str | None) -> list[int]:
     """Return sums of integers over the ranks, unless one of them has a problem.
 
@@ -45,14 +49,14 @@ def sum_or_raise(ranks: Ranks, *values: int, problem: str | None) -> list[int]:
         problem: What this rank could not do; None: nothing.
 
     Raises:
-        ValueError: The problem of the first rank that has one, on all ranks.
+        UnreadableCellsError: The problem of the first rank that has one, on all ranks.
     """
     *sums, failed = sum_over_ranks(ranks, *values, problem is not None)
     if failed:
         everyone: list[str | None] = [None] * ranks.world_size
         dist.all_gather_object(everyone, problem)
         rank, text = next((r, text) for r, text in enumerate(everyone) if text is not None)
-        raise ValueError(text if ranks.world_size == 1 else f"rank {rank}: {text}")
+        raise UnreadableCellsError(text if ranks.world_size == 1 else f"rank {rank}: {text}")
     return sums
 
 
@@ -181,7 +185,10 @@ def _record(run: Run, figures: dict[str, float]) -> None:
     run.validated = (step, mse)
     if run.ranks.rank == 0 and run.last_checkpoint == name_of(step):
         # A run that was stopped before it validated at this step, and goes on from there.
-        record_best(run.run_dir / "checkpoints", name_of(step), mse)
+        try:
+            record_best(run.run_dir / "checkpoints", name_of(step), mse)
+        except OSError as error:  # on this rank alone
+            log.warning("the best checkpoint is not recorded: %s", error)
     run.tracker.event("validation", step=step, mse=mse)
     log.info(
         "step %d validation on %d cells: masked MSE %.4f, "

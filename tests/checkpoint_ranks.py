@@ -11,14 +11,16 @@ import errno
 import json
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from sclong_ds import checkpoint
+from sclong_ds import checkpoint, checkpoint_files
 from sclong_ds.checkpoint_files import ChecksummedFile, TrainState, best_checkpoint
 from sclong_ds.config import load_config
 from sclong_ds.engine import (
@@ -88,6 +90,18 @@ def refused(engine: Any, folder: Path, step: int) -> str:
         save(engine, folder, step)
     except checkpoint.SaveError as error:
         return str(error)
+    return ""
+
+
+def refused_load(engine: Any, folder: Path) -> str:
+    """Load while the file system does not answer rank 1, and return the error."""
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    failing = mock.patch.object(checkpoint_files, "fingerprint", side_effect=stale)
+    with failing if dist.get_rank() == 1 else nullcontext():
+        try:
+            checkpoint.load(engine, folder, accept=lambda found: None)
+        except ValueError as error:
+            return str(error)
     return ""
 
 
@@ -195,7 +209,9 @@ def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
         victim.write_bytes(content)
     dist.barrier()
     fresh = make_engine()
-    loaded = checkpoint.load(fresh, folder, expected=state(0), accept=lambda found: None)
+    seen["unreadable"] = refused_load(fresh, folder)
+    seen["after_unreadable"] = listing(folder)
+    loaded = checkpoint.load(fresh, folder, accept=lambda found: None)
     assert loaded is not None
     seen["loaded"] = dataclasses.asdict(loaded)
     seen["after_load"], seen["loss_loaded"] = listing(folder), train(fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from launching import ROOT, environment
 from small_disk import CANNOT_MOUNT, small_disk
 
+from sclong_ds import checkpoint, checkpoint_files
 from sclong_ds.checkpoint_files import (
     ChecksummedFile,
     best_checkpoint,
@@ -29,6 +31,7 @@ from sclong_ds.checkpoint_files import (
     write_manifest,
 )
 from sclong_ds.config import load_config
+from sclong_ds.failures import passes
 
 RANKS = 2
 
@@ -162,6 +165,23 @@ def test_damaged_ones_go_when_a_newer_good_one_is_there(tmp_path):
     assert names(tmp_path) == [name_of(2), name_of(4), "step_00000009.damaged"]
 
 
+def test_a_new_checkpoint_is_good_without_what_stands_beside_it(tmp_path, monkeypatch, caplog):
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step, FILES)
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    for module in (checkpoint, checkpoint_files):
+        monkeypatch.setattr(module, "write_atomic", full)
+    settings = load_config("sclong_tiny", ["checkpoint.keep_last=1"]).checkpoint
+    checkpoint._tidy(tmp_path, name_of(3), 0.5, settings)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == [name_of(3)]
+    assert [record.message.partition(", but")[0] for record in caplog.records] == [
+        f"{name_of(3)} is saved"
+    ] * 2
+
+
 def test_more_than_eight_digits_are_still_the_newest(tmp_path):
     for step in (99_999_999, 100_000_000):
         make_checkpoint(tmp_path, step)
@@ -293,6 +313,15 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_is_loaded(ranks):
         assert rank["after_damage"] == ["best.json", "latest", *map(name_of, (2, 3, 8))]
         # The loss of the step after 5, from the weights that were saved there.
         assert rank["loss_loaded"] == rank["loss"]
+
+
+@pytest.mark.distributed
+def test_what_cannot_be_read_now_is_not_damaged(ranks):
+    for rank in ranks[0]:
+        assert rank["unreadable"].startswith("rank 1 cannot read its part of ")
+        assert "[Errno 116] Stale file handle" in rank["unreadable"]
+        assert passes(ValueError(rank["unreadable"]))
+        assert rank["after_unreadable"] == rank["after_recovery"]
 
 
 @pytest.mark.distributed

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,25 @@ def test_two_ranks_then_four_then_two(straight, small_corpus, small_graph, tmp_p
     assert f"resuming after step {SAVED + 2}, converted from 4 ranks" in said
     assert_same_training(run_dir, straight, weights_atol=1e-5)
     assert not list((run_dir / "checkpoints").glob("*.partial"))
+
+
+def test_a_signal_to_all_processes_waits_for_the_conversion(
+    straight, small_corpus, small_graph, tmp_path
+):
+    run_dir, log = stopped_at(straight, SAVED, tmp_path / "run"), tmp_path / "log"
+    settings = {"run.dir": run_dir, "data.corpus": small_corpus, "model.gene_graph": small_graph}
+    command = [sys.executable, "-m", "sclong_ds.pretrain", "--config", run_dir / "config.yaml"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *(f"{k}={v}" for k, v in settings.items())], cwd=ROOT, env=environment(),
+            stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    converted = run_dir / "checkpoints" / f"step_{SAVED:08d}.universal.partial"
+    while process.poll() is None and not list(converted.glob("*/*")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGUSR1)
+    assert process.wait(timeout=300) == 75, log.read_text()
+    assert f"resuming after step {SAVED}, converted from 2 ranks" in log.read_text()
 
 
 def test_a_conversion_that_fails_is_said_once_and_harms_nothing(monkeypatch, straight, tmp_path):

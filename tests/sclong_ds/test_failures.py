@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,16 @@ def test_outside_of_slurm_nothing_is_recorded(
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert report(ValueError("wrong"), tmp_path) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_on_a_full_disk_does_not_change_the_status() -> None:
+    program = (
+        "from sclong_ds import failures; "
+        "failures.run_to_end(lambda: failures.report(RuntimeError('no memory'), None))"
+    )
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", program], stderr=full, stdout=full)
+    assert done.returncode == 71
 
 
 LEAVE = """

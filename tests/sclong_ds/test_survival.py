@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 import signal
+import zlib
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from benchmarks.random_kills import (
     train,
     wait_until,
 )
-from sclong_ds.checkpoint_files import complete_checkpoints, damage
+from sclong_ds.checkpoint_files import complete_checkpoints, damage, name_of
 from sclong_ds.data import open_stream
 from sclong_ds.run_folder import read_events, read_every_row, read_metrics
 from sclong_ds.store import Corpus
@@ -273,7 +274,9 @@ def test_a_damaged_shard_stops_the_run_or_is_skipped(corpus, tmp_path):
              "run.max_steps": 4, "run.validate_every_n_steps": 0}  # fmt: skip
 
     log = tmp_path / "stop.log"
-    args = settings(tmp_path / "stop", broken, **sizes)
+    small = {"engine.train_batch_size": 16, "engine.train_micro_batch_size_per_gpu": 8,
+             "run.validate_every_n_steps": 0}  # fmt: skip
+    args = settings(tmp_path / "stop", broken, **small)
     ranks = start_ranks(2, [*PRETRAIN, *args], log=log)
     try:
         assert [rank.wait(timeout=300) for rank in ranks] == [1, 1]
@@ -282,6 +285,17 @@ def test_a_damaged_shard_stops_the_run_or_is_skipped(corpus, tmp_path):
     # A rank whose own cells were whole stops with the other one, and says nothing.
     line = error_line(log.read_text())
     assert line.startswith(f"error: rank 1: {shard}: chunk 2 ")
+    # What was trained is saved, and goes on when the shard is there again.
+    done = last_step(tmp_path / "stop")
+    assert done > 0
+    newest = complete_checkpoints(tmp_path / "stop" / "checkpoints")[0]
+    assert (newest.name, damage(newest)) == (name_of(done), None)
+    args = settings(tmp_path / "stop", corpus, **small | {"run.max_steps": done + 2})
+    train([*PRETRAIN, *args], n_ranks=2, log=log)
+    stream = open_stream(Corpus(corpus), seed=0, group_chunks=2)
+    visits = next(stream.batches(0, size=16 * (done + 2))).rows.astype("<i8")
+    crcs = [zlib.crc32(cells.tobytes()) for cells in np.split(visits, done + 2)]
+    assert column(tmp_path / "stop", "data/cells_crc32") == crcs
 
     log = tmp_path / "skip.log"
     changes = {"data.on_damage": "skip", "model.routing": "expressed",
