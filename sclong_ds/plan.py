@@ -180,6 +180,8 @@ def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) ->
 
 def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) -> dict[str, Any]:
     """Predict rates and times at the stated utilisation."""
+    from sclong_ds.engine import learning_rate  # late, as in `run`
+
     engine, cells = config.engine, work.cells
     micro = engine.train_micro_batch_size_per_gpu
     flops = training_flops_per_cell(
@@ -187,7 +189,8 @@ def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) ->
     )
     per_rank = device.flops_per_s(engine.precision) * site.mfu / flops
     all_ranks = per_rank * site.nodes * site.gpus_per_node
-    run_cells = config.run.max_steps * engine.train_batch_size
+    steps = config.run.max_steps
+    run_cells = steps * engine.train_batch_size
     return {
         "training_flops_per_cell": flops,
         "cells_per_s_per_rank": per_rank,
@@ -196,10 +199,11 @@ def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) ->
         "steps_per_epoch": math.ceil(cells / engine.train_batch_size),
         "epoch_hours": cells / all_ranks / 3600,
         "gpu_hours_per_epoch": cells / per_rank / 3600,
-        "run_steps": config.run.max_steps,
+        "run_steps": steps,
         "run_epochs": run_cells / cells,
         "run_hours": run_cells / all_ranks / 3600,
         "run_gpu_hours": run_cells / per_rank / 3600,
+        "last_learning_rate_share": learning_rate(config.optim, steps - 1) / config.optim.lr,
         # Every rank reads and decompresses the cells of all, and decodes its own.
         "read_cells_per_s_per_rank": all_ranks,
         "decoded_cells_per_s_per_rank": per_rank,
@@ -214,12 +218,17 @@ def _checkpoint_plan(
     size = (12 + weights) * parameters
     # The model's own weights are those of rank 0.
     copied = math.ceil(12 * parameters / world_size) + weights * parameters
+    rules, for_good = config.checkpoint, 0
+    if rules.keep_every_n_steps:
+        for_good = config.run.max_steps // rules.keep_every_n_steps
     return {
         "bytes": size,
         # The next one is complete before the oldest goes; the best may be an older one.
-        "disk_bytes": size * (config.checkpoint.keep_last + 1 + config.checkpoint.keep_best),
-        "host_copy_bytes": copied if config.checkpoint.asynchronous else 0,
-        "every_n_steps": config.checkpoint.every_n_steps,
+        "disk_bytes": size * (rules.keep_last + 1 + rules.keep_best + for_good),
+        # Beside them, at a start on another number of ranks.
+        "conversion_bytes": 3 * size,
+        "host_copy_bytes": copied if rules.asynchronous else 0,
+        "every_n_steps": rules.every_n_steps,
         "exported_bytes": 4 * parameters,
     }
 
@@ -314,12 +323,14 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"  epoch of {plan['cells']:,} cells: {time['steps_per_epoch']:,} steps, "
         f"{time['epoch_hours']:,.4g} h, {time['gpu_hours_per_epoch']:,.4g} {hours}",
         f"  run.max_steps {time['run_steps']:,}: {time['run_epochs']:.3g} epochs, "
-        f"{time['run_hours']:,.4g} h, {time['run_gpu_hours']:,.4g} {hours}",
+        f"{time['run_hours']:,.4g} h, {time['run_gpu_hours']:,.4g} {hours}; the learning rate of "
+        f"the last step is {time['last_learning_rate_share']:.0%} of optim.lr",
         f"  the loader of every rank must read {time['read_cells_per_s_per_rank']:,.4g} cells/s, "
         f"those of all ranks, and decode {time['decoded_cells_per_s_per_rank']:,.4g} of them",
         "",
         f"Checkpoint {_gib(saved['bytes'])} GiB every {saved['every_n_steps']} steps; disk for "
-        f"those kept and the next {_gib(saved['disk_bytes'])} GiB; exported model "
+        f"those kept and the next {_gib(saved['disk_bytes'])} GiB, to go on with other ranks "
+        f"{_gib(saved['conversion_bytes'])} GiB more; exported model "
         f"{_gib(saved['exported_bytes'])} GiB",
     ]
     if saved["host_copy_bytes"]:

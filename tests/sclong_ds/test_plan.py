@@ -198,7 +198,19 @@ def test_json_is_one_document_on_stdout(capsys):
     assert plan["cells"] == SCLONG_CELLS
     assert plan["batch"]["gradient_accumulation_steps"] == 1024 // (4 * 16)
     assert plan["checkpoint"]["bytes"] == 12 * plan["parameters"]["total"]
+    assert plan["time"]["last_learning_rate_share"] == pytest.approx(0.1, rel=1e-3)
     assert plan["checkpoint"]["host_copy_bytes"] * 16 == pytest.approx(plan["checkpoint"]["bytes"])
+
+
+def test_disk_is_for_all_checkpoints_that_stay(capsys):
+    """The newest 3, the next one, the best, and those of every 500 of 45,000 steps."""
+    disk = []
+    for every in ("null", "500"):
+        keep = ("checkpoint.keep_every_n_steps=" + every, "checkpoint.keep_last=3")
+        assert command("--config", "sclong_1b", *SITE, "--json", *keep, "run.max_steps=45000") == 0
+        saved = json.loads(capsys.readouterr().out)["checkpoint"]
+        disk.append(saved["disk_bytes"] / saved["bytes"])
+    assert disk == [5, 95]
 
 
 def test_text_shows_parameters_and_overrides(capsys):
