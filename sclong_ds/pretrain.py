@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from sclong_ds import checkpoint, failures
 from sclong_ds.build import Run, build
-from sclong_ds.config import RunConfig, load_config
+from sclong_ds.config import RunConfig, load_config, parse_arguments
 from sclong_ds.data import CellBatch, CellLoader, StepBatch, open_stream
 from sclong_ds.engine import (
     Ranks,
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for instance run.max_steps=100"
     )
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     run_dir = None
     try:
         config = load_config(args.config, args.overrides)

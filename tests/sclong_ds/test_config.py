@@ -1,5 +1,6 @@
 """The strict loader: complete files, exact types, named mistakes."""
 
+import argparse
 import dataclasses
 import typing
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from sclong_ds import config as c
-from sclong_ds.config import load_config, preset_names
+from sclong_ds.config import load_config, parse_arguments, preset_names
 from sclong_ds.strict_yaml import to_dict, to_yaml
 
 
@@ -58,6 +59,20 @@ def test_overrides_are_typed():
 def test_mistakes_are_named(override, message):
     with pytest.raises(ValueError, match=message):
         load_config("sclong_tiny", [override])
+
+
+def test_overrides_stand_anywhere_and_what_is_no_override_is_refused(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    args = parse_arguments(parser, ["a.b=1", "--config", "x", "a.c=2", "--dry-run", "a.b=3"])
+    assert (args.config, args.dry_run) == ("x", True)
+    assert args.overrides == ["a.b=1", "a.c=2", "a.b=3"]
+    for wrong in (["a.b=1", "--config", "x", "plain"], ["--cells=9"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(parser, wrong)
+        assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
 
 
 def test_contradictions_are_refused():
