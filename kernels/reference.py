@@ -52,7 +52,8 @@ def random_features(
     Args:
         n_features: Number of features M.
         dim: Head width K.
-        generator: CPU generator; the result is a function of its state alone.
+        generator: CPU generator; the result is a function of its state alone, whatever the number
+            of threads and, for all kinds but `orthogonal_qr`, the kind of CPU.
         kind: `orthogonal`: blocks of K orthogonal rows, uniform over rotations, with the norms of
             Gaussian vectors; `orthogonal_qr`: the same with the signs that QR leaves (the released
             scLong code); `gaussian`: independent rows.
@@ -62,18 +63,36 @@ def random_features(
 
     Source: arXiv:2009.14794, section 2.4 and appendix B.
     """
+    # The last bits of a float32 draw and of a QR depend on the CPU: float64 is rounded at the end.
+    # What the released code draws, in float32, is another sequence.
+    dtype = torch.float32 if kind == "orthogonal_qr" else torch.float64
+
+    def gaussian(rows: int) -> Tensor:
+        draw = torch.randn(rows, dim, generator=generator, device="cpu", dtype=dtype)
+        return draw.double()
+
     if kind == "gaussian":
-        return torch.randn(n_features, dim, generator=generator, device="cpu", dtype=torch.float32)
+        return gaussian(n_features).float()
     blocks = []
     for start in range(0, n_features, dim):
-        gaussian = torch.randn(dim, dim, generator=generator, device="cpu", dtype=torch.float32)
-        q, r = torch.linalg.qr(gaussian)
+        q, r = _qr_on_one_thread(gaussian(dim))
         # LAPACK fixes the signs of Q, which makes every feature lean to one side and the estimate
         # of softmax biased; with the signs of R's diagonal Q is uniform over all rotations.
         signs = r.diagonal().sign() if kind == "orthogonal" else 1.0
         blocks.append((q * signs).T[: n_features - start])
-    norms = torch.randn(n_features, dim, generator=generator, device="cpu", dtype=torch.float32)
-    return norms.norm(dim=1, keepdim=True) * torch.cat(blocks)
+    norms = gaussian(n_features).norm(dim=1, keepdim=True)
+    return (norms * torch.cat(blocks)).float()
+
+
+def _qr_on_one_thread(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q and R; LAPACK's last bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        q, r = torch.linalg.qr(square)
+    finally:
+        torch.set_num_threads(threads)
+    return q, r
 
 
 def favor_attention(

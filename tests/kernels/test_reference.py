@@ -1,5 +1,10 @@
 """FAVOR+ in plain torch: equal to its definition, batch-invariant to the bit, correct gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,6 +15,8 @@ from kernels.reference import (
     favor_attention_oracle,
     random_features,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def make(b=2, n=37, h=3, k=8, m=20, dtype=torch.float64, scale=1.0, seed=0):
@@ -178,6 +185,43 @@ def test_features_are_block_orthogonal_and_reproducible():
     unit = w / w.norm(dim=1, keepdim=True)
     for block in (unit[:8], unit[8:16], unit[16:]):
         torch.testing.assert_close(block @ block.T, torch.eye(len(block)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "orthogonal_qr", "gaussian"])
+def test_features_do_not_depend_on_the_number_of_threads(kind):
+    """At the width of the published heads; a QR of 8 columns is the same anyway."""
+    threads, drawn = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 8):
+            torch.set_num_threads(number)
+            generator = torch.Generator().manual_seed(0)
+            drawn.append(
+                [random_features(266, 64, generator=generator, kind=kind) for _ in range(20)]
+            )
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert all(
+        torch.equal(a, b) for other in drawn[1:] for a, b in zip(drawn[0], other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "gaussian"])
+def test_features_do_not_depend_on_the_instructions_of_the_cpu(kind):
+    program = (
+        "import hashlib, torch; from kernels.reference import random_features; "
+        "generator = torch.Generator().manual_seed(0); "
+        f"w = random_features(266, 64, generator=generator, kind='{kind}'); "
+        "print(hashlib.sha256(w.numpy().tobytes()).hexdigest())"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True,
+            env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        ).stdout
+        for capability in ("default", "avx2")
+    ]  # fmt: skip
+    assert said[0] == said[1] != b""
 
 
 def test_approaches_softmax_attention_with_more_features():
