@@ -226,6 +226,30 @@ def correctness(args: argparse.Namespace) -> Iterator[Row]:
     fp32 = draw(n=n, m=266, dtype="float32")
     yield _compared(args, fp32, "float32", {}, out_limit=1e-5, gradient_limit=2e-5)
     yield from _same_bits(args, draw(n=n, m=266))
+    yield _compared(args, make(args.device, b=1, n=n, h=32, m=256), "32 heads", {})
+    yield _compared_kv(args, draw(n=n, m=266))
+
+
+def _compared_kv(args: argparse.Namespace, case: tuple[Tensor, Tensor, Tensor]) -> Row:
+    """Return errors where few queries attend to all keys, as in the last decoder layer."""
+    qkv, w, grad = case
+    n = qkv.shape[1]
+    few = slice(n // 3, n // 2)
+    found = []
+    for run in ("own", "exact"):
+        whole = qkv if run == "own" else qkv.double()
+        q, kv = (t.detach().clone().requires_grad_() for t in (whole[:, few, 0], whole[:, :, 1:]))
+        if run == "own":
+            out = favor_attention_kv(q, kv, w, backend=backend(args))
+        else:
+            rounded = w.to(qkv.dtype) if backend(args) == "triton" else w
+            out = favor_attention_oracle(q, *kv.unbind(2), rounded.double())
+        out.backward(grad[:, few].to(out.dtype))
+        found.append((out.detach(), q.grad, kv.grad))
+    pairs = zip(("out", "dq", "dkv"), *found, strict=True)
+    errors = {part: _error(got, want) for part, got, want in pairs}
+    correct = errors["out"] < BF16_OUT and max(errors["dq"], errors["dkv"]) < BF16_GRADIENT
+    return {"case": "few queries, all keys", "correct": correct, **errors}
 
 
 def _same_bits(args: argparse.Namespace, case: tuple[Tensor, Tensor, Tensor]) -> Iterator[Row]:

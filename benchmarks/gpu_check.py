@@ -16,8 +16,8 @@ others alone; whatever a stage found is written to OUT at once:
     sweep        block sizes around the chosen ones, the three best of each kernel
 
 Prints all figures, then those that have a target. Exit status 1 when the kernels are wrong, a stage
-failed or, on an H100 or H200, a target is missed by more than 25 %; troubles of the reference and
-of the sweep do not count.
+failed or had no time or, on an H100 or H200, a target is missed by more than 25 % or not measured;
+troubles of the reference and of the sweep do not count.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def main() -> int:
     if args.stage:
         record_stage(args)
         return 0
-    wanted = args.only.split(",") if args.only else list(STAGES)
+    # What the others find means nothing without the name of the device.
+    wanted = ["device", *args.only.split(",")] if args.only else list(STAGES)
     if unknown := set(wanted) - set(STAGES):
         cli.error(f"--only: got {', '.join(sorted(unknown))}, must be of {', '.join(STAGES)}")
     if args.reference is None:

@@ -228,7 +228,7 @@ def best_checkpoint(folder: Path) -> tuple[str, float] | None:
     """
     try:
         best = json.loads((folder / BEST).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # none yet, or a damaged file
         return None
     # A best one that was damaged since is no longer one to beat.
     return (best["checkpoint"], best["val_mse"]) if (folder / best["checkpoint"]).is_dir() else None

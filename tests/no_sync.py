@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,10 +22,39 @@ WAITING = {
     "aten::equal",
 }
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+COPIES = ("tolist", "cpu", "numpy")
+"""Methods that wait for a GPU and, on a CPU, call no operator."""
+ALLOWED = {("favor_torch.py", "_parts"), ("routing.py", "route"), ("device_batch.py", "_sent")}
+"""Functions that may: the torch backend, a check on CPUs alone, what begins on the host."""
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    copy = getattr(torch.Tensor, name)
+
+    def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        code = sys._getframe(1).f_code
+        caller = Path(code.co_filename).name, code.co_name
+        assert caller in ALLOWED, f"Tensor.{name} waits for the device, in {caller}"
+        return copy(tensor, *args, **kwargs)
+
+    return method
 
 
 class NoHostSync(TorchDispatchMode):
-    """Fails on an operator whose result, or the size of it, the host has to wait for."""
+    """Fails on what the host has to wait for: a result, the size of one, or a copy of it."""
+
+    def __enter__(self) -> NoHostSync:
+        """Refuse the methods too."""
+        with ExitStack() as stack:
+            for name in COPIES:
+                stack.enter_context(mock.patch.object(torch.Tensor, name, _refused(name)))
+            self._methods = stack.pop_all()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Allow them again."""
+        self._methods.close()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator unless it waits."""

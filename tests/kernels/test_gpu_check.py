@@ -80,7 +80,13 @@ def test_all_stages_run_without_a_gpu(tmp_path):
     cases = {row["case"]: row for stage in stages.values() for row in stage["rows"]}
     results = {case: row["correct"] for case, row in cases.items() if "correct" in row}
     assert all(results.values())
-    assert {"m=266 n=33", "float32", "the same bits alone and packed"} < set(results)
+    assert {
+        "m=266 n=33",
+        "float32",
+        "32 heads",
+        "few queries, all keys",
+        "the same bits alone and packed",
+    } < set(results)
     assert cases["tiny b=1 m=266 kernels forward"]["floor_us"] > 0
     assert cases["torch micro-batch 2"]["cells_per_s"] > 0
     assert cases["gene encoder alone"]["step_ms"] > 0
@@ -93,11 +99,13 @@ def test_stages_stop_with_the_budget(tmp_path):
     out = tmp_path / "out.json"
     done = run_module(
         "benchmarks.gpu_check", "--device", "cpu", "--tiny", "--json", out, "--budget", 1,
-        "--only", "device,model", check=False,
+        "--only", "model", check=False,
     )  # fmt: skip
     stages = json.loads(out.read_text())["stages"]
     assert [stage["message"] for stage in stages.values()] == ["no time", "no time"]
-    assert done.returncode == 0
+    assert list(stages) == ["device", "model"]
+    assert done.returncode == 1
+    assert "error: stage model: skipped" in done.stderr
 
 
 def stage(*rows, status="done", message=""):
@@ -116,6 +124,18 @@ def timed(us, part="forward", way="kernels", m=256, **more):
     return {"case": f"{way} {part}", "us": us} | key | more
 
 
+def all_timed():
+    """Times that reach every target; the last is that of flash's backward pass."""
+    times = [timed(50.0), timed(100.0, "backward")]
+    times += [
+        timed(us, part) | {"layer": "decoder"} for us, part in ((90, "forward"), (180, "backward"))
+    ]
+    ways = ("kernels", "literal code", "literal code, torch.compile", "softmax, flash")
+    for way, us in zip(ways, (50.0, 2000.0, 500.0, 500.0), strict=True):
+        times += [timed(us, part, way, m=266) for part in ("forward", "backward")]
+    return times
+
+
 def test_failures_fail_the_check():
     wrong = {"correctness": stage({"case": "b", "correct": False})}
     assert verdict(wrong) == ["wrong result: b"]
@@ -125,13 +145,24 @@ def test_failures_fail_the_check():
 
 
 def test_targets_fail_the_check_when_missed_by_a_quarter():
-    near, far = timed(75.0), timed(76.0)
-    assert verdict({"device": H100, "timing": stage(near)}) == []
-    (line,) = verdict({"device": H100, "timing": stage(far)})
+    times = all_timed()
+    near, far = ([timed(us), *times[1:]] for us in (75.0, 76.0))
+    assert verdict({"device": H100, "timing": stage(*near)}) == []
+    (line,) = verdict({"device": H100, "timing": stage(*far)})
     assert "76  at most 60: MISSED" in line
-    assert (
-        verdict({"device": stage({"case": "m", "gpu": "NVIDIA A100"}), "timing": stage(far)}) == []
-    )
+    other = stage({"case": "m", "gpu": "NVIDIA A100"})
+    assert verdict({"device": other, "timing": stage(*far)}) == []
+
+
+def test_targets_without_a_figure_fail_the_check():
+    *times, flash = all_timed()
+    failed = {key: flash[key] for key in ("case", "layer", "b")} | {"failed": ["no kernel"]}
+    (line,) = verdict({"device": H100, "timing": stage(*times, failed)})
+    assert "softmax, flash over the kernels'" in line
+    assert "NOT MEASURED" in line
+    step = {"case": "triton micro-batch 4", "out_of_memory": True}
+    lines = verdict({"device": H100, "timing": stage(*times, flash), "model": stage(step)})
+    assert [line.split()[-2:] for line in lines] == [["NOT", "MEASURED"]] * 3
 
 
 def test_targets_compare_like_with_like():
@@ -143,7 +174,7 @@ def test_targets_compare_like_with_like():
     results = {"timing": stage(*times), "model": stage(*steps), "reference": released}
     found = {target.figure.split(":")[-1].strip(): target for target in targets(results)}
     assert {name: (target.got, target.miss <= 1) for name, target in found.items()} == {
-        "kernels forward, us": (50.0, True),
+        "large layer, forward, 256 features, us": (50.0, True),
         "time of literal code over the kernels'": (20.0, True),
         "time of softmax, flash over the kernels'": (4.5, False),
         "cells_per_s": (17.0, True),

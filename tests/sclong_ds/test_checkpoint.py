@@ -182,6 +182,14 @@ def test_a_new_checkpoint_is_good_without_what_stands_beside_it(tmp_path, monkey
     ] * 2
 
 
+def test_a_damaged_best_json_is_written_anew(tmp_path):
+    make_checkpoint(tmp_path, 1, FILES)
+    (tmp_path / "best.json").write_text('{"checkpoint": "st')
+    assert best_checkpoint(tmp_path) is None
+    record_best(tmp_path, name_of(1), 0.5)
+    assert best_checkpoint(tmp_path) == (name_of(1), 0.5)
+
+
 def test_more_than_eight_digits_are_still_the_newest(tmp_path):
     for step in (99_999_999, 100_000_000):
         make_checkpoint(tmp_path, step)

@@ -122,6 +122,9 @@ def test_no_operation_waits_for_the_device(target_sum):
         lambda x: x.nonzero(),
         lambda x: x.sum().item(),
         lambda x: x.long().repeat_interleave(x.long()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
     ],
 )
 def test_waiting_would_be_noticed(wait):

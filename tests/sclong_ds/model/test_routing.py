@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from no_sync import NoHostSync
 from small_model import G, cells, close, gradients, small_model
 
+from sclong_ds.config import PerformerConfig
 from sclong_ds.model.routing import candidate_order, route
 
 TOP = 12
@@ -163,17 +164,23 @@ def test_nothing_waits_for_the_device(routing, recompute):
     x, mask = mixed_cells()
     positions = torch.arange(5).expand(len(x), 5)
     model(x, mask)  # draws the features, builds the graph
+    lengths = lengths_of(x, mask)
     with NoHostSync():
-        out = model(x, mask, lengths=lengths_of(x, mask), positions=positions)
+        out = model(x, mask, lengths=lengths, positions=positions)
         (out - x.gather(1, positions)).square().sum().backward()
-        model(x, mask, lengths=lengths_of(x, mask)).square().sum().backward()
+        model(x, mask, lengths=lengths).square().sum().backward()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("routing", ["top", "expressed"])
 def test_a_gpu_is_not_waited_for(routing):
-    model = small_model(routing=routing, gene_bias=True).bfloat16().cuda().train()
+    stack = PerformerConfig(depth=2, heads=2, dim_head=16, nb_features=None, ff_mult=2)
+    stacks = dict.fromkeys(("large_encoder", "mini_encoder", "decoder"), stack)
+    model = small_model(routing=routing, gene_bias=True, **stacks).bfloat16().cuda().train()
+    for performer in model.performers().values():
+        for layer in performer.layers:
+            layer.attention.backend = "triton"  # the torch backend waits for packed cells
     x, mask = mixed_cells()
     lengths = lengths_of(x, mask)
     positions = torch.arange(5).expand(len(x), 5).cuda()
