@@ -61,21 +61,19 @@ main() {
   manifest=$(realpath "$manifest")
   out=$(realpath "$out")
 
-  local converted finalized verified graphed trained
+  local -A ids=()
   # shellcheck disable=SC2086 # several options in one string
   {
-    converted=$(submit convert "" "--array=0-$((tasks - 1)) $prep" \
-      data_prep.sh convert "$manifest" --out "$out/corpus" $convert)
-    finalized=$(submit finalize "$after_convert:$converted" "$prep" \
-      data_prep.sh finalize "$out/corpus" $finalize)
-    verified=$(submit verify "afterok:$finalized" "$prep" data_prep.sh verify "$out/corpus")
-    graphed=$(submit gene-graph "afterok:$finalized" "$prep" \
-      gene_graph.sh --genes "$out/corpus/genes.tsv" --out "$out/graph.npz" $graph)
-    trained=$(submit pretrain "afterok:$verified:$graphed" "$train" \
-      pretrain.sh "$@" run.dir="$out/run" data.corpus="$out/corpus" model.gene_graph="$out/graph.npz")
+    submit convert "" "--array=0-$((tasks - 1)) $prep" \
+      data_prep.sh convert "$manifest" --out "$out/corpus" $convert
+    submit finalize "$after_convert:${ids[convert]}" "$prep" \
+      data_prep.sh finalize "$out/corpus" $finalize
+    submit verify "afterok:${ids[finalize]}" "$prep" data_prep.sh verify "$out/corpus"
+    submit gene-graph "afterok:${ids[finalize]}" "$prep" \
+      gene_graph.sh --genes "$out/corpus/genes.tsv" --out "$out/graph.npz" $graph
+    submit pretrain "afterok:${ids[verify]}:${ids[gene-graph]}" "$train" \
+      pretrain.sh "$@" run.dir="$out/run" data.corpus="$out/corpus" model.gene_graph="$out/graph.npz"
   }
-  printf '%s\t%s\n' convert "$converted" finalize "$finalized" verify "$verified" \
-    gene-graph "$graphed" pretrain "$trained"
 }
 
 # Prints the value that follows an option.
@@ -84,14 +82,20 @@ value() {
   printf '%s' "$2"
 }
 
-# Submits one job: its name, what it waits for, sbatch options, script, arguments. Prints its id.
+# Submits one job: its name, what it waits for, sbatch options, script, arguments. Prints its id, and
+# notes it in `ids`.
 submit() {
   local name=$1 after=$2 options=$3 script=$4 id
   shift 4
   if [[ -n $after ]]; then options="--dependency=$after --kill-on-invalid-dep=yes $options"; fi
   # shellcheck disable=SC2086 # several options in one string
-  id=$(sbatch --parsable --job-name="sclong-$name" $options "$home/slurm/$script" "$@")
-  echo "${id%%;*}"
+  if ! id=$(sbatch --parsable --job-name="sclong-$name" $options "$home/slurm/$script" "$@"); then
+    echo "error: Slurm refused the job of $name, see above; the chain is not complete." \
+      "${ids[*]:+To cancel what is queued: scancel ${ids[*]}}" >&2
+    exit 1
+  fi
+  ids[$name]=${id%%;*}
+  printf '%s\t%s\n' "$name" "${ids[$name]}"
 }
 
 fail() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,25 @@ def test_wrong_arguments_submit_nothing(arguments: tuple[str, ...], message: str
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert not done.stdout
+
+
+def test_a_refused_job_ends_the_submission_and_says_what_is_queued(tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        "#!/bin/bash\n"
+        "if [[ $* == *sclong-verify* ]]; then echo 'sbatch: error: no' >&2; exit 1; fi\n"
+        f"echo x >> {tmp_path}/calls; wc -l < {tmp_path}/calls\n"
+    )
+    sbatch.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "slurm/pipeline.sh", "--manifest", "README.md", "--out", tmp_path / "out", "--",
+         *SMALL],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == "convert\t1\nfinalize\t2\n"
+    refused, message = done.stderr.splitlines()
+    assert refused == "sbatch: error: no"
+    assert message.startswith("error: Slurm refused the job of verify")
+    assert set(message.split("scancel ")[1].split()) == {"1", "2"}
