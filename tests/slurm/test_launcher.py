@@ -41,7 +41,8 @@ def test_one_launcher_per_node_trains_as_readme_says(
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/bash\nset -e\nsource slurm/env.sh\n{block}")
     log = f"--output={slurm.folder}/jobs/%x-%j.out"
-    job = slurm.wait(slurm.command("sbatch", "--parsable", "--nodes=2", log, str(script)))
+    options = ("--nodes=2", "--ntasks-per-node=2", log)  # as for the job script
+    job = slurm.wait(slurm.command("sbatch", "--parsable", *options, str(script)))
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
     assert [row["step"] for row in read_metrics(run_dir) if "train/loss" in row] == [1, 2]
     assert [e["world_size"] for e in read_events(run_dir) if e["event"] == "start"] == [2]
