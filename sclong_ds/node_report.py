@@ -126,6 +126,12 @@ def _examine_gpu(report: Report, place: Place) -> None:
     driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(version)) if count else None
     report.compared["driver"] = driver[1] if driver else "none"
     if not count:
+        granted = int(os.environ.get("SCLONG_GPUS_ON_NODE", "0"))
+        if granted and os.environ.get("DS_ACCELERATOR") != "cpu":
+            report.problems.append(
+                f"Slurm gave {granted} GPUs, torch sees none: a container without --nv, the "
+                f"driver, or a CPU build of torch? DS_ACCELERATOR=cpu trains on CPUs"
+            )
         return
     if place.local_rank >= count:
         report.problems.append(

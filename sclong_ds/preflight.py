@@ -5,11 +5,13 @@
 slurm/pretrain.sh runs it with one process per rank and the training's own arguments. Each looks at
 its node and GPU; the first one of a node also writes a file into the run folder. The reports go to
 rank 0 through torch's key-value store, which needs no collective, so a node that does not answer is
-known by name. If all agree, one all-reduce goes through all ranks.
+known by name, that of rank 0 too. If all agree, one all-reduce goes through all ranks.
 
-Rank 0 writes RUN_DIR/preflight.json and a table into the log; each bad node is one line there.
+Rank 0 writes RUN_DIR/preflight.json and a table into the log; each bad node is one line there. When
+rank 0 gives no answer, the first rank of another node writes that.
 Exit status: 0 fit, 1 not. Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT and SCLONG_NODES (names of the nodes, in the order of the ranks).
+MASTER_PORT, SCLONG_NODES (names of the nodes, in the order of the ranks) and SCLONG_GPUS_ON_NODE
+(how many GPUs Slurm gave each).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections import Counter
@@ -34,7 +37,7 @@ from sclong_ds.config import load_config
 from sclong_ds.failures import life_id, run_to_end
 from sclong_ds.files import write_atomic
 from sclong_ds.node_report import GIB, Place, Report, examine, on_gpus
-from sclong_ds.restarts import PREFLIGHT_FILE, add_training_arguments
+from sclong_ds.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
 from sclong_ds.run_folder import now
 
 SKEW_LIMIT_S = 30.0
@@ -42,6 +45,7 @@ SKEW_LIMIT_S = 30.0
 REDUCED_BYTES = 256 * 2**20
 """Size of the tensor of the all-reduce."""
 _SHOWN_NODES = 32
+_STAND_INS, _TURN_S = 3, 2.0
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +143,8 @@ def collect(store: dist.Store, key: str, place: Place, *, timeout_s: float) -> d
 def judge(reports: Mapping[int, Report], place: Place, *, timeout_s: float) -> list[Problem]:
     """Return what is wrong with the nodes, by their reports alone.
 
+    What most ranks have is right; a node with something wrong of its own has no vote in that.
+
     Args:
         reports: Reports by rank; a missing one is a problem.
         place: This rank.
@@ -153,13 +159,16 @@ def judge(reports: Mapping[int, Report], place: Place, *, timeout_s: float) -> l
                                           f"there"))  # fmt: skip
             continue
         problems += [Problem(node, text) for text in reports[rank].problems]
+    unfit = {place.node_of(rank) for rank, report in reports.items() if report.problems}
     names = dict.fromkeys(name for report in reports.values() for name in report.compared)
     for name in names:
         values = {
             r: report.compared[name] for r, report in reports.items() if name in report.compared
         }
+        voters = [rank for rank in sorted(values) if place.node_of(rank) not in unfit]
         # Of equally many, the value of the lowest rank.
-        usual = Counter(values[rank] for rank in sorted(values)).most_common(1)[0][0]
+        votes = Counter(values[rank] for rank in voters or sorted(values))
+        usual = votes.most_common(1)[0][0]
         problems += [
             Problem(place.node_of(rank), f"{name} is {value}, elsewhere {usual}: all nodes must "
                                          f"see the same files and software")
@@ -239,19 +248,64 @@ def _scaled(value: float | None, unit: float) -> str:
     return "-" if value is None else f"{value / unit:.1f}"
 
 
-def check(place: Place, store: dist.Store, report: Report, *, timeout_s: float) -> dict[str, Any]:
+def open_store(place: Place, address: str, port: int, *, timeout_s: float) -> dist.Store:
+    """Return the key-value store of the ranks, which rank 0 holds.
+
+    Args:
+        place: This rank.
+        address: Host of rank 0.
+        port: Its port.
+        timeout_s: Longest wait for rank 0; for what is in the store it is twice as long.
+
+    Raises:
+        OSError: Nobody listens there.
+        torch.distributed.DistError: torch gave up.
+    """
+    deadline = time.monotonic() + timeout_s
+    while place.rank != 0:  # where torch itself finds nobody, it prints pages of its own stack
+        try:
+            socket.create_connection((address, port), timeout=timeout_s).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+    store = dist.TCPStore(
+        address, port, is_master=place.rank == 0, wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+    )  # fmt: skip
+    store.set_timeout(timedelta(seconds=2 * timeout_s))
+    return store
+
+
+def hand_in(place: Place, store: dist.Store, source: str, overrides: Sequence[str]) -> None:
+    """Examine this rank's node and put the report into the store.
+
+    On rank 0 in a thread: it must be able to say that its own node hangs. It never waits within the
+    store, which serves one thread at a time.
+    """
+
+    def body() -> None:
+        report = examine(place, source, overrides)
+        store.set(f"report/{place.rank}", json.dumps(asdict(report)))
+
+    if place.rank == 0:
+        threading.Thread(target=body, daemon=True).start()
+    else:
+        body()
+
+
+def check(place: Place, store: dist.Store, *, timeout_s: float) -> dict[str, Any]:
     """Bring the reports together on rank 0, try the all-reduce, and return the verdict.
 
     Args:
         place: This rank.
         store: The key-value store.
-        report: This rank's report.
         timeout_s: Longest wait for the others, once for the reports and once for the all-reduce.
 
     Returns:
         On rank 0 the content of preflight.json, on the others `ok` alone.
     """
-    store.set(f"report/{place.rank}", json.dumps(asdict(report)))
     if place.rank != 0:
         if store.get("go") == b"yes":
             trial(place, store, timeout_s=timeout_s)
@@ -269,14 +323,29 @@ def check(place: Place, store: dist.Store, report: Report, *, timeout_s: float) 
         reduced = collect(store, "reduced", place, timeout_s=1)
         problems = judge_trial(entered, reduced, place, timeout_s=timeout_s)
         seconds = max((r.get("seconds", 0.0) for r in reduced.values()), default=None)
-    # Each rank sends and receives 2 (n - 1) / n of the tensor in a ring.
-    moved = 2 * (place.world_size - 1) / place.world_size * REDUCED_BYTES
     log.info("\n".join(["preflight:", *table(reports, place)]))
-    bad = sorted({problem.node for problem in problems})
     store.set("verdict", "unfit" if problems else "fit")
     store.set("left/0", "{}")
     # The store goes with this process: the others must have read the verdict.
     collect(store, "left", place, timeout_s=5)
+    return verdict_of(problems, place, reports=reports, seconds=seconds)
+
+
+def verdict_of(
+    problems: Sequence[Problem], place: Place, *, reports: Mapping[int, Report],
+    seconds: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the content of preflight.json.
+
+    Args:
+        problems: What is wrong, none if nothing is.
+        place: This rank.
+        reports: Reports by rank.
+        seconds: Time of the all-reduce, if it was tried.
+    """
+    # Each rank sends and receives 2 (n - 1) / n of the tensor in a ring.
+    moved = 2 * (place.world_size - 1) / place.world_size * REDUCED_BYTES
+    bad = sorted({problem.node for problem in problems})
     return {
         "ok": not problems,
         "time": now(),
@@ -292,6 +361,27 @@ def check(place: Place, store: dist.Store, report: Report, *, timeout_s: float) 
             asdict(reports[rank]) | {"node": place.node_of(rank)} for rank in sorted(reports)
         ],
     }
+
+
+def stand_in(place: Place, run_dir: Path | None, text: str) -> None:
+    """Publish the verdict of a rank 0 that gives no answer.
+
+    The first ranks of the next nodes do it, or the next ranks of the only node; each waits for the
+    ones before it, and all of them leave it to a rank 0 that has judged without them.
+
+    Args:
+        place: This rank.
+        run_dir: Run folder.
+        text: What is wrong with the node of rank 0.
+    """
+    step = place.local_size if place.local_size < place.world_size else 1
+    turns = range(0, place.world_size, step)[: 1 + _STAND_INS]
+    if place.rank not in turns:
+        return
+    time.sleep(_TURN_S * turns.index(place.rank))
+    if run_dir is None or read_verdict(run_dir, life=life_id()) is None:
+        problem = Problem(place.node_of(0), text)
+        publish(verdict_of([problem], place, reports={}, seconds=None), place, run_dir)
 
 
 def publish(verdict: Mapping[str, Any], place: Place, run_dir: Path | None) -> None:
@@ -323,21 +413,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = Place.from_environment()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    report = examine(place, args.config, args.overrides)
+    run_dir = _run_dir(args.config, args.overrides)
     try:
-        store = dist.TCPStore(
-            address, port, is_master=place.rank == 0, wait_for_workers=False,
-            timeout=timedelta(seconds=3 * args.timeout_s),
-        )  # fmt: skip
-        verdict = check(place, store, report, timeout_s=args.timeout_s)
-    except dist.DistError as error:
-        log.error(
-            "error: %s: no answer from rank 0 at %s:%d (%s): see its messages, or check the "
-            "network", place.node_of(place.rank), address, port, str(error).splitlines()[0],
+        store = open_store(place, address, port, timeout_s=args.timeout_s)
+        hand_in(place, store, args.config, args.overrides)
+        verdict = check(place, store, timeout_s=args.timeout_s)
+    except (dist.DistError, OSError) as error:
+        stand_in(
+            place, run_dir,
+            f"no answer from rank 0 at {address}:{port} ({str(error).splitlines()[0]}): see its "
+            f"messages, the node and its network",
         )  # fmt: skip
         return 1
     if place.rank == 0:
-        publish(verdict, place, _run_dir(args.config, args.overrides))
+        publish(verdict, place, run_dir)
     return 0 if verdict["ok"] else 1
 
 

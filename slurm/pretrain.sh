@@ -99,8 +99,9 @@ set_ranks() {
       "ask with --ntasks-per-node and --cpus-per-task" >&2
     exit 2
   fi
+  SCLONG_GPUS_ON_NODE=$(gpus_on_node)
   # LOCAL_SIZE is DeepSpeed's name: its shared-memory path must know that not all ranks are local.
-  export LOCAL_WORLD_SIZE LOCAL_SIZE=$LOCAL_WORLD_SIZE
+  export LOCAL_WORLD_SIZE LOCAL_SIZE=$LOCAL_WORLD_SIZE SCLONG_GPUS_ON_NODE
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus_per_rank}"
 }
 
@@ -159,7 +160,8 @@ ask_in_time() {
 preflight() {
   step=0
   if ((SCLONG_PREFLIGHT == 0)); then return; fi
-  MASTER_PORT=$((MASTER_PORT + 15)) launch sclong_ds.preflight "$((SCLONG_PREFLIGHT + 10))" \
+  # The first rank may end at once, and another judge when it has waited for it; python starts in 60 s.
+  MASTER_PORT=$((MASTER_PORT + 15)) launch sclong_ds.preflight "$((SCLONG_PREFLIGHT + 60))" \
     --timeout-s "$SCLONG_PREFLIGHT" "$@" &
   wait_for_step $!
   step=1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,24 @@ from launching import ROOT, environment
 
 from sclong_ds import node_report, preflight
 from sclong_ds.node_report import Place, Report, examine, write_speed
-from sclong_ds.preflight import Problem, by_text, collect, judge, judge_trial, table
+from sclong_ds.preflight import (
+    Problem,
+    by_text,
+    collect,
+    judge,
+    judge_trial,
+    stand_in,
+    table,
+)
 
 PLACE = Place(rank=0, local_rank=0, local_size=2, world_size=6, nodes=("n1", "n2", "n3"))
 SAME = {"torch": "2.13", "GPUs": "2 x H100"}
-FROZEN = """
+FREEZE = """
 import time
 from sclong_ds import preflight
-preflight.trial = lambda *args, **settings: time.sleep(60)
-raise SystemExit(preflight.main())
+from sclong_ds.failures import run_to_end
+preflight.{name} = lambda *args, **settings: time.sleep(600)
+run_to_end(preflight.main)
 """
 
 
@@ -50,6 +60,27 @@ def test_the_node_that_differs_from_most_is_named_once() -> None:
     (problem,) = judge(reports, PLACE, timeout_s=9)
     assert problem.node == "n1"
     assert problem.text.startswith("torch is 2.12, elsewhere 2.13")
+
+
+def test_a_node_with_a_problem_of_its_own_has_no_vote() -> None:
+    place = Place(rank=0, local_rank=0, local_size=1, world_size=2, nodes=("n1", "n2"))
+    broken = Report(rank=0, compared=SAME | {"GPUs": "none"}, problems=["torch sees none"])
+    reports = {0: broken, 1: Report(rank=1, compared=dict(SAME))}
+    assert {p.node for p in judge(reports, place, timeout_s=9)} == {"n1"}
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    settings = [f"run.dir={tmp_path}"]
+    assert examine(PLACE, "sclong_tiny", settings).problems == []
+    monkeypatch.setenv("SCLONG_GPUS_ON_NODE", "8")
+    (problem,) = examine(PLACE, "sclong_tiny", settings).problems
+    assert problem.startswith("Slurm gave 8 GPUs, torch sees none")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert examine(PLACE, "sclong_tiny", settings).problems == []
 
 
 def test_silent_ranks_and_their_own_findings_are_named() -> None:
@@ -151,6 +182,7 @@ def _start(
     variables: Mapping[str, str] = {
         "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
         "SCLONG_NODES": "n1 n2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "SLURM_JOB_ID": "7",
     }  # fmt: skip
     arguments = ("--timeout-s", str(timeout_s), "--config", "sclong_tiny", f"run.dir={run_dir}")
     return subprocess.Popen(
@@ -179,8 +211,8 @@ def test_two_good_ranks_let_the_job_go_on(tmp_path: Path) -> None:
 
 def test_a_rank_that_freezes_before_the_collective_is_named(tmp_path: Path) -> None:
     port = _port()
-    frozen = _start(1, port, tmp_path, "-c", FROZEN, timeout_s=6)
-    good = _start(0, port, tmp_path, timeout_s=6)
+    frozen = _start(1, port, tmp_path, "-c", FREEZE.format(name="trial"), timeout_s=12)
+    good = _start(0, port, tmp_path, timeout_s=12)
     try:
         message = good.communicate()[1]
     finally:
@@ -190,3 +222,43 @@ def test_a_rank_that_freezes_before_the_collective_is_named(tmp_path: Path) -> N
     assert "error: n2: answered, then froze before the all-reduce" in message
     assert "error: n1" not in message
     assert json.loads((tmp_path / preflight.PREFLIGHT_FILE).read_text())["bad_nodes"] == ["n2"]
+
+
+def test_a_first_node_that_hangs_in_its_own_check_is_named(tmp_path: Path) -> None:
+    port = _port()
+    first = _start(0, port, tmp_path, "-c", FREEZE.format(name="examine"), timeout_s=15)
+    second = _start(1, port, tmp_path, timeout_s=15)
+    messages = [rank.communicate(timeout=120)[1] for rank in (first, second)]
+    assert (first.returncode, second.returncode) == (1, 1), messages
+    assert "error: n1: did not answer within 15 s" in messages[0]
+    assert "error" not in messages[1]
+    assert json.loads((tmp_path / preflight.PREFLIGHT_FILE).read_text())["bad_nodes"] == ["n1"]
+
+
+def test_a_first_node_that_never_listens_is_named_by_another(tmp_path: Path) -> None:
+    (tmp_path / preflight.PREFLIGHT_FILE).write_text('{"life": "6.0"}')
+    port = _port()
+    second = _start(1, port, tmp_path, timeout_s=2)
+    (line,) = second.communicate(timeout=120)[1].splitlines()
+    assert second.returncode == 1
+    assert line.startswith(f"error: n1: no answer from rank 0 at 127.0.0.1:{port} ([Errno 111]")
+    verdict = json.loads((tmp_path / preflight.PREFLIGHT_FILE).read_text())
+    assert (verdict["ok"], verdict["life"], verdict["bad_nodes"]) == (False, "7.0", ["n1"])
+
+
+def test_only_one_rank_stands_in_for_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(preflight, "_TURN_S", 0.0)
+    path = tmp_path / preflight.PREFLIGHT_FILE
+    said = []
+    for rank in (3, 2, 4):
+        stand_in(replace(PLACE, rank=rank, local_rank=rank % 2), tmp_path, f"not seen by {rank}")
+        said.append(json.loads(path.read_text())["problems"] if path.exists() else None)
+    # Rank 3 is not the first of its node; rank 4 finds the verdict of rank 2.
+    assert said == [None, *2 * [[{"nodes": ["n1"], "text": "not seen by 2"}]]]
+    path.unlink()
+    alone = Place(rank=1, local_rank=1, local_size=2, world_size=2, nodes=("n1",))
+    stand_in(alone, tmp_path, "not seen")
+    assert json.loads(path.read_text())["bad_nodes"] == []
