@@ -1,21 +1,24 @@
 """Whether a Slurm job may start, or be started again: the guard against one that crashes for ever.
 
+    python -m sclong_ds.restarts nodes --most N --ranks-per-node N --config FILE|PRESET ...
     python -m sclong_ds.restarts begin --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts seconds-to-save --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts end --status STATUS --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts bad-nodes --config FILE|PRESET [key=value ...]
 
-slurm/pretrain.sh runs it with the training's own arguments, once for all ranks. `begin` records the
-start in RUN_DIR/restarts.json; `seconds-to-save` prints how long before the time limit the run must
-be asked to save; `end` says what a training that ended with STATUS means; `bad-nodes` prints the
-nodes that this life's preflight named. Exit status: 0 go on (start, start again), 1 do not, with a
-line that says why.
+slurm/pretrain.sh runs it with the training's own arguments, once for all ranks. `nodes` prints on
+how many of the job's nodes the training can run; `begin` records the start in
+RUN_DIR/restarts.json; `seconds-to-save` prints how long before the time limit the run must be asked
+to save; `end` says what a training that ended with STATUS means; `bad-nodes` prints the nodes that
+this life's preflight named. Exit status: 0 go on (start, start again), 1 do not, with a line that
+says why.
 
 Progress is a newer checkpoint: what is trained after the last one is lost with a crash. What asks
 for another life: 75 (saved after a signal); a hang that the watchdog ended; 71, a device, network
-or file system that failed; and a rank that was killed (137: SIGKILL, as by the kernel when memory
-runs out). A training that says what is wrong with it would say so again, whatever the ranks end
-with that lose it as a peer; and a run that crashed before its first step ever is set up wrongly.
+or file system that failed; a rank that was killed (137: SIGKILL, as by the kernel when memory runs
+out); and 69, an error of srun itself, as when Slurm's controller does not answer. A training that
+says what is wrong with it would say so again, whatever the ranks end with that lose it as a peer;
+and a run whose ranks crashed before its first step ever is set up wrongly.
 The lives of a training are those of a job, or of the jobs that slurm/resubmit.sh submits.
 """
 
@@ -34,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.checkpoint_files import complete_checkpoints, step_of
-from sclong_ds.config import load_config
+from sclong_ds.config import EngineConfig, load_config
 from sclong_ds.failures import OWN_STATUS, PASSING_STATUS, life_id, read_failure
 from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import METRICS_FILE, now, read_events, read_every_row
@@ -42,6 +45,8 @@ from sclong_ds.signals import STOP_STATUS
 
 RESTARTS_FILE = "restarts.json"
 PREFLIGHT_FILE = "preflight.json"
+SRUN_STATUS = 69
+"""EX_UNAVAILABLE, which slurm/pretrain.sh gives errors of srun itself; no rank ends with it."""
 _OWN_STATUSES = (OWN_STATUS, 2)
 _KEPT_LIVES = 200
 # Until every rank has the signal (10 s), has ended its micro-batch, and Slurm has seen the job end.
@@ -120,7 +125,7 @@ def end(run_dir: Path, status: int, *, job: str, max_stalled: int) -> str:
     reason = "saved after a signal"
     if status != STOP_STATUS:
         reason = _reason(run_dir, status)
-        if not _made_a_step(run_dir):
+        if status != SRUN_STATUS and not _made_a_step(run_dir):
             raise ValueError(
                 f"{reason} before the run's first step; it is not started again: see above and the "
                 f"nodes' logs (137 is often too little memory), then submit the same command again"
@@ -139,9 +144,33 @@ def _reason(run_dir: Path, status: int) -> str:
             f"the training ended by itself with status {status} and is not started again: "
             f"{said or 'see above what is wrong'}"
         )
+    if status == SRUN_STATUS:
+        return f"srun failed (status {status}, see above)"
     if status == PASSING_STATUS:
         return f"a device, network or disk failed a rank (status {status}, see above)"
     return f"a rank died (status {status})"
+
+
+def usable_nodes(engine: EngineConfig, *, most: int, ranks_per_node: int) -> int:
+    """Return the largest number of nodes whose ranks share out the batch evenly.
+
+    Args:
+        engine: Gives batch and micro-batch.
+        most: Nodes of the job.
+        ranks_per_node: Ranks on each.
+
+    Raises:
+        ValueError: Not even one node's do.
+    """
+    cells = engine.train_micro_batch_size_per_gpu * ranks_per_node
+    for nodes in range(most, 0, -1):
+        if engine.train_batch_size % (cells * nodes) == 0:
+            return nodes
+    raise ValueError(
+        f"engine.train_batch_size: got {engine.train_batch_size}, must be a multiple of "
+        f"engine.train_micro_batch_size_per_gpu {engine.train_micro_batch_size_per_gpu} x "
+        f"{ranks_per_node} ranks per node"
+    )
 
 
 def seconds_to_save(run_dir: Path) -> int:
@@ -214,11 +243,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m sclong_ds.restarts")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("begin", "seconds-to-save", "end", "bad-nodes"):
+    for name in ("nodes", "begin", "seconds-to-save", "end", "bad-nodes"):
         command = commands.add_parser(name)
         command.add_argument("--max-stalled", type=int, default=3, metavar="N")
         if name == "end":
             command.add_argument("--status", type=int, required=True)
+        if name == "nodes":
+            command.add_argument("--most", type=int, required=True, metavar="N")
+            command.add_argument("--ranks-per-node", type=int, required=True, metavar="N")
         add_training_arguments(command)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
@@ -228,7 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.run.dir is None:
             raise ValueError("run.dir is not set: add run.dir=PATH, the run folder")
         run_dir = Path(config.run.dir)
-        if args.command == "begin":
+        if args.command == "nodes":
+            most, ranks = args.most, args.ranks_per_node
+            sys.stdout.write(f"{usable_nodes(config.engine, most=most, ranks_per_node=ranks)}\n")
+        elif args.command == "begin":
             nodes = os.environ.get("SLURM_JOB_NODELIST", "")
             begin(run_dir, job=job, nodes=nodes, max_stalled=args.max_stalled)
         elif args.command == "seconds-to-save":

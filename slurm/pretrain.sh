@@ -23,11 +23,13 @@
 # (TERM) every rank finishes its micro-batch, the run is saved and the job queues itself again; the
 # next life of the job continues from there, in the same run folder and the same log, on as many nodes
 # as it then gets: submit with --nodes=MIN-MAX, or `scontrol update JobId=J NumNodes=N` while it waits.
+# Of nodes among whose ranks the batch cannot be shared out evenly it leaves the last ones idle.
 #
 # What is started again is decided in sclong_ds/restarts.py:
 #   saved after a signal (75)                         yes
 #   a rank was killed (137: out of memory, ...)       yes, when the run has made a step before
 #   a device, network or disk failed a rank (71)      yes, when the run has made a step before
+#   srun itself failed (69), here or in the check     yes
 #   a rank hung and the watchdog ended the run        yes, when the run has made a step before
 #   a node failed                                     yes, Slurm does it by itself (--requeue)
 #   the training says what is wrong (1, 2)            no
@@ -36,7 +38,7 @@
 # may not queue itself it ends with 75 instead, and slurm/resubmit.sh submits it again.
 set -euo pipefail
 
-readonly FORWARD_EVERY_S=5
+readonly FORWARD_EVERY_S=5 ANSWER_S=180 SRUN_STATUS=69
 
 main() {
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -58,10 +60,15 @@ main() {
   asked_to_stop=0
   trap 'asked_to_stop=1' USR1 TERM
   set_ranks
+  nodes=$(restarts nodes --most "$SLURM_JOB_NUM_NODES" --ranks-per-node "$LOCAL_WORLD_SIZE" "$@")
   set_rendezvous
   echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NODELIST," \
-    "$SLURM_JOB_NUM_NODES x $LOCAL_WORLD_SIZE ranks of $cpus_per_rank CPUs," \
+    "$nodes x $LOCAL_WORLD_SIZE ranks of $cpus_per_rank CPUs," \
     "rendezvous $MASTER_ADDR:$MASTER_PORT"
+  if ((nodes < SLURM_JOB_NUM_NODES)); then
+    echo "only $nodes of $SLURM_JOB_NUM_NODES nodes are used: engine.train_batch_size cannot be shared" \
+      "out evenly among the ranks of more"
+  fi
 
   restarts begin "$@" || exit 1
   ask_in_time "$@" &
@@ -121,14 +128,16 @@ sum_of_counts() {
   echo "$(($(tr ',' '\n' <<<"$1" | sed 's/.*://' | paste -sd+ -)))"
 }
 
-# Sets MASTER_ADDR (the first node) and MASTER_PORT (from the job id, new in each life of the job).
+# Sets SCLONG_NODES (the nodes to use), MASTER_ADDR (the first) and MASTER_PORT (from the job id, new in
+# each life of the job).
 set_rendezvous() {
   local hosts
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  hosts=("${hosts[@]:0:nodes}")
   MASTER_ADDR="${hosts[0]}"
   if ! getent hosts "$MASTER_ADDR" >/dev/null; then
     # A node name need not be a host name; Slurm knows the address.
-    MASTER_ADDR=$(scontrol show node --oneliner "${hosts[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    MASTER_ADDR=$(field NodeAddr "$(patient scontrol show node --oneliner "${hosts[0]}")")
   fi
   # Below 32768, where Linux starts to hand out ports of its own.
   MASTER_PORT=$((15000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 15000))
@@ -137,17 +146,18 @@ set_rendezvous() {
 
 # Sends this script USR1 early enough before the time limit to save, where --signal comes too late: the
 # run's checkpoints, or an extended limit, may say something else later on, so it looks again whenever
-# half of the time is over.
+# half of the time is over, and soon where Slurm or the run folder gives no answer.
 ask_in_time() {
-  local end left save_s pause="" self=$BASHPID
+  local job end left save_s pause="" self=$BASHPID
   trap '[[ -z $pause ]] || kill "$pause"; exit' TERM # a sleep of hours must not outlive the job
   while true; do
-    end=$(job_field EndTime)
-    end=$(date --date="$end" +%s 2>/dev/null) || return 0 # no time limit
-    save_s=$(restarts seconds-to-save "$@") || return 0
-    left=$((end - $(date +%s) - save_s))
+    left=60
+    if job=$(show_job) && end=$(field EndTime "$job") && save_s=$(restarts seconds-to-save "$@"); then
+      end=$(date --date="$end" +%s 2>/dev/null) || return 0 # no time limit
+      left=$((end - $(date +%s) - save_s))
+    fi
     if ((left <= 0)); then break; fi
-    sleep $((left < 60 ? left : left / 2)) &
+    sleep $((left <= 60 ? left : left / 2)) &
     pause=$!
     wait "$pause"
   done
@@ -167,43 +177,70 @@ preflight() {
   step=1
   if ((status == 0 && asked_to_stop)); then finish 75 "$@"; fi
   if ((status == 0)); then return; fi
+  if ((status == SRUN_STATUS)); then finish "$status" "$@"; fi
   if [[ $SCLONG_EXCLUDE_BAD == 1 && $SCLONG_REQUEUE == 1 ]]; then exclude_bad_nodes "$@"; fi
   exit "$status"
 }
 
 # Queues the job again, never to run on the nodes that preflight.json names.
 exclude_bad_nodes() {
-  local bad before
+  local bad before job
   bad=$(restarts bad-nodes "$@") || return 0
   if [[ -z $bad ]]; then return; fi
-  before=$(job_field ExcNodeList)
+  job=$(patient show_job) || return 0
+  before=$(field ExcNodeList "$job")
   if [[ $before != "(null)" ]]; then bad="$before,$bad"; fi
   # Slurm changes this of waiting jobs only, and ends this script as soon as the job waits.
   trap '' TERM
-  if scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"; then
+  if requeue && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"; then
     echo "job $SLURM_JOB_ID is queued again without $bad"
   fi
 }
 
-# Prints one field of `scontrol show job`.
-job_field() {
-  scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"
+# Prints what Slurm says about this job.
+show_job() {
+  scontrol show job --oneliner "$SLURM_JOB_ID"
+}
+
+# Prints one field of what show_job printed.
+field() {
+  [[ $2 =~ " $1="([^ ]*) ]] && echo "${BASH_REMATCH[1]}"
+}
+
+# Runs a command until it succeeds, for some minutes: a busy or restarted controller gives no answer.
+patient() {
+  local deadline=$((SECONDS + ANSWER_S))
+  until "$@"; do
+    if ((SECONDS >= deadline)); then return 1; fi
+    sleep 10
+  done
+}
+
+# Queues the job again. What Slurm refuses it refuses twice; what it did not hear it is told again.
+requeue() {
+  scontrol requeue "$SLURM_JOB_ID" || {
+    patient show_job >/dev/null && scontrol requeue "$SLURM_JOB_ID"
+  }
 }
 
 # Starts a module, one task per rank, in which the last ones get some seconds after the first has
 # ended. kill-on-bad-exit stays off: 75 is not a failure, and the rank that ends first with it must not
 # take the one that still writes along; --wait ends the ranks of a dead run.
 # The signals are ignored until python has installed its handlers: by default they would end the rank.
-# srun must not read what the job asked for per task and GPU, which may be another layout.
+# srun must not read what the job asked for per task and GPU, which may be another layout: each task is
+# to see all GPUs of its node. (--gpu-bind=none is no way to that: Slurm before 21.08 does not know it,
+# and 22.05 then leaves CUDA_VISIBLE_DEVICES unset.)
 launch() {
-  local module=$1 straggler_s=$2
+  local module=$1 straggler_s=$2 gpus=""
   shift 2
-  unset SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU
-  if [[ ${SLURM_TRES_PER_TASK:-} != *gpu* ]]; then unset SLURM_TRES_PER_TASK; fi
-  # shellcheck disable=SC2016 # the variables are those of the tasks
-  exec srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" \
-    --ntasks="$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE))" --ntasks-per-node="$LOCAL_WORLD_SIZE" \
-    --cpus-per-task="$cpus_per_rank" --gpu-bind=none \
+  unset SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_GPUS SLURM_GPUS_PER_NODE \
+    SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_TRES_PER_TASK SLURM_TRES_BIND
+  if ((SCLONG_GPUS_ON_NODE)); then gpus="--gres=gpu:$SCLONG_GPUS_ON_NODE"; fi
+  export SLURM_EXIT_ERROR=$SRUN_STATUS
+  # shellcheck disable=SC2016,SC2086 # the variables are those of the tasks; an option or none
+  exec srun --export=ALL --nodes="$nodes" --nodelist="${SCLONG_NODES// /,}" \
+    --ntasks="$((nodes * LOCAL_WORLD_SIZE))" --ntasks-per-node="$LOCAL_WORLD_SIZE" \
+    --cpus-per-task="$cpus_per_rank" $gpus \
     --kill-on-bad-exit=0 --wait="$straggler_s" \
     bash -c 'trap "" USR1 TERM
       export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
@@ -234,18 +271,21 @@ wait_for_step() {
 # Ends the job with the training's exit status, or queues it again. Where it is to be started again but
 # cannot queue itself, it ends with 75.
 finish() {
-  local ended=$1
+  local ended=$1 job state lives
   shift
   if ((ended == 0)); then exit 0; fi
   restarts end --status "$ended" "$@" || exit "$ended"
-  if (($(job_field Restarts) > ${SLURM_RESTART_COUNT:-0})); then
+  job=$(patient show_job) || job=""
+  state=$(field JobState "$job") || state=unknown
+  lives=$(field Restarts "$job") || lives=0
+  if ((lives > ${SLURM_RESTART_COUNT:-0})); then
     echo "Slurm queues job $SLURM_JOB_ID again"
-  elif [[ $(job_field JobState) != RUNNING ]]; then
+  elif [[ $state =~ CANCELLED|COMPLET|PREEMPTED|TIMEOUT|DEADLINE|FAIL|OUT_OF_MEMORY|REVOKED ]]; then
     # A user's scancel also reaches the ranks as TERM: it must not bring the job back.
-    echo "job $SLURM_JOB_ID was ended ($(job_field JobState)): submit the same command to continue"
+    echo "job $SLURM_JOB_ID was ended ($state): submit the same command to continue"
   elif [[ $SCLONG_REQUEUE != 1 ]]; then
     echo "exit 75 (SCLONG_REQUEUE=$SCLONG_REQUEUE): submit the same command to continue"
-  elif scontrol requeue "$SLURM_JOB_ID"; then
+  elif requeue; then
     echo "job $SLURM_JOB_ID is queued again"
   else
     echo "exit 75, Slurm refused to queue the job again: submit the same command to continue"

@@ -89,6 +89,35 @@ def test_a_dead_rank_asks_for_another_life_once_the_run_has_made_a_step(
         _end(tmp_path, status, max_stalled=1)
 
 
+def test_an_error_of_srun_itself_asks_for_another_life_even_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    _begin(tmp_path)
+    assert _end(tmp_path, 69) == "srun failed (status 69, see above)"
+    with pytest.raises(ValueError, match="in 1 starts in a row"):
+        _end(tmp_path, 69, max_stalled=1)
+    failures.record(tmp_path, "rank 1 (n2): no such shard")
+    with pytest.raises(ValueError, match="no such shard"):
+        _end(tmp_path, 69)
+
+
+@pytest.mark.parametrize(
+    ("most", "ranks_per_node", "nodes"), [(8, 8, 8), (7, 8, 4), (3, 8, 2), (1, 8, 1), (6, 3, None)]
+)
+def test_the_batch_says_how_many_nodes_can_share_it(
+    most: int, ranks_per_node: int, nodes: int | None, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    # sclong_1b: 1024 cells in micro-batches of 4.
+    arguments = ("--most", str(most), "--ranks-per-node", str(ranks_per_node))
+    run = ("--config", "sclong_1b", f"run.dir={tmp_path}")
+    assert main(["nodes", *arguments, *run]) == (0 if nodes else 1)
+    said = capsys.readouterr()
+    assert said.out == (f"{nodes}\n" if nodes else "")
+    assert nodes or "engine.train_batch_size: got 1024, must be a multiple of" in said.err
+
+
 def test_what_one_rank_says_outweighs_how_the_others_die(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

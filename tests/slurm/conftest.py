@@ -282,7 +282,7 @@ def _write_configuration(folder: Path) -> None:
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",
         # Each node has two CPUs and two GPUs, whatever the machine has. The GPUs are only counted
-        # (no device is behind them), so that the layout of ranks can be tested anywhere.
+        # (nobody opens their devices), so that the layout of ranks can be tested anywhere.
         "GresTypes": "gpu",
         "SlurmdParameters": "config_overrides",
         "SchedulerParameters": "sched_interval=2,bf_interval=2",
@@ -301,9 +301,7 @@ def _write_configuration(folder: Path) -> None:
     partition = f"Nodes={','.join(NODES)} MaxTime=INFINITE State=UP"
     lines.append(f"PartitionName=all {partition} Default=YES PriorityTier=1 GraceTime={GRACE_S}")
     lines.append(f"PartitionName=urgent {partition} PriorityTier=2 PreemptMode=OFF")
-    for number in range(2):
-        (folder / f"gpu{number}").touch()
-    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
     version = subprocess.run(
         [_program("slurmd") or "slurmd", "-V"], capture_output=True, text=True, check=True

@@ -9,6 +9,8 @@ test_pretrain_job.py goes the same ways with real training.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,8 @@ RANK = """#!{python}
 import json, os, signal, sys, time
 from pathlib import Path
 
+if "sclong_ds.preflight" in sys.argv:
+    sys.exit(0)
 if "sclong_ds.pretrain" not in sys.argv:
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 folder, start_s, behaviour = Path({folder!r}), {start_s}, {behaviour!r}
@@ -55,15 +59,18 @@ sys.exit(75)
 """
 
 
-def _make_ranks(folder: Path, *, start_s: float = 0.0, behaviour: str = "") -> Path:
-    """Write the program of the ranks and what a run has left; returns the program."""
+def _make_ranks(
+    folder: Path, *, start_s: float = 0.0, behaviour: str = "", new: bool = False
+) -> Path:
+    """Write the program of the ranks and, unless new, what a run has left; returns the program."""
     program = folder / "rank"
     text = RANK.format(
         python=sys.executable, folder=str(folder), start_s=start_s, behaviour=behaviour
     )
     program.write_text(text)
     program.chmod(0o755)
-    (folder / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    if not new:
+        (folder / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
     return program
 
 
@@ -206,3 +213,23 @@ def test_a_training_that_ends_with_an_error_is_not_started_again(
     job = slurm.wait(_submit(slurm, tmp_path, behaviour="error"))
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", 1, 0), job.log
     assert "error: the training ended by itself with status 1" in job.log
+
+
+def test_an_error_of_srun_itself_brings_a_job_back_even_before_its_first_step(
+    slurm: Any, tmp_path: Path
+) -> None:
+    # Slurm's srun, which the first life's check and the second one's training send to no job.
+    srun = tmp_path / "srun"
+    srun.write_text(
+        f"#!/bin/bash\necho x >> {tmp_path}/calls\n"
+        f'case $(wc -l < {tmp_path}/calls) in 1|3) set -- --jobid=999999 "$@";; esac\n'
+        f'exec {shutil.which("srun")} "$@"\n'
+    )
+    srun.chmod(0o755)
+    job_id = _submit(
+        slurm, tmp_path, behaviour="done in life 3", new=True,
+        settings={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SCLONG_PREFLIGHT": "60"},
+    )  # fmt: skip
+    job = slurm.wait(job_id)
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 2), job.log
+    assert job.log.count("srun failed (status 69, see above)") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -75,6 +76,79 @@ def test_gpus_are_counted_as_old_and_new_slurm_name_them(call: str, printed: str
     assert done.stdout.strip() == printed
 
 
+def _call(commands: str, *, programs: dict[str, str], folder: Path, **variables: str) -> str:
+    """Run commands with the functions of pretrain.sh and some programs; returns what they print."""
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    functions = "sed '/^main() {/,/^}/d; s/^main .*//; s/^readonly //' slurm/pretrain.sh"
+    done = subprocess.run(
+        ["bash", "-c", f'eval "$({functions})"; sleep() {{ :; }}; {commands}'],
+        env={"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "CALLS": f"{folder}/calls"}
+        | variables,
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    return done.stdout
+
+
+SCONTROL = """
+echo "$*" >> $CALLS
+if (($(wc -l < $CALLS) <= SILENT)); then
+  echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1
+fi
+if [[ $1 == show ]]; then
+  echo "JobId=7 JobState=$STATE Requeue=1 Restarts=0 EndTime=$(date --date="25 seconds" +%FT%T) A=b"
+fi
+"""
+
+
+@pytest.mark.parametrize(
+    ("silent", "state", "printed"),
+    [
+        (0, "RUNNING", "job 7 is queued again"),
+        (1, "RUNNING", "job 7 is queued again"),
+        (4, "RUNNING", "job 7 is queued again"),
+        (0, "CANCELLED", "job 7 was ended (CANCELLED): submit the same command to continue"),
+        (1, "COMPLETING", "job 7 was ended (COMPLETING): submit the same command to continue"),
+        (10**6, "", "exit 75, Slurm refused to queue the job again"),
+    ],
+)
+def test_a_controller_that_gives_no_answer_is_asked_again(
+    tmp_path: Path, silent: int, state: str, printed: str
+) -> None:
+    answer_s = 1 if silent > 10 else 100
+    commands = f"restarts() {{ :; }}; SCLONG_REQUEUE=1 ANSWER_S={answer_s}; finish 75; echo went on"
+    programs = {"scontrol": SCONTROL}
+    said = _call(commands, programs=programs, folder=tmp_path, SILENT=str(silent), STATE=state)
+    assert said.startswith(printed)
+    assert len(said.splitlines()) == 1
+    requeued = (tmp_path / "calls").read_text().count("requeue 7")
+    assert requeued == (0 if "ended" in printed else 1 if silent < 10 else requeued)
+
+
+def test_an_unanswered_request_leaves_who_watches_the_time_limit_at_work(tmp_path: Path) -> None:
+    commands = "restarts() { echo 30; }; trap : USR1; ask_in_time & wait $!; wait"
+    said = _call(
+        commands, programs={"scontrol": SCONTROL}, folder=tmp_path, SILENT="2", STATE="RUNNING"
+    )
+    assert said.startswith("asking the run to save: its checkpoints need it 30 s before")
+    assert len((tmp_path / "calls").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(("gpus", "option"), [(0, None), (4, "--gres=gpu:4")])
+def test_a_step_asks_for_gpus_as_every_slurm_knows(
+    tmp_path: Path, gpus: int, option: str | None
+) -> None:
+    commands = (
+        "SCLONG_NODES=n1 nodes=1 LOCAL_WORLD_SIZE=2 cpus_per_rank=1 "
+        f"SCLONG_GPUS_ON_NODE={gpus} launch module 5"
+    )
+    programs = {"srun": 'echo "$@"; env'}
+    said = _call(commands, programs=programs, folder=tmp_path, SLURM_GPUS_PER_TASK="1")
+    asked = [word for word in said.split() if word.startswith(("--g", "SLURM_GPU"))]
+    assert asked == ([option] if option else [])
+
+
 def test_env_sourced_in_a_shell_serves_sbatch_and_never_ends_the_shell(tmp_path: Path) -> None:
     settings = {"PATH": "/usr/bin:/bin", "SCLONG_VENV": sys.prefix, "SBATCH_ACCOUNT": "lab"}
     script = (
@@ -108,6 +182,40 @@ def test_pretrain_without_arguments_fails_with_status_2(slurm: Any) -> None:
     assert "error: no arguments" in job.log
 
 
+def _show(folder: Path) -> Path:
+    """Return a command to put in front of python, which shows what a rank is given."""
+    show = folder / "show"
+    variables = (
+        "$RANK/$WORLD_SIZE $SLURMD_NODENAME $LOCAL_RANK/$LOCAL_SIZE $OMP_NUM_THREADS "
+        "[$CUDA_VISIBLE_DEVICES]"
+    )
+    show.write_text(
+        "#!/bin/bash\n"
+        f'if [[ $* != *sclong_ds.pretrain* ]]; then exec {sys.executable} "${{@:2}}"; fi\n'
+        f'echo "rank {variables} $MASTER_ADDR"; printf "<%s>" "$@"; echo\n'
+    )
+    show.chmod(0o755)
+    return show
+
+
+@pytest.mark.slurm
+def test_nodes_among_which_the_batch_cannot_be_shared_out_stay_idle(
+    slurm: Any, tmp_path: Path
+) -> None:
+    # Two cells: one for each GPU of a node. `--gpus` counts those of all nodes.
+    arguments = ("--config", "sclong_tiny", f"run.dir={tmp_path}/run", "engine.train_batch_size=2")
+    options = ("--nodes=2", "--gpus=4", "--cpus-per-task=2")
+    environment = {"SCLONG_CONTAINER": str(_show(tmp_path))}
+    job = slurm.wait(slurm.sbatch("pretrain.sh", *arguments, options=options, env=environment))
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+    assert "n[1-2], 1 x 2 ranks" in job.log
+    assert "only 1 of 2 nodes are used: engine.train_batch_size" in job.log
+    verdict = json.loads((tmp_path / "run" / "preflight.json").read_text())
+    assert (verdict["ok"], [rank["node"] for rank in verdict["ranks"]]) == (True, ["n1", "n1"])
+    found = sorted(line for line in job.log.splitlines() if line.startswith("rank "))
+    assert found == [f"rank {rank}/2 n1 {rank}/2 1 [0,1] 127.0.0.1" for rank in range(2)]
+
+
 @pytest.mark.slurm
 @pytest.mark.parametrize(
     ("options", "settings", "nodes", "ranks_per_node", "cpus"),
@@ -120,29 +228,31 @@ def test_pretrain_without_arguments_fails_with_status_2(slurm: Any) -> None:
         (("--nodes=2", "--gpus=4", "--cpus-per-task=2"), {}, 2, 2, 1),
         (("--nodes=2", "--gpus=4", "--ntasks-per-gpu=1"), {}, 2, 2, 1),
         (("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1"), {}, 2, 2, 1),
+        (
+            ("--nodes=2", "--gpus=4", "--gpu-bind=single:1", "--cpus-per-task=2"),
+            {},
+            2,
+            2,
+            1,
+        ),
     ],
 )
 def test_ranks_follow_the_allocation(
     slurm: Any, tmp_path: Path, options: tuple[str, ...], settings: dict[str, str],
     nodes: int, ranks_per_node: int, cpus: int,
 ) -> None:  # fmt: skip
-    # The container setting puts a command in front of python; this one shows what a rank is given.
-    show = tmp_path / "show"
-    variables = "$RANK/$WORLD_SIZE $SLURMD_NODENAME $LOCAL_RANK/$LOCAL_SIZE $OMP_NUM_THREADS"
-    show.write_text(
-        "#!/bin/bash\n"
-        f'if [[ $* != *sclong_ds.pretrain* ]]; then exec {sys.executable} "${{@:2}}"; fi\n'
-        f'echo "rank {variables} $MASTER_ADDR"; printf "<%s>" "$@"; echo\n'
-    )
-    show.chmod(0o755)
+    show = _show(tmp_path)
     arguments = ("--config", "sclong_tiny", f"run.dir={tmp_path}/c d")
     environment = settings | {"SCLONG_CONTAINER": str(show), "SCLONG_PREFLIGHT": "0"}
     job = slurm.wait(slurm.sbatch("pretrain.sh", *arguments, options=options, env=environment))
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
     world = nodes * ranks_per_node
+    # Each rank sees all GPUs of its node.
+    gpus = any("gpu" in option for option in options)
+    visible = ",".join(map(str, range(ranks_per_node))) if gpus else ""
     expected = [
         f"rank {node * ranks_per_node + local}/{world} n{node + 1} "
-        f"{local}/{ranks_per_node} {cpus} 127.0.0.1"
+        f"{local}/{ranks_per_node} {cpus} [{visible}] 127.0.0.1"
         for node in range(nodes)
         for local in range(ranks_per_node)
     ]
