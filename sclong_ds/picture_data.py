@@ -2,12 +2,14 @@
 
 The run writes `plots/step_N.npz` (`write_data`); `sclong_ds.pictures` takes it (`take_data`), which
 renames it to `step_N.drawing.npz`, and removes it when the pictures are there. What a process that
-was killed has left is drawn by the next start of the run (`put_back`). Needs numpy alone.
+was killed has left is drawn by the next start of the run (`put_back`); the pictures of steps that
+the run goes back behind are removed (`drop_after`). Needs numpy alone.
 """
 
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.files import write_atomic
-from sclong_ds.run_folder import PLOTS_DIR
+from sclong_ds.run_folder import PLOTS_DIR, picture_steps
 
 RANK_COLUMNS = (
     "perf/data_wait_s",
@@ -64,3 +66,31 @@ def put_back(run_dir: Path) -> None:
     """Let what a killed process was drawing be drawn again."""
     for file in (run_dir / PLOTS_DIR).glob("step_*.drawing.npz"):
         file.rename(file.with_name(file.name.replace(".drawing", "")))
+
+
+def drop_after(run_dir: Path, step: int) -> None:
+    """Remove pictures, drawn or waiting, of validations after a step; show the newest left.
+
+    Args:
+        run_dir: Run folder.
+        step: Step that the run goes on from.
+    """
+    folder = run_dir / PLOTS_DIR
+    for file in pending(run_dir):
+        if int(file.stem.removeprefix("step_")) > step:
+            file.unlink()
+    drawn = picture_steps(run_dir)
+    late = [at for at in drawn if at > step]
+    for at in late:
+        shutil.rmtree(drawn.pop(at))
+    if late:
+        for picture in folder.glob("*.png"):
+            picture.unlink()
+        if drawn:
+            show(run_dir, drawn[max(drawn)])
+
+
+def show(run_dir: Path, pictures: Path) -> None:
+    """Copy the pictures of a validation to where the newest lie."""
+    for picture in pictures.glob("*.png"):
+        write_atomic(run_dir / PLOTS_DIR / picture.name, picture.read_bytes())

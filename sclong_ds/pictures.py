@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from sclong_ds import plots, validation_plots
 from sclong_ds.files import write_atomic
-from sclong_ds.picture_data import pending, take_data
+from sclong_ds.picture_data import pending, show, take_data
 from sclong_ds.report import write_report
 from sclong_ds.run_folder import (
     METRICS_FILE,
@@ -81,8 +81,7 @@ def draw(run_dir: Path, file: Path) -> Path:
         write_atomic(partial / f"{name}.png", plots.png_bytes(figure))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    for picture in folder.glob("*.png"):
-        write_atomic(run_dir / PLOTS_DIR / picture.name, picture.read_bytes())
+    show(run_dir, folder)
     taken.unlink()
     return folder
 

@@ -6,8 +6,8 @@
 The .jsonl files only ever grow. `plots/step_N` holds the pictures of the validation at a step.
 
 JSON has no NaN: a non-finite metric is `null` in metrics.jsonl, with a `non_finite` event that says
-which of nan, inf, -inf it was; `read_metrics` gives NaN for it. After a kill, a resumed run repeats
-a few steps: `read_metrics` keeps the last row of a step.
+which of nan, inf, -inf it was; `read_metrics` gives NaN for it. A resumed run goes back to its
+checkpoint: `read_metrics` leaves out what an earlier life wrote beyond it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ RUN_FILE = "run.json"
 SYSTEM_DIR = "system"
 PLOTS_DIR = "plots"
 REPORT_FILE = "report.html"
+SPIKE_METRIC = "train/spike"
+"""Column of metrics.jsonl: 1 where the loss of the step was a spike, else 0."""
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +98,9 @@ class RunFolder:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.jsonl by step; of rows repeated after a restart, the last.
+    """Return the rows of metrics.jsonl that lead to the last one, by step.
+
+    A row that goes back to an earlier step ends what was written of that step and later ones.
 
     Args:
         run_dir: Run folder.
@@ -109,10 +113,17 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
         FileNotFoundError: No metrics.jsonl in the folder.
         ValueError: A line other than the last is not a row.
     """
-    latest = {}
+    kept: list[dict[str, float]] = []
     for row in read_every_row(run_dir):
-        latest[row["step"], any(k.startswith("val/") for k in row)] = row
-    return [latest[key] for key in sorted(latest)]
+        while kept and _place(kept[-1]) >= _place(row):
+            kept.pop()
+        kept.append(row)
+    return kept
+
+
+def _place(row: Mapping[str, float]) -> tuple[float, bool]:
+    """Return where a row belongs: by step, the training row of a step first."""
+    return row["step"], any(name.startswith("val/") for name in row)
 
 
 def read_every_row(run_dir: Path) -> list[dict[str, float]]:
@@ -181,6 +192,8 @@ def record_start(
         world_size: Number of ranks.
     """
     old, job = read_run_json(run_dir), os.environ.get("SLURM_JOB_ID")
+    if "mlflow_pictures" in old:  # those of later steps are drawn, and sent, again
+        update_run_json(run_dir, mlflow_pictures=min(old["mlflow_pictures"], step))
     start = {
         "time": now(),
         "step": step,

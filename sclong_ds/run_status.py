@@ -25,8 +25,9 @@ from sclong_ds.restarts import Life, read_lives, read_verdict
 from sclong_ds.run_folder import (
     METRICS_FILE,
     RUN_FILE,
+    SPIKE_METRIC,
     read_events,
-    read_every_row,
+    read_metrics,
     read_run_json,
 )
 from sclong_ds.strict_yaml import read_yaml
@@ -105,7 +106,7 @@ class RunStatus:
     skipped_steps: int
     """Steps that were not applied because they were not finite."""
     spikes: int
-    """Loss spikes reported."""
+    """Steps whose loss was a spike."""
     validation_step: int | None
     """Step of the last validation."""
     validation: dict[str, float]
@@ -149,13 +150,14 @@ def read_status(run_dir: Path) -> RunStatus:
         raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {_no_run_yet(run_dir, lives)}")
     now = time.time()
     record, events = read_run_json(run_dir), read_events(run_dir)
-    rows = read_every_row(run_dir) if (run_dir / METRICS_FILE).is_file() else []
+    rows = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
     openings = [e for e in events if e.get("event") in ("start", "resume")]
     opening: dict[str, Any] = openings[-1] if openings else {"time": 0.0, "step": 0}
     # A resumed run repeats steps: what its earlier lives wrote says nothing about where it is now.
     steps = [r for r in rows if "train/loss" in r and r["time"] >= opening["time"]]
-    validation = next((r for r in reversed(rows) if "val/mse" in r), None)
     step = int((steps or [opening])[-1]["step"])
+    passed = [r for r in rows if r["step"] <= step]
+    validation = next((r for r in reversed(passed) if "val/mse" in r), None)
     ranks = _ranks(run_dir / "heartbeat", now)
     hang = read_json(run_dir / "heartbeat" / HANG_FILE).get("error")
     state, max_steps = _state(record, ranks, hang), _max_steps(run_dir)
@@ -183,7 +185,7 @@ def read_status(run_dir: Path) -> RunStatus:
         starts=sum(life.job == last.job for life in lives) if last else 0,
         nodes=last.nodes if last else None,
         skipped_steps=int(steps[-1].get(SKIPPED_METRIC, 0)) if steps else 0,
-        spikes=sum(e.get("event") == "spike" for e in events),
+        spikes=sum(int(r.get(SPIKE_METRIC, 0)) for r in passed),
         validation_step=int(validation["step"]) if validation else None,
         validation=_validation_figures(validation or {}),
         world_size=opening.get("world_size"),

@@ -32,7 +32,7 @@ from sclong_ds.mlflow_store import (
     one_line,
     tracking_uri,
 )
-from sclong_ds.picture_data import Data, pending, put_back, write_data
+from sclong_ds.picture_data import Data, drop_after, pending, put_back, write_data
 from sclong_ds.run_folder import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -127,7 +127,7 @@ class Tracker:
         if about:
             run = update_run_json(self._run_dir, summary=about)
         if settings.picture_cells is not None:
-            self._artist = _Artist(self._run_dir)
+            self._artist = _Artist(self._run_dir, step=step)
         if not settings.enabled:
             return None
         self._sender = Sender(
@@ -256,10 +256,11 @@ class Tracker:
 class _Artist:
     """Draws pictures in a process of its own, one at a time: validations wait in files."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, step: int) -> None:
         self._run_dir = run_dir
         self._process: subprocess.Popen[bytes] | None = None
         put_back(run_dir)
+        drop_after(run_dir, step)
 
     def draw(self, step: int, data: Data) -> None:
         """Write what is to be drawn, and start a process unless one is at work."""

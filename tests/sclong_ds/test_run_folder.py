@@ -20,8 +20,8 @@ from sclong_ds.run_folder import (
 def test_rows_come_back_by_step_with_full_precision(tmp_path: Path) -> None:
     loss = 0.1 + 0.2
     with RunFolder(tmp_path) as folder:
-        folder.append_metrics(1, {"train/loss": loss, "cells_seen": 4})
         folder.append_metrics(0, {"val/mse": np.float32(0.5)})
+        folder.append_metrics(1, {"train/loss": loss, "cells_seen": 4})
         folder.append_event("checkpoint", step=1, path=Path("checkpoints/1"), norm=np.float32(2))
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 1]
@@ -32,18 +32,17 @@ def test_rows_come_back_by_step_with_full_precision(tmp_path: Path) -> None:
     assert (event["event"], event["path"], event["norm"]) == ("checkpoint", "checkpoints/1", 2.0)
 
 
-def test_last_row_of_a_repeated_step_wins_per_kind(tmp_path: Path) -> None:
+def test_what_a_run_went_back_behind_is_left_out(tmp_path: Path) -> None:
+    """Its first life came to step 9 and was resumed after step 2 and its validation."""
     with RunFolder(tmp_path) as folder:
-        folder.append_metrics(2, {"train/loss": 9.0})
-        folder.append_metrics(2, {"val/mse": 8.0})
-        folder.append_metrics(3, {"train/loss": 7.0})
-        folder.append_metrics(2, {"train/loss": 1.0})
+        for step in range(1, 10):
+            folder.append_metrics(step, {"train/loss": 9.0})
+            folder.append_metrics(step, {"val/mse": 8.0})
+        folder.append_metrics(3, {"train/loss": 1.0})
     rows = read_metrics(tmp_path)
     assert [(r["step"], r.get("train/loss"), r.get("val/mse")) for r in rows] == [
-        (2, 1.0, None),
-        (2, None, 8.0),
-        (3, 7.0, None),
-    ]
+        (1, 9.0, None), (1, None, 8.0), (2, 9.0, None), (2, None, 8.0), (3, 1.0, None),
+    ]  # fmt: skip
 
 
 def test_torn_last_line_is_ignored_and_then_cut_off(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 loss = float("nan") if step == 25 else 30.0 / step
                 skipped = int(step >= 25)
                 row = {"train/loss": loss, "cells_seen": 8 * step, "train/skipped_steps": skipped}
+                row["train/spike"] = int(step in (12, 30))
                 files.append_metrics(step, row)
                 if step % 10 == 0:
                     files.append_metrics(step, {"val/mse": 12.0 / step, "val/pearson": 0.5})
                     files.append_event("checkpoint", step=step, path=f"step_{step:08d}")
-            files.append_event("spike", step=last)
         clock[0] = NOW - 45.0
     clock[0] = NOW
     for step in (10, 20):
@@ -70,6 +70,7 @@ def test_a_resumed_run_without_a_step_yet_is_where_it_resumed(run_dir: Path):
         files.append_event("resume", step=20, world_size=4)
     status = read_status(run_dir)
     assert (status.step, status.loss, status.cells_per_s, status.eta_s) == (20, None, None, None)
+    assert (status.validation_step, status.spikes) == (20, 1)
     assert "step 20 of 90" in describe(status)
 
 

@@ -22,6 +22,7 @@ from sclong_ds.run_folder import (
     read_run_json,
     take_over_ids,
 )
+from sclong_ds.run_record import read_run
 from sclong_ds.tracking import Tracker
 
 
@@ -60,7 +61,9 @@ def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in points)
 
 
-def start(config: RunConfig, run_dir: Path, *, resumed: bool = False) -> tuple[Tracker, str | None]:
+def start(
+    config: RunConfig, run_dir: Path, *, resumed: bool = False, step: int = 0
+) -> tuple[Tracker, str | None]:
     tracker = Tracker(config, run_dir, enabled=True)
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text("a: 1\n")
@@ -69,6 +72,7 @@ def start(config: RunConfig, run_dir: Path, *, resumed: bool = False) -> tuple[T
         tags={"corpus_hash": "abc"},
         artifacts=[run_dir / "config.yaml"],
         resumed=resumed,
+        step=step,
     )
     return tracker, run_id
 
@@ -386,10 +390,35 @@ def test_pictures_of_every_validation_arrive_once(store: str, tmp_path: Path) ->
     assert sent() == wanted
     late = run_dir / "plots" / "step_00000030"
     shutil.copytree(run_dir / "plots" / "step_00000020", late)
-    tracker, _ = start(make_config(uri=store), run_dir, resumed=True)
+    tracker, _ = start(make_config(uri=store), run_dir, resumed=True, step=30)
     tracker.finish("FINISHED")
     assert sent() == [*wanted, "plots/step_00000030/predicted_vs_true.png"]
     assert "report.html" in {f.path for f in client_of(store).list_artifacts(run_id)}
+
+
+def test_pictures_behind_which_a_run_goes_back_are_drawn_and_sent_again(
+    store: str, tmp_path: Path
+) -> None:
+    run_dir, plots = tmp_path / "run", tmp_path / "run" / "plots"
+    tracker, _ = start(make_config(uri=store), run_dir)
+    for step in (10, 20):
+        (plots / f"step_{step:08d}").mkdir(parents=True)
+        (plots / f"step_{step:08d}" / "ranks.png").write_text(f"old {step}")
+        tracker.log(step, {"train/loss": 1.0, "val/mse": 1.0})
+    (plots / "ranks.png").write_text("old 20")
+    tracker.finish("KILLED")
+    assert read_run_json(run_dir)["mlflow_pictures"] == 20
+    (plots / "step_00000030.npz").write_text("not drawn yet")
+
+    tracker, run_id = start(make_config(uri=store), run_dir, resumed=True, step=15)
+    assert sorted(p.name for p in plots.iterdir()) == ["ranks.png", "step_00000010"]
+    assert (plots / "ranks.png").read_text() == "old 10"
+    assert read_run(run_dir).pictured_step == 10
+    (plots / "step_00000018").mkdir()
+    (plots / "step_00000018" / "ranks.png").write_text("new 18")
+    tracker.finish("FINISHED")
+    sent = client_of(store).list_artifacts(run_id, "plots/step_00000018")
+    assert [f.path for f in sent] == ["plots/step_00000018/ranks.png"]
 
 
 def test_picture_that_cannot_be_drawn_is_reported_and_holds_up_nothing(
