@@ -111,6 +111,11 @@ def summary(run: Run) -> dict[str, Any]:
         "world_size": run.ranks.world_size,
         "device": device_name(run.ranks.device),
         "ds_config": run.config.engine.ds_config,
+        "corpus_hash": run.state.corpus_hash,
+        "genes_hash": run.state.genes_hash,
+        "graph_hash": run.state.graph_hash,
+        "features_hash": run.state.features_hash,
+        "weights_hash": run.state.weights_hash,
     }
 
 

@@ -14,14 +14,20 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sclong_ds import page
-from sclong_ds.run_record import RunRecord, find_run
+from sclong_ds.run_record import RunRecord, find_runs
 
 SCORE_HEAD = ("MSE", "of the mean", "Pearson", "of the mean", "Spearman", "of the mean")
 """Heads of the figures of `scores_table`; each beside that of the per-gene-mean predictor."""
 _SCORES = ("mse", "pearson", "spearman")
+_FACTS = (
+    "n_cells_train", "n_genes", "world_size", "device", "corpus_hash", "genes_hash", "graph_hash",
+    "features_hash", "weights_hash",
+)  # fmt: skip
+"""Keys of run.json's summary that are settings too."""
 _OWN_SETTINGS = frozenset({"run.dir"})
 """Settings that differ between any two runs and say nothing."""
 
@@ -36,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables and return the exit status."""
-    records = [find_run(name) for name in args.runs]
+    records = find_runs(args.runs)
     if args.json:
         text = json.dumps(as_json(records), indent=2, allow_nan=False)
     else:
@@ -48,9 +54,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def names_of(records: Sequence[RunRecord]) -> list[str]:
-    """Return a name for every run: its folder's, with the parent's where two are the same."""
-    counts = Counter(record.name for record in records)
-    return [r.name if counts[r.name] == 1 else f"{r.folder.parent.name}/{r.name}" for r in records]
+    """Return a name for every run: its folder's, with as many parents as tell it apart."""
+    assert len({record.folder for record in records}) == len(records), "a run is there twice"
+    names, depth = [record.name for record in records], 1
+    while len(set(names)) < len(names):
+        counts, depth = Counter(names), depth + 1
+        names = [
+            name if counts[name] == 1 else str(Path(*record.folder.parts[-depth:]))
+            for name, record in zip(names, records, strict=True)
+        ]
+    return names
 
 
 def figures(record: RunRecord) -> dict[str, float | str | None]:
@@ -76,7 +89,7 @@ def figures(record: RunRecord) -> dict[str, float | str | None]:
         "wall_time_s": record.wall_time_s,
         "restarts": float(record.run.get("restarts", 0)),
         "skipped_steps": record.highest("train/skipped_steps"),
-        "spikes": float(record.count("spike")),
+        "spikes": float(record.spikes),
         "parameters": float(sum((record.summary.get("parameters") or {}).values())) or math.nan,
     }
     return {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in found.items()}
@@ -100,7 +113,7 @@ def settings_table(records: Sequence[RunRecord]) -> list[list[str]]:
         ["commit", *(str(r.run.get("commit", "not recorded")) for r in records)],
         *(
             [name, *(page.text(r.summary.get(name, "not recorded")) for r in records)]
-            for name in ("n_cells_train", "n_genes", "world_size", "device")
+            for name in _FACTS
         ),
     ]
     return [row for row in (*rows, *about) if len(set(row[1:])) > 1 and row[0] not in _OWN_SETTINGS]

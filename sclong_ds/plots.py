@@ -1,8 +1,8 @@
 """Figures of a training run, drawn with matplotlib from plain arrays and metric rows.
 
-`sclong_ds.pretrain` draws the validation figures (`Tracker.figure` stores them), `sclong_ds.report`
-the curves. Rows are those of `sclong_ds.run_folder.read_metrics`. Figures are made without pyplot,
-so there is no global state, nothing to close, and no display is needed.
+`sclong_ds.pictures` draws the figures of a validation, `sclong_ds.report` the curves. Rows are
+those of `sclong_ds.run_folder.read_metrics`. Figures are made without pyplot, so there is no global
+state, nothing to close, and no display is needed.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def runs_figure(
     ylabel: str,
     against: str = "step",
     wide: bool = True,
+    smooth: bool = True,
 ) -> Figure:
     """Draw one metric of several runs.
 
@@ -86,14 +87,19 @@ def runs_figure(
         ylabel: Axis label.
         against: Key of `X_AXES`.
         wide: For the width of a page, or else for half of it.
+        smooth: Draw the running mean of a long curve, and say over how many values.
     """
     figure, axes = new_figure(*((9.0, 3.7) if wide else (4.5, 2.7)))
-    curves = []
+    curves, windows = [], []
     for (label, rows), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
         x, values = series(rows, name, against)
         if len(values):
-            smooth_curve(axes, x, values, color, label, 1.8)
+            windows.append(_window(values) if smooth else 1)
+            smooth_curve(axes, x, values, color, label, 1.8, window=windows[-1])
             curves.append(values)
+    if max(windows, default=1) > 1:
+        low, high = min(windows), max(windows)
+        ylabel += f"\nmean of {high if low == high else f'{low} to {high}'} values"
     axes.set(xlabel=X_AXES[against], ylabel=ylabel)
     axes.set_ylim(bottom=min(0.0, *(c.min() for c in curves), 0.0), top=_top(*curves))
     if len(curves) <= _MAX_NAMED:
@@ -278,7 +284,7 @@ def _curve(
         marker = "o" if len(values) < 20 else ""
         axes.plot(steps[thin], values[thin], color=color, lw=1.6, marker=marker, ms=3, label=label)
         return
-    window = max(5, len(values) // 25) | 1
+    window = _window(values)
     smoothed = running_mean(values, window=window)
     axes.plot(steps[thin], values[thin], color=color, lw=0.8, alpha=0.28)
     named = f"{label}, mean of {window} steps" if label else None
@@ -292,13 +298,20 @@ def smooth_curve(
     color: str,
     label: str,
     width: float,
+    *,
+    window: int | None = None,
 ) -> None:
-    """Plot the running mean of a curve, thinned; of a short one the values."""
-    window = 1 if len(values) < 20 else max(5, len(values) // 25) | 1
+    """Plot the running mean of a curve, thinned; window None: by its length."""
+    window = _window(values) if window is None else window
     thin = slice(None, None, max(1, -(-len(values) // _MAX_POINTS)))
     smoothed = running_mean(values, window=window)
     marker = "o" if len(values) < 20 else ""
     axes.plot(steps[thin], smoothed[thin], color=color, lw=width, label=label, marker=marker, ms=3)
+
+
+def _window(values: NDArray[np.float64]) -> int:
+    """Return how many values a running mean is of: an odd number, 1 for a short curve."""
+    return 1 if len(values) < 20 else max(5, len(values) // 25) | 1
 
 
 def _legend_above(axes: Axes) -> None:

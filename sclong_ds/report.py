@@ -9,7 +9,8 @@ and the settings that differ (`sclong_ds.compare`).
 
 `run.json` may hold a `summary` of what was trained on what: `n_cells_train`, `n_cells_validation`,
 `n_genes`, `n_datasets`, `corpus`, `parameters` (part to count), `world_size`, `device`,
-`expression_bins` (label of every bin by number), and further scalars, shown under their own name.
+`expression_bins` (label of every bin by number), and further scalars, such as content hashes, shown
+under their own name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from matplotlib.figure import Figure
 
 from sclong_ds import compare, page, plots
 from sclong_ds.files import write_atomic
-from sclong_ds.run_record import HOURS, LAST_STEPS, Rows, RunRecord, find_run
+from sclong_ds.run_record import HOURS, LAST_STEPS, Rows, RunRecord, find_runs
 
 _MAX_VALIDATION_ROWS = 12
 _MAX_EVENTS = 300
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page and print where it is; return the exit status."""
     try:
-        write_report([find_run(name) for name in args.runs], args.out)
+        write_report(find_runs(args.runs), args.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -140,7 +141,8 @@ def build_comparison(records: Sequence[RunRecord]) -> str:
         ("perf/cells_per_s", "cells / s", "step"),
     ):
         if any(metric in row for rows in runs.values() for row in rows):
-            figure = plots.runs_figure(runs, metric, ylabel=title, against=against)
+            smooth = not metric.startswith("val/")  # a validation is a mean already
+            figure = plots.runs_figure(runs, metric, ylabel=title, against=against, smooth=smooth)
             caption = f"{title[0].upper()}{title[1:]} by {plots.X_AXES[against]}"
             curves.append(_figure(figure, caption, ""))
     differences = compare.settings_table(records)
@@ -268,7 +270,7 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
     skipped = record.highest("train/skipped_steps")
     if math.isfinite(skipped):
         rows.append(("Skipped steps", page.number(skipped)))
-        rows.append(("Loss spikes", page.number(record.count("spike"))))
+        rows.append(("Loss spikes", page.number(record.spikes)))
     rows.append(("Wall time", page.duration(record.wall_time_s)))
     return rows
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from sclong_ds import plots
 from sclong_ds.mlflow_store import find_run_dir
 from sclong_ds.run_folder import (
     METRICS_FILE,
+    SPIKE_METRIC,
     SYSTEM_DIR,
     picture_steps,
     read_events,
@@ -91,9 +93,10 @@ class RunRecord:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The resolved configuration by dotted key; nothing where there is none."""
-        text = self.texts.get("config.yaml")
-        return dict(_flat(parse_yaml(text, f"{self.folder}/config.yaml"), "")) if text else {}
+        """Both resolved configurations by dotted key; nothing where there is none."""
+        text, deepspeed = self.texts.get("config.yaml"), self.texts.get("ds_config.json")
+        tree = parse_yaml(text, f"{self.folder}/config.yaml") if text else {}
+        return dict(_flat(tree, "")) | dict(_flat(json.loads(deepspeed or "{}"), "ds_config."))
 
     @property
     def steps(self) -> int:
@@ -126,15 +129,25 @@ class RunRecord:
         values = plots.series(self.train + self.validation, name)[1]
         return float(values.max()) if len(values) else math.nan
 
-    def count(self, event: str) -> int:
-        """Return how many events of a name there are."""
-        return sum(e["event"] == event for e in self.events)
+    @property
+    def spikes(self) -> int:
+        """Steps whose loss was a spike; one that was done again after a restart counts once."""
+        return sum(int(row.get(SPIKE_METRIC, 0)) for row in self.train)
 
 
-def find_run(name: str) -> RunRecord:
-    """Read a run by its folder or its id; raises as `read_run` and `find_run_dir`."""
-    folder = Path(name)
-    return read_run(folder if folder.is_dir() else find_run_dir(name))
+def find_runs(names: Sequence[str]) -> list[RunRecord]:
+    """Read runs by their folders or ids; raises as `read_run` and `find_run_dir`.
+
+    Raises:
+        ValueError: A run is named twice.
+    """
+    folders: dict[Path, str] = {}
+    for name in names:
+        folder = (Path(name) if Path(name).is_dir() else find_run_dir(name)).resolve()
+        if folder in folders:
+            raise ValueError(f"{folders[folder]} and {name} are the same run; name it once")
+        folders[folder] = name
+    return [read_run(folder) for folder in folders]
 
 
 def read_run(run_dir: Path) -> RunRecord:

@@ -80,3 +80,13 @@ def test_same_rows_give_the_same_bytes() -> None:
     rows = train_rows(np.linspace(2, 1, 50).tolist())
     assert plots.svg_bytes(plots.loss_figure(rows)) == plots.svg_bytes(plots.loss_figure(rows))
     assert plots.png_bytes(plots.loss_figure(rows)) == plots.png_bytes(plots.loss_figure(rows))
+
+
+def test_validations_of_several_runs_are_drawn_as_they_are_and_means_say_so() -> None:
+    rows = [{"step": s, "val/mse": 1.25 if s == 200 else 0.25} for s in range(400)]
+    plain = plots.runs_figure({"a": rows}, "val/mse", ylabel="error", smooth=False).axes[0]
+    assert max(plain.lines[0].get_ydata()) == 1.25
+    assert plain.get_ylabel() == "error"
+    both = {"a": rows, "b": rows[:100]}
+    smooth = plots.runs_figure(both, "val/mse", ylabel="error").axes[0]
+    assert smooth.get_ylabel() == "error\nmean of 5 to 17 values"

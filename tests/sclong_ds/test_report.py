@@ -221,6 +221,70 @@ def test_runs_of_one_name_are_told_apart(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir, copy)
     names = compare.names_of([read_run(run_dir), read_run(copy)])
     assert names == [f"{tmp_path.name}/trial", "elsewhere/trial"]
+    records = []
+    for who in ("alice", "bob"):
+        shutil.copytree(run_dir, tmp_path / who / "runs" / "trial")
+        records.append(read_run(tmp_path / who / "runs" / "trial"))
+    records.append(read_run(run_dir))
+    names = compare.names_of(records)
+    assert names == ["alice/runs/trial", "bob/runs/trial", f"{tmp_path.name}/trial"]
+    assert Page(report.build_comparison(records)).text.count("bob/runs/trial") > 1
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_run_named_twice_is_refused(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(run_dir.parent)
+    assert main([command, "trial", str(run_dir)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"error: trial and {run_dir} are the same run; name it once\n"
+
+
+def test_abandoned_future_of_a_run_is_not_shown(run_dir: Path) -> None:
+    """The run diverges, and goes on from step 20 once more."""
+    with RunFolder(run_dir) as files:
+        for step in range(31, 41):
+            files.append_metrics(
+                step, {"train/loss": 5.0, "cells_seen": 4 * step, "train/spike": 1}
+            )
+        files.append_metrics(40, {"val/mse": 5.0})
+        files.append_event("resume", step=20)
+        for step in range(21, 26):
+            files.append_metrics(step, {"train/loss": 0.25, "cells_seen": 4 * step})
+    record = read_run(run_dir)
+    found = compare.figures(record)
+    assert (found["step"], found["cells_seen"], found["spikes"]) == (25, 100, 0)
+    assert (found["val/mse, last"], found["val/mse, best"]) == (0.6, 0.6)
+    assert found["train/loss"] == pytest.approx(
+        np.mean([30 / s for s in range(16, 21)] + [0.25] * 5)
+    )
+
+
+def test_a_spike_that_is_done_again_counts_once(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run") as files:
+        for _ in range(3):
+            files.append_metrics(7, {"train/loss": 1.0, "train/spike": 0})
+            files.append_metrics(8, {"train/loss": 5.0, "train/spike": 1})
+            files.append_event("spike", step=8)
+    assert compare.figures(read_run(tmp_path / "run"))["spikes"] == 1
+    assert Page(report.build_page(read_run(tmp_path / "run"))).cells
+
+
+def test_other_content_and_deepspeed_settings_are_differences(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    records = [read_run(run_dir), read_run(copy)]
+    assert compare.settings_table(records) == []
+    (copy / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}}')
+    for folder, content in ((run_dir, "aa"), (copy, "bb")):
+        update_run_json(folder, summary={"corpus_hash": content, "graph_hash": "cc"})
+    assert compare.settings_table([read_run(run_dir), read_run(copy)]) == [
+        ["ds_config.zero_optimization.stage", "3", "2"], ["corpus_hash", "aa", "bb"],
+    ]  # fmt: skip
 
 
 def test_scores_stand_beside_those_of_the_mean() -> None:
