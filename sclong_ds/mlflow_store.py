@@ -21,8 +21,8 @@ import logging
 import math
 import os
 import re
-import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,6 +36,7 @@ from sclong_ds.run_folder import (
     picture_steps,
     read_run_json,
     update_run_json,
+    without_credentials,
 )
 
 if TYPE_CHECKING:
@@ -48,28 +49,38 @@ Status = Literal["FINISHED", "KILLED", "FAILED"]
 MAX_METRICS = 1000
 _LEAST_METRICS = 100  # a batch for a server that is slow
 _MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_DIGEST_CHARS = 100, 6000, 5000, 36
-# One flush sends at most this many requests: a long backlog is worked off over several flushes.
-_MAX_BATCHES_PER_FLUSH = 20
+# A flush sends rows for so long: pictures and files come after them, and the end of a run waits for
+# it. A long backlog is worked off over several flushes.
+_FLUSH_S = 10.0
+_QUICK_S = 2.0  # after a batch that took less, a larger one is tried
 
 
-def tracking_uri(configured: str | None, run_dir: Path) -> str:
+def tracking_uri(configured: str | None, run_dir: Path, *, recorded: str | None = None) -> str:
     """Return the tracking store: as configured, else MLFLOW_TRACKING_URI, else mlflow.db.
 
     Args:
         configured: `config.tracking.uri`.
         run_dir: Run folder; mlflow.db lies beside it.
+        recorded: Store that the run was tracked in, before mlflow.db.
     """
     beside = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or beside
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or recorded or beside
 
 
-def find_run_dir(run_id: str, *, uri: str | None = None) -> Path:
+def with_credentials(uri: str) -> str:
+    """Return MLFLOW_TRACKING_URI where that is the same store, else the URI itself."""
+    found = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return found if without_credentials(found) == without_credentials(uri) else uri
+
+
+def find_run_dir(run_id: str, *, uri: str | None = None, patient: bool = False) -> Path:
     """Return the run folder of a run by its MLflow id or by the run_id of its run.json.
 
     Args:
         run_id: Either id.
         uri: Tracking store; None: MLFLOW_TRACKING_URI, else runs/mlflow.db below the working
             directory.
+        patient: As `new_client`.
 
     Raises:
         FileNotFoundError: No such store, or the run's folder is not on this machine.
@@ -82,7 +93,7 @@ def find_run_dir(run_id: str, *, uri: str | None = None) -> Path:
             f"{run_id}: no such run folder, and no tracking store {file} to look the id up in; "
             "give the folder, or set MLFLOW_TRACKING_URI"
         )
-    client = new_client(uri)
+    client, shown = new_client(uri, patient=patient), without_credentials(uri)
     from mlflow.exceptions import MlflowException
 
     try:
@@ -91,9 +102,9 @@ def find_run_dir(run_id: str, *, uri: str | None = None) -> Path:
         query = f"attributes.run_id = '{quoted}'", f"tags.run_id = '{quoted}'"
         runs = [run for q in query for run in client.search_runs(experiments, q, max_results=1)]
     except (MlflowException, OSError) as error:
-        raise ValueError(f"tracking store {uri}: {one_line(error)}") from None
+        raise ValueError(f"tracking store {shown}: {one_line(error)}") from None
     if not runs:
-        raise ValueError(f"{run_id}: neither a run folder nor a run of the tracking store {uri}")
+        raise ValueError(f"{run_id}: neither a run folder nor a run of the tracking store {shown}")
     folder = Path(runs[0].data.tags.get("run_dir", ""))
     if not folder.is_dir():
         raise FileNotFoundError(f"run {run_id}: its folder {folder} is not on this machine")
@@ -156,8 +167,12 @@ class Sender:
     run_dir: Path
     uri: str
     description: Description
+    patient: bool = False
+    """As `new_client`."""
     mlflow_run_id: str | None = None
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+    complete: bool = False
+    """Whether MLflow has all of a run that has ended."""
     _client: MlflowClient | None = None
     _synced: dict[str, int] = dataclasses.field(default_factory=dict)
     _batch_size: int = MAX_METRICS
@@ -170,17 +185,36 @@ class Sender:
         with self._lock:
             self._uploads += [u for u in uploads if u not in self._uploads]
 
-    def unsent_bytes(self) -> int:
-        """Return how much of metrics.jsonl MLflow does not have."""
-        return (self.run_dir / METRICS_FILE).stat().st_size - self._synced.get(METRICS_FILE, 0)
+    @property
+    def shown_uri(self) -> str:
+        """Tracking store, as it may be shown and stored."""
+        return without_credentials(self.uri)
 
-    def send(self, *, max_batches: int = _MAX_BATCHES_PER_FLUSH) -> None:
-        """Open the run if need be, then send new rows, pictures and waiting files."""
+    def left(self) -> list[str]:
+        """Return what of a run that has ended MLflow does not have, in words."""
+        if self.complete:
+            return []
+        n_bytes = sum(f.stat().st_size - self._synced.get(n, 0) for n, f in self._row_files())
+        done = read_run_json(self.run_dir).get("mlflow_pictures", -1)
+        n_pictures = sum(step > done for step in picture_steps(self.run_dir))
+        counts = {
+            "bytes of metrics": n_bytes,
+            "validations' pictures": n_pictures,
+            "files": len(self._uploads),
+        }
+        return [f"{count:,} {name}" for name, count in counts.items() if count] + ["how it ended"]
+
+    def send(self, *, rows_s: float = _FLUSH_S) -> None:
+        """Open the run if need be, then send new rows, pictures and waiting files.
+
+        Args:
+            rows_s: Seconds after which rows are left to the next time.
+        """
         if self.mlflow_run_id is None:
             self._open()
-        nodes = sorted((self.run_dir / SYSTEM_DIR).glob("*.jsonl"))
-        for file in (self.run_dir / METRICS_FILE, *nodes):
-            self._send_rows(file, max_batches)
+        deadline = time.monotonic() + rows_s
+        for name, file in self._row_files():
+            self._send_rows(name, file, deadline)
         self._send_pictures()
         while self._uploads and not self.stop.is_set():
             self._send_file()
@@ -188,15 +222,23 @@ class Sender:
     def close(self, status: Status) -> None:
         """Send everything that is left and end the run, even if a file cannot be sent."""
         try:
-            self.send(max_batches=sys.maxsize)
+            self.send(rows_s=math.inf)
         finally:
             if self.mlflow_run_id is not None:
                 self._connected.set_terminated(self.mlflow_run_id, status)
+        self.complete = not self.stop.is_set()
+
+    def _row_files(self) -> list[tuple[str, Path]]:
+        """Return names and paths of the files of rows: metrics, then what is furthest behind."""
+        nodes = (self.run_dir / SYSTEM_DIR).glob("*.jsonl")
+        named = [(str(file.relative_to(self.run_dir)), file) for file in nodes]
+        named.sort(key=lambda item: (self._synced.get(item[0], 0), item[0]))
+        return [(METRICS_FILE, self.run_dir / METRICS_FILE), *named]
 
     @property
     def _connected(self) -> MlflowClient:
         if self._client is None:
-            self._client = new_client(self.uri)
+            self._client = new_client(self.uri, patient=self.patient)
         return self._client
 
     def _open(self) -> None:
@@ -222,7 +264,7 @@ class Sender:
         update_run_json(
             self.run_dir,
             mlflow_run_id=run.info.run_id,
-            mlflow_tracking_uri=self.uri,
+            mlflow_tracking_uri=self.shown_uri,
             mlflow_synced=self._synced,
             mlflow_pictures=saved.get("mlflow_pictures", -1) if same else -1,
         )
@@ -250,7 +292,8 @@ class Sender:
         """Return this folder's run by the saved id, else by tag (killed before saving it)."""
         from mlflow.exceptions import MlflowException
 
-        if saved.get("mlflow_run_id") and saved.get("mlflow_tracking_uri") == self.uri:
+        store = without_credentials(saved.get("mlflow_tracking_uri") or "")
+        if saved.get("mlflow_run_id") and store == self.shown_uri:
             try:
                 run = self._connected.get_run(saved["mlflow_run_id"])
             except MlflowException as error:
@@ -268,7 +311,8 @@ class Sender:
         from mlflow.entities import Param, RunTag
 
         run_id, known = run.info.run_id, run.data.params
-        params = {k: clip(v, _MAX_PARAM_CHARS) for k, v in self.description.params.items()}
+        texts = {k: without_credentials(v) for k, v in self.description.params.items()}
+        params = {k: clip(v, _MAX_PARAM_CHARS) for k, v in texts.items()}
         changed = sorted(k for k, v in params.items() if known.get(k, v) != v)
         tags = dict(self.description.tags)
         if changed:
@@ -312,11 +356,11 @@ class Sender:
             self._connected.log_artifact(self.mlflow_run_id, str(page))
             self._page_sent = written
 
-    def _send_rows(self, path: Path, max_batches: int) -> None:
+    def _send_rows(self, name: str, path: Path, deadline: float) -> None:
         """Send complete lines after the offset, in order, whole rows per request."""
-        name = str(path.relative_to(self.run_dir))
         batch: list[Metric] = []
-        batches = 0
+        if time.monotonic() > deadline or self.stop.is_set():
+            return
         with path.open("rb") as file:
             end = self._synced.get(name, 0)
             file.seek(end)
@@ -326,8 +370,8 @@ class Sender:
                 row = _row_metrics(json.loads(line))
                 if batch and len(batch) + len(row) > self._batch_size:
                     self._send_batch(batch, name, end)
-                    batch, batches = [], batches + 1
-                    if batches == max_batches or self.stop.is_set():
+                    batch = []
+                    if time.monotonic() > deadline or self.stop.is_set():
                         return
                 batch += row
                 end += len(line)
@@ -338,6 +382,7 @@ class Sender:
         assert self.mlflow_run_id is not None
         from mlflow.exceptions import MlflowException
 
+        began = time.monotonic()
         try:
             self._connected.log_batch(self.mlflow_run_id, metrics=batch)
         except (MlflowException, OSError) as error:
@@ -345,15 +390,40 @@ class Sender:
                 # What a slow server cannot take in time it would be sent again for ever.
                 self._batch_size = max(self._batch_size // 2, _LEAST_METRICS)
             raise
+        if time.monotonic() - began < _QUICK_S:
+            self._batch_size = min(2 * self._batch_size, MAX_METRICS)
         self._synced[name] = end
         update_run_json(self.run_dir, mlflow_synced=self._synced)
 
 
-def new_client(uri: str) -> MlflowClient:
-    """Import mlflow, quietly, and return a client whose calls give up soon."""
-    # MLflow's defaults (120 s, 7 retries with back-off) would hold up the end of a run for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+def send_all(sender: Sender, status: Status) -> None:
+    """Send everything that is left of a run and end it; what arrived stays there if that fails.
+
+    Raises:
+        ValueError: MLflow refuses or cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        sender.close(status)
+    except (MlflowException, OSError) as error:
+        left = ", ".join(sender.left())
+        raise ValueError(
+            f"MLflow at {sender.shown_uri}: {one_line(error)}; it lacks {left}"
+        ) from None
+
+
+def new_client(uri: str, *, patient: bool = False) -> MlflowClient:
+    """Import mlflow, quietly, and return a client.
+
+    Args:
+        uri: Tracking store.
+        patient: Whether its calls may take minutes; for commands that send much and are waited for.
+    """
+    if not patient:
+        # MLflow's defaults (120 s, 7 retries with back-off) would hold up the end of a run.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     # Usage statistics would leave the machine, and compute nodes often have no way out.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -380,7 +450,8 @@ def clip(text: str, limit: int) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return an error as one line."""
-    return clip(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
+    text = without_credentials(" ".join(str(error).split()))
+    return clip(f"{type(error).__name__}: {text}", 300)
 
 
 def _row_metrics(row: Mapping[str, float | None]) -> list[Metric]:

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 from sclong_ds import compare, page, plots
 from sclong_ds.files import write_atomic
+from sclong_ds.run_folder import without_credentials
 from sclong_ds.run_record import HOURS, LAST_STEPS, Rows, RunRecord, find_runs
 
 _MAX_VALIDATION_ROWS = 12
@@ -431,7 +432,7 @@ def _details(record: RunRecord) -> str:
     ]
     environment = record.run.get("environment") or {}
     keys = ("run_id", "mlflow_run_id", "mlflow_tracking_uri", "slurm_job_id", "commit")
-    ids = [(key, str(record.run[key])) for key in keys if record.run.get(key)]
+    ids = [(k, without_credentials(str(record.run[k]))) for k in keys if record.run.get(k)]
     table = page.key_table(ids + [(k, str(v)) for k, v in environment.items()])
     if table:
         blocks.append(f"<details open><summary>Environment and ids</summary>{table}</details>")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, read_state
 from sclong_ds.config import RunConfig
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.run_folder import without_credentials
 from sclong_ds.sampling import read_weights
 from sclong_ds.strict_yaml import read_yaml, to_dict, to_yaml
 
@@ -40,6 +41,12 @@ def check_inputs(config: RunConfig) -> None:
     if "://" in str(config.run.dir):
         raise ValueError(f"run.dir={config.run.dir}: must be a path, on a shared file system where "
                          f"several nodes train, not a URL")  # fmt: skip
+    if without_credentials(config.tracking.uri or "") != (config.tracking.uri or ""):
+        raise ValueError(
+            "tracking.uri holds a user or password, which config.yaml and MLflow would show: give "
+            "the address alone, and the rest as MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or all of it as MLFLOW_TRACKING_URI"
+        )
     for key, path in {
         "model.gene_graph": config.model.gene_graph,
         "model.gene_vectors": config.model.gene_vectors,

@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import platform
+import re
 import subprocess
 import threading
 import time
@@ -46,6 +47,8 @@ _PACKAGES = (
     "sclong_ds", "torch", "deepspeed", "triton", "torch-geometric", "numpy", "zarr", "anndata",
     "mlflow",
 )  # fmt: skip
+# USER:PASSWORD@ of a URI; SQLAlchemy takes a password with a slash in it, too.
+_CREDENTIALS = re.compile(r"""(?<=://)(?:[^/\s"']*@|[^:/\s"'@]+:[^\s"'@]*@)""")
 _run_file_lock = threading.Lock()
 
 
@@ -171,7 +174,12 @@ def recorded_ids(folder: Path) -> dict[str, Any]:
     """Return what says which run a folder with a run.json belongs to: its ids, where MLflow is."""
     saved = read_run_json(folder)
     names = ("run_id", "mlflow_run_id", "mlflow_tracking_uri", "created")
-    return {name: saved[name] for name in names if saved.get(name)}
+    return {name: without_credentials(saved[name]) for name in names if saved.get(name)}
+
+
+def without_credentials(text: str) -> str:
+    """Return a URI, or a text with URIs in it, without their users and passwords."""
+    return _CREDENTIALS.sub("", text)
 
 
 def take_over_ids(run_dir: Path, checkpoint: Path) -> None:

@@ -28,6 +28,7 @@ from sclong_ds.run_folder import (
     read_lines,
     read_metrics,
     read_run_json,
+    without_credentials,
 )
 from sclong_ds.strict_yaml import parse_yaml
 
@@ -188,7 +189,9 @@ def read_run(run_dir: Path) -> RunRecord:
         validation=validation,
         events=events,
         sessions=sessions,
-        texts={f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()},
+        texts={
+            f.name: without_credentials(f.read_text(encoding="utf-8")) for f in files if f.is_file()
+        },
         images=() if folder is None else tuple(sorted(folder.glob("*.png"))),
         pictured_step=pictured,
         system=nodes,

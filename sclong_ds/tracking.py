@@ -35,7 +35,6 @@ from sclong_ds.mlflow_store import (
 from sclong_ds.picture_data import Data, drop_after, pending, put_back, write_data
 from sclong_ds.run_folder import (
     EVENTS_FILE,
-    METRICS_FILE,
     PLOTS_DIR,
     RUN_FILE,
     RunFolder,
@@ -135,7 +134,9 @@ class Tracker:
             uri=tracking_uri(settings.uri, self._run_dir),
             description=describe(self._config, self._run_dir, run, params=params, tags=tags),
         )
-        folder = f"restart_{run['restarts']:03d}" if resumed else None
+        if not run["mlflow_run_id"]:  # for `sync`, should MLflow never answer
+            update_run_json(self._run_dir, mlflow_tracking_uri=self._sender.shown_uri)
+        folder = restart_folder(run) if resumed else None
         self._sender.queue((path, folder) for path in (*artifacts, packages))
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._pending = self._pool.submit(self._sender.send)
@@ -209,11 +210,11 @@ class Tracker:
             self._collect(wait_s=_FINISH_WAIT_S)
         self._sender.stop.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        left = self._sender.unsent_bytes()
+        left = self._sender.left()
         if left:
             log.warning(
-                "MLflow at %s lacks the last %d bytes of %s; a resumed run sends them",
-                self._sender.uri, left, self._run_dir / METRICS_FILE,
+                "MLflow at %s lacks %s; a resumed run sends it, or: python -m sclong_ds sync %s",
+                self._sender.shown_uri, ", ".join(left), self._run_dir,
             )  # fmt: skip
 
     @property
@@ -237,7 +238,9 @@ class Tracker:
         concurrent.futures.wait([self._pending], timeout=wait_s)
         if not self._pending.done():
             if wait_s:
-                log.warning("MLflow at %s is slow; training does not wait for it", self._sender.uri)
+                log.warning(
+                    "MLflow at %s is slow; training does not wait for it", self._sender.shown_uri
+                )
             return
         error, self._pending = self._pending.exception(), None
         if error is not None:
@@ -246,10 +249,12 @@ class Tracker:
             log.log(
                 logging.DEBUG if self._in_trouble else logging.ERROR,
                 "MLFLOW DOES NOT RECORD (%s): %s. Training goes on; everything is kept in %s and "
-                "sent once MLflow answers.", self._sender.uri, one_line(error), self._run_dir,
+                "sent once MLflow answers.", self._sender.shown_uri, one_line(error), self._run_dir,
             )  # fmt: skip
         elif self._in_trouble:
-            log.warning("MLflow at %s answers again; what was kept is being sent", self._sender.uri)
+            log.warning(
+                "MLflow at %s answers again; what was kept is being sent", self._sender.shown_uri
+            )
         self._in_trouble = error is not None
 
 
@@ -318,6 +323,11 @@ class _Artist:
     @property
     def _log_file(self) -> Path:
         return self._run_dir / PLOTS_DIR / "pictures.log"
+
+
+def restart_folder(run: Mapping[str, Any]) -> str:
+    """Return the artifact folder of the files that the last restart of a run began with."""
+    return f"restart_{run['restarts']:03d}"
 
 
 def describe(

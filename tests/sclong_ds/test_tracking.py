@@ -15,12 +15,14 @@ import pytest
 from sclong_ds import mlflow_store, tracking
 from sclong_ds.config import RunConfig, load_config
 from sclong_ds.mlflow_store import find_run_dir, tracking_uri
+from sclong_ds.run_checks import check_inputs
 from sclong_ds.run_folder import (
     read_events,
     read_lines,
     read_metrics,
     read_run_json,
     take_over_ids,
+    without_credentials,
 )
 from sclong_ds.run_record import read_run
 from sclong_ds.tracking import Tracker
@@ -157,7 +159,7 @@ class FlakyClient:
 def switch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     state = SimpleNamespace(down=False, refused=0)
     real = mlflow_store.new_client
-    monkeypatch.setattr(mlflow_store, "new_client", lambda uri: FlakyClient(real(uri), state))
+    monkeypatch.setattr(mlflow_store, "new_client", lambda uri, **_: FlakyClient(real(uri), state))
     monkeypatch.setattr(tracking, "_RETRY_AFTER_S", 0.0)
     return state
 
@@ -192,7 +194,10 @@ def test_rows_kept_during_an_outage_are_sent_by_the_next_start(
     for step in range(1, 8):
         tracker.log(step, {"train/loss": float(step)})
     tracker.finish("KILLED")
-    assert "a resumed run sends them" in caplog.text
+    (said,) = [r.getMessage() for r in caplog.records if "lacks" in r.getMessage()]
+    n_bytes = (tmp_path / "run" / "metrics.jsonl").stat().st_size
+    assert f"lacks {n_bytes} bytes of metrics, 4 files, how it ended; a resumed run" in said
+    assert said.endswith(f"python -m sclong_ds sync {tmp_path / 'run'}")
     assert len(read_metrics(tmp_path / "run")) == 7
     switch.down = False
     tracker, run_id = start(make_config(uri=store), tmp_path / "run", resumed=True)
@@ -434,34 +439,94 @@ def test_picture_that_cannot_be_drawn_is_reported_and_holds_up_nothing(
     assert (run_dir / "plots" / "step_00000002" / "predicted_vs_true.png").is_file()
 
 
-def test_slow_server_gets_smaller_batches(
-    store: str, tmp_path: Path, switch: SimpleNamespace, caplog: pytest.LogCaptureFixture
+def test_batches_are_as_large_as_the_server_can_take(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that cannot take 1000 values in time is not sent the same 1000 for ever."""
+    """Smaller after a time-out, larger again once it is quick; a flush ends when its time is up."""
     tracker, run_id = start(make_config(uri=store), tmp_path / "run")
-    sender, sizes = tracker._sender, []
+    sender, sizes, clock = tracker._sender, [], [0.0]
     assert sender is not None
+    server = SimpleNamespace(most=150, takes_s=3.0)
     real = sender._connected.log_batch
 
     def log_batch(run_id: str, metrics: Any) -> None:
         sizes.append(len(metrics))
-        if len(metrics) > 150:
+        clock[0] += server.takes_s
+        if len(metrics) > server.most:
             raise TimeoutError("read timed out")
         real(run_id, metrics=metrics)
 
     sender._client = SimpleNamespace(
         log_batch=log_batch, set_terminated=lambda *_: None, log_artifact=lambda *_: None
     )
-    tracker._config = load_config("sclong_tiny", ["tracking.flush_every_n_steps=1000"])
-    for step in range(1, 101):
+    monkeypatch.setattr(mlflow_store, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(tracker, "_flush", lambda: None)
+    for step in range(1, 501):
         tracker.log(step, {f"m{k}": float(step) for k in range(10)})
-    for _ in range(12):
-        tracker._flush()
-        if tracker._pending is not None:
-            tracker._pending.exception()
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            sender.send()
+    assert sizes == [1000, 500, 250]
+    sender.send()
+    assert sizes[3:] == [120, 120, 120, 120], "each took 3 s of the 10"
+    server.most, server.takes_s = 1000, 0.1
+    sender.send()
+    assert sizes[7:12] == [120, 250, 500, 1000, 1000]
     tracker.finish("FINISHED")
-    assert sizes[:4] == [1000, 500, 250, 120]
-    assert history(store, str(run_id), "m0") == [(s, float(s)) for s in range(1, 101)]
+    assert history(store, str(run_id), "m0") == [(s, float(s)) for s in range(1, 501)]
+
+
+def test_credentials_are_neither_stored_nor_shown(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+    real = mlflow_store.new_client
+
+    def new_client(uri: str, **_: Any) -> Any:
+        asked.append(uri)
+        if len(asked) == 2:
+            raise ConnectionError(f"API request to {uri}/api failed")
+        return real(store)
+
+    monkeypatch.setattr(mlflow_store, "new_client", new_client)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s/ecret@tracker:5000")
+    ids = []
+    for resumed in (False, True):  # the second does not get through before its end
+        tracker, _ = start(make_config(uri=None), tmp_path / "run", resumed=resumed)
+        tracker.log(1, {"train/loss": 1.0})
+        tracker.finish("KILLED")
+        ids.append(read_run_json(tmp_path / "run")["mlflow_run_id"])
+    assert asked == ["http://me:s/ecret@tracker:5000"] * 3
+    assert ids[0] == ids[1]
+    assert read_run_json(tmp_path / "run")["mlflow_tracking_uri"] == "http://tracker:5000"
+    assert "API request to http://tracker:5000/api failed" in caplog.text
+    texts = [p.read_text() for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert not [text for text in (caplog.text, *texts) if "ecret" in text]
+
+
+@pytest.mark.parametrize(
+    ("uri", "bare"),
+    [
+        ("http://tracker:5000", "http://tracker:5000"),
+        ("https://token@tracker/path", "https://tracker/path"),
+        ("postgresql://me:p@ss@db:5432/runs", "postgresql://db:5432/runs"),
+        ("mysql+pymysql://me:p/ss@db/runs", "mysql+pymysql://db/runs"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+    ],
+)
+def test_credentials_of_a_store_are_refused_in_the_configuration(
+    tmp_path: Path, uri: str, bare: str
+) -> None:
+    assert without_credentials(uri) == bare
+    (tmp_path / "graph.npz").touch()
+    settings = [f"data.corpus={tmp_path}", f"run.dir={tmp_path}", f"tracking.uri={uri}"]
+    config = load_config("sclong_tiny", [*settings, f"model.gene_graph={tmp_path / 'graph.npz'}"])
+    if uri == bare:
+        check_inputs(config)
+        return
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        check_inputs(config)
+    assert "me" not in str(caught.value).split()
 
 
 def test_run_json_of_a_checkpoint_keeps_the_run(store: str, tmp_path: Path) -> None:

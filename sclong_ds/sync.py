@@ -1,0 +1,92 @@
+"""`sync`: send to MLflow what a run that is over could not send while it was in trouble.
+
+    python -m sclong_ds sync RUN_DIR
+
+Reads the run folder; MLflow gets the rows, pictures and files that it has not got, once, in order,
+and how the run ended. It goes to the store that the run was tracked in, or to MLFLOW_TRACKING_URI.
+Credentials are MLflow's: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sclong_ds.config import RunConfig, load_config
+from sclong_ds.mlflow_store import Sender, Status, send_all, tracking_uri
+from sclong_ds.run_folder import EVENTS_FILE, RUN_FILE, read_run_json
+from sclong_ds.signals import lock_run_folder
+from sclong_ds.tracking import ENVIRONMENT_FILE, describe, restart_folder
+
+# One on record as running, whose folder nobody holds, was killed without notice.
+_STATUS: dict[str, Status] = {"FINISHED": "FINISHED", "FAILED": "FAILED"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `python -m sclong_ds sync`."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send what is left, print where the run is, and return the exit status."""
+    sender = sync(args.run_dir)
+    sys.stdout.write(f"MLflow at {sender.shown_uri} has all of run {sender.mlflow_run_id}\n")
+    return 0
+
+
+def sync(run_dir: Path) -> Sender:
+    """Send what MLflow lacks of a run, and its end.
+
+    Args:
+        run_dir: Run folder.
+
+    Returns:
+        The sender, which has sent everything.
+
+    Raises:
+        FileNotFoundError: The folder is no run.
+        ValueError: The run trains, was not tracked, or MLflow cannot be reached.
+    """
+    if not (run_dir / RUN_FILE).is_file():
+        raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it; give the run folder (run.dir)")
+    config = load_config(run_dir / "config.yaml")
+    if not config.tracking.enabled:
+        raise ValueError(f"{run_dir}: trained with tracking.enabled=false, so MLflow gets nothing")
+    with lock_run_folder(run_dir, wait_s=0):
+        return _send(run_dir, config)
+
+
+def _send(run_dir: Path, config: RunConfig) -> Sender:
+    record = read_run_json(run_dir)
+    params, tags = _further(run_dir, record)
+    # Elsewhere than in the job that trained, the environment may name no store.
+    recorded = record.get("mlflow_tracking_uri")
+    sender = Sender(
+        run_dir=run_dir,
+        uri=tracking_uri(config.tracking.uri, run_dir, recorded=recorded),
+        description=describe(config, run_dir, record, params=params, tags=tags),
+        patient=True,
+    )
+    folder = restart_folder(record) if record["restarts"] else None
+    begun_with = ("config.yaml", "ds_config.json", ENVIRONMENT_FILE)
+    files = [(run_dir / name, folder) for name in begun_with]
+    files += [(run_dir / name, None) for name in (EVENTS_FILE, RUN_FILE)]
+    sender.queue(file for file in files if file[0].is_file())
+    send_all(sender, _STATUS.get(record["status"], "KILLED"))
+    return sender
+
+
+def _further(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the parameters and tags beside the configuration, as training gives them."""
+    about, deepspeed = record.get("summary") or {}, run_dir / "ds_config.json"
+    params: dict[str, Any] = {}
+    if about:
+        params["world_size"] = about["world_size"]
+        params["parameters"] = sum(about["parameters"].values())
+    if deepspeed.is_file():
+        params["ds_config"] = json.loads(deepspeed.read_text(encoding="utf-8"))
+    hashes = ("corpus_hash", "genes_hash", "graph_hash")
+    return params, {name: str(about[name]) for name in hashes if name in about}
