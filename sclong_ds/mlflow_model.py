@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclong_ds.mlflow_store import find_run_dir, new_client, one_line
-from sclong_ds.run_folder import recorded_ids
+from sclong_ds.mlflow_store import find_run_dir, new_client, one_line, with_credentials
+from sclong_ds.run_folder import recorded_ids, without_credentials
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -89,7 +89,8 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
     read_description(model_dir)
     provenance = json.loads((model_dir / "provenance.json").read_text(encoding="utf-8"))
     ids = _run_of(model_dir, provenance, run)
-    client = new_client(ids["mlflow_tracking_uri"])
+    uri = with_credentials(ids["mlflow_tracking_uri"])
+    client = new_client(uri, patient=True)
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
@@ -97,7 +98,7 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
     root = Path(__file__).resolve().parents[1]
     try:
         experiment = client.get_run(ids["mlflow_run_id"]).info.experiment_id
-        mlflow.set_tracking_uri(ids["mlflow_tracking_uri"])
+        mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(experiment_id=experiment)
         logged = Model.log(
             artifact_path=None,
@@ -113,7 +114,8 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
             model_config=SETTINGS,
         )
     except (MlflowException, OSError) as error:
-        raise ValueError(f"MLflow at {ids['mlflow_tracking_uri']}: {one_line(error)}") from None
+        shown = without_credentials(uri)
+        raise ValueError(f"MLflow at {shown}: {one_line(error)}") from None
     version = logged.registered_model_version
     return f"models:/{register}/{version}" if register else logged.model_uri
 
@@ -123,7 +125,7 @@ def _run_of(model_dir: Path, provenance: Mapping[str, Any], run: str | None) -> 
     if run is None:
         ids, source = dict(provenance.get("run") or {}), f"{model_dir}/provenance.json"
     else:
-        folder = Path(run) if Path(run).is_dir() else find_run_dir(run)
+        folder = Path(run) if Path(run).is_dir() else find_run_dir(run, patient=True)
         ids, source = recorded_ids(folder), str(folder)
     if "mlflow_run_id" not in ids:
         raise ValueError(
@@ -204,17 +206,37 @@ class EmbeddingModel:
 
 
 def _as_anndata(cells: AnnData | DataFrame) -> AnnData:
-    """Return cells as AnnData with text names."""
+    """Return counts and genes of cells as AnnData with text names; the caller's stays as it is."""
+    import numpy as np
     from anndata import AnnData
     from pandas import DataFrame
+    from pandas.api.types import is_numeric_dtype
     from scipy.sparse import csr_matrix
 
     if isinstance(cells, AnnData):
-        return cells
+        # What says something about counts and genes alone: the rest may hold what no file can.
+        raw = None if cells.raw is None else {"X": cells.raw.X, "var": cells.raw.var.copy()}
+        return AnnData(
+            cells.X,
+            obs=DataFrame(index=cells.obs_names),
+            var=cells.var.copy(),
+            layers=dict(cells.layers),
+            raw=raw,
+        )
     if not isinstance(cells, DataFrame):
         raise ValueError(f"got {type(cells).__name__}; give AnnData, or a DataFrame of raw counts")
+    other = [str(name) for name, kind in cells.dtypes.items() if not is_numeric_dtype(kind)]
+    if other:
+        shown = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
+        raise ValueError(
+            f"{len(other)} columns do not hold numbers ({shown}): give raw counts of genes alone, "
+            f"as a numeric type"
+        )
+    table = cells.to_numpy()
+    if table.dtype == object:  # pandas' own integers, or such columns beside others
+        table = cells.to_numpy(np.float64, na_value=np.nan)
     return AnnData(
-        csr_matrix(cells.to_numpy()),
+        csr_matrix(table),
         obs=DataFrame(index=cells.index.astype(str)),
         var=DataFrame(index=cells.columns.astype(str)),
     )

@@ -108,12 +108,52 @@ def opened(model_dir: Path) -> EmbeddingModel:
 
 
 def test_table_gives_what_anndata_gives(opened: EmbeddingModel, cells: anndata.AnnData) -> None:
-    pd.testing.assert_frame_equal(opened.predict(cells.to_df()), opened.predict(cells))
+    table = cells.to_df()
+    pd.testing.assert_frame_equal(opened.predict(table), opened.predict(cells))
+    pd.testing.assert_frame_equal(opened.predict(table.astype("Int64")), opened.predict(cells))
+
+
+def test_only_counts_and_genes_matter_and_the_callers_cells_stay_as_they_are(
+    opened: EmbeddingModel, cells: anndata.AnnData
+) -> None:
+    odd = cells.copy()
+    odd.obs["kind"] = ["T", "B", "T"] * 3
+    odd.obs["age"] = [34, "unknown", None] * 3
+    odd.uns["run"] = object()
+    odd.var["kind"] = ["a", "b"] * (N_GENES // 2)
+    odd.raw = odd
+    pd.testing.assert_frame_equal(opened.predict(odd), opened.predict(cells))
+    assert not isinstance(odd.obs["kind"].dtype, pd.CategoricalDtype)
+    assert not isinstance(odd.var["kind"].dtype, pd.CategoricalDtype)
+    assert not isinstance(odd.raw.var["kind"].dtype, pd.CategoricalDtype)
+    assert "run" in odd.uns
+    layered = cells.copy()
+    layered.layers["counts"] = layered.X
+    layered.X = layered.X.astype(np.float32) + csr_matrix(np.full(cells.shape, 0.25))
+    pd.testing.assert_frame_equal(opened.predict(layered), opened.predict(cells))
+
+
+def test_a_large_model_may_take_longer_than_a_metric(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    for name in names:
+        monkeypatch.setenv(name, "removed at the end of the test")
+        monkeypatch.delenv(name)
+    new_client(f"sqlite:///{tmp_path / 'store.db'}", patient=True)
+    assert not any(name in os.environ for name in names), "MLflow's own: 120 s, 7 retries"
+    new_client(f"sqlite:///{tmp_path / 'store.db'}")
+    assert [os.environ[name] for name in names] == ["10", "1"]
 
 
 def test_what_is_not_raw_counts_is_refused(opened: EmbeddingModel, cells: anndata.AnnData) -> None:
     with pytest.raises(ValueError, match="count"):
         opened.predict(cells.to_df() + 0.25)
+    table = cells.to_df().astype(object)
+    with pytest.raises(
+        ValueError, match=r"60 columns do not hold numbers \(\w+, .*, \.\.\.\): give"
+    ):
+        opened.predict(table)
     with pytest.raises(ValueError, match="got ndarray; give AnnData"):
         opened.predict(np.zeros((2, 2)))  # type: ignore[arg-type]
 
