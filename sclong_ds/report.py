@@ -131,7 +131,8 @@ def build_comparison(records: Sequence[RunRecord]) -> str:
     names = compare.names_of(records)
     figures = compare.figures_table(records)
     runs = {
-        name: record.train + record.validation for name, record in zip(names, records, strict=True)
+        name: [*record.train, *record.validation]
+        for name, record in zip(names, records, strict=True)
     }
     curves = []
     for metric, title, against in (
@@ -279,7 +280,7 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
 def _training(record: RunRecord) -> str:
     if not record.train:
         return '<p class="note">No training step was logged.</p>'
-    rows = record.train + record.validation
+    rows = [*record.train, *record.validation]
     blocks = [
         _figure(
             plots.loss_figure(rows, restarts=record.restart_steps),

@@ -13,6 +13,7 @@ checkpoint: `read_metrics` leaves out what an earlier life wrote beyond it.
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import logging
@@ -24,7 +25,8 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -49,6 +51,7 @@ _PACKAGES = (
 )  # fmt: skip
 # USER:PASSWORD@ of a URI; SQLAlchemy takes a password with a slash in it, too.
 _CREDENTIALS = re.compile(r"""(?<=://)(?:[^/\s"']*@|[^:/\s"'@]+:[^\s"'@]*@)""")
+_WHOLE = frozenset({"step", "cells_seen"})  # columns of integers, exact in a float up to 2**53
 _run_file_lock = threading.Lock()
 
 
@@ -100,7 +103,49 @@ class RunFolder:
         self._events.close()
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+class Row(Mapping[str, float]):
+    """A row of numbers that takes 8 bytes a number: runs have millions of rows.
+
+    Args:
+        names: Names of the numbers; rows with the same names share them.
+        numbers: As many numbers.
+    """
+
+    __slots__ = ("_at", "_numbers")
+
+    def __init__(self, names: tuple[str, ...], numbers: Iterable[float]) -> None:
+        self._at, self._numbers = _positions(names), array("d", numbers)
+
+    def __getitem__(self, name: str) -> float:
+        """Return a number."""
+        number = self._numbers[self._at[name]]
+        return int(number) if name in _WHOLE else number
+
+    def __setitem__(self, name: str, number: float) -> None:
+        """Add a number."""
+        assert name not in self._at, name
+        self._at = _positions((*self._at, name))
+        self._numbers.append(number)
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a number of a name."""
+        return name in self._at
+
+    def __iter__(self) -> Iterator[str]:
+        """Go over the names."""
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        """Return how many numbers there are."""
+        return len(self._at)
+
+
+@functools.cache
+def _positions(names: tuple[str, ...]) -> dict[str, int]:
+    return {name: position for position, name in enumerate(names)}
+
+
+def read_metrics(run_dir: Path) -> list[Row]:
     """Return the rows of metrics.jsonl that lead to the last one, by step.
 
     A row that goes back to an earlier step ends what was written of that step and later ones.
@@ -116,8 +161,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
         FileNotFoundError: No metrics.jsonl in the folder.
         ValueError: A line other than the last is not a row.
     """
-    kept: list[dict[str, float]] = []
-    for row in read_every_row(run_dir):
+    return latest(read_every_row(run_dir))
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Return those of all rows ever written that lead to the last one."""
+    kept: list[Row] = []
+    for row in rows:
         while kept and _place(kept[-1]) >= _place(row):
             kept.pop()
         kept.append(row)
@@ -126,13 +176,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def _place(row: Mapping[str, float]) -> tuple[float, bool]:
     """Return where a row belongs: by step, the training row of a step first."""
-    return row["step"], any(name.startswith("val/") for name in row)
+    return row["step"], "val/mse" in row or any(name.startswith("val/") for name in row)
 
 
-def read_every_row(run_dir: Path) -> list[dict[str, float]]:
+def read_every_row(run_dir: Path) -> list[Row]:
     """Return the rows of metrics.jsonl as written, repeated steps too; raises as `read_metrics`."""
-    rows = read_lines(run_dir / METRICS_FILE)
-    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    return [
+        Row(tuple(row), (math.nan if v is None else v for v in row.values()))
+        for row in _each_line(run_dir / METRICS_FILE)
+    ]
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -338,18 +390,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: A line is not a row.
     """
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(
-        lines[:-1], start=1
-    ):  # what follows the last newline is unfinished
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not {"step", "time"} <= row.keys():
-            raise ValueError(
-                f"{path}: line {number} is not a row with step and time: {line[:60]!r}; remove it"
-            )
-        rows.append(row)
-    return rows
+    return list(_each_line(path))
+
+
+def _each_line(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `read_lines`."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):  # unfinished
+                return
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not {"step", "time"} <= row.keys():
+                raise ValueError(
+                    f"{path}: line {number} is not a row with step and time: {line[:60]!r}; "
+                    f"remove it"
+                )
+            yield row

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +22,18 @@ from sclong_ds.run_folder import (
     METRICS_FILE,
     SPIKE_METRIC,
     SYSTEM_DIR,
+    Row,
+    latest,
     picture_steps,
     read_events,
     read_every_row,
     read_lines,
-    read_metrics,
     read_run_json,
     without_credentials,
 )
 from sclong_ds.strict_yaml import parse_yaml
 
-Rows = list[dict[str, float]]
+Rows = Sequence[Mapping[str, float]]
 
 LAST_STEPS = 10  # one batch of few cells is noisy: "last" training numbers are means
 HOURS = "hours"
@@ -102,7 +103,7 @@ class RunRecord:
     @property
     def steps(self) -> int:
         """Last optimizer step."""
-        return int(max(row["step"] for row in self.train + self.validation))
+        return int(max(rows[-1]["step"] for rows in (self.train, self.validation) if rows))
 
     @property
     def wall_time_s(self) -> float:
@@ -127,7 +128,7 @@ class RunRecord:
 
     def highest(self, name: str) -> float:
         """Return the highest value of a metric, of training or validation."""
-        values = plots.series(self.train + self.validation, name)[1]
+        values = plots.series([*self.train, *self.validation], name)[1]
         return float(values.max()) if len(values) else math.nan
 
     @property
@@ -166,7 +167,8 @@ def read_run(run_dir: Path) -> RunRecord:
         raise FileNotFoundError(
             f"{run_dir}: no {METRICS_FILE} in it; give the folder that training wrote (run.dir)"
         )
-    rows = read_metrics(run_dir)
+    every_row = read_every_row(run_dir)
+    rows = latest(every_row)
     train = [row for row in rows if "train/loss" in row]
     validation = [row for row in rows if "val/mse" in row]
     if not train and not validation:
@@ -175,11 +177,10 @@ def read_run(run_dir: Path) -> RunRecord:
             "nothing was trained yet: run the report after the first step"
         )
     events = read_events(run_dir)
-    marks = [(row["time"], int(row["step"])) for row in read_every_row(run_dir)]
-    sessions = _sessions(events, marks)
+    sessions = _sessions(events, every_row)
     nodes = {f.stem: read_lines(f) for f in sorted((run_dir / SYSTEM_DIR).glob("*.jsonl"))}
-    for row in itertools.chain(train, validation, *nodes.values()):
-        row[HOURS] = _alive_before(sessions, row["time"]) / 3600
+    for timed in (rows, *nodes.values()):
+        _add_hours(timed, sessions)
     files = (run_dir / name for name in ("config.yaml", "ds_config.json"))
     pictured, folder = max(picture_steps(run_dir).items(), default=(None, None))
     return RunRecord(
@@ -198,26 +199,23 @@ def read_run(run_dir: Path) -> RunRecord:
     )
 
 
-def _sessions(events: list[dict[str, Any]], rows: list[tuple[float, int]]) -> tuple[Session, ...]:
-    """Return the lives of a run from its events, and time and step of every row ever written."""
+def _sessions(events: list[dict[str, Any]], rows: Sequence[Row]) -> tuple[Session, ...]:
+    """Return the lives of a run from its events and every row ever written."""
     starts = [e for e in events if e["event"] in ("start", "resume")]
-    marks = sorted(
-        [(float(e["time"]), int(e["step"]), str(e["event"])) for e in events]
-        + [(time, step, "") for time, step in rows],
-        key=lambda mark: mark[0],
-    )
-    bounds = [float(e["time"]) for e in starts] or [marks[0][0]]
+    marks = np.array([(m["time"], m["step"]) for m in itertools.chain(events, rows)])
+    marks = marks[np.argsort(marks[:, 0], kind="stable")]
+    bounds = [float(e["time"]) for e in starts] or [float(marks[0, 0])]
     found = []
     for n, (begin, until) in enumerate(zip(bounds, [*bounds[1:], math.inf], strict=True)):
-        own = [mark for mark in marks if begin <= mark[0] < until]
-        last = max(step for _, step, _ in own)
-        names = [name for _, _, name in own if name]
+        own = marks[(begin <= marks[:, 0]) & (marks[:, 0] < until)]
+        last = int(own[:, 1].max())
+        names = [str(e["event"]) for e in events if begin <= e["time"] < until]
         resumed_at = int(starts[n + 1]["step"]) if n + 1 < len(starts) else last
         found.append(
             Session(
                 start=begin,
-                end=own[-1][0],
-                first_step=own[0][1],
+                end=float(own[-1, 0]),
+                first_step=int(own[0, 1]),
                 last_step=last,
                 last_event=names[-1] if names else "",
                 world_size=starts[n].get("world_size") if starts else None,
@@ -227,9 +225,12 @@ def _sessions(events: list[dict[str, Any]], rows: list[tuple[float, int]]) -> tu
     return tuple(found)
 
 
-def _alive_before(sessions: Iterable[Session], time: float) -> float:
-    """Return the seconds that a run was alive before a point in time."""
-    return sum(max(0.0, min(s.end, time) - s.start) for s in sessions)
+def _add_hours(rows: Iterable[Any], sessions: Iterable[Session]) -> None:
+    """Give every row the hours that the run was alive before it."""
+    times = np.array([row["time"] for row in rows])
+    alive_s = sum(np.maximum(0.0, np.minimum(s.end, times) - s.start) for s in sessions)
+    for row, hours in zip(rows, (alive_s / 3600).tolist(), strict=True):
+        row[HOURS] = hours
 
 
 def _flat(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:

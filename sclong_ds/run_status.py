@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from sclong_ds.watchdog import ENDED, HANG_FILE, SLOW_FILE, read_heartbeats, rea
 State = Literal["running", "finished", "interrupted", "failed", "hung", "lost"]
 """lost: on record as running, but no rank has written for a while: killed without notice."""
 
-Rows = list[dict[str, float]]
+Rows = Sequence[Mapping[str, float]]
 
 _STATES: dict[str, State] = {"FINISHED": "finished", "KILLED": "interrupted", "FAILED": "failed"}
 # Steps that the figures are means of: enough to even out batches, few enough to be of now.

@@ -1,6 +1,7 @@
 import json
 import math
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,20 @@ def test_what_a_run_went_back_behind_is_left_out(tmp_path: Path) -> None:
     assert [(r["step"], r.get("train/loss"), r.get("val/mse")) for r in rows] == [
         (1, 9.0, None), (1, None, 8.0), (2, 9.0, None), (2, None, 8.0), (3, 1.0, None),
     ]  # fmt: skip
+
+
+def test_a_row_takes_little_memory(tmp_path: Path) -> None:
+    names = [f"perf/figure_{k}" for k in range(26)]
+    with RunFolder(tmp_path) as folder:
+        for step in range(500):
+            folder.append_metrics(step, dict.fromkeys(names, step + 0.5))
+    read_metrics(tmp_path)  # what is read once for all
+    tracemalloc.start()
+    rows = read_metrics(tmp_path)
+    per_row, _ = (n / len(rows) for n in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    assert rows[3] == {"step": 3, "time": rows[3]["time"], **dict.fromkeys(names, 3.5)}
+    assert per_row < 28 * 8 + 500, "dicts took 4,200 bytes"
 
 
 def test_torn_last_line_is_ignored_and_then_cut_off(tmp_path: Path) -> None:
