@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from sclong_ds.config import parse_arguments
+
 COMMANDS = {
     "plan": ("sclong_ds.plan", "memory, FLOPs and GPU-hours of a run, before submitting it"),
     "export": ("sclong_ds.export", "checkpoint to a model folder (safetensors)"),
@@ -47,7 +49,7 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 bad usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser(argv).parse_args(argv)
+    args = parse_arguments(parser(argv), argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )

@@ -20,10 +20,17 @@ from sclong_ds.checkpoint import full_weights, redraw_index
 from sclong_ds.checkpoint_files import MANIFEST, complete_checkpoints, damage, read_state
 from sclong_ds.config import RunConfig, load_config
 from sclong_ds.features_file import read_features
+from sclong_ds.files import local_path
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.model.sclong import Transform
-from sclong_ds.model_dir import FEATURES, GRAPH, write_model_dir
-from sclong_ds.run_folder import environment, git_commit, read_metrics, recorded_ids
+from sclong_ds.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
+from sclong_ds.run_folder import (
+    environment,
+    git_commit,
+    read_metrics,
+    read_run_json,
+    recorded_ids,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,16 +74,18 @@ def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
     Returns:
         The provenance that was written.
     """
+    check_absent(out)
     checkpoint = resolve(checkpoint_dir)
     config = load_config(checkpoint / "config.yaml")
     state = read_state(checkpoint)
-    graph = checkpoint / GRAPH
+    graph, trained = checkpoint / GRAPH, read_run_json(checkpoint)
     provenance = asdict(state) | {
         "checkpoint": checkpoint.name,
-        "commit": git_commit(),
+        "commit": trained.get("commit"),
         "run": recorded_ids(checkpoint),
         "validation": _validation(checkpoint, state.step),
-        "environment": environment(),
+        "environment": trained.get("environment"),
+        "exported_by": {"commit": git_commit(), "environment": environment()},
     }
     write_model_dir(
         out,
@@ -112,10 +121,10 @@ def transform_of(config: RunConfig) -> Transform:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m sclong_ds export`."""
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="a checkpoint or a run folder"
+        "checkpoint", type=local_path, metavar="CHECKPOINT_DIR", help="a checkpoint or a run folder"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="MODEL_DIR", help="folder to make"
+        "--out", type=local_path, required=True, metavar="MODEL_DIR", help="folder to make"
     )
 
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sclong_ds.files import local_path
 from sclong_ds.mlflow_store import find_run_dir, new_client, one_line, with_credentials
 from sclong_ds.run_folder import recorded_ids, without_credentials
 
@@ -52,7 +53,7 @@ _REQUIREMENTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `python -m sclong_ds log-model`."""
-    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="exported model")
+    parser.add_argument("model_dir", type=local_path, metavar="MODEL_DIR", help="exported model")
     parser.add_argument(
         "--run",
         metavar="RUN_DIR_OR_RUN_ID",

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from sclong_ds import plots, validation_plots
-from sclong_ds.files import write_atomic
+from sclong_ds.files import local_path, write_atomic
 from sclong_ds.picture_data import pending, show, take_data
 from sclong_ds.report import write_report
 from sclong_ds.run_folder import (
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sclong_ds.pictures", description="Draw the pictures that wait in a run."
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder")
+    parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR", help="run folder")
     run_dir = parser.parse_args(argv).run_dir
     if not run_dir.is_dir():
         parser.error(f"{run_dir}: no such run folder")

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sclong_ds.config import load_config
+from sclong_ds.config import load_config, parse_arguments
 from sclong_ds.failures import life_id, run_to_end
 from sclong_ds.files import write_atomic
 from sclong_ds.node_report import GIB, Place, Report, examine, on_gpus
@@ -409,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sclong_ds.preflight")
     parser.add_argument("--timeout-s", type=float, default=120.0, metavar="SECONDS")
     add_training_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     place = Place.from_environment()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

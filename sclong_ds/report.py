@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sclong_ds import compare, page, plots
-from sclong_ds.files import write_atomic
+from sclong_ds.files import local_path, write_atomic
 from sclong_ds.run_folder import without_credentials
 from sclong_ds.run_record import HOURS, LAST_STEPS, Rows, RunRecord, find_runs
 
@@ -77,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run folder, or a run's id; several: they are compared",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)"
+        "--out",
+        type=local_path,
+        default=Path("report.html"),
+        help="page to write (default: %(default)s)",
     )
 
 

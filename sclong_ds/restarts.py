@@ -1,13 +1,15 @@
 """Whether a Slurm job may start, or be started again: the guard against one that crashes for ever.
 
+    python -m sclong_ds.restarts check --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts nodes --most N --ranks-per-node N --config FILE|PRESET ...
     python -m sclong_ds.restarts begin --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts seconds-to-save --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts end --status STATUS --config FILE|PRESET [key=value ...]
     python -m sclong_ds.restarts bad-nodes --config FILE|PRESET [key=value ...]
 
-slurm/pretrain.sh runs it with the training's own arguments, once for all ranks. `nodes` prints on
-how many of the job's nodes the training can run; `begin` records the start in
+slurm/pretrain.sh runs it with the training's own arguments, once for all ranks. `check` reads them,
+before slurm/pipeline.sh submits a chain of jobs that ends with them; `nodes` prints on how many of
+the job's nodes the training can run; `begin` records the start in
 RUN_DIR/restarts.json; `seconds-to-save` prints how long before the time limit the run must be asked
 to save; `end` says what a training that ended with STATUS means; `bad-nodes` prints the nodes that
 this life's preflight named. Exit status: 0 go on (start, start again), 1 do not, with a line that
@@ -37,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.checkpoint_files import complete_checkpoints, step_of
-from sclong_ds.config import EngineConfig, load_config
+from sclong_ds.config import EngineConfig, load_config, parse_arguments
 from sclong_ds.failures import OWN_STATUS, PASSING_STATUS, life_id, read_failure
 from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import METRICS_FILE, now, read_events, read_every_row
@@ -243,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m sclong_ds.restarts")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("nodes", "begin", "seconds-to-save", "end", "bad-nodes"):
+    for name in ("check", "nodes", "begin", "seconds-to-save", "end", "bad-nodes"):
         command = commands.add_parser(name)
         command.add_argument("--max-stalled", type=int, default=3, metavar="N")
         if name == "end":
@@ -252,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--most", type=int, required=True, metavar="N")
             command.add_argument("--ranks-per-node", type=int, required=True, metavar="N")
         add_training_arguments(command)
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     job = os.environ.get("SCLONG_CHAIN") or os.environ.get("SLURM_JOB_ID", "none")
     try:
@@ -270,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"{seconds_to_save(run_dir)}\n")
         elif args.command == "end":
             log.info("%s", end(run_dir, args.status, job=job, max_stalled=args.max_stalled))
-        else:
+        elif args.command == "bad-nodes":
             sys.stdout.write(f"{','.join(bad_nodes(run_dir))}\n")
         return 0
     except (ValueError, OSError) as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sclong_ds.failures import read_failure
+from sclong_ds.files import local_path
 from sclong_ds.guards import SKIPPED_METRIC
 from sclong_ds.restarts import Life, read_lives, read_verdict
 from sclong_ds.run_folder import (
@@ -124,7 +125,7 @@ class RunStatus:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `python -m sclong_ds status`."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
+    parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR", help="run folder (run.dir)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

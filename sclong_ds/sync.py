@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.config import RunConfig, load_config
+from sclong_ds.files import local_path
 from sclong_ds.mlflow_store import Sender, Status, send_all, tracking_uri
 from sclong_ds.run_folder import EVENTS_FILE, RUN_FILE, read_run_json
 from sclong_ds.signals import lock_run_folder
@@ -27,7 +28,7 @@ _STATUS: dict[str, Status] = {"FINISHED": "FINISHED", "FAILED": "FAILED"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `python -m sclong_ds sync`."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
+    parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR", help="run folder (run.dir)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -61,6 +61,15 @@ main() {
   manifest=$(realpath "$manifest")
   out=$(realpath "$out")
 
+  local training=("$@" run.dir="$out/run" data.corpus="$out/corpus" model.gene_graph="$out/graph.npz")
+  # The training begins hours after this.
+  (
+    # shellcheck source-path=SCRIPTDIR source=env.sh
+    source "$home/slurm/env.sh"
+    # shellcheck disable=SC2086 # a command with its arguments
+    $SCLONG_CONTAINER python -m sclong_ds.restarts check "${training[@]}"
+  ) || exit 2
+
   local -A ids=()
   # shellcheck disable=SC2086 # several options in one string
   {
@@ -72,7 +81,7 @@ main() {
     submit gene-graph "afterok:${ids[finalize]}" "$prep" \
       gene_graph.sh --genes "$out/corpus/genes.tsv" --out "$out/graph.npz" $graph
     submit pretrain "afterok:${ids[verify]}:${ids[gene-graph]}" "$train" \
-      pretrain.sh "$@" run.dir="$out/run" data.corpus="$out/corpus" model.gene_graph="$out/graph.npz"
+      pretrain.sh "${training[@]}"
   }
 }
 

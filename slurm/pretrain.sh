@@ -107,8 +107,7 @@ set_ranks() {
     exit 2
   fi
   SCLONG_GPUS_ON_NODE=$(gpus_on_node)
-  # LOCAL_SIZE is DeepSpeed's name: its shared-memory path must know that not all ranks are local.
-  export LOCAL_WORLD_SIZE LOCAL_SIZE=$LOCAL_WORLD_SIZE SCLONG_GPUS_ON_NODE
+  export LOCAL_WORLD_SIZE SCLONG_GPUS_ON_NODE
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus_per_rank}"
 }
 

@@ -237,16 +237,21 @@ def test_one_rank_agrees_with_two_and_exports_what_it_trained(
         assert one[step] == pytest.approx(two[step], rel=1e-3), step
 
 
-def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path):
-    """The exported model scores what validation logged."""
-    from sclong_ds import Corpus, load_model
+def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, monkeypatch):
+    """The exported model scores what validation logged, and says what trained it."""
+    from sclong_ds import Corpus, export, load_model
     from sclong_ds.data import CellBatch
     from sclong_ds.masking import VALIDATION_EPOCH
     from sclong_ds.metrics import MaskedMetrics
     from sclong_ds.objective import masked_batch
     from sclong_ds.preparation import prepare
 
-    run_module("sclong_ds", "export", straight / "checkpoints", "--out", tmp_path / "model")
+    monkeypatch.setattr(export, "git_commit", lambda: "a later one")
+    provenance = export.export(straight / "checkpoints", tmp_path / "model")
+    run = json.loads((straight / "run.json").read_text())
+    assert (provenance["commit"], provenance["environment"]) == (run["commit"], run["environment"])
+    assert provenance["exported_by"]["commit"] == "a later one"
+    assert run["commit"] in (tmp_path / "model" / "README.md").read_text()
     model, corpus = load_model(tmp_path / "model"), Corpus(small_corpus)
     rows = corpus.split("validation")[:21]
     cells, device = corpus.packed_rows(rows), torch.device("cpu")

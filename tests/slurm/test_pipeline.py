@@ -80,11 +80,18 @@ def test_a_failed_conversion_ends_the_chain(slurm: Any, small_corpus: Path, tmp_
             ("--out", "o", "--manifest", "README.md", "--tasks", "0", "--", "--config", "x"),
             "--tasks 0: got no number above 0",
         ),
+        (
+            ("--out", "{tmp}/o", "--manifest", "README.md", "--", "run.seed=3", "--config", "x"),
+            "--config x: no such preset or file",
+        ),
     ],
 )
-def test_wrong_arguments_submit_nothing(arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_arguments_submit_nothing(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     done = subprocess.run(
-        ["bash", "slurm/pipeline.sh", *arguments], cwd=ROOT, capture_output=True, text=True
+        ["bash", "slurm/pipeline.sh", *given], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

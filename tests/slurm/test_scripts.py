@@ -186,7 +186,7 @@ def _show(folder: Path) -> Path:
     """Return a command to put in front of python, which shows what a rank is given."""
     show = folder / "show"
     variables = (
-        "$RANK/$WORLD_SIZE $SLURMD_NODENAME $LOCAL_RANK/$LOCAL_SIZE $OMP_NUM_THREADS "
+        "$RANK/$WORLD_SIZE $SLURMD_NODENAME $LOCAL_RANK/$LOCAL_WORLD_SIZE $OMP_NUM_THREADS "
         "[$CUDA_VISIBLE_DEVICES]"
     )
     show.write_text(
