@@ -37,9 +37,14 @@ main() {
   done
 }
 
-# Prints the state of a job; "unknown" when Slurm does not say.
+# Prints the state of a job; "unknown" when Slurm does not say, asked for some minutes.
 job_state() {
-  scontrol show job --oneliner "$1" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p' || echo unknown
+  local job deadline=$((SECONDS + 180))
+  until job=$(scontrol show job --oneliner "$1"); do
+    if ((SECONDS >= deadline)); then break; fi
+    sleep 10
+  done
+  if [[ $job =~ " JobState="([^ ]*) ]]; then echo "${BASH_REMATCH[1]}"; else echo unknown; fi
 }
 
 main "$@"

@@ -76,12 +76,15 @@ def test_gpus_are_counted_as_old_and_new_slurm_name_them(call: str, printed: str
     assert done.stdout.strip() == printed
 
 
-def _call(commands: str, *, programs: dict[str, str], folder: Path, **variables: str) -> str:
-    """Run commands with the functions of pretrain.sh and some programs; returns what they print."""
+def _call(
+    commands: str, *, programs: dict[str, str], folder: Path, script: str = "pretrain.sh",
+    **variables: str,
+) -> str:  # fmt: skip
+    """Run commands with the functions of a script and some programs; returns what they print."""
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
-    functions = "sed '/^main() {/,/^}/d; s/^main .*//; s/^readonly //' slurm/pretrain.sh"
+    functions = f"sed '/^main() {{/,/^}}/d; s/^main .*//; s/^readonly //' slurm/{script}"
     done = subprocess.run(
         ["bash", "-c", f'eval "$({functions})"; sleep() {{ :; }}; {commands}'],
         env={"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "CALLS": f"{folder}/calls"}
@@ -124,6 +127,16 @@ def test_a_controller_that_gives_no_answer_is_asked_again(
     assert len(said.splitlines()) == 1
     requeued = (tmp_path / "calls").read_text().count("requeue 7")
     assert requeued == (0 if "ended" in printed else 1 if silent < 10 else requeued)
+
+
+@pytest.mark.parametrize("silent", [0, 3])
+def test_a_chain_of_jobs_goes_on_when_the_controller_was_away(tmp_path: Path, silent: int) -> None:
+    settings = {"SILENT": str(silent), "STATE": "NODE_FAIL"}
+    programs = {"scontrol": SCONTROL}
+    said = _call(
+        "job_state 7", programs=programs, folder=tmp_path, script="resubmit.sh", **settings
+    )
+    assert said == "NODE_FAIL\n"
 
 
 def test_an_unanswered_request_leaves_who_watches_the_time_limit_at_work(tmp_path: Path) -> None:
