@@ -300,13 +300,17 @@ def smooth_curve(
     width: float,
     *,
     window: int | None = None,
-) -> None:
-    """Plot the running mean of a curve, thinned; window None: by its length."""
+) -> int:
+    """Plot the running mean of a curve, thinned, and return of how many values it is.
+
+    Window None: by the curve's length.
+    """
     window = _window(values) if window is None else window
     thin = slice(None, None, max(1, -(-len(values) // _MAX_POINTS)))
     smoothed = running_mean(values, window=window)
     marker = "o" if len(values) < 20 else ""
     axes.plot(steps[thin], smoothed[thin], color=color, lw=width, label=label, marker=marker, ms=3)
+    return window
 
 
 def _window(values: NDArray[np.float64]) -> int:

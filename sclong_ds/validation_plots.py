@@ -121,17 +121,20 @@ def gradient_figure(rows: Sequence[Row]) -> Figure:
         (prefix + n, n.replace("_", " "), color, 1.4)
         for n, color in zip(names, COLORS, strict=False)
     ]
+    window = 1
     for name, label, color, width in curves:
         steps, values = plots.series(rows, name)
         if len(values):
-            plots.smooth_curve(axes, steps, np.maximum(values, _ZERO_NORM), color, label, width)
+            values = np.maximum(values, _ZERO_NORM)
+            window = max(window, plots.smooth_curve(axes, steps, values, color, label, width))
     spikes = [row["step"] for row in rows if row.get("train/spike")]
     for number, step in enumerate(spikes):
         label = "loss spike" if number == 0 else None
         axes.axvline(step, color="#B91C1C", lw=1.0, ls=":", label=label, zorder=1)
     skipped = max((row.get("train/skipped_steps", 0) for row in rows), default=0)
     axes.set_yscale("log")
-    axes.set(xlabel="optimizer step", ylabel="norm of the gradient, before clipping")
+    shown = f"\nmean of {window} steps" if window > 1 else ""
+    axes.set(xlabel="optimizer step", ylabel=f"norm of the gradient, before clipping{shown}")
     axes.set_title(f"{skipped:.0f} skipped steps", fontsize=10, color=INK, loc="right")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=4, loc="upper center",
                 bbox_to_anchor=(0.5, -0.16))  # fmt: skip
