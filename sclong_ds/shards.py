@@ -117,6 +117,11 @@ class ShardedArray:
         if len(data) != length:
             raise DamagedShard(f"the file is cut: {len(data)} of its index's {length} bytes")
         index = _verified(data, "index").view("<u8").reshape(-1, 2)
+        lengths = index[:, 1]
+        written = int(lengths[lengths != _NOT_WRITTEN].sum()) + length
+        if written != size:
+            # With whole chunks lost, others of the same length would pass for them.
+            raise DamagedShard(f"the file has {size} bytes, of {written} that its index names")
         self._indices[shard % _CACHED_INDICES] = shard, index
         return index
 

@@ -67,6 +67,12 @@ def test_same_bytes_as_zarr(tmp_path: Path, codec: str) -> None:
             read(array, wrong)
 
 
+def index_of(raw: bytes) -> list[tuple[int, int]]:
+    """Return offset and length of each chunk of a shard file."""
+    entries = np.frombuffer(raw[-16 * PER_SHARD - 4 : -4], "<u8").reshape(-1, 2)
+    return [(int(offset), int(length)) for offset, length in entries]
+
+
 def outcomes(folder: Path, values: NDArray[np.uint8]) -> list[str]:
     """Read every chunk of the first shard with a fresh reader; wrong bytes must not come out."""
     array, found = ShardedArray(Location(folder)), []
@@ -116,6 +122,22 @@ def test_no_damage_gives_wrong_bytes(
     found = outcomes(folder, values)
     assert "WRONG" not in found
     assert changed != raw or "damaged" not in found
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_a_chunk_that_is_lost_or_doubled_gives_no_other_chunk(tmp_path: Path, codec: str) -> None:
+    """The index is whole: of chunks of one length, the next would be read as the lost one."""
+    values = random_values(0, 4)
+    write_array(tmp_path / "x", values, codec)
+    file = tmp_path / "x" / "c" / "0"
+    raw = file.read_bytes()
+    written = [entry for entry in index_of(raw) if entry[1] < len(raw)]
+    assert len(written) == PER_SHARD - 1
+    for start, size in written:
+        lost, doubled = raw[:start] + raw[start + size :], raw[: start + size] + raw[start:]
+        for changed in (lost, doubled):
+            file.write_bytes(changed)
+            assert outcomes(tmp_path / "x", values) == ["damaged"] * PER_SHARD
 
 
 def test_cut_at_every_length_and_missing(tmp_path: Path) -> None:
