@@ -46,6 +46,7 @@ from sclong_ds.guards import SKIPPED_METRIC
 from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.preparation import prepare
 from sclong_ds.run_checks import check_inputs
+from sclong_ds.run_folder import SPIKE_METRIC
 from sclong_ds.sampling import weights_of
 from sclong_ds.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
 from sclong_ds.signals import STOP_STATUS, StopRequest
@@ -266,7 +267,7 @@ def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
     except ValueError:
         record("spoilt_step" if applied else "skipped_step")
         raise
-    figures["train/spike"] = int(verdict.kind == "spike")
+    figures[SPIKE_METRIC] = int(verdict.kind == "spike")
     if verdict.kind != "ok":
         log.warning("%s", verdict.text)
         record("spike" if verdict.kind == "spike" else "skipped_step")

@@ -20,6 +20,7 @@ from scipy.spatial.distance import squareform
 from sclong_ds import plots
 from sclong_ds.picture_data import RANK_COLUMNS
 from sclong_ds.plots import COLORS, INK, MUTED, Row
+from sclong_ds.run_folder import SPIKE_METRIC
 
 _NOTHING = "not given"
 _MAX_RANK_BARS = 64
@@ -127,7 +128,7 @@ def gradient_figure(rows: Sequence[Row]) -> Figure:
         if len(values):
             values = np.maximum(values, _ZERO_NORM)
             window = max(window, plots.smooth_curve(axes, steps, values, color, label, width))
-    spikes = [row["step"] for row in rows if row.get("train/spike")]
+    spikes = [row["step"] for row in rows if row.get(SPIKE_METRIC)]
     for number, step in enumerate(spikes):
         label = "loss spike" if number == 0 else None
         axes.axvline(step, color="#B91C1C", lw=1.0, ls=":", label=label, zorder=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import ROOT, environment
+from launching import PORT, ROOT, environment
 from small_disk import CANNOT_MOUNT, small_disk
 
 from sclong_ds import checkpoint, checkpoint_files
@@ -253,7 +252,7 @@ def ranks(tmp_path_factory, disk_of_4_mb):
     folder = tmp_path_factory.mktemp("ranks")
     command = [
         str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(RANKS),
-        "--master_port", str(20000 + os.getpid() % 20000), "--no_local_rank",
+        "--master_port", str(PORT), "--no_local_rank",
         str(ROOT / "tests" / "checkpoint_ranks.py"), str(folder),
     ]  # fmt: skip
     command += [str(disk_of_4_mb)] if disk_of_4_mb else []

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment
+from launching import PORT, ROOT, environment
 
 from sclong_ds.config import load_config
 from sclong_ds.costs import parameter_counts
@@ -23,7 +22,7 @@ def instantiate(folder: Path, *overrides: str) -> list[dict[str, int]]:
     """Build sclong_1b on two ranks and return the memory figures of each."""
     command = [
         str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(RANKS),
-        "--master_port", str(20000 + os.getpid() % 20000), "--no_local_rank",
+        "--master_port", str(PORT), "--no_local_rank",
         str(ROOT / "tests" / "instantiate_partitioned.py"), str(folder), "sclong_1b", *overrides,
     ]  # fmt: skip
     # Every tensor of 1 MB or more gets pages of its own and gives them back when it is freed: what
