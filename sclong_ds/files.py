@@ -1,35 +1,108 @@
-"""Files that are whole or absent, and their content hashes; standard library only."""
+"""Atomic files, lock files and content hashes; standard library only."""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import hashlib
+import logging
 import os
-import tempfile
-from collections.abc import Iterable
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write a file so that a reader sees the old bytes or the new ones, never a part.
+
+    The file gets the permissions that the umask leaves of 0666. A kill leaves at most a partial
+    file, which `is_partial` tells from all products.
 
     Args:
         path: Target file; replaced if it exists.
         data: Whole content.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = partial_name(path)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
-            # mkstemp makes files private; a corpus is read by other users of a shared file system.
-            os.fchmod(file.fileno(), 0o644)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def partial_name(path: str | Path) -> Path:
+    """Return a new name beside a file, for its content until it is complete.
+
+    Args:
+        path: The file's final name.
+    """
+    path = Path(path)
+    # 255 bytes are the limit of a name; the random part alone makes it unique.
+    return path.with_name(f".{path.name[:180]}.{secrets.token_hex(8)}.partial")
+
+
+def is_partial(path: str | Path) -> bool:
+    """Tell whether a name is one of `partial_name`: what a killed process has left.
+
+    Args:
+        path: File or folder.
+    """
+    return _PARTIAL.fullmatch(Path(path).name) is not None
+
+
+def remove_partials(folder: str | Path) -> None:
+    """Remove the partial files of killed processes directly inside a folder.
+
+    Args:
+        folder: A folder that no other process writes to now.
+    """
+    for path in Path(folder).iterdir():
+        if is_partial(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file; the lock ends with the block, or with the process.
+
+    Args:
+        path: The lock file; made if missing and never removed, since a process that waits would
+            hold a file that no other one can find.
+        shared: Share it with others that share it, instead of holding it alone.
+        wait: Wait for those who hold it.
+
+    Yields:
+        Whether it is held; False only where another process has it and `wait` is off.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # NFS gives an exclusive lock to files open for writing only, a shared one to reading.
+    with path.open("a+b") as file:
+        held = True
+        try:
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            _log.warning("%s: this file system has no locks; start one process only", path.parent)
+        yield held
 
 
 def local_path(text: str) -> Path:

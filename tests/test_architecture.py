@@ -22,6 +22,8 @@ STORAGE = {
     "sclong_ds.streams",
     "sclong_ds.graph_file",
     "sclong_ds.files",
+    "sclong_ds.checksums",
+    "sclong_ds.obs_table",
 }
 """The on-disk formats: no torch, shared by data preparation and training."""
 LOADER = {

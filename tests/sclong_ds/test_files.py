@@ -1,0 +1,83 @@
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from sclong_ds.files import is_partial, locked, partial_name, remove_partials, write_atomic
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_atomic(tmp_path / "a.json", b"{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == mode
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "a", b"old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def _killed_while_writing(path):
+    os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+    write_atomic(path, b"x" * 100)
+
+
+def test_what_a_kill_leaves_is_told_from_products_and_removed(tmp_path):
+    name = "n" * 255
+    write_atomic(tmp_path / name, b"old")
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_while_writing, args=(tmp_path / name,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    left = {path for path in tmp_path.iterdir() if is_partial(path)}
+    assert len(left) == 1
+    assert not is_partial(tmp_path / name)
+    remove_partials(tmp_path)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_partial_names_differ_and_keep_the_folder(tmp_path):
+    first, second = (partial_name(tmp_path / "x.npz") for _ in range(2))
+    assert first != second
+    assert first.parent == tmp_path
+    assert is_partial(first)
+    assert not any(is_partial(name) for name in ("x.partial", ".x.partial", "step_1.partial"))
+
+
+def _try(path, shared, pipe):
+    with locked(path, shared=shared, wait=False) as held:
+        pipe.send(held)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [(True, True, True), (True, False, False), (False, True, False), (False, False, False)],
+)
+def test_shared_locks_go_together_and_exclusive_ones_do_not(tmp_path, first, second, expected):
+    ours, theirs = multiprocessing.Pipe()
+    path = tmp_path / "new" / "lock"
+    with locked(path, shared=first) as held:
+        assert held
+        process = multiprocessing.get_context("fork").Process(
+            target=_try, args=(path, second, theirs)
+        )
+        process.start()
+        process.join()
+        assert ours.recv() is expected
+    with locked(path, wait=False) as held:
+        assert held
