@@ -4,7 +4,7 @@
 
 Reads the files of the manifest. Writes `CORPUS/settings.json` and `CORPUS/genes.tsv` (the same for
 every dataset), and per dataset `CORPUS/staging/DATASET/` (`cells.zarr`, a cell store of
-`sclong_ds.store` with the row table `source_row`, and `obs.tsv.gz`, whose first column is
+`sclong_ds.store` with the row table `source_row`, and `obs.parquet`, whose first column is
 `barcode`) and `CORPUS/ledger/DATASET.json`. A dataset appears whole or not at all; one that is done
 is skipped unless its files or options changed, and one that failed is tried again. What is staged
 stays as long as its source cannot be reached, and makes way for other files under the same name

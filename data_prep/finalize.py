@@ -264,7 +264,7 @@ def _build(
     kept = _kept_cells(work, staged, progress)
     groups = []
     for s, here in zip(staged, kept, strict=True):
-        donors, donor = read_donors(s.folder / "obs.tsv.gz", len(s.cells))
+        donors, donor = read_donors(s.folder / "obs.parquet", len(s.cells))
         groups.append(SplitCells(dataset_id=s.dataset_id, donors=donors, donor=donor, kept=here))
     plan = plan_split(groups, options)
     if not (work / "cells.zarr").exists():
@@ -288,7 +288,7 @@ def _build(
     genes.write(work / "genes.tsv")
     (work / "obs").mkdir(exist_ok=True)
     for s in staged:
-        shutil.copyfile(s.folder / "obs.tsv.gz", work / "obs" / f"{s.dataset_id}.tsv.gz")
+        shutil.copyfile(s.folder / "obs.parquet", work / "obs" / f"{s.dataset_id}.parquet")
     return _catalogue(cells, genes, options, plan, splits, infos)
 
 

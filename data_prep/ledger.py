@@ -77,6 +77,8 @@ class LedgerEntry(TypedDict):
     """Unmapped genes with most counts."""
     obs_columns: list[str]
     """Cell annotations kept."""
+    texts_repaired: int
+    """Annotations of cells kept that UTF-8 cannot hold; U+FFFD stands where it could not."""
     source_hash: str | None
     settings_hash: str
 
@@ -128,6 +130,7 @@ def empty_entry(
         counts_kept=None,
         largest_losses={},
         obs_columns=[],
+        texts_repaired=0,
         source_hash=None,
         settings_hash=settings_hash,
     )
@@ -236,7 +239,7 @@ def is_staged(corpus: Path, dataset_id: str) -> bool:
         corpus: The corpus folder.
         dataset_id: Name of the dataset.
     """
-    return (corpus / "staging" / dataset_id / "obs.tsv.gz").is_file()
+    return (corpus / "staging" / dataset_id / "obs.parquet").is_file()
 
 
 def known_names(corpus: Path) -> set[str]:

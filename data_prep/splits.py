@@ -7,10 +7,7 @@ depends only on the seed and their names, as long as the wanted share is not exc
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.obs_table import read_obs
 from sclong_ds.store import SPLITS
 
 SplitBy = Literal["auto", "dataset", "donor", "cell"]
@@ -97,7 +95,8 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
     """Read the donor of every cell from a staged annotation table.
 
     Args:
-        path: `obs.tsv.gz` of a staged dataset; the column `donor` (or `donor_id`) is used.
+        path: Annotations of a dataset (`sclong_ds.obs_table`); the column `donor` (or `donor_id`)
+            is used.
         n_cells: Number of staged cells, which the table must match.
 
     Returns:
@@ -106,22 +105,20 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
     Raises:
         ValueError: The table is damaged or has another number of rows.
     """
-    names: dict[str, int] = {}
-    codes = np.zeros(n_cells, np.int32)
-    n_rows = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, delimiter="\t")
-            header = next(rows, [])
-            column = next((header.index(name) for name in _DONOR_COLUMNS if name in header), None)
-            for n_rows, row in enumerate(rows, 1):
-                if column is not None and n_rows <= n_cells:
-                    codes[n_rows - 1] = names.setdefault(row[column].strip(), len(names))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, IndexError) as error:
-        raise ValueError(f"{path}: damaged ({error}); convert the dataset again") from None
-    if n_rows != n_cells:
-        raise ValueError(f"{path}: {n_rows} rows for {n_cells} cells; convert the dataset again")
-    return (None if column is None else tuple(names)), codes
+        table = read_obs(path, columns=_DONOR_COLUMNS)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; or convert the dataset again") from None
+    if len(table) != n_cells:
+        raise ValueError(
+            f"{path}: {len(table)} rows for {n_cells} cells; convert the dataset again"
+        )
+    column = next((name for name in _DONOR_COLUMNS if name in table), None)
+    if column is None:
+        return None, np.zeros(n_cells, np.int32)
+    names: dict[str, int] = {}
+    codes = [names.setdefault(name.strip(), len(names)) for name in table[column]]
+    return tuple(names), np.array(codes, np.int32)
 
 
 def plan_split(datasets: Sequence[SplitCells], options: SplitOptions) -> SplitPlan:

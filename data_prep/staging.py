@@ -1,14 +1,12 @@
 """One dataset into its staging folder: read, prove, harmonise, filter, write.
 
 Reads the files of the dataset. Writes `cells.zarr` (a cell store of `sclong_ds.store` with the row
-table `source_row`, the row of each cell in its source) and `obs.tsv.gz` (first column `barcode`).
+table `source_row`, the row of each cell in its source) and `obs.parquet` (`annotations.py`).
 Cells are streamed in blocks, so that memory does not grow with the dataset.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
+from data_prep.annotations import annotation_table, kept_columns
 from data_prep.gene_names import GeneResolver
 from data_prep.harmonize import (
     MIN_GENES_MAPPED,
@@ -42,23 +40,11 @@ from data_prep.readers import open_source
 from data_prep.source import UnusableError
 from sclong_ds.files import sync_tree
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.obs_table import write_obs
 from sclong_ds.store import CellWriter
 
-STAGING_VERSION = 1
+STAGING_VERSION = 2
 """Raised when the same input would be staged differently, so that old staging is not taken over."""
-USUAL_OBS_COLUMNS = (
-    "donor_id",
-    "donor",
-    "sample",
-    "batch",
-    "assay",
-    "cell_type",
-    "tissue",
-    "disease",
-    "sex",
-    "development_stage",
-)
-"""Cell annotations kept where the manifest names none."""
 MIN_COUNTS_KEPT = 0.1
 """The bundled cells keep 0.92; a small vocabulary of one's own keeps less."""
 UNPROVEN = "counts not proven"
@@ -140,7 +126,7 @@ def stage(
     )
     entry["format"] = source.format
     entry["n_cells_input"] = len(source.barcodes)
-    obs = _kept_obs(source.obs, dataset)
+    columns = kept_columns(source.obs, dataset)
     opened = harmonize(
         source,
         resolver=resolver,
@@ -154,8 +140,10 @@ def stage(
     temporary.mkdir()
     try:
         kept = _write_cells(opened, temporary / "cells.zarr", entry, settings, resolver.genes)
-        obs.insert(0, "barcode", source.barcodes)
-        _write_obs(obs[kept], temporary / "obs.tsv.gz")
+        obs, entry["texts_repaired"] = annotation_table(
+            source.barcodes[kept], source.obs[kept], columns
+        )
+        write_obs(temporary / "obs.parquet", obs)
         sync_tree(temporary)
         os.rename(temporary, folder)
     except BaseException:
@@ -327,32 +315,3 @@ def _passing(
             entry["dropped_cells"][name] = entry["dropped_cells"].get(name, 0) + number
         passed &= ~fails
     return passed
-
-
-def _kept_obs(obs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
-    """Return the annotation to keep; the columns that the manifest names get their fixed names."""
-    wanted = [name.strip() for name in dataset.obs_columns.split(",") if name.strip()]
-    if wanted == ["*"]:
-        wanted = [str(name) for name in obs.columns]
-    elif wanted == ["none"]:
-        wanted = []
-    elif not wanted:
-        wanted = [name for name in USUAL_OBS_COLUMNS if name in obs.columns]
-    roles = dataset.roles()
-    missing = [name for name in (*wanted, *roles.values()) if name not in obs.columns]
-    if missing:
-        raise ValueError(
-            f"there is no cell annotation '{missing[0]}'; "
-            f"the file has {', '.join(map(str, obs.columns)) or 'none'}"
-        )
-    kept = obs[[name for name in wanted if name not in ("barcode", *roles)]].copy()
-    for role, column in roles.items():
-        kept[role] = obs[column]
-    return kept
-
-
-def _write_obs(obs: pd.DataFrame, path: Path) -> None:
-    """Write a table with the same bytes for the same content (no time stamp in the gzip header)."""
-    text = io.StringIO()
-    obs.astype(object).to_csv(text, sep="\t", index=False, na_rep="", lineterminator="\n")
-    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))

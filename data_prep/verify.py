@@ -206,7 +206,7 @@ def _check_rows(corpus: Corpus, problems: list[str]) -> None:
         if len(here) and int(rows.max()) >= n_staged:
             problems.append(f"{info.dataset_id}: a cell without annotation")
             continue
-        donors, donor = read_donors(corpus.path / "obs" / f"{info.dataset_id}.tsv.gz", n_staged)
+        donors, donor = read_donors(corpus.obs_path(info.dataset_id), n_staged)
         split = np.searchsorted(ends, here, side="right")
         for pair in np.unique(len(SPLITS) * donor[rows].astype(np.int64) + split).tolist():
             group, part = divmod(pair, len(SPLITS))

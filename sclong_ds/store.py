@@ -9,8 +9,8 @@ row tables are then downloaded once, cells are read by ranges (`sclong_ds.corpus
 
 A corpus folder, written by `python -m data_prep finalize`, holds `corpus.json` (the catalogue),
 `cells.zarr` (all cells, split after split, shuffled; further tables dataset, obs_row, source_row),
-`genes.tsv`, `obs/DATASET.tsv.gz` (annotation of the staged cells of each dataset), `gene_stats.npz`
-and `checksums.json`.
+`genes.tsv`, `obs/DATASET.parquet` (annotation of the staged cells of each dataset),
+`gene_stats.npz` and `checksums.json`.
 
 `CellWriter` and `CellStore` (the cells themselves, format in `sclong_ds.cells`) are offered here as
 well: this module and `sclong_ds.genes` are all that data preparation imports from `sclong_ds`.
@@ -35,6 +35,7 @@ from sclong_ds.cells import CellStore, DamagedChunk
 from sclong_ds.corpus_files import Location
 from sclong_ds.files import write_atomic
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.obs_table import read_obs
 from sclong_ds.streams import MAX_COUNT, PackedCells, decode, encode, slices_to_index
 
 if TYPE_CHECKING:
@@ -278,6 +279,17 @@ class Corpus:
         )
         return anndata.AnnData(self.rows(indices), obs=self.obs(indices), var=var)
 
+    def obs_path(self, dataset_id: str) -> Path:
+        """Return the annotations of the staged cells of a dataset, for `read_obs`.
+
+        Args:
+            dataset_id: Name of the dataset.
+        """
+        # Written before annotations could hold any text.
+        older = f"obs/{dataset_id}.tsv.gz"
+        name = older if self.location.exists(older) else f"obs/{dataset_id}.parquet"
+        return self.location.local_path(name)
+
     def obs(self, indices: ArrayLike) -> DataFrame:
         """Return the annotations of chosen cells without reading their counts.
 
@@ -294,8 +306,7 @@ class Corpus:
         parts = []
         for code in np.unique(dataset):
             name, here = self.datasets[code].dataset_id, np.flatnonzero(dataset == code)
-            file = self.location.local_path(f"obs/{name}.tsv.gz")
-            table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
+            table = read_obs(self.obs_path(name))
             part = table.iloc[obs_row[here]].set_axis(here, axis=0)
             part.insert(0, "dataset_id", name)
             parts.append(part)

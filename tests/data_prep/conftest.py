@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
 from data_prep.ledger import empty_entry, write_entry
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.obs_table import write_obs
 from sclong_ds.store import CellWriter
 
 N_GENES = 600
@@ -63,14 +64,10 @@ def stage_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageCorpus
             ) as writer:
                 # Odd rows only: the source had cells that were not staged.
                 writer.append(matrix, source={"source_row": 2 * np.arange(matrix.shape[0]) + 1})
-            lines = ["barcode\tdonor" if donors and dataset_id in donors else "barcode"]
-            for row in range(matrix.shape[0]):
-                fields = [f"{dataset_id}-{row}"]
-                if donors and dataset_id in donors:
-                    fields.append(donors[dataset_id][row])
-                lines.append("\t".join(fields))
-            text = ("\n".join(lines) + "\n").encode()
-            (folder / "obs.tsv.gz").write_bytes(gzip.compress(text, mtime=0))
+            obs = {"barcode": [f"{dataset_id}-{row}" for row in range(matrix.shape[0])]}
+            if donors and dataset_id in donors:
+                obs["donor"] = list(donors[dataset_id])
+            write_obs(folder / "obs.parquet", pd.DataFrame(obs))
             entry = empty_entry(
                 dataset_id, Path("x.h5ad"), organism="human", tissue="blood", settings_hash="s"
             )

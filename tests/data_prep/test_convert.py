@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gzip
 import json
 import os
 import subprocess
@@ -32,6 +31,7 @@ from data_prep.manifest import Dataset, read_manifest
 from data_prep.source import Matrix
 from data_prep.staging import forget
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.obs_table import read_obs
 from sclong_ds.store import CellStore
 
 GENES = GeneVocabulary.bundled()
@@ -73,7 +73,7 @@ def staged(corpus: Path, name: str) -> CellStore:
 
 
 def obs_of(corpus: Path, name: str) -> pd.DataFrame:
-    return pd.read_csv(corpus / "staging" / name / "obs.tsv.gz", sep="\t", dtype=str)
+    return read_obs(corpus / "staging" / name / "obs.parquet")
 
 
 def test_staged_cells_are_the_source_cells(
@@ -225,14 +225,14 @@ def test_two_processes_at_one_dataset_stage_it_once(tmp_path: Path, corpus: Path
         "from data_prep.manifest import Dataset\n"
         "from sclong_ds.genes import GeneVocabulary\n"
         "folder, name = Path(sys.argv[1]), sys.argv[2]\n"
-        "real = staging._write_obs\n"
+        "real = staging.write_obs\n"
         "def slow(obs, path):\n"
         "    with (folder / 'staged.txt').open('a') as file:\n"
         "        file.write(name)\n"
         "    while name == 'first' and not (folder / 'go').exists():\n"
         "        time.sleep(0.01)\n"
         "    real(obs, path)\n"
-        "staging._write_obs = slow\n"
+        "staging.write_obs = slow\n"
         "genes = GeneVocabulary.bundled()\n"
         "options = dict(settings=convert.Settings(genes_hash=genes.hash))\n"
         "options |= dict(corpus=folder / 'corpus', resolver=GeneResolver(genes))\n"
@@ -274,7 +274,7 @@ def test_a_dataset_that_is_not_used_counts_no_cells(
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("data_prep.staging._write_obs", full)
+    monkeypatch.setattr("data_prep.staging.write_obs", full)
     entry = run(write(tmp_path / "a.h5ad", matrix), corpus, resolver)
     assert (entry["status"], entry["reason"]) == ("failed", "disk full")
     assert (entry["n_cells"], entry["dropped_cells"], entry["n_cells_input"]) == (0, {}, N_CELLS)
@@ -624,6 +624,5 @@ def test_demo_cells_of_three_formats_cover_the_same_genes(
     assert {entries[f"immune_{part}"]["n_genes_mapped"] for part in "abc"} == {23238}
     # 772,641 non-zero counts of 430 cells: the number of the one file they were split from.
     assert sum(staged(corpus, f"immune_{part}").n_values for part in "abc") == 772_641
-    with gzip.open(corpus / "staging" / "immune_b" / "obs.tsv.gz", "rt") as file:
-        assert file.readline() == "barcode\n"
+    assert list(obs_of(corpus, "immune_b").columns) == ["barcode"]
     assert json.loads((corpus / "settings.json").read_text())["genes_hash"] == GENES.hash

@@ -325,9 +325,9 @@ def test_folders_that_cannot_be_finalized(
     with pytest.raises(ValueError, match=r"no usable dataset .*1 excluded, 1 failed.* status"):
         finalize(folder)
     folder = stage_corpus({"a": counts(1, 20)}, name="other")
-    obs = folder / "staging" / "a" / "obs.tsv.gz"
+    obs = folder / "staging" / "a" / "obs.parquet"
     obs.rename(obs.with_name("hidden"))
-    with pytest.raises(ValueError, match=r"obs.tsv.gz: damaged .*convert the dataset again"):
+    with pytest.raises(ValueError, match=r"obs.parquet: no such file; .*convert the dataset again"):
         finalize(folder)
     obs.with_name("hidden").rename(obs)
     (folder / "settings.json").write_text(json.dumps({"genes_hash": "0" * 64}))

@@ -1,11 +1,11 @@
 """Gene vectors: against the definition in dense numpy, on a small corpus that finalize made."""
 
 import argparse
-import gzip
 import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
@@ -14,6 +14,7 @@ from data_prep.finalize import finalize
 from data_prep.gene_vectors import build_gene_vectors, read_presence
 from data_prep.ledger import empty_entry, write_entry
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.obs_table import write_obs
 from sclong_ds.store import CellWriter, Corpus
 
 N_CELLS, N_GENES = 300, 40
@@ -32,8 +33,8 @@ def stage(corpus: Path, counts: np.ndarray) -> None:
     with CellWriter(folder / "cells.zarr", n_genes=N_GENES) as writer:
         rows = np.arange(len(counts))
         writer.append(csr_matrix(counts.astype(np.uint32)), source={"source_row": rows})
-    with gzip.open(folder / "obs.tsv.gz", "wt") as obs:
-        obs.write("barcode\n" + "".join(f"cell{i}\n" for i in range(len(counts))))
+    barcodes = [f"cell{i}" for i in range(len(counts))]
+    write_obs(folder / "obs.parquet", pd.DataFrame({"barcode": barcodes}))
     entry = empty_entry("cells", corpus, organism="human", tissue="", settings_hash="")
     write_entry(corpus, entry | {"status": "ok", "n_cells": len(counts)})
 
