@@ -52,10 +52,12 @@ def test_numbers_times_and_missing_values_by_one_rule() -> None:
 
 @pytest.mark.parametrize("dtype", [object, "category"])
 def test_what_utf_8_cannot_hold_is_repaired_and_counted(dtype: str) -> None:
-    values = pd.Series(["a", "b\ud800", "b\ud800", "\udcffc"], dtype=object).astype(dtype)
+    # One such text only: pandas takes several categories of them for one.
+    values = pd.Series(["a", "b\ud800", "b\ud800", "c"], dtype=object).astype(dtype)
     found, repaired = as_text(values)
-    assert found.tolist() == ["a", "b\ufffd", "b\ufffd", "\ufffdc"]
-    assert repaired == 3
+    assert found.tolist() == ["a", "b\ufffd", "b\ufffd", "c"]
+    assert repaired == 2
+    assert as_text(pd.Series(["\udcffc", "\ud800"]))[0].tolist() == ["\ufffdc", "\ufffd"]
     assert as_text(pd.Series([b"\xff", b"a"], dtype=object))[1] == 1
 
 
