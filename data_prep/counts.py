@@ -42,13 +42,15 @@ def exact_counts(block: sparse.csr_matrix, *, where: str) -> sparse.csr_matrix:
         where: Name of the matrix, for the message.
 
     Returns:
-        The same matrix as int64, canonical (sorted columns, no repeats, no stored zeros).
+        The same matrix as int64, canonical (sorted columns, no repeats, no stored zeros). Each
+        stored value is proven first; values of one place are then added in int64, whatever type
+        they are stored in.
 
     Raises:
         UnusableError: Well-formed values that are not counts (log-normalised, scaled, TPM,
             fractions, true/false).
-        ValueError: Damaged values: NaN, infinite, negative counts, 2^32 and more, columns out of
-            range, floats too large to tell neighbouring whole numbers apart.
+        ValueError: Damaged values: NaN, infinite, negative counts, 2^32 and more (added up, too),
+            columns out of range, floats too large to tell neighbouring whole numbers apart.
     """
     block.check_format(full_check=True)
     values = block.data
@@ -62,6 +64,11 @@ def exact_counts(block: sparse.csr_matrix, *, where: str) -> sparse.csr_matrix:
         # In place: the arrays of the block are not ours.
         counts = counts.copy()
         counts.sum_duplicates()
+        if counts.nnz and counts.data.max() > MAX_COUNT:
+            raise ValueError(
+                f"{where} holds values of one cell and gene that add up to {counts.data.max()}; "
+                "counts must be below 2^32"
+            )
     counts.has_canonical_format = True
     if not whole.all():
         counts = counts.copy()

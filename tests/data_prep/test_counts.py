@@ -46,6 +46,30 @@ def test_the_largest_count_is_kept_and_more_is_refused() -> None:
             exact_counts(sparse.csr_matrix(np.array([[2**32]], dtype=dtype)), where="X")
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.float16, np.float32])
+def test_values_of_one_place_add_up_beyond_their_type(dtype: type) -> None:
+    repeated = sparse.csr_matrix(
+        (np.full(3, 100, dtype), [4, 1, 4], [0, 3, 3]), shape=(2, 5)
+    )  # 200 is too much for int8
+    many = sparse.csr_matrix((np.full(3000, 100, dtype), np.zeros(3000, int), [0, 3000]), (1, 1))
+    found = exact_counts(repeated, where="X")
+    assert (found.indices.tolist(), found.data.tolist()) == ([1, 4], [100, 200])
+    assert exact_counts(many, where="X").toarray().tolist() == [[300_000]]
+    assert repeated.nnz == 3  # the block belongs to the reader
+
+
+def test_values_of_one_place_are_proven_one_by_one_and_together() -> None:
+    halves = sparse.csr_matrix(([0.5, 0.5], [0, 0], [0, 2]), shape=(1, 1))
+    with pytest.raises(UnusableError, match=r"first fraction 0\.5"):
+        exact_counts(halves, where="X")
+    for parts in ([2**31, 2**31], [MAX_COUNT, 1], [3 * 2**30, 2**30]):
+        block = sparse.csr_matrix((np.array(parts, np.uint32), [0, 0], [0, 2]), shape=(1, 1))
+        with pytest.raises(
+            ValueError, match=r"one cell and gene that add up to 4294967296; .*2\^32"
+        ):
+            exact_counts(block, where="X")
+
+
 COUNTS = counts_table()
 SCALED = COUNTS / COUNTS.sum(axis=1, keepdims=True)
 FACTORS = np.linspace(10, 300, 20)[:, None] / 3
