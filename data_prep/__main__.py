@@ -10,8 +10,9 @@
     gene-graph --out FILE           gene graph from the Gene Ontology
     gene-vectors CORPUS --out FILE  gene vectors from co-expression
 
-Exit status: 0 done; 1 the work failed, with one line on stderr; 2 wrong usage. With `--json` one
-JSON document goes to stdout; progress and logs always go to stderr.
+Exit status: 0 done; 1 the work failed, with one line on stderr; 2 wrong usage; 130 or 143 ended by
+SIGINT or SIGTERM. With `--json` one JSON document goes to stdout; progress and logs always go to
+stderr.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import io
 import json
 import logging
 import signal
@@ -27,8 +29,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from data_prep.arguments import add_codec, add_genes, add_json, chosen_genes, share, whole
 from sclong_ds.files import local_path
-from sclong_ds.genes import GeneVocabulary
 
 COMMANDS = {
     "manifest": "draft a manifest from a folder tree",
@@ -56,6 +58,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: Wrong usage (2), or --help (0).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files need not be text of this locale.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # Slurm ends a job with SIGTERM: leave through the clean-up that stops the workers.
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _run(arguments)
+    except _Stopped:
+        print("error: stopped by SIGTERM; the same command continues", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command continues", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Stopped(BaseException):
+    """SIGTERM has arrived; nothing between here and `main` may take it for an error."""
+
+
+def _stop(signal_number: int, frame: object) -> NoReturn:
+    # One is enough: a second one would break off the clean-up.
+    signal.signal(signal_number, signal.SIG_IGN)
+    raise _Stopped
+
+
+def _run(arguments: Sequence[str]) -> int:
     args = _parser(arguments).parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", force=True
@@ -65,9 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command continues", file=sys.stderr)
-        return 130
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -77,7 +105,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add: dict[str, Callable[[argparse.ArgumentParser], None]] = {
         "manifest": _add_manifest,
-        "convert": _add_convert,
+        "convert": _delegate("data_prep.convert_command"),
         "status": _add_status,
         "forget": _add_forget,
         "finalize": _add_finalize,
@@ -109,29 +137,6 @@ def _delegate(module_name: str) -> Callable[[argparse.ArgumentParser], None]:
     return add
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least} on")
-        return int(text)
-
-    return parse
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")
-    return value
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-
-
 def _add_manifest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", type=local_path, metavar="FOLDER", help="folder tree with datasets"
@@ -139,8 +144,8 @@ def _add_manifest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=local_path, metavar="FILE", help="manifest to write (default: print it)"
     )
-    _add_genes(parser)
-    _add_json(parser)
+    add_genes(parser)
+    add_json(parser)
     parser.set_defaults(run=_run_manifest)
 
 
@@ -148,7 +153,7 @@ def _run_manifest(args: argparse.Namespace) -> int:
     from data_prep.draft import draft_manifest, format_manifest, write_draft
 
     base = args.out.parent if args.out else Path()
-    draft = draft_manifest(args.folder, genes=_genes(args), relative_to=base)
+    draft = draft_manifest(args.folder, genes=chosen_genes(args), relative_to=base)
     if args.out and draft["datasets"]:
         write_draft(draft, args.out)
     if args.json:
@@ -165,130 +170,16 @@ def _run_manifest(args: argparse.Namespace) -> int:
     return 0 if draft["datasets"] else 1
 
 
-def _add_genes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--genes",
-        type=local_path,
-        metavar="FILE",
-        help="gene vocabulary (default: the bundled one)",
-    )
-
-
-def _genes(args: argparse.Namespace) -> GeneVocabulary:
-    return GeneVocabulary.read(args.genes) if args.genes else GeneVocabulary.bundled()
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    from data_prep.convert import Settings
-    from data_prep.manifest import COLUMNS
-
-    columns = "\n".join(f"  {name:<13} {text}" for name, text in COLUMNS.items())
-    parser.epilog = (
-        f"manifest columns (tab-separated with a header line, or a YAML list):\n{columns}\n\n"
-        "A dataset that is done is skipped, one that failed is tried again. Exit status 1 if any\n"
-        "dataset failed; the others are converted all the same. A dataset that is staged and\n"
-        "whose source cannot be reached is kept as it is, with a warning."
-    )
-    default = Settings(genes_hash="")
-    parser.add_argument("manifest", type=local_path, metavar="MANIFEST", help="list of datasets")
-    parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")
-    parser.add_argument(
-        "--task", type=_whole(0), metavar="I", help="do every N-th dataset from the I-th on, from 0"
-    )
-    parser.add_argument(
-        "--tasks", type=_whole(1), metavar="N", help="number of tasks (with --task)"
-    )
-    parser.add_argument(
-        "--jobs", type=_whole(1), default=1, metavar="N", help="datasets at a time (default: 1)"
-    )
-    parser.add_argument(
-        "--replace",
-        action="store_true",
-        help="let a dataset replace another of the same id that is staged from other files",
-    )
-    _add_genes(parser)
-    for name, text in (
-        ("min_genes", "drop cells with fewer expressed genes of the vocabulary"),
-        ("min_counts", "drop cells with fewer counts on them"),
-        ("min_genes_mapped", "exclude datasets that reach fewer genes of the vocabulary"),
-    ):
-        value = getattr(default, name)
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(
-            flag, type=_whole(1), default=value, metavar="N", help=f"{text} (default: {value})"
-        )
-    parser.add_argument(
-        "--max-counts", type=_whole(1), metavar="N", help="drop cells with more (default: no limit)"
-    )
-    parser.add_argument(
-        "--max-mito-fraction",
-        type=_share,
-        metavar="F",
-        help="drop cells with a larger mitochondrial share of all their counts (default: no limit)",
-    )
-    for name, text in (
-        ("min_share_mapped", "exclude datasets with a smaller share of known genes"),
-        ("min_counts_kept", "exclude datasets with a smaller share of counts on known genes"),
-    ):
-        value = getattr(default, name)
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(
-            flag, type=_share, default=value, metavar="F", help=f"{text} (default: {value})"
-        )
-    _add_codec(parser)
-    _add_json(parser)
-    parser.set_defaults(run=lambda args: _run_convert(args, parser.error))
-
-
-def _run_convert(args: argparse.Namespace, usage_error: Callable[[str], NoReturn]) -> int:
-    from data_prep.convert import Settings, convert
-    from data_prep.ledger import count_statuses, format_table
-    from data_prep.manifest import read_manifest
-
-    if (args.task is None) != (args.tasks is None):
-        usage_error("--task and --tasks go together")
-    if args.task is not None and args.task >= args.tasks:
-        usage_error(f"--task {args.task}: with --tasks {args.tasks} it is 0 to {args.tasks - 1}")
-    if args.max_counts is not None and args.max_counts < args.min_counts:
-        usage_error(f"--max-counts {args.max_counts} is below --min-counts {args.min_counts}")
-    datasets = read_manifest(args.manifest)
-    genes = _genes(args)
-    names = [field.name for field in dataclasses.fields(Settings) if field.name != "genes_hash"]
-    settings = Settings(genes_hash=genes.hash, **{name: getattr(args, name) for name in names})
-    # Slurm ends a job with SIGTERM: leave through the clean-up that stops the workers.
-    signal.signal(signal.SIGTERM, _stop)
-    entries = convert(
-        datasets,
-        out=args.out,
-        genes=genes,
-        settings=settings,
-        task=args.task or 0,
-        tasks=args.tasks or 1,
-        jobs=args.jobs,
-        replace=args.replace,
-    )
-    if args.json:
-        print(json.dumps({"datasets": entries, "counts": count_statuses(entries)}, indent=1))
-    else:
-        print(format_table(entries))
-    n_failed = sum(entry["status"] == "failed" for entry in entries)
-    if n_failed:
-        print(f"error: {n_failed} of {len(entries)} datasets failed", file=sys.stderr)
-    return 1 if n_failed else 0
-
-
-def _stop(signal_number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signal_number)
-
-
 def _add_status(parser: argparse.ArgumentParser) -> None:
     _add_corpus(parser)
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_run_status)
 
 
 def _run_status(args: argparse.Namespace) -> int:
-    from data_prep.ledger import count_statuses, format_table, read_ledger, read_pending
+    from data_prep.ledger import count_statuses, read_ledger
+    from data_prep.ledger_table import format_table
+    from data_prep.pending import read_pending
 
     entries = read_ledger(args.corpus)
     pending = read_pending(args.corpus, entries)
@@ -309,7 +200,7 @@ def _add_forget(parser: argparse.ArgumentParser) -> None:
     )
     _add_corpus(parser)
     parser.add_argument("datasets", nargs="+", metavar="DATASET_ID", help="datasets to take out")
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_run_forget)
 
 
@@ -331,18 +222,18 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
 
     _add_corpus(parser)
     parser.add_argument(
-        "--seed", type=_whole(0), default=0, help="of the split and the order of cells (default: 0)"
+        "--seed", type=whole(0), default=0, help="of the split and the order of cells (default: 0)"
     )
     parser.add_argument(
         "--validation-fraction",
-        type=_share,
+        type=share,
         metavar="F",
         help="largest share of cells to validate on "
         f"(default: {DEFAULT_VALIDATION_FRACTION}, none with --validation-datasets)",
     )
     parser.add_argument(
         "--test-fraction",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="F",
         help="the same for tests (default: 0)",
@@ -361,8 +252,8 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on without datasets that convert has not done yet",
     )
-    _add_codec(parser)
-    _add_json(parser)
+    add_codec(parser)
+    add_json(parser)
     parser.set_defaults(run=_run_finalize)
 
 
@@ -400,7 +291,7 @@ def _run_finalize(args: argparse.Namespace) -> int:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     _add_corpus(parser)
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_run_verify)
 
 
@@ -423,15 +314,6 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=local_path, metavar="CORPUS", help="corpus folder")
-
-
-def _add_codec(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--codec",
-        choices=("zstd", "none"),
-        default="zstd",
-        help="compression of the cells (default: zstd; none is twice as large)",
-    )
 
 
 if __name__ == "__main__":

@@ -20,45 +20,41 @@ dropped by `finalize`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import multiprocessing
 import os
+import shutil
 import sys
-import threading
 from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.gene_names import GeneResolver
 from data_prep.ledger import (
     LedgerEntry,
     dataset_lock,
-    empty_entry,
-    is_staged,
-    known_names,
-    previous_entry,
-    record_manifest,
+    ledger_path,
+    shared_corpus,
     staged_entry,
-    write_entry,
 )
-from data_prep.manifest import Dataset
-from data_prep.readers import source_files, source_hash
-from data_prep.source import UnusableError
-from data_prep.staging import STAGING_VERSION, Settings, clear, stage
-from sclong_ds.files import write_atomic
+from data_prep.limits import DEFAULT_MINUTES, Limits, default_memory_gib
+from data_prep.manifest import Dataset, is_safe_id
+from data_prep.one_dataset import convert_dataset, is_taken, read_hash, settings_hash, taken
+from data_prep.pending import known_names, record_manifest
+from data_prep.staging import STAGING_VERSION, Settings
+from data_prep.workers import Worker
+from sclong_ds.files import locked, partial_name, read_json, write_atomic
 from sclong_ds.genes import GeneVocabulary
+
+__all__ = ["Settings", "convert", "convert_dataset", "prepare_corpus", "settings_hash"]
 
 _log = logging.getLogger(__name__)
 
-DATASETS_PER_WORKER = 50
-"""A worker is replaced after so many: memory that a library has lost comes back."""
 _MOST_NAMES = 10
 """Datasets that a message names."""
+_LOOK_S = 0.5
+"""How often the memory and time of the workers are looked at, in seconds."""
 
 
 def convert(
@@ -71,6 +67,8 @@ def convert(
     tasks: int = 1,
     jobs: int = 1,
     replace: bool = False,
+    max_memory_gib: float | None = None,
+    max_minutes: float = DEFAULT_MINUTES,
 ) -> list[LedgerEntry]:
     """Stage the datasets of one task.
 
@@ -83,23 +81,35 @@ def convert(
         tasks: Number of shares.
         jobs: Datasets at a time.
         replace: Let datasets replace staged ones of the same name from other files.
+        max_memory_gib: Memory that a dataset may take; None for `default_memory_gib`.
+        max_minutes: Time that a dataset may take.
 
     Returns:
         The ledger entries of this task, in the order given; look at `status`. One that is ok and
         has a `reason` was kept as staged.
 
     Raises:
-        ValueError: Other settings than those of the folder, or names that are taken.
+        ValueError: Other settings than those of the folder, names that are taken, or a `finalize`
+            that is at work there.
     """
-    corpus = Path(out)
-    prepare_corpus(corpus, genes=genes, settings=settings)
-    ours = datasets[task::tasks]
-    if not replace:
-        _check_names(corpus, ours)
-    record_manifest(corpus, [dataset.dataset_id for dataset in datasets], tasks=tasks)
-    _report_others(corpus, datasets)
+    corpus, ours = Path(out), datasets[task::tasks]
+    jobs = min(jobs, len(ours))
+    memory = default_memory_gib(max(jobs, 1)) if max_memory_gib is None else max_memory_gib
+    limits = Limits(memory_gib=memory, minutes=max_minutes)
+    with shared_corpus(corpus):
+        prepare_corpus(corpus, genes=genes, settings=settings)
+        if not replace:
+            _check_names(corpus, ours)
+        record_manifest(corpus, [dataset.dataset_id for dataset in datasets], tasks=tasks)
+        _remove_leftovers(corpus)
+        _report_others(corpus, datasets)
+        workers = [Worker(corpus, settings, replace, limits) for _ in range(jobs)]
+        return _run(workers, ours)
+
+
+def _run(workers: Sequence[Worker], ours: Sequence[Dataset]) -> list[LedgerEntry]:
+    """Give every dataset to a worker; return the entries in the order of the datasets."""
     waiting = list(reversed(ours))
-    workers = [_Worker(corpus, settings, replace) for _ in range(min(jobs, len(ours)))]
     done: dict[str, LedgerEntry] = {}
     bar = tqdm(total=len(ours), unit="dataset", disable=not sys.stderr.isatty())
     try:
@@ -108,7 +118,7 @@ def convert(
                 if worker.dataset is None and waiting:
                     worker.start(waiting.pop())
             busy = [worker for worker in workers if worker.dataset is not None]
-            wait([handle for worker in busy for handle in worker.handles()])
+            wait([handle for worker in busy for handle in worker.handles()], _LOOK_S)
             for worker in busy:
                 entry = worker.collect()
                 if entry is not None:
@@ -127,199 +137,71 @@ def prepare_corpus(corpus: Path, *, genes: GeneVocabulary, settings: Settings) -
     Args:
         corpus: The folder.
         genes: The vocabulary, written to genes.tsv.
-        settings: Written to settings.json.
+        settings: Written to settings.json; the same settings of an older version are replaced.
 
     Raises:
-        ValueError: The folder has other settings; the message names them.
+        ValueError: The folder has other settings, which the message names, another genes.tsv, or a
+            `finalize` is at work there.
     """
-    for folder in (corpus, corpus / "ledger", corpus / "staging"):
-        folder.mkdir(parents=True, exist_ok=True)
+    with shared_corpus(corpus), locked(corpus / ".locks" / "~settings"):
+        for folder in (corpus / "ledger", corpus / "staging"):
+            folder.mkdir(exist_ok=True)
+        for name in ("settings.json", "genes.tsv"):
+            for left in corpus.glob(f".{name}.*.partial"):
+                left.unlink()
+        _settle_settings(corpus, settings)
+        path = corpus / "genes.tsv"
+        if not path.exists():
+            genes.write(path)
+        found = GeneVocabulary.read(path)
+        if found.hash != genes.hash:
+            raise ValueError(
+                f"{path}: gene hash {found.hash}, the settings of this folder say {genes.hash}; "
+                "restore the file or use another --out folder"
+            )
+
+
+def _settle_settings(corpus: Path, settings: Settings) -> None:
+    """Write settings.json, or compare it."""
     path = corpus / "settings.json"
     wanted = {"staging_version": STAGING_VERSION, **dataclasses.asdict(settings)}
+    content = (json.dumps(wanted, indent=1) + "\n").encode()
     if not path.exists():
-        _write_if_missing(path, (json.dumps(wanted, indent=1) + "\n").encode())
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        raise ValueError(f"{path}: not JSON; use another --out folder") from None
+        _write_if_missing(path, content)
+    found = read_json(path, cure="use another --out folder")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: damaged (no settings); use another --out folder")
+    older = found.get("staging_version") == 1
+    if older:
+        # Settings that came later had their defaults.
+        default = dataclasses.asdict(Settings(genes_hash=settings.genes_hash))
+        found = default | found | {"staging_version": STAGING_VERSION}
     different = [
         f"{name} {found.get(name)} there, {wanted.get(name)} here"
         for name in sorted(set(wanted) | set(found))
-        if found.get(name) != wanted.get(name)
+        if name not in found or name not in wanted or found[name] != wanted[name]
     ]
     if different:
         raise ValueError(
             f"{corpus} was begun with other settings ({'; '.join(different)}); "
             "use the same ones or another --out folder"
         )
-    if not (corpus / "genes.tsv").exists():
-        genes.write(corpus / "genes.tsv")
+    if older:
+        write_atomic(path, content)
+        _log.info("%s: begun with an older version; its datasets are staged again", corpus)
 
 
-def convert_dataset(
-    dataset: Dataset,
-    *,
-    corpus: Path,
-    settings: Settings,
-    resolver: GeneResolver,
-    replace: bool = False,
-) -> LedgerEntry:
-    """Stage one dataset and write its ledger entry; a dataset that is done is left alone.
-
-    Waits while another process is at the same dataset.
-
-    Args:
-        dataset: The dataset.
-        corpus: A folder made by `prepare_corpus`.
-        settings: Those of the folder.
-        resolver: Of the vocabulary of the folder.
-        replace: Replace what is staged under its name from another path.
-
-    Returns:
-        The entry; whatever is wrong with the dataset is its status and reason.
-    """
-    with dataset_lock(corpus, dataset.dataset_id):
-        entry = _new_entry(dataset, settings)
-        staged = staged_entry(corpus, dataset.dataset_id)
-        try:
-            entry["source_hash"] = _read_hash(dataset)
-        except (ValueError, OSError) as error:
-            if isinstance(error, UnusableError):
-                entry["status"] = "excluded"
-            return _keep_or_fail(corpus, entry, staged, str(error))
-        previous = _unchanged(corpus, entry)
-        if previous is not None:
-            return previous
-        if staged is not None and not replace and _is_taken(staged, dataset, entry["source_hash"]):
-            return _keep_or_fail(corpus, entry, staged, _taken(staged))
-        clear(corpus, dataset.dataset_id)
-        _stage_or_explain(dataset, entry, corpus=corpus, settings=settings, resolver=resolver)
-        write_entry(corpus, entry)
-        return entry
-
-
-def settings_hash(dataset: Dataset, settings: Settings) -> str:
-    """Return the SHA-256 (hex) of everything but the files that decides what is staged.
-
-    Args:
-        dataset: Its options count, its path does not.
-        settings: Those of the folder.
-    """
-    content = {
-        "staging_version": STAGING_VERSION,
-        "settings": dataclasses.asdict(settings),
-        "options": dataset.options(),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-class _Worker:
-    """A process that stages one dataset after another; a new one takes the place of a dead one.
-
-    Its start (libraries, gene names) takes longer than a small dataset.
-    """
-
-    def __init__(self, corpus: Path, settings: Settings, replace: bool) -> None:
-        self.corpus, self.settings, self.replace = corpus, settings, replace
-        self.dataset: Dataset | None = None
-        """What it is at; None if it is free."""
-        self._process: BaseProcess | None = None
-        self._n_begun = 0
-
-    def start(self, dataset: Dataset) -> None:
-        """Begin a dataset."""
-        alive = self._process is not None and self._process.is_alive()
-        if not alive or self._n_begun == DATASETS_PER_WORKER:
-            self.stop()
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data_prep.convert"])
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_work, args=(theirs, self.corpus, self.settings))
-            self._process.start()
-            theirs.close()
-            self._n_begun = 0
-        self.dataset = dataset
-        self._n_begun += 1
-        try:
-            self._pipe.send((dataset, self.replace))
-        except OSError:
-            _log.debug("the worker for %s is gone; collect() says so", dataset.dataset_id)
-
-    def handles(self) -> list[Connection | int]:
-        """Return what to wait for."""
-        assert self._process is not None
-        return [self._pipe, self._process.sentinel]
-
-    def collect(self) -> LedgerEntry | None:
-        """Return the entry of the dataset if it is done, or if the process died of it."""
-        assert self.dataset is not None
-        assert self._process is not None
-        dataset, entry = self.dataset, None
-        try:
-            if self._pipe.poll():
-                entry = self._pipe.recv()
-            elif self._process.is_alive():
-                return None
-        except (EOFError, OSError):
-            _log.debug("the worker for %s died", dataset.dataset_id)
-        self.dataset = None
-        if entry is not None:
-            return entry
-        self._process.join()
-        return _write_death(dataset, self._process.exitcode, self.corpus, self.settings)
-
-    def stop(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.join()
-            self._process.close()
-            self._process = None
-            self._pipe.close()
-
-
-def _work(pipe: Connection, corpus: Path, settings: Settings) -> None:
-    """Run in a process of its own; takes a dataset, gives its entry, until the pipe is closed."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    resolver = GeneResolver(GeneVocabulary.read(corpus / "genes.tsv"))
-    while True:
-        try:
-            dataset, replace = pipe.recv()
-        except EOFError:
-            return
-        entry = convert_dataset(
-            dataset, corpus=corpus, settings=settings, resolver=resolver, replace=replace
-        )
-        pipe.send(entry)
-
-
-def _end_with_parent() -> None:
-    """Stop this worker when `convert` is gone, so that it cannot get in the way of the next run."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _write_death(
-    dataset: Dataset, exit_code: int | None, corpus: Path, settings: Settings
-) -> LedgerEntry:
-    """Return the entry of a dataset whose worker died, and write it unless the old one holds."""
-    entry = _new_entry(dataset, settings)
-    if exit_code is not None and exit_code < 0:
-        entry["reason"] = (
-            f"the worker was killed by signal {-exit_code} (9 is often a lack of memory); "
-            "run convert again to retry"
-        )
-    else:
-        entry["reason"] = f"the worker stopped with exit code {exit_code}; its error is in the log"
-    with dataset_lock(corpus, dataset.dataset_id, wait=False) as held:
-        # Another convert that holds it will write its entry; staging that the dead worker had
-        # not yet removed is still whole.
-        if held and staged_entry(corpus, dataset.dataset_id) is None:
-            clear(corpus, dataset.dataset_id)
-            write_entry(corpus, entry)
-    return entry
+def _remove_leftovers(corpus: Path) -> None:
+    """Remove the staging that killed runs have left without a ledger entry."""
+    for path in (corpus / "staging").iterdir():
+        part = path.name.startswith(".") and path.name.endswith("~")
+        name = path.name[1:-1] if part else path.name
+        if not is_safe_id(name) or not (part or not ledger_path(corpus, name).exists()):
+            continue
+        with dataset_lock(corpus, name, wait=False) as held:
+            # Whoever holds it may be about to write the entry, or has just done so.
+            if held and (part or not ledger_path(corpus, name).exists()):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _report(entry: LedgerEntry, n_done: int, n_all: int, bar: tqdm) -> None:
@@ -331,110 +213,20 @@ def _report(entry: LedgerEntry, n_done: int, n_all: int, bar: tqdm) -> None:
         _log.info("%d/%d %s: %s, %s", n_done, n_all, entry["dataset_id"], entry["status"], detail)
 
 
-def _new_entry(dataset: Dataset, settings: Settings) -> LedgerEntry:
-    return empty_entry(
-        dataset.dataset_id,
-        dataset.path,
-        organism=dataset.organism,
-        tissue=dataset.tissue,
-        settings_hash=settings_hash(dataset, settings),
-    )
-
-
-def _read_hash(dataset: Dataset) -> str:
-    """Return the hash of the files of a dataset; an empty folder may be a disk that is away."""
-    if dataset.path.is_dir() and not source_files(dataset.path):
-        raise FileNotFoundError(f"{dataset.path}: no file in this folder")
-    return source_hash(dataset.path, gene_list=dataset.gene_list)
-
-
-def _stage_or_explain(
-    dataset: Dataset,
-    entry: LedgerEntry,
-    *,
-    corpus: Path,
-    settings: Settings,
-    resolver: GeneResolver,
-) -> None:
-    """Stage a dataset, or say in its entry why it cannot be and leave nothing of it."""
-    folder = corpus / "staging" / dataset.dataset_id
-    try:
-        stage(dataset, entry, folder=folder, settings=settings, resolver=resolver)
-        entry["status"] = "ok"
-        return
-    except UnusableError as error:
-        entry["status"], entry["reason"] = "excluded", str(error)
-    except (ValueError, OSError) as error:
-        entry["status"], entry["reason"] = "failed", str(error)
-    except MemoryError as error:
-        entry["status"], entry["reason"] = "failed", f"not enough memory ({error})"
-    # Of a dataset that is not used nothing is staged, and what was dropped on the way is no loss.
-    entry["n_cells"], entry["dropped_cells"], entry["obs_columns"] = 0, {}, []
-    clear(corpus, dataset.dataset_id)
-
-
-def _keep_or_fail(
-    corpus: Path, entry: LedgerEntry, staged: LedgerEntry | None, reason: str
-) -> LedgerEntry:
-    """Return what this run says of a dataset whose files could not be taken.
-
-    What is staged stays, with its entry on disk; only without it the failure is written.
-    """
-    if staged is not None and entry["source_hash"] is None:
-        entry["status"] = "failed"
-        if staged["settings_hash"] == entry["settings_hash"]:
-            kept = staged.copy()
-            kept["reason"] = f"source not reachable, kept as staged ({reason})"
-            return kept
-        reason += "; what is staged was made with other options"
-    entry["reason"] = reason
-    if staged is None:
-        clear(corpus, entry["dataset_id"])
-        write_entry(corpus, entry)
-    return entry
-
-
-def _unchanged(corpus: Path, entry: LedgerEntry) -> LedgerEntry | None:
-    """Return the entry of an earlier run if it still holds."""
-    previous = previous_entry(corpus, entry["dataset_id"])
-    if previous is None or previous["status"] == "failed":
-        return None
-    same = all(previous.get(key) == entry.get(key) for key in ("source_hash", "settings_hash"))
-    if not same or (previous["status"] == "ok" and not is_staged(corpus, entry["dataset_id"])):
-        return None
-    return previous
-
-
-def _is_taken(staged: LedgerEntry, dataset: Dataset, found_hash: str | None) -> bool:
-    """Whether a dataset is another one than what is staged under its name.
-
-    A file that moved has the old hash, one that changed has the old path.
-    """
-    moved = os.path.realpath(staged["path"]) != os.path.realpath(dataset.path)
-    return moved and staged["source_hash"] != found_hash
-
-
-def _taken(staged: LedgerEntry) -> str:
-    return (
-        f"dataset_id '{staged['dataset_id']}' is already {staged['path']} in this corpus; "
-        "rename it in the manifest, or add --replace"
-    )
-
-
 def _check_names(corpus: Path, datasets: Sequence[Dataset]) -> None:
     """Refuse datasets whose name is that of other files; only paths that differ are read."""
     problems = []
     for dataset in datasets:
         staged = staged_entry(corpus, dataset.dataset_id)
-        if staged is None or not _is_taken(staged, dataset, None):
+        if staged is None or not is_taken(staged, dataset, None):
             continue
         try:
-            found_hash = _read_hash(dataset)
+            found_hash = read_hash(dataset)
         except (ValueError, OSError) as error:
             _log.debug("%s: %s; what is staged is kept", dataset.dataset_id, error)
             continue
-        if _is_taken(staged, dataset, found_hash):
-            problems.append(_taken(staged))
+        if is_taken(staged, dataset, found_hash):
+            problems.append(taken(staged))
     if problems:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
@@ -453,8 +245,9 @@ def _report_others(corpus: Path, datasets: Sequence[Dataset]) -> None:
 
 
 def _write_if_missing(path: Path, data: bytes) -> None:
-    """Create a file whole; where another task was faster, its file stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Create a file atomically; where another task was faster, its file stays."""
+    # The lock is held already, but not every file system has locks.
+    temporary = partial_name(path)
     write_atomic(temporary, data)
     try:
         os.link(temporary, path)

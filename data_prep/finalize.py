@@ -35,13 +35,12 @@ from data_prep.dedup import Progress, find_duplicates
 from data_prep.gene_statistics import gene_statistics, write_statistics
 from data_prep.ledger import (
     LedgerEntry,
-    Pending,
     count_statuses,
     ledger_path,
     read_ledger,
-    read_pending,
-    tasks_to_run,
+    require_current,
 )
+from data_prep.pending import Pending, read_pending, tasks_to_run
 from data_prep.permute import StagedCells, write_permuted
 from data_prep.splits import (
     SplitBy,
@@ -121,6 +120,7 @@ def finalize(
     names = tuple(validation_datasets)
     options = SplitOptions(seed, validation_fraction, test_fraction, split_by, names)
     ledger = read_ledger(corpus)
+    require_current(corpus, ledger)
     pending = _pending(corpus, ledger, allow_missing=allow_missing)
     genes = _vocabulary(corpus)
     with _alone(corpus):

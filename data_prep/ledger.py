@@ -3,40 +3,46 @@
 `CORPUS/ledger/DATASET.json` is written when a dataset is done, so array tasks never write to the
 same file; `python -m data_prep status` lists them. `finalize` takes the datasets that are `ok`.
 
-`CORPUS/manifests/HASH.json` keeps which datasets a `convert` was to do, and in how many tasks, so
-that a task that never ran is noticed: what is listed there and has no entry is pending. Another
-manifest for the same corpus adds its datasets; only `forget` takes one off.
-
-`CORPUS/.locks/DATASET` is locked by whoever works on a dataset.
+An entry names every staged file with its size and SHA-256 and carries a checksum of itself:
+`check_staged` compares them before anything staged is used. `CORPUS/.locks/DATASET` is locked by
+whoever works on a dataset, `CORPUS/.locks/~corpus` by whoever changes the folder: shared by
+`convert` and `forget`, alone by `finalize`.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from types import NoneType, UnionType
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
-from sclong_ds.files import write_atomic
+from sclong_ds.files import file_sha256, locked, read_json, write_atomic
 
 _log = logging.getLogger(__name__)
 
 Status = Literal["ok", "excluded", "failed"]
 STATUSES: tuple[Status, ...] = ("ok", "excluded", "failed")
-_MOST_TASKS = 20
-"""Tasks that a message names."""
+LEDGER_VERSION = 2
+"""Version 1 had no checksums and its staging another annotation table."""
+OLDER = "staged by an older version, convert again"
+"""Reason of an entry of an older version that is ok."""
+_CURE = "delete it and convert the dataset again"
+_EMPTY: Mapping[type, Any] = {str: "", int: 0}
 
 
 class LedgerEntry(TypedDict):
-    """What is known of one dataset; sizes are 0 or null where it could not be read."""
+    """What is known of one dataset; sizes are 0 or null where it could not be read.
 
+    A key that is added here needs nothing else: it begins empty (0, "", null, {} or []) and its
+    type is checked whenever an entry is read.
+    """
+
+    version: int
+    """LEDGER_VERSION, or 1."""
     dataset_id: str
     path: str
     status: Status
@@ -81,17 +87,10 @@ class LedgerEntry(TypedDict):
     """Annotations of cells kept that UTF-8 cannot hold; U+FFFD stands where it could not."""
     source_hash: str | None
     settings_hash: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pending:
-    """A dataset that was to be converted and has no ledger entry yet."""
-
-    dataset_id: str
-    task: int
-    """Number of the task that it belongs to, from 0."""
-    tasks: int
-    """Number of tasks."""
+    files: dict[str, list[int | str]]
+    """Bytes and SHA-256 (hex) of every staged file, by its name below the staging folder."""
+    checksum: str
+    """SHA-256 (hex) of the rest of the entry; empty before it is written."""
 
 
 def empty_entry(
@@ -104,36 +103,35 @@ def empty_entry(
         path: Its file or folder.
         organism: As in the manifest.
         tissue: As in the manifest.
-        settings_hash: See `convert.settings_hash`.
+        settings_hash: See `one_dataset.settings_hash`.
     """
-    return LedgerEntry(
-        dataset_id=dataset_id,
-        path=str(path),
-        status="failed",
-        reason="",
-        format=None,
-        organism=organism,
-        tissue=tissue,
-        matrix=None,
-        gene_column=None,
-        n_cells=0,
-        n_cells_input=0,
-        dropped_cells={},
-        n_genes_input=0,
-        n_genes_known=0,
-        n_genes_mapped=0,
-        n_genes_summed=0,
-        n_genes_mito=0,
-        gene_names={},
-        restored="",
-        counts_input=0,
-        counts_kept=None,
-        largest_losses={},
-        obs_columns=[],
-        texts_repaired=0,
-        source_hash=None,
-        settings_hash=settings_hash,
-    )
+    entry = {name: _empty(kind) for name, kind in get_type_hints(LedgerEntry).items()}
+    entry |= {"version": LEDGER_VERSION, "status": "failed", "dataset_id": dataset_id}
+    entry |= {"path": str(path), "organism": organism, "tissue": tissue}
+    entry["settings_hash"] = settings_hash
+    return entry  # type: ignore[return-value]
+
+
+def _empty(kind: Any) -> Any:
+    """Return what a key of a type begins with."""
+    if NoneType in get_args(kind):
+        return None
+    return (get_origin(kind) or kind)() if get_origin(kind) in (dict, list) else _EMPTY.get(kind)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Tell whether a value that was read from JSON is of a type."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, parts[1]) for v in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
+    # True and 1 are not the same here; JSON of another program may write 1.0 as 1.
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def ledger_path(corpus: Path, dataset_id: str) -> Path:
@@ -147,14 +145,143 @@ def ledger_path(corpus: Path, dataset_id: str) -> Path:
 
 
 def write_entry(corpus: Path, entry: LedgerEntry) -> None:
-    """Write the entry of a dataset, replacing an older one.
+    """Write the entry of a dataset, replacing an older one, and fill in its checksum.
 
     Args:
         corpus: The corpus folder.
         entry: The entry.
     """
+    entry["checksum"] = _checksum(entry)
     path = ledger_path(corpus, entry["dataset_id"])
     write_atomic(path, (json.dumps(entry, indent=1) + "\n").encode())
+
+
+def _checksum(entry: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in entry.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_entry(path: Path) -> LedgerEntry:
+    """Read one entry.
+
+    Args:
+        path: A file of the ledger.
+
+    Returns:
+        The entry; one of version 1 lacks nothing but `files`, and is OLDER where it is ok.
+
+    Raises:
+        ValueError: Not an entry, damaged, of another dataset, or of a newer version.
+    """
+    found = read_json(path, cure=_CURE)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a ledger entry ({type(found).__name__}); {_CURE}")
+    version = found.get("version", 1)
+    if type(version) is int and version > LEDGER_VERSION:
+        raise ValueError(
+            f"{path}: ledger version {version}, this program reads {LEDGER_VERSION}; update it"
+        )
+    if version == 1 and "checksum" not in found:
+        found = _of_version_1(found)
+    elif found.get("checksum") != _checksum(found):
+        raise ValueError(f"{path}: damaged (its checksum differs); {_CURE}")
+    kinds = get_type_hints(LedgerEntry)
+    for name, kind in kinds.items():
+        if name not in found:
+            raise ValueError(f"{path}: not a ledger entry (no '{name}'); {_CURE}")
+        if not _fits(found[name], kind):
+            raise ValueError(f"{path}: not a ledger entry ('{name}' is no {kind}); {_CURE}")
+    if found["dataset_id"] != path.stem:
+        raise ValueError(
+            f"{path}: the entry of dataset '{found['dataset_id'][:128]}'; give the file its name "
+            f"back, or {_CURE}"
+        )
+    return found
+
+
+def _of_version_1(found: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of version 1 with the keys of today; those that it must have stay absent."""
+    kinds = get_type_hints(LedgerEntry)
+    entry = {name: _empty(kind) for name, kind in kinds.items()}
+    for name in ("dataset_id", "path", "status", "reason", "settings_hash"):
+        del entry[name]
+    entry |= {name: value for name, value in found.items() if name in kinds}
+    if entry.get("status") == "ok":
+        entry["reason"] = OLDER
+    return entry | {"version": 1, "files": {}, "checksum": ""}
+
+
+def is_older(entry: LedgerEntry) -> bool:
+    """Return whether a dataset was staged by an older version, whose staging is not read.
+
+    Args:
+        entry: An entry of the ledger.
+    """
+    return entry["version"] < LEDGER_VERSION and entry["status"] == "ok"
+
+
+def require_current(corpus: str | Path, entries: Iterable[LedgerEntry]) -> None:
+    """Refuse a ledger with datasets that an older version has staged.
+
+    Args:
+        corpus: The corpus folder, for the message.
+        entries: Its ledger.
+
+    Raises:
+        ValueError: There are such datasets.
+    """
+    older = [entry["dataset_id"] for entry in entries if is_older(entry)]
+    if older:
+        raise ValueError(
+            f"{corpus}: {len(older)} datasets were staged by an older version ({older[0]}"
+            f"{', ...' if len(older) > 1 else ''}); run convert again with their manifest"
+        )
+
+
+def staged_files(folder: Path) -> dict[str, list[int | str]]:
+    """Return bytes and SHA-256 of every file of a staging folder, for `LedgerEntry.files`.
+
+    Args:
+        folder: CORPUS/staging/DATASET, or the folder that becomes it.
+    """
+    return {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, file_sha256(path)]
+        for path in _files_below(folder)
+    }
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def check_staged(corpus: str | Path, entry: LedgerEntry, *, contents: bool = True) -> None:
+    """Compare the staged files of a dataset with its ledger entry.
+
+    Args:
+        corpus: The corpus folder.
+        entry: The entry, of a dataset that is ok.
+        contents: Compare checksums too; False compares names and sizes only.
+
+    Raises:
+        ValueError: A file is missing, extra, of another size or of other content.
+    """
+    folder = Path(corpus) / "staging" / entry["dataset_id"]
+    cure = "convert the dataset again"
+    found = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
+    missing = sorted(entry["files"].keys() - found.keys())
+    if missing or not entry["files"]:
+        raise ValueError(f"{folder / missing[0] if missing else folder}: missing; {cure}")
+    extra = sorted(found.keys() - entry["files"].keys())
+    if extra:
+        raise ValueError(f"{folder / extra[0]}: not in the ledger entry; {cure}")
+    for name, path in found.items():
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path}: not a plain file; {cure}")
+        size, digest = path.stat().st_size, entry["files"][name]
+        if size != digest[0]:
+            raise ValueError(f"{path}: damaged ({size} bytes, {digest[0]} on record); {cure}")
+        if contents and [size, file_sha256(path)] != digest:
+            raise ValueError(f"{path}: damaged (its SHA-256 differs); {cure}")
 
 
 @contextmanager
@@ -169,38 +296,24 @@ def dataset_lock(corpus: Path, dataset_id: str, *, wait: bool = True) -> Iterato
     Yields:
         Whether it is held; False only where another process has it and `wait` is off.
     """
-    path = corpus / ".locks" / dataset_id
-    path.parent.mkdir(exist_ok=True)
-    # Never removed: a process that waits would then hold a file that no other one can find.
-    with path.open("ab") as file:
-        held = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            _log.warning("%s: this file system has no locks; start one convert only", corpus)
+    with locked(corpus / ".locks" / dataset_id, wait=wait) as held:
         yield held
 
 
-def read_entry(path: Path) -> LedgerEntry:
-    """Read one entry.
+@contextmanager
+def shared_corpus(corpus: Path) -> Iterator[None]:
+    """Keep `finalize` out of a corpus folder while it is changed; any number share it.
 
     Args:
-        path: A file of the ledger.
+        corpus: The corpus folder.
 
     Raises:
-        ValueError: Not an entry.
+        ValueError: A finalize is at work there.
     """
-    try:
-        entry = json.loads(path.read_bytes())
-    except ValueError:
-        entry = None
-    if not isinstance(entry, dict) or entry.get("status") not in STATUSES:
-        raise ValueError(f"{path}: not a ledger entry; delete it and convert the dataset again")
-    return entry  # type: ignore[return-value]
+    with locked(corpus / ".locks" / "~corpus", shared=True, wait=False) as held:
+        if not held:
+            raise ValueError(f"{corpus}: finalize is at work here; wait for it and start again")
+        yield
 
 
 def previous_entry(corpus: Path, dataset_id: str) -> LedgerEntry | None:
@@ -210,11 +323,10 @@ def previous_entry(corpus: Path, dataset_id: str) -> LedgerEntry | None:
         corpus: The corpus folder.
         dataset_id: Name of the dataset.
     """
-    path = ledger_path(corpus, dataset_id)
-    if not path.is_file():
-        return None
     try:
-        return read_entry(path)
+        return read_entry(ledger_path(corpus, dataset_id))
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         _log.warning("%s", error)
         return None
@@ -228,31 +340,9 @@ def staged_entry(corpus: Path, dataset_id: str) -> LedgerEntry | None:
         dataset_id: Name of the dataset.
     """
     entry = previous_entry(corpus, dataset_id)
-    usable = entry is not None and entry["status"] == "ok"
-    return entry if usable and is_staged(corpus, dataset_id) else None
-
-
-def is_staged(corpus: Path, dataset_id: str) -> bool:
-    """Return whether the staging folder of a dataset is there; it is whole or absent.
-
-    Args:
-        corpus: The corpus folder.
-        dataset_id: Name of the dataset.
-    """
-    return (corpus / "staging" / dataset_id / "obs.parquet").is_file()
-
-
-def known_names(corpus: Path) -> set[str]:
-    """Return every dataset that the ledger or a manifest of a corpus folder names.
-
-    Args:
-        corpus: The corpus folder.
-
-    Raises:
-        ValueError: A damaged file in CORPUS/manifests.
-    """
-    names = {path.stem for path in (corpus / "ledger").glob("[!.]*.json")}
-    return names | {dataset.dataset_id for dataset in read_pending(corpus, [])}
+    if entry is None or entry["status"] != "ok":
+        return None
+    return entry if (corpus / "staging" / dataset_id / "cells.zarr").is_dir() else None
 
 
 def read_ledger(corpus: str | Path) -> list[LedgerEntry]:
@@ -282,142 +372,3 @@ def count_statuses(entries: Iterable[LedgerEntry]) -> dict[str, int]:
     """
     statuses = [entry["status"] for entry in entries]
     return {status: statuses.count(status) for status in STATUSES}
-
-
-def record_manifest(corpus: Path, dataset_ids: Sequence[str], *, tasks: int) -> None:
-    """Keep which datasets are to be converted; every task of an array writes the same file.
-
-    Args:
-        corpus: The corpus folder.
-        dataset_ids: All datasets of the manifest, in its order.
-        tasks: Number of tasks; task I does every dataset whose place is I modulo `tasks`.
-    """
-    _write_manifest_file(corpus, dataset_ids, tasks)
-
-
-def _write_manifest_file(corpus: Path, names: Sequence[str | None], tasks: int) -> None:
-    content = json.dumps({"tasks": tasks, "datasets": list(names)}, indent=1) + "\n"
-    name = hashlib.sha256(content.encode()).hexdigest()[:16]
-    path = corpus / "manifests" / f"{name}.json"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, content.encode())
-
-
-def _manifest_paths(corpus: Path) -> list[Path]:
-    return sorted((corpus / "manifests").glob("[!.]*.json"))
-
-
-def _read_manifest_file(path: Path) -> tuple[int, list[str | None]]:
-    try:
-        content = json.loads(path.read_bytes())
-        return int(content["tasks"]), list(content["datasets"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: damaged; delete it and run convert again") from None
-
-
-def forget_in_manifests(corpus: Path, dataset_ids: Sequence[str]) -> None:
-    """Take datasets off the manifests of a corpus folder; the tasks of the others stay the same.
-
-    Args:
-        corpus: The corpus folder.
-        dataset_ids: Names of datasets; those that no manifest lists are passed over.
-
-    Raises:
-        ValueError: A damaged file in CORPUS/manifests.
-    """
-    for path in _manifest_paths(corpus):
-        tasks, names = _read_manifest_file(path)
-        # A place left empty: the place of a dataset decides its task.
-        kept = [None if name in dataset_ids else name for name in names]
-        if kept == names:
-            continue
-        if any(kept):
-            _write_manifest_file(corpus, kept, tasks)
-        path.unlink()
-
-
-def read_pending(corpus: str | Path, entries: Iterable[LedgerEntry]) -> list[Pending]:
-    """Return the datasets that were to be converted and have no entry, sorted by name.
-
-    Args:
-        corpus: The corpus folder.
-        entries: Its ledger.
-
-    Raises:
-        ValueError: A damaged file in CORPUS/manifests.
-    """
-    known = {entry["dataset_id"] for entry in entries}
-    found: dict[str, Pending] = {}
-    for path in _manifest_paths(Path(corpus)):
-        tasks, names = _read_manifest_file(path)
-        for place, name in enumerate(names):
-            if name is not None and name not in known:
-                found[name] = Pending(dataset_id=name, task=place % tasks, tasks=tasks)
-    return [found[name] for name in sorted(found)]
-
-
-def tasks_to_run(pending: Sequence[Pending]) -> str:
-    """Return what has to be run for datasets that are pending, as the end of a sentence.
-
-    Args:
-        pending: At least one.
-    """
-    numbers: dict[int, set[int]] = {}
-    for dataset in pending:
-        if dataset.tasks > 1:
-            numbers.setdefault(dataset.tasks, set()).add(dataset.task)
-    parts = []
-    for tasks, missing in sorted(numbers.items()):
-        named = ", ".join(map(str, sorted(missing)[:_MOST_TASKS]))
-        more = ", ..." if len(missing) > _MOST_TASKS else ""
-        parts.append(f"task {named}{more} of {tasks}")
-    return f"run convert again ({'; '.join([*parts, 'what is done is skipped'])})"
-
-
-def format_table(entries: Sequence[LedgerEntry], pending: Sequence[Pending] = ()) -> str:
-    """Return a text table (dataset, status, cells, genes mapped, reason) and lines of totals.
-
-    Datasets that are not ok come last, where a reader of a long table looks first.
-
-    Args:
-        entries: Entries of the ledger.
-        pending: Datasets that have none yet.
-    """
-    rows = [("dataset", "status", "cells", "genes mapped", "reason")]
-    rows += [
-        (
-            entry["dataset_id"],
-            entry["status"],
-            str(entry["n_cells"]),
-            str(entry["n_genes_mapped"]),
-            entry["reason"],
-        )
-        for entry in sorted(entries, key=lambda entry: STATUSES.index(entry["status"]))
-    ]
-    rows += [
-        (p.dataset_id, "pending", "", "", f"not converted yet (task {p.task} of {p.tasks})")
-        for p in pending
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = []
-    for name, status, cells, mapped, reason in rows:
-        line = f"{name:<{widths[0]}}  {status:<{widths[1]}}  {cells:>{widths[2]}}"
-        lines.append(f"{line}  {mapped:>{widths[3]}}  {reason}".rstrip())
-    counts = ", ".join(f"{number} {status}" for status, number in count_statuses(entries).items())
-    if pending:
-        counts += f", {len(pending)} pending"
-        lines.append(f"pending: {tasks_to_run(pending)}")
-    usable = [entry for entry in entries if entry["status"] == "ok"]
-    n_cells = sum(entry["n_cells"] for entry in usable)
-    dropped: Counter[str] = Counter()
-    for entry in usable:
-        dropped.update(entry["dropped_cells"])
-    if dropped:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
-        lines.append(f"cells dropped: {reasons}")
-    totals = f"{len(entries) + len(pending)} datasets: {counts}; {n_cells} cells"
-    n_kept = sum(bool(entry["reason"]) for entry in usable)
-    if n_kept:
-        totals += f"; {n_kept} kept as staged (source not reachable)"
-    return "\n".join([*lines, totals])

@@ -88,6 +88,15 @@ class Dataset:
         return {role: column for role, column in columns.items() if column}
 
 
+def is_safe_id(name: str) -> bool:
+    """Tell whether a text may name a dataset, and with it files and folders.
+
+    Args:
+        name: The text.
+    """
+    return _SAFE_ID.fullmatch(name) is not None
+
+
 def read_manifest(path: str | Path) -> tuple[Dataset, ...]:
     """Read and check a manifest.
 
@@ -226,7 +235,7 @@ def _problems(rows: _Rows) -> list[str]:
     for where, row in rows:
         problems.extend(f"{where}: {name} is empty" for name in REQUIRED if not row.get(name))
         name = row.get("dataset_id", "")
-        if name and not _SAFE_ID.fullmatch(name):
+        if name and not is_safe_id(name):
             problems.append(
                 f"{where}: dataset_id '{name}' cannot be a file name; "
                 "allowed: letters, digits, '_', '-', '.', at most 128, a letter or digit first"

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.ledger import LedgerEntry, Pending, read_ledger, read_pending
+from data_prep.ledger import LedgerEntry, read_ledger
+from data_prep.pending import Pending, read_pending
 from sclong_ds.store import CellStore, Corpus, DatasetInfo
 
 EDGES = np.logspace(0, 7, 7 * 30 + 1)

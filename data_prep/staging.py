@@ -1,15 +1,19 @@
 """One dataset into its staging folder: read, prove, harmonise, filter, write.
 
 Reads the files of the dataset. Writes `cells.zarr` (a cell store of `sclong_ds.store` with the row
-table `source_row`, the row of each cell in its source) and `obs.parquet` (`annotations.py`).
-Cells are streamed in blocks, so that memory does not grow with the dataset.
+table `source_row`, the row of each cell in its source), `obs.parquet` (`annotations.py`) and
+`measured_genes.npy` ((genes / 8,) uint8, `np.packbits(bitorder="little")` over the vocabulary genes
+that the file names: what it does not name was not measured, and is not zero).
+Cells are streamed in blocks, so that memory does not grow with the dataset. Everything is read back
+and compared before the folder gets its name.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,15 +34,17 @@ from data_prep.invert import MOST_UNPROVEN, Restored
 from data_prep.ledger import (
     LedgerEntry,
     dataset_lock,
-    forget_in_manifests,
-    known_names,
     ledger_path,
+    shared_corpus,
+    staged_files,
 )
 from data_prep.manifest import Dataset
+from data_prep.pending import forget_in_manifests, known_names
 from data_prep.quality import failing_cells, mitochondrial_genes, mitochondrial_share
+from data_prep.read_back import CellDigest, check_cells, check_obs
 from data_prep.readers import open_source
 from data_prep.source import UnusableError
-from sclong_ds.files import sync_tree
+from sclong_ds.files import sync_folder, sync_tree
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.obs_table import write_obs
 from sclong_ds.store import CellWriter
@@ -98,13 +104,15 @@ def stage(
     folder: Path,
     settings: Settings,
     resolver: GeneResolver,
+    unchanged: Callable[[], None],
 ) -> None:
-    """Read a dataset and write its staging folder, whole or not at all.
+    """Read a dataset and write its staging folder, atomically.
 
     Args:
         dataset: The dataset.
         entry: Its ledger entry; everything that is learnt is filled in, also when staging fails.
         folder: CORPUS/staging/DATASET; neither it nor `part_folder` of it may exist.
+        unchanged: Called when all is read; raises where the source is no longer what it was.
         settings: Those of the corpus folder.
         resolver: Of its vocabulary.
 
@@ -116,13 +124,36 @@ def stage(
         raise UnusableError(
             f"the manifest says organism {dataset.organism}; the vocabulary is human"
         )
+    part = part_folder(folder)
+    try:
+        for name in ("scratch", "staged"):
+            (part / name).mkdir(parents=True)
+        _write(dataset, entry, part=part, settings=settings, resolver=resolver)
+        unchanged()
+        entry["files"] = staged_files(part / "staged")
+        sync_tree(part / "staged")
+        os.rename(part / "staged", folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(
+    dataset: Dataset,
+    entry: LedgerEntry,
+    *,
+    part: Path,
+    settings: Settings,
+    resolver: GeneResolver,
+) -> None:
+    """Write the files of a dataset to PART/staged and read them back."""
     source = open_source(
         dataset.path,
         format=dataset.format,
         genome=dataset.genome,
         gene_list=dataset.gene_list,
         gene_share=resolver.share,
-        scratch=folder.parent,
+        scratch=part / "scratch",
     )
     entry["format"] = source.format
     entry["n_cells_input"] = len(source.barcodes)
@@ -136,24 +167,23 @@ def stage(
         min_genes=settings.min_genes_mapped,
         min_share=settings.min_share_mapped,
     )
-    temporary = part_folder(folder)
-    temporary.mkdir()
-    try:
-        kept = _write_cells(opened, temporary / "cells.zarr", entry, settings, resolver.genes)
-        obs, entry["texts_repaired"] = annotation_table(
-            source.barcodes[kept], source.obs[kept], columns
-        )
-        write_obs(temporary / "obs.parquet", obs)
-        sync_tree(temporary)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    entry["obs_columns"] = [str(name) for name in obs.columns[1:]]
+    staged = part / "staged"
+    kept, written = _write_cells(opened, staged / "cells.zarr", entry, settings, resolver.genes)
+    obs, entry["texts_repaired"] = annotation_table(
+        source.barcodes[kept], source.obs[kept], columns
+    )
+    write_obs(staged / "obs.parquet", obs)
+    entry["obs_columns"] = list(obs.columns[1:])
+    measured = np.zeros(opened.gene_map.n_genes, dtype=bool)
+    measured[opened.gene_map.target[opened.gene_map.target >= 0]] = True
+    with (staged / "measured_genes.npy").open("wb") as file:
+        np.save(file, np.packbits(measured, bitorder="little"))
+    check_cells(staged / "cells.zarr", written, n_genes=opened.gene_map.n_genes)
+    check_obs(staged / "obs.parquet", obs)
 
 
 def part_folder(folder: Path) -> Path:
-    """Return where a staging folder is filled before it gets its name.
+    """Return where a dataset is staged before it gets its name, with its scratch files.
 
     Args:
         folder: CORPUS/staging/DATASET. "~" cannot be part of a dataset's name.
@@ -164,14 +194,20 @@ def part_folder(folder: Path) -> Path:
 def clear(corpus: Path, dataset_id: str) -> None:
     """Remove what earlier runs left of a dataset; the entry first, so that none is without data.
 
+    A kill in between leaves files without an entry, which nobody reads and the next `convert`
+    removes.
+
     Args:
         corpus: The corpus folder.
         dataset_id: Name of the dataset; its `dataset_lock` is held.
     """
-    ledger_path(corpus, dataset_id).unlink(missing_ok=True)
-    staged = corpus / "staging" / dataset_id
-    for folder in (staged, part_folder(staged)):
-        shutil.rmtree(folder, ignore_errors=True)
+    entry, staged = ledger_path(corpus, dataset_id), corpus / "staging" / dataset_id
+    partials = entry.parent.glob(f".{glob.escape(entry.name)}.*.partial")
+    for path in (entry, *partials, staged, part_folder(staged)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def forget(corpus: str | Path, dataset_ids: Sequence[str]) -> None:
@@ -185,23 +221,25 @@ def forget(corpus: str | Path, dataset_ids: Sequence[str]) -> None:
 
     Raises:
         FileNotFoundError: No corpus folder.
-        ValueError: A name that it does not have (nothing is removed then), or a dataset that a
-            `convert` is at.
+        ValueError: A name that it does not have (nothing is removed then), a dataset that a
+            `convert` is at, or a `finalize` is at work.
     """
     corpus = Path(corpus)
     if not (corpus / "ledger").is_dir():
         raise FileNotFoundError(f"{corpus}: no corpus here; give the --out folder of convert")
-    unknown = sorted(set(dataset_ids) - known_names(corpus))
-    if unknown:
-        raise ValueError(
-            f"{corpus}: no dataset '{unknown[0]}'; see: python -m data_prep status {corpus}"
-        )
-    for name in dataset_ids:
-        with dataset_lock(corpus, name, wait=False) as held:
-            if not held:
-                raise ValueError(f"{corpus}: a convert is at dataset '{name}'; wait for it")
-            clear(corpus, name)
-            forget_in_manifests(corpus, [name])
+    with shared_corpus(corpus):
+        unknown = sorted(set(dataset_ids) - known_names(corpus))
+        if unknown:
+            raise ValueError(
+                f"{corpus}: no dataset '{unknown[0]}'; see: python -m data_prep status {corpus}"
+            )
+        for name in dataset_ids:
+            with dataset_lock(corpus, name, wait=False) as held:
+                if not held:
+                    raise ValueError(f"{corpus}: a convert is at dataset '{name}'; wait for it")
+                # Off the manifests first: killed in between, the dataset is as it was, not pending.
+                forget_in_manifests(corpus, [name])
+                clear(corpus, name)
 
 
 def _write_cells(
@@ -210,14 +248,14 @@ def _write_cells(
     entry: LedgerEntry,
     settings: Settings,
     genes: GeneVocabulary,
-) -> np.ndarray:
-    """Write the cells that pass, fill in the entry, return (cells,) which were kept."""
+) -> tuple[np.ndarray, CellDigest]:
+    """Write the cells that pass, fill in the entry; return (cells,) which were kept, and digest."""
     gene_map, matrix = opened.gene_map, opened.matrix
     mitochondrial = mitochondrial_genes(gene_map, genes)
     _describe_genes(opened, entry, int(mitochondrial.sum()))
     totals = np.zeros(matrix.shape[1], dtype=np.int64)
     kept = np.zeros(matrix.shape[0], dtype=bool)
-    residual = 0.0
+    residual, written = 0.0, CellDigest()
     with CellWriter(path, n_genes=gene_map.n_genes, codec=settings.codec) as writer:
         for first, block in _numbered(opened):
             totals += np.asarray(block.counts.sum(axis=0)).ravel()
@@ -226,7 +264,9 @@ def _write_cells(
             passed = _passing(block, cells, mitochondrial, entry, settings)
             rows = np.flatnonzero(passed)
             chosen = cells if len(rows) == len(passed) else cells[rows]
-            writer.append(chosen, source={"source_row": (first + rows).astype(np.int64)})
+            source_row = (first + rows).astype(np.int64)
+            writer.append(chosen, source={"source_row": source_row})
+            written.add(chosen, source_row)
             kept[first : first + len(passed)] = passed
         entry["counts_input"] = int(totals.sum())
         if totals.any():
@@ -239,7 +279,7 @@ def _write_cells(
             )
         _check_outcome(opened, entry, settings, n_kept=int(kept.sum()))
     entry["n_cells"] = int(kept.sum())
-    return kept
+    return kept, written
 
 
 def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondrial: int) -> None:

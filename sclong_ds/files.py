@@ -6,14 +6,17 @@ import argparse
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +120,26 @@ def local_path(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text}: must be a path on this machine, not a URL")
     return Path(text)
+
+
+def read_json(path: str | Path, *, cure: str) -> Any:
+    """Read a JSON file that a program has written.
+
+    Args:
+        path: The file.
+        cure: What to do about a damaged file, for the message.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not a file (a folder, a pipe, which would wait for ever), or not JSON.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: not a file; {cure}")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: damaged (not JSON); {cure}") from None
 
 
 def file_sha256(path: str | Path) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep.ledger import empty_entry, write_entry
+from data_prep.ledger import empty_entry, staged_files, write_entry
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.obs_table import write_obs
 from sclong_ds.store import CellWriter
@@ -68,10 +68,11 @@ def stage_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageCorpus
             if donors and dataset_id in donors:
                 obs["donor"] = list(donors[dataset_id])
             write_obs(folder / "obs.parquet", pd.DataFrame(obs))
+            np.save(folder / "measured_genes.npy", np.packbits(np.ones(N_GENES, bool)))
             entry = empty_entry(
                 dataset_id, Path("x.h5ad"), organism="human", tissue="blood", settings_hash="s"
             )
-            entry |= {"status": "ok", "n_cells": matrix.shape[0]}
+            entry |= {"status": "ok", "n_cells": matrix.shape[0], "files": staged_files(folder)}
             write_entry(corpus, entry)
         for dataset_id, status in (not_ok or {}).items():
             entry = empty_entry(

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep import convert as convert_module
+from data_prep import workers as workers_module
 from data_prep.convert import Settings, convert, convert_dataset, prepare_corpus
 from data_prep.counts import choose_matrix
 from data_prep.gene_names import GeneResolver
@@ -24,10 +24,9 @@ from data_prep.ledger import (
     LedgerEntry,
     dataset_lock,
     read_ledger,
-    read_pending,
-    record_manifest,
 )
 from data_prep.manifest import Dataset, read_manifest
+from data_prep.pending import read_pending, record_manifest
 from data_prep.source import Matrix
 from data_prep.staging import forget
 from sclong_ds.genes import GeneVocabulary
@@ -180,7 +179,7 @@ def test_a_worker_that_dies_before_it_begins_leaves_what_is_staged(
     dataset = write(tmp_path / "a.h5ad", counts())
     run(dataset, corpus, resolver)
     before = content(corpus)
-    died = convert_module._write_death(dataset, -9, corpus, SETTINGS)
+    died = workers_module.write_failure(dataset, "killed", corpus, SETTINGS)
     assert (died["status"], content(corpus)) == ("failed", before)
 
 
@@ -510,9 +509,9 @@ def test_a_killed_worker_costs_its_dataset_only(
     """A worker does several datasets; the one at which it dies fails, those around it do not."""
     (tmp_path / "deadly_worker.py").write_text(
         "import os, signal\n"
-        "from data_prep import convert\n"
-        "def work(pipe, corpus, settings):\n"
-        "    real = convert.convert_dataset\n"
+        "from data_prep import workers\n"
+        "def work(pipe, corpus, settings, limits):\n"
+        "    real = workers.convert_dataset\n"
         "    def deadly(dataset, **options):\n"
         "        with (corpus / 'workers.txt').open('a') as file:\n"
         "            file.write(f'{dataset.dataset_id} {os.getpid()}\\n')\n"
@@ -522,13 +521,13 @@ def test_a_killed_worker_costs_its_dataset_only(
         "        if dataset.dataset_id == 'd':\n"
         "            raise SystemExit(3)\n"
         "        return real(dataset, **options)\n"
-        "    convert.convert_dataset = deadly\n"
-        "    convert._work(pipe, corpus, settings)\n"
+        "    workers.convert_dataset = deadly\n"
+        "    workers._work(pipe, corpus, settings, limits)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     import deadly_worker
 
-    monkeypatch.setattr(convert_module, "_work", deadly_worker.work)
+    monkeypatch.setattr(workers_module, "_work", deadly_worker.work)
     datasets = [write(tmp_path / f"{name}.h5ad", counts()) for name in "abcdef"]
     entries = convert(datasets, out=tmp_path / "c", genes=GENES, settings=SETTINGS)
     assert [entry["status"] for entry in entries] == ["ok", "failed", "ok", "failed", "ok", "ok"]
@@ -541,7 +540,7 @@ def test_a_killed_worker_costs_its_dataset_only(
     assert worker["a"] == worker["b"] != worker["c"] == worker["d"] != worker["e"] == worker["f"]
     # The dead ones are tried again, by two workers that are replaced after every dataset.
     monkeypatch.undo()
-    monkeypatch.setattr(convert_module, "DATASETS_PER_WORKER", 1)
+    monkeypatch.setattr(workers_module, "DATASETS_PER_WORKER", 1)
     again = convert(datasets, out=tmp_path / "c", genes=GENES, settings=SETTINGS, jobs=2)
     assert [entry["status"] for entry in again] == ["ok"] * 6
     assert read_ledger(tmp_path / "c") == again
@@ -601,7 +600,7 @@ def test_a_damaged_ledger_entry_is_named_and_replaced(
 ) -> None:
     dataset = write(tmp_path / "a.h5ad", counts())
     (corpus / "ledger" / "a.json").write_text("{")
-    with pytest.raises(ValueError, match=r"a\.json: not a ledger entry"):
+    with pytest.raises(ValueError, match=r"a\.json: damaged \(not JSON\)"):
         read_ledger(corpus)
     assert run(dataset, corpus, resolver)["status"] == "ok"
     assert read_ledger(corpus)[0]["status"] == "ok"

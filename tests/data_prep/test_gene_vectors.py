@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 from data_prep import gene_vectors
 from data_prep.finalize import finalize
 from data_prep.gene_vectors import build_gene_vectors, read_presence
-from data_prep.ledger import empty_entry, write_entry
+from data_prep.ledger import empty_entry, staged_files, write_entry
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.obs_table import write_obs
 from sclong_ds.store import CellWriter, Corpus
@@ -35,8 +35,10 @@ def stage(corpus: Path, counts: np.ndarray) -> None:
         writer.append(csr_matrix(counts.astype(np.uint32)), source={"source_row": rows})
     barcodes = [f"cell{i}" for i in range(len(counts))]
     write_obs(folder / "obs.parquet", pd.DataFrame({"barcode": barcodes}))
+    np.save(folder / "measured_genes.npy", np.packbits(np.ones(N_GENES, bool)))
+    files = staged_files(folder)
     entry = empty_entry("cells", corpus, organism="human", tissue="", settings_hash="")
-    write_entry(corpus, entry | {"status": "ok", "n_cells": len(counts)})
+    write_entry(corpus, entry | {"status": "ok", "n_cells": len(counts), "files": files})
 
 
 @pytest.fixture(scope="module")

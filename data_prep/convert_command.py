@@ -1,0 +1,149 @@
+"""The command line of `python -m data_prep convert`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from data_prep.arguments import (
+    add_codec,
+    add_genes,
+    add_json,
+    chosen_genes,
+    positive,
+    share,
+    whole,
+)
+from data_prep.convert import Settings, convert
+from data_prep.ledger import count_statuses
+from data_prep.ledger_table import format_table
+from data_prep.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
+from data_prep.manifest import COLUMNS, read_manifest
+from sclong_ds.files import local_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `convert`.
+
+    Args:
+        parser: Of the command.
+    """
+    columns = "\n".join(f"  {name:<13} {text}" for name, text in COLUMNS.items())
+    parser.epilog = (
+        f"manifest columns (tab-separated with a header line, or a YAML list):\n{columns}\n\n"
+        "A dataset that is done is skipped, one that failed is tried again. Exit status 1 if any\n"
+        "dataset failed; the others are converted all the same. A dataset that is staged and\n"
+        "whose source cannot be reached is kept as it is, with a warning."
+    )
+    parser.add_argument("manifest", type=local_path, metavar="MANIFEST", help="list of datasets")
+    parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")
+    parser.add_argument(
+        "--task", type=whole(0), metavar="I", help="do every N-th dataset from the I-th on, from 0"
+    )
+    parser.add_argument("--tasks", type=whole(1), metavar="N", help="number of tasks (with --task)")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=1, metavar="N", help="datasets at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="let a dataset replace another of the same id that is staged from other files",
+    )
+    parser.add_argument(
+        "--max-memory",
+        type=positive,
+        metavar="GIB",
+        help="memory that one dataset may take (default: 90%% of what the machine or job has, "
+        f"divided by --jobs, at most {MOST_DEFAULT_GIB:g})",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=positive,
+        default=DEFAULT_MINUTES,
+        metavar="N",
+        help=f"time that one dataset may take (default: {DEFAULT_MINUTES:g})",
+    )
+    add_genes(parser)
+    _add_thresholds(parser)
+    add_codec(parser)
+    add_json(parser)
+    parser.set_defaults(usage_error=parser.error)
+
+
+def _add_thresholds(parser: argparse.ArgumentParser) -> None:
+    """Add what drops cells and excludes datasets; the names are those of `Settings`."""
+    default = Settings(genes_hash="")
+    for name, text in (
+        ("min_genes", "drop cells with fewer expressed genes of the vocabulary"),
+        ("min_counts", "drop cells with fewer counts on them"),
+        ("min_genes_mapped", "exclude datasets that reach fewer genes of the vocabulary"),
+    ):
+        value = getattr(default, name)
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(
+            flag, type=whole(1), default=value, metavar="N", help=f"{text} (default: {value})"
+        )
+    parser.add_argument(
+        "--max-counts", type=whole(1), metavar="N", help="drop cells with more (default: no limit)"
+    )
+    parser.add_argument(
+        "--max-mito-fraction",
+        type=share,
+        metavar="F",
+        help="drop cells with a larger mitochondrial share of all their counts (default: no limit)",
+    )
+    for name, text in (
+        ("min_share_mapped", "exclude datasets with a smaller share of known genes"),
+        ("min_counts_kept", "exclude datasets with a smaller share of counts on known genes"),
+    ):
+        value = getattr(default, name)
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(
+            flag, type=share, default=value, metavar="F", help=f"{text} (default: {value})"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `convert`.
+
+    Args:
+        args: Parsed arguments.
+
+    Returns:
+        The exit status: 1 if a dataset failed.
+    """
+    usage_error: Callable[[str], NoReturn] = args.usage_error
+    if (args.task is None) != (args.tasks is None):
+        usage_error("--task and --tasks go together")
+    if args.task is not None and args.task >= args.tasks:
+        usage_error(f"--task {args.task}: with --tasks {args.tasks} it is 0 to {args.tasks - 1}")
+    if args.max_counts is not None and args.max_counts < args.min_counts:
+        usage_error(f"--max-counts {args.max_counts} is below --min-counts {args.min_counts}")
+    datasets = read_manifest(args.manifest)
+    genes = chosen_genes(args)
+    names = [field.name for field in dataclasses.fields(Settings) if field.name != "genes_hash"]
+    settings = Settings(genes_hash=genes.hash, **{name: getattr(args, name) for name in names})
+    entries = convert(
+        datasets,
+        out=args.out,
+        genes=genes,
+        settings=settings,
+        task=args.task or 0,
+        tasks=args.tasks or 1,
+        jobs=args.jobs,
+        replace=args.replace,
+        max_memory_gib=args.max_memory,
+        max_minutes=args.max_minutes,
+    )
+    if args.json:
+        print(json.dumps({"datasets": entries, "counts": count_statuses(entries)}, indent=1))
+    else:
+        print(format_table(entries))
+    n_failed = sum(entry["status"] == "failed" for entry in entries)
+    if n_failed:
+        print(f"error: {n_failed} of {len(entries)} datasets failed", file=sys.stderr)
+    return 1 if n_failed else 0

@@ -1,0 +1,270 @@
+"""One dataset from its source to its ledger entry; `convert` runs it in a worker process.
+
+What is done is left alone unless its files or options changed; what is wrong with a dataset becomes
+the status and reason of its entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from data_prep.gene_names import GeneResolver
+from data_prep.ledger import (
+    LedgerEntry,
+    check_staged,
+    dataset_lock,
+    empty_entry,
+    is_older,
+    previous_entry,
+    shared_corpus,
+    staged_entry,
+    write_entry,
+)
+from data_prep.limits import memory_advice
+from data_prep.manifest import Dataset
+from data_prep.readers import source_files, source_hash
+from data_prep.source import UnusableError
+from data_prep.staging import STAGING_VERSION, Settings, clear, stage
+
+_log = logging.getLogger(__name__)
+
+_State = tuple[str, int, int, int, int]
+"""Path, inode, bytes, and times of the last change of content and of anything."""
+
+
+def convert_dataset(
+    dataset: Dataset,
+    *,
+    corpus: Path,
+    settings: Settings,
+    resolver: GeneResolver,
+    replace: bool = False,
+) -> LedgerEntry:
+    """Stage one dataset and write its ledger entry; a dataset that is done is left alone.
+
+    Waits while another process is at the same dataset.
+
+    Args:
+        dataset: The dataset.
+        corpus: A folder made by `prepare_corpus`.
+        settings: Those of the folder.
+        resolver: Of the vocabulary of the folder.
+        replace: Replace what is staged under its name from another path.
+
+    Returns:
+        The entry; whatever is wrong with the dataset is its status and reason.
+
+    Raises:
+        ValueError: A `finalize` is at work in the folder.
+        OSError: The corpus folder cannot be written.
+    """
+    with shared_corpus(corpus), dataset_lock(corpus, dataset.dataset_id):
+        entry = new_entry(dataset, settings)
+        staged = staged_entry(corpus, dataset.dataset_id)
+        try:
+            state = _source_state(dataset)
+            entry["source_hash"] = read_hash(dataset)
+        except (ValueError, OSError) as error:
+            if isinstance(error, UnusableError):
+                entry["status"] = "excluded"
+            return _keep_or_fail(corpus, entry, staged, str(error))
+        previous = _unchanged(corpus, entry)
+        if previous is not None:
+            return previous
+        if staged is not None and not replace and is_taken(staged, dataset, entry["source_hash"]):
+            return _keep_or_fail(corpus, entry, staged, taken(staged))
+        clear(corpus, dataset.dataset_id)
+        unchanged = partial(_require_unchanged, dataset, state, entry["source_hash"])
+        _stage_or_explain(
+            dataset,
+            entry,
+            corpus=corpus,
+            settings=settings,
+            resolver=resolver,
+            unchanged=unchanged,
+        )
+        write_entry(corpus, entry)
+        return entry
+
+
+def settings_hash(dataset: Dataset, settings: Settings) -> str:
+    """Return the SHA-256 (hex) of everything but the files that decides what is staged.
+
+    Args:
+        dataset: Its options count, its path does not.
+        settings: Those of the folder.
+    """
+    content = {
+        "staging_version": STAGING_VERSION,
+        "settings": dataclasses.asdict(settings),
+        "options": dataset.options(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def new_entry(dataset: Dataset, settings: Settings) -> LedgerEntry:
+    """Return the entry of a dataset before anything of it is read.
+
+    Args:
+        dataset: The dataset.
+        settings: Those of the corpus folder.
+    """
+    return empty_entry(
+        dataset.dataset_id,
+        dataset.path,
+        organism=dataset.organism,
+        tissue=dataset.tissue,
+        settings_hash=settings_hash(dataset, settings),
+    )
+
+
+def read_hash(dataset: Dataset) -> str:
+    """Return the hash of the files of a dataset.
+
+    Args:
+        dataset: The dataset.
+
+    Raises:
+        FileNotFoundError: No such file, or an empty folder, which may be a disk that is away.
+        ValueError: It cannot be read.
+    """
+    if dataset.path.is_dir() and not source_files(dataset.path):
+        raise FileNotFoundError(f"{dataset.path}: no file in this folder")
+    return source_hash(dataset.path, gene_list=dataset.gene_list)
+
+
+def _source_state(dataset: Dataset) -> list[_State]:
+    """Return what tells a file that was written to from one that was not."""
+    state: list[_State] = []
+    for path in source_files(dataset.path, gene_list=dataset.gene_list):
+        # Opening asks a network file system for the state of now.
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+        times = about.st_mtime_ns, about.st_ctime_ns
+        state.append((str(path), about.st_ino, about.st_size, *times))
+    return state
+
+
+def _require_unchanged(dataset: Dataset, state: list[_State], found_hash: str | None) -> None:
+    """Refuse a source that is no longer what was hashed."""
+    # Hashing all of it a second time would cost as much as the first.
+    if _source_state(dataset) != state and read_hash(dataset) != found_hash:
+        raise ValueError(
+            f"{dataset.path}: changed while it was read; run convert again when it is complete"
+        )
+
+
+def _stage_or_explain(
+    dataset: Dataset,
+    entry: LedgerEntry,
+    *,
+    corpus: Path,
+    settings: Settings,
+    resolver: GeneResolver,
+    unchanged: Callable[[], None],
+) -> None:
+    """Stage a dataset, or say in its entry why it cannot be and leave nothing of it."""
+    folder = corpus / "staging" / dataset.dataset_id
+    try:
+        stage(
+            dataset,
+            entry,
+            folder=folder,
+            settings=settings,
+            resolver=resolver,
+            unchanged=unchanged,
+        )
+        entry["status"] = "ok"
+        return
+    except UnusableError as error:
+        entry["status"], entry["reason"] = "excluded", str(error)
+    except (ValueError, OSError, MemoryError) as error:
+        entry["status"], entry["reason"] = "failed", str(error)
+        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+            entry["reason"] = f"not enough memory ({error}): {memory_advice()}"
+    # Of a dataset that is not used nothing is staged, and what was dropped on the way is no loss.
+    entry["n_cells"], entry["dropped_cells"], entry["obs_columns"] = 0, {}, []
+    entry["texts_repaired"], entry["files"] = 0, {}
+    clear(corpus, dataset.dataset_id)
+
+
+def _keep_or_fail(
+    corpus: Path, entry: LedgerEntry, staged: LedgerEntry | None, reason: str
+) -> LedgerEntry:
+    """Return what this run says of a dataset whose files could not be taken.
+
+    What is staged stays, with its entry on disk; only without it the failure is written.
+    """
+    if staged is not None and entry["source_hash"] is None:
+        entry["status"] = "failed"
+        problem = _why_not_kept(corpus, entry, staged)
+        if not problem:
+            kept = staged.copy()
+            kept["reason"] = f"source not reachable, kept as staged ({reason})"
+            return kept
+        reason += f"; what is staged {problem}"
+    entry["reason"] = reason
+    if staged is None:
+        clear(corpus, entry["dataset_id"])
+        write_entry(corpus, entry)
+    return entry
+
+
+def _why_not_kept(corpus: Path, entry: LedgerEntry, staged: LedgerEntry) -> str:
+    """Return why what is staged cannot stand in for a source that is away; empty if it can."""
+    if is_older(staged):
+        return "was made by an older version"
+    if staged["settings_hash"] != entry["settings_hash"]:
+        return "was made with other options"
+    try:
+        check_staged(corpus, staged)
+    except ValueError as error:
+        return f"is damaged ({error})"
+    return ""
+
+
+def _unchanged(corpus: Path, entry: LedgerEntry) -> LedgerEntry | None:
+    """Return the entry of an earlier run if it still holds."""
+    previous = previous_entry(corpus, entry["dataset_id"])
+    if previous is None or previous["status"] == "failed":
+        return None
+    if not all(previous.get(key) == entry.get(key) for key in ("source_hash", "settings_hash")):
+        return None
+    if previous["status"] == "ok":
+        try:
+            check_staged(corpus, previous)
+        except ValueError as error:
+            _log.warning("%s; staging it again", error)
+            return None
+    return previous
+
+
+def is_taken(staged: LedgerEntry, dataset: Dataset, found_hash: str | None) -> bool:
+    """Tell whether a dataset is another one than what is staged under its name.
+
+    Args:
+        staged: The entry of what is staged.
+        dataset: The dataset. A file that moved has the old hash, one that changed the old path.
+        found_hash: Hash of its files.
+    """
+    moved = os.path.realpath(staged["path"]) != os.path.realpath(dataset.path)
+    return moved and staged["source_hash"] != found_hash
+
+
+def taken(staged: LedgerEntry) -> str:
+    """Return what is wrong with a dataset for which `is_taken` holds.
+
+    Args:
+        staged: The entry of what is staged.
+    """
+    return (
+        f"dataset_id '{staged['dataset_id']}' is already {staged['path']} in this corpus; "
+        "rename it in the manifest, or add --replace"
+    )
