@@ -76,7 +76,7 @@ class DraftedDataset(TypedDict):
     id_type: str
     """auto where ids and symbols are mixed."""
     gene_names: dict[str, int]
-    """Genes by how their name is resolved (`gene_names.KINDS`); empty where they are not."""
+    """Genes by how their name is resolved (`gene_settlement.KINDS`); empty where they are not."""
     organism: str
     """Guess from the gene names; empty where they say nothing."""
     tissue: str
@@ -264,8 +264,9 @@ def _look_at_genes(dataset: DraftedDataset, matrix: Matrix, resolver: GeneResolv
         )
         dataset["organism"] = next((other.name for other in others if other), "")
         return
-    dataset["gene_column"], dataset["gene_names"] = gene_map.column, dict(gene_map.kinds)
-    n_ids, n_names = gene_map.kinds["ensembl"], gene_map.kinds["symbol"] + gene_map.kinds["alias"]
+    dataset["gene_column"], dataset["gene_names"] = gene_map.column, gene_map.kinds
+    kinds = gene_map.kinds
+    n_ids, n_names = kinds["ensembl"], kinds["symbol"] + kinds["alias"] + kinds["settled"]
     if (n_ids > 0) != (n_names > 0):
         dataset["id_type"] = id_type_of(gene_map.names)
     if (n_ids + n_names) > _LEAST_GENE_SHARE * len(gene_map.names):

@@ -1,26 +1,50 @@
 """Gene names of any kind to columns of the vocabulary: Ensembl ids, symbols, aliases.
 
-A name is resolved by itself, whatever column it came from: a human Ensembl id (version and genome
-prefix removed) must be listed; anything else is a symbol, looked up among the current symbols of
+A human Ensembl id must be listed; anything else is a symbol, looked up among the current symbols of
 the vocabulary, then among the previous and other names of resources/symbol_aliases.tsv.gz. That
-table holds only names that mean one gene; names of several (resources/ambiguous_symbols.tsv.gz) are
-counted and never guessed. Matching is case-sensitive: gene names that differ only in case exist.
+table holds only names that mean one gene. Names that mean no gene as they stand are repaired where
+the fault is mechanical (`gene_spelling.py`). Matching is case-sensitive: gene names that differ
+only in case exist.
+
+The gene columns and the list as a whole then decide what a name alone cannot
+(`gene_settlement.py`): a retired id falls back to the symbol beside it, an alias yields to a gene
+that the list names by its current name, and of a name of several genes
+(resources/ambiguous_symbols.tsv.gz) the one that is not in the list otherwise is taken.
+
+Genes that are known and not in the vocabulary (resources/other_genes.tsv.gz) count as unlisted:
+their names are never repaired, and their ids never fall back, to those of a listed gene.
 """
 
 from __future__ import annotations
 
 import gzip
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from data_prep.gene_settlement import (
+    DATE,
+    KINDS,
+    UNLISTED,
+    ReadColumn,
+    join,
+    kind_counts,
+    repair_counts,
+    settle,
+)
+from data_prep.gene_spelling import (
+    Speller,
+    bare_name,
+    is_day_number,
+    is_excel_date,
+    is_missing,
+    without_suffix,
+)
 from data_prep.source import Matrix, StringArray, UnusableError
 from data_prep.species import find_other_species
 from sclong_ds.genes import GeneVocabulary
@@ -28,14 +52,12 @@ from sclong_ds.genes import GeneVocabulary
 RESOURCES = Path(__file__).parent / "resources"
 ALIASES_PATH = RESOURCES / "symbol_aliases.tsv.gz"
 AMBIGUOUS_PATH = RESOURCES / "ambiguous_symbols.tsv.gz"
+OTHER_PATH = RESOURCES / "other_genes.tsv.gz"
 ID_TYPES = ("auto", "ensembl", "symbol")
-KINDS = ("ensembl", "symbol", "alias", "ambiguous", "unlisted")
-"""How a gene name was resolved; the last two are not."""
-
-_GENOME = re.compile(r"^(?:GRCh3[78]|hg19|hg38)_+")
-_HUMAN_ID = re.compile(r"(ENSG\d{11})(?:\.\d+)?(?:_PAR_Y)?")
-_ANY_ENSEMBL_ID = re.compile(r"(?:[A-Za-z0-9.]+_+)?ENS(?:[A-Z]{3,4})?G\d{11}(?:\.\d+)?(?:_PAR_Y)?")
 _ENSEMBL_PREFERENCE = 0.95
+_CODES = {kind: code for code, kind in enumerate(KINDS)}
+_ID_IN_NAME = re.compile(r"ENSG(?:\d{11}|R\d{10})(?!\d)", re.IGNORECASE)
+_ANY_ENSEMBL_ID = re.compile(r"(?:[A-Za-z0-9.]+_+)?ENS(?:[A-Z]{3,4})?G\d{11}(?:\.\d+)?(?:_PAR_Y)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +70,26 @@ class GeneMap:
     """Its values: the dataset's genes in file order."""
     target: npt.NDArray[np.int64]
     """(n_input,) column in the vocabulary, -1 for genes that are not in it."""
-    kinds: Mapping[str, int]
-    """Genes of the dataset by how their name was resolved (KINDS)."""
+    kind: npt.NDArray[np.int8]
+    """(n_input,) how each name was resolved, as a position in KINDS."""
+    repairs: Mapping[str, int]
+    """Names by the repair (`gene_spelling.REPAIRS`) without which they had not been found."""
+    read: StringArray
+    """(n_input,) the names as they were understood."""
     n_genes: int
     """Size of the vocabulary."""
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Genes of the dataset by how their name was resolved (KINDS)."""
+        return kind_counts(self.kind)
+
+    @property
+    def measured(self) -> npt.NDArray[np.bool_]:
+        """(n_genes,) genes of the vocabulary that the dataset names; of others nothing is known."""
+        named = np.zeros(self.n_genes, dtype=bool)
+        named[self.target[self.target >= 0]] = True
+        return named
 
     @property
     def n_mapped(self) -> int:
@@ -96,30 +134,54 @@ class GeneResolver:
 
     def __init__(self, genes: GeneVocabulary) -> None:
         self.genes = genes
-        bundled = GeneVocabulary.bundled() if genes.ids == genes.symbols else genes
-        self._columns = dict(genes.index)
-        self._kinds = dict.fromkeys(genes.ids, "ensembl")
-        symbols = dict(zip(bundled.symbols, bundled.ids, strict=True))
-        for kind, table in (("symbol", symbols), ("alias", _read_names(ALIASES_PATH))):
-            for name, gene in table.items():
-                if gene in genes.index and name not in self._columns:
-                    self._columns[name] = genes.index[gene]
-                    self._kinds[name] = kind
-        for name, candidates in _read_names(AMBIGUOUS_PATH).items():
-            if any(gene in genes.index for gene in candidates.split("|")):
-                self._kinds.setdefault(name, "ambiguous")
+        bundled, index = GeneVocabulary.bundled(), genes.index
+        named = bundled if genes.ids == genes.symbols else genes
+        symbols = dict(zip(named.symbols, named.ids, strict=True))
+        aliases = {
+            name: gene
+            for name, gene in _read_names(ALIASES_PATH).items()
+            if (name[0].isalpha() and len(name) > 4) or not is_missing(name)
+        }
+        several = {
+            name: candidates
+            for name, candidates in _read_names(AMBIGUOUS_PATH).items()
+            if any(gene in index for gene in candidates.split("|"))
+        }
+        for symbol, gene in symbols.items():
+            # KRTAP16.1 is an alias of KRTAP17-1, and what R makes of KRTAP16-1.
+            dotted = symbol.replace("-", ".")
+            if aliases.get(dotted, gene) != gene:
+                several[dotted] = f"{gene}|{aliases.pop(dotted)}"
+        others: dict[str, str] = {}
+        bundled_symbols = zip(bundled.symbols, bundled.ids, strict=True)
+        for symbol, gene in (*bundled_symbols, *_read_names(OTHER_PATH).items()):
+            # The second id of a listed symbol is as good as retired: it may fall back to it.
+            if symbols.get(symbol) not in index:
+                others[gene] = others[symbol] = gene
+        # What each name means, so that repairs see whether two names mean the same; a current name
+        # comes before an alias, an alias before a name of several genes.
+        single = others | aliases | symbols | {gene: gene for gene in genes.ids}
+        self._meanings = several | single
+        self._kinds = dict.fromkeys(several, "ambiguous") | dict.fromkeys(single, "unlisted")
+        self._columns: dict[str, int] = {}
+        for kind, table in (("alias", aliases), ("symbol", symbols)):
+            listed = {name: index[gene] for name, gene in table.items() if gene in index}
+            self._columns |= listed
+            self._kinds |= dict.fromkeys(listed, kind)
+        self._columns |= index
+        self._kinds |= dict.fromkeys(index, "ensembl")
+        self._speller = Speller(self._meanings)
 
     def columns(self, names: StringArray) -> npt.NDArray[np.int64]:
-        """Return the vocabulary column of each name, -1 where it is not known.
+        """Return the vocabulary column of each name of a dataset's list, -1 where it has none.
 
         Args:
             names: (n,) Ensembl ids, symbols or aliases, in any mixture.
         """
-        known = self._columns
-        return np.fromiter((known.get(bare_name(name), -1) for name in names), np.int64, len(names))
+        return self._alone(names).target
 
     def kinds(self, names: StringArray) -> dict[str, int]:
-        """Return how many names are resolved as what, or not.
+        """Return how many names of a dataset's list are resolved as what, or not.
 
         Args:
             names: (n,) gene names.
@@ -127,8 +189,71 @@ class GeneResolver:
         Returns:
             A number for each of KINDS.
         """
-        found = Counter(self._kinds.get(bare_name(name), "unlisted") for name in names)
-        return {kind: found[kind] for kind in KINDS}
+        return kind_counts(self._alone(names).kind)
+
+    def read_name(self, name: object) -> str:
+        """Return a name as the known ones are written, or as it stands where none is meant.
+
+        Args:
+            name: As in the file.
+        """
+        return self._speller.read(name)[0]
+
+    def _alone(self, names: StringArray) -> ReadColumn:
+        column = self._read_column(names)
+        return settle(column, self._meanings, self.genes.index, n_genes=len(self.genes))
+
+    def _read_column(self, texts: StringArray) -> ReadColumn:
+        read = [self._speller.read(text) for text in texts]
+        names = [name for name, _ in read]
+        repairs = {row: made for row, (_, made) in enumerate(read) if made}
+        doubtful = self._undo_suffixes(texts, names, repairs)
+        kinds, columns = self._kinds, self._columns
+        unknown = np.array([name not in kinds for name in names], dtype=bool)
+        kind = np.array([_CODES[kinds.get(name, "unlisted")] for name in names], dtype=np.int8)
+        target = np.array([columns.get(name, -1) for name in names], dtype=np.int64)
+        ids = np.array([name[:4] == "ENSG" and name[4:].isdecimal() for name in names], dtype=bool)
+        kind[_dates(names, np.flatnonzero(unknown & ~ids))] = DATE
+        kind[doubtful], target[doubtful] = UNLISTED, -1
+        retired = ids & unknown
+        for row, made in repairs.items():
+            retired[row] |= "beside" in made
+        return ReadColumn(
+            names=np.array(names, dtype=object),
+            target=target,
+            kind=kind,
+            retired=retired,
+            elsewhere=ids & ~unknown & (kind == UNLISTED),
+            repairs=repairs,
+        )
+
+    def _undo_suffixes(
+        self, texts: StringArray, names: list[str], repairs: dict[int, tuple[str, ...]]
+    ) -> list[int]:
+        """Read TBCE.1 as TBCE where TBCE is there too, in place.
+
+        Returns:
+            Rows of names that may as well be another gene's: HCCS-1 is an alias of ST20, and a
+            second HCCS of a list with HCCS; NKX2.1 is R's way to write NKX2-1, and a second NKX2.
+        """
+        there, known, kinds = {*names, *texts}, self._meanings, self._kinds
+        doubtful = []
+        for row, name in enumerate(names):
+            if not name[-1:].isdigit() or kinds.get(name) in ("ensembl", "symbol", "unlisted"):
+                if "characters" not in repairs.get(row, ()):
+                    continue
+            text = str(texts[row]).strip() if name in known else name
+            stem = without_suffix(text)
+            if stem is None or stem not in there:
+                continue
+            stem = self.read_name(stem)
+            if stem not in known:
+                continue
+            if name not in known:
+                names[row], repairs[row] = stem, (*repairs.get(row, ()), "suffix")
+            elif known[stem] != known[name]:
+                doubtful.append(row)
+        return doubtful
 
     def knows(self, name: str) -> bool:
         """Return whether a name is a human gene name: listed, or of several genes.
@@ -136,7 +261,7 @@ class GeneResolver:
         Args:
             name: Ensembl id, symbol or alias.
         """
-        return bare_name(name) in self._kinds
+        return self.read_name(name) in self._kinds
 
     def share(self, names: StringArray) -> float:
         """Return the share of names that are genes: known ones, in any case, and Ensembl ids.
@@ -146,7 +271,7 @@ class GeneResolver:
         """
         if not len(names):
             return 0.0
-        return float(np.mean([self._is_gene(bare_name(name)) for name in names]))
+        return float(np.mean([self._is_gene(self.read_name(name)) for name in names]))
 
     def _is_gene(self, name: str) -> bool:
         return (
@@ -174,38 +299,27 @@ class GeneResolver:
         candidates = _candidates(matrix.gene_columns, column, id_type)
         for names in candidates.values():
             _check_species(names, self)
-        maps = [
-            GeneMap(
-                column=name,
-                names=names,
-                target=self.columns(names),
-                kinds=self.kinds(names),
-                n_genes=len(self.genes),
-            )
-            for name, names in candidates.items()
-        ]
-        best = max(maps, key=lambda gene_map: gene_map.n_mapped)
-        if best.n_mapped == 0:
-            _check_not_numbers(best.names)
-        for gene_map in maps:
-            if (
-                id_type_of(gene_map.names) == "ensembl"
-                and gene_map.n_mapped >= _ENSEMBL_PREFERENCE * best.n_mapped
-            ):
-                return gene_map
-        return best
-
-
-@lru_cache(maxsize=2**18)
-def bare_name(name: object) -> str:
-    """Return a gene name without blanks around it, genome prefix and Ensembl version.
-
-    Args:
-        name: As in the file.
-    """
-    text = _GENOME.sub("", str(name).strip())
-    human = _HUMAN_ID.fullmatch(text)
-    return human.group(1) if human else text
+        read = {name: self._read_column(names) for name, names in candidates.items()}
+        most = max(column.n_mapped for column in read.values())
+        chosen = next(name for name, c in read.items() if c.n_mapped == most)
+        if most == 0:
+            _check_not_numbers(candidates[chosen])
+        for name, found in read.items():
+            if found.n_mapped >= _ENSEMBL_PREFERENCE * most and _are_ids(found.names):
+                chosen = name
+                break
+        joined = settle(
+            join(read, chosen), self._meanings, self.genes.index, n_genes=len(self.genes)
+        )
+        return GeneMap(
+            column=chosen,
+            names=candidates[chosen],
+            target=joined.target,
+            kind=joined.kind,
+            repairs=repair_counts(joined),
+            read=joined.names,
+            n_genes=len(self.genes),
+        )
 
 
 def id_type_of(names: StringArray) -> str:
@@ -214,8 +328,20 @@ def id_type_of(names: StringArray) -> str:
     Args:
         names: (n,) gene names.
     """
-    n_ids = sum(_HUMAN_ID.fullmatch(bare_name(name)) is not None for name in names)
-    return "ensembl" if n_ids > len(names) / 2 else "symbol"
+    return "ensembl" if _are_ids(names) else "symbol"
+
+
+def _are_ids(names: StringArray) -> bool:
+    n_ids = sum(_ID_IN_NAME.search(str(name)) is not None for name in names)
+    return n_ids > len(names) / 2
+
+
+def _dates(names: Sequence[str], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return which of some rows are names that Excel made dates."""
+    days = [row for row in rows if is_day_number(names[row])]
+    dates = [row for row in rows if is_excel_date(names[row])]
+    # Where numbers are many they are numbers.
+    return np.array(dates + (days if len(days) <= len(names) / 20 else []), dtype=np.int64)
 
 
 def _candidates(
@@ -240,9 +366,8 @@ def _candidates(
 
 def _read_names(path: Path) -> dict[str, str]:
     """Read a table of two columns, names and what they mean."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        next(file)
-        return dict(line.rstrip("\n").split("\t")[:2] for line in file)
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()[1:]
+    return dict(line.split("\t", 2)[:2] for line in lines)
 
 
 def _check_species(names: StringArray, resolver: GeneResolver) -> None:
@@ -256,7 +381,7 @@ def _check_species(names: StringArray, resolver: GeneResolver) -> None:
 
 
 def _check_not_numbers(names: StringArray) -> None:
-    n_numbers = sum(str(name).strip().isdecimal() for name in names)
+    n_numbers = sum(bare_name(name).isdecimal() for name in names)
     if n_numbers > len(names) / 2:
         raise UnusableError(
             f"the genes are plain numbers ({', '.join(map(str, names[:3]))}...): "

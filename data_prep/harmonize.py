@@ -19,6 +19,7 @@ from scipy import sparse
 
 from data_prep.counts import INVERT_LOG1P, choose_log1p, choose_matrix, exact_counts
 from data_prep.gene_names import GeneMap, GeneResolver
+from data_prep.gene_settlement import DATE, KINDS
 from data_prep.invert import Restored, restore_counts
 from data_prep.readers import open_source
 from data_prep.source import Matrix, Source, UnusableError
@@ -70,6 +71,38 @@ def largest_losses(gene_map: GeneMap, totals: npt.NDArray[np.int64]) -> dict[str
     lost = np.flatnonzero((gene_map.target < 0) & (totals > 0))
     order = lost[np.argsort(-totals[lost], kind="stable")][:N_LOSSES]
     return {str(gene_map.names[gene]): int(totals[gene]) for gene in order}
+
+
+def counts_lost(gene_map: GeneMap, totals: npt.NDArray[np.int64]) -> dict[str, int]:
+    """Return the counts of unmapped genes by why their name was not resolved.
+
+    Args:
+        gene_map: The mapping of the dataset.
+        totals: (n_input,) counts of each gene of the dataset.
+
+    Returns:
+        By kind of name (`gene_settlement.KINDS`), where there are any; with the counts of mapped
+        genes they are all counts.
+    """
+    lost = gene_map.target < 0
+    found = {
+        kind: int(totals[lost & (gene_map.kind == code)].sum()) for code, kind in enumerate(KINDS)
+    }
+    return {kind: number for kind, number in found.items() if number}
+
+
+def excel_dates(gene_map: GeneMap, totals: npt.NDArray[np.int64]) -> dict[str, int]:
+    """Return the gene names that Excel made dates, and the counts that are lost with each.
+
+    Args:
+        gene_map: The mapping of the dataset.
+        totals: (n_input,) counts of each gene of the dataset.
+    """
+    found: dict[str, int] = {}
+    for gene in np.flatnonzero(gene_map.kind == DATE):
+        name = str(gene_map.names[gene])
+        found[name] = found.get(name, 0) + int(totals[gene])
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,13 +72,19 @@ class LedgerEntry(TypedDict):
     n_genes_mito: int
     """Mitochondrial genes of the dataset; 0 means that `max_mito_fraction` cannot drop a cell."""
     gene_names: dict[str, int]
-    """Genes of the dataset by how their name was resolved (`gene_names.KINDS`)."""
+    """Genes of the dataset by how their name was resolved (`gene_settlement.KINDS`)."""
+    name_repairs: dict[str, int]
+    """Genes found only after a repair of their name, by repair (`gene_spelling.REPAIRS`)."""
+    excel_dates: dict[str, int]
+    """Gene names that Excel made dates, and the counts lost with each."""
     restored: str
     """How counts were restored from other values; empty for raw counts taken as they are."""
     counts_input: int
     """Sum of all counts of the dataset."""
     counts_kept: float | None
     """Share of them that fell on mapped genes."""
+    counts_lost: dict[str, int]
+    """The counts of the other genes, by kind of their name (as `gene_names`)."""
     largest_losses: dict[str, int]
     """Unmapped genes with most counts."""
     obs_columns: list[str]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.gene_names import GeneMap, bare_name
+from data_prep.gene_names import GeneMap
 from sclong_ds.genes import GeneVocabulary
 
 _Mask = npt.NDArray[np.bool_]
@@ -46,8 +46,7 @@ def mitochondrial_genes(gene_map: GeneMap, genes: GeneVocabulary) -> _Mask:
         names of these genes that the vocabulary resolves.
     """
     listed = [genes.index[gene] for gene in MITOCHONDRIAL_IDS if gene in genes.index]
-    names = [bare_name(name) for name in gene_map.names]
-    named = [name in MITOCHONDRIAL_IDS or name.startswith("MT-") for name in names]
+    named = [name in MITOCHONDRIAL_IDS or name.startswith("MT-") for name in gene_map.read]
     return np.array(named, dtype=bool) | np.isin(gene_map.target, listed)
 
 

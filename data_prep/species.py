@@ -39,11 +39,15 @@ _SPECIES = {
     "GAL": "chicken",
     "XET": "frog",
 }
-_FOREIGN_ENSEMBL = re.compile(r"(?:[A-Za-z0-9.]+_+)?ENS([A-Z]{3,4})G\d{11}(?:\.\d+)?")
+_FOREIGN_ENSEMBL = re.compile(r"(?<![A-Z0-9])ENS([A-Z]{3,4})G\d{11}(?!\d)", re.IGNORECASE)
+_BEFORE = r"(?:-\d{4}-[A-Z](?![A-Z0-9])|[.-]p?\d+(?![A-Z0-9]))*(?:[_.:|]+|-+)\S+"
+"""Version of a genome, and the name behind it: mm10___Gapdh, GRCm38.p6_Gapdh, mm10---Gapdh."""
 _FOREIGN_IDS = {
-    "mouse": re.compile(r"MGP_[A-Za-z0-9]+_G\d{7}|(?:mm(?:9|10|39)|GRCm3[89])_+\S+"),
-    "rat": re.compile(r"(?:rn[4-7]|Rnor|mRatBN)[0-9.]*_+\S+"),
-    "zebrafish": re.compile(r"(?:danRer\d+|GRCz1[01])_+\S+"),
+    "mouse": re.compile(
+        rf"MGP_[A-Z0-9]+_G\d{{7}}|(?:mm(?:9|10|39)|GRCm3[89]|mouse|mus_musculus){_BEFORE}", re.I
+    ),
+    "rat": re.compile(rf"(?:rn[4-7]|Rnor|mRatBN|rattus_norvegicus)[0-9.]*{_BEFORE}", re.I),
+    "zebrafish": re.compile(rf"(?:danRer\d+|GRCz1[01]|danio_rerio){_BEFORE}", re.I),
     "fruit fly": re.compile(r"FBgn\d{7}"),
     "Caenorhabditis elegans": re.compile(r"WBGene\d{8}"),
     "Arabidopsis": re.compile(r"AT[1-5MC]G\d{5}"),
@@ -83,21 +87,27 @@ def find_other_species(names: StringArray, known: Callable[[str], bool]) -> Othe
         The species, or None; names that tell nothing (numbers, unknown words) are no species.
     """
     texts = [str(name).strip() for name in names]
+    unknown = [text for text in texts if not known(text)]
     ids: dict[str, list[str]] = {}
-    for text in texts:
-        species = _species_of_id(text)
+    for text in unknown:
+        species = species_of_id(text)
         if species:
             ids.setdefault(species, []).append(text)
     if sum(map(len, ids.values())) > _MOST_FOREIGN * len(texts):
         name, found = max(ids.items(), key=lambda item: len(item[1]))
         return OtherSpecies(name=name, n_genes=len(found), example=found[0], kind="ids")
-    return _by_writing([text for text in texts if not known(text)], len(texts), known)
+    return _by_writing(unknown, len(texts), known)
 
 
-def _species_of_id(text: str) -> str | None:
-    ensembl = _FOREIGN_ENSEMBL.fullmatch(text)
+def species_of_id(text: str) -> str | None:
+    """Return the species that an id or a genome before a name tells; None for human and others.
+
+    Args:
+        text: Name without blanks around it.
+    """
+    ensembl = _FOREIGN_ENSEMBL.search(text)
     if ensembl:
-        code = ensembl.group(1)
+        code = ensembl.group(1).upper()
         return _SPECIES.get(code, f"species ENS{code}")
     return next((name for name, form in _FOREIGN_IDS.items() if form.fullmatch(text)), None)
 

@@ -11,6 +11,7 @@ and compared before the folder gets its name.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +23,13 @@ import numpy as np
 from scipy import sparse
 
 from data_prep.annotations import annotation_table, kept_columns
-from data_prep.gene_names import GeneResolver
+from data_prep.gene_names import GeneMap, GeneResolver
 from data_prep.harmonize import (
     MIN_GENES_MAPPED,
     MIN_SHARE_MAPPED,
     HarmonizedSource,
+    counts_lost,
+    excel_dates,
     harmonize,
     largest_losses,
 )
@@ -48,6 +51,8 @@ from sclong_ds.files import sync_folder, sync_tree
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.obs_table import write_obs
 from sclong_ds.store import CellWriter
+
+_log = logging.getLogger(__name__)
 
 STAGING_VERSION = 2
 """Raised when the same input would be staged differently, so that old staging is not taken over."""
@@ -174,10 +179,8 @@ def _write(
     )
     write_obs(staged / "obs.parquet", obs)
     entry["obs_columns"] = list(obs.columns[1:])
-    measured = np.zeros(opened.gene_map.n_genes, dtype=bool)
-    measured[opened.gene_map.target[opened.gene_map.target >= 0]] = True
     with (staged / "measured_genes.npy").open("wb") as file:
-        np.save(file, np.packbits(measured, bitorder="little"))
+        np.save(file, np.packbits(opened.gene_map.measured, bitorder="little"))
     check_cells(staged / "cells.zarr", written, n_genes=opened.gene_map.n_genes)
     check_obs(staged / "obs.parquet", obs)
 
@@ -272,6 +275,8 @@ def _write_cells(
         if totals.any():
             entry["counts_kept"] = float(totals[gene_map.target >= 0].sum() / totals.sum())
             entry["largest_losses"] = largest_losses(gene_map, totals)
+            entry["counts_lost"] = counts_lost(gene_map, totals)
+            _describe_dates(gene_map, totals, entry)
         if opened.target is not None:
             entry["restored"] = (
                 f"log1p of cells scaled to {opened.target:g}, undone; largest distance from a "
@@ -288,10 +293,21 @@ def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondria
     entry["matrix"], entry["gene_column"] = matrix.name, gene_map.column
     entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
     entry["n_genes_known"] = len(known)
-    entry["gene_names"] = dict(gene_map.kinds)
+    entry["gene_names"], entry["name_repairs"] = gene_map.kinds, dict(gene_map.repairs)
     columns_of = np.bincount(known, minlength=gene_map.n_genes)
     entry["n_genes_summed"] = int(columns_of[columns_of > 1].sum())
     entry["n_genes_mito"] = n_mitochondrial
+
+
+def _describe_dates(gene_map: GeneMap, totals: np.ndarray, entry: LedgerEntry) -> None:
+    dates = entry["excel_dates"] = excel_dates(gene_map, totals)
+    if dates:
+        examples = ", ".join(list(dates)[:3])
+        _log.warning(
+            "%s: %d gene names are dates that Excel made of MARCH1, SEPT2 or the like (%s): their "
+            "%d counts are lost; repair the names at their source",
+            entry["dataset_id"], len(dates), examples, sum(dates.values()),
+        )  # fmt: skip
 
 
 def _check_outcome(

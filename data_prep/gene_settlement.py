@@ -1,0 +1,192 @@
+"""What the gene columns and the list as a whole decide about names that say too little alone.
+
+`join` takes each gene from the column that knows most of it, ids first: names change hands, ids do
+not. A gene whose id is of no known gene (retired) falls back to the symbol beside it, one whose id
+is of a gene that is not listed does not.
+
+`settle` then looks at the list as a whole. An annotation names a gene once: where the list has a
+gene by its current name, an alias of it is another place of the genome, which that annotation held
+for a gene of its own, and yields. A name of several genes means the one that the list does not name
+otherwise, if one alone is left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.source import StringArray
+
+KINDS = ("ensembl", "symbol", "alias", "settled", "yielded", "ambiguous", "date", "unlisted")
+"""How a gene name was resolved. The first four are: by id, by current symbol, by another name of
+one gene, by a name of several of which the list leaves one. yielded: an alias, or the symbol beside
+a retired id, of a gene that the list names otherwise; ambiguous: of several genes still; date: made
+a date by Excel; unlisted: of no gene of the vocabulary."""
+ENSEMBL, SYMBOL, ALIAS, SETTLED, YIELDED, AMBIGUOUS, DATE, UNLISTED = range(len(KINDS))
+_LEAST_AGREEMENT = 0.9
+"""Two columns name the same genes: ids and symbols of one annotation differ in less than 1%."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadColumn:
+    """A gene column as understood; arrays of one element a gene (n,)."""
+
+    names: StringArray
+    """Names as the known ones are written."""
+    target: npt.NDArray[np.int64]
+    """Column in the vocabulary, -1 for none."""
+    kind: npt.NDArray[np.int8]
+    """Position in KINDS."""
+    retired: npt.NDArray[np.bool_]
+    """Whether an id of no known gene stands in the column, or beside it."""
+    elsewhere: npt.NDArray[np.bool_]
+    """Whether the id is of a known gene that is not in the vocabulary."""
+    repairs: Mapping[int, tuple[str, ...]]
+    """Repairs by position, where there are any."""
+
+    @property
+    def n_mapped(self) -> int:
+        """Number of different vocabulary genes that are reached."""
+        return len(np.unique(self.target[self.target >= 0]))
+
+
+def kind_counts(kind: npt.NDArray[np.int8]) -> dict[str, int]:
+    """Return a number of genes for each of KINDS.
+
+    Args:
+        kind: (n,) positions in KINDS.
+    """
+    found = np.bincount(kind, minlength=len(KINDS))
+    return {name: int(number) for name, number in zip(KINDS, found, strict=True)}
+
+
+def join(columns: Mapping[str, ReadColumn], first: str) -> ReadColumn:
+    """Take each gene from the column that knows it, of those that name the same genes.
+
+    Args:
+        columns: All gene columns of a matrix.
+        first: The one that names the genes; the others stand in where it does not.
+
+    Returns:
+        One column; `first` itself where no other agrees with it.
+    """
+    main = columns[first]
+    others = [c for name, c in columns.items() if name != first and _agree(main, c)]
+    if not others:
+        return main
+    names, target, kind = main.names.copy(), main.target.copy(), main.kind.copy()
+    retired, repairs = main.retired.copy(), dict(main.repairs)
+    elsewhere = main.elsewhere.copy()
+
+    def take(column: ReadColumn, rows: npt.NDArray[np.bool_]) -> None:
+        for row in np.flatnonzero(rows & (main.target < 0) & (column.target >= 0)).tolist():
+            repairs[row] = (*column.repairs.get(row, ()), "beside")
+        names[rows], target[rows], kind[rows] = (
+            values[rows] for values in (column.names, column.target, column.kind)
+        )
+
+    by_id = kind == ENSEMBL
+    for column in others:
+        rows = ~by_id & (column.kind == ENSEMBL)
+        take(column, rows)
+        by_id |= rows
+    for column in others:
+        rows = ~by_id & ~elsewhere & column.elsewhere
+        take(column, rows)
+        elsewhere |= rows
+        retired |= column.retired
+    for column in others:
+        take(column, (target < 0) & ~elsewhere & (column.target >= 0))
+    for column in others:
+        unclear = (target < 0) & ~elsewhere & (kind != AMBIGUOUS)
+        take(column, unclear & (column.kind == AMBIGUOUS))
+    return ReadColumn(
+        names=names,
+        target=target,
+        kind=kind,
+        retired=retired & ~by_id,
+        elsewhere=elsewhere & ~by_id,
+        repairs=repairs,
+    )
+
+
+def settle(
+    column: ReadColumn, meanings: Mapping[str, str], index: Mapping[str, int], *, n_genes: int
+) -> ReadColumn:
+    """Let aliases yield to current names, and settle names of several genes.
+
+    Args:
+        column: The names of a dataset.
+        meanings: Gene id of each known name; ids joined by `|` for a name of several genes.
+        index: Vocabulary column of each id.
+        n_genes: Size of the vocabulary.
+
+    Returns:
+        The column, settled.
+    """
+    target, kind = column.target.copy(), column.kind.copy()
+    mapped = target >= 0
+
+    def named(rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return which of the mapped genes are among those of some rows."""
+        reached = np.zeros(n_genes, dtype=bool)
+        reached[target[rows]] = True
+        return mapped & reached[target]
+
+    yields = column.retired & named(kind == ENSEMBL)
+    yields |= (kind == ALIAS) & named(np.isin(kind, (ENSEMBL, SYMBOL)) & ~yields)
+    target[yields], kind[yields] = -1, YIELDED
+    for gene, name in _only_left(column, meanings).items():
+        if gene in index:
+            rows = (kind == AMBIGUOUS) & (column.names == name)
+            target[rows], kind[rows] = index[gene], SETTLED
+    return ReadColumn(
+        names=column.names,
+        target=target,
+        kind=kind,
+        retired=column.retired,
+        elsewhere=column.elsewhere,
+        repairs=column.repairs,
+    )
+
+
+def repair_counts(column: ReadColumn) -> dict[str, int]:
+    """Return how many genes of the vocabulary were found by each repair, most first.
+
+    Args:
+        column: The names of a dataset.
+    """
+    made = (
+        repair
+        for row, repairs in column.repairs.items()
+        if column.target[row] >= 0
+        for repair in repairs
+    )
+    return dict(Counter(made).most_common())
+
+
+def _only_left(column: ReadColumn, meanings: Mapping[str, str]) -> dict[str, str]:
+    """Return the genes that names of several are left with: gene -> the only name that is."""
+    unclear = column.kind == AMBIGUOUS
+    if not unclear.any():
+        return {}
+    named = {meanings[name] for name in column.names[~unclear] if name in meanings}
+    found: dict[str, set[str]] = {}
+    for name in dict.fromkeys(column.names[unclear]):
+        left = [gene for gene in meanings[name].split("|") if gene not in named]
+        if len(left) == 1:
+            found.setdefault(left[0], set()).add(name)
+    return {gene: names.pop() for gene, names in found.items() if len(names) == 1}
+
+
+def _agree(first: ReadColumn, second: ReadColumn) -> bool:
+    """Return whether two columns name the same genes, wherever both name one."""
+    both = (first.target >= 0) & (second.target >= 0)
+    n_both = int(np.count_nonzero(both))
+    n_same = int(np.count_nonzero(both & (first.target == second.target)))
+    alone = int(np.count_nonzero(second.target >= 0))
+    return n_same >= _LEAST_AGREEMENT * n_both and 2 * n_both > alone
