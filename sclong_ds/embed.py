@@ -41,10 +41,11 @@ from data_prep.counts import exact_counts
 from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, read_harmonized
 from data_prep.source import BLOCK_CELLS
 from sclong_ds.data import log1p_normalise
-from sclong_ds.files import file_sha256, local_path
+from sclong_ds.files import local_path
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
+from sclong_ds.model_manifest import model_digest, weights_hash
 from sclong_ds.store import MAX_COUNT, Corpus
 
 KEY = "X_sclong"
@@ -321,11 +322,6 @@ def embed_to_file(
     return coverage
 
 
-def weights_hash(model_dir: Path) -> str:
-    """Return the SHA-256 (hex) of a model's weights file: it tells two models apart."""
-    return file_sha256(model_dir / "model.safetensors")
-
-
 def choose_device(name: str) -> torch.device:
     """Return the device for `auto`, `cpu` or `cuda`.
 
@@ -442,6 +438,7 @@ def _begin_anndata(
 def _record(model: ScLong, model_dir: Path, coverage: Coverage) -> dict[str, Any]:
     return {
         "model_dir": str(model_dir.resolve()),
+        "model_digest": model_digest(model_dir) or "",
         "weights_sha256": weights_hash(model_dir),
         "genes_hash": model.genes.hash,
         "transform": asdict(model.transform),

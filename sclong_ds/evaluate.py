@@ -68,11 +68,11 @@ from sclong_ds.embed import (
     embed_counts,
     open_cells,
     progress,
-    weights_hash,
 )
 from sclong_ds.files import local_path, write_atomic
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
+from sclong_ds.model_manifest import weights_hash
 
 FOLDS = 5
 MIN_CELLS_PER_LABEL = FOLDS

@@ -1,6 +1,7 @@
 """Start a run from the weights of an exported or imported model (`run.init_from`).
 
-Reads MODEL_DIR/model.safetensors one tensor at a time; the model section of the run must be that of
+Reads MODEL_DIR/model.safetensors one tensor at a time, after the folder was compared with its
+manifest on rank 0; the model section of the run must be that of
 the model, so that weights mean the same in both.
 """
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from sclong_ds.config import RunConfig
 from sclong_ds.files import file_sha256
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.model_dir import WEIGHTS, read_description
+from sclong_ds.model_dir import check_finite, read_description
+from sclong_ds.model_manifest import WEIGHTS
 from sclong_ds.strict_yaml import to_dict
 
 _FILES = ("model.gene_graph", "model.random_features_file")
@@ -38,15 +40,21 @@ class InitialWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / WEIGHTS
+        self._path = folder / WEIGHTS
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = safe_open(self._path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path}: damaged ({error}); export the model again") from None
+            raise ValueError(f"{self._path}: damaged ({error}); export the model again") from None
 
     def __call__(self, name: str) -> Tensor:
-        """Return one weight, float32, on the CPU."""
-        return self._file.get_tensor(name)
+        """Return one weight, float32, on the CPU.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        weight = self._file.get_tensor(name)
+        check_finite(f"{name} of {self._path}", weight)
+        return weight
 
 
 def check_initial_model(config: RunConfig, genes: GeneVocabulary) -> None:

@@ -9,10 +9,12 @@ No DeepSpeed needed.
     MODEL_DIR/random_features.safetensors   the random features of FAVOR+
     MODEL_DIR/provenance.json               what the model was made from
     MODEL_DIR/README.md                     model card
+    MODEL_DIR/manifest.json                 size and checksums of all of these
 
 `python -m sclong_ds export` (`sclong_ds.checkpoint`) and `import-reference` write it,
 `sclong_ds.load_model` reads it. Weights pass one at a time when written and are mapped from the
-file when read, so that memory holds them once.
+file when read, so that memory holds them once. Weights are finite, and every file is compared with
+the manifest (`sclong_ds.model_manifest`) before a model is made of it.
 """
 
 from __future__ import annotations
@@ -42,11 +44,13 @@ from sclong_ds.files import sync_tree
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.model.sclong import ScLong, Transform
+from sclong_ds.model_manifest import CURE, WEIGHTS, check_files, write_manifest
 from sclong_ds.strict_yaml import read_yaml, section_from_dict, to_dict
 
 FORMAT = "sclong_ds-model"
-VERSION = 2
-WEIGHTS = "model.safetensors"
+VERSION = 3
+_UNCHECKED = 2
+"""Version without a manifest; it is still read."""
 GRAPH = "gene_graph.npz"
 FEATURES = "random_features.safetensors"
 
@@ -102,6 +106,7 @@ def write_model_dir(
         }
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
+        write_manifest(partial)
         sync_tree(partial)
         partial.rename(out)
     except BaseException:
@@ -163,8 +168,24 @@ def _write_weights(
                 raise ValueError(
                     f"weight {name} has the shape {tuple(tensor.shape)}, must be {shapes[name]}"
                 )
-            values = tensor.to("cpu", torch.float32).reshape(-1).numpy()
-            file.write(values.astype("<f4", copy=False).data)
+            values = tensor.to("cpu", torch.float32).reshape(-1)
+            check_finite(name, values)
+            file.write(values.numpy().astype("<f4", copy=False).data)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Refuse a weight that is NaN or infinite somewhere: the model would give nothing else.
+
+    Args:
+        name: Its name, for the message.
+        weight: The weight.
+
+    Raises:
+        ValueError: It is not finite.
+    """
+    # Two numbers, NaN if any is: no mask of the weight's size.
+    if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+        raise ValueError(f"weight {name} holds NaN or inf: no model can be made of it")
 
 
 def _with_progress(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -204,14 +225,14 @@ def _empty_model(folder: Path, config: Mapping[str, Any]) -> ScLong:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the content of a model folder's config.yaml.
+    """Return the content of a model folder's config.yaml; all files are compared first.
 
     Args:
         folder: MODEL_DIR.
 
     Raises:
         FileNotFoundError: A file of the folder is missing.
-        ValueError: Another format version.
+        ValueError: A damaged file, or another format version.
     """
     for name in ("config.yaml", "genes.tsv", WEIGHTS):
         if not (folder / name).is_file():
@@ -219,12 +240,15 @@ def read_description(folder: Path) -> dict[str, Any]:
                 f"{folder} is no exported model ({name} is missing): make one with "
                 f"`python -m sclong_ds export CHECKPOINT_DIR --out MODEL_DIR`"
             )
+    checked = check_files(folder)
     config = read_yaml(folder / "config.yaml")
-    if config.get("format") != FORMAT or config.get("version") != VERSION:
+    if config.get("format") != FORMAT or config.get("version") not in (VERSION, _UNCHECKED):
         raise ValueError(
             f"{folder}/config.yaml: format {config.get('format')} version {config.get('version')}; "
-            f"this version reads {FORMAT} {VERSION}"
+            f"this version reads {FORMAT} {VERSION} and {_UNCHECKED}"
         )
+    if not checked and config["version"] == VERSION:
+        raise FileNotFoundError(f"{folder}/manifest.json: missing; {CURE}")
     return config
 
 
@@ -248,9 +272,10 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
     model = _empty_model(folder, read_description(folder))
     try:
         weights = load_file(folder / WEIGHTS)
-        other = next((n for n, t in weights.items() if t.dtype != torch.float32), None)
-        if other is not None:
-            raise ValueError(f"{folder / WEIGHTS}: {other} is {weights[other].dtype}, not float32")
+        for name, weight in weights.items():
+            if weight.dtype != torch.float32:
+                raise ValueError(f"{folder / WEIGHTS}: {name} is {weight.dtype}, not float32")
+            check_finite(f"{name} of {folder / WEIGHTS}", weight)
         # Assigned, not copied: a second set of weights would double the memory.
         model.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError) as error:

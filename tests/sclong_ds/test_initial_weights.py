@@ -15,6 +15,7 @@ from sclong_ds.config import load_config
 from sclong_ds.features_file import write_features
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.initial_weights import InitialWeights, check_initial_model
+from sclong_ds.model_manifest import write_manifest
 
 
 @pytest.fixture
@@ -37,6 +38,12 @@ def overrides(model_dir, **changes):
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
+def seal_again(model_dir):
+    """Make an edited model folder a whole one."""
+    (model_dir / "manifest.json").unlink()
+    write_manifest(model_dir)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_run_starts_from_the_weights_it_is_given(model_dir, small_corpus, tmp_path, stage):
@@ -50,6 +57,7 @@ def test_run_starts_from_the_weights_it_is_given(model_dir, small_corpus, tmp_pa
     described = yaml.safe_load((model_dir / "config.yaml").read_text())
     described["model"]["random_features_file"] = "random_features.safetensors"
     (model_dir / "config.yaml").write_text(yaml.safe_dump(described))
+    seal_again(model_dir)
     run_dir = tmp_path / "run"
     settings = {
         "run.dir": run_dir, "data.corpus": small_corpus, "run.max_steps": 1,
@@ -106,6 +114,7 @@ def test_other_features_are_refused(model_dir, small_corpus, tmp_path):
     for folder, value in ((model_dir, 0.0), (tmp_path, 1.0)):
         features = {"decoder.0": torch.full((8, 4), value)}
         write_features(folder / "random_features.safetensors", features)
+    seal_again(model_dir)
     own = {"model.random_features_file": model_dir / "random_features.safetensors"}
     check_initial_model(load_config("sclong_tiny", overrides(model_dir, **own)), genes)
     other = {"model.random_features_file": tmp_path / "random_features.safetensors"}
@@ -119,6 +128,13 @@ def test_damaged_or_absent_weights_are_named(model_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no exported model"):
         check_initial_model(config, genes)
     path = model_dir / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
     with pytest.raises(ValueError, match="damaged"):
         InitialWeights(model_dir)
+    for name in ("model.safetensors", "provenance.json"):
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            check_initial_model(load_config("sclong_tiny", overrides(model_dir)), genes)
+        path.unlink()
+        path.write_bytes(whole)
+        (model_dir / "provenance.json").write_text("{}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from exported import write_model
 
 from sclong_ds.features_file import read_features, write_features
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.initial_weights import InitialWeights
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model, write_model_dir
+from sclong_ds.model_manifest import model_digest
 
 N_GENES = 40
 IDS = tuple(f"E{i}" for i in range(N_GENES))
@@ -153,9 +156,11 @@ def test_an_existing_folder_is_not_replaced(folder: Path) -> None:
     assert (folder / "config.yaml").read_text() == before
 
 
-def change_config(path: Path, **changes: Any) -> None:
+def without_manifest(path: Path, **changes: Any) -> None:
+    """Make a folder one of version 2, which had no manifest, with other changes to its config."""
     config = yaml.safe_load((path / "config.yaml").read_text())
-    (path / "config.yaml").write_text(yaml.safe_dump(config | changes))
+    (path / "config.yaml").write_text(yaml.safe_dump(config | {"version": 2} | changes))
+    (path / "manifest.json").unlink()
 
 
 @pytest.fixture
@@ -166,6 +171,9 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 def test_a_changed_folder_is_refused(copy: Path) -> None:
     genes = (copy / "genes.tsv").read_text()
     (copy / "genes.tsv").write_text(genes.replace("E0\t", "X0\t"))
+    with pytest.raises(ValueError, match=r"genes.tsv: damaged \(CRC-32C"):
+        load_model(copy)
+    without_manifest(copy)
     with pytest.raises(ValueError, match=r"genes.tsv was changed"):
         load_model(copy)
     (copy / "genes.tsv").unlink()
@@ -174,12 +182,109 @@ def test_a_changed_folder_is_refused(copy: Path) -> None:
 
 
 def test_another_version_is_refused(copy: Path) -> None:
-    change_config(copy, version=1)
-    with pytest.raises(ValueError, match=r"version 1; this version reads sclong_ds-model 2"):
+    without_manifest(copy, version=1)
+    with pytest.raises(ValueError, match=r"version 1; this version reads sclong_ds-model 3 and 2"):
         load_model(copy)
 
 
+def test_a_folder_of_version_2_is_read_and_said_to_be_unchecked_once(
+    copy: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_manifest(copy)
+    x = torch.rand(2, N_GENES)
+    for _ in range(2):
+        assert torch.equal(load_model(copy)(x), load_model(folder)(x))
+    assert [r.message.partition(": ")[0] for r in caplog.records] == [str(copy)]
+    assert "without checksums" in caplog.text
+
+
+def refusal(folder: Path) -> str:
+    """Return why a folder is not loaded, or an empty text."""
+    try:
+        load_model(folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def json_or_none(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_a_flipped_bit_in_any_file_is_an_error_that_names_it(copy: Path) -> None:
+    rng = random.Random(0)
+    load_model(copy)
+    for path in sorted(copy.iterdir()):
+        whole = path.read_bytes()
+        for bit in {0, 8 * len(whole) - 1, *(rng.randrange(8 * len(whole)) for _ in range(12))}:
+            content = bytearray(whole)
+            content[bit // 8] ^= 1 << bit % 8
+            # A new file: the weights of the models before are mapped from the old one.
+            path.unlink()
+            path.write_bytes(content)
+            said = refusal(copy)
+            # White space of the manifest, and the card, are not the model.
+            same = path.name == "manifest.json" and json_or_none(content) == json.loads(whole)
+            assert str(path) in said or (not said and (same or path.name == "README.md"))
+        path.unlink()
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("harm", ["cut", "drop", "another"])
+def test_a_cut_missing_or_other_file_is_an_error_that_names_it(
+    copy: Path, tmp_path: Path, harm: str
+) -> None:
+    other = write_model(tmp_path, GENES, seed=1)
+    for name in ("config.yaml", "genes.tsv", "manifest.json", "model.safetensors",
+                 "provenance.json"):  # fmt: skip
+        whole, theirs = (copy / name).read_bytes(), (other / name).read_bytes()
+        if harm == "another" and theirs == whole:
+            continue
+        (copy / name).unlink()
+        if harm != "drop":
+            (copy / name).write_bytes(whole[: len(whole) // 2] if harm == "cut" else theirs)
+        # Another model's manifest accuses the first file that differs.
+        accused = "model.safetensors" if (name, harm) == ("manifest.json", "another") else name
+        with pytest.raises((ValueError, FileNotFoundError), match=accused):
+            load_model(copy)
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).write_bytes(whole)
+    load_model(copy)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(
+    folder: Path, tmp_path: Path, copy: Path, value: float
+) -> None:
+    state = {name: t.clone() for name, t in load_model(folder).state_dict().items()}
+    state["norm.bias"][3] = value
+    with pytest.raises(ValueError, match=r"weight norm.bias holds NaN or inf"):
+        write_model_dir(tmp_path / "new" / "out", **arguments(folder, weights=state))
+    assert not list((tmp_path / "new").iterdir())
+    without_manifest(copy)
+    safetensors.torch.save_file(state, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"norm.bias of .*model.safetensors holds NaN or inf"):
+        load_model(copy)
+    weights = InitialWeights(copy)
+    assert weights("head.bias").isfinite().all()
+    with pytest.raises(ValueError, match=r"norm.bias of .*model.safetensors holds NaN or inf"):
+        weights("norm.bias")
+
+
+def test_the_digest_names_a_model(folder: Path, copy: Path, tmp_path: Path) -> None:
+    again = write_model(tmp_path, GENES, seed=0)
+    assert model_digest(again) == model_digest(folder) == model_digest(copy)
+    (tmp_path / "b").mkdir()
+    assert model_digest(write_model(tmp_path / "b", GENES, seed=1)) != model_digest(folder)
+    without_manifest(copy)
+    assert model_digest(copy) is None
+
+
 def test_damaged_weights_are_refused(copy: Path) -> None:
+    without_manifest(copy)
     path = copy / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
