@@ -150,8 +150,14 @@ def _checked(block: sparse.csr_matrix, where: str) -> sparse.csr_matrix:
         raise ValueError(f"{where} holds whole numbers, not log1p values; write counts {where}")
     if values.nnz and values.data.max() > LARGEST_LOG:
         raise UnusableError(f"{where} holds {values.data.max():.5g}: too large for a logarithm")
-    values.sum_duplicates()
     values.eliminate_zeros()
+    n_values = values.nnz
+    values.sum_duplicates()
+    if values.nnz < n_values:
+        raise ValueError(
+            f"{where} holds {n_values - values.nnz} values more than places; logarithms of one "
+            "cell and gene cannot be added up"
+        )
     return values
 
 

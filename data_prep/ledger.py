@@ -62,7 +62,10 @@ class LedgerEntry(TypedDict):
     n_cells_input: int
     dropped_cells: dict[str, int]
     """Cells left out, by reason."""
+    features_left_out: dict[str, int]
+    """Features of the file that are not genes of the genome read, by reason (`features`)."""
     n_genes_input: int
+    """Genes of the matrix, without them."""
     n_genes_known: int
     """Genes of the dataset that are in the vocabulary."""
     n_genes_mapped: int

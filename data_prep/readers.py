@@ -10,7 +10,8 @@
 | scipy_npz | scipy.sparse.save_npz of cells x genes, CSR or CSC, with a gene list beside it     |
 | csv, tsv  | text with a header, gzip or not; cells or genes in rows, told apart by gene names  |
 
-Files of any size are streamed in bounded memory; nothing here looks at values. Errors of the
+Files of any size are streamed in bounded memory; nothing here looks at values. Which features are
+genes, and of which genome, `features.genes_only` decides for all formats. Errors of the
 libraries underneath become one ValueError that names the file. Formats:
 https://anndata.readthedocs.io (on-disk format), 10x Genomics "HDF5 Feature-Barcode Matrix Format",
 https://linnarssonlab.org/loompy/format, https://math.nist.gov/MatrixMarket/formats.html
@@ -33,6 +34,7 @@ from pathlib import Path
 from anndata._io.specs.registry import IORegistryError
 from scipy import sparse
 
+from data_prep.features import genes_only
 from data_prep.readers_anndata import open_h5ad, open_zarr
 from data_prep.readers_hdf5 import HDF5_SIGNATURE, hdf5_kind, open_loom, open_tenx
 from data_prep.readers_npz import ZIP_SIGNATURE, gene_list_file, open_npz
@@ -75,7 +77,8 @@ def open_source(
         gene_share: Returns the share (0 to 1) of names that are known genes; tells the rows of a
             table from its columns.
         format: One of FORMATS, or auto.
-        genome: Genome to keep of a 10x file with several, or auto (the only human one).
+        genome: Genome to keep of a file with several, or auto (the only one; of groups of their own
+            cells, as in 10x HDF5 of version 2, the only human one).
         gene_list: File that names the genes of an npz file, one a line; None looks beside it.
         scratch: Folder for the nameless temporary files of matrices that are stored gene by gene
             (8 to 16 bytes a value); None: the system's, which may be too small or lie in memory.
@@ -85,7 +88,7 @@ def open_source(
 
     Raises:
         FileNotFoundError: No such file or folder.
-        UnusableError: Several genomes, and none is chosen.
+        UnusableError: No gene expression, or several genomes and none is chosen.
         ValueError: Damaged, or not of the format; a gene list for a format that names its genes.
     """
     path = Path(path)
@@ -107,12 +110,13 @@ def open_source(
         elif found == "loom":
             source = open_loom(path, scratch=scratch)
         elif found == "10x_mtx":
-            source = open_matrix_market(path, genome=genome, scratch=scratch)
+            source = open_matrix_market(path, scratch=scratch)
         elif found == "scipy_npz":
             source = open_npz(path, gene_list=gene_list, scratch=scratch)
         else:
             source = open_table(path, found, gene_share=gene_share, scratch=scratch)
-    return replace(source, matrices=tuple(_guarded(matrix, path) for matrix in source.matrices))
+        matrices = genes_only(source.matrices, genome=genome)
+    return replace(source, matrices=tuple(_guarded(matrix, path) for matrix in matrices))
 
 
 def detect_format(path: Path) -> str:

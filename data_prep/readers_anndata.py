@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,12 @@ def _open_anndata(path: Path, format: str, opened: Open, scratch: Path | None) -
             raise ValueError(
                 f"not AnnData: it holds {', '.join(sorted(root))}, expected obs and var"
             )
-        obs, var = _frame(root, "obs"), _frame(root, "var")
+        obs, var = _frame(root, "obs"), _gene_columns(_frame(root, "var"))
         places = [("X", "X", var)] if "X" in root else []
         # Before AnnData 0.7 the raw matrix was stored as the groups "raw.X" and "raw.var".
         for where, frame in (("raw/X", "raw/var"), ("raw.X", "raw.var")):
             if where in root and frame in root:
-                places.append(("raw.X", where, _frame(root, frame)))
+                places.append(("raw.X", where, _gene_columns(_frame(root, frame))))
         layers = sorted(root["layers"]) if "layers" in root else []
         places += [(f"layers/{name}", f"layers/{name}", var) for name in layers]
         matrices = [
@@ -129,10 +130,14 @@ def _gene_columns(var: pd.DataFrame) -> dict[str, StringArray]:
 
 
 def _matrix(
-    root: Any, opened: Open, name: str, where: str, var: pd.DataFrame, scratch: Path | None
+    root: Any,
+    opened: Open,
+    name: str,
+    where: str,
+    genes: Mapping[str, StringArray],
+    scratch: Path | None,
 ) -> Matrix:
     element = root[where]
-    genes = _gene_columns(var)
     if hasattr(element, "shape"):
         if len(element.shape) != 2:
             raise ValueError(f"{name} has {len(element.shape)} dimensions, expected 2")

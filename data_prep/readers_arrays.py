@@ -28,20 +28,13 @@ Open = Callable[[], AbstractContextManager[Any]]
 Blocks = Callable[[], Iterator[sparse.csr_matrix]]
 
 
-def csr_blocks(
-    opened: Open,
-    where: str,
-    shape: tuple[int, int],
-    *,
-    columns: npt.NDArray[np.int64] | None = None,
-) -> Blocks:
+def csr_blocks(opened: Open, where: str, shape: tuple[int, int]) -> Blocks:
     """Return what yields the row blocks of a stored CSR matrix.
 
     Args:
         opened: Opens the file.
         where: Group with data, indices and indptr.
         shape: Rows, columns.
-        columns: Columns to keep, or None (all).
     """
 
     def blocks() -> Iterator[sparse.csr_matrix]:
@@ -56,7 +49,7 @@ def csr_blocks(
                     shape=(stop - start, shape[1]),
                 )
                 block.check_format(full_check=True)
-                yield block if columns is None else block[:, columns]
+                yield block
 
     return blocks
 

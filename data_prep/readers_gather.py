@@ -72,7 +72,7 @@ def gathered(
 
     Args:
         entries: Reads the triples, in any order and in arrays of about BLOCK_ENTRIES; called once,
-            by the first pass. Values of the same place are added up.
+            by the first pass. Values of the same place stay apart.
         shape: Rows, columns.
         n_entries: Upper bound of the number of triples; decides the number of buckets.
         scratch: Folder for the temporary file (8 to 16 bytes a value); None: the system's.
@@ -176,7 +176,10 @@ def _packed(
     values = np.concatenate([part["value"] for part in parts])
     # scipy has no 16-bit floats.
     values = values.astype(np.float32) if values.dtype == np.float16 else values
-    return sparse.coo_matrix((values, (rows, columns)), shape=shape).tocsr()
+    packed = sparse.coo_matrix((values, (rows, columns)), shape=shape)
+    # scipy would add up values of one place in the type that they are stored in: 100 + 200 = 44.
+    packed.has_canonical_format = True
+    return packed.tocsr()
 
 
 def _ranges(row_ptr: npt.NDArray[np.int64], limit: int) -> Iterator[tuple[int, int]]:

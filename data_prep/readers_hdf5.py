@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from data_prep.features import pick_genome
 from data_prep.readers_arrays import csr_blocks, dense_matrix_blocks
-from data_prep.source import Matrix, Source, StringArray, UnusableError
+from data_prep.source import Matrix, Source, StringArray
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_HUMAN_GENOME = re.compile(r"(?i)^(hg19|hg38|grch37|grch38|human|homo_sapiens)")
-_GENE_EXPRESSION = "Gene Expression"
-_ALIKE = 0.9
 _CELL_NAMES = ("CellID", "obs_names", "cell_id", "barcode", "barcodes", "Barcode")
 
 
@@ -64,119 +60,47 @@ def open_tenx(path: Path, *, genome: str) -> Source:
 
     Args:
         path: The file.
-        genome: See `readers.open_source`.
+        genome: See `readers.open_source`; of version 2, which keeps each in a group of its own.
 
     Raises:
-        UnusableError: Several genomes, or no gene expression.
+        UnusableError: Several genomes.
         ValueError: Sizes that do not fit.
     """
     with h5py.File(path) as root:
         if "matrix" in root:
-            where, genes, kept = "matrix", *_tenx_features(root["matrix"]["features"], genome)
+            where, genes = "matrix", _tenx_features(root["matrix"]["features"])
         else:
             where = pick_genome(_genome_groups(root), genome)
             group = root[where]
             genes = {"genes": _strings(group["genes"])}
             if "gene_names" in group:
                 genes["gene_names"] = _strings(group["gene_names"])
-            kept = None
+            genes["genome"] = np.full(len(genes["genes"]), where, dtype=object)
         barcodes = _strings(root[where]["barcodes"])
         # 10x stores genes x cells by column, which is cells x genes by row.
         n_genes, n_cells = (int(size) for size in root[where]["shape"][:])
     n_named = len(next(iter(genes.values())))
-    n_features = n_named if kept is None else len(kept)
     unequal = any(len(values) != n_named for values in genes.values())
-    if n_cells != len(barcodes) or n_features != n_genes or unequal:
+    if n_cells != len(barcodes) or n_named != n_genes or unequal:
         raise ValueError(
             f"the matrix has {n_genes} genes and {n_cells} cells, "
-            f"but {n_features} genes and {len(barcodes)} barcodes are named"
+            f"but {n_named} genes and {len(barcodes)} barcodes are named"
         )
     shape = (n_cells, n_genes)
-    matrix = Matrix(
-        name="X",
-        shape=(n_cells, n_named),
-        gene_columns=genes,
-        blocks=csr_blocks(
-            lambda: h5py.File(path),
-            where,
-            shape,
-            columns=None if kept is None else np.flatnonzero(kept),
-        ),
-    )
+    blocks = csr_blocks(lambda: h5py.File(path), where, shape)
+    matrix = Matrix(name="X", shape=shape, gene_columns=genes, blocks=blocks)
     return Source(
         path=path, format="10x_h5", barcodes=barcodes, obs=_no_obs(barcodes), matrices=(matrix,)
     )
 
 
-def _tenx_features(
-    features: Any, genome: str
-) -> tuple[dict[str, StringArray], npt.NDArray[np.bool_] | None]:
-    """Return the gene columns of a version 3 file and which features they are (None: all)."""
+def _tenx_features(features: Any) -> dict[str, StringArray]:
+    """Return names, types and genomes of the features of a version 3 file."""
     columns = {"id": _strings(features["id"]), "name": _strings(features["name"])}
-    keep = np.ones(len(columns["id"]), dtype=bool)
-    if "feature_type" in features:
-        keep &= expression_features(_strings(features["feature_type"]))
-    if "genome" in features:
-        genomes = _strings(features["genome"])
-        names = sorted({str(name) for name in genomes[keep]} - {""})
-        if len(names) > 1 or genome != "auto":
-            # Cells of the other genome share the barcode list, so that nobody can choose for the
-            # user.
-            keep &= genomes == pick_genome(names, genome, guess=False)
-    if keep.all():
-        return columns, None
-    return {name: values[keep] for name, values in columns.items()}, keep
-
-
-def expression_features(types: StringArray) -> npt.NDArray[np.bool_]:
-    """Return which 10x features are genes (and not antibodies, guides or peaks).
-
-    Args:
-        types: (n,) feature types.
-
-    Raises:
-        UnusableError: None is.
-        ValueError: A type that is nearly the one of genes.
-    """
-    kept = types == _GENE_EXPRESSION
-    others = sorted(set(types[~kept]))
-    for name in others:
-        # Such a gene would be dropped in silence.
-        alike = SequenceMatcher(None, _GENE_EXPRESSION, str(name)).ratio() > _ALIKE
-        if alike or _GENE_EXPRESSION.startswith(str(name)):
-            raise ValueError(f"a feature is of type '{name}'; a damaged '{_GENE_EXPRESSION}'?")
-    if len(types) and not kept.any():
-        raise UnusableError(
-            f"no features of type '{_GENE_EXPRESSION}'; found: {', '.join(others[:4])}"
-        )
-    return kept
-
-
-def pick_genome(names: list[str], wanted: str, *, guess: bool = True) -> str:
-    """Return the genome to read of a file that holds several.
-
-    Args:
-        names: The genomes of the file.
-        wanted: The user's choice, or auto.
-        guess: Whether auto may take the only human one of several.
-
-    Raises:
-        UnusableError: Several, and the choice is open.
-        ValueError: The genome asked for is not there.
-    """
-    if wanted != "auto":
-        if wanted not in names:
-            raise ValueError(f"there is no genome '{wanted}'; the file holds {', '.join(names)}")
-        return wanted
-    human = [name for name in names if _HUMAN_GENOME.match(name)]
-    if len(names) == 1:
-        return names[0]
-    if guess and len(human) == 1:
-        return human[0]
-    raise UnusableError(
-        f"several genomes ({', '.join(names)}): "
-        "name the one to keep in the manifest column 'genome'"
-    )
+    for name in ("feature_type", "genome"):
+        if name in features:
+            columns[name] = _strings(features[name])
+    return columns
 
 
 def open_loom(path: Path, *, scratch: Path | None) -> Source:

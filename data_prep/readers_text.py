@@ -21,7 +21,6 @@ import pandas as pd
 from scipy import sparse
 
 from data_prep.readers_gather import gathered
-from data_prep.readers_hdf5 import expression_features, pick_genome
 from data_prep.source import (
     BLOCK_ENTRIES,
     Entries,
@@ -67,12 +66,11 @@ def matrix_market_files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.name.endswith(_MATRIX_NAMES))
 
 
-def open_matrix_market(path: Path, *, genome: str, scratch: Path | None) -> Source:
+def open_matrix_market(path: Path, *, scratch: Path | None) -> Source:
     """Open a 10x folder: matrix.mtx, barcodes.tsv and features.tsv (version 3) or genes.tsv (2).
 
     Args:
         path: The folder, or its matrix file.
-        genome: Genome to keep where the ids carry one in front (GRCh38_ENSG...), or auto.
         scratch: See `readers.open_source`.
 
     Raises:
@@ -96,26 +94,16 @@ def open_matrix_market(path: Path, *, genome: str, scratch: Path | None) -> Sour
             f"but {len(features[0])} features and {len(barcodes)} barcodes are named"
         )
     genes = {f"column {number}": values for number, values in enumerate(features[:2], 1)}
-    keep = _kept_features(features, genome)
+    if len(features) > 2:
+        genes["feature_types"] = features[2]
     shape = (len(barcodes), len(features[0]))
-
-    rows = gathered(
+    blocks = gathered(
         lambda: _matrix_entries(matrix_file, n_entries, transposed=transposed),
         shape=shape,
         n_entries=n_entries,
         scratch=scratch,
     )
-
-    def blocks() -> Iterator[sparse.csr_matrix]:
-        for block in rows():
-            yield block if keep.all() else block[:, np.flatnonzero(keep)]
-
-    matrix = Matrix(
-        name="X",
-        shape=(shape[0], int(keep.sum())),
-        gene_columns={name: values[keep] for name, values in genes.items()},
-        blocks=blocks,
-    )
+    matrix = Matrix(name="X", shape=shape, gene_columns=genes, blocks=blocks)
     obs = pd.DataFrame(index=range(len(barcodes)))
     return Source(path=path, format="10x_mtx", barcodes=barcodes, obs=obs, matrices=(matrix,))
 
@@ -200,20 +188,6 @@ def name_columns(path: Path) -> list[StringArray]:
                 f"{path.name}: line {number} has {len(row)} fields, the first {len(rows[0])}"
             )
     return [np.array(column, dtype=object) for column in zip(*rows, strict=True)]
-
-
-def _kept_features(features: list[StringArray], genome: str) -> npt.NDArray[np.bool_]:
-    keep = (
-        expression_features(features[2])
-        if len(features) > 2
-        else np.ones(len(features[0]), dtype=bool)
-    )
-    if genome != "auto":
-        fronts = np.array(
-            [str(name).rsplit("_", 1)[0].rstrip("_") for name in features[0]], dtype=object
-        )
-        keep &= fronts == pick_genome(sorted(set(fronts)), genome)
-    return keep
 
 
 def _matrix_size(path: Path) -> tuple[int, int, int]:

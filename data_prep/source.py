@@ -7,7 +7,7 @@ harmonize, convert) knows only the types of this module and none of the file for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,11 @@ class Matrix:
     """Every text column that may name the genes, by column name; `index` is the index of the gene
     table."""
     blocks: Callable[[], Iterator[sparse.csr_matrix]]
-    """Starts a new pass over all cells in file order; consecutive blocks of (cells, genes)."""
+    """Starts a new pass over all cells in file order; consecutive blocks of (cells, genes), with
+    values as they are stored: columns may be unsorted and places repeated, but nothing is added up
+    (`counts.exact_counts` does, in int64, once each value is proven)."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Features of the file that are not read, by reason (`features.genes_only`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

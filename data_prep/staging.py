@@ -291,6 +291,7 @@ def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondria
     gene_map, matrix = opened.gene_map, opened.matrix
     known = gene_map.target[gene_map.target >= 0]
     entry["matrix"], entry["gene_column"] = matrix.name, gene_map.column
+    entry["features_left_out"] = dict(matrix.left_out)
     entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
     entry["n_genes_known"] = len(known)
     entry["gene_names"], entry["name_repairs"] = gene_map.kinds, dict(gene_map.repairs)

@@ -102,3 +102,10 @@ def test_values_that_are_no_logarithms(value: float, error: type, message: str) 
 def test_counts_are_not_inverted() -> None:
     with pytest.raises(ValueError, match="X holds whole numbers, not log1p values"):
         find_target(sparse.csr_matrix(cells()), where="X")
+
+
+def test_two_values_of_one_place_are_refused() -> None:
+    values = sparse.csr_matrix(logged(cells(n_cells=3)))
+    values.indices[1] = values.indices[0]
+    with pytest.raises(ValueError, match="X holds 1 values more than places"):
+        restore_counts(values, target=1e4, where="X")

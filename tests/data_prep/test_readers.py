@@ -14,6 +14,7 @@ import pytest
 from scipy import io, sparse
 
 from data_prep import readers_arrays, readers_gather, readers_npz, readers_text, source
+from data_prep.counts import exact_counts
 from data_prep.readers import detect_format, open_source, source_hash
 from data_prep.readers_gather import gathered
 from data_prep.source import Source, UnusableError
@@ -115,6 +116,72 @@ def test_anndata_of_every_storage(tmp_path: Path, matrix: object, kind: str) -> 
     assert found.obs["donor"].tolist() == ["a", "b", "a", "b", "a", "b", "a"]
     assert found.matrices[0].gene_columns["index"].tolist() == GENES
     assert found.matrices[0].gene_columns["name"][2] == "n2"
+
+
+def repeated(path: Path, dtype: str, parts: tuple[float, float]) -> Path:
+    """Write 5 cells of 4 genes, each value in two parts, in a container of any kind."""
+    values = np.tile(np.array(parts, dtype=dtype), 20)
+    lines, others = np.repeat(np.arange(5), 8), np.tile(np.repeat(np.arange(4), 2), 5)
+    csr = sparse.csr_matrix((values, others, np.arange(0, 41, 8)), shape=(5, 4))
+    order = np.lexsort((lines, others))
+    csc = sparse.csc_matrix((values, lines[order], np.arange(0, 41, 10)), shape=(5, 4))
+    csc.data = values
+    matrix = csc if "csc" in path.name else csr
+    names = GENES[:4]
+    if "mtx" in path.name:
+        path.mkdir()
+        kind = "integer" if "int" in dtype else "real"
+        rows = zip(others + 1, lines + 1, values, strict=True)
+        text = "".join(f"{gene} {cell} {value}\n" for gene, cell, value in rows)
+        (path / "matrix.mtx").write_text(
+            f"%%MatrixMarket matrix coordinate {kind} general\n4 5 40\n{text}"
+        )
+        (path / "genes.tsv").write_text("".join(f"{name}\t{name}\n" for name in names))
+        (path / "barcodes.tsv").write_text("".join(f"{name}\n" for name in CELLS[:5]))
+    elif path.suffix == ".npz":
+        sparse.save_npz(path, matrix)
+        (path.parent / "genes.txt").write_text("".join(f"{name}\n" for name in names))
+    elif path.suffix == ".h5":
+        with h5py.File(path, "w") as root:
+            for name in ("data", "indices", "indptr"):
+                root[f"GRCh38/{name}"] = getattr(csr, name)
+            root["GRCh38/shape"], root["GRCh38/genes"] = [4, 5], np.array(names, dtype="S")
+            root["GRCh38/barcodes"] = np.array(CELLS[:5], dtype="S")
+    else:
+        obs, var = pd.DataFrame(index=CELLS[:5]), pd.DataFrame(index=names)
+        adata = anndata.AnnData(matrix, obs=obs, var=var)
+        adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["csr.h5ad", "csc.h5ad", "csr.zarr", "csc.zarr", "csr.npz", "csc.npz", "v2.h5", "mtx"]
+)
+@pytest.mark.parametrize(
+    ("dtype", "parts"),
+    [
+        ("uint8", (100, 200)),
+        ("int16", (20_000, 20_000)),
+        ("int32", (2**31 - 1, 2**30)),
+        ("float32", (2**24, 3)),
+        ("float64", (1, 2)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data", "ignore:Consolidated metadata")
+def test_values_of_one_place_are_added_as_whole_numbers(
+    tmp_path: Path, name: str, dtype: str, parts: tuple[int, int]
+) -> None:
+    [matrix] = opened(repeated(tmp_path / name, dtype, parts)).matrices
+    found = sparse.vstack([exact_counts(block, where="X") for block in matrix.blocks()])
+    np.testing.assert_array_equal(found.toarray(), np.full((5, 4), sum(parts)))
+
+
+@pytest.mark.parametrize("name", ["csr.h5ad", "csc.h5ad", "csc.npz", "mtx"])
+def test_two_halves_are_no_count(tmp_path: Path, name: str) -> None:
+    [matrix] = opened(repeated(tmp_path / name, "float32", (0.5, 0.5))).matrices
+    block = next(iter(matrix.blocks()))
+    with pytest.raises(UnusableError, match=r"first fraction 0\.5"):
+        exact_counts(block, where="X")
 
 
 def test_raw_and_layers_have_their_own_genes(tmp_path: Path) -> None:

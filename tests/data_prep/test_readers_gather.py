@@ -9,6 +9,7 @@ import pytest
 from scipy import sparse
 
 from data_prep import readers_gather
+from data_prep.counts import exact_counts
 from data_prep.readers_gather import gathered
 from data_prep.source import Entries
 
@@ -69,9 +70,11 @@ def test_rows_far_above_the_mean_are_put_together_in_parts(
 
 
 def test_values_of_one_place_are_added_up() -> None:
-    twice = (np.array([1, 1]), np.array([2, 2]), np.array([3, 4]))
+    twice = (np.array([1, 1]), np.array([2, 2]), np.array([100, 200]))
     blocks = gathered(lambda: iter([twice]), shape=(3, 4), n_entries=2, scratch=None)
-    assert sparse.vstack(list(blocks())).toarray()[1, 2] == 7
+    found = sparse.vstack(list(blocks()))
+    assert found.data.tolist() == [100, 200]
+    assert exact_counts(found, where="X").toarray()[1, 2] == 300
 
 
 @pytest.mark.parametrize(("row", "column", "what"), [(3, 0, "cell 3"), (0, -1, "gene -1")])
