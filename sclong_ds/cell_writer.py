@@ -3,7 +3,10 @@
     with CellWriter("cells.zarr", n_genes=27_874) as writer:
         writer.append(counts, source={"source_row": rows})
 
-Reads and writes the temporary folder beside the store, which gets its name when it is whole.
+Reads and writes a temporary folder beside the store, which gets its name when it is whole. Each
+shard is read back from there, which garbled bytes do not survive, and gives the tables of chunk
+checksums. Whatever else lies in the temporary folder, left by a kill, is removed before the store
+gets its name, and before a resumed writer goes on.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
@@ -24,13 +28,26 @@ from scipy.sparse import csr_matrix
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from sclong_ds.cells import CELLS_FORMAT, CELLS_VERSION, OWN_TABLES, STREAMS
-from sclong_ds.files import sync_folder, sync_tree, write_atomic
+from sclong_ds.cells import (
+    CELLS_FORMAT,
+    CELLS_VERSION,
+    CHUNK_TABLES,
+    ROW_TABLES,
+    STREAMS,
+    CellStore,
+)
+from sclong_ds.checksums import file_crc32c
+from sclong_ds.corpus_files import Location
+from sclong_ds.files import partial_name, sync_folder, sync_tree, write_atomic
+from sclong_ds.shards import DamagedShard, ShardedArray
 from sclong_ds.streams import PackedCells, encode
 
 CHUNK_ENTRIES = 2**19
 CHUNKS_PER_SHARD = 32
 _CHECKPOINT = "checkpoint.npz"
+_GARBLED = "does not hold what was written; the disk or the memory is at fault, run this elsewhere"
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+"""What a checkpoint file raises that is missing, damaged or of an older program."""
 
 
 class CellWriter:
@@ -77,28 +94,40 @@ class CellWriter:
         if self.path.exists():
             raise FileExistsError(f"{self.path}: exists already; remove it or choose another name")
         self.n_genes, self.codec, self.chunk_entries = n_genes, codec, chunk_entries
-        self.resumable, self.mark = resumable, 0
-        self._temporary = self.path.with_name(f".{self.path.name}.part")
-        if not resumable:
-            folder = tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-            self._temporary = Path(folder)
-            self._temporary.chmod(0o755)
+        self.resumable = resumable
+        self._temporary = (
+            self.path.with_name(f".{self.path.name}.part") if resumable else partial_name(self.path)
+        )
+        self._store = self._temporary / "store"
+        """What becomes `path`; checkpoints lie beside it."""
         self._shard = np.zeros((2, chunks_per_shard, chunk_entries), np.uint8)
-        self._shards_written = self._shards_synced = 0
+        self._reset()
+        if not (resumable and self._return_to_checkpoint()):
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._reset()
+            self._create_group()
+
+    def _reset(self) -> None:
+        """Begin with no cell."""
+        self._shard[:] = 0
+        self.mark = self._shards_written = self._shards_synced = 0
         self._chunk = 0
         """Chunk of the shard that is being filled."""
         self._fill = 0
         """Entries in that chunk."""
         self._chunk_rows = [0]
+        self._crc32c: list[list[int]] = [[], []]
+        """Per stream the checksum of each chunk written."""
         self._n_rows = self._n_values = 0
         self._tables: dict[str, np.dtype] = {}
-        if (self._temporary / _CHECKPOINT).is_file():
-            self._group = zarr.open_group(self._temporary, mode="r+")
-            self._return_to_checkpoint()
-        else:
-            self._group = zarr.create_group(self._temporary, attributes={}, overwrite=True)
-            for name in STREAMS:
-                self._create_stream(name, chunks_per_shard)
+        self._table_crc32c: dict[str, int] = {}
+
+    def _create_group(self) -> None:
+        """Describe the store as far as it is written."""
+        self._store.mkdir(parents=True, exist_ok=True)
+        self._group = zarr.create_group(self._store, attributes={})
+        for name in STREAMS:
+            self._create_stream(name)
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -147,7 +176,7 @@ class CellWriter:
                 f"a cell of {largest} entries does not fit a chunk of {self.chunk_entries}: "
                 "raise chunk_entries"
             )
-        columns: dict[str, NDArray[Any]] = {name: getattr(cells, name) for name in OWN_TABLES[1:]}
+        columns: dict[str, NDArray[Any]] = {name: getattr(cells, name) for name in ROW_TABLES}
         columns |= {name: np.asarray(values) for name, values in (source or {}).items()}
         self._append_tables(columns, len(ends))
         row, done = 0, 0
@@ -189,35 +218,79 @@ class CellWriter:
         assert self.resumable
         for number in range(self._shards_synced, self._shards_written):
             for name in STREAMS:
-                sync_folder(self._temporary / name / "c" / str(number))
+                file = self._store / name / "c" / str(number)
+                # A shard of zeros only is not written.
+                if file.exists():
+                    sync_folder(file)
         for name in self._tables:
-            sync_folder(self._temporary / name / "c" / "0")
+            sync_folder(self._store / name / "c" / "0")
         self._shards_synced, self.mark = self._shards_written, mark
-        numbers = [self._shards_written, self._chunk, self._fill, self._n_rows, self._n_values]
+        numbers = [mark, self._shards_written, self._chunk, self._fill, self._n_rows]
         content = io.BytesIO()
         np.savez(
             content,
-            mark=mark,
-            numbers=numbers,
+            numbers=[*numbers, self._n_values],
             shard=self._shard[:, : self._chunk + 1],
             chunk_rows=self._chunk_rows,
+            crc32c=np.array(self._crc32c, np.uint32),
             tables=[f"{dtype.str}{name}" for name, dtype in self._tables.items()],
+            table_crc32c=list(self._table_crc32c.values()),
         )
         write_atomic(self._temporary / _CHECKPOINT, content.getvalue())
 
-    def _return_to_checkpoint(self) -> None:
-        with np.load(self._temporary / _CHECKPOINT) as state:
-            numbers = state["numbers"].tolist()
-            self._shards_written, self._chunk, self._fill, self._n_rows, self._n_values = numbers
-            self._shard[:, : self._chunk + 1] = state["shard"]
-            self._chunk_rows = state["chunk_rows"].tolist()
-            self._tables = {text[3:]: np.dtype(text[:3]) for text in state["tables"].tolist()}
-            self.mark, self._shards_synced = int(state["mark"]), self._shards_written
-        # Whatever came after the checkpoint is made again, also the work of `_finish`.
-        shutil.rmtree(self._temporary / "chunk_rows", ignore_errors=True)
-        for name, dtype in self._tables.items():
-            (self._temporary / name / "zarr.json").unlink(missing_ok=True)
-            os.truncate(self._temporary / name / "c" / "0", self._n_rows * dtype.itemsize)
+    def _return_to_checkpoint(self) -> bool:
+        """Take up the work at the last checkpoint; return whether there is one with its files."""
+        try:
+            with np.load(io.BytesIO((self._temporary / _CHECKPOINT).read_bytes())) as state:
+                numbers = state["numbers"].tolist()
+                (
+                    self.mark, self._shards_written, self._chunk, self._fill, self._n_rows,
+                    self._n_values,
+                ) = numbers  # fmt: skip
+                self._shard[:, : self._chunk + 1] = state["shard"]
+                self._chunk_rows = state["chunk_rows"].tolist()
+                self._crc32c = state["crc32c"].tolist()
+                tables = state["tables"].tolist()
+                self._tables = {text[3:]: np.dtype(text[:3]) for text in tables}
+                sums = state["table_crc32c"].tolist()
+                self._table_crc32c = dict(zip(self._tables, sums, strict=True))
+            self._shards_synced = self._shards_written
+            # Whatever came after the checkpoint is made again, also the work of `_finish`.
+            for name, dtype in self._tables.items():
+                os.truncate(self._store / name / "c" / "0", self._n_rows * dtype.itemsize)
+            names = [f"{table}/c/0" for table in self._tables]
+            shards = range(self._shards_written)
+            names += [f"{stream}/c/{shard}" for stream in STREAMS for shard in shards]
+            self._remove_all_but(names)
+            self._create_group()
+            self._check_tables()
+            return [self._read_back(name) for name in STREAMS] == self._crc32c
+        except _UNREADABLE:
+            return False
+
+    def _check_tables(self) -> None:
+        """Read the row tables back; raises ValueError where one is not what was written."""
+        for name, crc32c in self._table_crc32c.items():
+            if self._n_rows and file_crc32c(self._store / name / "c" / "0") != crc32c:
+                raise ValueError(f"{self._store / name}: {_GARBLED}")
+
+    def _read_back(self, name: str, first: int = 0) -> list[int]:
+        """Return the checksums of the stored chunks of a stream, each compared with its bytes."""
+        stream = ShardedArray(Location(self._store / name))
+        chunks = range(first, len(stream))
+        # A shard of zeros only is not written.
+        files = {name: stream.location.exists(name) for name in map(stream.shard_name, chunks)}
+        try:
+            return [stream.crc32c(c) if files[stream.shard_name(c)] else 0 for c in chunks]
+        except DamagedShard as error:
+            raise ValueError(f"{stream.location}: {_GARBLED} ({error})") from None
+
+    def _remove_all_but(self, names: Iterable[str]) -> None:
+        """Remove every file that is not named: what killed writers have left."""
+        keep = {self._store / name for name in names}
+        for path in sorted(self._store.rglob("*")):
+            if path not in keep and (path.is_symlink() or not path.is_dir()):
+                path.unlink()
 
     def _append_tables(self, columns: Mapping[str, NDArray[Any]], n_rows: int) -> None:
         """Append to the files that become the row tables; no table is held in memory."""
@@ -236,10 +309,13 @@ class CellWriter:
                 raise ValueError(
                     f"row column '{name}': got {values.dtype}, the cells before had {dtype}"
                 )
-            folder = self._temporary / name / "c"
+            folder = self._store / name / "c"
             folder.mkdir(parents=True, exist_ok=True)
+            content = np.ascontiguousarray(values, dtype=dtype).tobytes()
             with (folder / "0").open("ab") as file:
-                file.write(np.ascontiguousarray(values, dtype=dtype).tobytes())
+                file.write(content)
+            before = self._table_crc32c.get(name, 0)
+            self._table_crc32c[name] = google_crc32c.extend(before, content)
 
     def _write_shard(self) -> None:
         n_chunks, size = self._chunk, self._shard.shape[1] * self.chunk_entries
@@ -250,6 +326,11 @@ class CellWriter:
             assert isinstance(array, zarr.Array)
             array.resize((stop,))
             array[start:stop] = self._shard[stream, :n_chunks].reshape(-1)
+            found = self._read_back(name, start // self.chunk_entries)
+            for chunk, crc32c in enumerate(found):
+                if not crc32c and self._shard[stream, chunk].any():
+                    raise ValueError(f"{self._store / name}: {_GARBLED}")
+            self._crc32c[stream] += found
         self._shard[:] = 0
         self._shards_written, self._chunk = self._shards_written + 1, 0
 
@@ -258,16 +339,14 @@ class CellWriter:
         if self._chunk:
             self._write_shard()
         if not self._tables:
-            self._tables = {
-                "row_entries": np.dtype("<u4"),
-                "row_nnz": np.dtype("<u4"),
-                "row_total": np.dtype("<i8"),
-            }
+            dtypes = zip(ROW_TABLES, ("<u4", "<u4", "<i8"), strict=True)
+            self._tables = {name: np.dtype(dtype) for name, dtype in dtypes}
+        self._check_tables()
         for name, dtype in self._tables.items():
             self._create_table(name, self._n_rows, dtype)
-        self._create_table("chunk_rows", len(self._chunk_rows), np.dtype("<i8"))[:] = np.array(
-            self._chunk_rows
-        )
+        contents = (np.array(self._chunk_rows, "<i8"), *(np.array(c, "<u4") for c in self._crc32c))
+        for name, values in zip(CHUNK_TABLES, contents, strict=True):
+            self._create_table(name, len(values), values.dtype)[:] = values
         self._group.update_attributes(
             {
                 "format": CELLS_FORMAT,
@@ -279,19 +358,22 @@ class CellWriter:
                 "codec": self.codec,
             }
         )
-        sync_tree(self._temporary)
-        (self._temporary / _CHECKPOINT).unlink(missing_ok=True)
-        os.rename(self._temporary, self.path)
+        self._remove_all_but(CellStore(self._store).file_names())
+        sync_tree(self._store)
+        os.rename(self._store, self.path)
+        sync_folder(self.path.parent)
+        shutil.rmtree(self._temporary)
 
-    def _create_stream(self, name: str, chunks_per_shard: int) -> None:
+    def _create_stream(self, name: str) -> None:
+        shard = self._shard[0].size
         compressors: list[BytesBytesCodec] = [Crc32cCodec()]
         if self.codec == "zstd":
             compressors.insert(0, ZstdCodec(level=1))
         self._group.create_array(
             name,
-            shape=(0,),
+            shape=(self._shards_written * shard,),
             chunks=(self.chunk_entries,),
-            shards=(self.chunk_entries * chunks_per_shard,),
+            shards=(shard,),
             dtype="u1",
             compressors=compressors,
             fill_value=0,

@@ -8,11 +8,17 @@ and is padded with zeros to its end, so one chunk is the unit of reading, decodi
 The inner codecs are zstd (or none) and crc32c. The rest are small tables, stored as one
 uncompressed little-endian chunk each (`NAME/c/0` can be memory-mapped as it is):
 
-    chunk_rows  (chunks + 1,) int64   first cell of each chunk
-    row_entries (cells,) uint32       entries of the cell in `gap` and `count`
-    row_nnz     (cells,) uint32       genes with a count
-    row_total   (cells,) int64        sum of the counts
-    others      (cells,)              what the writer was given, for instance source_row
+    chunk_rows    (chunks + 1,) int64 first cell of each chunk
+    gap_crc32c    (chunks,) uint32    CRC-32C of the stored bytes of each chunk of `gap`, without
+    count_crc32c  (chunks,) uint32    the checksum at their end; 0 for a chunk that is not written
+    row_entries   (cells,) uint32     entries of the cell in `gap` and `count`
+    row_nnz       (cells,) uint32     genes with a count
+    row_total     (cells,) int64      sum of the counts
+    others        (cells,)            what the writer was given, for instance source_row
+
+A chunk's own checksum tells that its bytes are sound, the tables that it is the chunk that belongs
+to this store, stream and place: each chunk read is compared with both. Version 1 has no such
+tables.
 
 Group attributes: format, version, n_cells, n_genes, n_values, chunk_entries, codec. Chunk c without
 this module:
@@ -49,12 +55,16 @@ from sclong_ds.shards import DamagedShard, ShardedArray, read_metadata
 from sclong_ds.streams import PackedCells, decode, slices_to_index
 
 CELLS_FORMAT = "sclong_ds-cells"
-CELLS_VERSION = 1
+CELLS_VERSION = 2
+"""Written; version 1 is read as well."""
 STREAMS = ("gap", "count")
-OWN_TABLES = ("chunk_rows", "row_entries", "row_nnz", "row_total")
+CHUNK_TABLES = ("chunk_rows", "gap_crc32c", "count_crc32c")
+ROW_TABLES = ("row_entries", "row_nnz", "row_total")
+OWN_TABLES = CHUNK_TABLES + ROW_TABLES
 """The store's own tables; a writer may be given more."""
 _NUMBERS = ("n_cells", "n_genes", "n_values", "chunk_entries")
-_MAPPED_BYTES = 2**20  # a map keeps its file open: finalize would run out with 1,000 small stores
+# A map keeps its file open: finalize would run out with 1,000 stores of up to 200,000 cells.
+_MAPPED_BYTES, _MAPPED_CHUNK_BYTES = 2**20, 2**16
 
 
 class DamagedChunk(ValueError):
@@ -106,10 +116,10 @@ class CellStore:
             raise FileNotFoundError(f"{self.location}: no cell store here") from None
         attributes = about.get("attributes") or {}
         found = attributes.get("format"), attributes.get("version")
-        if found != (CELLS_FORMAT, CELLS_VERSION):
+        if found not in [(CELLS_FORMAT, version) for version in range(1, CELLS_VERSION + 1)]:
             raise ValueError(
                 f"{self.location}: format {found[0]} version {found[1]}, this program reads "
-                f"{CELLS_FORMAT} version {CELLS_VERSION}"
+                f"{CELLS_FORMAT} version 1 to {CELLS_VERSION}"
             )
         wrong = [name for name in _NUMBERS if type(attributes.get(name)) is not int]
         if wrong:
@@ -117,6 +127,8 @@ class CellStore:
                 f"{self.location}/zarr.json: damaged (no whole number {', '.join(wrong)}); "
                 "restore the file or write the store again"
             )
+        self.version: int = attributes["version"]
+        """Version of the format."""
         self.n_cells: int = attributes["n_cells"]
         self.n_genes: int = attributes["n_genes"]
         self.n_values: int = attributes["n_values"]
@@ -137,6 +149,28 @@ class CellStore:
         names = set(self.location.names()) - {*STREAMS, *OWN_TABLES}
         return tuple(sorted(n for n in names if self.location.exists(f"{n}/zarr.json")))
 
+    @property
+    def _own_tables(self) -> tuple[str, ...]:
+        return OWN_TABLES if self.version > 1 else (CHUNK_TABLES[0], *ROW_TABLES)
+
+    def file_names(self) -> list[str]:
+        """Return the sorted names of all files that the store consists of, by its own description.
+
+        Raises:
+            ValueError: Its description is damaged.
+        """
+        names = ["zarr.json"]
+        for name in (*self._own_tables, *self.tables):
+            names += [f"{name}/zarr.json", *([f"{name}/c/0"] if len(self.table(name)) else [])]
+        for name, stream, checksums in zip(STREAMS, self._streams, self._checksums, strict=True):
+            chunks = range(len(stream)) if checksums is None else np.flatnonzero(checksums)
+            shards = {stream.shard_name(int(chunk)) for chunk in chunks}
+            if checksums is None:
+                # A shard of zeros only is not written.
+                shards = {shard for shard in shards if stream.location.exists(shard)}
+            names += [f"{name}/zarr.json", *(f"{name}/{shard}" for shard in shards)]
+        return sorted(names)
+
     def table(self, name: str) -> NDArray[Any]:
         """Return a table, read-only; a large one as a memory map that processes share.
 
@@ -149,7 +183,7 @@ class CellStore:
                 raise FileNotFoundError
             about = read_metadata(folder)
         except FileNotFoundError:
-            names = ", ".join((*OWN_TABLES, *self.tables))
+            names = ", ".join((*self._own_tables, *self.tables))
             raise ValueError(f"{self.location}: no table '{name}'; there are {names}") from None
         try:
             (length,), dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
@@ -170,7 +204,7 @@ class CellStore:
             raise problem from None
         if size != length * dtype.itemsize:
             raise problem
-        if size < _MAPPED_BYTES:
+        if size < (_MAPPED_CHUNK_BYTES if name in CHUNK_TABLES else _MAPPED_BYTES):
             return np.frombuffer(file.read_bytes(), dtype)
         # As a plain array: slices of np.memmap itself take ten times as long.
         return np.asarray(np.memmap(file, dtype=dtype, mode="r", shape=(length,)))
@@ -178,7 +212,14 @@ class CellStore:
     @cached_property
     def chunk_rows(self) -> NDArray[np.int64]:
         """(chunks + 1,) first cell of each chunk."""
-        return self.table("chunk_rows")
+        rows = self.table("chunk_rows")
+        ends = (int(rows[0]), int(rows[-1])) if len(rows) else None
+        if ends != (0, self.n_cells) or (np.diff(rows) < 0).any():
+            raise ValueError(
+                f"{self.location}/chunk_rows/c/0: damaged (not the first cells of chunks of "
+                f"{self.n_cells} cells); restore the file or write the store again"
+            )
+        return rows
 
     @cached_property
     def row_entries(self) -> NDArray[np.uint32]:
@@ -207,6 +248,20 @@ class CellStore:
                     "write the store again"
                 )
         return streams
+
+    @cached_property
+    def _checksums(self) -> tuple[NDArray[np.uint32] | None, ...]:
+        """Per stream (chunks,) checksum of each chunk; None for version 1."""
+        if self.version == 1:
+            return (None,) * len(STREAMS)
+        tables = tuple(self.table(f"{name}_crc32c") for name in STREAMS)
+        for name, table in zip(STREAMS, tables, strict=True):
+            if len(table) != len(self.chunk_rows) - 1:
+                raise ValueError(
+                    f"{self.location}/{name}_crc32c: {len(table)} checksums of "
+                    f"{len(self.chunk_rows) - 1} chunks; restore the file or write the store again"
+                )
+        return tables
 
     def read_packed(
         self, chunk: int, *, out: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
@@ -242,8 +297,8 @@ class CellStore:
                 f"{used} entries in a chunk of {size}", chunk, f"{self.location}/row_entries/c/0"
             )
         if used:
-            for stream, buffer in zip(self._streams, out, strict=True):
-                self._read_stream(stream, chunk, buffer[:size])
+            for number, buffer in enumerate(out):
+                self._read_stream(number, chunk, buffer[:size])
         gap, count = (buffer[:used] for buffer in out)
         if own and used < size // 2:
             # A view would keep the whole buffer: a thousand small stores are a thousand of them.
@@ -256,10 +311,12 @@ class CellStore:
             np.array(self.row_total[rows]),
         )
 
-    def _read_stream(self, stream: ShardedArray, chunk: int, buffer: NDArray[np.uint8]) -> None:
+    def _read_stream(self, number: int, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        stream, checksums = self._streams[number], self._checksums[number]
         path = f"{stream.location}/{stream.shard_name(chunk)}"
         try:
-            stream.read(chunk, out=buffer)
+            crc32c = None if checksums is None else int(checksums[chunk])
+            stream.read(chunk, out=buffer, crc32c=crc32c)
         except FileNotFoundError:
             raise self._damaged("the file is missing", chunk, path) from None
         except DamagedShard as error:

@@ -70,30 +70,29 @@ class ShardedArray:
         """Return the name of the file with a chunk, inside the array's folder."""
         return f"c/{chunk // self._chunks_per_shard}"
 
-    def read(self, chunk: int, *, out: NDArray[np.uint8]) -> None:
+    def read(self, chunk: int, *, out: NDArray[np.uint8], crc32c: int | None = None) -> None:
         """Read one chunk.
 
         Args:
             chunk: Number of the chunk.
             out: (chunk_entries,) contiguous buffer, overwritten.
+            crc32c: `crc32c` of the chunk that belongs here; None trusts the one beside the chunk.
 
         Raises:
             IndexError: No such chunk.
             FileNotFoundError: Its shard is missing.
             OSError: Its shard cannot be read.
-            DamagedShard: Its shard is cut or changed.
+            DamagedShard: Its shard is cut or changed, or the chunk is of another place.
         """
-        if not 0 <= chunk < len(self):
-            raise IndexError(f"chunk {chunk}: {self.location} has {len(self)} chunks")
-        shard, place = divmod(chunk, self._chunks_per_shard)
-        offset, length = self._index(shard)[place].tolist()
-        if offset == length == _NOT_WRITTEN:
+        payload, found = self._stored(chunk)
+        if crc32c is not None and found != crc32c:
+            raise DamagedShard(
+                f"the chunk's crc32c is {found:08x}, here belongs {crc32c:08x}: a chunk of another "
+                "place, array or store"
+            )
+        if payload is None:
             out[:] = 0
             return
-        data = self.location.read_range(self.shard_name(chunk), offset, length)
-        if len(data) != length:
-            raise DamagedShard(f"the file is cut: {len(data)} of the chunk's {length} bytes")
-        payload = _verified(data, "chunk")
         if self._compressed:
             try:
                 zstd.decompress(payload, out)
@@ -103,6 +102,35 @@ class ShardedArray:
             raise DamagedShard(f"a chunk of {len(payload)} bytes instead of {len(out)}")
         else:
             out[:] = payload
+
+    def crc32c(self, chunk: int) -> int:
+        """Return the CRC-32C of a chunk's stored bytes after comparing it with the one beside them.
+
+        It is that of no bytes, 0, for a chunk of zeros that was not written.
+
+        Args:
+            chunk: Number of the chunk.
+
+        Raises:
+            IndexError: No such chunk.
+            FileNotFoundError: Its shard is missing.
+            OSError: Its shard cannot be read.
+            DamagedShard: Its shard is cut or changed.
+        """
+        return self._stored(chunk)[1]
+
+    def _stored(self, chunk: int) -> tuple[NDArray[np.uint8] | None, int]:
+        """Return the stored bytes of a chunk, None for one not written, and their CRC-32C."""
+        if not 0 <= chunk < len(self):
+            raise IndexError(f"chunk {chunk}: {self.location} has {len(self)} chunks")
+        shard, place = divmod(chunk, self._chunks_per_shard)
+        offset, length = self._index(shard)[place].tolist()
+        if offset == length == _NOT_WRITTEN:
+            return None, 0
+        data = self.location.read_range(self.shard_name(chunk), offset, length)
+        if len(data) != length:
+            raise DamagedShard(f"the file is cut: {len(data)} of the chunk's {length} bytes")
+        return _verified(data, "chunk")
 
     def _index(self, shard: int) -> NDArray[np.uint64]:
         """Return (chunks, 2) offset and length of each chunk of a shard."""
@@ -116,7 +144,7 @@ class ShardedArray:
         data = self.location.read_range(name, size - length, length)
         if len(data) != length:
             raise DamagedShard(f"the file is cut: {len(data)} of its index's {length} bytes")
-        index = _verified(data, "index").view("<u8").reshape(-1, 2)
+        index = _verified(data, "index")[0].view("<u8").reshape(-1, 2)
         lengths = index[:, 1]
         written = int(lengths[lengths != _NOT_WRITTEN].sum()) + length
         if written != size:
@@ -177,10 +205,10 @@ def _layout(about: dict[str, Any]) -> tuple[int, int, int, bool]:
     return length, shard, inner, codecs == _CODECS[0]
 
 
-def _verified(data: bytes, what: str) -> NDArray[np.uint8]:
-    """Return bytes without the crc32c at their end, after comparing it."""
+def _verified(data: bytes, what: str) -> tuple[NDArray[np.uint8], int]:
+    """Return bytes without the crc32c at their end, and the crc32c after comparing it."""
     content = np.frombuffer(data, np.uint8)[:-_CHECKSUM_BYTES]
     found, stored = google_crc32c.value(content), int.from_bytes(data[-_CHECKSUM_BYTES:], "little")
     if found != stored:
         raise DamagedShard(f"the {what}'s crc32c is {found:08x}, stored is {stored:08x}")
-    return content
+    return content, found

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from scipy import sparse
 
 from sclong_ds.store import CellStore, CellWriter, DamagedChunk, encode
@@ -166,3 +167,50 @@ def test_other_processes_read_a_store_that_is_in_use(tmp_path: Path, method: str
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         assert_same(pool.submit(store.rows, [39, 3]).result(), matrix[[39, 3]])
     assert_same(store.rows([3, 20]), matrix[[3, 20]])
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_a_sound_chunk_of_another_place_is_damage(tmp_path: Path, codec: str) -> None:
+    """Each chunk carries a right checksum; the store's tables tell that it does not belong here."""
+    write_store(tmp_path / "cells.zarr", random_counts(7), codec=codec)
+    write_store(tmp_path / "other.zarr", random_counts(8), codec=codec)
+    folder = tmp_path / "cells.zarr"
+    for name, donor in (
+        ("gap/c/0", folder / "gap/c/1"),
+        ("gap/c/1", folder / "count/c/1"),
+        ("count/c/2", tmp_path / "other.zarr/count/c/2"),
+    ):
+        sound = (folder / name).read_bytes()
+        shard = int(name[-1])
+        expected = CellStore(folder).read_chunk(4 * shard)
+        (folder / name).write_bytes(donor.read_bytes())
+        with pytest.raises(DamagedChunk, match=f"{name}: chunk {4 * shard} .* of another place"):
+            CellStore(folder).read_chunk(4 * shard)
+        (folder / name).write_bytes(sound)
+        assert_same(CellStore(folder).read_chunk(4 * shard), expected)
+
+
+def test_a_chunk_that_is_lost_from_its_shard_is_damage(tmp_path: Path) -> None:
+    """A shard of another finalize may lack a chunk: zeros would be read as cells without counts."""
+    write_store(tmp_path / "cells.zarr", random_counts(7))
+    group = zarr.open_group(tmp_path / "cells.zarr", mode="r+")
+    array = group["count"]
+    assert isinstance(array, zarr.Array)
+    array[1024:2048] = 0
+    store = CellStore(tmp_path / "cells.zarr")
+    assert store.read_chunk(0).nnz
+    with pytest.raises(
+        DamagedChunk, match=r"chunk 1 .* is damaged: the chunk's crc32c is 00000000"
+    ):
+        store.read_chunk(1)
+
+
+@pytest.mark.parametrize("rows", [[1, 2, 200], [0, 150, 100, 200], [0, 10, 199]])
+def test_chunk_rows_that_are_none_are_named(tmp_path: Path, rows: list[int]) -> None:
+    write_store(tmp_path / "cells.zarr", random_counts(7))
+    file = tmp_path / "cells.zarr/chunk_rows/c/0"
+    found = np.frombuffer(file.read_bytes(), "<i8").copy()
+    found[:] = np.interp(np.linspace(0, 1, len(found)), np.linspace(0, 1, len(rows)), rows)
+    file.write_bytes(found.tobytes())
+    with pytest.raises(ValueError, match="chunk_rows/c/0: damaged"):
+        CellStore(tmp_path / "cells.zarr").read_chunk(0)

@@ -396,3 +396,28 @@ def test_every_changed_byte_of_the_catalogue_is_seen(tmp_path: Path) -> None:
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
         with pytest.raises(ValueError, match=r"corpus.json"):
             read_catalogue(tmp_path)
+
+
+OLDEST = Path(__file__).parents[1] / "golden" / "corpus_version_1"
+
+
+def test_corpus_of_version_1_opens_and_reads_the_same() -> None:
+    expected = json.loads((OLDEST / "expected.json").read_bytes())
+    corpus = pickle.loads(pickle.dumps(Corpus(OLDEST)))
+    n_cells = len(corpus)
+    assert corpus.hash == expected["hash"]
+    assert {name: [b.start, b.stop] for name, b in corpus.splits.items()} == expected["splits"]
+    assert corpus.genes.hash == expected["genes_hash"]
+    counts = corpus.rows(np.arange(n_cells))
+    for name in ("indptr", "indices", "data"):
+        np.testing.assert_array_equal(getattr(counts, name), expected["counts"][name])
+    for name, found in (
+        ("datasets", corpus.row_dataset),
+        ("source_row", corpus.row_source),
+        ("row_total", corpus.row_total),
+        ("row_nnz", corpus.row_nnz),
+    ):
+        np.testing.assert_array_equal(found, expected[name])
+    assert corpus.obs(np.arange(n_cells)).to_dict("list") == expected["obs"]
+    assert int(corpus.gene_stats.total_counts.sum()) == expected["total_counts_sum"]
+    assert corpus.gene_stats.mean_expressed_all == expected["mean_expressed_all"]

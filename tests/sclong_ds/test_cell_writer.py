@@ -1,0 +1,129 @@
+"""The writer of cell stores: what a kill leaves never becomes part of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from sclong_ds.cell_writer import CellWriter
+from sclong_ds.cells import CellStore
+
+N_GENES, BLOCK = 300, 20
+
+
+def counts() -> sparse.csr_matrix:
+    rng = np.random.default_rng(0)
+    return sparse.csr_matrix(rng.poisson(0.5, (6 * BLOCK, N_GENES)))
+
+
+def write(path: Path, *, stop: int = 6, finish: bool = True) -> CellWriter:
+    """Append blocks of cells with a checkpoint after each; end like a killed process or finish."""
+    writer = CellWriter(
+        path, n_genes=N_GENES, chunk_entries=2048, chunks_per_shard=2, resumable=True
+    )
+    for block in range(writer.mark, stop):
+        rows = np.arange(block * BLOCK, (block + 1) * BLOCK)
+        writer.append(counts()[rows], source={"source_row": rows})
+        writer.checkpoint(mark=block + 1)
+    if finish:
+        writer.__exit__(None, None, None)
+    return writer
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_leftovers_of_a_kill_are_no_part_of_the_store(tmp_path: Path) -> None:
+    write(tmp_path / "whole.zarr")
+    expected = contents(tmp_path / "whole.zarr")
+    assert sorted(expected) == CellStore(tmp_path / "whole.zarr").file_names()
+    write(tmp_path / "x.zarr", stop=4, finish=False)
+    part = tmp_path / ".x.zarr.part"
+    for name in (
+        ".checkpoint.npz.0123456789abcdef.partial",
+        "store/zarr.0123456789abcdef.partial",
+        "store/gap/c/0.0123456789abcdef.partial",
+        "store/gap/c/77",
+        "store/old_table/c/0",
+    ):
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        (part / name).write_bytes(b"left by a kill")
+    # Cut by a kill; it is made again from what the checkpoint says.
+    (part / "store/gap/zarr.json").write_bytes(b"{")
+    assert write(tmp_path / "x.zarr").mark == 6
+    assert contents(tmp_path / "x.zarr") == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.zarr", "x.zarr"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint.npz", "store/gap/c/0", "store/row_total/c/0"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_remains_are_not_continued(tmp_path: Path, name: str, damage: str) -> None:
+    write(tmp_path / "whole.zarr")
+    write(tmp_path / "x.zarr", stop=5, finish=False)
+    file = tmp_path / ".x.zarr.part" / name
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 3] ^= 4
+    file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    if damage == "remove":
+        file.unlink()
+    write(tmp_path / "x.zarr")
+    assert contents(tmp_path / "x.zarr") == contents(tmp_path / "whole.zarr")
+
+
+@pytest.mark.parametrize("name", ["gap/c/0", "row_nnz/c/0"])
+def test_garbled_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The disk gives other bytes than were written, before the store has its name."""
+    garbled = []
+
+    def garble(folder: Path) -> None:
+        file = folder / name
+        if file.exists() and not garbled:
+            garbled.append(name)
+            content = bytearray(file.read_bytes())
+            content[20] ^= 1
+            file.write_bytes(content)
+
+    real = CellWriter._read_back, CellWriter._check_tables
+
+    def read_back(self: CellWriter, stream: str, first: int = 0) -> list[int]:
+        if name.startswith("gap"):
+            garble(self._store)
+        return real[0](self, stream, first)
+
+    def check_tables(self: CellWriter) -> None:
+        if name.startswith("row"):
+            garble(self._store)
+        real[1](self)
+
+    monkeypatch.setattr(CellWriter, "_read_back", read_back)
+    monkeypatch.setattr(CellWriter, "_check_tables", check_tables)
+    with pytest.raises(ValueError, match="does not hold what was written"):
+        write(tmp_path / "x.zarr")
+    assert garbled
+    assert not (tmp_path / "x.zarr").exists()
+
+
+def test_files_of_a_store_follow_the_umask(tmp_path: Path) -> None:
+    with CellWriter(tmp_path / "x.zarr", n_genes=N_GENES) as writer:
+        writer.append(counts(), source={})
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "x.zarr").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
+def test_cells_without_counts_fill_chunks_that_are_not_written(tmp_path: Path) -> None:
+    empty = sparse.csr_matrix((50, N_GENES), dtype=np.int64)
+    with CellWriter(tmp_path / "x.zarr", n_genes=N_GENES) as writer:
+        writer.append(empty)
+        writer.end_chunk()
+        writer.append(counts())
+    store = CellStore(tmp_path / "x.zarr")
+    assert store.table("gap_crc32c")[0] == 0
+    assert store.rows(np.arange(len(store))).sum() == counts().sum()
