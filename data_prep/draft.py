@@ -260,7 +260,8 @@ def _look_at_genes(dataset: DraftedDataset, matrix: Matrix, resolver: GeneResolv
     except UnusableError as error:
         dataset["note"] = str(error)
         others = (
-            find_other_species(names, resolver.knows) for names in matrix.gene_columns.values()
+            find_other_species(names, resolver.knows, home=resolver.species)
+            for names in matrix.gene_columns.values()
         )
         dataset["organism"] = next((other.name for other in others if other), "")
         return
@@ -270,7 +271,7 @@ def _look_at_genes(dataset: DraftedDataset, matrix: Matrix, resolver: GeneResolv
     if (n_ids > 0) != (n_names > 0):
         dataset["id_type"] = id_type_of(gene_map.names)
     if (n_ids + n_names) > _LEAST_GENE_SHARE * len(gene_map.names):
-        dataset["organism"] = "human"
+        dataset["organism"] = resolver.species
 
 
 def _look_at_values(dataset: DraftedDataset, source: Source, resolver: GeneResolver) -> None:
@@ -281,7 +282,7 @@ def _look_at_values(dataset: DraftedDataset, source: Source, resolver: GeneResol
         return
     dataset["counts"], dataset["n_genes"] = matrix.name, matrix.shape[1]
     # raw.X has a gene table of its own, which may call the columns otherwise.
-    if dataset["organism"] == "human":
+    if dataset["organism"] == resolver.species:
         _look_at_genes(dataset, matrix, resolver)
 
 

@@ -46,7 +46,7 @@ from data_prep.gene_spelling import (
     without_suffix,
 )
 from data_prep.source import Matrix, StringArray, UnusableError
-from data_prep.species import find_other_species
+from data_prep.species import HUMAN, find_other_species, species_of
 from sclong_ds.genes import GeneVocabulary
 
 RESOURCES = Path(__file__).parent / "resources"
@@ -56,7 +56,7 @@ OTHER_PATH = RESOURCES / "other_genes.tsv.gz"
 ID_TYPES = ("auto", "ensembl", "symbol")
 _ENSEMBL_PREFERENCE = 0.95
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
-_ID_IN_NAME = re.compile(r"ENSG(?:\d{11}|R\d{10})(?!\d)", re.IGNORECASE)
+_ID_IN_NAME = re.compile(r"ENS(?:[A-Z]{3,4})?G(?:\d{11}|R\d{10})(?!\d)", re.IGNORECASE)
 _ANY_ENSEMBL_ID = re.compile(r"(?:[A-Za-z0-9.]+_+)?ENS(?:[A-Z]{3,4})?G\d{11}(?:\.\d+)?(?:_PAR_Y)?")
 
 
@@ -128,36 +128,24 @@ class GeneResolver:
     """Finds the vocabulary column of a gene id, symbol or alias.
 
     Args:
-        genes: The vocabulary. Where it has no symbols (a plain list of ids) those of the bundled
-            table are used.
+        genes: The vocabulary. Where it has no symbols (a plain list of human ids) those of the
+            bundled table are used. One of another species has no aliases.
+
+    Attributes:
+        species: The vocabulary's, as its ids tell it.
+
+    Raises:
+        ValueError: A vocabulary of several species.
     """
 
     def __init__(self, genes: GeneVocabulary) -> None:
-        self.genes = genes
-        bundled, index = GeneVocabulary.bundled(), genes.index
-        named = bundled if genes.ids == genes.symbols else genes
+        self.genes, self.species = genes, species_of(genes.ids)
+        human = self.species == HUMAN
+        index, named = genes.index, genes
+        if human and genes.ids == genes.symbols:
+            named = GeneVocabulary.bundled()
         symbols = dict(zip(named.symbols, named.ids, strict=True))
-        aliases = {
-            name: gene
-            for name, gene in _read_names(ALIASES_PATH).items()
-            if (name[0].isalpha() and len(name) > 4) or not is_missing(name)
-        }
-        several = {
-            name: candidates
-            for name, candidates in _read_names(AMBIGUOUS_PATH).items()
-            if any(gene in index for gene in candidates.split("|"))
-        }
-        for symbol, gene in symbols.items():
-            # KRTAP16.1 is an alias of KRTAP17-1, and what R makes of KRTAP16-1.
-            dotted = symbol.replace("-", ".")
-            if aliases.get(dotted, gene) != gene:
-                several[dotted] = f"{gene}|{aliases.pop(dotted)}"
-        others: dict[str, str] = {}
-        bundled_symbols = zip(bundled.symbols, bundled.ids, strict=True)
-        for symbol, gene in (*bundled_symbols, *_read_names(OTHER_PATH).items()):
-            # The second id of a listed symbol is as good as retired: it may fall back to it.
-            if symbols.get(symbol) not in index:
-                others[gene] = others[symbol] = gene
+        aliases, several, others = _human_names(symbols, index) if human else ({}, {}, {})
         # What each name means, so that repairs see whether two names mean the same; a current name
         # comes before an alias, an alias before a name of several genes.
         single = others | aliases | symbols | {gene: gene for gene in genes.ids}
@@ -170,7 +158,7 @@ class GeneResolver:
             self._kinds |= dict.fromkeys(listed, kind)
         self._columns |= index
         self._kinds |= dict.fromkeys(index, "ensembl")
-        self._speller = Speller(self._meanings)
+        self._speller = Speller(self._meanings, species=self.species)
 
     def columns(self, names: StringArray) -> npt.NDArray[np.int64]:
         """Return the vocabulary column of each name of a dataset's list, -1 where it has none.
@@ -212,7 +200,7 @@ class GeneResolver:
         unknown = np.array([name not in kinds for name in names], dtype=bool)
         kind = np.array([_CODES[kinds.get(name, "unlisted")] for name in names], dtype=np.int8)
         target = np.array([columns.get(name, -1) for name in names], dtype=np.int64)
-        ids = np.array([name[:4] == "ENSG" and name[4:].isdecimal() for name in names], dtype=bool)
+        ids = np.array([name[:3] == "ENS" and name[-11:].isdecimal() for name in names], dtype=bool)
         kind[_dates(names, np.flatnonzero(unknown & ~ids))] = DATE
         kind[doubtful], target[doubtful] = UNLISTED, -1
         retired = ids & unknown
@@ -256,7 +244,7 @@ class GeneResolver:
         return doubtful
 
     def knows(self, name: str) -> bool:
-        """Return whether a name is a human gene name: listed, or of several genes.
+        """Return whether a name is a gene name of the vocabulary's species, listed or not.
 
         Args:
             name: Ensembl id, symbol or alias.
@@ -323,7 +311,7 @@ class GeneResolver:
 
 
 def id_type_of(names: StringArray) -> str:
-    """Return ensembl if most names are human Ensembl ids, else symbol.
+    """Return ensembl if most names are Ensembl ids, else symbol.
 
     Args:
         names: (n,) gene names.
@@ -364,6 +352,43 @@ def _candidates(
     return chosen
 
 
+def _human_names(
+    symbols: Mapping[str, str], index: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Return what the bundled tables know beside the symbols of a vocabulary.
+
+    Args:
+        symbols: Id of each current symbol.
+        index: Column of each id of the vocabulary.
+
+    Returns:
+        Ids of aliases, ids joined by `|` of names of several genes, ids of other genes.
+    """
+    aliases = {
+        name: gene
+        for name, gene in _read_names(ALIASES_PATH).items()
+        if (name[0].isalpha() and len(name) > 4) or not is_missing(name)
+    }
+    several = {
+        name: candidates
+        for name, candidates in _read_names(AMBIGUOUS_PATH).items()
+        if any(gene in index for gene in candidates.split("|"))
+    }
+    for symbol, gene in symbols.items():
+        # KRTAP16.1 is an alias of KRTAP17-1, and what R makes of KRTAP16-1.
+        dotted = symbol.replace("-", ".")
+        if aliases.get(dotted, gene) != gene:
+            several[dotted] = f"{gene}|{aliases.pop(dotted)}"
+    bundled = GeneVocabulary.bundled()
+    bundled_symbols = zip(bundled.symbols, bundled.ids, strict=True)
+    others: dict[str, str] = {}
+    for symbol, gene in (*bundled_symbols, *_read_names(OTHER_PATH).items()):
+        # The second id of a listed symbol is as good as retired: it may fall back to it.
+        if symbols.get(symbol) not in index:
+            others[gene] = others[symbol] = gene
+    return aliases, several, others
+
+
 def _read_names(path: Path) -> dict[str, str]:
     """Read a table of two columns, names and what they mean."""
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()[1:]
@@ -372,11 +397,11 @@ def _read_names(path: Path) -> dict[str, str]:
 
 def _check_species(names: StringArray, resolver: GeneResolver) -> None:
     """Refuse names of another species, or of several species together."""
-    other = find_other_species(names, resolver.knows)
+    other = find_other_species(names, resolver.knows, home=resolver.species)
     if other is not None:
         raise UnusableError(
             f"{other.n_genes} of {len(names)} gene {other.kind} are {other.name} {other.kind} "
-            f"(such as {other.example}); the vocabulary is human"
+            f"(such as {other.example}); the vocabulary is {resolver.species}"
         )
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 
-from data_prep.species import species_of_id
+from data_prep.species import HUMAN, species_of_id
 
 REPAIRS = ("signs", "genome", "case", "joined", "characters", "suffix", "beside")
 """signs: quotes, byte order marks, dashes that are no hyphens; genome: GRCh38_ or the like before
@@ -24,13 +24,14 @@ the name; case: ensg00000141510, C1ORF56; joined: id and symbol in one; characte
 the id is of no known gene, and the gene was taken from another column or part of the name."""
 
 _GENOME = re.compile(
-    r"^(?:GRCh3[678]|NCBI3[56]|hg1[6-9]|hg38|human|homo_sapiens)"
+    r"^(?:GRCh3[678]|NCBI3[56]|hg1[6-9]|hg38|human|homo_sapiens|GRCm3[89]|mm9|mm10|mm39|mouse"
+    r"|mus_musculus|rn[4-7]|Rnor_6|mRatBN7|rattus_norvegicus|danRer\d+|GRCz1[01]|danio_rerio)"
     r"(?:-\d{4}-[A-Z](?![A-Z0-9])|[.-]p?\d+(?![A-Z0-9]))*(?:_premrna)?(?:[_.:|]+|-+)",
     re.IGNORECASE,
 )
-_ID = r"ENSG(?:\d{11}|R\d{10})"
+_ID = r"ENS(?:[A-Z]{3,4})?G(?:\d{11}|R\d{10})"
 _TAIL = r"(?:[._-]\d{1,3})*(?:[._-]PAR[._-]Y)?(?:[._-]\d{1,3})*"
-_HUMAN_ID = re.compile(rf"({_ID}){_TAIL}", re.IGNORECASE)
+_WHOLE_ID = re.compile(rf"({_ID}){_TAIL}", re.IGNORECASE)
 _SEPARATOR = r"[\s_|:;,/.(\[-]+"
 _ID_FIRST = re.compile(rf"({_ID})(?:\.\d+)?(?:_PAR_Y)?{_SEPARATOR}(.+?)[)\]]?", re.IGNORECASE)
 _ID_LAST = re.compile(rf"(.+?){_SEPARATOR}({_ID})(?:\.\d+)?(?:_PAR_Y)?[)\]]?", re.IGNORECASE)
@@ -64,10 +65,11 @@ class Speller:
     Args:
         known: What each known name means: a text that is equal for names of one gene. None of the
             names `is_missing`.
+        species: Of the known names; names of others are left as they are.
     """
 
-    def __init__(self, known: Mapping[str, str]) -> None:
-        self._known = known
+    def __init__(self, known: Mapping[str, str], *, species: str = HUMAN) -> None:
+        self._known, self._species = known, species
         self._read: dict[object, tuple[str, tuple[str, ...]]] = {}
 
     def read(self, name: object) -> tuple[str, tuple[str, ...]]:
@@ -90,7 +92,7 @@ class Speller:
         stripped = text.strip()
         if stripped in self._known:
             return stripped, ()
-        if species_of_id(stripped):
+        if species_of_id(stripped) not in (None, self._species):
             return stripped, ()
         tidy = stripped.translate(_SIGNS).strip(_QUOTES + " \t\u00a0")
         bare = bare_name(tidy)
@@ -101,7 +103,7 @@ class Speller:
         gene = ensembl_id(bare)
         if gene is not None:
             numbers = re.fullmatch(r"[^._-]+(?:\.\d+)?(?:_PAR_Y)?", bare, re.IGNORECASE) is None
-            return gene, made + ("case",) * (bare[:4] != "ENSG") + ("suffix",) * numbers
+            return gene, made + ("case",) * (bare[:3] != "ENS") + ("suffix",) * numbers
         name, more = self._joined(bare) or self._written(bare) or (bare, ())
         return name, made + more
 
@@ -152,12 +154,12 @@ class Speller:
 
 
 def ensembl_id(text: str) -> str | None:
-    """Return a human Ensembl gene id without version and PAR mark, or None for another name.
+    """Return an Ensembl gene id without version and PAR mark, or None for another name.
 
     Args:
         text: Name without blanks around it, such as ensg00000141510.18 or ENSGR0000124334.
     """
-    found = _HUMAN_ID.fullmatch(text)
+    found = _WHOLE_ID.fullmatch(text)
     return None if found is None else found.group(1).upper().replace("ENSGR", "ENSG0")
 
 

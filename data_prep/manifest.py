@@ -19,12 +19,13 @@ import yaml
 from data_prep.counts import INVERT_LOG1P
 from data_prep.gene_names import ID_TYPES
 from data_prep.readers import FORMATS
+from data_prep.species import is_species
 
 COLUMNS: Mapping[str, str] = {
     "dataset_id": "name of the dataset: letters, digits, '_', '-' and '.', unique (required)",
     "path": "file or folder, relative to the folder of the manifest (required)",
     "format": f"auto (default) or one of {', '.join(FORMATS)}",
-    "organism": "human (default); anything else is excluded",
+    "organism": "auto (default): that of the gene list; another one is excluded",
     "tissue": "free text, kept with the dataset",
     "obs_columns": "cell annotations to keep, comma-separated; * all, none: none; empty: the usual",
     "donor_column": "cell annotation that names the donor; kept as 'donor' (used by the split)",
@@ -47,7 +48,6 @@ _NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note")
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _MATRIX = r"(?:X|raw\.X|layers/.+)"
 _COUNTS = re.compile(rf"auto|{_MATRIX}|{INVERT_LOG1P}(?::{_MATRIX})?")
-_HUMAN = ("human", "homo sapiens", "homo_sapiens", "ncbitaxon:9606", "9606")
 _MOST_PROBLEMS = 10
 
 
@@ -58,7 +58,7 @@ class Dataset:
     dataset_id: str
     path: Path
     format: str = "auto"
-    organism: str = "human"
+    organism: str = "auto"
     tissue: str = ""
     obs_columns: str = ""
     donor_column: str = ""
@@ -73,10 +73,13 @@ class Dataset:
     n_cells: str = ""
     note: str = ""
 
-    @property
-    def is_human(self) -> bool:
-        """Whether the manifest calls the dataset human."""
-        return self.organism.lower() in _HUMAN
+    def is_of(self, species: str) -> bool:
+        """Tell whether the manifest lets the dataset be of a species.
+
+        Args:
+            species: That of the gene list (`species.species_of`).
+        """
+        return self.organism == "auto" or is_species(self.organism, species)
 
     def options(self) -> dict[str, str]:
         """Return the fields that change what is staged, for the settings hash."""

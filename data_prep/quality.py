@@ -42,11 +42,11 @@ def mitochondrial_genes(gene_map: GeneMap, genes: GeneVocabulary) -> _Mask:
         genes: The vocabulary.
 
     Returns:
-        (n_input,) True for the 37 Ensembl ids, for symbols that begin with `MT-`, and for other
-        names of these genes that the vocabulary resolves.
+        (n_input,) True for the 37 Ensembl ids, for symbols that begin with `MT-` (mouse: `mt-`),
+        and for other names of these genes that the vocabulary resolves.
     """
     listed = [genes.index[gene] for gene in MITOCHONDRIAL_IDS if gene in genes.index]
-    named = [name in MITOCHONDRIAL_IDS or name.startswith("MT-") for name in gene_map.read]
+    named = [name in MITOCHONDRIAL_IDS or name.startswith(("MT-", "mt-")) for name in gene_map.read]
     return np.array(named, dtype=bool) | np.isin(gene_map.target, listed)
 
 

@@ -1,5 +1,8 @@
 """Which species the gene names of a dataset belong to, so that other species are refused by name.
 
+The species of a vocabulary is that of its ids (`species_of`): a list of ENSMUSG ids takes mouse
+datasets and refuses human ones.
+
 Ids tell their species themselves (Ensembl ids, FlyBase, WormBase, TAIR and yeast names, genome
 prefixes of mixed references). Symbols tell it by the way they are written: mouse and rat write
 Gapdh, zebrafish and frog gapdh, human GAPDH. Species that write symbols as human does (most
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_prep.source import StringArray
@@ -53,6 +56,20 @@ _FOREIGN_IDS = {
     "Arabidopsis": re.compile(r"AT[1-5MC]G\d{5}"),
     "yeast": re.compile(r"Y[A-P][LR]\d{3}[WC](?:-[A-Z])?"),
 }
+HUMAN = "human"
+_HUMAN_ID = re.compile(
+    r"(?<![A-Z0-9])ENSG(?:\d{11}|R\d{10})(?!\d)|^(?:GRCh3[678]|hg1[6-9]|hg38|human)(?=[_.:|-])",
+    re.IGNORECASE,
+)
+_OTHER_NAMES = {
+    HUMAN: ("homo sapiens", "9606"),
+    "mouse": ("mus musculus", "10090"),
+    "rat": ("rattus norvegicus", "10116"),
+    "zebrafish": ("danio rerio", "7955"),
+    "fruit fly": ("drosophila melanogaster", "7227"),
+    "macaque": ("macaca mulatta", "9544"),
+    "pig": ("sus scrofa", "9823"),
+}
 _MOUSE_HINT = re.compile(r"Gm\d+|[0-9A-Z]+Rik|mt-[A-Z][a-z]\w*")
 _RAT_HINT = re.compile(r"RGD\d+|LOC\d+|AABR\d+\.\d+|Mt-[a-z]\w*")
 _ZEBRAFISH_HINT = re.compile(r"(?:zgc|wu|im|zmp):\S+|si:\S+")
@@ -64,7 +81,7 @@ is."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherSpecies:
-    """A species that is not human, as told from gene names."""
+    """A species that is not that of the vocabulary, as told from gene names."""
 
     name: str
     """Such as mouse; two names where the writing fits both."""
@@ -76,12 +93,45 @@ class OtherSpecies:
     """ids or symbols."""
 
 
-def find_other_species(names: StringArray, known: Callable[[str], bool]) -> OtherSpecies | None:
-    """Return the species other than human that more than a tenth of the names belong to.
+def species_of(ids: Sequence[str]) -> str:
+    """Return the species of a vocabulary: the one that its ids tell, human where none does.
+
+    Args:
+        ids: Its gene ids.
+
+    Raises:
+        ValueError: The ids are of several species.
+    """
+    found = Counter(species for gene in ids if (species := _species_or_human(gene)))
+    if len(found) > 1:
+        (first, n_first), (second, n_second) = found.most_common(2)
+        raise ValueError(
+            f"the gene list holds {n_first} ids of {first} and {n_second} of {second}; a "
+            "vocabulary is of one species"
+        )
+    return next(iter(found), HUMAN)
+
+
+def is_species(name: str, species: str) -> bool:
+    """Return whether a name of an organism, as manifests write it, is that of a species.
+
+    Args:
+        name: Such as human, Homo sapiens, NCBITaxon:9606 or 9606.
+        species: As `species_of` returns it.
+    """
+    plain = name.strip().lower().replace("_", " ").removeprefix("ncbitaxon:")
+    return plain in (species.lower(), *_OTHER_NAMES.get(species, ()))
+
+
+def find_other_species(
+    names: StringArray, known: Callable[[str], bool], *, home: str = "human"
+) -> OtherSpecies | None:
+    """Return the species other than that of the vocabulary that over a tenth of the names are of.
 
     Args:
         names: (n,) gene names of one column.
-        known: Says whether a name is a human gene name, as written.
+        known: Says whether a name is a gene name of the vocabulary's species, as written.
+        home: The vocabulary's species. Only of human it is known how others write the same symbol.
 
     Returns:
         The species, or None; names that tell nothing (numbers, unknown words) are no species.
@@ -90,13 +140,17 @@ def find_other_species(names: StringArray, known: Callable[[str], bool]) -> Othe
     unknown = [text for text in texts if not known(text)]
     ids: dict[str, list[str]] = {}
     for text in unknown:
-        species = species_of_id(text)
-        if species:
+        species = species_of_id(text) if home == HUMAN else _species_or_human(text)
+        if species and species != home:
             ids.setdefault(species, []).append(text)
     if sum(map(len, ids.values())) > _MOST_FOREIGN * len(texts):
         name, found = max(ids.items(), key=lambda item: len(item[1]))
         return OtherSpecies(name=name, n_genes=len(found), example=found[0], kind="ids")
-    return _by_writing(unknown, len(texts), known)
+    return _by_writing(unknown, len(texts), known) if home == HUMAN else None
+
+
+def _species_or_human(text: str) -> str | None:
+    return HUMAN if _HUMAN_ID.search(text) else species_of_id(text)
 
 
 def species_of_id(text: str) -> str | None:

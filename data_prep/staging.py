@@ -125,10 +125,11 @@ def stage(
         UnusableError: The dataset is not one for the corpus.
         ValueError: It is damaged.
     """
-    if not dataset.is_human:
+    if not dataset.is_of(resolver.species):
         raise UnusableError(
-            f"the manifest says organism {dataset.organism}; the vocabulary is human"
+            f"the manifest says organism {dataset.organism}; the vocabulary is {resolver.species}"
         )
+    entry["organism"] = resolver.species
     part = part_folder(folder)
     try:
         for name in ("scratch", "staged"):

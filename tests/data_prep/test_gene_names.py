@@ -179,3 +179,32 @@ def test_missing_names_and_numbers_are_no_aliases(resolver: GeneResolver) -> Non
     # NaN is an alias of SCN11A and 14.1 one of IGLL1: in a gene table both stand for something else
     missing = names("NaN", "nan", "14.1", "", "NA", "None")
     assert resolver.columns(missing).tolist() == [-1] * len(missing)
+
+
+MOUSE_IDS = tuple(f"ENSMUSG{number:011d}" for number in range(1, 301))
+MOUSE_GENES = GeneVocabulary(
+    MOUSE_IDS, ("Trp53", "Gapdh", *MOUSE_IDS[2:]), ("protein_coding",) * len(MOUSE_IDS)
+)
+
+
+def test_a_vocabulary_of_another_species_takes_that_species_and_refuses_others() -> None:
+    mouse = GeneResolver(MOUSE_GENES)
+    assert mouse.species == "mouse"
+    labels = names(f"{MOUSE_IDS[0]}.7", "mm10___Gapdh", "ensmusg00000000003", "Gapdh-1", "Gapdh")
+    assert mouse.columns(labels).tolist() == [0, 1, 2, 1, 1]
+    # No human alias and no human symbol means a gene of it.
+    assert mouse.columns(names("TP53", "GAPDH", "LFS1", "SEPT2")).tolist() == [-1] * 4
+    human = matrix(np.ones((1, 3)), index=names(*GENES.ids[:3]))
+    with pytest.raises(UnusableError, match=r"3 of 3 gene ids are human ids .*vocabulary is mouse"):
+        mouse.resolve(human)
+    rat = matrix(np.ones((1, 3)), index=names(*(f"ENSRNOG{i:011d}" for i in range(3))))
+    with pytest.raises(UnusableError, match=r"are rat ids .*the vocabulary is mouse"):
+        mouse.resolve(rat)
+
+
+def test_a_vocabulary_is_of_one_species() -> None:
+    ids = (*MOUSE_IDS[:3], *GENES.ids[:2])
+    with pytest.raises(ValueError, match="3 ids of mouse and 2 of human; a vocabulary is of one"):
+        GeneResolver(GeneVocabulary(ids, ids, ("unknown",) * 5))
+    made_up = ("gene1", "gene2")
+    assert GeneResolver(GeneVocabulary(made_up, made_up, ("unknown",) * 2)).species == "human"

@@ -19,7 +19,8 @@ def test_two_columns_are_enough_and_paths_are_relative_to_the_manifest(tmp_path:
     assert (first.dataset_id, first.path) == ("a", tmp_path / "x" / "cells.h5ad")
     assert second.path == Path("/data/cells.h5")
     assert (first.format, first.counts, first.gene_column) == ("auto", "auto", "auto")
-    assert first.is_human
+    assert first.is_of("human")
+    assert first.is_of("mouse")
 
 
 def test_empty_cells_mean_the_default_and_comments_are_skipped(tmp_path: Path) -> None:
@@ -28,7 +29,8 @@ def test_empty_cells_mean_the_default_and_comments_are_skipped(tmp_path: Path) -
     )
     (dataset,) = read_manifest(write(tmp_path, text))
     assert dataset.format == "auto"
-    assert not dataset.is_human
+    assert not dataset.is_of("human")
+    assert dataset.is_of("mouse")
     assert dataset.counts == "layers/raw"
 
 
