@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ class Dataset:
             species: That of the gene list (`species.species_of`).
         """
         return self.organism == "auto" or is_species(self.organism, species)
+
+    def __post_init__(self) -> None:
+        """Refuse a name that could lead out of the corpus folder."""
+        if not is_safe_id(self.dataset_id):
+            raise ValueError(f"dataset_id '{self.dataset_id[:128]}' cannot be a file name")
 
     def options(self) -> dict[str, str]:
         """Return the fields that change what is staged, for the settings hash."""
@@ -182,12 +188,31 @@ def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, cells
 
 
+class _TextLoader(yaml.BaseLoader):
+    """Leaves all scalars text: otherwise 2024_01, 007 and 1:30 become 202401, 7 and 90."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return a mapping; a key that is no text, or given twice, is an error."""
+        mapping: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"line {line}: the name of a column must be text")
+            if key_node.value in mapping:
+                raise ValueError(f"line {line}: '{key_node.value}' is given twice in one entry")
+            mapping[key_node.value] = self.construct_object(value_node, deep=True)
+        return mapping
+
+
 def _yaml_rows(text: str, path: Path) -> _Rows:
     try:
-        # All scalars stay text: otherwise 2024_01 and 007 become the numbers 202401 and 7.
-        content: Any = yaml.load(text, Loader=yaml.BaseLoader)
+        content: Any = yaml.load(text, Loader=_TextLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"manifest {path}: not YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise ValueError(f"manifest {path}: not a manifest (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"manifest {path}: {error}") from None
     if isinstance(content, dict) and set(content) == {"datasets"}:
         content = content["datasets"]
     if (
@@ -240,7 +265,7 @@ def _problems(rows: _Rows) -> list[str]:
         name = row.get("dataset_id", "")
         if name and not is_safe_id(name):
             problems.append(
-                f"{where}: dataset_id '{name}' cannot be a file name; "
+                f"{where}: dataset_id '{name[:128]}' cannot be a file name; "
                 "allowed: letters, digits, '_', '-', '.', at most 128, a letter or digit first"
             )
         # Two ids that differ only in case would share a folder on a case-insensitive file system.
@@ -248,6 +273,11 @@ def _problems(rows: _Rows) -> list[str]:
             problems.append(f"{where}: dataset_id '{name}' is already on {seen[name.lower()]}")
         elif name:
             seen[name.lower()] = where
+        problems.extend(
+            f"{where}: {name} {row[name][:200]!r} cannot be the name of a file"
+            for name in ("path", "gene_list")
+            if not _is_path(row.get(name, ""))
+        )
         if (format := row.get("format") or "auto") not in ("auto", *FORMATS):
             problems.append(f"{where}: format '{format}', allowed: auto, {', '.join(FORMATS)}")
         if not _COUNTS.fullmatch(counts := row.get("counts") or "auto"):
@@ -258,6 +288,14 @@ def _problems(rows: _Rows) -> list[str]:
         if (id_type := row.get("id_type") or "auto") not in ID_TYPES:
             problems.append(f"{where}: id_type '{id_type}', allowed: {', '.join(ID_TYPES)}")
     return problems
+
+
+def _is_path(text: str) -> bool:
+    """Tell whether a text may be a path: no NUL, nor half a character."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _dataset(row: Mapping[str, str], folder: Path) -> Dataset:

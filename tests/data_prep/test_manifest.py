@@ -1,5 +1,6 @@
 """Manifests: minimal ones work, mistakes are reported by line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,46 @@ def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\x89HDF\r\n\x1a\n\xff")
     with pytest.raises(ValueError, match="not a text file"):
         read_manifest(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- dataset_id: a\n  path: f\n  path: g\n", r"line 3: 'path' is given twice"),
+        ("- {dataset_id: a, path: f, tissue: &x b, tissue: *x}\n", "line 1: 'tissue' is given"),
+        ("- dataset_id: a\n  ? [a]\n  : f\n", "line 2: the name of a column must be text"),
+        ("datasets: []\ndatasets: []\n", "line 2: 'datasets' is given twice"),
+        ("[" * 3000, "nested too deeply"),
+        ("- dataset_id: a\n  path: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ('- {dataset_id: a, path: "f\\0g"}\n', r"entry 1: path 'f\\x00g' cannot be the name"),
+        ('- {dataset_id: a, path: f, gene_list: "\\ud800"}\n', "entry 1: gene_list .* cannot be"),
+        ("- {dataset_id: ../../secret, path: f}\n", r"dataset_id '\.\./\.\./secret' cannot be"),
+    ],
+)
+def test_yaml_that_says_two_things_or_nonsense(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_manifest(write(tmp_path, text, "manifest.yaml"))
+    assert str(caught.value).startswith(f"manifest {tmp_path / 'manifest.yaml'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_numbers_in_base_60_stay_text(tmp_path: Path) -> None:
+    text = "- {dataset_id: 1_0, path: 1:30, tissue: 0o17, note: 2024-01-31}\n"
+    (dataset,) = read_manifest(write(tmp_path, text, "manifest.yaml"))
+    assert (dataset.dataset_id, dataset.path, dataset.tissue, dataset.note) == (
+        "1_0",
+        tmp_path / "1:30",
+        "0o17",
+        "2024-01-31",
+    )
+
+
+def test_a_dataset_cannot_be_named_out_of_its_folder() -> None:
+    with pytest.raises(ValueError, match="cannot be a file name"):
+        Dataset(dataset_id="../a", path=Path("f"))
+
+
+def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.tsv")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_manifest(tmp_path / "m.tsv")
