@@ -291,6 +291,21 @@ def _run_finalize(args: argparse.Namespace) -> int:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     _add_corpus(parser)
+    parser.add_argument(
+        "--sources",
+        type=whole(1),
+        default=0,
+        metavar="N",
+        help="read N drawn cells again from their sources, in a second, slow way, and compare",
+    )
+    parser.add_argument(
+        "--seed", type=whole(0), default=0, help="of the draw of these cells (default: 0)"
+    )
+    parser.add_argument(
+        "--require-sources",
+        action="store_true",
+        help="a source that is gone or changed is a problem (default: it is listed)",
+    )
     add_json(parser)
     parser.set_defaults(run=_run_verify)
 
@@ -298,13 +313,22 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _run_verify(args: argparse.Namespace) -> int:
     from data_prep.progress import stage_progress
     from data_prep.verify import verify
+    from data_prep.verify_sources import sources_line
 
     with stage_progress("cells") as progress:
-        report = verify(args.corpus, progress=progress)
+        report = verify(
+            args.corpus,
+            sources=args.sources,
+            seed=args.seed,
+            require_sources=args.require_sources,
+            progress=progress,
+        )
     if args.json:
         print(json.dumps(report, indent=1))
     elif report["ok"]:
         print(f"{args.corpus}: ok, {report['n_cells']} cells in {report['n_files']} files")
+        if args.sources:
+            print(sources_line(report["sources"]))
     else:
         print("\n".join(report["problems"]))
     if not report["ok"]:

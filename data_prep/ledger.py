@@ -96,6 +96,9 @@ class LedgerEntry(TypedDict):
     """Annotations of cells kept that UTF-8 cannot hold; U+FFFD stands where it could not."""
     source_hash: str | None
     settings_hash: str
+    options: dict[str, str]
+    """What the manifest asked for: `Dataset.options` and the gene list, those that are not empty;
+    `verify --sources` reads the source again by them."""
     files: dict[str, list[int | str]]
     """Bytes and SHA-256 (hex) of every staged file, by its name below the staging folder."""
     checksum: str

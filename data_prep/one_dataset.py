@@ -116,13 +116,16 @@ def new_entry(dataset: Dataset, settings: Settings) -> LedgerEntry:
         dataset: The dataset.
         settings: Those of the corpus folder.
     """
-    return empty_entry(
+    entry = empty_entry(
         dataset.dataset_id,
         dataset.path,
         organism=dataset.organism,
         tissue=dataset.tissue,
         settings_hash=settings_hash(dataset, settings),
     )
+    options = dataset.options() | {"gene_list": dataset.gene_list}
+    entry["options"] = {name: str(value) for name, value in options.items() if value}
+    return entry
 
 
 def read_hash(dataset: Dataset) -> str:

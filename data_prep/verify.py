@@ -1,6 +1,6 @@
 """Read a finished corpus again and check everything about it.
 
-    python -m data_prep verify CORPUS
+    python -m data_prep verify CORPUS [--sources N]
 
 Checks the SHA-256 of every file (and of the staged inputs that are still there), decodes every
 cell, recomputes totals, duplicates, splits and gene statistics, and compares them with what is
@@ -23,6 +23,7 @@ from data_prep.dedup import Progress, find_duplicates
 from data_prep.finalize import PRODUCTS, files_below
 from data_prep.gene_statistics import gene_statistics
 from data_prep.splits import read_donors
+from data_prep.verify_sources import DEFAULT_SEED, check_sources
 from sclong_ds.files import file_sha256
 from sclong_ds.store import SPLITS, CellStore, Corpus, read_catalogue
 
@@ -41,16 +42,27 @@ _DAMAGE = (
 )
 
 
-def verify(corpus: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def verify(
+    corpus: str | Path,
+    *,
+    sources: int = 0,
+    seed: int = DEFAULT_SEED,
+    require_sources: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Check a corpus.
 
     Args:
         corpus: Folder of a finished corpus.
+        sources: Cells to read again from their sources (`verify_sources.py`).
+        seed: Of the draw of these cells.
+        require_sources: Whether a source that is gone or changed is a problem.
         progress: Called with (stage, done, all), in cells.
 
     Returns:
         A report: ok (bool), problems (list of str), n_problems, n_cells, n_genes, n_values,
-        n_files, splits and hash; the numbers are None where the catalogue is damaged.
+        n_files, splits and hash; the numbers are None where the catalogue is damaged. With
+        `sources`, `sources` says what was read again; a corpus with other problems is not.
 
     Raises:
         FileNotFoundError: No such folder, or not finalized.
@@ -70,6 +82,10 @@ def verify(corpus: str | Path, *, progress: Progress | None = None) -> dict[str,
             _check_contents(Corpus(corpus), problems, progress)
         except _DAMAGE as error:
             problems.append(f"contents not checked to the end: {_one_line(error)}")
+        if sources and not problems:
+            found = check_sources(Corpus(corpus), sources, seed=seed, progress=progress)
+            report["sources"] = found.summary()
+            problems += found.problems + (found.missing() if require_sources else [])
     return {
         "ok": not problems,
         "problems": problems[:MOST_PROBLEMS],

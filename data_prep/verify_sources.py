@@ -1,0 +1,487 @@
+"""Read drawn cells of a corpus again from their sources, by a second, slow way.
+
+    python -m data_prep verify CORPUS --sources 1000
+
+The cells are spread over the datasets and drawn with a fixed seed. Each is read once more from the
+file that the ledger names (`plain_arrays.py`, `plain_text.py`: plain loops that share no code with
+the readers that convert uses), its genes are mapped one by one, and it is compared exactly with the
+corpus: the counts of every gene, the total, the barcode and the annotations kept. Some cells of the
+source that are not in the corpus are read too: each must fail a threshold or repeat another cell.
+
+Sources that are gone, or are no longer the files that were converted, are listed; they are no
+problem of the corpus unless all sources are required. Names are resolved by `GeneResolver`, and
+whether a file changed is told by the hash of convert; nothing else is shared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.dedup import Progress
+from data_prep.gene_names import GeneResolver
+from data_prep.ledger import LedgerEntry, read_ledger
+from data_prep.manifest import OBS_ROLES, Dataset
+from data_prep.one_dataset import read_hash
+from data_prep.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx
+from data_prep.plain_text import plain_matrix_market, plain_npz, plain_table
+from data_prep.quality import MITOCHONDRIAL_IDS
+from data_prep.source import Matrix
+from sclong_ds.store import Corpus
+
+DEFAULT_SEED = 0
+DROPPED_SHARE = 0.25
+"""Cells that are not in the corpus, as a share of those drawn from it."""
+_EXPRESSION = "Gene Expression"
+_WHOLE = 1e-6
+_MOST_ALIKE = 10_000
+"""Cells of the same total and number of genes that are looked at for a repeated one."""
+_MOST_NAMES = 10
+"""Datasets that a line names."""
+_READ_ERRORS = (
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+    StopIteration,
+    EOFError,
+)
+"""What h5py, zarr, csv and plain loops raise on a file that is not what it was."""
+
+
+@dataclass(slots=True)
+class SourceReport:
+    """What reading the sources again has shown."""
+
+    cells: int = 0
+    """Cells of the corpus that were compared."""
+    dropped: int = 0
+    """Cells of sources that are not in the corpus, and were found to be left out rightly."""
+    datasets: int = 0
+    """Datasets of which cells were compared."""
+    gone: list[str] = field(default_factory=list)
+    """Datasets whose source is not there."""
+    changed: list[str] = field(default_factory=list)
+    """Datasets whose source, or whose ledger entry, is another one now."""
+    problems: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers and the datasets that could not be compared."""
+        return {
+            "cells": self.cells,
+            "dropped": self.dropped,
+            "datasets": self.datasets,
+            "gone": self.gone,
+            "changed": self.changed,
+        }
+
+    def missing(self) -> list[str]:
+        """Return a problem for each dataset that could not be compared."""
+        return [f"{name}: its source is gone" for name in self.gone] + [
+            f"{name}: its source is not the one that was converted" for name in self.changed
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawn:
+    """What is looked at of one dataset."""
+
+    entry: LedgerEntry
+    cells: npt.NDArray[np.int64]
+    """Positions in the corpus."""
+    dropped: npt.NDArray[np.int64]
+    """Rows of the source that are not in the corpus."""
+
+
+def check_sources(
+    corpus: Corpus,
+    number: int,
+    *,
+    seed: int = DEFAULT_SEED,
+    progress: Progress | None = None,
+) -> SourceReport:
+    """Compare drawn cells with their sources.
+
+    Args:
+        corpus: A finished corpus on this machine, with its ledger.
+        number: Cells to draw; all where there are fewer.
+        seed: Of the draw.
+        progress: Called with ("sources", done, all), in cells.
+    """
+    report = SourceReport()
+    entries = {entry["dataset_id"]: entry for entry in read_ledger(corpus.path)}
+    settings = json.loads((corpus.path / "settings.json").read_bytes())
+    resolver = GeneResolver(corpus.genes)
+    rng = np.random.default_rng(seed)
+    places = _draw(corpus, number, rng)
+    done, n_all = 0, sum(map(len, places.values()))
+    for code, positions in places.items():
+        info = corpus.datasets[code]
+        entry = entries.get(info.dataset_id)
+        state = _state(info.source_hash, entry)
+        if entry is None or state != "same":
+            (report.gone if state == "gone" else report.changed).append(info.dataset_id)
+        else:
+            dropped = _draw_dropped(corpus, code, entry, len(positions), rng)
+            drawn = _Drawn(entry=entry, cells=positions, dropped=dropped)
+            try:
+                problems = _compare(corpus, drawn, resolver, settings)
+            except _READ_ERRORS as error:
+                problems = [f"cannot be read again ({type(error).__name__}: {error})"]
+            report.problems += [f"{info.dataset_id}: {problem}" for problem in problems]
+            report.cells += len(positions)
+            report.dropped += len(dropped)
+            report.datasets += 1
+        done += len(positions)
+        if progress:
+            progress("sources", done, n_all)
+    return report
+
+
+def sources_line(summary: Mapping[str, Any]) -> str:
+    """Return what `SourceReport.summary` says, in one line.
+
+    Args:
+        summary: The summary.
+    """
+    text = (
+        f"{summary['cells']} cells of {summary['datasets']} datasets are as in their sources; "
+        f"{summary['dropped']} cells that are not in the corpus were left out rightly"
+    )
+    for name in ("gone", "changed"):
+        if summary[name]:
+            shown = ", ".join(summary[name][:_MOST_NAMES])
+            more = ", ..." if len(summary[name]) > _MOST_NAMES else ""
+            text += f"; {len(summary[name])} sources {name}: {shown}{more}"
+    return text
+
+
+def _draw(corpus: Corpus, number: int, rng: np.random.Generator) -> dict[int, npt.NDArray[Any]]:
+    """Return positions of drawn cells by dataset, as evenly spread as its sizes allow."""
+    sizes = np.array([info.n_cells for info in corpus.datasets], dtype=np.int64)
+    share = np.zeros(len(sizes), dtype=np.int64)
+    left = min(number, int(sizes.sum()))
+    while left:
+        open_ = rng.permutation(np.flatnonzero(share < sizes))[:left]
+        step = max(1, left // len(open_))
+        more = np.minimum(step, sizes[open_] - share[open_])
+        share[open_] += more
+        left -= int(more.sum())
+    ranks = {
+        int(code): np.sort(rng.choice(sizes[code], share[code], replace=False))
+        for code in np.flatnonzero(share)
+    }
+    return _positions(corpus.row_dataset, ranks)
+
+
+def _positions(
+    row_dataset: npt.NDArray[np.uint32], ranks: Mapping[int, npt.NDArray[np.int64]]
+) -> dict[int, npt.NDArray[np.int64]]:
+    """Return where the r-th cell of each dataset is, in one pass over all cells."""
+    seen: Counter[int] = Counter()
+    found: dict[int, list[npt.NDArray[np.int64]]] = {code: [] for code in ranks}
+    step = 2**22
+    for start in range(0, len(row_dataset), step):
+        part = np.asarray(row_dataset[start : start + step])
+        order = np.argsort(part, kind="stable")
+        codes, firsts, counts = np.unique(part[order], return_index=True, return_counts=True)
+        for code, first, count in zip(codes.tolist(), firsts, counts.tolist(), strict=True):
+            here = ranks.get(code, np.empty(0, np.int64)) - seen[code]
+            inside = here[(here >= 0) & (here < count)]
+            if len(inside):
+                found[code].append(start + order[first + inside])
+            seen[code] += count
+    return {code: np.concatenate(parts) for code, parts in found.items() if parts}
+
+
+def _draw_dropped(
+    corpus: Corpus, code: int, entry: LedgerEntry, n_cells: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Return some rows of the source that are not in the corpus."""
+    there = corpus.row_source[corpus.row_dataset == code]
+    missing = np.ones(max(entry["n_cells_input"], int(there.max()) + 1), dtype=bool)
+    missing[there] = False
+    rows = np.flatnonzero(missing)
+    number = min(len(rows), math.ceil(DROPPED_SHARE * n_cells))
+    return np.sort(rng.choice(rows, number, replace=False))
+
+
+def _state(source_hash: str | None, entry: LedgerEntry | None) -> str:
+    """Return same, gone or changed: what became of the files of a dataset."""
+    if entry is None or entry["source_hash"] != source_hash or entry["status"] != "ok":
+        return "changed"
+    try:
+        found = read_hash(_dataset(entry))
+    except FileNotFoundError:
+        return "gone"
+    except (ValueError, OSError):
+        return "changed"
+    return "same" if found == source_hash else "changed"
+
+
+def _dataset(entry: LedgerEntry) -> Dataset:
+    """Return what convert was asked for."""
+    options: dict[str, Any] = dict(entry["options"])
+    gene_list = options.pop("gene_list", "")
+    return Dataset(
+        dataset_id=entry["dataset_id"],
+        path=Path(entry["path"]),
+        gene_list=Path(gene_list) if gene_list else None,
+        **options,
+    )
+
+
+def _compare(
+    corpus: Corpus, drawn: _Drawn, resolver: GeneResolver, settings: Mapping[str, Any]
+) -> list[str]:
+    """Return what differs between the cells of one dataset and its source."""
+    entry = drawn.entry
+    rows = corpus.row_source[drawn.cells].tolist()
+    dataset = _dataset(entry)
+    matrices = (entry["matrix"] or "X").split("+")
+    source = _read(dataset, entry, rows + drawn.dropped.tolist(), matrices, resolver)
+    problems = []
+    if source.n_cells != entry["n_cells_input"]:
+        problems.append(f"{source.n_cells} cells, the ledger says {entry['n_cells_input']}")
+    kept = _expression_rows(source.features, dataset.genome)
+    if len(kept) != entry["n_genes_input"]:
+        problems.append(f"{len(kept)} genes, the ledger says {entry['n_genes_input']}")
+        return problems
+    target = _targets(source, kept, dataset, resolver)
+    counted = {
+        row: _counts([source.stored[name][row] for name in matrices], dataset.counts)
+        for row in [*rows, *drawn.dropped.tolist()]
+    }
+    found = {row: _mapped(counts, target) for row, counts in counted.items()}
+    problems += _differences(corpus, drawn.cells, rows, found)
+    problems += _annotations(corpus, drawn.cells, rows, source, dataset, entry)
+    mitochondrial = _mitochondrial(source, kept, target, resolver)
+    for row in drawn.dropped.tolist():
+        inside = {feature: n for feature, n in counted[row].items() if feature in kept}
+        share = _share(inside, mitochondrial)
+        if not _left_out_rightly(corpus, found[row], share, entry, settings):
+            problems.append(f"cell {row} of the source is missing, for no reason to be seen")
+    return problems
+
+
+def _read(
+    dataset: Dataset,
+    entry: LedgerEntry,
+    rows: list[int],
+    matrices: Sequence[str],
+    resolver: GeneResolver,
+) -> PlainSource:
+    """Read the cells of a source in the slow way of its format."""
+    path, kind = dataset.path, entry["format"]
+    columns = list(_columns(dataset, entry).values())
+    if kind in ("h5ad", "zarr"):
+        return plain_anndata(path, rows=rows, matrices=matrices, columns=columns)
+    if kind == "10x_h5":
+        return plain_tenx(path, rows=rows, genome=dataset.genome)
+    if kind == "loom":
+        return plain_loom(path, rows=rows, matrices=matrices, columns=columns)
+    if kind == "10x_mtx":
+        return plain_matrix_market(path, rows=rows)
+    if kind == "scipy_npz":
+        return plain_npz(path, rows=rows, gene_list=dataset.gene_list)
+    separator = {"csv": ",", "tsv": "\t"}[kind or ""]
+    return plain_table(
+        path,
+        rows=rows,
+        separator=separator,
+        n_cells=entry["n_cells_input"],
+        are_genes=lambda names: resolver.share(np.array(names, dtype=object)),
+    )
+
+
+def _columns(dataset: Dataset, entry: LedgerEntry) -> dict[str, str]:
+    """Return the column of the source behind each annotation of the corpus."""
+    roles = dataset.roles()
+    return {
+        name: roles.get(name, name) if name in OBS_ROLES else name for name in entry["obs_columns"]
+    }
+
+
+def _expression_rows(features: Mapping[str, list[str]], genome: str) -> set[int]:
+    """Return the features that are genes, and of the genome asked for, where the file says so."""
+    n_features = len(next(iter(features.values()), []))
+    kept = set(range(n_features))
+    for name, values in features.items():
+        if _EXPRESSION in values:
+            kept = {n for n in kept if values[n] == _EXPRESSION}
+        elif name == "genome" and genome != "auto":
+            kept = {n for n in kept if values[n] == genome}
+    return kept
+
+
+def _targets(
+    source: PlainSource, kept: set[int], dataset: Dataset, resolver: GeneResolver
+) -> dict[int, int]:
+    """Return the gene of the vocabulary of each feature that has one."""
+    order = sorted(kept)
+    columns = {
+        name: np.array([values[n] for n in order], dtype=object)
+        for name, values in source.features.items()
+        if name not in ("feature_types", "feature_type", "genome")
+    }
+
+    def nothing() -> Any:
+        raise NotImplementedError
+
+    table = Matrix(name="X", shape=(0, len(order)), gene_columns=columns, blocks=nothing)
+    found = resolver.resolve(table, dataset.gene_column, dataset.id_type).target.tolist()
+    return {n: gene for n, gene in zip(order, found, strict=True) if gene >= 0}
+
+
+def _counts(stored: Sequence[list[tuple[int, Any]]], option: str) -> dict[int, int]:
+    """Return the counts of one cell by feature, added up over places and matrices.
+
+    Raises:
+        ValueError: A value that is no count.
+    """
+    if option.startswith("invert_log1p"):
+        return _restored(stored[0])
+    counts: Counter[int] = Counter()
+    for matrix in stored:
+        for feature, value in matrix:
+            whole = round(float(value)) if isinstance(value, float | np.floating) else int(value)
+            if abs(whole - value) > _WHOLE:
+                raise ValueError(f"{value} is not a count")
+            counts[feature] += whole
+    return {feature: number for feature, number in counts.items() if number}
+
+
+def _restored(stored: list[tuple[int, Any]]) -> dict[int, int]:
+    """Return the counts of log1p values of one cell: multiples of the smallest."""
+    values: Counter[int] = Counter()
+    for feature, value in stored:
+        values[feature] += float(value)  # type: ignore[assignment]
+    scaled = {feature: math.expm1(value) for feature, value in values.items() if value}
+    if not scaled:
+        return {}
+    one = min(scaled.values())
+    # All values together tell more precisely than the smallest what one count became.
+    one = sum(scaled.values()) / sum(round(value / one) for value in scaled.values())
+    return {feature: round(value / one) for feature, value in scaled.items()}
+
+
+def _mapped(counts: Mapping[int, int], target: Mapping[int, int]) -> dict[int, int]:
+    genes: Counter[int] = Counter()
+    for feature, number in counts.items():
+        if feature in target:
+            genes[target[feature]] += number
+    return dict(genes)
+
+
+def _differences(
+    corpus: Corpus,
+    cells: npt.NDArray[np.int64],
+    rows: Sequence[int],
+    found: Mapping[int, Mapping[int, int]],
+) -> list[str]:
+    """Return in which cells the corpus holds other counts than the source."""
+    problems = []
+    stored = corpus.rows(cells)
+    for place, (cell, row) in enumerate(zip(cells.tolist(), rows, strict=True)):
+        part = slice(stored.indptr[place], stored.indptr[place + 1])
+        held = dict(zip(stored.indices[part].tolist(), stored.data[part].tolist(), strict=True))
+        true = found[row]
+        if held != true:
+            genes = sorted(g for g in {*held, *true} if held.get(g, 0) != true.get(g, 0))
+            gene = genes[0]
+            problems.append(
+                f"cell {cell} (row {row} of the source) differs in {len(genes)} genes: "
+                f"{corpus.genes.ids[gene]} is {held.get(gene, 0)}, the source says "
+                f"{true.get(gene, 0)}"
+            )
+        elif int(corpus.row_total[cell]) != sum(true.values()):
+            problems.append(
+                f"cell {cell}: its total is {corpus.row_total[cell]}, the source says "
+                f"{sum(true.values())}"
+            )
+    return problems
+
+
+def _annotations(
+    corpus: Corpus,
+    cells: npt.NDArray[np.int64],
+    rows: Sequence[int],
+    source: PlainSource,
+    dataset: Dataset,
+    entry: LedgerEntry,
+) -> list[str]:
+    """Return in which cells the corpus holds another barcode or annotation."""
+    columns = _columns(dataset, entry)
+    obs = corpus.obs(cells)
+    problems = []
+    for place, (cell, row) in enumerate(zip(cells.tolist(), rows, strict=True)):
+        true = {"barcode": source.barcodes[row]}
+        true |= {name: source.annotations[row][column] for name, column in columns.items()}
+        for name, text in true.items():
+            held = str(obs[name].iloc[place])
+            # What UTF-8 cannot hold was repaired.
+            if held != text.encode("utf-8", "replace").decode() and "\ufffd" not in held:
+                problems.append(f"cell {cell}: {name} is {held!r}, the source says {text!r}")
+    return problems
+
+
+def _mitochondrial(
+    source: PlainSource, kept: set[int], target: Mapping[int, int], resolver: GeneResolver
+) -> set[int]:
+    listed = {n for n, gene in target.items() if resolver.genes.ids[gene] in MITOCHONDRIAL_IDS}
+    named = {
+        n
+        for values in source.features.values()
+        for n in kept
+        if values[n].startswith("MT-") or values[n].split(".")[0] in MITOCHONDRIAL_IDS
+    }
+    return listed | named
+
+
+def _share(counts: Mapping[int, int], some: set[int]) -> float:
+    total = sum(counts.values())
+    return sum(number for feature, number in counts.items() if feature in some) / max(1, total)
+
+
+def _left_out_rightly(
+    corpus: Corpus,
+    genes: Mapping[int, int],
+    mitochondrial_share: float,
+    entry: LedgerEntry,
+    settings: Mapping[str, Any],
+) -> bool:
+    """Tell whether a cell fails a threshold or repeats one of the corpus."""
+    total, n_genes = sum(genes.values()), len(genes)
+    least = {name: entry["options"].get(name) or settings[name] for name in _LEAST}
+    least["min_genes"] = entry.get("min_genes") or least["min_genes"]
+    if not genes or n_genes < int(least["min_genes"]) or total < int(least["min_counts"]):
+        return True
+    if settings["max_counts"] is not None and total > settings["max_counts"]:
+        return True
+    limit = settings["max_mito_fraction"]
+    if limit is not None and mitochondrial_share > limit:
+        return True
+    if entry["dropped_cells"].get("counts not proven"):
+        return True
+    alike = np.flatnonzero((corpus.row_total == total) & (corpus.row_nnz == n_genes))
+    stored = corpus.rows(alike[:_MOST_ALIKE])
+    columns, values = (np.array(part) for part in zip(*sorted(genes.items()), strict=True))
+    for place in range(stored.shape[0]):
+        part = slice(stored.indptr[place], stored.indptr[place + 1])
+        if (stored.indices[part] == columns).all() and (stored.data[part] == values).all():
+            return True
+    return len(alike) > _MOST_ALIKE
+
+
+_LEAST = ("min_genes", "min_counts")
