@@ -9,7 +9,6 @@ digest with probability 10^-21.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.buckets import BucketRuns, bucket_of, plan_runs
+from data_prep.work_folder import discard_scratch
 from sclong_ds.store import CellStore, PackedCells
 
 CELLS_PER_BUCKET = 2**21
@@ -62,7 +62,7 @@ def find_duplicates(
     repeated = np.zeros(n_cells, dtype=bool)
     for cells in repeated_cells(runs):
         repeated[cells] = True
-    shutil.rmtree(folder)
+    discard_scratch(folder)
     return np.split(repeated, first_cell[1:-1])
 
 

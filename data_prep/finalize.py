@@ -3,43 +3,38 @@
     python -m data_prep finalize CORPUS
 
 Reads CORPUS/settings.json, manifests/, ledger/ and staging/ (written by convert; datasets that are
-not `ok` are left out and listed; one that was never converted is an error). Writes genes.tsv,
-cells.zarr, obs/, gene_stats.npz, checksums.json and, last, corpus.json; `sclong_ds.store` describes
-them. Everything is built in `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the
-corpus that was there, or none. The same staging and options give the same bytes, and the same KEY:
-started again, the command goes on after the last finished run, bucket or stage. Memory: about a GB
-plus ten bytes a cell.
+not `ok` are left out and listed; one that was never converted is an error). All inputs are compared
+with their checksums before they are used, and again before the corpus is published; no convert runs
+meanwhile. Writes genes.tsv, cells.zarr, obs/, gene_stats.npz, measured_genes.npy, checksums.json
+and, last, corpus.json; `sclong_ds.store` describes them. Everything is built in
+`CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the corpus that was there, or
+none. The same staging and options give the same bytes, and the same KEY: started again, the command
+goes on after the last finished run, bucket or stage. Memory: about a GB plus ten bytes a cell.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import io
 import json
 import logging
 import os
 import shutil
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.dedup import Progress, find_duplicates
 from data_prep.gene_statistics import gene_statistics, write_statistics
-from data_prep.ledger import (
-    LedgerEntry,
-    count_statuses,
-    ledger_path,
-    read_ledger,
-    require_current,
-)
+from data_prep.inputs import Inputs, read_inputs
+from data_prep.ledger import LedgerEntry, count_statuses, read_ledger
 from data_prep.pending import Pending, read_pending, tasks_to_run
 from data_prep.permute import StagedCells, write_permuted
 from data_prep.splits import (
@@ -50,21 +45,37 @@ from data_prep.splits import (
     plan_split,
     read_donors,
 )
-from sclong_ds.files import file_sha256, sync_folder, sync_tree, write_atomic
+from data_prep.work_folder import discard, open_work
+from sclong_ds.catalogue import checked_files, corpus_files
+from sclong_ds.files import (
+    file_sha256,
+    locked,
+    partial_name,
+    sync_folder,
+    sync_tree,
+    write_atomic,
+)
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.store import (
     SPLITS,
     CellStore,
     CellWriter,
     DatasetInfo,
+    read_catalogue,
     write_catalogue,
 )
 
 logger = logging.getLogger(__name__)
 
-PRODUCTS = ("cells.zarr", "obs", "genes.tsv", "gene_stats.npz", "checksums.json")
-_WORK_PREFIX = ".finalize-"
-_WORK_VERSION = 1
+PRODUCTS = (
+    "cells.zarr",
+    "obs",
+    "genes.tsv",
+    "gene_stats.npz",
+    "measured_genes.npy",
+    "checksums.json",
+)
+_WORK_VERSION = 2
 """Raised when an interrupted run of an older program could not be continued."""
 
 
@@ -114,32 +125,42 @@ def finalize(
     Raises:
         FileNotFoundError: No such folder, or nothing was converted.
         ValueError: Datasets that were never converted, no usable dataset, impossible options,
-            damaged staging, or another finalize is at work in the folder.
+            inputs that are damaged or change meanwhile, or another finalize or a convert is at work
+            in the folder.
     """
     corpus = Path(corpus)
     names = tuple(validation_datasets)
     options = SplitOptions(seed, validation_fraction, test_fraction, split_by, names)
-    ledger = read_ledger(corpus)
-    require_current(corpus, ledger)
-    pending = _pending(corpus, ledger, allow_missing=allow_missing)
-    genes = _vocabulary(corpus)
+    if not (corpus / "ledger").is_dir():
+        read_ledger(corpus)  # Says what to do; no lock file is made in a folder that is no corpus.
     with _alone(corpus):
-        staged = _usable(corpus, ledger, genes)
-        work = _work_folder(corpus, ledger, pending, staged, options, codec)
+        inputs = read_inputs(corpus)
+        pending = _pending(corpus, inputs.ledger, allow_missing=allow_missing)
+        staged = _usable(corpus, inputs)
+        inputs.check()
+        work = open_work(corpus, _work_content(inputs, pending, options, codec))
         try:
-            if not (work / "catalogue.json").exists():
-                catalogue = _build(work, staged, genes, options, codec, progress)
-                _seal(corpus, work, catalogue, ledger, pending)
-            catalogue = json.loads((work / "catalogue.json").read_bytes())
-            _publish(corpus, work, catalogue)
+            if not _is_sealed(corpus, work):
+                catalogue = _build(work, staged, inputs.genes, options, codec, progress)
+                _seal(work, catalogue, inputs, pending)
+            catalogue = _publish(corpus, work)
         except ValueError:
             # Wrong options or damaged staging: the same command would fail again.
-            shutil.rmtree(work)
+            discard(work)
             raise
-        shutil.rmtree(work)
+        discard(work)
     for warning in catalogue["warnings"]:
         logger.warning("%s", warning)
     return catalogue
+
+
+def _work_content(
+    inputs: Inputs, pending: Sequence[Pending], options: SplitOptions, codec: str
+) -> list[Any]:
+    """Return what decides the corpus; the ledger holds the checksums of what is staged."""
+    missing = [dataset.dataset_id for dataset in pending]
+    ledger = [dict(entry) for entry in inputs.ledger]
+    return [_WORK_VERSION, asdict(options), codec, ledger, inputs.documents, missing]
 
 
 def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool) -> list[Pending]:
@@ -155,11 +176,11 @@ def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool
     return pending
 
 
-def _usable(corpus: Path, ledger: Sequence[LedgerEntry], genes: GeneVocabulary) -> list[Staged]:
+def _usable(corpus: Path, inputs: Inputs) -> list[Staged]:
     """Return the staged datasets, at least one."""
-    staged = [_open_staged(corpus, entry, genes) for entry in ledger if entry["status"] == "ok"]
+    staged = [_open_staged(corpus, entry, inputs.genes) for entry in inputs.used]
     if not staged:
-        found = ", ".join(f"{n} {status}" for status, n in count_statuses(ledger).items())
+        found = ", ".join(f"{n} {status}" for status, n in count_statuses(inputs.ledger).items())
         raise ValueError(
             f"{corpus}: no usable dataset ({found}); see: python -m data_prep status {corpus}"
         )
@@ -168,72 +189,18 @@ def _usable(corpus: Path, ledger: Sequence[LedgerEntry], genes: GeneVocabulary) 
 
 @contextmanager
 def _alone(corpus: Path) -> Iterator[None]:
-    """Keep other runs of finalize out of a corpus; the lock ends with the process."""
-    with (corpus / "settings.json").open("rb+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{corpus}: another finalize is at work here; wait for it") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            logger.warning("%s: this file system has no locks; start one finalize only", corpus)
+    """Keep converts and other runs of finalize out of a corpus; the lock ends with the process."""
+    with locked(corpus / ".locks" / "~corpus", wait=False) as held:
+        if not held:
+            raise ValueError(
+                f"{corpus}: another finalize is at work here, or a convert or forget; wait for it"
+            )
         yield
-
-
-def _work_folder(
-    corpus: Path,
-    ledger: Sequence[LedgerEntry],
-    pending: Sequence[Pending],
-    staged: Sequence[Staged],
-    options: SplitOptions,
-    codec: str,
-) -> Path:
-    """Return the folder in which this very work goes on, if it was begun; other work is removed.
-
-    Staged files are told apart by size and time of change: reading them all takes too long.
-    """
-    files = [
-        (path.relative_to(corpus).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-        for s in staged
-        for path in files_below(s.folder)
-    ]
-    missing = [dataset.dataset_id for dataset in pending]
-    content = [_WORK_VERSION, asdict(options), codec, list(ledger), missing, files]
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    work = corpus / f"{_WORK_PREFIX}{key}"
-    for other in corpus.glob(f"{_WORK_PREFIX}*"):
-        if other != work:
-            shutil.rmtree(other)
-    if work.exists():
-        logger.info("%s: continuing what an earlier run has begun", corpus)
-    work.mkdir(exist_ok=True)
-    return work
 
 
 def files_below(folder: Path) -> list[Path]:
     """Return all files below a folder, or the file itself, sorted."""
     return [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _vocabulary(corpus: Path) -> GeneVocabulary:
-    """Return the vocabulary that convert used, checked against its hash in settings.json."""
-    genes = GeneVocabulary.read(corpus / "genes.tsv")
-    path = corpus / "settings.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: missing; run: python -m data_prep convert MANIFEST --out {corpus}"
-        )
-    try:
-        expected = json.loads(path.read_bytes())["genes_hash"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: damaged; convert into a new folder") from None
-    if expected != genes.hash:
-        raise ValueError(
-            f"{corpus / 'genes.tsv'}: gene hash {genes.hash}, the cells were converted with "
-            f"{expected}; restore genes.tsv or convert into a new folder"
-        )
-    return genes
 
 
 def _open_staged(corpus: Path, entry: LedgerEntry, genes: GeneVocabulary) -> Staged:
@@ -247,6 +214,8 @@ def _open_staged(corpus: Path, entry: LedgerEntry, genes: GeneVocabulary) -> Sta
         ) from None
     if cells.n_genes != len(genes):
         raise ValueError(f"{folder}: cells of {cells.n_genes} genes, the corpus has {len(genes)}")
+    if len(cells) != entry["n_cells"]:
+        raise ValueError(f"{folder}: {len(cells)} cells, its ledger entry has {entry['n_cells']}")
     if "source_row" not in cells.tables:
         raise ValueError(f"{folder}: no table source_row; convert the dataset again")
     return Staged(dataset_id=name, folder=folder, ledger=entry, cells=cells)
@@ -286,9 +255,8 @@ def _build(
     stats = gene_statistics(cells, range(*splits["train"]), progress=progress)
     write_statistics(work / "gene_stats.npz", stats)
     genes.write(work / "genes.tsv")
-    (work / "obs").mkdir(exist_ok=True)
-    for s in staged:
-        shutil.copyfile(s.folder / "obs.parquet", work / "obs" / f"{s.dataset_id}.parquet")
+    _write_annotations(work, staged)
+    _write_measured_genes(work / "measured_genes.npy", staged, genes)
     return _catalogue(cells, genes, options, plan, splits, infos)
 
 
@@ -296,23 +264,54 @@ def _kept_cells(
     work: Path, staged: Sequence[Staged], progress: Progress | None
 ) -> list[NDArray[np.bool_]]:
     """Return which cells of each dataset repeat no earlier one."""
-    path = work / "repeated.npy"
+    path = work / "repeated.npz"
     stores = [s.cells for s in staged]
-    if path.exists():
-        # A run killed while it removed its scratch files.
-        shutil.rmtree(work / "digests", ignore_errors=True)
-        repeated = np.split(np.load(path), np.cumsum([len(store) for store in stores])[:-1])
-    else:
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            joined = file["repeated"]
+        repeated = np.split(joined, np.cumsum([len(store) for store in stores])[:-1])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         repeated = find_duplicates(stores, work / "digests", progress=progress)
         content = io.BytesIO()
-        np.save(content, np.concatenate(repeated))
+        np.savez(content, repeated=np.concatenate(repeated))
         write_atomic(path, content.getvalue())
     return [~here for here in repeated]
 
 
+def _write_annotations(work: Path, staged: Sequence[Staged]) -> None:
+    """Copy the annotations of the staged cells, nothing else being in their folder."""
+    shutil.rmtree(work / "obs", ignore_errors=True)
+    (work / "obs").mkdir()
+    for s in staged:
+        copy = work / "obs" / f"{s.dataset_id}.parquet"
+        shutil.copyfile(s.folder / "obs.parquet", copy)
+        if file_sha256(copy) != s.ledger["files"]["obs.parquet"][1]:
+            raise ValueError(f"{s.folder / 'obs.parquet'}: changed while finalize was at work")
+
+
+def _write_measured_genes(path: Path, staged: Sequence[Staged], genes: GeneVocabulary) -> None:
+    """Write (datasets, genes / 8) uint8: the staged bits of all datasets."""
+    rows = []
+    for s in staged:
+        source, shape = s.folder / "measured_genes.npy", (-(-len(genes) // 8),)
+        try:
+            bits = np.load(io.BytesIO(source.read_bytes()))
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{source}: damaged ({error}); convert the dataset again") from None
+        if bits.shape != shape or bits.dtype != np.uint8:
+            raise ValueError(
+                f"{source}: {bits.dtype}{bits.shape} instead of uint8{shape}; convert the dataset "
+                "again"
+            )
+        rows.append(bits)
+    content = io.BytesIO()
+    np.save(content, np.stack(rows))
+    write_atomic(path, content.getvalue())
+
+
 def _dataset_info(s: Staged, kept: NDArray[np.bool_], split: NDArray[np.uint8]) -> DatasetInfo:
     per_split = np.bincount(split[kept], minlength=len(SPLITS))
-    entry = s.ledger
+    entry, known = s.ledger, cast("Mapping[str, Any]", s.ledger)
     return DatasetInfo(
         dataset_id=s.dataset_id,
         n_cells=int(kept.sum()),
@@ -325,6 +324,11 @@ def _dataset_info(s: Staged, kept: NDArray[np.bool_], split: NDArray[np.uint8]) 
         format=entry["format"],
         source=entry["path"],
         source_hash=entry["source_hash"],
+        n_cells_input=entry["n_cells_input"],
+        version=entry["version"],
+        matrix=entry["matrix"],
+        restored=entry["restored"],
+        warnings=tuple(known.get("warnings", ())),
     )
 
 
@@ -352,13 +356,10 @@ def _catalogue(
 
 
 def _seal(
-    corpus: Path,
-    work: Path,
-    catalogue: dict[str, Any],
-    ledger: Sequence[LedgerEntry],
-    pending: Sequence[Pending],
+    work: Path, catalogue: dict[str, Any], inputs: Inputs, pending: Sequence[Pending]
 ) -> None:
-    """Write checksums.json and, when all is on disk, the whole catalogue to `work`."""
+    """Write checksums.json and, when all is on disk and the inputs are unchanged, corpus.json."""
+    ledger = inputs.ledger
     catalogue["unused"] = [
         {"dataset_id": e["dataset_id"], "status": e["status"], "reason": e["reason"]}
         for e in ledger
@@ -375,33 +376,18 @@ def _seal(
             f"({', '.join(f'{n} {status}' for status, n in sorted(left_out.items()))}); see: "
             "python -m data_prep status"
         )
-    used = [entry["dataset_id"] for entry in ledger if entry["status"] == "ok"]
-    entries = [ledger_path(corpus, entry["dataset_id"]) for entry in ledger]
-    catalogue |= _write_checksums(corpus, work, catalogue, used, entries)
+    catalogue |= _write_checksums(work, catalogue, inputs)
+    catalogue["files"] = checked_files(work, corpus_files(work))
+    inputs.check()
     sync_tree(work)
-    write_atomic(work / "catalogue.json", json.dumps(catalogue).encode())
+    write_catalogue(work, catalogue)
 
 
-def _write_checksums(
-    corpus: Path,
-    work: Path,
-    catalogue: Mapping[str, Any],
-    used: Sequence[str],
-    entries: Sequence[Path],
-) -> dict[str, str]:
+def _write_checksums(work: Path, catalogue: Mapping[str, Any], inputs: Inputs) -> dict[str, str]:
     """Write checksums.json; return the corpus hash and the hash of checksums.json itself."""
-    files = {
-        path.relative_to(work).as_posix(): file_sha256(path)
-        for product in PRODUCTS[:-1]
-        for path in files_below(work / product)
-    }
-    inputs = [corpus / "settings.json", *entries]
-    inputs += [path for name in used for path in files_below(corpus / "staging" / name)]
-    document = {
-        "algorithm": "sha256",
-        "files": files,
-        "inputs": {p.relative_to(corpus).as_posix(): file_sha256(p) for p in inputs},
-    }
+    names = [name for name in corpus_files(work) if name != "checksums.json"]
+    files = {name: file_sha256(work / name) for name in names}
+    document = {"algorithm": "sha256", "files": files, "inputs": inputs.checksums()}
     text = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
     write_atomic(work / "checksums.json", text)
     content = {
@@ -415,17 +401,44 @@ def _write_checksums(
     }
 
 
-def _publish(corpus: Path, work: Path, catalogue: Mapping[str, Any]) -> None:
-    """Move the products to their names; what a killed run has moved stays.
+def _is_sealed(corpus: Path, work: Path) -> bool:
+    """Tell whether an earlier run has finished the work, and all products are as it left them."""
+    if not (work / "corpus.json").exists():
+        return False
+    try:
+        catalogue = read_catalogue(work)
+        # Those that were moved already lie in the corpus folder.
+        places = {name: work if (work / name).exists() else corpus for name in PRODUCTS}
+        path = places["checksums.json"] / "checksums.json"
+        if file_sha256(path) != catalogue["checksums_sha256"]:
+            raise ValueError(f"{path}: changed")
+        for name, digest in json.loads(path.read_bytes())["files"].items():
+            path = places[name.partition("/")[0]] / name
+            if file_sha256(path) != digest:
+                raise ValueError(f"{path}: changed")
+    except (OSError, ValueError) as error:
+        logger.warning("what an earlier run has made is made again: %s", error)
+        (work / "corpus.json").unlink()
+        for name in PRODUCTS:
+            shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(True)
+        return False
+    return True
+
+
+def _publish(corpus: Path, work: Path) -> dict[str, Any]:
+    """Move the products to their names, what a killed run has moved stays; return the catalogue.
 
     corpus.json goes first and comes last: a run killed in between leaves no corpus, never a mix.
     """
     (corpus / "corpus.json").unlink(missing_ok=True)
+    sync_folder(corpus)
     for name in PRODUCTS:
         if not (work / name).exists():
             continue
         if (corpus / name).is_dir():
-            os.rename(corpus / name, work / f"old-{name}")
+            os.rename(corpus / name, partial_name(work / name))
         os.replace(work / name, corpus / name)
-    write_catalogue(corpus, catalogue)
     sync_folder(corpus)
+    write_atomic(corpus / "corpus.json", (work / "corpus.json").read_bytes())
+    sync_folder(corpus)
+    return read_catalogue(corpus)

@@ -10,7 +10,6 @@ call is continued by the next one: runs and buckets that are on disk are not mad
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from data_prep.buckets import RUN_BYTES, BucketRuns, bucket_of, plan_runs
 from data_prep.dedup import Progress
+from data_prep.work_folder import discard_scratch
 from sclong_ds.store import SPLITS, CellStore, CellWriter, PackedCells
 
 BUCKET_BYTES = RUN_BYTES
@@ -99,7 +99,7 @@ def write_permuted(
         if progress and n_cells:
             progress("write", writer.n_rows, n_cells)
     writer.end_chunk()
-    shutil.rmtree(scratch)
+    discard_scratch(scratch)
 
 
 def _split_bytes(datasets: Sequence[StagedCells]) -> NDArray[np.int64]:

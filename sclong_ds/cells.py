@@ -113,7 +113,9 @@ class CellStore:
         try:
             about = read_metadata(self.location)
         except FileNotFoundError:
-            raise FileNotFoundError(f"{self.location}: no cell store here") from None
+            raise FileNotFoundError(
+                f"{self.location}: no cell store here ({self.location}/zarr.json is missing)"
+            ) from None
         attributes = about.get("attributes") or {}
         found = attributes.get("format"), attributes.get("version")
         if found not in [(CELLS_FORMAT, version) for version in range(1, CELLS_VERSION + 1)]:
@@ -183,8 +185,14 @@ class CellStore:
                 raise FileNotFoundError
             about = read_metadata(folder)
         except FileNotFoundError:
-            names = ", ".join((*self._own_tables, *self.tables))
-            raise ValueError(f"{self.location}: no table '{name}'; there are {names}") from None
+            tables = (*self._own_tables, *self.tables)
+            if name in tables:
+                raise ValueError(
+                    f"{folder}/zarr.json: missing; restore the file or write the store again"
+                ) from None
+            raise ValueError(
+                f"{self.location}: no table '{name}'; there are {', '.join(tables)}"
+            ) from None
         try:
             (length,), dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
         except (LookupError, TypeError, ValueError) as error:
@@ -192,6 +200,11 @@ class CellStore:
                 f"{folder}/zarr.json: damaged ({type(error).__name__}: {error}); restore the file "
                 "or write the store again"
             ) from None
+        if name not in CHUNK_TABLES and length != self.n_cells:
+            raise ValueError(
+                f"{folder}/zarr.json: damaged ({length} rows, the store has {self.n_cells} cells); "
+                "restore the file or write the store again"
+            )
         if length == 0:
             return np.empty(0, dtype)
         problem = ValueError(

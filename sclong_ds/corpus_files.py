@@ -7,6 +7,10 @@
 Files that are needed whole (catalogue, genes, row tables) are downloaded once into a cache, where
 all processes of a machine share them: `cache_dir`, else $SCLONG_CACHE, else ~/.cache/sclong_ds.
 Cells are read by ranges and never cached. fsspec is imported for a remote folder only.
+
+A folder opened with a record of its files gives a process no file that differs from it: each is
+compared when it is first asked for, and a damaged copy in the cache is downloaded once more. A file
+that is not on record is not there.
 """
 
 from __future__ import annotations
@@ -16,10 +20,12 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from sclong_ds.checksums import check_file
 
 CACHE_VARIABLE = "SCLONG_CACHE"
 _BLOCK_BYTES = 2**24
@@ -34,6 +40,7 @@ class Location:
         *,
         cache_dir: str | Path | None = None,
         version: str | None = None,
+        files: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Name a folder.
 
@@ -43,9 +50,11 @@ class Location:
             version: Hash of the folder's content. With it a file in the cache is used without
                 asking the server again; another version never finds it. Without it the server is
                 asked for the file's state (size, entity tag or time of change) first.
+            files: Size and CRC-32C of every file that is read whole; None: there is no record.
         """
         self.url = str(url) if isinstance(url, Path) else url.rstrip("/") or "/"
         self.version = version
+        self._record = None if files is None else _Record(files)
         self._root = self.url
         """The folder whose copy the cache holds: the one this was reached from by `/`."""
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -68,14 +77,23 @@ class Location:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Connections belong to a process: the copy makes its own.
-        inside = self.url[len(self._root) + 1 :]
-        return _unpickled, (self._root, inside, self._cache_dir, self.version)
+        files = None if self._record is None else self._record.files
+        return _unpickled, (self._root, self._inside, self._cache_dir, self.version, files)
 
     def __truediv__(self, name: str) -> Location:
         """Return the folder `name` inside this one."""
         inside = Location(f"{self.url}/{name}", cache_dir=self._cache_dir, version=self.version)
-        inside._root = self._root
+        inside._root, inside._record = self._root, self._record
         return inside
+
+    @property
+    def _inside(self) -> str:
+        """Path from the folder that this was reached from by `/`; empty for that folder itself."""
+        return self.url[len(self._root) + 1 :]
+
+    def _full_name(self, name: str) -> str:
+        """Return the name by which a file is on record."""
+        return "/".join(part for part in (self._inside, name) if part)
 
     @property
     def folder(self) -> Path:
@@ -89,7 +107,9 @@ class Location:
         return self._folder
 
     def exists(self, name: str) -> bool:
-        """Return whether there is a file of that name."""
+        """Return whether there is a file of that name; with a record, whether it has one."""
+        if self._record is not None:
+            return self._full_name(name) in self._record.files
         if self._folder is not None:
             return (self._folder / name).is_file()
         with self._remote(name) as (files, path):
@@ -101,6 +121,10 @@ class Location:
         Raises:
             FileNotFoundError: No such folder.
         """
+        if self._record is not None:
+            above = self._full_name("x")[:-1]
+            below = (n.removeprefix(above) for n in self._record.files if n.startswith(above))
+            return sorted({name.partition("/")[0] for name in below})
         if self._folder is not None:
             return sorted(os.listdir(self._folder))
         with self._remote("") as (files, path):
@@ -122,7 +146,10 @@ class Location:
 
         Raises:
             FileNotFoundError: No such file.
+            ValueError: It is not the file that is on record.
         """
+        if self._record is not None:
+            return self.local_path(name).read_bytes()
         if self._folder is not None:
             return (self._folder / name).read_bytes()
         with self._remote(name) as (files, path):
@@ -166,17 +193,35 @@ class Location:
 
         Raises:
             FileNotFoundError: No such file.
+            ValueError: It is not the file that is on record.
         """
+        full = self._full_name(name)
+        if self._record is None or full in self._record.checked:
+            return self._copy(name)
+        if full not in self._record.files:
+            raise FileNotFoundError(f"{self.url}/{name}: not on record in corpus.json")
+        path = self._copy(name)
+        try:
+            self._record.check(path, full)
+        except ValueError:
+            if self._folder is not None:
+                raise
+            path = self._copy(name, damaged=path)
+            self._record.check(path, full, of=f" (copy of {self.url}/{name})")
+        return path
+
+    def _copy(self, name: str, *, damaged: Path | None = None) -> Path:
+        """Return a path of a file on this machine; another copy if the one there is damaged."""
         if self._folder is not None:
             return self._folder / name
         with self._remote(name) as (files, path):
             state = self.version or f"{files.ukey(path)} {files.size(path)}"
             target = self._cached(name, state)
-            if target.is_file():
+            if target.is_file() and damaged is None:
                 return target
             target.parent.mkdir(parents=True, exist_ok=True)
             with _alone(target):
-                if not target.is_file():
+                if not target.is_file() or damaged is not None:
                     _download(files, path, target)
         return target
 
@@ -187,7 +232,7 @@ class Location:
         )
         key = hashlib.sha256(f"{self._root}\n{state}".encode()).hexdigest()[:16]
         readable = re.sub(r"[^A-Za-z0-9.]+", "-", self._root)[-60:].strip("-")
-        return base / f"{readable}-{key}" / self.url[len(self._root) + 1 :] / name
+        return base / f"{readable}-{key}" / self._inside / name
 
     @contextmanager
     def _remote(self, name: str) -> Iterator[tuple[Any, str]]:
@@ -222,14 +267,35 @@ class Location:
         return self._opened[1], self._opened[2].rstrip("/")
 
 
+class _Record:
+    """What the files of a folder are on record with, and those compared in this process."""
+
+    def __init__(self, files: Mapping[str, Sequence[int]]) -> None:
+        self.files = files
+        self.checked: set[str] = set()
+
+    def check(self, path: Path, name: str, *, of: str = "") -> None:
+        """Compare a file with its record; raises as `check_file`."""
+        size, crc32c = self.files[name]
+        cure = f"restore the file{of}, or run: python -m data_prep finalize on the corpus"
+        check_file(path, (size, crc32c), cure=cure)
+        self.checked.add(name)
+
+
 def _renamed(error: Exception, text: str) -> OSError:
     """Return an OSError with another text; the error number, if any, gives its class."""
     number = error.errno if isinstance(error, OSError) else None
     return OSError(text) if number is None else OSError(number, text)
 
 
-def _unpickled(url: str, inside: str, cache_dir: Path | None, version: str | None) -> Location:
-    root = Location(url, cache_dir=cache_dir, version=version)
+def _unpickled(
+    url: str,
+    inside: str,
+    cache_dir: Path | None,
+    version: str | None,
+    files: Mapping[str, Sequence[int]] | None,
+) -> Location:
+    root = Location(url, cache_dir=cache_dir, version=version, files=files)
     return root / inside if inside else root
 
 

@@ -7,10 +7,11 @@
 The folder may be a path or a URL that fsspec understands (`s3://...`, `gs://...`): small files and
 row tables are then downloaded once, cells are read by ranges (`sclong_ds.corpus_files`).
 
-A corpus folder, written by `python -m data_prep finalize`, holds `corpus.json` (the catalogue),
-`cells.zarr` (all cells, split after split, shuffled; further tables dataset, obs_row, source_row),
-`genes.tsv`, `obs/DATASET.parquet` (annotation of the staged cells of each dataset),
-`gene_stats.npz` and `checksums.json`.
+A corpus folder, written by `python -m data_prep finalize`, holds `corpus.json` (the catalogue,
+`sclong_ds.catalogue`), `cells.zarr` (all cells, split after split, shuffled; further tables
+dataset, obs_row, source_row), `genes.tsv`, `obs/DATASET.parquet` (annotation of the staged cells of
+each dataset), `gene_stats.npz`, `measured_genes.npy` and `checksums.json`. Each file is compared
+with the catalogue when it is first used in a process, each chunk of cells whenever it is read.
 
 `CellWriter` and `CellStore` (the cells themselves, format in `sclong_ds.cells`) are offered here as
 well: this module and `sclong_ds.genes` are all that data preparation imports from `sclong_ds`.
@@ -18,10 +19,11 @@ well: this module and `sclong_ds.genes` are all that data preparation imports fr
 
 from __future__ import annotations
 
-import hashlib
-import json
+import io
+import zipfile
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -31,9 +33,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
+from sclong_ds.catalogue import (
+    SPLITS,
+    DatasetInfo,
+    catalogue_checksum,
+    read_catalogue,
+    write_catalogue,
+)
 from sclong_ds.cells import CellStore, DamagedChunk
 from sclong_ds.corpus_files import Location
-from sclong_ds.files import write_atomic
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.obs_table import read_obs
 from sclong_ds.streams import MAX_COUNT, PackedCells, decode, encode, slices_to_index
@@ -62,38 +70,8 @@ __all__ = [
     "write_catalogue",
 ]
 
-FORMAT_VERSION = 1
-CORPUS_FORMAT = "sclong_ds-corpus"
-SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """One dataset of a corpus."""
-
-    dataset_id: str
-    """Name in the manifest."""
-    n_cells: int
-    """Cells in the corpus."""
-    duplicates_dropped: int
-    """Staged cells left out because an identical cell comes first."""
-    split_cells: Mapping[str, int]
-    """Cells in each split."""
-    n_genes_mapped: int | None
-    """Genes of the vocabulary that the source names; None where the ledger does not say."""
-    counts_kept: float | None
-    """Share of the source's counts that fell on mapped genes; None where the ledger does not
-    say."""
-    organism: str | None
-    """As in the manifest."""
-    tissue: str | None
-    """As in the manifest."""
-    format: str | None
-    """Format of the source file."""
-    source: str | None
-    """Path of the source as the manifest gave it."""
-    source_hash: str | None
-    """SHA-256 of the source."""
+_DAMAGE = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises on a damaged npy or npz file."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +118,11 @@ class Corpus:
             read_catalogue(Location(path, cache_dir=cache_dir))
         )
         # The catalogue holds a checksum of every other file: a changed corpus, another version.
-        version = _checksum(self.catalogue)
-        self.location = Location(path, cache_dir=cache_dir, version=version)
-        self._opened_as = path, cache_dir
+        version = catalogue_checksum(self.catalogue)
+        self.location = Location(
+            path, cache_dir=cache_dir, version=version, files=self.catalogue.get("files")
+        )
+        self._opened_as = path, cache_dir, version
         self.cells = CellStore(self.location / "cells.zarr")
         self.hash: str = self.catalogue["hash"]
         """Content hash: changes when any cell, its place, the genes or the splits change."""
@@ -157,9 +137,9 @@ class Corpus:
                 f"{len(self.cells)}; run: python -m data_prep finalize {path}"
             )
 
-    def __reduce__(self) -> tuple[type[Corpus], tuple[str | Path, str | Path | None]]:
-        """Pickle as a place."""
-        return Corpus, self._opened_as
+    def __reduce__(self) -> tuple[Any, tuple[str | Path, str | Path | None, str]]:
+        """Pickle as a place; what lies there must be the same corpus when it is opened again."""
+        return _opened_again, self._opened_as
 
     @property
     def path(self) -> Path:
@@ -216,6 +196,7 @@ class Corpus:
     def genes(self) -> GeneVocabulary:
         """The genes, in column order."""
         genes = GeneVocabulary.read(self.location.local_path("genes.tsv"))
+        # Compared with corpus.json as any file; version 1 has no more than this.
         if genes.hash != self.catalogue["genes_hash"]:
             raise ValueError(
                 f"{self.location}/genes.tsv: not the genes of this corpus; "
@@ -241,7 +222,14 @@ class Corpus:
     @cached_property
     def row_dataset(self) -> NDArray[np.uint32]:
         """(cells,) position of the cell's dataset in `datasets`."""
-        return self.cells.table("dataset")
+        codes = self.cells.table("dataset")
+        # Later versions have a checksum of the table.
+        if self.catalogue["version"] == 1 and len(codes) and codes.max() >= len(self.datasets):
+            raise ValueError(
+                f"{self.cells.location}/dataset/c/0: damaged (a cell of dataset {codes.max()}, "
+                f"the corpus has {len(self.datasets)}); {self._cure}"
+            )
+        return codes
 
     @cached_property
     def row_source(self) -> NDArray[np.int64]:
@@ -251,15 +239,51 @@ class Corpus:
     @cached_property
     def gene_stats(self) -> GeneStats:
         """Statistics of the training cells."""
-        with np.load(self.location.local_path("gene_stats.npz")) as stats:
-            return GeneStats(
-                n_expressing=stats["n_expressing"],
-                total_counts=stats["total_counts"],
-                mean_expressed=stats["mean_expressed"],
-                mean_expressed_all=float(stats["mean_expressed_all"]),
-                var_expressed_all=float(stats["var_expressed_all"]),
-                target_sum=float(stats["target_sum"]),
+        path = self.location.local_path("gene_stats.npz")
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as stats:
+                found = {field.name: stats[field.name] for field in fields(GeneStats)}
+            for name in ("mean_expressed_all", "var_expressed_all", "target_sum"):
+                found[name] = float(found[name])
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: missing; {self._cure}") from None
+        except _DAMAGE as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: damaged ({reason}); {self._cure}") from None
+        for name, values in found.items():
+            if isinstance(values, np.ndarray) and values.shape != (self.n_genes,):
+                raise ValueError(
+                    f"{path}: damaged ({name} of shape {values.shape}, the corpus has "
+                    f"{self.n_genes} genes); {self._cure}"
+                )
+        return GeneStats(**found)
+
+    @cached_property
+    def measured_genes(self) -> NDArray[np.bool_] | None:
+        """(datasets, G) genes that the source of each dataset names; None in version 1.
+
+        A count of zero of any other gene was not measured.
+        """
+        if not self.location.exists("measured_genes.npy"):
+            return None
+        path = self.location.local_path("measured_genes.npy")
+        try:
+            packed = np.load(io.BytesIO(path.read_bytes()))
+        except _DAMAGE as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: damaged ({reason}); {self._cure}") from None
+        expected = (len(self.datasets), -(-self.n_genes // 8))
+        if packed.shape != expected or packed.dtype != np.uint8:
+            raise ValueError(
+                f"{path}: damaged ({packed.dtype}{packed.shape} instead of uint8{expected}); "
+                f"{self._cure}"
             )
+        bits = np.unpackbits(packed, axis=1, count=self.n_genes, bitorder="little")
+        return bits.view(np.bool_)
+
+    @property
+    def _cure(self) -> str:
+        return f"restore the file, or run: python -m data_prep finalize {self.location}"
 
     def to_anndata(self, indices: ArrayLike) -> AnnData:
         """Return chosen cells as AnnData.
@@ -285,10 +309,9 @@ class Corpus:
         Args:
             dataset_id: Name of the dataset.
         """
-        # Written before annotations could hold any text.
-        older = f"obs/{dataset_id}.tsv.gz"
-        name = older if self.location.exists(older) else f"obs/{dataset_id}.parquet"
-        return self.location.local_path(name)
+        # Version 1 could not hold any text.
+        suffix = "tsv.gz" if self.catalogue["version"] == 1 else "parquet"
+        return self.location.local_path(f"obs/{dataset_id}.{suffix}")
 
     def obs(self, indices: ArrayLike) -> DataFrame:
         """Return the annotations of chosen cells without reading their counts.
@@ -307,7 +330,13 @@ class Corpus:
         for code in np.unique(dataset):
             name, here = self.datasets[code].dataset_id, np.flatnonzero(dataset == code)
             table = read_obs(self.obs_path(name))
-            part = table.iloc[obs_row[here]].set_axis(here, axis=0)
+            rows = obs_row[here]
+            if int(rows.min()) < 0 or int(rows.max()) >= len(table):
+                raise ValueError(
+                    f"{self.cells.location}/obs_row/c/0: damaged (row {int(rows.max())} of the "
+                    f"{len(table)} annotations of {name}); {self._cure}"
+                )
+            part = table.iloc[rows].set_axis(here, axis=0)
             part.insert(0, "dataset_id", name)
             parts.append(part)
         obs = (
@@ -319,6 +348,14 @@ class Corpus:
         return obs.fillna("")
 
 
+def _opened_again(path: str | Path, cache_dir: str | Path | None, version: str) -> Corpus:
+    """Return a corpus that was pickled; it was another process that opened it before."""
+    corpus = Corpus(path, cache_dir)
+    if corpus._opened_as[2] != version:
+        raise ValueError(f"{path}: another corpus than before lies there; start again")
+    return corpus
+
+
 def __getattr__(name: str) -> Any:
     # Reading needs no zarr, whose import would make every start half as long again.
     if name == "CellWriter":
@@ -326,67 +363,3 @@ def __getattr__(name: str) -> Any:
 
         return CellWriter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def read_catalogue(corpus: str | Path | Location) -> dict[str, Any]:
-    """Read and check `corpus.json`.
-
-    Args:
-        corpus: Corpus folder.
-
-    Returns:
-        Its content without the checksum.
-
-    Raises:
-        FileNotFoundError: No such folder, or not finalized.
-        ValueError: Another format or version, or changed bytes.
-    """
-    location = corpus if isinstance(corpus, Location) else Location(corpus)
-    path = f"{location}/corpus.json"
-    try:
-        raw = location.read_bytes("corpus.json")
-    except FileNotFoundError:
-        there = not location.is_local or location.folder.is_dir()
-        reason = "the corpus is not finalized" if there else "no such folder"
-        raise FileNotFoundError(
-            f"{corpus}: {reason}; run: python -m data_prep finalize {corpus}"
-        ) from None
-    try:
-        catalogue = json.loads(raw)
-    except ValueError:
-        catalogue = None
-    if not isinstance(catalogue, dict):
-        raise ValueError(f"{path}: damaged (not JSON); run: python -m data_prep finalize {corpus}")
-    stored = catalogue.pop("checksum", None)
-    found = catalogue.get("format"), catalogue.get("version")
-    if found != (CORPUS_FORMAT, FORMAT_VERSION):
-        raise ValueError(
-            f"{path}: format {found[0]} version {found[1]}, this program reads {CORPUS_FORMAT} "
-            f"version {FORMAT_VERSION}; run: python -m data_prep finalize {corpus}"
-        )
-    # Comparing the whole text also finds changes that JSON does not see, such as white space.
-    if stored != _checksum(catalogue) or raw != _catalogue_bytes(catalogue):
-        raise ValueError(
-            f"{path}: damaged (its checksum differs); run: python -m data_prep finalize {corpus}"
-        )
-    return catalogue
-
-
-def write_catalogue(corpus: str | Path, catalogue: Mapping[str, Any]) -> None:
-    """Write `corpus.json` with its own checksum.
-
-    Args:
-        corpus: Corpus folder.
-        catalogue: Content; format and version are added.
-    """
-    document = {**catalogue, "format": CORPUS_FORMAT, "version": FORMAT_VERSION}
-    write_atomic(Path(corpus) / "corpus.json", _catalogue_bytes(document))
-
-
-def _checksum(catalogue: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(dict(catalogue), sort_keys=True).encode()).hexdigest()
-
-
-def _catalogue_bytes(catalogue: Mapping[str, Any]) -> bytes:
-    document = {**catalogue, "checksum": _checksum(catalogue)}
-    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

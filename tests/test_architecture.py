@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("sclong_ds", "kernels", "data_prep")
 STORAGE = {
     "sclong_ds.genes",
+    "sclong_ds.catalogue",
     "sclong_ds.store",
     "sclong_ds.cells",
     "sclong_ds.cell_writer",

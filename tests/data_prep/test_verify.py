@@ -28,6 +28,11 @@ def corpus(stage_corpus: Stage, counts: Counts) -> Path:
     return folder
 
 
+def files_of(corpus: Path) -> list[Path]:
+    files = (path for path in corpus.rglob("*") if path.is_file())
+    return sorted(path for path in files if ".locks" not in path.parts)
+
+
 def test_a_good_corpus(corpus: Path) -> None:
     report = verify(corpus)
     assert report["problems"] == []
@@ -35,13 +40,13 @@ def test_a_good_corpus(corpus: Path) -> None:
     assert (report["n_cells"], report["n_genes"]) == (96, 600)
     assert report["n_values"] == Corpus(corpus).rows(range(96)).nnz
     assert report["hash"] == Corpus(corpus).hash
-    assert report["n_files"] == sum(path.is_file() for path in corpus.rglob("*"))
+    assert report["n_files"] == len(files_of(corpus))
     assert json.loads(json.dumps(report)) == report
 
 
 def test_every_file_is_covered(corpus: Path) -> None:
     """A flipped bit is reported with the name of its file."""
-    files = sorted(path for path in corpus.rglob("*") if path.is_file())
+    files = files_of(corpus)
     assert len(files) > 40
     for path in files:
         raw = path.read_bytes()
@@ -83,6 +88,7 @@ def test_folder_that_is_not_finalized(corpus: Path, tmp_path: Path) -> None:
 def seal(corpus: Path, **changes: object) -> None:
     """Make all checksums fit what is on disk, as a faulty finalize would."""
     catalogue = read_catalogue(corpus)
+    del catalogue["files"]  # taken from what is on disk
     path = corpus / "checksums.json"
     checksums = json.loads(path.read_bytes())
     for name in checksums["files"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import pickle
 import threading
@@ -13,11 +12,13 @@ from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pytest
 from fsspec.spec import AbstractFileSystem
 from scipy import sparse
 
 from sclong_ds.corpus_files import CACHE_VARIABLE, Location
+from sclong_ds.obs_table import write_obs
 from sclong_ds.store import (
     CellWriter,
     Corpus,
@@ -210,8 +211,8 @@ def make_corpus(folder: Path, seed: int) -> sparse.csr_matrix:
     genes.write(folder / "genes.tsv")
     (folder / "obs").mkdir()
     for code in "ab":
-        table = "barcode\n" + "".join(f"{code}{number}\n" for number in range(30))
-        (folder / "obs" / f"{code}.tsv.gz").write_bytes(gzip.compress(table.encode()))
+        barcodes = pd.DataFrame({"barcode": [f"{code}{number}" for number in range(30)]})
+        write_obs(folder / "obs" / f"{code}.parquet", barcodes)
     statistics = {
         "n_expressing": np.zeros(40, np.int64),
         "total_counts": np.zeros(40, np.int64),
@@ -317,3 +318,27 @@ def test_a_remote_that_fails_in_the_middle(faulty: type[Faulty], tmp_path: Path)
         Corpus("faulty://none", cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="needs a folder on this machine"):
         corpus.path  # noqa: B018
+
+
+def test_a_damaged_copy_in_the_cache_is_downloaded_once_more(
+    faulty: type[Faulty], tmp_path: Path
+) -> None:
+    counts = make_corpus(tmp_path / "corpus", 4)
+    files = contents(tmp_path / "corpus")
+    faulty.files = {f"bucket/{name}": data for name, data in files.items()}
+    assert Corpus("faulty://bucket", cache_dir=tmp_path / "cache").genes
+    (cached,) = (tmp_path / "cache").rglob("genes.tsv")
+    for damage in (b"", cached.read_bytes()[:-1] + b"x"):
+        cached.write_bytes(damage)
+        faulty.reads.clear()
+        assert Corpus("faulty://bucket", cache_dir=tmp_path / "cache").genes.symbols[0] == "gene0"
+        assert faulty.reads.count("bucket/genes.tsv") == 1
+        assert cached.read_bytes() == files["genes.tsv"]
+    name = "cells.zarr/row_total/c/0"
+    faulty.files[f"bucket/{name}"] = bytes(len(files[name]))
+    message = rf"row_total/c/0: damaged \(CRC.*copy of faulty://bucket/{name}"
+    with pytest.raises(ValueError, match=message):
+        _ = Corpus("faulty://bucket", cache_dir=tmp_path / "cache").row_total
+    faulty.files[f"bucket/{name}"] = files[name]
+    corpus = Corpus("faulty://bucket", cache_dir=tmp_path / "cache")
+    np.testing.assert_array_equal(corpus.row_total, np.asarray(counts.sum(axis=1)).ravel())

@@ -1,0 +1,70 @@
+"""The folder in which finalize builds a corpus, kept over kills: CORPUS/.finalize-KEY.
+
+KEY stands for the inputs and options, so that a run finds what an earlier one with the same has
+made. A folder that is not wanted any more is first renamed and then removed: a run that is killed
+while it removes files never leaves half a folder under a name that another run would take up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sclong_ds.files import is_partial, partial_name, remove_partials
+
+_log = logging.getLogger(__name__)
+
+_PREFIX = ".finalize-"
+_OLD = f"{_PREFIX}old-"
+
+
+def open_work(corpus: Path, content: Any) -> Path:
+    """Return the folder for some work, with what was done of it; other work is removed.
+
+    Args:
+        corpus: The corpus folder, whose lock is held.
+        content: What decides the result, as JSON.
+    """
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    work = corpus / f"{_PREFIX}{key}"
+    for other in sorted(corpus.glob(f"{_PREFIX}*")):
+        if other.name.startswith(_OLD):
+            shutil.rmtree(other)
+        elif other != work:
+            discard(other)
+    for path in corpus.glob(".corpus.json.*"):
+        if is_partial(path):
+            path.unlink()
+    if work.exists():
+        _log.info("%s: continuing what an earlier run has begun", corpus)
+        remove_partials(work)
+    work.mkdir(exist_ok=True)
+    return work
+
+
+def discard(work: Path) -> None:
+    """Remove a folder of `open_work`; killed in between, the next `open_work` removes the rest.
+
+    Args:
+        work: The folder.
+    """
+    old = work.with_name(f"{_OLD}{secrets.token_hex(8)}")
+    os.rename(work, old)
+    shutil.rmtree(old)
+
+
+def discard_scratch(folder: Path) -> None:
+    """Remove a folder inside one of `open_work`; what a kill leaves is removed by the next.
+
+    Args:
+        folder: The folder.
+    """
+    old = partial_name(folder)
+    os.rename(folder, old)
+    shutil.rmtree(old)

@@ -1,0 +1,253 @@
+"""`corpus.json`: the catalogue of a finished corpus, and the checksums of all its small files.
+
+    catalogue = read_catalogue("CORPUS")
+    write_catalogue("CORPUS", {...})
+
+One JSON document with a checksum of itself. `files` names every file of the corpus except the
+shards of the cells and `corpus.json`, with its size and CRC-32C: gene list, statistics, annotations
+and the tables and descriptions of cells.zarr. Readers compare each of them when they first use it
+(`sclong_ds.corpus_files`). Among the tables are the checksums of all chunks of cells, so the
+catalogue vouches for every byte. Version 1 had no `files`; it is read without these checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints
+
+from sclong_ds.cells import CellStore
+from sclong_ds.checksums import file_crc32c
+from sclong_ds.corpus_files import Location
+from sclong_ds.files import write_atomic
+
+FORMAT_VERSION = 2
+CORPUS_FORMAT = "sclong_ds-corpus"
+SPLITS = ("train", "validation", "test")
+SINGLE_FILES = ("genes.tsv", "gene_stats.npz", "measured_genes.npy", "checksums.json")
+"""Files of a corpus besides cells.zarr, obs/ and corpus.json."""
+_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_SHARD = re.compile(r"cells\.zarr/(gap|count)/c/.*")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """One dataset of a corpus."""
+
+    dataset_id: str
+    """Name in the manifest."""
+    n_cells: int
+    """Cells in the corpus."""
+    duplicates_dropped: int
+    """Staged cells left out because an identical cell comes first."""
+    split_cells: Mapping[str, int]
+    """Cells in each split."""
+    n_genes_mapped: int | None
+    """Genes of the vocabulary that the source names; None where the ledger does not say."""
+    counts_kept: float | None
+    """Share of the source's counts that fell on mapped genes; None where the ledger does not
+    say."""
+    organism: str | None
+    """As in the manifest."""
+    tissue: str | None
+    """As in the manifest."""
+    format: str | None
+    """Format of the source file."""
+    source: str | None
+    """Path of the source as the manifest gave it."""
+    source_hash: str | None
+    """SHA-256 of the source."""
+    n_cells_input: int | None = None
+    """Cells of the source."""
+    version: int | None = None
+    """Version of the staged data that the cells were taken from."""
+    matrix: str | None = None
+    """Which matrix of the source held the counts."""
+    restored: str | None = None
+    """How counts were restored from other values; empty for raw counts taken as they are."""
+    warnings: tuple[str, ...] | None = None
+    """What to know about the dataset before training on it; None where the ledger does not say."""
+
+    def __post_init__(self) -> None:
+        """Take the list that JSON gives."""
+        if self.warnings is not None:
+            object.__setattr__(self, "warnings", tuple(self.warnings))
+
+
+class Catalogue(TypedDict):
+    """Keys of `corpus.json`; those that a program can do without are not required."""
+
+    format: str
+    version: int
+    hash: str
+    genes_hash: str
+    n_cells: int
+    splits: dict[str, list[int]]
+    datasets: list[dict[str, Any]]
+    files: NotRequired[dict[str, list[int]]]
+    n_genes: NotRequired[int]
+    n_values: NotRequired[int]
+    split_unit: NotRequired[str]
+    held_out: NotRequired[dict[str, list[str]]]
+    options: NotRequired[dict[str, Any]]
+    duplicates_dropped: NotRequired[int]
+    warnings: NotRequired[list[str]]
+    unused: NotRequired[list[dict[str, Any]]]
+    checksums_sha256: NotRequired[str]
+
+
+def read_catalogue(corpus: str | Path | Location) -> dict[str, Any]:
+    """Read and check `corpus.json`.
+
+    Args:
+        corpus: Corpus folder.
+
+    Returns:
+        Its content without the checksum.
+
+    Raises:
+        FileNotFoundError: No such folder, or not finalized.
+        ValueError: Another format or version, changed bytes, or a content that is no catalogue.
+    """
+    location = corpus if isinstance(corpus, Location) else Location(corpus)
+    path = f"{location}/corpus.json"
+    cure = f"run: python -m data_prep finalize {corpus}"
+    try:
+        raw = location.read_bytes("corpus.json")
+    except FileNotFoundError:
+        there = not location.is_local or location.folder.is_dir()
+        reason = "the corpus is not finalized" if there else "no such folder"
+        raise FileNotFoundError(f"{corpus}: {reason}; {cure}") from None
+    try:
+        catalogue = json.loads(raw)
+    except (ValueError, RecursionError):
+        catalogue = None
+    if not isinstance(catalogue, dict):
+        raise ValueError(f"{path}: damaged (not JSON); {cure}")
+    stored = catalogue.pop("checksum", None)
+    form, version = catalogue.get("format"), catalogue.get("version")
+    if form != CORPUS_FORMAT or type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format {form} version {version}, this program reads {CORPUS_FORMAT} "
+            f"version 1 to {FORMAT_VERSION}; {cure}"
+        )
+    # Comparing the whole text also finds changes that JSON does not see, such as white space.
+    checksum = catalogue_checksum(catalogue)
+    if stored != checksum or raw != _catalogue_bytes({**catalogue, "checksum": checksum}):
+        raise ValueError(f"{path}: damaged (its checksum differs); {cure}")
+    problem = next(_problems(catalogue), None)
+    if problem:
+        raise ValueError(f"{path}: not a catalogue of this program ({problem}); {cure}")
+    return catalogue
+
+
+def write_catalogue(corpus: str | Path, catalogue: Mapping[str, Any]) -> None:
+    """Write `corpus.json` with its own checksum.
+
+    Args:
+        corpus: Corpus folder with all other files.
+        catalogue: Content; format and version are added, and `files`, of what lies in the folder,
+            if it lacks them.
+    """
+    document = {**catalogue, "format": CORPUS_FORMAT, "version": FORMAT_VERSION}
+    if "files" not in document:
+        document["files"] = checked_files(corpus, corpus_files(corpus))
+    document["checksum"] = catalogue_checksum(document)
+    write_atomic(Path(corpus) / "corpus.json", _catalogue_bytes(document))
+
+
+def corpus_files(corpus: str | Path) -> list[str]:
+    """Return the sorted names of the files of a corpus except corpus.json, with its shards.
+
+    Args:
+        corpus: Corpus folder; that corpus.json is still missing is no matter.
+    """
+    corpus = Path(corpus)
+    names = [name for name in SINGLE_FILES if (corpus / name).is_file()]
+    names += [path.relative_to(corpus).as_posix() for path in corpus.glob("obs/*.parquet")]
+    if (corpus / "cells.zarr").is_dir():
+        names += [f"cells.zarr/{name}" for name in CellStore(corpus / "cells.zarr").file_names()]
+    return sorted(names)
+
+
+def checked_files(corpus: str | Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Return size and CRC-32C of files, for `files` of the catalogue.
+
+    Args:
+        corpus: Corpus folder.
+        names: Files inside it; shards, which the tables of chunk checksums vouch for, are skipped.
+    """
+    paths = {name: Path(corpus) / name for name in names if not _SHARD.fullmatch(name)}
+    return {name: [path.stat().st_size, file_crc32c(path)] for name, path in paths.items()}
+
+
+def catalogue_checksum(catalogue: Mapping[str, Any]) -> str:
+    """Return the SHA-256 (hex) of a catalogue; with it, of the whole corpus.
+
+    Args:
+        catalogue: What `read_catalogue` returns.
+    """
+    return hashlib.sha256(json.dumps(dict(catalogue), sort_keys=True).encode()).hexdigest()
+
+
+def _catalogue_bytes(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _problems(catalogue: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the content of a catalogue."""
+    kinds = get_type_hints(Catalogue, include_extras=True)
+    required = {name for name, kind in kinds.items() if get_origin(kind) is not NotRequired}
+    required |= {"files"} if catalogue["version"] > 1 else set()
+    yield from _misfits(catalogue, kinds, required, "")
+    wanted = {field.name for field in fields(DatasetInfo) if field.default is MISSING}
+    kinds = get_type_hints(DatasetInfo)
+    for number, dataset in enumerate(catalogue["datasets"]):
+        yield from _misfits(dataset, kinds, wanted, f"dataset {number}: ")
+        name = dataset["dataset_id"]
+        # It names a file of annotations, which must not be one outside the corpus.
+        if not _SAFE_ID.fullmatch(name):
+            yield f"dataset {number} is called '{name[:128]}'; allowed are letters, digits and _.-"
+    for name, size_and_sum in catalogue.get("files", {}).items():
+        if len(size_and_sum) != 2 or name.startswith("/") or {"", ".."} & {*name.split("/")}:
+            yield f"files: '{name[:128]}' is no file inside the corpus with bytes and checksum"
+    n_cells, borders = catalogue["n_cells"], catalogue["splits"]
+    for name in SPLITS:
+        border = borders.get(name, [])
+        if len(border) != 2 or not 0 <= border[0] <= border[1] <= n_cells:
+            yield f"split {name} is {border}, of {n_cells} cells"
+
+
+def _misfits(
+    found: Mapping[str, Any], kinds: Mapping[str, Any], required: set[str], where: str
+) -> Iterator[str]:
+    """Yield the keys that are missing, unknown or of another type than they must have."""
+    yield from (f"{where}'{name}' is missing" for name in sorted(required - found.keys()))
+    yield from (f"{where}'{name[:64]}' is unknown" for name in sorted(found.keys() - kinds.keys()))
+    for name, value in found.items():
+        if not _fits(value, kinds[name]):
+            yield f"{where}'{name}' is {str(value)[:64]}"
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Tell whether a value that was read from JSON is of a type."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is NotRequired:
+        return _fits(value, parts[0])
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(_fits(v, parts[1]) for v in value.values())
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
+    if kind is NoneType:
+        return value is None
+    # True and 1 are not the same here; JSON of another program may write 1.0 as 1.
+    return type(value) is kind or (kind is float and type(value) is int)
