@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_prep.manifest import Dataset
+from data_prep.source import Annotations, Source
 
 USUAL_OBS_COLUMNS = (
     "donor_id",
@@ -32,7 +33,29 @@ USUAL_OBS_COLUMNS = (
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def kept_columns(obs: pd.DataFrame, dataset: Dataset) -> dict[str, str]:
+def read_annotations(
+    obs: Annotations, dataset: Dataset
+) -> tuple[pd.DataFrame, dict[str, str], dict[str, str]]:
+    """Read the annotations to keep, and no others.
+
+    Args:
+        obs: Those of the file.
+        dataset: Its options say which; what they name must be readable.
+
+    Returns:
+        The columns of the file, name in the corpus to column of the file, and why others that would
+        be kept cannot be read.
+
+    Raises:
+        ValueError: A column that the options name is not there, there twice, or not readable.
+    """
+    columns = kept_columns(obs, dataset)
+    named = {name.strip() for name in dataset.obs_columns.split(",")} | {*dataset.roles().values()}
+    frame, notes = obs.frame(columns.values(), required=named)
+    return frame, {name: column for name, column in columns.items() if column in frame}, notes
+
+
+def kept_columns(obs: pd.DataFrame | Annotations, dataset: Dataset) -> dict[str, str]:
     """Choose the annotations to keep.
 
     Args:
@@ -94,6 +117,29 @@ def annotation_table(
         table[fixed], number = as_text(obs.iloc[:, places[column]])
         repaired += number
     return pd.DataFrame(table, index=range(len(barcodes)), dtype=object), repaired
+
+
+def valid_annotations(source: Source) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Read all annotations as a table that any program can write, by the names of the cells.
+
+    Args:
+        source: The opened dataset.
+
+    Returns:
+        The columns that can be read, with their types; those with texts that are not UTF-8 as
+        repaired text. And why others cannot be read, or how many texts were repaired.
+    """
+    frame, notes = source.obs.frame()
+    barcodes, repaired = as_text(pd.Series(source.barcodes, dtype=object))
+    if repaired:
+        notes["names of cells"] = f"{repaired} texts were not UTF-8 and are repaired"
+    for name, values in frame.items():
+        if values.dtype == object or isinstance(values.dtype, pd.CategoricalDtype):
+            text, number = as_text(values)
+            if number:
+                frame[name] = text
+                notes[f"obs/{name}"] = f"{number} texts were not UTF-8 and are repaired"
+    return frame.set_axis(pd.Index(barcodes, dtype=object), axis=0), notes
 
 
 def as_text(values: pd.Series) -> tuple[npt.NDArray[np.object_], int]:

@@ -21,20 +21,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-import pandas as pd
-
 from data_prep.counts import INVERT_LOG1P, choose_log1p, choose_matrix
 from data_prep.gene_names import GeneResolver, id_type_of
 from data_prep.manifest import OBS_ROLES
 from data_prep.progress import stage_progress
 from data_prep.readers import detect_format, open_source
-from data_prep.source import Matrix, Source, UnusableError
+from data_prep.source import Annotations, Matrix, Source, UnusableError
 from data_prep.species import find_other_species
 from sclong_ds.files import write_atomic
 from sclong_ds.genes import GeneVocabulary
 
-_DATA = re.compile(r"(?i)\.(h5ad|h5|hdf5|loom|npz|mtx|csv|tsv|txt)(\.gz)?$")
-_DATA_LIKE = re.compile(r"(?i)\.(rds|rdata|qs|h5mu|h5seurat|tar|tgz|zip|7z|rar|xlsx|txt)(\.\w+)?$")
+_DATA = re.compile(r"(?i)\.(h5ad|h5mu|h5|hdf5|zarr\.zip|loom|npz|mtx|csv|tsv|txt)(\.gz)?$")
+_DATA_LIKE = re.compile(r"(?i)\.(rds|rdata|qs|h5seurat|tar|tgz|zip|7z|rar|xlsx|txt)(\.\w+)?$")
 _MATRIX_FILE = re.compile(r"matrix\.mtx(\.gz)?$")
 _MATRIX_PART = re.compile(r"(barcodes|features|genes)\.tsv(\.gz)?$")
 _ZARR_MARKS = ("zarr.json", ".zgroup", ".zattrs")
@@ -294,7 +292,7 @@ def _restorable(source: Source) -> str:
     return f"; write counts = {INVERT_LOG1P}:{matrix.name} to restore them (scaled to {target:g})"
 
 
-def _obs_candidates(obs: pd.DataFrame) -> dict[str, list[str]]:
+def _obs_candidates(obs: Annotations) -> dict[str, list[str]]:
     plain = {re.sub(r"[^a-z0-9]+", "_", str(name).lower()): str(name) for name in obs.columns}
     found = {
         role: [plain[name] for name in names.split() if name in plain]
@@ -303,8 +301,9 @@ def _obs_candidates(obs: pd.DataFrame) -> dict[str, list[str]]:
     return {role: names for role, names in found.items() if names}
 
 
-def _tissue(obs: pd.DataFrame) -> str:
-    values = obs["tissue"].astype(str).unique() if "tissue" in obs.columns else []
+def _tissue(obs: Annotations) -> str:
+    found, _ = obs.frame([name for name in obs.columns if name == "tissue"])
+    values = found["tissue"].astype(str).unique() if "tissue" in found else []
     return str(values[0]) if len(values) == 1 else ""
 
 

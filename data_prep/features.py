@@ -370,10 +370,8 @@ def _by_genome(
             continue
         # Cells of the other genome share the barcode list, so that nobody can choose for the user.
         picked, chosen = pick_genome(genomes, wanted, guess=False), True
-        # Where one genome alone is named, a feature that names none is not of another.
-        if len(genomes) > 1:
-            reasons = np.array([f"genome {label or 'not given'}" for label in labels], dtype=object)
-            selection.drop(labels != picked, reasons)
+        reasons = np.array([f"genome {label or 'not given'}" for label in labels], dtype=object)
+        selection.drop(labels != picked, reasons)
         if of_names:
             selection.front = re.compile(rf"^{re.escape(picked)}{_BETWEEN}")
     if not chosen:

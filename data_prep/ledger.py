@@ -90,6 +90,8 @@ class LedgerEntry(TypedDict):
     """The counts of the other genes, by kind of their name (as `gene_names`)."""
     largest_losses: dict[str, int]
     """Unmapped genes with most counts."""
+    notes: dict[str, str]
+    """Parts of the file that are not read or were repaired, and why."""
     obs_columns: list[str]
     """Cell annotations kept."""
     texts_repaired: int

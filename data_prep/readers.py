@@ -2,8 +2,8 @@
 
 | format    | what                                                                              |
 | --------- | --------------------------------------------------------------------------------- |
-| h5ad      | AnnData HDF5 of all versions: X, raw.X and layers; CSR, CSC or dense              |
-| zarr      | AnnData zarr folder, the same                                                     |
+| h5ad      | AnnData HDF5 of all versions: X, raw.X and layers; CSR, CSC or dense; MuData: rna |
+| zarr      | AnnData zarr folder, zipped or not, the same; SpatialData: its table              |
 | 10x_h5    | Cell Ranger HDF5, version 2 (a group per genome) and 3 (matrix, features)          |
 | 10x_mtx   | folder: matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, gzip or not        |
 | loom      | loom HDF5, genes in rows: the main matrix and layers                               |
@@ -21,30 +21,41 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-# anndata has no public name for what it raises on an unknown encoding.
-from anndata._io.specs.registry import IORegistryError
+import pandas as pd
 from scipy import sparse
 
 from data_prep.features import genes_only
 from data_prep.readers_anndata import open_h5ad, open_zarr
-from data_prep.readers_hdf5 import HDF5_SIGNATURE, hdf5_kind, open_loom, open_tenx
-from data_prep.readers_npz import ZIP_SIGNATURE, gene_list_file, open_npz
+from data_prep.readers_containers import (
+    HDF5_SIGNATURE,
+    ZARR_MARKS,
+    ZIP_SIGNATURE,
+    zipped_zarr,
+)
+from data_prep.readers_hdf5 import hdf5_kind, open_loom, open_tenx
+from data_prep.readers_npz import open_npz
 from data_prep.readers_text import matrix_market_files, open_matrix_market, open_table
-from data_prep.source import Matrix, Source, StringArray, UnusableError
-from sclong_ds.files import file_sha256
+from data_prep.source import (
+    Annotations,
+    Matrix,
+    Source,
+    StringArray,
+    UnusableError,
+    repaired_texts,
+)
 
 FORMATS = ("h5ad", "zarr", "10x_h5", "10x_mtx", "loom", "scipy_npz", "csv", "tsv")
 _GZIP_SIGNATURE = b"\x1f\x8b"
 _MATRIX_MARKET = b"%%MatrixMarket"
+_MOST_REPLACED = 0.1
 _READ_ERRORS = (
     ValueError,
     OSError,
@@ -54,7 +65,6 @@ _READ_ERRORS = (
     RuntimeError,
     AttributeError,
     OverflowError,
-    IORegistryError,
     csv.Error,
     struct.error,
     zipfile.BadZipFile,
@@ -101,22 +111,39 @@ def open_source(
             )
         if gene_list is not None and found != "scipy_npz":
             raise ValueError(f"a gene list is given, but {found} names its own genes")
-        if found == "h5ad":
-            source = open_h5ad(path, scratch=scratch)
-        elif found == "zarr":
-            source = open_zarr(path, scratch=scratch)
-        elif found == "10x_h5":
-            source = open_tenx(path, genome=genome)
-        elif found == "loom":
-            source = open_loom(path, scratch=scratch)
-        elif found == "10x_mtx":
-            source = open_matrix_market(path, scratch=scratch)
-        elif found == "scipy_npz":
-            source = open_npz(path, gene_list=gene_list, scratch=scratch)
-        else:
-            source = open_table(path, found, gene_share=gene_share, scratch=scratch)
-        matrices = genes_only(source.matrices, genome=genome)
-    return replace(source, matrices=tuple(_guarded(matrix, path) for matrix in matrices))
+        source = _open(path, found, gene_share, genome, gene_list, scratch)
+        notes = dict(source.notes)
+        matrices = genes_only(_repaired_names(source.matrices, notes), genome=genome)
+    return replace(
+        source,
+        obs=_guarded_obs(source.obs, path),
+        matrices=tuple(_guarded(matrix, path) for matrix in matrices),
+        notes=notes,
+    )
+
+
+def _open(
+    path: Path,
+    format: str,
+    gene_share: Callable[[StringArray], float],
+    genome: str,
+    gene_list: Path | None,
+    scratch: Path | None,
+) -> Source:
+    """Open a dataset with the reader of its format."""
+    if format == "h5ad":
+        return open_h5ad(path, scratch=scratch)
+    if format == "zarr":
+        return open_zarr(path, scratch=scratch)
+    if format == "10x_h5":
+        return open_tenx(path, genome=genome)
+    if format == "loom":
+        return open_loom(path, scratch=scratch)
+    if format == "10x_mtx":
+        return open_matrix_market(path, scratch=scratch)
+    if format == "scipy_npz":
+        return open_npz(path, gene_list=gene_list, scratch=scratch)
+    return open_table(path, format, gene_share=gene_share, scratch=scratch)
 
 
 def detect_format(path: Path) -> str:
@@ -147,48 +174,6 @@ def detect_format(path: Path) -> str:
     return _text_format(start, path)
 
 
-def source_files(path: Path, *, gene_list: Path | None = None) -> list[Path]:
-    """Return the files that make up a dataset, sorted.
-
-    Args:
-        path: File or folder, as in a manifest.
-        gene_list: See `open_source`.
-
-    Raises:
-        FileNotFoundError: No such file or folder.
-    """
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.suffix == ".npz":
-        with readable(path):
-            return [path, gene_list_file(path, gene_list)]
-    if "matrix.mtx" not in path.name:
-        return [path]
-    # The barcodes and features beside a matrix file carry the same sample name in front.
-    prefix = path.name[: path.name.index("matrix.mtx")]
-    beside = path.parent.iterdir()
-    return sorted(file for file in beside if file.is_file() and file.name.startswith(prefix))
-
-
-def source_hash(path: Path, *, gene_list: Path | None = None) -> str:
-    """Return the SHA-256 (hex) over the names and contents of the files of a dataset.
-
-    Args:
-        path: File or folder, as in a manifest.
-        gene_list: See `open_source`.
-
-    Raises:
-        FileNotFoundError: No such file or folder.
-    """
-    total = hashlib.sha256()
-    for file in source_files(path, gene_list=gene_list):
-        name = file.relative_to(path) if path.is_dir() else file.name
-        total.update(f"{name}\0{file_sha256(file)}\n".encode())
-    return total.hexdigest()
-
-
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turn what the format libraries raise on damaged files into a ValueError naming the file.
@@ -204,7 +189,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except UnusableError as error:
-        raise UnusableError(f"{name}: {_one_line(error)}") from error
+        raise UnusableError(_named(name, error)) from error
     except FileNotFoundError:
         raise
     except EOFError as error:
@@ -216,7 +201,7 @@ def readable(path: Path) -> Iterator[None]:
             f"{name}: asks for more memory than there is ({_one_line(error)}); damaged?"
         ) from error
     except _READ_ERRORS as error:
-        raise ValueError(f"{name}: {_one_line(error)}") from error
+        raise ValueError(_named(name, error)) from error
 
 
 def _guarded(matrix: Matrix, path: Path) -> Matrix:
@@ -225,6 +210,47 @@ def _guarded(matrix: Matrix, path: Path) -> Matrix:
             yield from matrix.blocks()
 
     return replace(matrix, blocks=blocks)
+
+
+def _guarded_obs(obs: Annotations, path: Path) -> Annotations:
+    def reader(name: str) -> Callable[[], pd.Series]:
+        def column() -> pd.Series:
+            try:
+                return obs[name]
+            except _READ_ERRORS as error:
+                raise ValueError(
+                    f"{path.name}: the cell annotation '{name}' cannot be read: {_one_line(error)}"
+                ) from error
+
+        return column
+
+    return Annotations(len(obs), {name: reader(name) for name in obs.columns})
+
+
+def _repaired_names(matrices: Sequence[Matrix], notes: dict[str, str]) -> list[Matrix]:
+    """Return matrices whose names of genes are valid UTF-8, and note what was repaired.
+
+    X and its layers go on to share their mapping of gene columns.
+    """
+    tables = {}
+    for matrix in matrices:
+        if id(matrix.gene_columns) in tables:
+            continue
+        repaired = {}
+        for name, values in matrix.gene_columns.items():
+            repaired[name], number = repaired_texts(values)
+            if number:
+                notes[f"{matrix.name} genes, {name}"] = (
+                    f"{number} names are not UTF-8; U+FFFD stands where they are not"
+                )
+        tables[id(matrix.gene_columns)] = repaired
+    return [replace(matrix, gene_columns=tables[id(matrix.gene_columns)]) for matrix in matrices]
+
+
+def _named(name: str, error: BaseException) -> str:
+    """Return an error as one line that begins with the name of the dataset."""
+    text = _one_line(error)
+    return text if text.startswith(f"{name}:") or text.startswith(f"{name} ") else f"{name}: {text}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -239,16 +265,18 @@ def _one_line(error: BaseException) -> str:
 def _zip_format(path: Path) -> str:
     with zipfile.ZipFile(path) as packed:
         names = packed.namelist()
-    if not any(name.endswith(".npy") for name in names):
-        raise ValueError(
-            f"a zip file with {', '.join(sorted(names)[:5]) or 'nothing'}; unpack it first "
-            "(of zip files, only those of scipy.sparse.save_npz are read)"
-        )
-    return "scipy_npz"
+    if any(name.endswith(".npy") for name in names):
+        return "scipy_npz"
+    if zipped_zarr(path) is not None:
+        return "zarr"
+    raise ValueError(
+        f"a zip file with {', '.join(sorted(names)[:5]) or 'nothing'}; unpack it first "
+        "(of zip files, those of scipy.sparse.save_npz and zarr folders are read)"
+    )
 
 
 def _folder_format(path: Path) -> str:
-    if any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zattrs")):
+    if any((path / name).is_file() for name in ZARR_MARKS):
         return "zarr"
     if matrix_market_files(path):
         return "10x_mtx"
@@ -264,12 +292,9 @@ def _text_format(start: bytes, path: Path) -> str:
         return "10x_mtx"
     if not start.strip():
         raise ValueError("the file is empty")
-    try:
-        # The last character may be cut by the 4,096 bytes read.
-        text = start.decode("utf-8-sig", errors="ignore" if len(start) == 4096 else "strict")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
+    text = start.decode("utf-8-sig", errors="replace")
+    # Texts in another encoding have a few such characters, which are repaired and counted.
+    if "\0" in text or text.count("\ufffd") > _MOST_REPLACED * len(text):
         raise ValueError(
             f"neither HDF5 nor text (it begins with {start[:8]!r}); supported: {', '.join(FORMATS)}"
         )

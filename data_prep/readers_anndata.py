@@ -1,161 +1,176 @@
-"""Reader of AnnData files: h5ad and zarr of all versions; X, raw.X and layers, sparse or dense."""
+"""Reader of AnnData files: h5ad and zarr of all versions; X, raw.X and layers, sparse or dense.
+
+MuData (its modality of genes) and SpatialData (its table) hold AnnData, and are read as such.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import pandas as pd
-import zarr
-from anndata.io import read_elem
+from scipy import sparse
 
 from data_prep.readers_arrays import (
+    Blocks,
     Open,
     csc_blocks,
     csr_blocks,
     dense_matrix_blocks,
-    require_whole,
 )
-from data_prep.readers_hdf5 import decoded, objects
-from data_prep.source import Matrix, Source, StringArray
+from data_prep.readers_columns import table_of
+from data_prep.readers_containers import (
+    anndata_place,
+    hdf5_root,
+    missing_filter,
+    require_inside,
+    writer_note,
+    zarr_root,
+)
+from data_prep.source import Matrix, Source, StringArray, check_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a matrix lies and what names its genes."""
+
+    name: str
+    """As users call it: X, raw.X or layers/NAME."""
+    where: str
+    genes: Mapping[str, StringArray]
 
 
 def open_h5ad(path: Path, *, scratch: Path | None) -> Source:
-    """Open an AnnData HDF5 file.
+    """Open an AnnData HDF5 file, or the modality of genes of a MuData file.
 
     Args:
         path: The file.
         scratch: See `readers.open_source`.
     """
-
-    def opened() -> AbstractContextManager[Any]:
-        return h5py.File(path)
-
-    return _open_anndata(path, "h5ad", opened, scratch)
+    notes = writer_note(path)
+    return _open_anndata(path, "h5ad", lambda where: hdf5_root(path, where), notes, scratch)
 
 
 def open_zarr(path: Path, *, scratch: Path | None) -> Source:
-    """Open an AnnData zarr folder.
+    """Open an AnnData zarr folder, zipped or not, or the table of SpatialData.
 
     Args:
-        path: The folder.
+        path: The folder or zip file.
         scratch: See `readers.open_source`.
     """
-
-    def opened() -> AbstractContextManager[Any]:
-        return nullcontext(zarr.open_group(path, mode="r"))
-
-    return _open_anndata(path, "zarr", opened, scratch)
+    return _open_anndata(path, "zarr", lambda where: zarr_root(path, where), {}, scratch)
 
 
-def _open_anndata(path: Path, format: str, opened: Open, scratch: Path | None) -> Source:
+def _open_anndata(
+    path: Path,
+    format: str,
+    group: Callable[[str], Open],
+    notes: Mapping[str, str],
+    scratch: Path | None,
+) -> Source:
+    with group("")() as root:
+        place, others = anndata_place(root)
+    opened = group(place)
     with opened() as root:
-        if "obs" not in root or "var" not in root:
-            raise ValueError(
-                f"not AnnData: it holds {', '.join(sorted(root))}, expected obs and var"
-            )
-        obs, var = _frame(root, "obs"), _gene_columns(_frame(root, "var"))
-        places = [("X", "X", var)] if "X" in root else []
-        # Before AnnData 0.7 the raw matrix was stored as the groups "raw.X" and "raw.var".
-        for where, frame in (("raw/X", "raw/var"), ("raw.X", "raw.var")):
-            if where in root and frame in root:
-                places.append(("raw.X", where, _gene_columns(_frame(root, frame))))
-        layers = sorted(root["layers"]) if "layers" in root else []
-        places += [(f"layers/{name}", f"layers/{name}", var) for name in layers]
-        matrices = [
-            _matrix(root, opened, name, where, genes, scratch) for name, where, genes in places
-        ]
+        for name in ("obs", "var", "X", "raw"):
+            require_inside(root, name)
+        obs = table_of(root, "obs")
+        places, unread = _places(root)
+        notes = {**notes, **others, **unread}
+        matrices = [_matrix(root, opened, place, scratch) for place in places]
     if not matrices:
         raise ValueError("the file holds no matrix: no X, raw.X or layers")
     for matrix in matrices:
-        if matrix.shape != (len(obs), len(matrix.gene_columns["index"])):
+        if matrix.shape != (len(obs.index), len(matrix.gene_columns["index"])):
             raise ValueError(
                 f"{matrix.name} has the shape {matrix.shape}, "
-                f"but there are {len(obs)} cells in obs "
+                f"but there are {len(obs.index)} cells in obs "
                 f"and {len(matrix.gene_columns['index'])} genes"
             )
     return Source(
         path=path,
         format=format,
-        barcodes=objects(obs.index),
-        obs=obs.reset_index(drop=True),
+        barcodes=obs.index,
+        obs=obs.annotations(opened),
         matrices=tuple(matrices),
+        notes=notes,
     )
 
 
-def _frame(root: Any, name: str) -> pd.DataFrame:
-    """Read obs or var, in the layouts of all AnnData versions."""
-    element = root[name]
-    index_name = str(element.attrs.get("_index", "_index"))
-    if getattr(element, "dtype", None) is not None and element.dtype.names:
-        table = element[()]
-        columns = {column: decoded(table[column]) for column in table.dtype.names}
-        index = columns.pop("index" if "index" in columns else table.dtype.names[0])
-        return pd.DataFrame(columns, index=pd.Index(index, dtype=object))
-    if index_name in element:
-        require_whole(element[index_name], f"{name}/{index_name}")
-    with warnings.catch_warnings():
-        # Files of AnnData before 0.7 are read all the same.
-        warnings.filterwarnings(
-            "ignore", message="Element '.*' was written without encoding metadata"
-        )
-        warnings.filterwarnings("ignore", category=FutureWarning, module="anndata")
-        frame = read_elem(element)
-    if isinstance(frame, pd.DataFrame):
-        return frame
-    columns = {
-        str(column): decoded(values) for column, values in frame.items() if np.ndim(values) == 1
-    }
-    if index_name not in columns:
-        raise ValueError(f"{name} has no index column '{index_name}'")
-    index = columns.pop(index_name)
-    return pd.DataFrame(columns, index=pd.Index(index, dtype=object))
+def _places(root: Any) -> tuple[list[_Place], dict[str, str]]:
+    """Return where matrices lie, and which parts cannot be read."""
+    genes, notes = table_of(root, "var").names(root)
+    places = [_Place(name="X", where="X", genes=genes)] if "X" in root else []
+    # Before AnnData 0.7 the raw matrix was stored as the groups "raw.X" and "raw.var".
+    for where, frame in (("raw/X", "raw/var"), ("raw.X", "raw.var")):
+        if where in root and frame in root:
+            raw, unread = table_of(root, frame).names(root)
+            notes |= {f"raw.{name}": reason for name, reason in unread.items()}
+            places.append(_Place(name="raw.X", where=where, genes=raw))
+    layers = sorted(root["layers"]) if "layers" in root else []
+    places += [
+        _Place(name=f"layers/{name}", where=f"layers/{name}", genes=genes) for name in layers
+    ]
+    empty = [place for place in places if _is_null(root[place.where])]
+    notes |= {place.name: "nothing is stored (null)" for place in empty}
+    return [place for place in places if place not in empty], notes
 
 
-def _gene_columns(var: pd.DataFrame) -> dict[str, StringArray]:
-    """Return the index and all text columns of a gene table."""
-    columns = {"index": objects(var.index)}
-    for name in var.columns:
-        values = var[name]
-        if isinstance(values.dtype, pd.CategoricalDtype):
-            values = values.astype(object)
-        if values.dtype == object or isinstance(values.dtype, pd.StringDtype):
-            columns[str(name)] = objects(values.fillna(""))
-    return columns
+def _is_null(element: Any) -> bool:
+    """Return whether a matrix is stored as None."""
+    kind = _text(element.attrs.get("encoding-type", ""))
+    return kind == "null" or (hasattr(element, "shape") and element.shape is None)
 
 
-def _matrix(
-    root: Any,
-    opened: Open,
-    name: str,
-    where: str,
-    genes: Mapping[str, StringArray],
-    scratch: Path | None,
-) -> Matrix:
-    element = root[where]
-    if hasattr(element, "shape"):
+def _matrix(root: Any, opened: Open, place: _Place, scratch: Path | None) -> Matrix:
+    require_inside(root, place.where)
+    element = root[place.where]
+    is_array = hasattr(element, "shape")
+    if is_array:
         if len(element.shape) != 2:
-            raise ValueError(f"{name} has {len(element.shape)} dimensions, expected 2")
-        shape = (int(element.shape[0]), int(element.shape[1]))
-        blocks = dense_matrix_blocks(opened, where, shape, cell_axis=0, scratch=scratch)
-        return Matrix(name=name, shape=shape, gene_columns=genes, blocks=blocks)
-    attributes = dict(element.attrs)
-    kind = attributes.get("encoding-type", attributes.get("h5sparse_format", ""))
-    kind = str(kind.decode() if isinstance(kind, bytes) else kind).removesuffix("_matrix")
-    stored = attributes.get("shape", attributes.get("h5sparse_shape"))
-    if kind not in ("csr", "csc") or stored is None:
-        raise ValueError(
-            f"{name} is stored as '{kind or 'unknown'}'; supported: dense, csr_matrix, csc_matrix"
-        )
+            raise ValueError(f"{place.name} has {len(element.shape)} dimensions, expected 2")
+        kind, stored = "dense", element.shape
+    else:
+        attributes = dict(element.attrs)
+        named = attributes.get("encoding-type", attributes.get("h5sparse_format", ""))
+        kind = _text(named).removesuffix("_matrix")
+        stored = attributes.get("shape", attributes.get("h5sparse_shape"))
+        if kind not in ("csr", "csc") or stored is None or np.shape(stored) != (2,):
+            return _unread(root, place, f"is stored as '{kind or 'unknown'}'")
     shape = (int(stored[0]), int(stored[1]))
-    blocks = (
-        csr_blocks(opened, where, shape)
-        if kind == "csr"
-        else csc_blocks(opened, where, shape, scratch=scratch)
-    )
-    return Matrix(name=name, shape=shape, gene_columns=genes, blocks=blocks)
+    check_size(*shape)
+    parts = [element] if is_array else [element[name] for name in ("data", "indices", "indptr")]
+    lacking = next((found for part in parts if (found := missing_filter(part))), "")
+    if lacking:
+        cure = f"is compressed with HDF5 filter {lacking}: pip install hdf5plugin, or h5repack it"
+        return _unread(root, place, cure)
+    where = place.where
+    blocks: Blocks
+    if kind == "dense":
+        blocks = dense_matrix_blocks(opened, where, shape, cell_axis=0, scratch=scratch)
+    elif kind == "csr":
+        blocks = csr_blocks(opened, where, shape)
+    else:
+        blocks = csc_blocks(opened, where, shape, scratch=scratch)
+    return Matrix(name=place.name, shape=shape, gene_columns=place.genes, blocks=blocks)
+
+
+def _unread(root: Any, place: _Place, reason: str) -> Matrix:
+    """Return a matrix that cannot be read; the others of the file can."""
+
+    def blocks() -> Iterator[sparse.csr_matrix]:
+        raise ValueError(
+            f"{place.name} {reason}; supported: dense, csr_matrix, csc_matrix, with the filters "
+            "of HDF5 and hdf5plugin"
+        )
+        yield
+
+    n_cells = len(table_of(root, "obs").index)
+    shape = (n_cells, len(place.genes["index"]))
+    return Matrix(name=place.name, shape=shape, gene_columns=place.genes, blocks=blocks)
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -7,11 +7,13 @@ unpacked once. Matrices stored across the cells (CSC, dense in chunks of many ce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -22,6 +24,8 @@ from data_prep.source import BLOCK_CELLS, BLOCK_ENTRIES, Entries, row_blocks
 
 DENSE_ELEMENTS = 2**23
 """Elements of a dense matrix read at a time, unless one storage chunk holds more."""
+MAX_CHUNK_BYTES = 2**32
+"""Of one chunk, unpacked: HDF5 has none above 4 GiB, Blosc none above 2."""
 
 Open = Callable[[], AbstractContextManager[Any]]
 """Opens the root group (h5py or zarr); each pass over a matrix opens the file anew."""
@@ -92,6 +96,9 @@ def dense_matrix_blocks(
     """
     with opened() as root:
         stored = root[where]
+        check_chunks(stored, where)
+        if isinstance(stored, h5py.Dataset):
+            require_whole(stored, where)
         # Of a sharded zarr array the shard is what is read; h5py has no such thing.
         chunks = getattr(stored, "shards", None) or stored.chunks
     if chunks is None:
@@ -157,32 +164,101 @@ def checked_pointers(
     ):
         raise ValueError(
             f"the index pointers do not fit a matrix of {n_lines} lines and {n_values} values"
+            f"{_overflow(pointers, n_values)}"
         )
     return pointers
 
 
-def require_whole(array: Any, what: str) -> None:
-    """Refuse a zarr array of which a chunk file is missing; zarr would read it as zeros.
+def _overflow(pointers: npt.NDArray[np.int64], n_values: int) -> str:
+    """Return what 32-bit numbers did to index pointers, as the end of a sentence, or ''."""
+    cure = "write the matrix again with 64-bit index pointers"
+    if pointers.size < 2:
+        return ""
+    lengths = np.diff(pointers)
+    if (lengths < 0).any() and (lengths % 2**32).sum() == n_values:
+        return f": they wrapped around, as 32-bit numbers do; {cure}"
+    last = pointers[-1]
+    n_last = int((pointers == last).sum())
+    if (lengths >= 0).all() and last < n_values and n_last > 1:
+        return (
+            f": the last {n_last} are all {last}, as of a 32-bit number that has reached its "
+            f"largest value (saturated), or a file that was not written to its end; {cure}"
+        )
+    return ""
 
-    Writers leave out chunks of zeros only, so this holds for arrays that cannot be zero. HDF5
-    has no such gaps.
+
+def require_whole(array: Any, what: str) -> None:
+    """Refuse an array of which a part was never written; it would be read as zeros.
+
+    Writers of zarr leave out chunks of zeros only, so this holds for arrays that cannot be zero. A
+    header of HDF5 may claim any size without a single value.
 
     Args:
         array: zarr or h5py array.
         what: Its name, for the message.
 
     Raises:
-        ValueError: A chunk is missing.
+        ValueError: A chunk is missing, or the array is not kept in its file.
     """
-    if isinstance(array, zarr.Array) and array.nchunks_initialized < array.nchunks:
+    if isinstance(array, zarr.Array):
+        if array.nchunks_initialized < array.nchunks:
+            raise ValueError(
+                f"{what}: {array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks "
+                "are missing; the folder was not copied whole"
+            )
+        return
+    if array.is_virtual or array.external:
+        raise ValueError(f"{what} lies in other files; repack it into one (h5repack)")
+    if not array.size:
+        return
+    if array.chunks is not None:
+        n_chunks = math.prod(
+            -(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)
+        )
+        n_written = array.id.get_num_chunks()
+        if n_written < n_chunks:
+            raise ValueError(
+                f"{what} claims {array.size} values in {n_chunks} chunks, of which {n_written} "
+                "were written; the file is not whole"
+            )
+    elif not array.id.get_storage_size():
+        raise ValueError(f"{what} claims {array.size} values, of which none was written")
+
+
+def check_chunks(array: Any, what: str) -> None:
+    """Refuse a zarr array whose chunks claim more memory than any reader should give for one.
+
+    Args:
+        array: zarr or h5py array; HDF5 knows no larger chunks.
+        what: Its name, for the message.
+
+    Raises:
+        ValueError: A chunk takes more than MAX_CHUNK_BYTES unpacked.
+    """
+    chunks = getattr(array, "shards", None) or getattr(array, "chunks", None)
+    if chunks is None:
+        return
+    size = math.prod(min(a, b) for a, b in zip(chunks, array.shape, strict=True))
+    if size * array.dtype.itemsize > MAX_CHUNK_BYTES:
         raise ValueError(
-            f"{what}: {array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks are "
-            "missing; the folder was not copied whole"
+            f"{what} is stored in chunks of {size * array.dtype.itemsize} bytes, above "
+            f"{MAX_CHUNK_BYTES}; write it again in smaller ones"
         )
 
 
 def _pointers(group: Any, n_lines: int) -> npt.NDArray[np.int64]:
+    for name in ("data", "indices", "indptr"):
+        if getattr(group[name], "shape", None) is None or len(group[name].shape) != 1:
+            raise ValueError(f"{group.name}/{name} is no list of numbers")
+        check_chunks(group[name], f"{group.name}/{name}")
     n_values = group["data"].shape[0]
+    if group["indptr"].shape != (n_lines + 1,):
+        raise ValueError(
+            f"the index pointers do not fit a matrix of {n_lines} lines and {n_values} values: "
+            f"there are {group['indptr'].shape[0]}"
+        )
+    if n_values:
+        require_whole(group["indptr"], f"{group.name}/indptr")
     pointers = checked_pointers(group["indptr"][:], n_lines=n_lines, n_values=n_values)
     if group["indices"].shape != group["data"].shape:
         raise ValueError(
@@ -190,7 +266,6 @@ def _pointers(group: Any, n_lines: int) -> npt.NDArray[np.int64]:
         )
     if n_values:
         require_whole(group["data"], f"{group.name}/data")
-        require_whole(group["indptr"], f"{group.name}/indptr")
         # Where no line has two values, all of them may lie in column 0.
         if (pointers[1:] - pointers[:-1]).max() > 1:
             require_whole(group["indices"], f"{group.name}/indices")
@@ -236,5 +311,6 @@ def _numbers(values: Any) -> npt.NDArray[np.generic]:
     found = np.asarray(values)
     if found.dtype.kind not in "biuf":
         raise ValueError(f"the matrix holds {found.dtype}, expected numbers")
-    found = found.astype(found.dtype.newbyteorder("="), copy=False)
-    return found.astype(np.float32) if found.dtype == np.float16 else found
+    if found.dtype == np.float16:
+        return found.astype(np.float32)
+    return found.astype(found.dtype.newbyteorder("="), copy=False)

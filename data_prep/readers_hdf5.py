@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,28 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_prep.features import pick_genome
-from data_prep.readers_arrays import csr_blocks, dense_matrix_blocks
-from data_prep.source import Matrix, Source, StringArray
+from data_prep.readers_arrays import Open, csr_blocks, dense_matrix_blocks, require_whole
+from data_prep.readers_columns import decoded, objects
+from data_prep.readers_containers import hdf5_file, hdf5_root, require_inside, writer_note
+from data_prep.source import Annotations, Matrix, Source, StringArray, check_size
 
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_OTHER_FILES = (
+    (
+        {"barcode_idx", "count", "feature_idx"},
+        "a molecule_info.h5 of Cell Ranger, which lists molecules; give the "
+        "filtered_feature_bc_matrix.h5 (or folder) of the same run",
+    ),
+    (
+        {"barcode", "umi", "gene"},
+        "a molecule_info.h5 of Cell Ranger 2, which lists molecules; give the "
+        "filtered_gene_bc_matrices_h5.h5 (or folder) of the same run",
+    ),
+    (
+        {"assays", "cell.names"},
+        "a SeuratDisk h5seurat file; write h5ad with SeuratDisk::Convert(FILE, dest = 'h5ad')",
+    ),
+)
+"""What lies at the top of files that hold no matrix that is read, and what to do."""
 _CELL_NAMES = ("CellID", "obs_names", "cell_id", "barcode", "barcodes", "Barcode")
 
 
@@ -29,17 +46,17 @@ def hdf5_kind(path: Path) -> str:
     Raises:
         ValueError: The file cannot be opened, or holds something else.
     """
-    try:
-        with h5py.File(path) as root:
-            names = set(root)
-            if "row_attrs" in names and "matrix" in names:
-                return "loom"
-            if "obs" in names and "var" in names:
-                return "h5ad"
-            if isinstance(root.get("matrix"), h5py.Group) or _genome_groups(root):
-                return "10x_h5"
-    except OSError as error:
-        raise ValueError(f"a damaged HDF5 file, most likely cut short ({error})") from error
+    with hdf5_file(path) as root:
+        names = set(root)
+        if "row_attrs" in names and "matrix" in names:
+            return "loom"
+        if {"obs", "var"} <= names or ("mod" in names and "X" not in names):
+            return "h5ad"
+        if isinstance(root.get("matrix"), h5py.Group) or _genome_groups(root):
+            return "10x_h5"
+    for marks, what in _OTHER_FILES:
+        if marks <= names:
+            raise ValueError(what)
     raise ValueError(
         f"an HDF5 file with {', '.join(sorted(names)[:6]) or 'nothing'}; "
         "expected AnnData (X, obs, var), 10x (matrix, or a group per genome) "
@@ -66,7 +83,8 @@ def open_tenx(path: Path, *, genome: str) -> Source:
         UnusableError: Several genomes.
         ValueError: Sizes that do not fit.
     """
-    with h5py.File(path) as root:
+    notes = writer_note(path)
+    with hdf5_file(path) as root:
         if "matrix" in root:
             where, genes = "matrix", _tenx_features(root["matrix"]["features"])
         else:
@@ -76,6 +94,7 @@ def open_tenx(path: Path, *, genome: str) -> Source:
             if "gene_names" in group:
                 genes["gene_names"] = _strings(group["gene_names"])
             genes["genome"] = np.full(len(genes["genes"]), where, dtype=object)
+        require_inside(root, where)
         barcodes = _strings(root[where]["barcodes"])
         # 10x stores genes x cells by column, which is cells x genes by row.
         n_genes, n_cells = (int(size) for size in root[where]["shape"][:])
@@ -87,10 +106,16 @@ def open_tenx(path: Path, *, genome: str) -> Source:
             f"but {n_named} genes and {len(barcodes)} barcodes are named"
         )
     shape = (n_cells, n_genes)
-    blocks = csr_blocks(lambda: h5py.File(path), where, shape)
+    check_size(*shape)
+    blocks = csr_blocks(hdf5_root(path), where, shape)
     matrix = Matrix(name="X", shape=shape, gene_columns=genes, blocks=blocks)
     return Source(
-        path=path, format="10x_h5", barcodes=barcodes, obs=_no_obs(barcodes), matrices=(matrix,)
+        path=path,
+        format="10x_h5",
+        barcodes=barcodes,
+        obs=Annotations(n_cells, {}),
+        matrices=(matrix,),
+        notes=notes,
     )
 
 
@@ -113,33 +138,34 @@ def open_loom(path: Path, *, scratch: Path | None) -> Source:
     Raises:
         ValueError: No names of genes, or layers of another shape.
     """
-
-    def opened() -> AbstractContextManager[Any]:
-        return h5py.File(path)
-
+    notes = writer_note(path)
+    opened = hdf5_root(path)
     with opened() as root:
-        n_genes, n_cells = (int(size) for size in root["matrix"].shape)
-        genes = {
-            name: values
-            for name, values in _attributes(root["row_attrs"], n_genes).items()
-            if values.dtype == object
-        }
-        cells = _attributes(root["col_attrs"], n_cells)
+        require_inside(root, "matrix")
+        n_genes, n_cells = _loom_shape(root["matrix"])
+        # Genes first: cells may be many more, and what names them is read only if it fits.
+        genes, unread = _gene_names(root["row_attrs"], n_genes)
+        notes |= unread
         layers = sorted(root["layers"]) if "layers" in root else []
         places = {"X": "matrix"} | {f"layers/{name}": f"layers/{name}" for name in layers}
         for name, where in places.items():
             if root[where].shape != (n_genes, n_cells):
                 raise ValueError(f"{name} has the shape {root[where].shape}, not that of matrix")
+        cells = [name for name, values in root["col_attrs"].items() if values.shape == (n_cells,)]
+        named = next((name for name in _CELL_NAMES if name in cells), None)
+        if named is None:
+            require_whole(root["matrix"], "matrix")
+            barcodes = objects(map(str, range(n_cells)))
+        else:
+            barcodes = objects(_whole(root["col_attrs"], named))
     if not genes and n_genes:
         raise ValueError("the row attributes name no genes; expected Gene or Accession")
-    named = next((name for name in _CELL_NAMES if name in cells), None)
-    barcodes = objects(cells.pop(named)) if named else objects(map(str, range(n_cells)))
     shape = (n_cells, n_genes)
     return Source(
         path=path,
         format="loom",
         barcodes=barcodes,
-        obs=pd.DataFrame(cells, index=range(n_cells)),
+        obs=_loom_obs(opened, [name for name in cells if name != named], n_cells),
         matrices=tuple(
             Matrix(
                 name=name,
@@ -149,38 +175,52 @@ def open_loom(path: Path, *, scratch: Path | None) -> Source:
             )
             for name, where in places.items()
         ),
+        notes=notes,
     )
 
 
-def _attributes(group: Any, size: int) -> dict[str, npt.NDArray[Any]]:
-    """Return the one-dimensional attributes of a loom file, texts as objects."""
-    return {name: decoded(values[:]) for name, values in group.items() if values.shape == (size,)}
+def _loom_shape(matrix: Any) -> tuple[int, int]:
+    if len(matrix.shape) != 2:
+        raise ValueError(f"matrix has {len(matrix.shape)} dimensions, expected 2")
+    n_genes, n_cells = (int(size) for size in matrix.shape)
+    check_size(n_cells, n_genes)
+    return n_genes, n_cells
 
 
-def _no_obs(barcodes: StringArray) -> pd.DataFrame:
-    return pd.DataFrame(index=range(len(barcodes)))
+def _gene_names(group: Any, n_genes: int) -> tuple[dict[str, StringArray], dict[str, str]]:
+    """Return the text attributes of the genes, and why others cannot be read."""
+    found, notes = {}, {}
+    for name, values in group.items():
+        if values.shape != (n_genes,) or values.dtype.kind not in "SUO":
+            continue
+        try:
+            found[name] = objects(_whole(group, name))
+        except (ValueError, OSError) as error:
+            notes[f"row_attrs/{name}"] = " ".join(str(error).split())
+    return found, notes
+
+
+def _loom_obs(opened: Open, names: Sequence[str], n_cells: int) -> Annotations:
+    def reader(name: str) -> Callable[[], pd.Series]:
+        def column() -> pd.Series:
+            with opened() as root:
+                values = _whole(root["col_attrs"], name)
+            return pd.Series(values, dtype=values.dtype)
+
+        return column
+
+    return Annotations(n_cells, {name: reader(name) for name in names})
+
+
+def _whole(group: Any, name: str) -> npt.NDArray[Any]:
+    """Return an attribute that was written as a whole, texts as objects."""
+    require_whole(group[name], f"{group.name}/{name}")
+    return decoded(group[name][:])
 
 
 def _strings(dataset: Any) -> StringArray:
+    if getattr(dataset, "shape", None) is None or len(dataset.shape) != 1:
+        raise ValueError(f"{dataset.name} is no list of names")
+    check_size(dataset.shape[0], 0)
+    require_whole(dataset, dataset.name)
     return objects(decoded(dataset[:]))
-
-
-def decoded(values: npt.ArrayLike) -> npt.NDArray[Any]:
-    """Return texts of any storage as an object array of str; numbers as they are.
-
-    Args:
-        values: Bytes (UTF-8), texts or numbers.
-    """
-    found = np.asarray(values)
-    if found.dtype.kind not in "SUO":
-        return found
-    return objects(value.decode("utf-8") if isinstance(value, bytes) else value for value in found)
-
-
-def objects(values: Iterable[object]) -> StringArray:
-    """Return values as an object array of str.
-
-    Args:
-        values: Of any type.
-    """
-    return np.array([str(value) for value in values], dtype=object)

@@ -16,17 +16,28 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from numpy.lib import format as npy
 from scipy import sparse
 
 from data_prep.readers_arrays import Blocks, checked_pointers, line_numbers
 from data_prep.readers_gather import gathered
-from data_prep.readers_text import name_columns
-from data_prep.source import BLOCK_ENTRIES, Entries, Matrix, Source, StringArray, row_blocks
+from data_prep.readers_lines import name_columns
+from data_prep.source import (
+    BLOCK_ENTRIES,
+    Annotations,
+    Entries,
+    Matrix,
+    Source,
+    StringArray,
+    check_size,
+    row_blocks,
+)
 
-ZIP_SIGNATURE = b"PK\x03\x04"
 GENE_LISTS = ("STEM.genes.txt", "STEM.genes.tsv", "genes.txt", "genes.tsv", "gene_list.txt")
+_SMALL = 16
+"""Values of a member that describes the matrix."""
+_MOST_EMPTY = 2**24
+"""Lines that may be mostly empty: unfiltered runs have 7 million barcodes."""
 _MEMBERS = ("format", "shape", "data", "indices", "indptr")
 
 
@@ -95,12 +106,14 @@ def open_npz(path: Path, *, gene_list: Path | None, scratch: Path | None) -> Sou
                 f"holds {', '.join(sorted(names)[:6]) or 'nothing'}; expected "
                 f"{', '.join(_MEMBERS)}, as scipy.sparse.save_npz writes CSR and CSC"
             )
-        kind = _whole_member(packed, "format").item()
+        kind = _whole_member(packed, "format", most=_SMALL).item()
         kind = kind.decode() if isinstance(kind, bytes) else str(kind)
-        sizes = _whole_member(packed, "shape")
+        sizes = _whole_member(packed, "shape", most=_SMALL)
     if kind not in ("csr", "csc") or sizes.shape != (2,) or sizes.dtype.kind not in "iu":
         raise ValueError(f"a sparse matrix of format '{kind}'; supported: csr, csc")
     shape = (int(sizes[0]), int(sizes[1]))
+    check_size(*shape)
+    _check_lines(path, shape[0] if kind == "csr" else shape[1])
     genes = _gene_columns(gene_list_file(path, gene_list), shape[1])
     n_cells_named = np.array([str(row) for row in range(shape[0])], dtype=object)
     if kind == "csr":
@@ -108,14 +121,14 @@ def open_npz(path: Path, *, gene_list: Path | None, scratch: Path | None) -> Sou
     else:
         blocks = _csc(path, shape, scratch)
     matrix = Matrix(name="X", shape=shape, gene_columns=genes, blocks=blocks)
-    obs = pd.DataFrame(index=range(shape[0]))
+    obs = Annotations(shape[0], {})
     return Source(
         path=path, format="scipy_npz", barcodes=n_cells_named, obs=obs, matrices=(matrix,)
     )
 
 
 def _gene_columns(path: Path, n_genes: int) -> dict[str, StringArray]:
-    columns = name_columns(path)
+    columns = name_columns(path, most=n_genes + 2)
     if len(columns[0]) == n_genes + 1:
         # A table with a header, such as the genes.tsv of a model or a corpus.
         return {str(column[0]): column[1:] for column in columns}
@@ -164,23 +177,50 @@ def _members(
     indices, data = (_member(packed, stack, name) for name in ("indices", "data"))
     if indices.n_left != data.n_left:
         raise ValueError(f"{data.n_left} values but {indices.n_left} column numbers")
-    stored = _whole_member(packed, "indptr")
+    stored = _whole_member(packed, "indptr", most=n_lines + 1)
     return checked_pointers(stored, n_lines=n_lines, n_values=data.n_left), indices, data
 
 
-def _member(packed: zipfile.ZipFile, stack: ExitStack, name: str) -> _Member:
+def _check_lines(path: Path, n_lines: int) -> None:
+    """Refuse a shape that the index pointers do not bear out, before anything is made of it."""
+    with zipfile.ZipFile(path) as packed, ExitStack() as stack:
+        n_pointers = _member(packed, stack, "indptr").n_left
+        n_values = _member(packed, stack, "data").n_left
+    if n_lines > max(_MOST_EMPTY, n_values):
+        # Zeros pack 1,000 to 1, and cells that are named by their number need no names.
+        raise ValueError(f"the shape claims {n_lines} lines for {n_values} values")
+    if n_pointers != n_lines + 1:
+        raise ValueError(
+            f"the shape claims {n_lines} lines, but there are {n_pointers} index pointers, not "
+            f"{n_lines + 1}"
+        )
+
+
+def _member(
+    packed: zipfile.ZipFile, stack: ExitStack, name: str, *, kinds: str = "biuf"
+) -> _Member:
+    """Open an array of which the header claims no more than the zip file has."""
     file = stack.enter_context(packed.open(f"{name}.npy"))
     version = npy.read_magic(file)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read(file)
-    if len(shape) != 1 or dtype.kind not in "biuf" or not dtype.isnative:
+    if version != (1, 0):
+        # The header of other versions may claim 4 GiB; numpy writes it for records only.
+        raise ValueError(f"{name} is of npy version {version[0]}.{version[1]}; 1.0 is read")
+    shape, _, dtype = npy.read_array_header_1_0(file)
+    if len(shape) > 1 or dtype.kind not in kinds or not dtype.isnative:
         raise ValueError(f"{name} is {dtype} of shape {shape}, expected a row of numbers")
-    return _Member(file=file, name=name, dtype=dtype, n_left=shape[0])
+    n_values = shape[0] if shape else 1
+    n_bytes = packed.getinfo(f"{name}.npy").file_size
+    if not 0 <= n_values * dtype.itemsize <= n_bytes:
+        raise ValueError(
+            f"{name} claims {n_values} values of {dtype.itemsize} bytes, but holds {n_bytes} bytes"
+        )
+    return _Member(file=file, name=name, dtype=dtype, n_left=n_values)
 
 
-def _whole_member(packed: zipfile.ZipFile, name: str) -> npt.NDArray[np.generic]:
-    with packed.open(f"{name}.npy") as file:
-        values: npt.NDArray[np.generic] = npy.read_array(file, allow_pickle=False)
-        if file.read(1):
-            raise ValueError(f"{name} is longer than it says")
-    return values
+def _whole_member(packed: zipfile.ZipFile, name: str, *, most: int) -> npt.NDArray[np.generic]:
+    """Read an array of at most `most` values."""
+    with ExitStack() as stack:
+        member = _member(packed, stack, name, kinds="biufSU")
+        if member.n_left > most:
+            raise ValueError(f"{name} holds {member.n_left} values, expected {most} at most")
+        return member.read(member.n_left)

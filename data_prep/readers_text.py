@@ -7,13 +7,11 @@ field by field: a line with a missing field or a word for a number is an error t
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +19,28 @@ import pandas as pd
 from scipy import sparse
 
 from data_prep.readers_gather import gathered
+from data_prep.readers_lines import (
+    LONGEST_NAME,
+    NUMBER,
+    name_columns,
+    open_bytes,
+    open_text,
+    require_line_feeds,
+    require_whole_end,
+    text_bytes,
+)
 from data_prep.source import (
     BLOCK_ENTRIES,
+    Annotations,
     Entries,
     Matrix,
     Source,
     StringArray,
+    check_size,
     dense_blocks,
 )
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 _CORNER_WORDS = frozenset(
     "barcode barcodes bc cb cell cells cellid gene genes geneid id ids idx index key name names "
     "number row rowname rownames sample spot symbol unnamed v1 x".split()
@@ -48,7 +57,7 @@ ANNOTATIONS = frozenset(
 )
 """Names of numbers about a cell or a gene that are saved beside the counts; in lower case, all
 else than letters and digits as `_`."""
-_LONGEST_HEADER = 2**26
+_SHORTEST_ENTRY = len("1 1 1\n")
 _FEWEST_ROWS = 20
 """Fewer rows may add up to one of their columns by chance."""
 _MATRIX_NAMES = ("matrix.mtx", "matrix.mtx.gz")
@@ -84,9 +93,12 @@ def open_matrix_market(path: Path, *, scratch: Path | None) -> Source:
         )
     matrix_file = matrices[0]
     prefix = matrix_file.name.removesuffix(".gz").removesuffix("matrix.mtx")
-    barcodes = name_columns(_part(matrix_file.parent, prefix, "barcodes"))[0]
-    features = name_columns(_part(matrix_file.parent, prefix, "features"))
+    parts = [_part(matrix_file.parent, prefix, name) for name in ("barcodes", "features")]
     n_rows, n_columns, n_entries = _matrix_size(matrix_file)
+    # One more line than any axis has places: the error then gives both numbers.
+    (barcodes, *_), features = (
+        name_columns(part, most=max(n_rows, n_columns) + 1) for part in parts
+    )
     transposed = (n_rows, n_columns) == (len(barcodes), len(features[0])) and n_rows != n_columns
     if not transposed and (n_rows, n_columns) != (len(features[0]), len(barcodes)):
         raise ValueError(
@@ -97,6 +109,7 @@ def open_matrix_market(path: Path, *, scratch: Path | None) -> Source:
     if len(features) > 2:
         genes["feature_types"] = features[2]
     shape = (len(barcodes), len(features[0]))
+    check_size(*shape)
     blocks = gathered(
         lambda: _matrix_entries(matrix_file, n_entries, transposed=transposed),
         shape=shape,
@@ -104,7 +117,7 @@ def open_matrix_market(path: Path, *, scratch: Path | None) -> Source:
         scratch=scratch,
     )
     matrix = Matrix(name="X", shape=shape, gene_columns=genes, blocks=blocks)
-    obs = pd.DataFrame(index=range(len(barcodes)))
+    obs = Annotations(len(barcodes), {})
     return Source(path=path, format="10x_mtx", barcodes=barcodes, obs=obs, matrices=(matrix,))
 
 
@@ -116,91 +129,25 @@ def _part(folder: Path, prefix: str, part: str) -> Path:
     raise ValueError(f"no {part}: expected one of {', '.join(names)} beside the matrix")
 
 
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading, gzip or not, behind the mark that some editors put in front."""
-    file = cast("IO[bytes]", gzip.open(path) if _is_gzip(path) else path.open("rb"))
-    if file.read(3) != b"\xef\xbb\xbf":
-        file.seek(0)
-    return file
-
-
-def _open_text(path: Path) -> io.TextIOBase:
-    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8", newline="")
-
-
-def _require_whole_end(path: Path, separator: str | None = None) -> None:
-    """Refuse text whose last number may be cut; gzip has a checksum and needs no such sign.
-
-    Args:
-        path: The file.
-        separator: Of a table: no count goes on behind 0 or .0, which need no line break.
-
-    Raises:
-        ValueError: The file does not end in a line break.
-    """
-    if _is_gzip(path):
-        return
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 64))
-        end = file.read()
-    if end.endswith(b"\n"):
-        return
-    fields = end.decode(errors="replace").split("\n")[-1].split(separator) if separator else []
-    last = fields[-1].strip('"') if len(fields) > 1 else ""
-    if last != "0" and not (_NUMBER.fullmatch(last) and last.endswith(".0")):
-        raise ValueError(
-            f"{path.name} does not end in a line break, so that its last number may be cut "
-            f"short; copy it again, or, if it is whole: echo >> {path.name}"
-        )
-
-
-def _require_line_feeds(path: Path) -> None:
-    with _open_bytes(path) as file:
-        first = file.readline(_LONGEST_HEADER)
-    if b"\r" in first.rstrip(b"\r\n"):
-        raise ValueError(
-            "the lines end in carriage returns alone, as on old Macs; write them with line feeds: "
-            f"tr '\\r' '\\n' < {path.name} > NEW"
-        )
-
-
-def name_columns(path: Path) -> list[StringArray]:
-    """Return the columns of a tab-separated file of names without a header, gzip or not.
-
-    Args:
-        path: The file; lines without text are skipped.
-
-    Raises:
-        ValueError: No lines, or lines with different numbers of fields.
-    """
-    with _open_text(path) as file:
-        rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
-    if not rows:
-        raise ValueError(f"{path.name} is empty")
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(rows[0]):
-            raise ValueError(
-                f"{path.name}: line {number} has {len(row)} fields, the first {len(rows[0])}"
-            )
-    return [np.array(column, dtype=object) for column in zip(*rows, strict=True)]
-
-
 def _matrix_size(path: Path) -> tuple[int, int, int]:
-    _require_whole_end(path)
-    with _open_bytes(path) as file:
-        banner = file.readline().decode().lower().split()
+    require_whole_end(path)
+    with open_bytes(path, longest=LONGEST_NAME) as file:
+        banner = file.readline().decode(errors="replace").lower().split()
         if len(banner) < 5 or banner[:3] != ["%%matrixmarket", "matrix", "coordinate"]:
             raise ValueError(f"{path.name} does not begin with '%%MatrixMarket matrix coordinate'")
         if banner[3] not in ("integer", "real") or banner[4] != "general":
             raise ValueError(
                 f"{path.name} is '{' '.join(banner[3:])}'; supported: integer general, real general"
             )
-        return _size_line(file, path)
+        n_rows, n_columns, n_entries = _size_line(file, path)
+    check_size(max(n_rows, n_columns), 0)
+    most = text_bytes(path) // _SHORTEST_ENTRY
+    if n_entries > most:
+        raise ValueError(
+            f"{path.name} announces {n_entries} values and holds {most} at most; "
+            "it is cut short or damaged"
+        )
+    return n_rows, n_columns, n_entries
 
 
 def _size_line(file: IO[bytes], path: Path) -> tuple[int, int, int]:
@@ -215,7 +162,7 @@ def _size_line(file: IO[bytes], path: Path) -> tuple[int, int, int]:
 
 def _matrix_entries(path: Path, n_entries: int, *, transposed: bool) -> Iterator[Entries]:
     n_read = 0
-    with _open_bytes(path) as file:
+    with open_bytes(path, longest=LONGEST_NAME) as file:
         file.readline()
         _size_line(file, path)
         for part in _triples(file):
@@ -226,14 +173,16 @@ def _matrix_entries(path: Path, n_entries: int, *, transposed: bool) -> Iterator
                     f"{path.name}: a line holds something that is not a number, or too many of them"
                 )
             n_read += len(part)
+            if n_read > n_entries:
+                break
             genes, cells = part["row"].to_numpy() - 1, part["column"].to_numpy() - 1
             if transposed:
                 genes, cells = cells, genes
             yield cells, genes, part["value"].to_numpy()
     if n_read != n_entries:
         raise ValueError(
-            f"{path.name} announces {n_entries} values and holds {n_read}; "
-            "it is cut short or damaged"
+            f"{path.name} announces {n_entries} values and holds "
+            f"{n_read}{' or more' if n_read > n_entries else ''}; it is cut short or damaged"
         )
 
 
@@ -271,8 +220,8 @@ def open_table(
             among the counts.
     """
     separator = SEPARATORS[format]
-    _require_line_feeds(path)
-    _require_whole_end(path, separator)
+    require_line_feeds(path)
+    require_whole_end(path, separator)
     corner, header, row_names = _table_names(path, separator)
     if not header or not len(row_names):
         raise ValueError(f"a table with {len(row_names)} rows and {len(header)} columns of values")
@@ -297,7 +246,7 @@ def open_table(
         blocks = gathered(entries, shape=shape, n_entries=n_entries, scratch=scratch)
     named: Mapping[str, StringArray] = {"index": genes}
     matrix = Matrix(name="X", shape=shape, gene_columns=named, blocks=blocks)
-    obs = pd.DataFrame(index=range(len(barcodes)))
+    obs = Annotations(len(barcodes), {})
     return Source(path=path, format=format, barcodes=barcodes, obs=obs, matrices=(matrix,))
 
 
@@ -331,7 +280,7 @@ def _check_names(
 
 
 def _are_numbers(names: StringArray) -> bool:
-    return all(_NUMBER.fullmatch(name.strip()) for name in names)
+    return all(NUMBER.fullmatch(name.strip()) for name in names)
 
 
 def _table_names(path: Path, separator: str) -> tuple[str, list[str], StringArray]:
@@ -340,7 +289,7 @@ def _table_names(path: Path, separator: str) -> tuple[str, list[str], StringArra
     Every line must have the same number of fields.
     """
     names = []
-    with _open_text(path) as file:
+    with open_text(path) as file:
         lines = csv.reader(file, delimiter=separator)
         header = next(lines)
         width = None
@@ -357,6 +306,7 @@ def _table_names(path: Path, separator: str) -> tuple[str, list[str], StringArra
                     f"expected {width} as in the first lines"
                 )
             names.append(fields[0])
+            check_size(len(names), 0)
     corner, columns = (header[0], header[1:]) if width == len(header) else ("", header)
     return corner, columns, np.array(names, dtype=object)
 
@@ -369,7 +319,7 @@ def _table_blocks(
     A column that is the sum of all others in every row is refused before the last block.
     numpy parses these tables: pandas needs a minute for 30,000 columns.
     """
-    with _open_text(path) as file:
+    with open_text(path) as file:
         lines = (line for line in file if line.strip())
         next(lines)
         totals = _TotalColumns(n_columns)
@@ -425,7 +375,7 @@ class _TotalColumns:
 
 def _raise_word(path: Path, separator: str) -> None:
     """Raise the error that names the first field that is not a number."""
-    with _open_text(path) as file:
+    with open_text(path) as file:
         lines = csv.reader(file, delimiter=separator)
         next(lines)
         for number, fields in enumerate(lines, 2):

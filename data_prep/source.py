@@ -6,7 +6,8 @@ harmonize, convert) knows only the types of this module and none of the file for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,13 @@ BLOCK_ENTRIES = 2**21
 """Stored values of one block; harmonising one takes about 150 bytes a value, 0.3 GB."""
 BLOCK_CELLS = 8192
 """Cells of one block at most."""
+
+MAX_CELLS = 2**27
+"""Cells of one dataset, 134 million: the largest public one has 100 million. Names take 100 bytes a
+cell, so that a header that claims more cells than this must not be believed."""
+MAX_FEATURES = 2**22
+"""Features of one dataset, 4 million: genes and peaks of the largest atlases are 1.5 million."""
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 StringArray = npt.NDArray[np.object_]
 Entries = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.generic]]
@@ -50,6 +58,66 @@ class Matrix:
     """Features of the file that are not read, by reason (`features.genes_only`)."""
 
 
+class Annotations:
+    """Columns of a table about cells; each is read when it is asked for, and not before.
+
+    Args:
+        n_cells: Rows of the table.
+        columns: What reads each column: a Series of `n_cells` values, or ValueError.
+    """
+
+    def __init__(self, n_cells: int, columns: Mapping[str, Callable[[], pd.Series]]) -> None:
+        self._n_cells = n_cells
+        self._columns = dict(columns)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in the order of the file."""
+        return list(self._columns)
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return self._n_cells
+
+    def __getitem__(self, name: str) -> pd.Series:
+        """Read one column.
+
+        Raises:
+            ValueError: There is none, or it cannot be read.
+        """
+        if name not in self._columns:
+            raise ValueError(
+                f"there is no cell annotation '{name}'; the file has "
+                f"{', '.join(self._columns) or 'none'}"
+            )
+        return self._columns[name]()
+
+    def frame(
+        self, names: Collection[str] | None = None, *, required: Collection[str] = ()
+    ) -> tuple[pd.DataFrame, dict[str, str]]:
+        """Read some columns.
+
+        Args:
+            names: Which; None for all.
+            required: Those that must be readable; others are left out.
+
+        Returns:
+            The columns that can be read, and why each other one cannot.
+
+        Raises:
+            ValueError: A required one cannot be read.
+        """
+        found, notes = {}, {}
+        for name in self.columns if names is None else dict.fromkeys(names):
+            try:
+                found[name] = self[name]
+            except ValueError as error:
+                if name in required:
+                    raise
+                notes[f"obs/{name}"] = str(error)
+        return pd.DataFrame(found, index=range(self._n_cells)), notes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """An opened dataset: its cells, what is known about them, and the matrices it holds."""
@@ -59,9 +127,48 @@ class Source:
     """One of `readers.FORMATS`."""
     barcodes: StringArray
     """Cell names in file order."""
-    obs: pd.DataFrame
+    obs: Annotations
     """Annotation of the cells, same order as `barcodes`; no columns where the format has none."""
     matrices: tuple[Matrix, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the file that are not read, or only after a repair, and why."""
+
+
+def check_size(n_cells: int, n_features: int) -> None:
+    """Refuse sizes that no dataset has, before anything is made of them.
+
+    Args:
+        n_cells: As the file claims.
+        n_features: As the file claims.
+
+    Raises:
+        ValueError: Negative, or above MAX_CELLS or MAX_FEATURES.
+    """
+    for number, most, what in (
+        (n_cells, MAX_CELLS, "cells"),
+        (n_features, MAX_FEATURES, "features"),
+    ):
+        if not 0 <= number <= most:
+            raise ValueError(f"the file claims {number} {what}; 0 to {most} are read. Damaged?")
+
+
+def repaired_texts(values: StringArray) -> tuple[StringArray, int]:
+    """Return texts with U+FFFD for each byte that was not UTF-8, and how many texts had any.
+
+    Args:
+        values: Texts as the readers decode them, with a surrogate for each such byte.
+    """
+    broken = [
+        place
+        for place, value in enumerate(values)
+        if not value.isascii() and _SURROGATES.search(value)
+    ]
+    if not broken:
+        return values, 0
+    values = values.copy()
+    for place in broken:
+        values[place] = _SURROGATES.sub("\ufffd", values[place])
+    return values, len(broken)
 
 
 def row_blocks(row_ptr: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:

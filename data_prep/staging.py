@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
-from data_prep.annotations import annotation_table, kept_columns
+from data_prep.annotations import annotation_table, read_annotations
 from data_prep.gene_names import GeneMap, GeneResolver
 from data_prep.harmonize import (
     MIN_GENES_MAPPED,
@@ -163,7 +163,8 @@ def _write(
     )
     entry["format"] = source.format
     entry["n_cells_input"] = len(source.barcodes)
-    columns = kept_columns(source.obs, dataset)
+    annotations, columns, unread = read_annotations(source.obs, dataset)
+    entry["notes"] = {**source.notes, **unread}
     opened = harmonize(
         source,
         resolver=resolver,
@@ -176,7 +177,7 @@ def _write(
     staged = part / "staged"
     kept, written = _write_cells(opened, staged / "cells.zarr", entry, settings, resolver.genes)
     obs, entry["texts_repaired"] = annotation_table(
-        source.barcodes[kept], source.obs[kept], columns
+        source.barcodes[kept], annotations[kept], columns
     )
     write_obs(staged / "obs.parquet", obs)
     entry["obs_columns"] = list(obs.columns[1:])

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,13 +37,13 @@ from anndata.io import sparse_dataset, write_elem
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
+from data_prep.annotations import valid_annotations
 from data_prep.counts import exact_counts
 from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, read_harmonized
 from data_prep.source import BLOCK_CELLS
 from sclong_ds.data import log1p_normalise
 from sclong_ds.files import local_path
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.hdf5_file import new_hdf5
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
 from sclong_ds.model_manifest import model_digest, weights_hash
@@ -222,8 +223,11 @@ def open_cells(
             counts = exact_counts(block, where=opened.matrix.name)
             yield CountBlock(counts=opened.gene_map.apply(counts), n_input_counts=int(counts.sum()))
 
+    obs, notes = valid_annotations(opened.source)
+    for part, note in notes.items():
+        _log.warning("%s, %s: %s", path.name, part, note)
     return Cells(
-        obs=opened.source.obs.set_axis(pd.Index(opened.source.barcodes, dtype=object), axis=0),
+        obs=obs,
         blocks=blocks,
         n_genes_input=opened.matrix.shape[1],
         n_genes_mapped=opened.gene_map.n_mapped,
@@ -293,7 +297,7 @@ def embed_to_file(
     n_genes_mapped, n_counts = np.zeros(n_cells, dtype=np.int32), np.zeros(n_cells, dtype=np.int64)
     done, n_input_counts = 0, 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with new_hdf5(out) as (file, written), progress(n_cells) as on_cells:
+    with _whole_file(out) as file, progress(n_cells) as on_cells:
         embedded = _begin_anndata(file, n_cells, model, with_counts=with_counts)
         for block in cells.blocks():
             part = slice(done, done + block.counts.shape[0])
@@ -304,7 +308,6 @@ def embed_to_file(
             )
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))
-            written.check()
             done, n_input_counts = part.stop, n_input_counts + block.n_input_counts
         if done != n_cells:
             raise ValueError(f"the input lists {n_cells} cells, but its matrix holds {done}")
@@ -399,6 +402,20 @@ def _open_corpus(path: Path, *, genes: GeneVocabulary, split: str | None) -> Cel
         n_genes_input=len(genes),
         n_genes_mapped=len(genes),
     )
+
+
+@contextmanager
+def _whole_file(out: Path) -> Iterator[h5py.File]:
+    """Open a new HDF5 file under a temporary name, and move it into place when all went well."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        with h5py.File(partial, "w") as file:
+            yield file
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _begin_anndata(

@@ -168,12 +168,12 @@ def test_linked_folders_are_read_once_and_archives_are_listed(tmp_path: Path) ->
     (top / "linked").symlink_to(far)
     (top / "twice").symlink_to(far)
     (far / "up").symlink_to(top)
-    for name in ("seurat.rds", "RAW.tar", "a.h5mu", "b.csv.zip"):
+    for name in ("seurat.rds", "RAW.tar", "a.h5seurat", "b.csv.zip"):
         (top / name).write_bytes(b"x")
     draft = draft_manifest(top, genes=GENES, relative_to=top)
     assert [item["dataset_id"] for item in draft["datasets"]] == ["linked-sample"]
     text = format_manifest(draft)
-    for name in ("seurat.rds", "RAW.tar", "a.h5mu", "b.csv.zip"):
+    for name in ("seurat.rds", "RAW.tar", "a.h5seurat", "b.csv.zip"):
         assert f"# skipped: {name} (not read: unpack or export it)" in text
 
 

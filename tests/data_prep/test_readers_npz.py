@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep.readers import open_source, source_files, source_hash
+from data_prep.readers import open_source
 from data_prep.source import Source
+from data_prep.source_identity import source_files, source_hash
 
 VALUES = np.log1p(np.random.default_rng(5).poisson(0.6, (6, 4)) * 1234.5).astype(np.float32)
 GENES = ["TP53", "ACTB", "GAPDH", "CD4"]
@@ -80,3 +81,23 @@ def test_the_gene_list_is_part_of_the_source(tmp_path: Path) -> None:
     before = source_hash(path)
     (tmp_path / "genes.txt").write_text("\n".join(reversed(GENES)))
     assert source_hash(path) != before
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2**62, 4), "claims 4611686018427387904 cells"),
+        ((6, 2**62), "claims 4611686018427387904 features"),
+        ((2**25, 4), "the shape claims 33554432 lines for"),
+        ((7, 4), "the shape claims 7 lines, but there are 7 index pointers, not 8"),
+    ],
+)
+def test_a_shape_is_not_believed(tmp_path: Path, shape: tuple[int, int], message: str) -> None:
+    path = tmp_path / "a.npz"
+    sparse.save_npz(path, sparse.csr_matrix(VALUES))
+    with np.load(path) as stored:
+        parts = dict(stored)
+    np.savez(path, **parts | {"shape": np.array(shape)})
+    (tmp_path / "genes.txt").write_text("A\nB\nC\nD\n")
+    with pytest.raises(ValueError, match=message):
+        opened(path)

@@ -1,0 +1,63 @@
+"""Identity of a source: links are followed, and what they lead to is hashed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep import source_identity
+from data_prep.source_identity import source_files, source_hash
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A folder as data version control leaves it: links in the tree, content elsewhere."""
+    for version in ("one", "two"):
+        (tmp_path / "cache" / version).mkdir(parents=True)
+        (tmp_path / "cache" / version / "0").write_text(f"chunk of {version}")
+    (tmp_path / "cells.zarr").mkdir()
+    (tmp_path / "cells.zarr/zarr.json").write_text("{}")
+    return tmp_path
+
+
+def test_content_behind_a_link_to_a_folder_is_hashed(store: Path) -> None:
+    link = store / "cells.zarr/X"
+    link.symlink_to(store / "cache/one")
+    assert source_files(store / "cells.zarr") == [link / "0", store / "cells.zarr/zarr.json"]
+    before = source_hash(store / "cells.zarr")
+    (store / "cache/one/0").write_text("other")
+    assert source_hash(store / "cells.zarr") != before
+    link.unlink()
+    link.symlink_to(store / "cache/two")
+    assert source_hash(store / "cells.zarr") != before
+
+
+def test_a_linked_tree_has_the_hash_of_the_same_tree_without_links(store: Path) -> None:
+    (store / "cells.zarr/X").symlink_to(store / "cache/one")
+    before = source_hash(store / "cells.zarr")
+    (store / "cells.zarr/X").unlink()
+    (store / "cells.zarr/X").mkdir()
+    (store / "cells.zarr/X/0").write_text("chunk of one")
+    assert source_hash(store / "cells.zarr") == before
+
+
+def test_a_link_to_a_file_and_a_linked_dataset(store: Path) -> None:
+    (store / "cells.zarr/X").symlink_to(store / "cache/one/0")
+    (store / "linked.zarr").symlink_to(store / "cells.zarr")
+    before = source_hash(store / "linked.zarr")
+    assert before == source_hash(store / "cells.zarr")
+    (store / "cache/one/0").write_text("other")
+    assert source_hash(store / "linked.zarr") != before
+
+
+def test_circles_of_links_end(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store / "cells.zarr/up").symlink_to(store)
+    (store / "cells.zarr/self").symlink_to(store / "cells.zarr")
+    (store / "cells.zarr/nowhere").symlink_to(store / "missing")
+    names = [str(file.relative_to(store)) for file in source_files(store / "cells.zarr")]
+    linked = [f"cells.zarr/up/cache/{version}/0" for version in ("one", "two")]
+    assert names == [*linked, "cells.zarr/zarr.json"]
+    monkeypatch.setattr(source_identity, "MAX_FILES", 2)
+    with pytest.raises(ValueError, match="holds more than 2 files; links in circles"):
+        source_files(store / "cells.zarr")
