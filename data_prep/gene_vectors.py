@@ -27,9 +27,10 @@ import argparse
 import io
 import json
 import logging
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from sclong_ds.files import write_atomic
+from sclong_ds.files import partial_name, remove_partials_of, write_atomic
 from sclong_ds.store import Corpus
 
 SPLIT = "train"
@@ -215,8 +216,8 @@ def build_gene_vectors(
         )
     vectors = np.zeros((len(corpus.genes), dim), dtype=np.float32)
     rank = min(dim, len(genes))
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        left, values = truncated_svd(PpmiMatrix(presence, genes, Path(folder)), rank, seed=seed)
+    with _scratch(out) as folder:
+        left, values = truncated_svd(PpmiMatrix(presence, genes, folder), rank, seed=seed)
     vectors[genes, :rank] = left * np.sqrt(values)
     settings = {
         "corpus_hash": corpus.hash,
@@ -253,11 +254,26 @@ def _counts(
     }
 
 
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """Make a folder beside a file for the time of the work; what kills have left is removed."""
+    remove_partials_of(out)
+    folder = partial_name(out)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
 def _write(out: Path, vectors: np.ndarray, about: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
+    buffer, described = io.BytesIO(), out.with_suffix(".json")
     np.save(buffer, vectors)
+    remove_partials_of(described)
+    # A kill in between must not leave vectors beside the description of others.
+    described.unlink(missing_ok=True)
     write_atomic(out, buffer.getvalue())
-    write_atomic(out.with_suffix(".json"), (json.dumps(about, indent=2) + "\n").encode())
+    write_atomic(described, (json.dumps(about, indent=2) + "\n").encode())
 
 
 def _check(out: Path, at_least_one: dict[str, int]) -> None:

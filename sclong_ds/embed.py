@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +43,7 @@ from data_prep.source import BLOCK_CELLS
 from sclong_ds.data import log1p_normalise
 from sclong_ds.files import local_path
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.hdf5_file import new_hdf5
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
 from sclong_ds.model_manifest import model_digest, weights_hash
@@ -297,7 +297,7 @@ def embed_to_file(
     n_genes_mapped, n_counts = np.zeros(n_cells, dtype=np.int32), np.zeros(n_cells, dtype=np.int64)
     done, n_input_counts = 0, 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _whole_file(out) as file, progress(n_cells) as on_cells:
+    with new_hdf5(out) as (file, written), progress(n_cells) as on_cells:
         embedded = _begin_anndata(file, n_cells, model, with_counts=with_counts)
         for block in cells.blocks():
             part = slice(done, done + block.counts.shape[0])
@@ -308,6 +308,7 @@ def embed_to_file(
             )
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))
+            written.check()
             done, n_input_counts = part.stop, n_input_counts + block.n_input_counts
         if done != n_cells:
             raise ValueError(f"the input lists {n_cells} cells, but its matrix holds {done}")
@@ -402,20 +403,6 @@ def _open_corpus(path: Path, *, genes: GeneVocabulary, split: str | None) -> Cel
         n_genes_input=len(genes),
         n_genes_mapped=len(genes),
     )
-
-
-@contextmanager
-def _whole_file(out: Path) -> Iterator[h5py.File]:
-    """Open a new HDF5 file under a temporary name, and move it into place when all went well."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        with h5py.File(partial, "w") as file:
-            yield file
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _begin_anndata(

@@ -21,6 +21,7 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
+_RANDOM_CHARS = 16 + len(".partial")
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -37,7 +38,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     temporary = partial_name(path)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with named_errors(path), os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -65,6 +66,39 @@ def is_partial(path: str | Path) -> bool:
         path: File or folder.
     """
     return _PARTIAL.fullmatch(Path(path).name) is not None
+
+
+def remove_partials_of(path: str | Path) -> None:
+    """Remove the partial files and folders that killed processes have left of one product.
+
+    A process that is writing the same product now fails; the last one to begin wins.
+
+    Args:
+        path: The product's final name.
+    """
+    path = Path(path)
+    start = f".{path.name[:180]}."
+    if not path.parent.is_dir():
+        return
+    for name in os.listdir(path.parent):
+        if is_partial(name) and name.startswith(start) and len(name) == len(start) + _RANDOM_CHARS:
+            left = path.with_name(name)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Give an OSError that names no file, as those of read, write and fsync, a file's name.
+
+    Args:
+        path: The file, or the folder that is worked on.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_partials(folder: str | Path) -> None:
@@ -148,7 +182,7 @@ def file_sha256(path: str | Path) -> str:
     Args:
         path: The file; it is read in blocks.
     """
-    with Path(path).open("rb") as file:
+    with named_errors(path), Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -170,12 +204,17 @@ def sync_folder(path: str | Path) -> None:
     """
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with named_errors(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
 
 def _walk(folder: Path) -> Iterable[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
     yield folder
-    for parent, folders, files in os.walk(folder):
+    # By itself os.walk leaves out what it cannot list.
+    for parent, folders, files in os.walk(folder, onerror=fail):
         yield from (Path(parent) / name for name in (*folders, *files))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ import numpy as np
 from sclong_ds.files import write_atomic
 
 GRAPH_FORMAT = "sclong_ds-gene-graph 1"
+# What numpy and zipfile raise on changed bytes.
+_DAMAGE = (
+    ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _KEYS = ("format", "edge_index", "edge_weight", "n_genes", "genes_hash")
 
 
@@ -94,7 +100,7 @@ def read_gene_graph(path: str | Path, *, genes_hash: str) -> tuple[np.ndarray, n
         # an array, which is no context manager: TypeError.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             content = {key: archive[key] for key in _KEYS}
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: not a gene graph ({error}); make one with: {make}") from None
     if str(content["format"]) != GRAPH_FORMAT:
         raise ValueError(
