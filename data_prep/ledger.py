@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
@@ -107,6 +108,12 @@ class LedgerEntry(TypedDict):
     """SHA-256 (hex) of the rest of the entry; empty before it is written."""
 
 
+@cache
+def _kinds() -> dict[str, Any]:
+    """Return the type of each key of an entry."""
+    return get_type_hints(LedgerEntry)
+
+
 def empty_entry(
     dataset_id: str, path: Path, *, organism: str, tissue: str, settings_hash: str
 ) -> LedgerEntry:
@@ -119,7 +126,7 @@ def empty_entry(
         tissue: As in the manifest.
         settings_hash: See `one_dataset.settings_hash`.
     """
-    entry = {name: _empty(kind) for name, kind in get_type_hints(LedgerEntry).items()}
+    entry = {name: _empty(kind) for name, kind in _kinds().items()}
     entry |= {"version": LEDGER_VERSION, "status": "failed", "dataset_id": dataset_id}
     entry |= {"path": str(path), "organism": organism, "tissue": tissue}
     entry["settings_hash"] = settings_hash
@@ -199,7 +206,7 @@ def read_entry(path: Path) -> LedgerEntry:
         found = _of_version_1(found)
     elif found.get("checksum") != _checksum(found):
         raise ValueError(f"{path}: damaged (its checksum differs); {_CURE}")
-    kinds = get_type_hints(LedgerEntry)
+    kinds = _kinds()
     for name, kind in kinds.items():
         if name not in found:
             raise ValueError(f"{path}: not a ledger entry (no '{name}'); {_CURE}")
@@ -215,7 +222,7 @@ def read_entry(path: Path) -> LedgerEntry:
 
 def _of_version_1(found: dict[str, Any]) -> dict[str, Any]:
     """Return an entry of version 1 with the keys of today; those that it must have stay absent."""
-    kinds = get_type_hints(LedgerEntry)
+    kinds = _kinds()
     entry = {name: _empty(kind) for name, kind in kinds.items()}
     for name in ("dataset_id", "path", "status", "reason", "settings_hash"):
         del entry[name]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from data_prep.ledger import (
+    OLDER,
     LedgerEntry,
+    check_staged,
     count_statuses,
     empty_entry,
+    is_older,
     ledger_path,
+    previous_entry,
     read_entry,
     read_ledger,
+    require_current,
+    staged_files,
     write_entry,
 )
 from data_prep.ledger_table import format_table
@@ -66,7 +76,9 @@ def test_files_of_killed_writers_are_no_entries(corpus: Path) -> None:
     assert len(read_ledger(corpus)) == 4
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "done"}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"status": "done"}', "\x00", "[" * 100_000, "3", "null"]
+)
 def test_damage_is_named(corpus: Path, content: str) -> None:
     path = ledger_path(corpus, "a")
     path.write_text(content)
@@ -99,3 +111,160 @@ def test_what_a_manifest_lists_and_nobody_did_is_pending(corpus: Path) -> None:
     next((corpus / "manifests").iterdir()).write_text("[1")
     with pytest.raises(ValueError, match=r"damaged .*; delete it and run convert again"):
         read_pending(corpus, entries)
+
+
+FITTING = {str: "str", float: "float", type(None): "None", list: "list", dict: "dict"}
+
+
+def changed(path: Path, fields: dict[str, object]) -> None:
+    """Write an entry with other fields and the checksum that they need."""
+    found = {**json.loads(path.read_bytes()), **fields}
+    rest = {name: value for name, value in found.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(rest | {"checksum": digest}))
+
+
+def outcome(path: Path) -> LedgerEntry | str:
+    """Return the entry, or what is wrong with it."""
+    try:
+        return read_entry(path)
+    except ValueError as error:
+        return str(error)
+
+
+def test_every_flipped_bit_of_an_entry_is_named_or_harmless(corpus: Path) -> None:
+    path = ledger_path(corpus, "c")
+    data, before = path.read_bytes(), read_entry(path)
+    named = 0
+    for bit in range(0, 8 * len(data), 7):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        found = outcome(path)
+        assert found == before or str(found).startswith(f"{path}: ")
+        named += found != before
+    assert named > len(data) / 2
+
+
+@pytest.mark.parametrize(
+    "name", sorted(empty_entry("a", Path(), organism="", tissue="", settings_hash=""))
+)
+def test_every_key_and_its_type_are_checked(corpus: Path, name: str) -> None:
+    path = ledger_path(corpus, "c")
+    data = json.loads(path.read_bytes())
+    for value in (True, [1], {"x": "y"}, None, "text", -1.5):
+        if name == "checksum":
+            path.write_text(json.dumps(data | {name: value}))
+        else:
+            changed(path, {name: value})
+        found = outcome(path)
+        if isinstance(found, str):
+            assert found.startswith(f"{path}: ")
+        else:
+            assert found[name] == value
+            assert value is not True
+            assert FITTING.get(type(value), "") in str(get_type_hints(LedgerEntry)[name])
+        path.write_text(json.dumps(data))
+    del data[name]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"c\.json: "):
+        read_entry(path)
+
+
+def test_an_entry_belongs_to_the_name_of_its_file(corpus: Path) -> None:
+    path = ledger_path(corpus, "c")
+    path.rename(ledger_path(corpus, "x"))
+    with pytest.raises(ValueError, match=r"x\.json: the entry of dataset 'c'"):
+        read_ledger(corpus)
+    ledger_path(corpus, "x").rename(path)
+    changed(path, {"dataset_id": "../../secret"})
+    with pytest.raises(ValueError, match=r"c\.json: the entry of dataset '\.\./\.\./secret'"):
+        read_ledger(corpus)
+
+
+def test_what_is_no_file_is_named_and_does_not_hang(corpus: Path) -> None:
+    os.mkfifo(ledger_path(corpus, "pipe"))
+    with pytest.raises(ValueError, match=r"pipe\.json: not a file"):
+        read_ledger(corpus)
+    ledger_path(corpus, "pipe").unlink()
+    ledger_path(corpus, "folder").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.json: not a file"):
+        read_ledger(corpus)
+    assert previous_entry(corpus, "folder") is None
+
+
+def test_entries_of_other_versions(corpus: Path) -> None:
+    path = ledger_path(corpus, "c")
+    old = json.loads(path.read_bytes())
+    for name in ("version", "files", "checksum", "texts_repaired"):
+        del old[name]
+    path.write_text(json.dumps(old))
+    found = read_ledger(corpus)
+    assert [e["dataset_id"] for e in found if is_older(e)] == ["c"]
+    assert (found[2]["n_cells"], found[2]["reason"]) == (5, OLDER)
+    lines = format_table(found).splitlines()
+    assert next(line for line in lines if line.startswith("c ")).endswith(OLDER)
+    with pytest.raises(ValueError, match=r"1 datasets were staged by an older version \(c\); run"):
+        require_current(corpus, found)
+    del old["settings_hash"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"c\.json: not a ledger entry \(no 'settings_hash'\)"):
+        read_entry(path)
+    path.write_text(json.dumps(old | {"version": 3}))
+    with pytest.raises(ValueError, match=r"c\.json: ledger version 3, this program reads 2"):
+        read_entry(path)
+
+
+def test_every_staged_file_is_compared(corpus: Path) -> None:
+    folder = corpus / "staging" / "s"
+    (folder / "cells.zarr").mkdir(parents=True)
+    (folder / "cells.zarr" / "c").write_bytes(b"cells")
+    (folder / "obs").write_bytes(b"obs")
+    staged = entry("s", status="ok", files=staged_files(folder))
+    check_staged(corpus, staged)
+    (folder / "obs").write_bytes(b"obz")
+    check_staged(corpus, staged, contents=False)
+    with pytest.raises(ValueError, match=r"s/obs: damaged \(its SHA-256 differs\); convert the"):
+        check_staged(corpus, staged)
+    (folder / "obs").write_bytes(b"ob")
+    with pytest.raises(ValueError, match=r"s/obs: damaged \(2 bytes, 3 on record\)"):
+        check_staged(corpus, staged, contents=False)
+    (folder / "obs").unlink()
+    with pytest.raises(ValueError, match="s/obs: missing"):
+        check_staged(corpus, staged)
+    (folder / "obs").symlink_to(folder / "cells.zarr" / "c")
+    with pytest.raises(ValueError, match="s/obs: not a plain file"):
+        check_staged(corpus, staged)
+    (folder / "obs").unlink()
+    (folder / "obs").write_bytes(b"obs")
+    (folder / ".more").touch()
+    with pytest.raises(ValueError, match=r"s/\.more: not in the ledger entry"):
+        check_staged(corpus, staged)
+    with pytest.raises(ValueError, match="missing; convert the dataset again"):
+        check_staged(corpus, entry("none", status="ok"))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"tasks": 0, "datasets": ["a"]}', '{"tasks": 1, "datasets": ["../a"]}']
+)
+def test_a_recorded_manifest_that_says_something_else(corpus: Path, content: str) -> None:
+    record_manifest(corpus, ["a", "x"], tasks=2)
+    path = next((corpus / "manifests").iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"x", b"y"))
+    with pytest.raises(ValueError, match=rf"{path.name}: damaged"):
+        read_pending(corpus, [])
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path.name}: damaged"):
+        read_pending(corpus, [])
+    path.write_bytes(whole)
+    (path.parent / f".x.json.{'0' * 16}.partial").touch()
+    record_manifest(corpus, ["z"], tasks=1)
+    assert [p.dataset_id for p in read_pending(corpus, [])] == ["a", "x", "z"]
+    assert not list(path.parent.glob(".*"))
+
+
+def test_a_reason_takes_one_line_of_the_table_whatever_it_holds() -> None:
+    (line,) = format_table([entry("a", reason="x\n\x1b[31m\u2028y\udc80")]).splitlines()[1:2]
+    assert line.split()[-1] == "y\\udc80"
+    assert "\x1b" not in line
