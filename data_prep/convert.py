@@ -149,22 +149,23 @@ def prepare_corpus(corpus: Path, *, genes: GeneVocabulary, settings: Settings) -
         for name in ("settings.json", "genes.tsv"):
             for left in corpus.glob(f".{name}.*.partial"):
                 left.unlink()
-        _settle_settings(corpus, settings)
+        _settle_settings(corpus, settings, genes)
         path = corpus / "genes.tsv"
         if not path.exists():
             genes.write(path)
-        found = GeneVocabulary.read(path)
-        if found.hash != genes.hash:
+        if GeneVocabulary.read(path) != genes:
             raise ValueError(
-                f"{path}: gene hash {found.hash}, the settings of this folder say {genes.hash}; "
+                f"{path}: other genes, symbols or classes than this folder was begun with; "
                 "restore the file or use another --out folder"
             )
 
 
-def _settle_settings(corpus: Path, settings: Settings) -> None:
+def _settle_settings(corpus: Path, settings: Settings, genes: GeneVocabulary) -> None:
     """Write settings.json, or compare it."""
     path = corpus / "settings.json"
     wanted = {"staging_version": STAGING_VERSION, **dataclasses.asdict(settings)}
+    # The other hash of genes is that of the ids alone; names of genes decide what is staged, too.
+    wanted["genes_sha256"] = genes.table_sha256
     content = (json.dumps(wanted, indent=1) + "\n").encode()
     if not path.exists():
         _write_if_missing(path, content)
@@ -175,7 +176,8 @@ def _settle_settings(corpus: Path, settings: Settings) -> None:
     if older:
         # Settings that came later had their defaults.
         default = dataclasses.asdict(Settings(genes_hash=settings.genes_hash))
-        found = default | found | {"staging_version": STAGING_VERSION}
+        current = {"staging_version": STAGING_VERSION, "genes_sha256": genes.table_sha256}
+        found = default | found | current
     different = [
         f"{name} {found.get(name)} there, {wanted.get(name)} here"
         for name in sorted(set(wanted) | set(found))

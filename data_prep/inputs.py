@@ -6,7 +6,6 @@ of them before it uses any, and once more before it publishes: what it publishes
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.ledger import LedgerEntry, check_staged, ledger_path, read_ledger, require_current
-from sclong_ds.files import file_sha256
+from sclong_ds.files import file_sha256, read_json
 from sclong_ds.genes import GeneVocabulary
 
 _MOST_THREADS = 8
@@ -96,17 +95,23 @@ def _vocabulary(corpus: Path) -> GeneVocabulary:
     """Return the vocabulary that convert used, checked against its hash in settings.json."""
     genes = GeneVocabulary.read(corpus / "genes.tsv")
     path = corpus / "settings.json"
-    if not path.is_file():
+    cure = "restore genes.tsv or convert into a new folder"
+    if not path.exists():
         raise FileNotFoundError(
             f"{path}: missing; run: python -m data_prep convert MANIFEST --out {corpus}"
         )
-    try:
-        expected = json.loads(path.read_bytes())["genes_hash"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: damaged; convert into a new folder") from None
-    if expected != genes.hash:
+    settings = read_json(path, cure="convert into a new folder")
+    if not isinstance(settings, dict) or not isinstance(settings.get("genes_hash"), str):
+        raise ValueError(f"{path}: damaged (no genes_hash); convert into a new folder")
+    if settings["genes_hash"] != genes.hash:
         raise ValueError(
             f"{corpus / 'genes.tsv'}: gene hash {genes.hash}, the cells were converted with "
-            f"{expected}; restore genes.tsv or convert into a new folder"
+            f"{settings['genes_hash']}; {cure}"
+        )
+    # Absent before staging version 2.
+    if settings.get("genes_sha256", genes.table_sha256) != genes.table_sha256:
+        raise ValueError(
+            f"{corpus / 'genes.tsv'}: other symbols or classes than the cells were converted "
+            f"with; {cure}"
         )
     return genes

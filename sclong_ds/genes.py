@@ -137,8 +137,16 @@ class GeneVocabulary:
         Args:
             path: Target file; replaced if it exists.
         """
+        write_atomic(path, self._table())
+
+    def _table(self) -> bytes:
         rows = [_COLUMNS, *zip(self.ids, self.symbols, self.classes, strict=True)]
-        write_atomic(path, "".join("\t".join(row) + "\n" for row in rows).encode())
+        return "".join("\t".join(row) + "\n" for row in rows).encode()
+
+    @cached_property
+    def table_sha256(self) -> str:
+        """SHA-256 (hex) of the file that `write` writes; symbols and classes enter."""
+        return hashlib.sha256(self._table()).hexdigest()
 
 
 def _header_text() -> str:
