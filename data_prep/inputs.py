@@ -105,13 +105,13 @@ def _vocabulary(corpus: Path) -> GeneVocabulary:
         raise ValueError(f"{path}: damaged (no genes_hash); convert into a new folder")
     if settings["genes_hash"] != genes.hash:
         raise ValueError(
-            f"{corpus / 'genes.tsv'}: gene hash {genes.hash}, the cells were converted with "
+            f"{corpus / 'genes.tsv'}: gene hash {genes.hash}, {path.name} says "
             f"{settings['genes_hash']}; {cure}"
         )
     # Absent before staging version 2.
     if settings.get("genes_sha256", genes.table_sha256) != genes.table_sha256:
         raise ValueError(
             f"{corpus / 'genes.tsv'}: other symbols or classes than the cells were converted "
-            f"with; {cure}"
+            f"with, as {path.name} says; {cure}"
         )
     return genes
