@@ -328,7 +328,8 @@ def _name_columns(selection: _Selection, columns: _Columns) -> dict[str, StringA
             name in selection.not_names or few or n_blank > len(values) * (1 - _MOSTLY)
         ):
             named[name] = values
-    return named
+    # Where every column is like text about features, one of them names them all the same.
+    return named or {n: v for n, v in columns.items() if n not in selection.not_names}
 
 
 def _by_name(selection: _Selection, names: Mapping[str, StringArray]) -> None:
@@ -360,7 +361,7 @@ def _by_genome(
         if _plain(name) in _GENOME_COLUMNS and name != "index":
             selection.not_names.add(name)
             sources.append((values, False))
-    sources.append((_fronts(list(names.values()), wanted), True))
+    sources.append((_fronts(list(names.values()), wanted, len(selection.keep)), True))
     found: list[str] = []
     chosen = wanted == "auto"
     for labels, of_names in sources:
@@ -370,8 +371,10 @@ def _by_genome(
             continue
         # Cells of the other genome share the barcode list, so that nobody can choose for the user.
         picked, chosen = pick_genome(genomes, wanted, guess=False), True
-        reasons = np.array([f"genome {label or 'not given'}" for label in labels], dtype=object)
-        selection.drop(labels != picked, reasons)
+        # Where one genome alone is named, a feature that names none is not of another.
+        if len(genomes) > 1:
+            reasons = np.array([f"genome {label or 'not given'}" for label in labels], dtype=object)
+            selection.drop(labels != picked, reasons)
         if of_names:
             selection.front = re.compile(rf"^{re.escape(picked)}{_BETWEEN}")
     if not chosen:
@@ -380,11 +383,11 @@ def _by_genome(
         )
 
 
-def _fronts(columns: Sequence[StringArray], wanted: str) -> StringArray:
+def _fronts(columns: Sequence[StringArray], wanted: str, n_features: int) -> StringArray:
     """Return (features,) the genome in front of each feature's names, '' where there is none."""
     own = "" if wanted == "auto" else f"{re.escape(wanted)}|"
     front = re.compile(rf"({own}{_ASSEMBLY}){_BETWEEN}")
-    labels = np.full(len(columns[0]) if columns else 0, "", dtype=object)
+    labels = np.full(n_features, "", dtype=object)
     for values in columns:
         for place, value in enumerate(values):
             match = front.match(str(value))

@@ -311,6 +311,5 @@ def _numbers(values: Any) -> npt.NDArray[np.generic]:
     found = np.asarray(values)
     if found.dtype.kind not in "biuf":
         raise ValueError(f"the matrix holds {found.dtype}, expected numbers")
-    if found.dtype == np.float16:
-        return found.astype(np.float32)
-    return found.astype(found.dtype.newbyteorder("="), copy=False)
+    found = found.astype(found.dtype.newbyteorder("="), copy=False)
+    return found.astype(np.float32) if found.dtype == np.float16 else found

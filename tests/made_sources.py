@@ -102,7 +102,8 @@ def write(container: str, folder: Path, made: Made) -> Path:
         folder: An empty folder.
         made: What to write.
     """
-    with warnings.catch_warnings():
+    # A chunk of zeros that is not written looks like one that was lost, and is refused.
+    with warnings.catch_warnings(), zarr.config.set({"array.write_empty_chunks": True}):
         warnings.simplefilter("ignore")
         if container in ANNDATA:
             return _write_anndata(container, folder, made)

@@ -172,6 +172,21 @@ def test_one_genome_is_chosen_by_name() -> None:
         kept(columns, "hg19")
 
 
+def test_names_that_are_mostly_the_same() -> None:
+    same = ["CD4", "CD4", "CD4"]
+    matrix, found = kept({"Gene": same})
+    assert (found, matrix.gene_columns["Gene"].tolist()) == ([0, 1, 2], same)
+
+
+def test_features_that_name_no_genome_beside_one_alone_are_kept() -> None:
+    # Merged files write it in front of some names only; nothing is of another genome.
+    names = ["GRCh38_CD4", "GRCh38___CD19", *SYMBOLS[2:]]
+    for columns in ({"index": names}, {"index": names, "genome": ["GRCh38"] * len(names)}):
+        matrix, found = kept(columns, "GRCh38")
+        assert (found, dict(matrix.left_out)) == (list(range(20)), {})
+        assert matrix.gene_columns["index"].tolist() == ["CD4", "CD19", *SYMBOLS[2:]]
+
+
 @pytest.mark.parametrize(
     ("human", "mouse", "genome"),
     [

@@ -185,6 +185,18 @@ def test_two_halves_are_no_count(tmp_path: Path, name: str) -> None:
         exact_counts(block, where="X")
 
 
+@pytest.mark.parametrize("stored", ["<f2", ">f2", ">u2", ">i8", ">f4"])
+def test_dense_values_of_any_width_and_byte_order(tmp_path: Path, stored: str) -> None:
+    path = tmp_path / "cells.h5ad"
+    table(COUNTS).write_h5ad(path)
+    with h5py.File(path, "r+") as root:
+        kept = dict(root["X"].attrs)
+        del root["X"]
+        root.create_dataset("X", data=COUNTS.astype(stored)).attrs.update(kept)
+        assert root["X"].dtype == stored
+    np.testing.assert_array_equal(values(opened(path)), COUNTS.astype(stored))
+
+
 def test_raw_and_layers_have_their_own_genes(tmp_path: Path) -> None:
     adata = table()
     adata.raw = table()
