@@ -292,6 +292,8 @@ def _text_format(start: bytes, path: Path) -> str:
         return "10x_mtx"
     if not start.strip():
         raise ValueError("the file is empty")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"text in UTF-16; iconv -f utf-16 -t utf-8 {path.name} > NEW")
     text = start.decode("utf-8-sig", errors="replace")
     # Texts in another encoding have a few such characters, which are repaired and counted.
     if "\0" in text or text.count("\ufffd") > _MOST_REPLACED * len(text):

@@ -19,13 +19,13 @@ from data_prep.readers_arrays import (
     csc_blocks,
     csr_blocks,
     dense_matrix_blocks,
+    require_inside,
 )
 from data_prep.readers_columns import table_of
 from data_prep.readers_containers import (
     anndata_place,
     hdf5_root,
     missing_filter,
-    require_inside,
     writer_note,
     zarr_root,
 )

@@ -225,6 +225,31 @@ def require_whole(array: Any, what: str) -> None:
         raise ValueError(f"{what} claims {array.size} values, of which none was written")
 
 
+def require_inside(root: Any, where: str) -> None:
+    """Refuse a part of an HDF5 file that is a link to another file, which nobody would hash.
+
+    Args:
+        root: The root group.
+        where: Path of the part.
+
+    Raises:
+        ValueError: It is such a link.
+    """
+    if not isinstance(root, h5py.Group):
+        return
+    place = root
+    for part in where.split("/"):
+        link = place.get(part, getlink=True)
+        if isinstance(link, h5py.ExternalLink):
+            raise ValueError(
+                f"{where} is a link to {link.filename}, another file; copy it into this one"
+            )
+        found = place.get(part)
+        if not isinstance(found, h5py.Group):
+            return
+        place = found
+
+
 def check_chunks(array: Any, what: str) -> None:
     """Refuse a zarr array whose chunks claim more memory than any reader should give for one.
 
@@ -248,6 +273,7 @@ def check_chunks(array: Any, what: str) -> None:
 
 def _pointers(group: Any, n_lines: int) -> npt.NDArray[np.int64]:
     for name in ("data", "indices", "indptr"):
+        require_inside(group, name)
         if getattr(group[name], "shape", None) is None or len(group[name].shape) != 1:
             raise ValueError(f"{group.name}/{name} is no list of numbers")
         check_chunks(group[name], f"{group.name}/{name}")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data_prep.readers_arrays import Open, require_whole
+from data_prep.readers_arrays import Open, require_inside, require_whole
 from data_prep.source import Annotations, StringArray, check_size
 
 _CATEGORIES = "__categories"
@@ -83,6 +83,7 @@ def table_of(root: Any, where: str) -> Table:
     if getattr(element, "dtype", None) is not None:
         return _compound_table(element, where)
     index_name = _text(element.attrs.get("_index", "_index"))
+    require_inside(element, index_name)
     if index_name not in element:
         raise ValueError(f"{where} has no index column '{index_name}'")
     if hasattr(element[index_name], "shape"):
@@ -117,6 +118,7 @@ def column_values(parent: Any, name: str) -> Any:
     Raises:
         ValueError: It is not there, or of an encoding that is not read.
     """
+    require_inside(parent, name)
     if name not in parent:
         raise ValueError("it is listed, but not there")
     element = parent[name]

@@ -170,31 +170,6 @@ def anndata_place(root: Any) -> tuple[str, dict[str, str]]:
     raise ValueError(f"not AnnData: it holds {', '.join(sorted(names))}, expected obs and var")
 
 
-def require_inside(root: Any, where: str) -> None:
-    """Refuse a part of an HDF5 file that is a link to another file, which nobody would hash.
-
-    Args:
-        root: The root group.
-        where: Path of the part.
-
-    Raises:
-        ValueError: It is such a link.
-    """
-    if not isinstance(root, h5py.Group):
-        return
-    place = root
-    for part in where.split("/"):
-        link = place.get(part, getlink=True)
-        if isinstance(link, h5py.ExternalLink):
-            raise ValueError(
-                f"{where} is a link to {link.filename}, another file; copy it into this one"
-            )
-        found = place.get(part)
-        if not isinstance(found, h5py.Group):
-            return
-        place = found
-
-
 def missing_filter(array: Any) -> str:
     """Return the number of a compression filter that is not installed, or ''.
 

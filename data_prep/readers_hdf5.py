@@ -12,9 +12,15 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_prep.features import pick_genome
-from data_prep.readers_arrays import Open, csr_blocks, dense_matrix_blocks, require_whole
+from data_prep.readers_arrays import (
+    Open,
+    csr_blocks,
+    dense_matrix_blocks,
+    require_inside,
+    require_whole,
+)
 from data_prep.readers_columns import decoded, objects
-from data_prep.readers_containers import hdf5_file, hdf5_root, require_inside, writer_note
+from data_prep.readers_containers import hdf5_file, hdf5_root, writer_note
 from data_prep.source import Annotations, Matrix, Source, StringArray, check_size
 
 _OTHER_FILES = (
@@ -85,17 +91,17 @@ def open_tenx(path: Path, *, genome: str) -> Source:
     """
     notes = writer_note(path)
     with hdf5_file(path) as root:
+        require_inside(root, "matrix")
         if "matrix" in root:
-            where, genes = "matrix", _tenx_features(root["matrix"]["features"])
+            where, genes = "matrix", _tenx_features(root["matrix"])
         else:
             where = pick_genome(_genome_groups(root), genome)
             group = root[where]
-            genes = {"genes": _strings(group["genes"])}
+            genes = {"genes": _strings(group, "genes")}
             if "gene_names" in group:
-                genes["gene_names"] = _strings(group["gene_names"])
+                genes["gene_names"] = _strings(group, "gene_names")
             genes["genome"] = np.full(len(genes["genes"]), where, dtype=object)
-        require_inside(root, where)
-        barcodes = _strings(root[where]["barcodes"])
+        barcodes = _strings(root[where], "barcodes")
         # 10x stores genes x cells by column, which is cells x genes by row.
         n_genes, n_cells = (int(size) for size in root[where]["shape"][:])
     n_named = len(next(iter(genes.values())))
@@ -119,12 +125,14 @@ def open_tenx(path: Path, *, genome: str) -> Source:
     )
 
 
-def _tenx_features(features: Any) -> dict[str, StringArray]:
+def _tenx_features(matrix: Any) -> dict[str, StringArray]:
     """Return names, types and genomes of the features of a version 3 file."""
-    columns = {"id": _strings(features["id"]), "name": _strings(features["name"])}
+    require_inside(matrix, "features")
+    features = matrix["features"]
+    columns = {"id": _strings(features, "id"), "name": _strings(features, "name")}
     for name in ("feature_type", "genome"):
         if name in features:
-            columns[name] = _strings(features[name])
+            columns[name] = _strings(features, name)
     return columns
 
 
@@ -151,7 +159,7 @@ def open_loom(path: Path, *, scratch: Path | None) -> Source:
         for name, where in places.items():
             if root[where].shape != (n_genes, n_cells):
                 raise ValueError(f"{name} has the shape {root[where].shape}, not that of matrix")
-        cells = [name for name, values in root["col_attrs"].items() if values.shape == (n_cells,)]
+        cells = [name for name, values in root["col_attrs"].items() if _is_list(values, n_cells)]
         named = next((name for name in _CELL_NAMES if name in cells), None)
         if named is None:
             require_whole(root["matrix"], "matrix")
@@ -191,13 +199,17 @@ def _gene_names(group: Any, n_genes: int) -> tuple[dict[str, StringArray], dict[
     """Return the text attributes of the genes, and why others cannot be read."""
     found, notes = {}, {}
     for name, values in group.items():
-        if values.shape != (n_genes,) or values.dtype.kind not in "SUO":
+        if not _is_list(values, n_genes) or values.dtype.kind not in "SUO":
             continue
         try:
             found[name] = objects(_whole(group, name))
         except (ValueError, OSError) as error:
             notes[f"row_attrs/{name}"] = " ".join(str(error).split())
     return found, notes
+
+
+def _is_list(values: Any, size: int) -> bool:
+    return isinstance(values, h5py.Dataset) and values.shape == (size,)
 
 
 def _loom_obs(opened: Open, names: Sequence[str], n_cells: int) -> Annotations:
@@ -214,11 +226,14 @@ def _loom_obs(opened: Open, names: Sequence[str], n_cells: int) -> Annotations:
 
 def _whole(group: Any, name: str) -> npt.NDArray[Any]:
     """Return an attribute that was written as a whole, texts as objects."""
+    require_inside(group, name)
     require_whole(group[name], f"{group.name}/{name}")
     return decoded(group[name][:])
 
 
-def _strings(dataset: Any) -> StringArray:
+def _strings(group: Any, name: str) -> StringArray:
+    require_inside(group, name)
+    dataset = group[name]
     if getattr(dataset, "shape", None) is None or len(dataset.shape) != 1:
         raise ValueError(f"{dataset.name} is no list of names")
     check_size(dataset.shape[0], 0)

@@ -24,8 +24,8 @@ BLOCK_CELLS = 8192
 MAX_CELLS = 2**27
 """Cells of one dataset, 134 million: the largest public one has 100 million. Names take 100 bytes a
 cell, so that a header that claims more cells than this must not be believed."""
-MAX_FEATURES = 2**22
-"""Features of one dataset, 4 million: genes and peaks of the largest atlases are 1.5 million."""
+MAX_FEATURES = 2**24
+"""Features of one dataset, 17 million: a genome in tiles of 500 bases, beside genes, has 6."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 StringArray = npt.NDArray[np.object_]

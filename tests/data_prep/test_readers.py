@@ -83,6 +83,7 @@ def write_loom(path: Path) -> Path:
         root["layers/spliced"] = COUNTS.T + 1
         root["row_attrs/Gene"] = GENES
         root["row_attrs/length"] = np.arange(N_GENES)
+        root["row_attrs/map/x"], root["col_attrs/map/x"] = 1, 1
         root["col_attrs/CellID"] = CELLS
         root["col_attrs/donor"] = [f"d{i % 2}" for i in range(N_CELLS)]
     return path
@@ -617,6 +618,11 @@ def break_endless_line(folder: Path) -> Path:
     return folder / "a.csv.gz"
 
 
+def break_utf16(folder: Path) -> Path:
+    (folder / "a.csv").write_bytes(table_text(",", genes_in_rows=False).encode("utf-16"))
+    return folder / "a.csv"
+
+
 def break_image(folder: Path) -> Path:
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     return folder / "a.png"
@@ -671,6 +677,7 @@ def break_empty_folder(folder: Path) -> Path:
         (break_endless_loom, "claims 2000000000 cells"),
         (break_announced_values, "announces 1000000000000000 values and holds .* at most"),
         (break_endless_line, "holds a line of more than 67108864 bytes"),
+        (break_utf16, "text in UTF-16; iconv -f utf-16 -t utf-8 a.csv"),
         (break_image, "neither HDF5 nor text"),
         (break_empty_file, "the file is empty"),
         (break_empty_folder, "a folder with nothing"),

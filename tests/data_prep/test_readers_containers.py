@@ -249,6 +249,13 @@ def test_data_that_lie_in_another_file_are_refused(tmp_path: Path) -> None:
         root["X"] = h5py.ExternalLink("other.h5ad", "X")
     with pytest.raises(ValueError, match=r"a\.h5ad: X is a link to other\.h5ad, another file"):
         opened(path)
+    for part, message in (("X/data", "data is a link"), ("var/_index", "_index is a link")):
+        cells().write_h5ad(path)
+        with h5py.File(path, "r+") as root:
+            del root[part]
+            root[part] = h5py.ExternalLink("other.h5ad", part)
+        with pytest.raises(ValueError, match=message):
+            values(opened(path))
     cells().write_h5ad(path)
     with h5py.File(path, "r+") as root:
         stored = root["X/data"][:]
