@@ -5,7 +5,8 @@ one bucket from all runs at a time. Buckets are ranges of a 64-bit key, so the b
 each sorted by its key, are all records sorted by key, whatever the number of buckets and runs.
 
 A run is a few files, `RUN.FIELD` and last `RUN.bounds.npz`, so it is there whole or does not count;
-who is started again asks how many there are and writes the next one.
+who is started again asks how many there are and writes the next one. With the bounds of each bucket
+stands the CRC-32C of its records, which is compared whenever they are read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.checksums import crc32c
 from sclong_ds.files import write_atomic
+from sclong_ds.npz import read_npz
 from sclong_ds.store import CellStore
 
 RUN_BYTES = 2**28
@@ -75,10 +78,10 @@ class BucketRuns:
         """
         self.folder, self.n_buckets = folder, n_buckets
         folder.mkdir(parents=True, exist_ok=True)
-        self._bounds: list[dict[str, NDArray[np.int64]]] = []
+        self._bounds: list[dict[str, NDArray[Any]]] = []
+        """Per run and field where each bucket begins, and by `_sums` of the field its checksums."""
         while (path := self._path(len(self._bounds), "bounds.npz")).exists():
-            with np.load(path) as bounds:
-                self._bounds.append(dict(bounds))
+            self._bounds.append(read_npz(path, cure="run finalize again"))
 
     def __len__(self) -> int:
         """Return the number of finished runs."""
@@ -96,21 +99,26 @@ class BucketRuns:
                 values.
             blocks: The values of all fields piece by piece, ordered by bucket.
         """
-        run = len(self._bounds)
+        run, sums = len(self._bounds), {field: _BucketSums(b) for field, b in bounds.items()}
         with ExitStack() as stack:
             files = {
                 field: stack.enter_context(self._path(run, field).open("wb")) for field in bounds
             }
             for block in blocks:
                 for field, values in block.items():
-                    files[field].write(np.ascontiguousarray(values).data)
+                    values = np.ascontiguousarray(values)
+                    files[field].write(values.data)
+                    sums[field].add(values)
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
         content = io.BytesIO()
-        np.savez(content, **bounds)  # type: ignore[arg-type]
+        document: dict[str, NDArray[Any]] = dict(bounds) | {
+            _sums(field): sums[field].crc32c for field in bounds
+        }
+        np.savez(content, **document)  # type: ignore[arg-type]
         write_atomic(self._path(run, "bounds.npz"), content.getvalue())
-        self._bounds.append(dict(bounds))
+        self._bounds.append(document)
 
     def read(self, bucket: int, field: str, dtype: np.dtype | type) -> NDArray[Any]:
         """Return a field of all records of a bucket, run after run.
@@ -121,7 +129,7 @@ class BucketRuns:
             dtype: Type of its values.
 
         Raises:
-            ValueError: A run's file is cut.
+            ValueError: A run's file is cut or changed.
         """
         dtype = np.dtype(dtype)
         pieces = [bounds[field][bucket : bucket + 2].tolist() for bounds in self._bounds]
@@ -134,8 +142,32 @@ class BucketRuns:
                     file.seek(start * dtype.itemsize)
                     if file.readinto(here.view(np.uint8).data) != here.nbytes:
                         raise ValueError(f"{path}: cut; run finalize again")
+                if crc32c(here) != self._bounds[run][_sums(field)][bucket]:
+                    raise ValueError(f"{path}: damaged (its CRC-32C differs); run finalize again")
             done += len(here)
         return values
 
     def _path(self, run: int, field: str) -> Path:
         return self.folder / f"{run:06d}.{field}"
+
+
+class _BucketSums:
+    """The CRC-32C of each bucket of a run, from its values piece by piece."""
+
+    def __init__(self, bounds: NDArray[np.int64]) -> None:
+        self._bounds, self._done = bounds, 0
+        self.crc32c = np.zeros(len(bounds) - 1, np.uint32)
+
+    def add(self, values: NDArray[Any]) -> None:
+        start, stop = self._done, self._done + len(values)
+        first = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        last = int(np.searchsorted(self._bounds, stop, side="left"))
+        for bucket in range(first, last):
+            low, high = self._bounds[bucket : bucket + 2].tolist()
+            piece = values[max(low, start) - start : min(high, stop) - start]
+            self.crc32c[bucket] = crc32c(piece, int(self.crc32c[bucket]))
+        self._done = stop
+
+
+def _sums(field: str) -> str:
+    return f"{field}.crc32c"

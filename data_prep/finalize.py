@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import shutil
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +55,7 @@ from sclong_ds.files import (
     write_atomic,
 )
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.npz import read_npy, read_npz
 from sclong_ds.store import (
     SPLITS,
     CellStore,
@@ -267,10 +267,9 @@ def _kept_cells(
     path = work / "repeated.npz"
     stores = [s.cells for s in staged]
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as file:
-            joined = file["repeated"]
+        joined = read_npz(path, cure="it is made again")["repeated"]
         repeated = np.split(joined, np.cumsum([len(store) for store in stores])[:-1])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError):
         repeated = find_duplicates(stores, work / "digests", progress=progress)
         content = io.BytesIO()
         np.savez(content, repeated=np.concatenate(repeated))
@@ -294,10 +293,7 @@ def _write_measured_genes(path: Path, staged: Sequence[Staged], genes: GeneVocab
     rows = []
     for s in staged:
         source, shape = s.folder / "measured_genes.npy", (-(-len(genes) // 8),)
-        try:
-            bits = np.load(io.BytesIO(source.read_bytes()))
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{source}: damaged ({error}); convert the dataset again") from None
+        bits = read_npy(source, cure="convert the dataset again")
         if bits.shape != shape or bits.dtype != np.uint8:
             raise ValueError(
                 f"{source}: {bits.dtype}{bits.shape} instead of uint8{shape}; convert the dataset "

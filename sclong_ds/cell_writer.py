@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +38,7 @@ from sclong_ds.cells import (
 from sclong_ds.checksums import file_crc32c
 from sclong_ds.corpus_files import Location
 from sclong_ds.files import partial_name, sync_folder, sync_tree, write_atomic
+from sclong_ds.npz import read_npz
 from sclong_ds.shards import DamagedShard, ShardedArray
 from sclong_ds.streams import PackedCells, encode
 
@@ -46,7 +46,7 @@ CHUNK_ENTRIES = 2**19
 CHUNKS_PER_SHARD = 32
 _CHECKPOINT = "checkpoint.npz"
 _GARBLED = "does not hold what was written; the disk or the memory is at fault, run this elsewhere"
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+_UNREADABLE = (OSError, ValueError, KeyError)
 """What a checkpoint file raises that is missing, damaged or of an older program."""
 
 
@@ -241,19 +241,18 @@ class CellWriter:
     def _return_to_checkpoint(self) -> bool:
         """Take up the work at the last checkpoint; return whether there is one with its files."""
         try:
-            with np.load(io.BytesIO((self._temporary / _CHECKPOINT).read_bytes())) as state:
-                numbers = state["numbers"].tolist()
-                (
-                    self.mark, self._shards_written, self._chunk, self._fill, self._n_rows,
-                    self._n_values,
-                ) = numbers  # fmt: skip
-                self._shard[:, : self._chunk + 1] = state["shard"]
-                self._chunk_rows = state["chunk_rows"].tolist()
-                self._crc32c = state["crc32c"].tolist()
-                tables = state["tables"].tolist()
-                self._tables = {text[3:]: np.dtype(text[:3]) for text in tables}
-                sums = state["table_crc32c"].tolist()
-                self._table_crc32c = dict(zip(self._tables, sums, strict=True))
+            state = read_npz(self._temporary / _CHECKPOINT, cure="it is not used")
+            numbers = state["numbers"].tolist()
+            (
+                self.mark, self._shards_written, self._chunk, self._fill, self._n_rows,
+                self._n_values,
+            ) = numbers  # fmt: skip
+            self._shard[:, : self._chunk + 1] = state["shard"]
+            self._chunk_rows = state["chunk_rows"].tolist()
+            self._crc32c = state["crc32c"].tolist()
+            tables, sums = state["tables"].tolist(), state["table_crc32c"].tolist()
+            self._tables = {text[3:]: np.dtype(text[:3]) for text in tables}
+            self._table_crc32c = dict(zip(self._tables, sums, strict=True))
             self._shards_synced = self._shards_written
             # Whatever came after the checkpoint is made again, also the work of `_finish`.
             for name, dtype in self._tables.items():

@@ -8,10 +8,26 @@ SHA-256 (`sclong_ds.files.file_sha256`) names contents where they are written an
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
 _BLOCK_BYTES = 2**22
+
+
+def crc32c(values: NDArray[Any], before: int = 0) -> int:
+    """Return the CRC-32C of an array's bytes.
+
+    Args:
+        values: A contiguous array.
+        before: CRC-32C of the bytes before them, to go on from.
+    """
+    content = values.view(np.uint8)
+    # The library takes no buffer that could change.
+    content.flags.writeable = False
+    return int(google_crc32c.extend(before, content))
 
 
 def file_crc32c(path: str | Path) -> int:

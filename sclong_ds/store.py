@@ -19,9 +19,6 @@ well: this module and `sclong_ds.genes` are all that data preparation imports fr
 
 from __future__ import annotations
 
-import io
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -43,6 +40,7 @@ from sclong_ds.catalogue import (
 from sclong_ds.cells import CellStore, DamagedChunk
 from sclong_ds.corpus_files import Location
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.npz import read_npy, read_npz
 from sclong_ds.obs_table import read_obs
 from sclong_ds.streams import MAX_COUNT, PackedCells, decode, encode, slices_to_index
 
@@ -69,9 +67,6 @@ __all__ = [
     "slices_to_index",
     "write_catalogue",
 ]
-
-_DAMAGE = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
-"""What numpy raises on a damaged npy or npz file."""
 
 
 @dataclass(frozen=True)
@@ -240,23 +235,16 @@ class Corpus:
     def gene_stats(self) -> GeneStats:
         """Statistics of the training cells."""
         path = self.location.local_path("gene_stats.npz")
-        try:
-            with np.load(io.BytesIO(path.read_bytes())) as stats:
-                found = {field.name: stats[field.name] for field in fields(GeneStats)}
-            for name in ("mean_expressed_all", "var_expressed_all", "target_sum"):
-                found[name] = float(found[name])
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing; {self._cure}") from None
-        except _DAMAGE as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}: damaged ({reason}); {self._cure}") from None
-        for name, values in found.items():
-            if isinstance(values, np.ndarray) and values.shape != (self.n_genes,):
+        found: dict[str, Any] = dict(read_npz(path, cure=self._cure))
+        single = {"mean_expressed_all", "var_expressed_all", "target_sum"}
+        for field in fields(GeneStats):
+            expected = () if field.name in single else (self.n_genes,)
+            if field.name not in found or found[field.name].shape != expected:
                 raise ValueError(
-                    f"{path}: damaged ({name} of shape {values.shape}, the corpus has "
-                    f"{self.n_genes} genes); {self._cure}"
+                    f"{path}: damaged (no {field.name} of shape {expected}); {self._cure}"
                 )
-        return GeneStats(**found)
+        numbers = {name: float(found[name]) for name in single}
+        return GeneStats(**{field.name: found[field.name] for field in fields(GeneStats)} | numbers)
 
     @cached_property
     def measured_genes(self) -> NDArray[np.bool_] | None:
@@ -267,11 +255,7 @@ class Corpus:
         if not self.location.exists("measured_genes.npy"):
             return None
         path = self.location.local_path("measured_genes.npy")
-        try:
-            packed = np.load(io.BytesIO(path.read_bytes()))
-        except _DAMAGE as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}: damaged ({reason}); {self._cure}") from None
+        packed = read_npy(path, cure=self._cure)
         expected = (len(self.datasets), -(-self.n_genes // 8))
         if packed.shape != expected or packed.dtype != np.uint8:
             raise ValueError(

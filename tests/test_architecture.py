@@ -25,6 +25,7 @@ STORAGE = {
     "sclong_ds.files",
     "sclong_ds.checksums",
     "sclong_ds.obs_table",
+    "sclong_ds.npz",
 }
 """The on-disk formats: no torch, shared by data preparation and training."""
 LOADER = {
