@@ -313,6 +313,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _run_verify(args: argparse.Namespace) -> int:
     from data_prep.progress import stage_progress
     from data_prep.verify import verify
+    from data_prep.verify_files import links_text
     from data_prep.verify_sources import sources_line
 
     with stage_progress("cells") as progress:
@@ -329,6 +330,7 @@ def _run_verify(args: argparse.Namespace) -> int:
         print(f"{args.corpus}: ok, {report['n_cells']} cells in {report['n_files']} files")
         if args.sources:
             print(sources_line(report["sources"]))
+        print(links_text(report["links"]))
     else:
         print("\n".join(report["problems"]))
     if not report["ok"]:

@@ -2,29 +2,39 @@
 
     python -m data_prep verify CORPUS [--sources N]
 
-Checks the SHA-256 of every file (and of the staged inputs that are still there), decodes every
-cell, recomputes totals, duplicates, splits and gene statistics, and compares them with what is
-stored. Writes nothing in the corpus.
+Compares every file (and the staged inputs that are still there) with its checksums
+(`verify_files.py`), decodes every cell, recomputes totals, origins, duplicates, splits and gene
+statistics, and compares them with what is stored. The report says of each link of the chain from
+source files to cells whether it was checked. Writes nothing in the corpus.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.dedup import Progress, find_duplicates
-from data_prep.finalize import PRODUCTS, files_below
 from data_prep.gene_statistics import gene_statistics
 from data_prep.splits import read_donors
+from data_prep.verify_files import (
+    CATALOGUE,
+    CELLS,
+    CHUNKS,
+    DUPLICATES,
+    MEASURED,
+    ORIGIN,
+    ROWS,
+    SOURCES,
+    STATISTICS,
+    Links,
+    check_files,
+)
 from data_prep.verify_sources import DEFAULT_SEED, check_sources
-from sclong_ds.files import file_sha256
 from sclong_ds.store import SPLITS, CellStore, Corpus, read_catalogue
 
 MOST_PROBLEMS = 100
@@ -61,7 +71,8 @@ def verify(
 
     Returns:
         A report: ok (bool), problems (list of str), n_problems, n_cells, n_genes, n_values,
-        n_files, splits and hash; the numbers are None where the catalogue is damaged. With
+        n_files, splits and hash; the numbers are None where the catalogue is damaged. `links` says
+        per link of the chain: link, checked (bool), files, reason (why it was not checked). With
         `sources`, `sources` says what was read again; a corpus with other problems is not.
 
     Raises:
@@ -70,68 +81,46 @@ def verify(
     corpus = Path(corpus)
     report: dict[str, Any] = dict.fromkeys(("n_cells", "n_genes", "n_values", "splits", "hash"))
     problems: list[str] = []
-    n_files = 0
+    links, n_files = Links(), 0
     try:
         catalogue = read_catalogue(corpus)
     except ValueError as error:
         problems.append(str(error))
     else:
-        report |= {name: catalogue[name] for name in report}
-        n_files = _check_files(corpus, catalogue, problems)
+        links.checked(CATALOGUE, 1)
+        report |= {name: catalogue.get(name) for name in report}
+        n_files = check_files(corpus, catalogue, links, problems)
         try:
-            _check_contents(Corpus(corpus), problems, progress)
+            _check_contents(Corpus(corpus), links, problems, progress)
         except _DAMAGE as error:
             problems.append(f"contents not checked to the end: {_one_line(error)}")
-        if sources and not problems:
+        if not sources:
+            links.skipped(SOURCES, "give --sources N to read N cells again")
+        elif not problems:
             found = check_sources(Corpus(corpus), sources, seed=seed, progress=progress)
             report["sources"] = found.summary()
             problems += found.problems + (found.missing() if require_sources else [])
+            links.checked(SOURCES, found.datasets)
+            if not found.datasets:
+                links.skipped(SOURCES, "the sources are gone or changed")
     return {
         "ok": not problems,
         "problems": problems[:MOST_PROBLEMS],
         "n_problems": len(problems),
         "n_files": n_files,
+        "links": links.report(),
         **report,
     }
 
 
-def _check_files(corpus: Path, catalogue: Mapping[str, Any], problems: list[str]) -> int:
-    """Compare every file with its checksum; return the number of files read."""
-    path = corpus / "checksums.json"
-    if not path.is_file():
-        problems.append("checksums.json: missing")
-        return 0
-    if file_sha256(path) != catalogue["checksums_sha256"]:
-        problems.append("checksums.json: damaged (its checksum differs)")
-        return 1
-    checksums = json.loads(path.read_bytes())
-    for name, expected in checksums["files"].items():
-        if not (corpus / name).is_file():
-            problems.append(f"{name}: missing")
-        elif file_sha256(corpus / name) != expected:
-            problems.append(f"{name}: damaged (its checksum differs)")
-    found = {
-        path.relative_to(corpus).as_posix()
-        for product in PRODUCTS[:-1]
-        for path in files_below(corpus / product)
-    }
-    problems += [
-        f"{name}: not part of the corpus" for name in sorted(found - {*checksums["files"]})
-    ]
-    # Staging may be deleted once the corpus is finished, so only changes count.
-    present = [name for name in checksums["inputs"] if (corpus / name).is_file()]
-    problems += [
-        f"{name}: differs from what finalize read (damaged, or converted again: run finalize)"
-        for name in present
-        if file_sha256(corpus / name) != checksums["inputs"][name]
-    ]
-    return len(checksums["files"]) + len(present) + 2
-
-
-def _check_contents(corpus: Corpus, problems: list[str], progress: Progress | None) -> None:
+def _check_contents(
+    corpus: Corpus, links: Links, problems: list[str], progress: Progress | None
+) -> None:
     _check_catalogue(corpus, problems)
-    readable = _check_cells(corpus.cells, problems, progress)
+    readable = _check_cells(corpus, links, problems, progress)
     _check_rows(corpus, problems)
+    links.checked(ROWS, len(corpus.datasets))
+    _check_origin(corpus, links, problems)
     if not readable:
         return
     with tempfile.TemporaryDirectory(prefix="sclong_ds-verify-") as scratch:
@@ -139,7 +128,9 @@ def _check_contents(corpus: Corpus, problems: list[str], progress: Progress | No
     if repeated.any():
         first = int(np.flatnonzero(repeated)[0])
         problems.append(f"cells.zarr: {repeated.sum()} cells repeat others, the first is {first}")
+    links.checked(DUPLICATES, _n_shards(corpus))
     _check_statistics(corpus, problems, progress)
+    links.checked(STATISTICS, 1)
 
 
 def _check_catalogue(corpus: Corpus, problems: list[str]) -> None:
@@ -159,9 +150,14 @@ def _check_catalogue(corpus: Corpus, problems: list[str]) -> None:
         problems.append("corpus.json: the datasets' cells do not add up")
 
 
-def _check_cells(cells: CellStore, problems: list[str], progress: Progress | None) -> bool:
+def _check_cells(
+    corpus: Corpus, links: Links, problems: list[str], progress: Progress | None
+) -> bool:
     """Decode every chunk and compare it with the row tables; return whether all were readable."""
-    n_values, readable = 0, True
+    cells, measured, dataset = corpus.cells, corpus.measured_genes, corpus.row_dataset
+    # Damage of a table is reported once, and not for each chunk.
+    tables = (cells.row_total, cells.row_nnz, cells.row_entries)
+    n_values, readable, unmeasured = 0, True, -1
     for chunk in range(len(cells.chunk_rows) - 1):
         first, last = int(cells.chunk_rows[chunk]), int(cells.chunk_rows[chunk + 1])
         try:
@@ -173,19 +169,42 @@ def _check_cells(cells: CellStore, problems: list[str], progress: Progress | Non
         n_values += counts.nnz
         totals = np.asarray(counts.sum(axis=1, dtype=np.int64)).ravel()
         for name, found, stored in (
-            ("row_total", totals, cells.row_total[first:last]),
-            ("row_nnz", np.diff(counts.indptr), cells.row_nnz[first:last]),
+            ("row_total", totals, tables[0][first:last]),
+            ("row_nnz", np.diff(counts.indptr), tables[1][first:last]),
         ):
             wrong = np.flatnonzero(found != stored)
             if len(wrong):
                 problems.append(f"cells.zarr/{name}: wrong for cell {first + wrong[0]}")
         if not _increasing(counts.indices, counts.indptr):
             problems.append(f"cells.zarr: cells {first} to {last - 1}: genes are not in order")
+        if measured is not None and unmeasured < 0:
+            of_cell = np.repeat(dataset[first:last], np.diff(counts.indptr))
+            wrong = np.flatnonzero(~measured[of_cell, counts.indices])
+            if len(wrong):
+                unmeasured = first + int(np.searchsorted(counts.indptr, wrong[0], "right")) - 1
         if progress:
             progress("cells", last, len(cells))
     if readable and n_values != cells.n_values:
         problems.append(f"cells.zarr: {n_values} values, its attributes say {cells.n_values}")
+    if unmeasured >= 0:
+        problems.append(f"measured_genes.npy: cell {unmeasured} has counts of a gene not measured")
+    _note_cells(corpus, links)
     return readable
+
+
+def _note_cells(corpus: Corpus, links: Links) -> None:
+    """Note the links that decoding all cells has checked."""
+    links.checked(CELLS, _n_shards(corpus))
+    if corpus.measured_genes is None:
+        links.skipped(MEASURED, "the corpus is of version 1")
+        links.skipped(CHUNKS, "the corpus is of version 1")
+    else:
+        links.checked(MEASURED, 1)
+        links.checked(CHUNKS, _n_shards(corpus))
+
+
+def _n_shards(corpus: Corpus) -> int:
+    return sum(name.startswith(("gap/c/", "count/c/")) for name in corpus.cells.file_names())
 
 
 def _increasing(indices: np.ndarray, indptr: np.ndarray) -> bool:
@@ -233,6 +252,43 @@ def _check_rows(corpus: Corpus, problems: list[str]) -> None:
     if corpus.catalogue["split_unit"] != "cell":
         shared = sorted(key for key, splits in splits_of.items() if len(splits) > 1)
         problems += [f"{key}: cells in {', '.join(sorted(splits_of[key]))}" for key in shared]
+
+
+def _check_origin(corpus: Corpus, links: Links, problems: list[str]) -> None:
+    """Compare source rows, totals and sizes with the staged cells, or else with each other."""
+    order = np.argsort(corpus.row_dataset, kind="stable")
+    borders = np.cumsum([0, *(info.n_cells for info in corpus.datasets)])
+    n_staged = 0
+    for code, info in enumerate(corpus.datasets):
+        here = order[borders[code] : borders[code + 1]]
+        obs_row, source_row = corpus.cells.table("obs_row")[here], corpus.row_source[here]
+        by_row = np.argsort(obs_row)
+        rows = source_row[by_row]
+        most = info.n_cells_input or np.iinfo(np.int64).max
+        if len(rows) and (
+            (np.diff(rows) <= 0).any() or (rows < obs_row[by_row]).any() or rows[-1] >= most
+        ):
+            problems.append(f"cells.zarr/source_row: impossible rows of dataset {info.dataset_id}")
+        folder = corpus.path / "staging" / info.dataset_id / "cells.zarr"
+        if not folder.is_dir():
+            continue
+        n_staged += 1
+        staged = CellStore(folder)
+        if len(staged) != info.n_cells + info.duplicates_dropped:
+            problems.append(f"{folder}: {len(staged)} cells, another number than finalize read")
+            continue
+        for name in ("source_row", "row_total", "row_nnz", "row_entries"):
+            expected = staged.table(name)[obs_row]
+            wrong = np.flatnonzero(corpus.cells.table(name)[here] != expected)
+            if len(wrong):
+                problems.append(
+                    f"cells.zarr/{name}: not as staged for cell {int(here[wrong[0]])} of dataset "
+                    f"{info.dataset_id}"
+                )
+    if n_staged:
+        links.checked(ORIGIN, n_staged)
+    else:
+        links.skipped(ORIGIN, "staging is not there any more")
 
 
 def _check_statistics(corpus: Corpus, problems: list[str], progress: Progress | None) -> None:

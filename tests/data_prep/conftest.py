@@ -72,7 +72,9 @@ def stage_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageCorpus
             entry = empty_entry(
                 dataset_id, Path("x.h5ad"), organism="human", tissue="blood", settings_hash="s"
             )
-            entry |= {"status": "ok", "n_cells": matrix.shape[0], "files": staged_files(folder)}
+            n_cells = matrix.shape[0]
+            entry |= {"status": "ok", "n_cells": n_cells, "files": staged_files(folder)}
+            entry["n_cells_input"] = 2 * n_cells
             write_entry(corpus, entry)
         for dataset_id, status in (not_ok or {}).items():
             entry = empty_entry(

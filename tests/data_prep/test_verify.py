@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,20 @@ from scipy import sparse
 
 from data_prep.finalize import finalize
 from data_prep.verify import verify
+from data_prep.verify_files import (
+    CHUNKS,
+    FILES,
+    INPUTS,
+    LEDGER,
+    ORIGIN,
+    SOURCES,
+    STAGED,
+    SUMS,
+    links_text,
+)
 from sclong_ds.store import Corpus, read_catalogue, write_catalogue
 
+OLDEST = Path(__file__).parents[1] / "golden" / "corpus_version_1"
 Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]
 
@@ -72,8 +85,6 @@ def test_missing_and_foreign_files(corpus: Path) -> None:
 
 
 def test_staging_may_be_removed(corpus: Path) -> None:
-    import shutil
-
     shutil.rmtree(corpus / "staging")
     assert verify(corpus)["ok"]
 
@@ -189,3 +200,73 @@ def test_duplicates_and_statistics(
     assert verify(folder)["problems"] == [
         "gene_stats.npz: mean_expressed does not fit the training cells"
     ]
+
+
+def links_of(report: dict) -> dict[str, tuple[bool, int]]:
+    return {link["link"]: (link["checked"], link["files"]) for link in report["links"]}
+
+
+def test_the_report_says_which_links_were_checked(corpus: Path) -> None:
+    report = verify(corpus)
+    unchecked = [link for link in report["links"] if not link["checked"]]
+    assert [link["link"] for link in unchecked] == [SOURCES]
+    assert "--sources N" in unchecked[0]["reason"]
+    found = links_of(report)
+    on_record = read_catalogue(corpus)["files"]
+    assert found[FILES] == (True, len(on_record))
+    assert found[SUMS] == (True, len(on_record) - 1 + 2)  # checksums.json; a shard of each stream
+    assert found[LEDGER] == (True, 4)
+    assert found[ORIGIN] == (True, 3)
+    assert found[CHUNKS] == (True, 2)
+    assert len(links_text(report["links"]).splitlines()) == len(report["links"])
+    shutil.rmtree(corpus / "staging")
+    shutil.rmtree(corpus / "ledger")
+    later = links_of(verify(corpus))
+    gone = {STAGED, LEDGER, ORIGIN}
+    assert {name for name in found if found[name] != later[name]} == {*gone, INPUTS}
+    assert not any(later[name][0] for name in gone)
+
+
+def test_links_behind_damage_are_not_called_checked(corpus: Path) -> None:
+    (corpus / "corpus.json").write_bytes(b"{}")
+    assert not any(link["checked"] for link in verify(corpus)["links"])
+    found = links_of(verify(OLDEST))
+    assert found[SUMS][0]
+    assert not found[FILES][0]
+    assert not found[CHUNKS][0]
+
+
+def test_version_1_is_verified_as_before(tmp_path: Path) -> None:
+    shutil.copytree(OLDEST, tmp_path / "corpus")
+    (tmp_path / "corpus" / "expected.json").unlink()
+    assert verify(tmp_path / "corpus")["problems"] == []
+    change_table(tmp_path / "corpus", "source_row", "<i8", add_one)
+    assert verify(tmp_path / "corpus")["problems"][0].startswith("cells.zarr/source_row")
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_origin_behind_right_checksums(corpus: Path, staged: bool) -> None:
+    """A cell that claims another row of its source: against staging, else against its dataset."""
+    if not staged:
+        shutil.rmtree(corpus / "staging")
+    opened = Corpus(corpus)
+    here = np.flatnonzero(np.asarray(opened.row_dataset) == 0)
+
+    def move_one(values: np.ndarray) -> None:
+        values[here[3]] = values[here[7]] if not staged else values[here[3]] - 1
+
+    change_table(corpus, "source_row", "<i8", move_one)
+    seal(corpus)
+    problems = verify(corpus)["problems"]
+    expected = "not as staged for cell" if staged else "impossible rows of dataset a"
+    assert any(f"source_row: {expected}" in problem for problem in problems), problems
+
+
+def test_counts_of_a_gene_that_was_not_measured(corpus: Path) -> None:
+    measured = np.load(corpus / "measured_genes.npy")
+    gene = int(Corpus(corpus).rows([0]).indices[0])
+    dataset = int(Corpus(corpus).row_dataset[0])
+    measured[dataset, gene // 8] &= ~np.uint8(1 << gene % 8)
+    np.save(corpus / "measured_genes.npy", measured)
+    seal(corpus)
+    assert any("of a gene not measured" in problem for problem in verify(corpus)["problems"])
