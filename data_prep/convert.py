@@ -178,8 +178,11 @@ def _settle_settings(corpus: Path, settings: Settings, genes: GeneVocabulary) ->
         default = dataclasses.asdict(Settings(genes_hash=settings.genes_hash))
         current = {"staging_version": STAGING_VERSION, "genes_sha256": genes.table_sha256}
         found = default | found | current
+        if found["min_genes"] == 1:
+            # The default of that version, which kept every cell with counts.
+            found["min_genes"] = settings.min_genes
     different = [
-        f"{name} {found.get(name)} there, {wanted.get(name)} here"
+        f"{name} {_shown(found.get(name))} there, {_shown(wanted.get(name))} here"
         for name in sorted(set(wanted) | set(found))
         if name not in found or name not in wanted or found[name] != wanted[name]
     ]
@@ -191,6 +194,10 @@ def _settle_settings(corpus: Path, settings: Settings, genes: GeneVocabulary) ->
     if older:
         write_atomic(path, content)
         _log.info("%s: begun with an older version; its datasets are staged again", corpus)
+
+
+def _shown(setting: object) -> object:
+    return "the default" if setting is None else setting
 
 
 def _remove_leftovers(corpus: Path) -> None:
@@ -210,9 +217,25 @@ def _report(entry: LedgerEntry, n_done: int, n_all: int, bar: tqdm) -> None:
     bar.update()
     if entry["status"] == "ok" and entry["reason"]:
         _log.warning("%s: %s", entry["dataset_id"], entry["reason"])
+    for warning in entry["warnings"]:
+        _log.warning("%s: %s", entry["dataset_id"], warning)
     if bar.disable:
-        detail = f"{entry['n_cells']} cells" if entry["status"] == "ok" else entry["reason"]
+        detail = (
+            f"{entry['n_cells']} cells{_dropped(entry)}"
+            if entry["status"] == "ok"
+            else entry["reason"]
+        )
         _log.info("%d/%d %s: %s, %s", n_done, n_all, entry["dataset_id"], entry["status"], detail)
+
+
+def _dropped(entry: LedgerEntry) -> str:
+    """Return how many cells were dropped and why, '' if none."""
+    dropped = entry["dropped_cells"]
+    if not dropped:
+        return ""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+    limit = f"below min_genes {entry['min_genes']}"
+    return f" (dropped: {reasons.replace('below min_genes', limit)})"
 
 
 def _check_names(corpus: Path, datasets: Sequence[Dataset]) -> None:

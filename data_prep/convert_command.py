@@ -23,6 +23,7 @@ from data_prep.ledger import count_statuses
 from data_prep.ledger_table import format_table
 from data_prep.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.manifest import COLUMNS, read_manifest
+from data_prep.quality import GENES_SHARE, MIN_GENES
 from sclong_ds.files import local_path
 
 
@@ -77,8 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_thresholds(parser: argparse.ArgumentParser) -> None:
     """Add what drops cells and excludes datasets; the names are those of `Settings`."""
     default = Settings(genes_hash="")
+    parser.add_argument(
+        "--min-genes",
+        type=whole(1),
+        metavar="N",
+        help=f"drop cells with fewer expressed genes of the vocabulary (default: {MIN_GENES}, or "
+        f"{GENES_SHARE:.0%}% of the vocabulary genes that the file names where that is less; 1 "
+        "keeps every cell with counts)",
+    )
     for name, text in (
-        ("min_genes", "drop cells with fewer expressed genes of the vocabulary"),
         ("min_counts", "drop cells with fewer counts on them"),
         ("min_genes_mapped", "exclude datasets that reach fewer genes of the vocabulary"),
     ):

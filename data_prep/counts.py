@@ -2,36 +2,27 @@
 
 Raw counts are finite, not negative, below 2^32 and whole up to float noise (1e-6). Anything else is
 named for what it looks like (`not_counts.py`): a damaged file is an error, a normalised,
-log-transformed or scaled matrix is `UnusableError`. Only log1p of scaled counts can be undone, with
-a proof for each cell (`invert.py`), and only where the manifest asks for it.
+log-transformed or scaled matrix is `UnusableError`. Only where the manifest asks for it, log1p of
+scaled counts is undone, with a proof for each cell (`invert.py`), and corrected counts are rounded
+(`rounding.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.invert import find_target
-from data_prep.not_counts import check_finite, describe, describe_whole
-from data_prep.source import Matrix, UnusableError
+from data_prep.counts_option import ROUND
+from data_prep.not_counts import check_finite, describe
+from data_prep.source import UnusableError
 
 MAX_COUNT = 2**32 - 1
 WHOLE_TOLERANCE = 1e-6
 """Largest distance from a whole number: tables written by R carry 0.999999999999997 for 1."""
-COUNT_LAYERS = ("counts", "raw_counts", "count", "raw", "umi", "umis", "umi_counts")
-"""Layer names tried for raw counts when the manifest says `auto`, in this order and any case. Other
-layers are not guessed: the spliced counts of a velocity file are whole numbers too."""
-INVERT_LOG1P = "invert_log1p"
-"""Begins the manifest entry that asks for counts out of log1p values: invert_log1p or
-invert_log1p:MATRIX."""
 _MOSTLY = 0.9
-_Finding = TypeVar("_Finding")
 
 
 def exact_counts(block: sparse.csr_matrix, *, where: str) -> sparse.csr_matrix:
@@ -92,145 +83,6 @@ def _whole_numbers(values: npt.NDArray[Any]) -> npt.NDArray[np.int64] | None:
     return whole if values.dtype.kind != "f" or bool((whole == values).all()) else None
 
 
-def choose_matrix(matrices: Sequence[Matrix], wanted: str) -> Matrix:
-    """Pick the matrix that holds the raw counts.
-
-    Args:
-        matrices: All matrices of a dataset.
-        wanted: `auto`, or the name of one (X, raw.X, layers/NAME). `auto` takes the first whose
-            first block with values passes `exact_counts` and is neither all ones nor rounded
-            normalised values, in the order raw.X, the layers of COUNT_LAYERS, X.
-
-    Returns:
-        The matrix; only its first blocks have been looked at, and the next pass over it does not
-        read them again.
-
-    Raises:
-        UnusableError: `auto`, and none holds counts; the message says what each one looks like.
-        ValueError: There is no matrix of that name, or it is damaged or without any count.
-    """
-    if wanted != "auto":
-        return _named(matrices, wanted)
-    try:
-        return _first(_in_order(matrices, COUNT_LAYERS), _is_counts, nothing="no raw counts")[0]
-    except UnusableError as error:
-        raise UnusableError(f"{error}{_other_counts(matrices)}") from None
-
-
-def choose_log1p(matrices: Sequence[Matrix], wanted: str) -> tuple[Matrix, float]:
-    """Pick the matrix whose log1p values are to be turned back into counts.
-
-    Args:
-        matrices: All matrices of a dataset.
-        wanted: `invert_log1p` (the first of raw.X and X that qualifies) or `invert_log1p:MATRIX`.
-
-    Returns:
-        The matrix and the total its cells were scaled to, for `invert.restore_counts`.
-
-    Raises:
-        UnusableError: The values are not log1p of counts scaled to one total.
-        ValueError: There is no matrix of that name, or it is damaged.
-    """
-    name = wanted.removeprefix(INVERT_LOG1P).removeprefix(":")
-    candidates = [_named(matrices, name)] if name else _in_order(matrices, ())
-    return _first(candidates, _target_of, nothing="no counts to restore")
-
-
-def _named(matrices: Sequence[Matrix], wanted: str) -> Matrix:
-    named = {matrix.name: matrix for matrix in matrices}
-    if wanted not in named:
-        raise ValueError(f"there is no matrix '{wanted}'; the file holds {', '.join(named)}")
-    return named[wanted]
-
-
-def _in_order(matrices: Sequence[Matrix], layers: Sequence[str]) -> list[Matrix]:
-    """Return raw.X, the layers of the given names and X, as far as they are there."""
-    named = {matrix.name: matrix for matrix in matrices}
-    named |= {name.lower(): matrix for name, matrix in named.items() if name.startswith("layers/")}
-    order = ["raw.X", *(f"layers/{name}" for name in layers), "X"]
-    return [named[name] for name in order if name in named]
-
-
-def _first(
-    candidates: Sequence[Matrix],
-    look: Callable[[sparse.csr_matrix, str], _Finding],
-    *,
-    nothing: str,
-) -> tuple[Matrix, _Finding]:
-    """Return the first matrix that `look` accepts and what it found, or raise what was wrong."""
-    reasons: list[ValueError] = []
-    for matrix in candidates:
-        try:
-            begun, block = _first_values(matrix)
-            return begun, look(block, matrix.name)
-        except ValueError as error:
-            reasons.append(error)
-    text = "; ".join(str(error) for error in reasons) or "the file holds neither raw.X nor X"
-    # A damaged matrix is the more useful report: the dataset may be fine at its source.
-    if all(isinstance(error, UnusableError) for error in reasons):
-        raise UnusableError(f"{nothing}: {text}")
-    raise ValueError(text)
-
-
-def _first_values(matrix: Matrix) -> tuple[Matrix, sparse.csr_matrix]:
-    """Return the first block that holds a value: empty cells prove nothing.
-
-    The matrix returned is the same one, but its next pass goes on from here: a small table or file
-    is one block, and would be read twice.
-    """
-    running = matrix.blocks()
-    seen: list[sparse.csr_matrix] = []
-    for block in running:
-        seen.append(block)
-        if block.nnz and np.any(block.data):
-            break
-    else:
-        raise ValueError(f"{matrix.name} holds no counts: all {matrix.shape[0]} cells are empty")
-    begun = [chain(_emptied(seen), running)]
-
-    def blocks() -> Iterator[sparse.csr_matrix]:
-        return begun.pop() if begun else matrix.blocks()
-
-    return replace(matrix, blocks=blocks), block
-
-
-def _emptied(blocks: list[sparse.csr_matrix]) -> Iterator[sparse.csr_matrix]:
-    """Yield blocks and let go of each."""
-    while blocks:
-        yield blocks.pop(0)
-
-
-def _is_counts(block: sparse.csr_matrix, where: str) -> None:
-    reason = describe_whole(exact_counts(block, where=where))
-    if reason:
-        raise UnusableError(
-            f"{where} {reason}; if they are raw counts, write counts = {where} in the manifest"
-        )
-
-
-def _target_of(block: sparse.csr_matrix, where: str) -> float:
-    return find_target(block, where=where)
-
-
-def _other_counts(matrices: Sequence[Matrix]) -> str:
-    """Return a hint at layers that hold whole numbers but whose name says nothing, or ''."""
-    found = []
-    for matrix in matrices:
-        name = matrix.name.removeprefix("layers/")
-        if name != matrix.name and name.lower() not in COUNT_LAYERS:
-            try:
-                _is_counts(_first_values(matrix)[1], matrix.name)
-            except ValueError:
-                continue
-            found.append(matrix.name)
-    if not found:
-        return ""
-    return (
-        f"; whole numbers are in {', '.join(found)}: if they are the raw counts, name the matrix "
-        "in the manifest column 'counts'"
-    )
-
-
 def _check_values(block: sparse.csr_matrix, where: str) -> None:
     """Raise what is wrong with the values of a block; nothing may be."""
     values = block.data
@@ -268,7 +120,14 @@ def _check_floats(block: sparse.csr_matrix, where: str) -> None:
         )
     if whole < 1:
         fraction = values[distance > WHOLE_TOLERANCE][0]
-        raise UnusableError(f"{where} {describe(block)} (first fraction {fraction:.6g})")
+        found = describe(block)
+        advice = (
+            "; if they are corrected or estimated counts (SoupX, CellBender, alevin), take the "
+            f"uncorrected ones, or write counts = {ROUND}:{where} for the nearest whole numbers"
+        )
+        raise UnusableError(
+            f"{where} {found.text} (first fraction {fraction:.6g}){advice * found.corrected}"
+        )
     exact_up_to = 2 ** (np.finfo(values.dtype).nmant + 1)
     if values.max() > exact_up_to:
         raise ValueError(

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from data_prep.counts import INVERT_LOG1P, choose_log1p, choose_matrix
+from data_prep.candidates import choose_counts, restorable
 from data_prep.gene_names import GeneResolver, id_type_of
 from data_prep.manifest import OBS_ROLES
 from data_prep.progress import stage_progress
@@ -274,22 +274,14 @@ def _look_at_genes(dataset: DraftedDataset, matrix: Matrix, resolver: GeneResolv
 
 def _look_at_values(dataset: DraftedDataset, source: Source, resolver: GeneResolver) -> None:
     try:
-        matrix = choose_matrix(source.matrices, "auto")
+        matrix = choose_counts(source.matrices).matrix
     except UnusableError as error:
-        dataset["note"] = dataset["note"] or f"{error}{_restorable(source)}"
+        dataset["note"] = dataset["note"] or f"{error}{restorable(source.matrices)}"
         return
     dataset["counts"], dataset["n_genes"] = matrix.name, matrix.shape[1]
     # raw.X has a gene table of its own, which may call the columns otherwise.
     if dataset["organism"] == resolver.species:
         _look_at_genes(dataset, matrix, resolver)
-
-
-def _restorable(source: Source) -> str:
-    try:
-        matrix, target = choose_log1p(source.matrices, INVERT_LOG1P)
-    except ValueError:
-        return ""
-    return f"; write counts = {INVERT_LOG1P}:{matrix.name} to restore them (scaled to {target:g})"
 
 
 def _obs_candidates(obs: Annotations) -> dict[str, list[str]]:

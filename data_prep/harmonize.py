@@ -17,11 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.counts import INVERT_LOG1P, choose_log1p, choose_matrix, exact_counts
+from data_prep.candidates import Choice, choose_counts
+from data_prep.counts import exact_counts
 from data_prep.gene_names import GeneMap, GeneResolver
 from data_prep.gene_settlement import DATE, KINDS
 from data_prep.invert import Restored, restore_counts
+from data_prep.ledger import MatrixFinding
+from data_prep.not_counts import describe_whole
 from data_prep.readers import open_source
+from data_prep.rounding import round_counts
 from data_prep.source import Matrix, Source, UnusableError
 from sclong_ds.genes import GeneVocabulary
 
@@ -115,8 +119,13 @@ class HarmonizedSource:
     """The matrix that holds the counts."""
     gene_map: GeneMap
     """Where its genes went."""
-    target: float | None = None
-    """Total that cells were scaled to, where counts are restored from log1p values; else None."""
+    choice: Choice
+    """Why that matrix, what the others hold, and how its values become counts."""
+
+    @property
+    def target(self) -> float | None:
+        """Total that cells were scaled to, where counts are restored from log1p values."""
+        return self.choice.target
 
     def proven_blocks(self) -> Iterator[Restored]:
         """Yield consecutive blocks of raw counts in the genes of the file.
@@ -126,16 +135,24 @@ class HarmonizedSource:
             proven, since anything else is an error.
 
         Raises:
-            UnusableError: A value that is not a count.
+            UnusableError: A value that is not a count, wherever it stands; a block that is rounded
+                or binarised where the matrix was not chosen by name.
             ValueError: A damaged value or file.
         """
+        name, how = self.matrix.name, self.choice.option.how
         for block in self.matrix.blocks():
             if self.target is not None:
-                yield restore_counts(block, target=self.target, where=self.matrix.name)
-            else:
-                counts = exact_counts(block, where=self.matrix.name)
-                proven = np.ones(counts.shape[0], dtype=bool)
-                yield Restored(counts=counts, proven=proven, largest_residual=0.0)
+                yield restore_counts(block, target=self.target, where=name)
+                continue
+            rounded = round_counts(block, where=name) if how == "round" else None
+            counts = exact_counts(block if rounded is None else rounded.counts, where=name)
+            if how == "auto" and (reason := describe_whole(counts)):
+                raise UnusableError(
+                    f"{name} {reason}; if they are raw counts, write counts = {name} in the "
+                    "manifest (--counts)"
+                )
+            proven = np.ones(counts.shape[0], dtype=bool)
+            yield Restored(counts=counts, proven=proven, largest_residual=0.0, rounded=rounded)
 
     def blocks(self) -> Iterator[sparse.csr_matrix]:
         """Yield consecutive blocks of raw counts.
@@ -164,6 +181,7 @@ def read_harmonized(
     counts: str = "auto",
     gene_column: str = "auto",
     id_type: str = "auto",
+    gene_list: Path | None = None,
     genome: str = "auto",
     min_genes: int = MIN_GENES_MAPPED,
     min_share: float = MIN_SHARE_MAPPED,
@@ -174,9 +192,10 @@ def read_harmonized(
         path: File or folder.
         genes: The vocabulary (of a corpus or a model).
         format: One of `readers.FORMATS`, or auto.
-        counts: auto, X, raw.X, layers/NAME, invert_log1p or invert_log1p:MATRIX.
+        counts: Which matrix holds the raw counts, as in `counts_option.py`.
         gene_column: auto, or the column that names the genes.
         id_type: One of ID_TYPES.
+        gene_list: File that names the genes of an npz file; None looks beside it.
         genome: auto, or the genome to keep of a file with several.
         min_genes: See `check_cover`.
         min_share: See `check_cover`.
@@ -187,7 +206,9 @@ def read_harmonized(
         ValueError: Damaged or of an unknown format.
     """
     resolver = GeneResolver(genes)
-    source = open_source(path, format=format, genome=genome, gene_share=resolver.share)
+    source = open_source(
+        path, format=format, genome=genome, gene_list=gene_list, gene_share=resolver.share
+    )
     return harmonize(
         source,
         resolver=resolver,
@@ -208,6 +229,7 @@ def harmonize(
     id_type: str = "auto",
     min_genes: int = MIN_GENES_MAPPED,
     min_share: float = MIN_SHARE_MAPPED,
+    findings: list[MatrixFinding] | None = None,
 ) -> HarmonizedSource:
     """Choose the count matrix of an opened dataset and map its genes.
 
@@ -217,11 +239,12 @@ def harmonize(
     Args:
         source: The opened dataset.
         resolver: Finder of the vocabulary in use; built once for many datasets.
-        counts: auto, X, raw.X, layers/NAME, invert_log1p or invert_log1p:MATRIX.
+        counts: Which matrix holds the raw counts, as in `counts_option.py`.
         gene_column: auto, or the column that names the genes.
         id_type: One of ID_TYPES.
         min_genes: See `check_cover`.
         min_share: See `check_cover`.
+        findings: Takes what each matrix holds, also where none can be taken.
 
     Raises:
         UnusableError: Not counts of known human genes.
@@ -234,15 +257,12 @@ def harmonize(
                 "there is nothing to convert"
             )
     first = resolver.resolve(source.matrices[0], gene_column, id_type)
-    target = None
-    if counts.startswith(INVERT_LOG1P):
-        matrix, target = choose_log1p(source.matrices, counts)
-    else:
-        matrix = choose_matrix(source.matrices, counts)
+    choice = choose_counts(source.matrices, counts, findings)
+    matrix = choice.matrix
     gene_map = (
         first
         if matrix.name == source.matrices[0].name
         else resolver.resolve(matrix, gene_column, id_type)
     )
     check_cover(gene_map, min_genes=min_genes, min_share=min_share)
-    return HarmonizedSource(source=source, matrix=matrix, gene_map=gene_map, target=target)
+    return HarmonizedSource(source=source, matrix=matrix, gene_map=gene_map, choice=choice)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from data_prep.not_counts import LARGEST_LOG, check_finite
+from data_prep.rounding import Rounded
 from data_prep.source import UnusableError
 
 USUAL_TARGETS = (1e4, 1e6, 1e5, 1e3)
@@ -50,6 +51,8 @@ class Restored:
     """(cells,); a cell without any value counts as proven."""
     largest_residual: float
     """Largest distance of a proven multiple from its whole number."""
+    rounded: Rounded | None = None
+    """What rounding changed, where corrected counts are taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

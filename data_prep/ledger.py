@@ -19,7 +19,15 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from sclong_ds.files import file_sha256, locked, read_json, write_atomic
 
@@ -33,6 +41,31 @@ OLDER = "staged by an older version, convert again"
 """Reason of an entry of an older version that is ok."""
 _CURE = "delete it and convert the dataset again"
 _EMPTY: Mapping[type, Any] = {str: "", int: 0}
+
+
+class MatrixFinding(TypedDict):
+    """What the first values of one matrix of a dataset are."""
+
+    name: str
+    genes: int
+    cells: int
+    """Cells looked at, from the first on; `total` and `largest` are theirs."""
+    total: float | None
+    largest: float | None
+    """None where they are not finite or nothing was read."""
+    looks: str
+    """`counts`, or why it cannot be taken for them."""
+
+
+class RoundingRecord(TypedDict):
+    """What `counts = round:MATRIX` changed."""
+
+    share_rounded: float
+    """Share of the values that were not whole."""
+    total_before: float
+    total_after: int
+    largest_distance: float
+    """Largest change of a value."""
 
 
 class LedgerEntry(TypedDict):
@@ -56,6 +89,10 @@ class LedgerEntry(TypedDict):
     tissue: str
     matrix: str | None
     """Which matrix held the counts: X, raw.X or layers/NAME."""
+    matrix_reason: str
+    """Why that one."""
+    matrices: list[MatrixFinding]
+    """Every matrix of the dataset."""
     gene_column: str | None
     """Which column named the genes."""
     n_cells: int
@@ -83,6 +120,14 @@ class LedgerEntry(TypedDict):
     """Gene names that Excel made dates, and the counts lost with each."""
     restored: str
     """How counts were restored from other values; empty for raw counts taken as they are."""
+    rounded: RoundingRecord | None
+    """What rounding changed, where the manifest asks for it."""
+    min_genes: int
+    """Fewest genes of a cell that was kept."""
+    median_genes: float | None
+    """Median genes of the cells kept."""
+    warnings: list[str]
+    """What looks wrong and does not exclude the dataset."""
     counts_input: int
     """Sum of all counts of the dataset."""
     counts_kept: float | None
@@ -149,6 +194,13 @@ def _fits(value: object, kind: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if origin is dict:
         return isinstance(value, dict) and all(_fits(v, parts[1]) for v in value.values())
+    if is_typeddict(kind):
+        fields = get_type_hints(kind)
+        return (
+            isinstance(value, dict)
+            and value.keys() == fields.keys()
+            and all(_fits(value[name], part) for name, part in fields.items())
+        )
     if origin is list:
         return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
     # True and 1 are not the same here; JSON of another program may write 1.0 as 1.

@@ -50,6 +50,11 @@ def format_table(entries: Sequence[LedgerEntry], pending: Sequence[Pending] = ()
     if dropped:
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
         lines.append(f"cells dropped: {reasons}")
+    lines += [
+        f"warning: {entry['dataset_id']}: {_plain(warning)}"
+        for entry in usable
+        for warning in entry["warnings"]
+    ]
     totals = f"{len(entries) + len(pending)} datasets: {counts}; {n_cells} cells"
     n_kept = sum(bool(entry["reason"]) and not is_older(entry) for entry in usable)
     if n_kept:

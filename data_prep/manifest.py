@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.counts import INVERT_LOG1P
+from data_prep.counts_option import COUNTS_HELP, parse_counts
 from data_prep.gene_names import ID_TYPES
 from data_prep.readers import FORMATS
 from data_prep.species import is_species
@@ -33,22 +33,22 @@ COLUMNS: Mapping[str, str] = {
     "sample_column": "cell annotation that names the sample; kept as 'sample'",
     "assay_column": "cell annotation that names the assay; kept as 'assay'",
     "cell_type_column": "cell annotation that names the cell type; kept as 'cell_type'",
-    "counts": "matrix with the raw counts: auto (default), X, raw.X or layers/NAME; or "
-    "invert_log1p[:MATRIX] to restore them, with proof, from log1p of scaled counts",
+    "counts": f"matrix with the raw counts: {COUNTS_HELP}",
     "gene_column": "column that names the genes: auto (default), index or the name of one",
     "id_type": f"what that column holds: {', '.join(ID_TYPES)} (default auto: any mixture)",
     "gene_list": "file that names the genes of an npz file, one a line (default: beside it)",
     "genome": "genome to keep of a 10x file with several: auto (default) or its name",
+    "min_genes": "drop cells with fewer genes of the vocabulary (default: that of --min-genes)",
+    "min_counts": "drop cells with fewer counts on them (default: that of --min-counts)",
     "n_cells": "number of cells, for the reader; ignored",
     "note": "free text, ignored",
 }
 REQUIRED = ("dataset_id", "path")
 OBS_ROLES = ("donor", "sample", "assay", "cell_type")
+_NUMBERS = ("min_genes", "min_counts")
 _NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note")
 """Columns that do not enter the settings hash; of the files it is the content that counts."""
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_MATRIX = r"(?:X|raw\.X|layers/.+)"
-_COUNTS = re.compile(rf"auto|{_MATRIX}|{INVERT_LOG1P}(?::{_MATRIX})?")
 _MOST_PROBLEMS = 10
 
 
@@ -71,6 +71,8 @@ class Dataset:
     id_type: str = "auto"
     gene_list: Path | None = None
     genome: str = "auto"
+    min_genes: int | None = None
+    min_counts: int | None = None
     n_cells: str = ""
     note: str = ""
 
@@ -87,7 +89,7 @@ class Dataset:
         if not is_safe_id(self.dataset_id):
             raise ValueError(f"dataset_id '{self.dataset_id[:128]}' cannot be a file name")
 
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, str | int | None]:
         """Return the fields that change what is staged, for the settings hash."""
         return {name: getattr(self, name) for name in COLUMNS if name not in _NO_OPTIONS}
 
@@ -280,13 +282,17 @@ def _problems(rows: _Rows) -> list[str]:
         )
         if (format := row.get("format") or "auto") not in ("auto", *FORMATS):
             problems.append(f"{where}: format '{format}', allowed: auto, {', '.join(FORMATS)}")
-        if not _COUNTS.fullmatch(counts := row.get("counts") or "auto"):
-            problems.append(
-                f"{where}: counts '{counts}', allowed: auto, X, raw.X, layers/NAME, "
-                f"{INVERT_LOG1P}, {INVERT_LOG1P}:MATRIX"
-            )
+        try:
+            parse_counts(row.get("counts") or "auto")
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
         if (id_type := row.get("id_type") or "auto") not in ID_TYPES:
             problems.append(f"{where}: id_type '{id_type}', allowed: {', '.join(ID_TYPES)}")
+        problems.extend(
+            f"{where}: {name} '{row[name]}' is not a whole number from 1 on"
+            for name in _NUMBERS
+            if row.get(name) and not (row[name].isdecimal() and int(row[name]) >= 1)
+        )
     return problems
 
 
@@ -302,4 +308,5 @@ def _dataset(row: Mapping[str, str], folder: Path) -> Dataset:
     fields: dict[str, Any] = {name: value for name, value in row.items() if value}
     # An absolute path stays as it is when joined.
     paths = {name: folder / row[name] for name in ("path", "gene_list") if row.get(name)}
-    return Dataset(**(fields | paths))
+    numbers = {name: int(row[name]) for name in _NUMBERS if row.get(name)}
+    return Dataset(**(fields | paths | numbers))

@@ -3,12 +3,15 @@
 The message is for the person who has to find the raw counts; nothing is taken over on the strength
 of it. Telling signs: cells that add up to the same total, before or after the logarithm is undone,
 and cells whose values are whole multiples of their smallest one (counts times a factor per cell;
-gene lengths, as in TPM and FPKM, break that).
+gene lengths, as in TPM and FPKM, break that). Corrected and estimated counts (SoupX, CellBender,
+alevin) have neither sign; `rounding.py` takes them where the manifest asks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +31,22 @@ _MANY_GENES = 200
 """Rounding scaled cells moves their totals apart by 1 to 10 %. Simulated counts may come as close,
 so that it also takes cells of many genes without any 1: scaling by 1.5 and more leaves none, and
 hardly a cell of raw counts lacks one."""
+_RARE_ONES = 0.5
 _FEWEST_CELLS = 20
 _FEWEST_ONES = 1000
 _DESCRIBED_VALUES = 2**20
+_SAME_SUM = 1e-3
+_SAME_LOG_SUM = 1e-5
+"""float32 values add up to their total within 1e-6."""
+_NOISE = 1e-6
+_SCALED_SHARE = 0.1
+"""Share of the cells that must add up to one total; by chance it is a few in a thousand."""
+_FEWEST_GENES = 50
+"""Genes a cell on average, from which on it cannot be chance that no value is above 1."""
+_LARGEST_SHARE = 0.01
+"""Of a cell's counts its commonest transcript makes more than this."""
+_FEWEST_COUNTS = 500
+_PILE = 3
 _LOGS: dict[str, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]] = {
     "log1p": np.expm1,
     "log2(1 + x)": lambda x: np.exp2(x) - 1,
@@ -55,39 +71,97 @@ def check_finite(values: npt.NDArray[np.generic], where: str) -> None:
         raise ValueError(f"{where} holds {n_bad} values that are {kind}; counts are finite")
 
 
-def describe(block: sparse.csr_matrix) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a matrix of fractions most likely is."""
+
+    text: str
+    """The end of a sentence that begins with the name of the matrix."""
+    corrected: bool = False
+    """Whether they may be corrected or estimated counts, which can be rounded."""
+
+
+def describe(block: sparse.csr_matrix) -> Description:
     """Say what a matrix of fractions most likely is.
 
     Args:
-        block: (cells, genes) finite, no value negative, some not whole.
-
-    Returns:
-        The end of a sentence that begins with the name of the matrix.
+        block: (cells, genes) finite, no value negative, some not whole. Only cells with a fraction
+            are looked at: others say nothing about those.
     """
+    block = _with_fractions(block)
     if block.nnz > _DESCRIBED_VALUES:
         block = block[: max(2, int(np.searchsorted(block.indptr, _DESCRIBED_VALUES)))]
     values = block.astype(np.float64)
-    undone = {"": values}
-    if values.data.max() <= LARGEST_LOG:
-        undone |= {name: _mapped(values, undo) for name, undo in _LOGS.items()}
+    undone = {"": values} | _without_logs(values)
     # Small values are nearly their own logarithm: the transform that makes the sums most equal is
     # the one.
     sums = {name: _sum_and_spread(matrix) for name, matrix in undone.items()}
     best = min(sums, key=lambda name: sums[name][1])
     if sums[best][1] <= _EQUAL_SUMS:
-        return f"is {_scaled_name(best, sums[best][0], _are_multiples(values))}, not counts"
+        name = _scaled_name(best, sums[best][0], _are_multiples(values))
+        return Description(text=f"is {name}, not counts")
     for name, matrix in undone.items():
         if name and _mostly_whole(matrix):
-            return f"is {name} of raw counts, not counts"
+            return Description(text=f"is {name} of raw counts, not counts")
         if _are_multiples(matrix):
             scaled = "counts scaled by a factor per cell (size factors)"
-            return f"is {f'{name} of ' if name else ''}{scaled}, not counts"
+            return Description(text=f"is {f'{name} of ' if name else ''}{scaled}, not counts")
+    whole = float(np.mean(np.abs(values.data - np.rint(values.data)) <= _WHOLE * values.data))
+    if whole > 1 / 2:
+        text = f"holds estimated counts ({1 - whole:.1%} of the values are not whole), not counts"
+        return Description(text=text, corrected=True)
     if len(undone) > 1:
-        return f"looks log-transformed, not counts (largest value {values.data.max():.3g})"
-    return (
+        text = f"looks log-transformed, not counts (largest value {values.data.max():.3g})"
+        return Description(text=text, corrected=True)
+    text = (
         "holds fractions that are no multiples of a smallest value (TPM, FPKM or RPKM, or "
         f"estimated or corrected counts; cells add up to about {sums[''][0]:.3g}), not counts"
     )
+    return Description(text=text, corrected=True)
+
+
+def find_scaled_cells(block: sparse.csr_matrix) -> str:
+    """Say which cells are normalised or log-transformed, even if they are few among others.
+
+    Args:
+        block: (cells, genes) finite, no value negative.
+
+    Returns:
+        The end of a sentence that begins with the name of the matrix; '' if no total is shared by
+        a tenth of the cells with fractions (20 at least), or, where a logarithm is undone, by 20
+        cells nearly exactly.
+    """
+    values = _with_fractions(block).astype(np.float64)
+    values = values[np.flatnonzero(np.diff(values.indptr) >= _FEWEST_VALUES)]
+    found = _shared_total(values, within=_SAME_SUM, share=_SCALED_SHARE, least=0)
+    if found:
+        return f"holds {_scaled_name('', found, False)}, not counts"
+    largest = np.maximum.reduceat(values.data, values.indptr[:-1]) if values.nnz else np.zeros(0)
+    for name, matrix in _without_logs(values[np.flatnonzero(largest <= LARGEST_LOG)]).items():
+        found = _shared_total(matrix, within=_SAME_LOG_SUM, share=0, least=_FEWEST_COUNTS)
+        found = found or _shared_total(matrix, within=_SAME_SUM, share=_SCALED_SHARE, least=0)
+        if found:
+            return f"holds {_scaled_name(name, found, False)}, not counts"
+    return ""
+
+
+def _shared_total(values: sparse.csr_matrix, *, within: float, share: float, least: float) -> float:
+    """Return a total that 20 cells and a share of them have, 0 if there is none.
+
+    Args:
+        values: (cells, genes).
+        within: Relative distance of totals that count as one.
+        share: Smallest share of the cells, 0 to 1.
+        least: Smaller totals are not looked at: shallow cells have them by chance.
+    """
+    sums = np.sort(np.asarray(values.sum(axis=1)).ravel())
+    n_needed = max(_FEWEST_CELLS, int(share * len(sums)))
+    sums = sums[sums >= least]
+    if len(sums) < n_needed:
+        return 0.0
+    first, last = sums[: len(sums) - n_needed + 1], sums[n_needed - 1 :]
+    same = np.flatnonzero(last <= first * (1 + within))
+    return float(first[same[0]]) if len(same) else 0.0
 
 
 def describe_whole(counts: sparse.csr_matrix) -> str:
@@ -104,8 +178,18 @@ def describe_whole(counts: sparse.csr_matrix) -> str:
     totals = totals[totals > 0]
     if len(totals) < _FEWEST_CELLS:
         return ""
-    if counts.nnz >= _FEWEST_ONES and counts.data.max() == 1:
+    genes_a_cell = counts.nnz / len(totals)
+    if counts.nnz >= _FEWEST_ONES and genes_a_cell >= _FEWEST_GENES and counts.data.max() == 1:
         return "holds no other value than 1 (detected / not detected), not counts"
+    sparse_enough = counts.nnz >= _FEWEST_ONES and counts.nnz < len(totals) * counts.shape[1] / 2
+    if sparse_enough and counts.data.max() <= LARGEST_LOG:
+        numbers = np.bincount(counts.data)
+        commonest = int(numbers[1:].argmax()) + 1
+        if numbers[1] < _RARE_ONES * numbers[commonest]:
+            return (
+                f"looks like rounded logarithms, not counts (no value above {len(numbers) - 1}; "
+                f"{commonest} is commoner than 1, and 0 than both)"
+            )
     similar = _sum_and_spread(counts)[1] < _SIMILAR_TOTALS
     many = np.median(np.diff(counts.indptr)) >= _MANY_GENES
     if similar and many and _share_without_one(counts) > _WITHOUT_ONE:
@@ -116,10 +200,56 @@ def describe_whole(counts: sparse.csr_matrix) -> str:
     return ""
 
 
+def describe_limits(counts: sparse.csr_matrix, *, dtype: np.dtype[Any]) -> str:
+    """Say what is odd about the largest values of a matrix that is taken for counts.
+
+    Args:
+        counts: (cells, genes) int64 without stored zeros.
+        dtype: Type that the values are stored in.
+
+    Returns:
+        The end of a sentence that begins with the name of the matrix; '' if nothing is.
+    """
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    if np.count_nonzero(totals) < _FEWEST_CELLS:
+        return ""
+    largest = int(counts.data.max())
+    n_largest = int(np.count_nonzero(counts.data == largest))
+    below = int(np.count_nonzero((counts.data >= 0.9 * largest) & (counts.data < largest)))
+    if dtype.kind in "iu" and largest == int(np.iinfo(dtype).max):
+        return (
+            f"holds {largest} {n_largest} times, the largest number of its type {dtype}: larger "
+            "counts may have been cut off"
+        )
+    if largest > 2 and n_largest >= max(_FEWEST_CELLS, _PILE * (below + 1)):
+        return f"holds its largest value {largest} {n_largest} times: counts may have been capped"
+    total = float(np.median(totals[totals > 0]))
+    if total >= _FEWEST_COUNTS and largest <= LARGEST_LOG and largest <= _LARGEST_SHARE * total:
+        return (
+            f"holds no value above {largest} in cells of {total:.0f} counts: these may be rounded "
+            "logarithms, bins or capped counts"
+        )
+    return ""
+
+
 def _share_without_one(counts: sparse.csr_matrix) -> float:
     """Return the share of cells with values, none of which is 1."""
     cells = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     return 1 - len(np.unique(cells[counts.data == 1])) / max(1, len(np.unique(cells)))
+
+
+def _with_fractions(block: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return the cells that have a value that is not whole."""
+    cells = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
+    off = np.abs(block.data - np.rint(block.data)) > _NOISE
+    return block[np.unique(cells[off])]
+
+
+def _without_logs(values: sparse.csr_matrix) -> dict[str, sparse.csr_matrix]:
+    """Return values with each logarithm undone, by its name; none if they are too large for one."""
+    if not values.nnz or values.data.max() > LARGEST_LOG:
+        return {}
+    return {name: _mapped(values, undo) for name, undo in _LOGS.items()}
 
 
 def _mapped(

@@ -4,9 +4,14 @@ Order: values are proven on the matrix of the file; columns of one gene are summ
 vocabulary; genes and counts of a cell are those after that, since they are what the model sees. The
 mitochondrial share is taken before it, over all counts of the file, so that it is the same whether
 the vocabulary lists the mitochondrial genes or not.
+
+Where nobody says otherwise a cell needs MIN_GENES genes. Cells of a file that names few genes of
+the vocabulary (a panel, a small vocabulary) cannot reach that: there it is GENES_SHARE of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +19,14 @@ from scipy import sparse
 
 from data_prep.gene_names import GeneMap
 from sclong_ds.genes import GeneVocabulary
+
+MIN_GENES = 200
+"""The field's usual threshold (Seurat and scanpy tutorials: min_features, min_genes)."""
+DROPLET_COUNTS = 100
+"""Droplets without a cell hold fewer counts; CellRanger and EmptyDrops take up to 100 for sure."""
+GENES_SHARE, COUNTS_SHARE = 0.02, 0.05
+"""Of the vocabulary genes that a file names: what takes the place of MIN_GENES and DROPLET_COUNTS
+where it is less. Whole transcriptomes name more than 10,000."""
 
 _Mask = npt.NDArray[np.bool_]
 
@@ -32,6 +45,42 @@ MITOCHONDRIAL_IDS = frozenset(
     )
 )
 """The 37 genes of human mitochondrial DNA (GENCODE, chrM)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellLimits:
+    """Thresholds on the cells of one dataset, over the genes of the vocabulary."""
+
+    min_genes: int
+    min_counts: int = 1
+    max_counts: int | None = None
+    max_mito_fraction: float | None = None
+    given: bool = False
+    """Whether the user said what a cell is (min_genes or min_counts)."""
+
+
+def default_min_genes(n_mapped: int) -> int:
+    """Return the fewest genes of a cell where nobody says how many.
+
+    Args:
+        n_mapped: Genes of the vocabulary that the file names.
+
+    Returns:
+        MIN_GENES, or GENES_SHARE of `n_mapped` where that is less; 1 at least.
+    """
+    return max(1, min(MIN_GENES, int(GENES_SHARE * n_mapped)))
+
+
+def droplet_counts(n_mapped: int) -> int:
+    """Return the counts from which on a barcode may be a cell.
+
+    Args:
+        n_mapped: Genes of the vocabulary that the file names.
+
+    Returns:
+        DROPLET_COUNTS, or COUNTS_SHARE of `n_mapped` where that is less; 1 at least.
+    """
+    return max(1, min(DROPLET_COUNTS, int(COUNTS_SHARE * n_mapped)))
 
 
 def mitochondrial_genes(gene_map: GeneMap, genes: GeneVocabulary) -> _Mask:
@@ -64,20 +113,12 @@ def mitochondrial_share(counts: sparse.csr_matrix, mitochondrial: _Mask) -> npt.
     return np.asarray(counts @ mitochondrial.astype(np.int64)).ravel() / np.maximum(total, 1)
 
 
-def failing_cells(
-    cells: sparse.csr_matrix,
-    *,
-    min_genes: int,
-    min_counts: int,
-    max_counts: int | None = None,
-) -> dict[str, _Mask]:
+def failing_cells(cells: sparse.csr_matrix, limits: CellLimits) -> dict[str, _Mask]:
     """Return which cells fail each threshold on genes and counts.
 
     Args:
         cells: (cells, n_genes) counts in the vocabulary, no stored zeros.
-        min_genes: Fewest genes with counts.
-        min_counts: Smallest sum of counts.
-        max_counts: Largest sum of counts; None for no limit.
+        limits: The thresholds.
 
     Returns:
         By reason, (cells,) True where a cell fails; reasons in the order they are counted in.
@@ -86,9 +127,9 @@ def failing_cells(
     n_counts = np.asarray(cells.sum(axis=1)).ravel()
     failing = {
         "without counts": n_genes == 0,
-        "below min_genes": n_genes < min_genes,
-        "below min_counts": n_counts < min_counts,
+        "below min_genes": n_genes < limits.min_genes,
+        "below min_counts": n_counts < limits.min_counts,
     }
-    if max_counts is not None:
-        failing["above max_counts"] = n_counts > max_counts
+    if limits.max_counts is not None:
+        failing["above max_counts"] = n_counts > limits.max_counts
     return failing

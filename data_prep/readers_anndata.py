@@ -154,7 +154,13 @@ def _matrix(root: Any, opened: Open, place: _Place, scratch: Path | None) -> Mat
         blocks = csr_blocks(opened, where, shape)
     else:
         blocks = csc_blocks(opened, where, shape, scratch=scratch)
-    return Matrix(name=place.name, shape=shape, gene_columns=place.genes, blocks=blocks)
+    return Matrix(
+        name=place.name,
+        shape=shape,
+        gene_columns=place.genes,
+        blocks=blocks,
+        by_gene=kind == "csc",
+    )
 
 
 def _unread(root: Any, place: _Place, reason: str) -> Matrix:

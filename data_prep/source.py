@@ -56,6 +56,8 @@ class Matrix:
     (`counts.exact_counts` does, in int64, once each value is proven)."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Features of the file that are not read, by reason (`features.genes_only`)."""
+    by_gene: bool = False
+    """Whether the values are stored gene by gene: the first block then costs a pass over all."""
 
 
 class Annotations:

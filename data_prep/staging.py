@@ -11,7 +11,6 @@ and compared before the folder gets its name.
 from __future__ import annotations
 
 import glob
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,17 +22,14 @@ import numpy as np
 from scipy import sparse
 
 from data_prep.annotations import annotation_table, read_annotations
-from data_prep.gene_names import GeneMap, GeneResolver
+from data_prep.gene_names import GeneResolver
 from data_prep.harmonize import (
     MIN_GENES_MAPPED,
     MIN_SHARE_MAPPED,
     HarmonizedSource,
-    counts_lost,
-    excel_dates,
     harmonize,
-    largest_losses,
 )
-from data_prep.invert import MOST_UNPROVEN, Restored
+from data_prep.invert import Restored
 from data_prep.ledger import (
     LedgerEntry,
     dataset_lock,
@@ -42,8 +38,15 @@ from data_prep.ledger import (
     staged_files,
 )
 from data_prep.manifest import Dataset
+from data_prep.outcome import UNPROVEN, Outcome
 from data_prep.pending import forget_in_manifests, known_names
-from data_prep.quality import failing_cells, mitochondrial_genes, mitochondrial_share
+from data_prep.quality import (
+    CellLimits,
+    default_min_genes,
+    failing_cells,
+    mitochondrial_genes,
+    mitochondrial_share,
+)
 from data_prep.read_back import CellDigest, check_cells, check_obs
 from data_prep.readers import open_source
 from data_prep.source import UnusableError
@@ -52,14 +55,10 @@ from sclong_ds.genes import GeneVocabulary
 from sclong_ds.obs_table import write_obs
 from sclong_ds.store import CellWriter
 
-_log = logging.getLogger(__name__)
-
 STAGING_VERSION = 2
 """Raised when the same input would be staged differently, so that old staging is not taken over."""
 MIN_COUNTS_KEPT = 0.1
 """The bundled cells keep 0.92; a small vocabulary of one's own keeps less."""
-UNPROVEN = "counts not proven"
-"""Why a cell is dropped whose counts cannot be restored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +67,9 @@ class Settings:
 
     genes_hash: str
     """Hash of the gene vocabulary."""
-    min_genes: int = 1
-    """Cells with counts for fewer vocabulary genes are dropped; 1 drops only empty cells."""
+    min_genes: int | None = None
+    """Cells with counts for fewer vocabulary genes are dropped; 1 drops only empty cells, None is
+    `quality.default_min_genes`."""
     min_counts: int = 1
     """Cells with a smaller sum of counts over the vocabulary are dropped."""
     max_counts: int | None = None
@@ -90,8 +90,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
         for name in ("min_genes", "min_counts", "min_genes_mapped"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be 1 or more")
         if self.max_counts is not None and self.max_counts < self.min_counts:
             raise ValueError(
                 f"max_counts {self.max_counts}: must be min_counts {self.min_counts} or more"
@@ -173,9 +174,13 @@ def _write(
         id_type=dataset.id_type,
         min_genes=settings.min_genes_mapped,
         min_share=settings.min_share_mapped,
+        findings=entry["matrices"],
     )
     staged = part / "staged"
-    kept, written = _write_cells(opened, staged / "cells.zarr", entry, settings, resolver.genes)
+    limits = cell_limits(dataset, settings, n_mapped=opened.gene_map.n_mapped)
+    outcome = Outcome.begin(opened, limits)
+    written = _write_cells(outcome, staged / "cells.zarr", entry, settings, resolver.genes)
+    kept = outcome.kept
     obs, entry["texts_repaired"] = annotation_table(
         source.barcodes[kept], annotations[kept], columns
     )
@@ -247,46 +252,50 @@ def forget(corpus: str | Path, dataset_ids: Sequence[str]) -> None:
                 clear(corpus, name)
 
 
+def cell_limits(dataset: Dataset, settings: Settings, *, n_mapped: int) -> CellLimits:
+    """Return the thresholds on the cells of a dataset; those of the manifest come first.
+
+    Args:
+        dataset: The dataset.
+        settings: Those of the corpus folder.
+        n_mapped: Genes of the vocabulary that it names.
+    """
+    min_genes = settings.min_genes if dataset.min_genes is None else dataset.min_genes
+    min_counts = settings.min_counts if dataset.min_counts is None else dataset.min_counts
+    return CellLimits(
+        min_genes=default_min_genes(n_mapped) if min_genes is None else min_genes,
+        min_counts=min_counts,
+        max_counts=settings.max_counts,
+        max_mito_fraction=settings.max_mito_fraction,
+        given=min_genes is not None or min_counts > 1,
+    )
+
+
 def _write_cells(
-    opened: HarmonizedSource,
+    outcome: Outcome,
     path: Path,
     entry: LedgerEntry,
     settings: Settings,
     genes: GeneVocabulary,
-) -> tuple[np.ndarray, CellDigest]:
-    """Write the cells that pass, fill in the entry; return (cells,) which were kept, and digest."""
-    gene_map, matrix = opened.gene_map, opened.matrix
-    mitochondrial = mitochondrial_genes(gene_map, genes)
+) -> CellDigest:
+    """Write the cells that pass, fill in the entry and the outcome."""
+    opened, written = outcome.opened, CellDigest()
+    mitochondrial = mitochondrial_genes(opened.gene_map, genes)
     _describe_genes(opened, entry, int(mitochondrial.sum()))
-    totals = np.zeros(matrix.shape[1], dtype=np.int64)
-    kept = np.zeros(matrix.shape[0], dtype=bool)
-    residual, written = 0.0, CellDigest()
-    with CellWriter(path, n_genes=gene_map.n_genes, codec=settings.codec) as writer:
+    with CellWriter(path, n_genes=opened.gene_map.n_genes, codec=settings.codec) as writer:
         for first, block in _numbered(opened):
-            totals += np.asarray(block.counts.sum(axis=0)).ravel()
-            residual = max(residual, block.largest_residual)
-            cells = gene_map.apply(block.counts)
-            passed = _passing(block, cells, mitochondrial, entry, settings)
+            cells = opened.gene_map.apply(block.counts)
+            passed = _passing(block, cells, mitochondrial, entry, outcome.limits)
+            outcome.add(block, cells, passed, first=first)
             rows = np.flatnonzero(passed)
             chosen = cells if len(rows) == len(passed) else cells[rows]
             source_row = (first + rows).astype(np.int64)
             writer.append(chosen, source={"source_row": source_row})
             written.add(chosen, source_row)
-            kept[first : first + len(passed)] = passed
-        entry["counts_input"] = int(totals.sum())
-        if totals.any():
-            entry["counts_kept"] = float(totals[gene_map.target >= 0].sum() / totals.sum())
-            entry["largest_losses"] = largest_losses(gene_map, totals)
-            entry["counts_lost"] = counts_lost(gene_map, totals)
-            _describe_dates(gene_map, totals, entry)
-        if opened.target is not None:
-            entry["restored"] = (
-                f"log1p of cells scaled to {opened.target:g}, undone; largest distance from a "
-                f"whole number {residual:.1e}"
-            )
-        _check_outcome(opened, entry, settings, n_kept=int(kept.sum()))
-    entry["n_cells"] = int(kept.sum())
-    return kept, written
+        outcome.fill(entry)
+        outcome.check(entry, min_counts_kept=settings.min_counts_kept)
+    entry["n_cells"] = int(outcome.kept.sum())
+    return written
 
 
 def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondrial: int) -> None:
@@ -294,50 +303,14 @@ def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondria
     known = gene_map.target[gene_map.target >= 0]
     entry["matrix"], entry["gene_column"] = matrix.name, gene_map.column
     entry["features_left_out"] = dict(matrix.left_out)
+    entry["matrix_reason"] = opened.choice.reason
+    entry["warnings"] = list(opened.choice.warnings)
     entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
     entry["n_genes_known"] = len(known)
     entry["gene_names"], entry["name_repairs"] = gene_map.kinds, dict(gene_map.repairs)
     columns_of = np.bincount(known, minlength=gene_map.n_genes)
     entry["n_genes_summed"] = int(columns_of[columns_of > 1].sum())
     entry["n_genes_mito"] = n_mitochondrial
-
-
-def _describe_dates(gene_map: GeneMap, totals: np.ndarray, entry: LedgerEntry) -> None:
-    dates = entry["excel_dates"] = excel_dates(gene_map, totals)
-    if dates:
-        examples = ", ".join(list(dates)[:3])
-        _log.warning(
-            "%s: %d gene names are dates that Excel made of MARCH1, SEPT2 or the like (%s): their "
-            "%d counts are lost; repair the names at their source",
-            entry["dataset_id"], len(dates), examples, sum(dates.values()),
-        )  # fmt: skip
-
-
-def _check_outcome(
-    opened: HarmonizedSource, entry: LedgerEntry, settings: Settings, *, n_kept: int
-) -> None:
-    """Refuse a dataset that turned out empty, not provable or mostly of unknown genes."""
-    name, dropped = opened.matrix.name, entry["dropped_cells"]
-    n_cells = entry["n_cells_input"]
-    n_unproven = dropped.get(UNPROVEN, 0)
-    if n_unproven > MOST_UNPROVEN * n_cells:
-        raise UnusableError(
-            f"the counts of {n_unproven} of {n_cells} cells of {name} cannot be restored (not "
-            f"log1p of whole counts scaled to {opened.target:g}); at most {MOST_UNPROVEN:.0%} "
-            "are dropped"
-        )
-    if not entry["counts_input"]:
-        raise ValueError(f"{name} holds no counts: all {n_cells} cells are empty")
-    share = entry["counts_kept"] or 0.0
-    if share < settings.min_counts_kept:
-        lost = ", ".join(list(entry["largest_losses"])[:5])
-        raise UnusableError(
-            f"only {share:.0%} of the counts fall on genes of the vocabulary (most are lost with "
-            f"{lost}); at least {settings.min_counts_kept:.0%} are needed (--min-counts-kept)"
-        )
-    if not n_kept:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
-        raise UnusableError(f"no cell is left: {reasons}")
 
 
 def _numbered(opened: HarmonizedSource) -> Iterator[tuple[int, Restored]]:
@@ -355,18 +328,13 @@ def _passing(
     cells: sparse.csr_matrix,
     mitochondrial: np.ndarray,
     entry: LedgerEntry,
-    settings: Settings,
+    limits: CellLimits,
 ) -> np.ndarray:
     """Return (cells,) which pass; the others are counted by the first reason that holds."""
-    reasons = {UNPROVEN: ~block.proven} | failing_cells(
-        cells,
-        min_genes=settings.min_genes,
-        min_counts=settings.min_counts,
-        max_counts=settings.max_counts,
-    )
-    if settings.max_mito_fraction is not None:
+    reasons = {UNPROVEN: ~block.proven} | failing_cells(cells, limits)
+    if limits.max_mito_fraction is not None:
         share = mitochondrial_share(block.counts, mitochondrial)
-        reasons["above max_mito_fraction"] = share > settings.max_mito_fraction
+        reasons["above max_mito_fraction"] = share > limits.max_mito_fraction
     passed = np.ones(cells.shape[0], dtype=bool)
     for name, fails in reasons.items():
         number = int(np.count_nonzero(fails & passed))

@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,11 @@ def _counts(stored: Sequence[list[tuple[int, Any]]], option: str) -> dict[int, i
     """
     if option.startswith("invert_log1p"):
         return _restored(stored[0])
+    if option.startswith("round:"):
+        sums: Counter[int] = Counter()
+        for feature, value in chain.from_iterable(stored):
+            sums[feature] += float(value)  # type: ignore[assignment]
+        return {feature: round(value) for feature, value in sums.items() if round(value)}
     counts: Counter[int] = Counter()
     for matrix in stored:
         for feature, value in matrix:

@@ -1,11 +1,18 @@
 """Counts: whole numbers are proven, everything else is told for what it is."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep.counts import MAX_COUNT, choose_matrix, exact_counts
+from data_prep.candidates import choose_counts
+from data_prep.counts import MAX_COUNT, exact_counts
 from data_prep.source import Matrix, UnusableError
+
+
+def chosen(matrices: Sequence[Matrix], wanted: str = "auto") -> str:
+    return choose_counts(matrices, wanted).matrix.name
 
 
 def matrix(values: np.ndarray, name: str = "X", *, block_rows: int = 1000) -> Matrix:
@@ -131,31 +138,29 @@ def test_raw_counts_are_found_where_they_are() -> None:
     counts = counts_table()
     logged = np.log1p(counts)
     x, raw, layer = matrix(logged), matrix(counts, "raw.X"), matrix(counts, "layers/counts")
-    assert choose_matrix([x, raw], "auto").name == "raw.X"
-    assert choose_matrix([x, layer], "auto").name == "layers/counts"
-    assert choose_matrix([matrix(counts), matrix(logged, "raw.X")], "auto").name == "X"
-    assert choose_matrix([matrix(counts), raw], "X").name == "X"
+    assert chosen([x, raw], "auto") == "raw.X"
+    assert chosen([x, layer], "auto") == "layers/counts"
+    assert chosen([matrix(counts), matrix(logged, "raw.X")], "auto") == "X"
+    assert chosen([matrix(counts), raw], "X") == "X"
     with pytest.raises(ValueError, match=r"no matrix 'layers/umi'; the file holds X, raw.X"):
-        choose_matrix([x, raw], "layers/umi")
+        choose_counts([x, raw], "layers/umi")
 
 
 def test_no_counts_anywhere_names_every_matrix() -> None:
     logged = np.log2(1 + counts_table())
     with pytest.raises(UnusableError, match=r"no raw counts: raw\.X is log2.*; X looks scaled"):
-        choose_matrix([matrix(logged - 1), matrix(logged, "raw.X")], "auto")
+        choose_counts([matrix(logged - 1), matrix(logged, "raw.X")], "auto")
 
 
 def test_layer_names_are_read_in_any_case_and_others_only_hinted_at() -> None:
     logged, counts = np.log2(1 + counts_table()), counts_table()
-    assert (
-        choose_matrix([matrix(logged), matrix(counts, "layers/UMI")], "auto").name == "layers/UMI"
-    )
+    assert chosen([matrix(logged), matrix(counts, "layers/UMI")], "auto") == "layers/UMI"
     spliced = matrix(counts, "layers/spliced")
     with pytest.raises(UnusableError, match="whole numbers are in layers/spliced: if they are"):
-        choose_matrix([matrix(logged), spliced], "auto")
+        choose_counts([matrix(logged), spliced], "auto")
     with pytest.raises(UnusableError, match=r"neither raw\.X nor X.*layers/spliced"):
-        choose_matrix([spliced], "auto")
-    assert choose_matrix([matrix(logged), spliced], "layers/spliced").name == "layers/spliced"
+        choose_counts([spliced], "auto")
+    assert chosen([matrix(logged), spliced], "layers/spliced") == "layers/spliced"
 
 
 MANY = (
@@ -175,6 +180,7 @@ SPREAD = np.rint(4e3 * FEW / FEW.sum(axis=1, keepdims=True))
     [
         (ROUNDED, "X looks normalised and rounded, not counts .*write counts = X"),
         (SPREAD, "X looks normalised and rounded, not counts"),
+        (np.rint(np.log1p(1e4 * FEW / FEW.sum(axis=1, keepdims=True))), "X looks like rounded log"),
         ((MANY > 0).astype(int), r"X holds no other value than 1 \(detected / not detected\)"),
     ],
 )
@@ -182,35 +188,43 @@ def test_whole_numbers_that_are_no_counts_are_taken_only_by_name(
     values: np.ndarray, message: str
 ) -> None:
     with pytest.raises(UnusableError, match=message):
-        choose_matrix([matrix(values)], "auto")
+        choose_counts([matrix(values)], "auto")
     for counts in (MANY, FEW):
         if counts.shape == values.shape:
             both = [matrix(values), matrix(counts, "raw.X")]
-            assert choose_matrix(both, "auto").name == "raw.X"
+            assert chosen(both, "auto") == "raw.X"
             both = [matrix(counts), matrix(values, "raw.X")]
-            assert choose_matrix(both, "auto").name == "X"
-    assert choose_matrix([matrix(values)], "X").name == "X"
-    assert choose_matrix([matrix(values[:19])], "auto").name == "X"
+            assert chosen(both, "auto") == "X"
+    assert chosen([matrix(values)], "X") == "X"
+    assert chosen([matrix(values[:19])], "auto") == "X"
 
 
 def test_simulated_counts_of_equal_depth_are_counts() -> None:
     rng = np.random.default_rng(4)
     for values in (rng.poisson(1.0, (50, 2000)), rng.integers(0, 50, (40, 60))):
-        assert choose_matrix([matrix(values)], "auto").name == "X"
+        assert chosen([matrix(values)], "auto") == "X"
 
 
 def test_counts_sampled_down_to_one_total_are_counts() -> None:
     down = np.random.default_rng(9).multinomial(500, np.full(600, 1 / 600), size=40)
-    assert choose_matrix([matrix(down)], "auto").name == "X"
+    assert chosen([matrix(down)], "auto") == "X"
     down[:5, :] = np.minimum(down[:5, :], 1)
-    assert choose_matrix([matrix(down)], "auto").name == "X"
+    assert chosen([matrix(down)], "auto") == "X"
+
+
+def test_negative_zeros_and_cells_of_huge_totals_are_counts() -> None:
+    zeros = sparse.csr_matrix((np.array([-0.0, 2.0]), [0, 1], [0, 2]), shape=(1, 3))
+    found = exact_counts(zeros, where="X")
+    assert (found.nnz, found.toarray().tolist()) == (1, [[0, 2, 0]])
+    deep = exact_counts(sparse.csr_matrix(np.full((1, 3), MAX_COUNT)), where="X")
+    assert int(deep.sum()) == 3 * MAX_COUNT
 
 
 def test_empty_cells_in_front_prove_nothing() -> None:
     counts, logged = counts_table(), np.log2(1 + counts_table())
     counts[:4], logged[:4] = 0, 0
     raw, x = matrix(logged, "raw.X", block_rows=2), matrix(counts, block_rows=2)
-    assert choose_matrix([x, raw], "auto").name == "X"
+    assert chosen([x, raw], "auto") == "X"
     with pytest.raises(ValueError, match="X holds no counts: all 20 cells are empty") as error:
-        choose_matrix([matrix(counts * 0, block_rows=2)], "auto")
+        choose_counts([matrix(counts * 0, block_rows=2)], "auto")
     assert not isinstance(error.value, UnusableError)

@@ -193,3 +193,18 @@ def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.tsv")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_manifest(tmp_path / "m.tsv")
+
+
+def test_thresholds_and_forms_of_counts(tmp_path: Path) -> None:
+    header = "dataset_id\tpath\tcounts\tmin_genes\tmin_counts\n"
+    both = "layers/spliced+layers/unspliced"
+    first, second = read_manifest(
+        write(tmp_path, f"{header}a\tf\t{both}\t100\t\nb\tg\tround:X\t\t500\n")
+    )
+    assert (first.counts, first.min_genes, first.min_counts) == (both, 100, None)
+    assert (second.counts, second.min_genes, second.min_counts) == ("round:X", None, 500)
+    assert first.options()["min_genes"] == 100
+    with pytest.raises(ValueError, match="line 2: min_genes '0' is not a whole number from 1 on"):
+        read_manifest(write(tmp_path, f"{header}a\tf\t\t0\t\n"))
+    with pytest.raises(ValueError, match=r"line 2: counts 'X\+X' adds the same matrix twice"):
+        read_manifest(write(tmp_path, f"{header}a\tf\tX+X\t\tfive\n"))

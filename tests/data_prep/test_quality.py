@@ -6,6 +6,9 @@ from scipy import sparse
 from data_prep.gene_names import GeneMap, GeneResolver
 from data_prep.quality import (
     MITOCHONDRIAL_IDS,
+    CellLimits,
+    default_min_genes,
+    droplet_counts,
     failing_cells,
     mitochondrial_genes,
     mitochondrial_share,
@@ -52,11 +55,17 @@ def test_the_mitochondrial_share_is_that_of_all_counts() -> None:
 
 def test_cells_fail_by_every_threshold() -> None:
     cells = sparse.csr_matrix(np.array([[0, 0], [9, 0], [1, 1], [50, 50]]))
-    failing = failing_cells(cells, min_genes=2, min_counts=3, max_counts=99)
+    failing = failing_cells(cells, CellLimits(min_genes=2, min_counts=3, max_counts=99))
     assert {name: mask.tolist() for name, mask in failing.items()} == {
         "without counts": [True, False, False, False],
         "below min_genes": [True, True, False, False],
         "below min_counts": [True, False, True, False],
         "above max_counts": [False, False, False, True],
     }
-    assert "above max_counts" not in failing_cells(cells, min_genes=1, min_counts=1)
+    assert "above max_counts" not in failing_cells(cells, CellLimits(min_genes=1))
+
+
+def test_the_default_thresholds_follow_the_genes_that_a_file_names() -> None:
+    genes = [default_min_genes(n) for n in (1, 49, 400, 9_999, 10_000, 27_874)]
+    assert genes == [1, 1, 8, 199, 200, 200]
+    assert [droplet_counts(n) for n in (1, 400, 1_999, 2_000, 27_874)] == [1, 20, 99, 100, 100]

@@ -24,6 +24,7 @@ from data_prep.finalize import finalize
 from data_prep.gene_names import GeneResolver
 from data_prep.ledger import read_ledger
 from data_prep.manifest import Dataset
+from data_prep.quality import CellLimits
 from data_prep.verify import verify
 from data_prep.verify_sources import check_sources, sources_line
 from sclong_ds.genes import GeneVocabulary
@@ -177,8 +178,8 @@ def test_cells_left_out(tmp_path: Path) -> None:
 def test_a_cell_that_was_lost_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = staging.failing_cells
 
-    def wrong(cells: sparse.csr_matrix, **limits: Any) -> dict[str, np.ndarray]:
-        reasons = right(cells, **limits)
+    def wrong(cells: sparse.csr_matrix, limits: CellLimits) -> dict[str, np.ndarray]:
+        reasons = right(cells, limits)
         next(iter(reasons.values()))[3] = True
         return reasons
 
@@ -197,6 +198,15 @@ def test_restored_counts(tmp_path: Path) -> None:
     values = [(int(cell), int(gene), float(scaled[cell, gene])) for cell, gene in places]
     source = dataclasses.replace(source, triples=values, dtype="<f4")
     corpus = finalized(tmp_path, "h5ad_csr", source, {"counts": "invert_log1p"})
+    found = check_sources(Corpus(corpus), 100)
+    assert (found.problems, found.cells) == ([], 12)
+
+
+def test_rounded_counts(tmp_path: Path) -> None:
+    source = made(7)
+    values = [(cell, gene, 0.93 * count - 0.01) for cell, gene, count in source.triples if count]
+    source = dataclasses.replace(source, triples=values, dtype="<f8")
+    corpus = finalized(tmp_path, "h5ad_csr", source, {"counts": "round:X"})
     found = check_sources(Corpus(corpus), 100)
     assert (found.problems, found.cells) == ([], 12)
 

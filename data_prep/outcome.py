@@ -1,0 +1,213 @@
+"""Sums over the cells of a dataset while they are streamed, and the verdict on it.
+
+Numbers for the ledger, reasons to exclude the dataset, and warnings for what looks wrong and is
+kept all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from data_prep.harmonize import HarmonizedSource, counts_lost, excel_dates, largest_losses
+from data_prep.invert import MOST_UNPROVEN, Restored
+from data_prep.ledger import LedgerEntry, RoundingRecord
+from data_prep.quality import CellLimits, default_min_genes, droplet_counts
+from data_prep.source import UnusableError
+
+UNPROVEN = "counts not proven"
+"""Why a cell is dropped whose counts cannot be restored."""
+FEWEST_BARCODES = 100
+"""Of fewer columns it is not said that they are unfiltered, unless their name says so."""
+MOST_EMPTY = 0.5
+"""Largest share of columns with next to no counts; cells of a filtered matrix have hundreds."""
+_RAW_NAME = re.compile(r"(?i)raw_(feature|gene)_bc_matri|unfiltered|solo\.out/.*/raw(/|$)")
+_FEWEST_NAMED = 20
+_MOST_EMPTY_NAMED = 0.2
+FEW_VOCABULARY = 0.2
+"""Datasets that name a smaller share of the vocabulary are reported."""
+MOST_CHANGED = 0.05
+"""Rounding that changes the total by more is reported."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """Sums over the blocks of a dataset."""
+
+    opened: HarmonizedSource
+    limits: CellLimits
+    totals: npt.NDArray[np.int64]
+    """(n_input,) counts of each gene of the file."""
+    kept: npt.NDArray[np.bool_]
+    """(cells,) which were kept."""
+    n_empty: int = 0
+    """Columns with fewer counts than a droplet without a cell has."""
+    largest_residual: float = 0.0
+    genes_of_kept: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    """Genes of the kept cells of each block."""
+    n_values: int = 0
+    n_rounded: int = 0
+    total_before: float = 0.0
+    largest_distance: float = 0.0
+
+    @classmethod
+    def begin(cls, opened: HarmonizedSource, limits: CellLimits) -> Outcome:
+        """Return the outcome before the first block.
+
+        Args:
+            opened: The dataset.
+            limits: Thresholds of its cells.
+        """
+        n_cells, n_genes = opened.matrix.shape
+        totals, kept = np.zeros(n_genes, dtype=np.int64), np.zeros(n_cells, dtype=bool)
+        return cls(opened=opened, limits=limits, totals=totals, kept=kept)
+
+    def add(
+        self,
+        block: Restored,
+        cells: sparse.csr_matrix,
+        passed: npt.NDArray[np.bool_],
+        *,
+        first: int,
+    ) -> None:
+        """Add a block.
+
+        Args:
+            block: Its counts in the genes of the file.
+            cells: The same in the genes of the vocabulary.
+            passed: (cells,) which are kept.
+            first: Number of its first cell.
+        """
+        self.totals += np.asarray(block.counts.sum(axis=0)).ravel()
+        fewest = droplet_counts(self.opened.gene_map.n_mapped)
+        self.n_empty += int(np.count_nonzero(np.asarray(block.counts.sum(axis=1)) < fewest))
+        self.largest_residual = max(self.largest_residual, block.largest_residual)
+        self.kept[first : first + len(passed)] = passed
+        self.genes_of_kept.append(np.diff(cells.indptr)[passed].astype(np.int32))
+        if block.rounded is not None:
+            self.n_values += block.rounded.n_values
+            self.n_rounded += block.rounded.n_rounded
+            self.total_before += block.rounded.total
+            self.largest_distance = max(self.largest_distance, block.rounded.largest_distance)
+
+    def fill(self, entry: LedgerEntry) -> None:
+        """Write what was found to the ledger entry of the dataset.
+
+        Args:
+            entry: The entry; `dropped_cells` and the genes are in it already.
+        """
+        entry["counts_input"] = int(self.totals.sum())
+        if self.totals.any():
+            known = self.opened.gene_map.target >= 0
+            entry["counts_kept"] = float(self.totals[known].sum() / self.totals.sum())
+            entry["largest_losses"] = largest_losses(self.opened.gene_map, self.totals)
+            entry["counts_lost"] = counts_lost(self.opened.gene_map, self.totals)
+            entry["excel_dates"] = excel_dates(self.opened.gene_map, self.totals)
+        if self.opened.target is not None:
+            entry["restored"] = (
+                f"log1p of cells scaled to {self.opened.target:g}, undone; largest distance from "
+                f"a whole number {self.largest_residual:.1e}"
+            )
+        if self.opened.choice.option.how == "round":
+            entry["rounded"] = RoundingRecord(
+                share_rounded=self.n_rounded / max(1, self.n_values),
+                total_before=self.total_before,
+                total_after=entry["counts_input"],
+                largest_distance=self.largest_distance,
+            )
+        entry["min_genes"] = self.limits.min_genes
+        genes = np.concatenate([np.zeros(0, dtype=np.int32), *self.genes_of_kept])
+        entry["median_genes"] = float(np.median(genes)) if len(genes) else None
+        entry["warnings"] += self._warnings(entry)
+
+    def check(self, entry: LedgerEntry, *, min_counts_kept: float) -> None:
+        """Refuse a dataset that turned out empty, unfiltered, not provable or of unknown genes.
+
+        Args:
+            entry: Its ledger entry, filled in.
+            min_counts_kept: Smallest share of its counts on genes of the vocabulary.
+
+        Raises:
+            UnusableError: It is not one for the corpus.
+            ValueError: It has no counts at all.
+        """
+        name, dropped = self.opened.matrix.name, entry["dropped_cells"]
+        n_cells = entry["n_cells_input"]
+        n_unproven = dropped.get(UNPROVEN, 0)
+        if n_unproven > MOST_UNPROVEN * n_cells:
+            raise UnusableError(
+                f"the counts of {n_unproven} of {n_cells} cells of {name} cannot be restored (not "
+                f"log1p of whole counts scaled to {self.opened.target:g}); at most "
+                f"{MOST_UNPROVEN:.0%} are dropped"
+            )
+        if not entry["counts_input"]:
+            raise ValueError(f"{name} holds no counts: all {n_cells} cells are empty")
+        share = entry["counts_kept"] or 0.0
+        if share < min_counts_kept:
+            lost = ", ".join(list(entry["largest_losses"])[:5])
+            raise UnusableError(
+                f"only {share:.0%} of the counts fall on genes of the vocabulary (most are lost "
+                f"with {lost}); at least {min_counts_kept:.0%} are needed (--min-counts-kept)"
+            )
+        if self._unfiltered(Path(entry["path"])) and not self.limits.given:
+            raise UnusableError(
+                f"{self._barcodes()}: take the filtered matrix (filtered_feature_bc_matrix, or "
+                "what a cell caller kept), or say what a cell is with --min-counts or --min-genes, "
+                "or for this dataset alone in the manifest columns min_counts and min_genes"
+            )
+        if not self.kept.any():
+            reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+            raise UnusableError(
+                f"no cell is left: {reasons} (min_genes {self.limits.min_genes}, min_counts "
+                f"{self.limits.min_counts})"
+            )
+
+    def _warnings(self, entry: LedgerEntry) -> list[str]:
+        gene_map, found = self.opened.gene_map, []
+        if self._unfiltered(Path(entry["path"])):
+            found.append(f"{self._barcodes()}; {int(self.kept.sum())} were kept")
+        usual = default_min_genes(gene_map.n_genes)
+        if entry["median_genes"] is not None and entry["median_genes"] < usual:
+            found.append(
+                f"the median cell has {entry['median_genes']:.0f} genes of the vocabulary, fewer "
+                f"than {usual}"
+            )
+        if gene_map.n_mapped < FEW_VOCABULARY * gene_map.n_genes:
+            share = gene_map.n_mapped / gene_map.n_genes
+            found.append(
+                f"the file names {gene_map.n_mapped} of {gene_map.n_genes} genes of the "
+                f"vocabulary ({share:.0%}); the others were not measured"
+            )
+        dates = entry["excel_dates"]
+        if dates:
+            examples = ", ".join(list(dates)[:3])
+            found.append(
+                f"{len(dates)} gene names are dates that Excel made of MARCH1, SEPT2 or the like "
+                f"({examples}): their {sum(dates.values())} counts are lost; repair the names at "
+                "their source"
+            )
+        change = entry["counts_input"] - self.total_before
+        if entry["rounded"] is not None and abs(change) > MOST_CHANGED * self.total_before:
+            found.append(
+                f"rounding changed the total from {self.total_before:.6g} to "
+                f"{entry['counts_input']}; corrected counts should change by less"
+            )
+        return found
+
+    def _unfiltered(self, path: Path) -> bool:
+        n_columns = len(self.kept)
+        if _RAW_NAME.search(path.as_posix()):
+            return n_columns >= _FEWEST_NAMED and self.n_empty > _MOST_EMPTY_NAMED * n_columns
+        return n_columns >= FEWEST_BARCODES and self.n_empty > MOST_EMPTY * n_columns
+
+    def _barcodes(self) -> str:
+        fewest = droplet_counts(self.opened.gene_map.n_mapped)
+        return (
+            f"{self.n_empty} of {len(self.kept)} columns have fewer than {fewest} counts: most "
+            "are barcodes without a cell (an unfiltered matrix)"
+        )
