@@ -6,12 +6,13 @@ Makes a corpus of N cells (48,024,242 unless told otherwise) in 1,618 datasets b
 system's folder for temporary files): catalogue, genes and all row tables in full, but of the cells
 only those that the first batches read; every chunk holds the same cells. That takes 1.1 GB and is
 removed. Then R processes, one after the other, open it as a rank of a training run does. After each
-stage the table shows the wall time since the stage before, and the memory of the process: private
-(anonymous, what no other process shares), rss (resident, with the pages of mapped files, which all
-ranks of a node share and the system may drop), pss (shared pages divided by the processes that have
-them) and uss (pages that this process alone has, files included). A kernel that caches files in
-pages of 2 MB adds that much to rss, pss and uss for every place touched. The tables were just
-written, so they come from the page cache, not from the disk.
+stage the table shows the wall and CPU time since the stage before (comparing tables with their
+checksums is part of the stage that first uses them; the last two stages are that work alone), and
+the memory of the process: private (anonymous, what no other process shares), rss (resident, with
+the pages of mapped files, which all ranks of a node share and the system may drop), pss (shared
+pages divided by the processes that have them) and uss (pages that this process alone has, files
+included). A kernel that caches files in pages of 2 MB adds that much to rss, pss and uss for every
+place touched. The tables were just written, so they come from the page cache, not from the disk.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def make(folder: Path, n_cells: int) -> None:
     train = int(chunk_rows[max(1, int(0.95 * n_chunks))])
     unknown = dict.fromkeys(field.name for field in fields(DatasetInfo))
     known = {"duplicates_dropped": 0, "split_cells": {}, "source_hash": "0" * 64}
+    payloads = _write_cells(folder / "cells.zarr", chunk_rows, len(genes))
     write_catalogue(
         folder,
         {
@@ -76,7 +78,6 @@ def make(folder: Path, n_cells: int) -> None:
             ],
         },
     )
-    payloads = _write_cells(folder / "cells.zarr", chunk_rows, len(genes))
     stream = open_stream(Corpus(folder), seed=0, group_chunks=GROUP_CHUNKS)
     groups = stream.groups(0)
     for _ in range(GROUPS_MADE):
@@ -109,6 +110,8 @@ def _write_cells(path: Path, chunk_rows: NDArray[np.int64], n_genes: int) -> dic
         _write_table(path, name, np.zeros(n_cells, np.int64))
     _write_table(path, "dataset", rng.integers(0, N_DATASETS, n_cells, dtype=np.uint32))
     _write_table(path, "chunk_rows", chunk_rows)
+    for name in ("gap_crc32c", "count_crc32c"):
+        _write_table(path, name, np.resize(one.table(name), n_chunks))
     attributes = {"n_cells": n_cells, "n_values": one.n_values * n_chunks}
     _change(path / "zarr.json", ("attributes", attributes))
     payloads = {}
@@ -149,26 +152,28 @@ def _write_shards(path: Path, payloads: dict[str, bytes], chunks: NDArray[np.int
             index = np.full((CHUNKS_PER_SHARD, 2), 2**64 - 1, "<u8")
             file = path / name / "c" / str(shard)
             if file.exists():
-                stored = file.read_bytes()[len(payload) : -4]
-                index = np.frombuffer(stored, "<u8").reshape(-1, 2).copy()
-            # All chunks are the same bytes: one copy serves them.
-            index[places] = 0, len(payload)
+                stored = file.read_bytes()[-index.nbytes - 4 : -4]
+                before = np.frombuffer(stored, "<u8").reshape(-1, 2)[:, 1] != 2**64 - 1
+                places = np.union1d(places, np.flatnonzero(before))
+            index[places, 0] = np.arange(len(places)) * len(payload)
+            index[places, 1] = len(payload)
             checksum = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
-            file.write_bytes(payload + index.tobytes() + checksum)
+            file.write_bytes(payload * len(places) + index.tobytes() + checksum)
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:
     """Open the corpus in this process and return the stages: name, seconds and memory in MiB."""
     stages: list[dict[str, Any]] = []
-    process, last = psutil.Process(), time.perf_counter()
+    process, last, cpu = psutil.Process(), time.perf_counter(), time.process_time()
 
     def ended(stage: str) -> None:
-        nonlocal last
+        nonlocal last, cpu
         seconds, memory = time.perf_counter() - last, process.memory_full_info()
+        cpu_s = time.process_time() - cpu
         sizes = {f"{kind}_mib": getattr(memory, kind) / 2**20 for kind in ("rss", "pss", "uss")}
         sizes["private_mib"] = (memory.rss - memory.shared) / 2**20
-        stages.append({"stage": stage, "seconds": seconds, **sizes})
-        last = time.perf_counter()
+        stages.append({"stage": stage, "seconds": seconds, "cpu_s": cpu_s, **sizes})
+        last, cpu = time.perf_counter(), time.process_time()
 
     from sclong_ds.data import CellLoader, open_stream
     from sclong_ds.order import dataset_weights
@@ -199,6 +204,15 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     weighted = open_stream(corpus, seed=0, group_chunks=GROUP_CHUNKS, weights=weights)
     next(weighted.groups(0))
     ended("weighted order, first group")
+    fresh = Corpus(folder)
+    ended("open it once more")
+    tables = ("chunk_rows", "gap_crc32c", "count_crc32c", "row_entries", "row_nnz", "row_total")
+    for name in tables:
+        fresh.location.local_path(f"cells.zarr/{name}/c/0")
+    ended("checks of the tables of training")
+    for name in fresh.catalogue["files"]:
+        fresh.location.local_path(name)
+    ended("checks of all other files")
     return stages
 
 
@@ -241,13 +255,15 @@ def main() -> int:
 def report(runs: list[list[dict[str, Any]]], args: argparse.Namespace) -> None:
     """Print and write the medians over the processes."""
     print(f"{args.cells:,} cells, {N_DATASETS:,} datasets, median of {args.runs} processes")
-    columns = ("seconds", "private_mib", "rss_mib", "pss_mib", "uss_mib")
+    columns = ("seconds", "cpu_s", "private_mib", "rss_mib", "pss_mib", "uss_mib")
     print(f"{'stage':<30}" + "".join(f"{column:>12}" for column in columns))
     stages = []
     for same in zip(*runs, strict=True):
         row = {column: statistics.median(run[column] for run in same) for column in columns}
         stages.append({"stage": same[0]["stage"], **row})
-        values = "".join(f"{row[column]:>12.{3 if column == 'seconds' else 0}f}" for column in row)
+        values = "".join(
+            f"{row[column]:>12.{3 if column in ('seconds', 'cpu_s') else 0}f}" for column in row
+        )
         print(f"{same[0]['stage']:<30}{values}")
     # Up to the first batch; the weighted order comes on top.
     first_batch = next(i for i, s in enumerate(stages) if s["stage"] == "loader: first batch")
