@@ -32,7 +32,7 @@ from pathlib import Path
 from benchmarks.environment import environment
 from sclong_ds.config import load_config
 from sclong_ds.files import write_atomic
-from sclong_ds.run_folder import SYSTEM_DIR, read_every_row, read_lines, read_run_json
+from sclong_ds.run_folder import SYSTEM_DIR, read_every_row, read_run_json, read_samples
 from sclong_ds.tracking import Tracker
 
 PHASES = ("not there", "healthy", "hanging", "killed", "disk full", "healthy again")
@@ -225,7 +225,7 @@ def _count(
 ) -> Counts:
     rows = read_every_row(run_dir)
     for file in (run_dir / SYSTEM_DIR).glob("*.jsonl"):
-        rows += read_lines(file)
+        rows += read_samples(file)
     wanted = [
         (name, round(row["time"] * 1000), int(row["step"]), value)
         for row in rows

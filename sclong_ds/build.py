@@ -19,7 +19,7 @@ import torch
 from kernels.favor_attention import triton_obstacle
 from sclong_ds import checkpoint
 from sclong_ds.checkpoint import Loaded, Saving
-from sclong_ds.checkpoint_files import TrainState, complete_checkpoints
+from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, restore_best
 from sclong_ds.config import RunConfig
 from sclong_ds.costs import training_flops_per_cell
 from sclong_ds.devices import device_of_name
@@ -447,6 +447,7 @@ def claim_run_folder(run: Run) -> None:
     except OSError as error:
         raise ValueError(f"run.dir={run.run_dir}: {error}") from None
     run.lock = lock_run_folder(run.run_dir, wait_s=60)
+    restore_best(checkpoints)
     if complete_checkpoints(checkpoints):
         refuse_changes(run.run_dir / "config.yaml", run.config)
 

@@ -26,6 +26,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 
 from sclong_ds.checkpoint_files import (
+    BEST,
     TrainState,
     complete_checkpoints,
     damage,
@@ -33,7 +34,9 @@ from sclong_ds.checkpoint_files import (
     prune,
     read_state,
     record_best,
+    remove,
     remove_unfinished,
+    restore_best,
     write_manifest,
 )
 from sclong_ds.checkpoint_writer import CheckpointWriter, Written
@@ -41,6 +44,7 @@ from sclong_ds.config import CheckpointConfig, RunConfig
 from sclong_ds.elastic import load_converted
 from sclong_ds.engine import on_first_rank
 from sclong_ds.files import sync_folder, write_atomic
+from sclong_ds.torch_files import plain_values_only, refuse_code
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +212,7 @@ def _finish(saving: Saving, everyone: list[Written]) -> int:
 def _tidy(folder: Path, name: str, val_mse: float | None, settings: CheckpointConfig) -> None:
     """Bring what stands beside a new checkpoint up to date; the checkpoint is good without it."""
     actions: tuple[Callable[[], None], ...] = (
+        lambda: restore_best(folder) if (folder / BEST).exists() else None,
         lambda: record_best(folder, name, val_mse),
         lambda: prune(
             folder,
@@ -230,11 +235,14 @@ def _rename(partial: Path) -> None:
     sync_folder(partial)
     # Normally absent; what is there stays on disk until the new one has its name.
     old = folder / f"{final.name}.old.partial"
-    if final.exists():
+    if final.is_file():
+        log.warning("%s: a file has the name of a checkpoint; renamed to .foreign", final)
+        final.rename(folder / f"{final.name}.foreign")
+    elif final.exists():
         final.rename(old)
     partial.rename(final)
     sync_folder(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def load(engine: Any, folder: Path, *, accept: Callable[[TrainState], None]) -> Loaded | None:
@@ -260,9 +268,11 @@ def load(engine: Any, folder: Path, *, accept: Callable[[TrainState], None]) -> 
         return None
     state = read_state(folder / name)
     accept(state)
+    _refuse_code_on_any_rank(folder / name)
     with _quiet():
         if state.world_size == dist.get_world_size():
-            path, _ = engine.load_checkpoint(str(folder), tag=name)
+            with plain_values_only():
+                path, _ = engine.load_checkpoint(str(folder), tag=name)
         else:
             path = load_converted(engine, folder / name)
     if path is None:
@@ -320,11 +330,30 @@ def _damage_on_any_rank(checkpoint: Path) -> str | None:
     return next((problem for problem, _ in everyone if problem is not None), None)
 
 
+def _refuse_code_on_any_rank(checkpoint: Path) -> None:
+    """Check that no file of a checkpoint could run code, each rank a share of them.
+
+    Raises:
+        ValueError: Which file names what, on all ranks.
+    """
+    files = sorted(checkpoint.glob("*.pt"))[dist.get_rank() :: dist.get_world_size()]
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    try:
+        refuse_code(files)
+        mine = None
+    except (ValueError, OSError) as error:
+        mine = str(error)
+    dist.all_gather_object(everyone, mine)
+    refused = next(filter(None, everyone), None)
+    if refused is not None:
+        raise ValueError(refused)
+
+
 def _set_aside(folder: Path, names: Iterable[str]) -> None:
     """Rename damaged checkpoints, so that they do not count among the newest that are kept."""
     for name in names:
         target = folder / f"{name}.damaged"
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         (folder / name).rename(target)
 
 
@@ -333,8 +362,12 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
 
     Args:
         checkpoint: A good checkpoint.
+
+    Raises:
+        ValueError: A file names something else than tensors and plain values.
     """
-    with _quiet():
+    refuse_code(sorted(checkpoint.glob("*.pt")))
+    with _quiet(), plain_values_only():
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
 
 

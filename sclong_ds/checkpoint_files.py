@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import IO
 
 from sclong_ds.files import write_atomic
+from sclong_ds.run_folder import METRICS_FILE, read_metrics
+from sclong_ds.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +105,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     Args:
         folder: The run's `checkpoints` folder.
     """
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()]
+    found = [p for p in folder.glob("step_*") if _is_name(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: step_of(p.name), reverse=True)
+
+
+def _is_name(name: str) -> bool:
+    """Tell whether a name is one of `name_of`; what others put beside the checkpoints is not."""
+    return re.fullmatch("step_[0-9]{1,15}", name) is not None and name == name_of(step_of(name))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -114,16 +121,23 @@ def remove_unfinished(folder: Path) -> None:
         folder: The run's `checkpoints` folder.
     """
     for unfinished in folder.glob("step_*.partial"):
-        _remove(unfinished)
+        if _is_name(unfinished.name.partition(".")[0]):
+            remove(unfinished)
 
 
-def _remove(checkpoint: Path) -> None:
-    """Remove a folder; one that something still uses, as NFS shows it, is left for the next time.
+def remove(checkpoint: Path) -> None:
+    """Remove a folder or file; one still in use, as NFS shows it, is left for the next time.
 
-    What is on its way out must not make the saving of a new checkpoint fail.
+    Failing to delete an old checkpoint must not fail the new one.
+
+    Args:
+        checkpoint: What is to go; it may be absent.
     """
     try:
-        shutil.rmtree(checkpoint)
+        if checkpoint.is_dir():
+            shutil.rmtree(checkpoint)
+        else:
+            checkpoint.unlink(missing_ok=True)
     except OSError as error:
         log.warning("%s could not be removed: %s", checkpoint, error)
 
@@ -223,15 +237,77 @@ def read_state(checkpoint: Path) -> TrainState:
 def best_checkpoint(folder: Path) -> tuple[str, float] | None:
     """Return name and validation error of the best checkpoint, or None where there is none.
 
+    Without a sound best.json it is found again in metrics.jsonl of the run.
+
     Args:
         folder: The run's `checkpoints` folder.
     """
     try:
-        best = json.loads((folder / BEST).read_text())
-    except (FileNotFoundError, ValueError):  # none yet, or a damaged file
+        best = _read_best(folder / BEST)
+    except FileNotFoundError:
         return None
+    except ValueError as error:
+        log.warning("%s; the best checkpoint is taken from %s", error, METRICS_FILE)
+        best = _best_of_metrics(folder)
     # A best one that was damaged since is no longer one to beat.
-    return (best["checkpoint"], best["val_mse"]) if (folder / best["checkpoint"]).is_dir() else None
+    return best if best is not None and (folder / best[0]).is_dir() else None
+
+
+def _read_best(path: Path) -> tuple[str, float]:
+    """Return the content of best.json.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged.
+    """
+    content = read_object(path)
+    keys = {"checkpoint", "step", "val_mse"}
+    # Earlier versions wrote no checksum.
+    if set(content) != keys and set(read_sealed(path)) != {*keys, CHECKSUM}:
+        raise ValueError(f"{path}: damaged (holds {', '.join(sorted(content))})")
+    name, val_mse = content["checkpoint"], content["val_mse"]
+    if not (isinstance(name, str) and _is_name(name) and content["step"] == step_of(name)):
+        raise ValueError(f"{path}: damaged ({name!r} is no checkpoint)")
+    if type(val_mse) not in (int, float) or not math.isfinite(val_mse):
+        raise ValueError(f"{path}: damaged (val_mse is {val_mse!r})")
+    return name, val_mse
+
+
+def _best_of_metrics(folder: Path) -> tuple[str, float] | None:
+    """Return the checkpoint with the lowest validation error that metrics.jsonl knows."""
+    there = {step_of(path.name) for path in complete_checkpoints(folder)}
+    if not (folder.parent / METRICS_FILE).is_file():
+        return None
+    errors = [
+        (row["val/mse"], row["step"])
+        for row in read_metrics(folder.parent)
+        if row["step"] in there and math.isfinite(row.get("val/mse", math.nan))
+    ]
+    return (name_of(int(min(errors)[1])), min(errors)[0]) if errors else None
+
+
+def restore_best(folder: Path) -> None:
+    """Write best.json again where it is missing, damaged or without a checksum.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+    """
+    path = folder / BEST
+    try:
+        if CHECKSUM in read_object(path) and _read_best(path):
+            return
+        known: tuple[str, float] | None = _read_best(path)
+    except (FileNotFoundError, ValueError) as error:
+        known = None
+        if not isinstance(error, FileNotFoundError):
+            aside = path.with_name(f"{BEST}.damaged")
+            log.error(
+                "%s; set aside as %s, and made again from %s", error, aside.name, METRICS_FILE
+            )
+            path.replace(aside)
+    best = _best_of_metrics(folder) or known
+    if best is not None:
+        _write_best(folder, *best)
 
 
 def record_best(folder: Path, name: str, val_mse: float | None) -> None:
@@ -242,11 +318,15 @@ def record_best(folder: Path, name: str, val_mse: float | None) -> None:
         name: The checkpoint.
         val_mse: Its masked MSE on the validation cells; None: it was not validated.
     """
-    best = best_checkpoint(folder)
-    if val_mse is None or not math.isfinite(val_mse) or (best and best[1] <= val_mse):
+    if val_mse is None or not math.isfinite(val_mse):
         return
-    content = json.dumps({"checkpoint": name, "step": step_of(name), "val_mse": val_mse})
-    write_atomic(folder / BEST, f"{content}\n".encode())
+    best = best_checkpoint(folder)
+    if best is None or best[1] > val_mse:
+        _write_best(folder, name, val_mse)
+
+
+def _write_best(folder: Path, name: str, val_mse: float) -> None:
+    write_sealed(folder / BEST, {"checkpoint": name, "step": step_of(name), "val_mse": val_mse})
 
 
 def prune(folder: Path, *, keep_last: int, keep_every_n_steps: int | None, keep_best: bool) -> None:
@@ -260,7 +340,7 @@ def prune(folder: Path, *, keep_last: int, keep_every_n_steps: int | None, keep_
     """
     for old in _unwanted(folder, keep_last, keep_every_n_steps, keep_best):
         # A kill in the middle must not leave what looks like a damaged checkpoint.
-        _remove(old.rename(old.with_name(f"{old.name}.partial")))
+        remove(old.rename(old.with_name(f"{old.name}.partial")))
 
 
 def _unwanted(folder: Path, keep_last: int, every: int | None, keep_best: bool) -> Iterator[Path]:
@@ -274,5 +354,6 @@ def _unwanted(folder: Path, keep_last: int, every: int | None, keep_best: bool) 
         yield path
     newest = step_of(found[0].name) if found else -1
     for path in folder.glob("step_*.damaged"):
-        if step_of(path.name) <= newest:
+        name = path.name.partition(".")[0]
+        if _is_name(name) and step_of(name) <= newest:
             yield path

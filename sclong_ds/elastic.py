@@ -2,7 +2,8 @@
 
 Every rank of a DeepSpeed checkpoint holds a slice of all parameters. DeepSpeed's own converter
 (`python -m deepspeed.checkpoint.ds_to_universal`) rewrites them as one file per parameter, from
-which any number of ranks takes its slices. The converted copy lies beside the checkpoint while it
+which any number of ranks takes its slices; it runs nothing that a file names
+(`sclong_ds.torch_files`). The converted copy lies beside the checkpoint while it
 is loaded and is then removed; the checkpoint itself is only read.
 
 Memory: the converter holds the optimizer state of at most 4 of the old ranks at a time (12 bytes a
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from sclong_ds.engine import on_first_rank
+from sclong_ds.torch_files import plain_values_only
 
 log = logging.getLogger(__name__)
 _WORKERS = 4
@@ -54,7 +56,8 @@ def load_converted(engine: Any, checkpoint: Path) -> str | None:
     # Left on, DeepSpeed would write later checkpoints wrongly and read them as converted ones.
     engine._config.load_universal_checkpoint = True
     try:
-        path, _ = engine.load_checkpoint(str(folder), tag=checkpoint.name)
+        with plain_values_only():
+            path, _ = engine.load_checkpoint(str(folder), tag=checkpoint.name)
     finally:
         engine._config.load_universal_checkpoint = False
     # ZeRO-3 gives every parameter group the settings of the first, its name included.
@@ -89,7 +92,7 @@ def convert(checkpoint: Path, folder: Path, *, names: Iterable[str]) -> None:
     log.info("converting %s for %d ranks", checkpoint, dist.get_world_size())
     # A signal to all of a job's processes asks the ranks to stop, which they do after this.
     deaf = ["sh", "-c", 'trap "" INT TERM USR1; exec "$@"', "sh"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder",
+    command = [sys.executable, "-m", "sclong_ds.torch_files", "--input_folder",
                str(checkpoint), "--output_folder", str(target), "--inject_missing_state",
                "--num_extract_workers", str(_WORKERS)]  # fmt: skip
     done = subprocess.run([*deaf, *command], capture_output=True, text=True, check=False)
@@ -111,7 +114,8 @@ def _drop_slices(path: Path) -> None:
 
     DeepSpeed leaves them in under ZeRO-3; only the step counter and the settings are read.
     """
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    with plain_values_only():
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if "fp32_flat_groups" not in state:
         return
     del state["fp32_flat_groups"]

@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import node_name
+from sclong_ds.sealed_json import read_sound
 
 OWN_STATUS, PASSING_STATUS = 1, 71
 """Exit statuses: the training says what is wrong; EX_OSERR, a device, network or disk gave up."""
@@ -127,6 +128,5 @@ def read_failure(run_dir: Path, *, life: str | None) -> str | None:
         run_dir: Run folder.
         life: A `life_id`.
     """
-    path = run_dir / FAILURE_FILE
-    row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return row["error"] if life is not None and row.get("life") == life else None
+    row = read_sound(run_dir / FAILURE_FILE)
+    return row.get("error") if life is not None and row.get("life") == life else None

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sclong_ds.json_lines import is_number, parse_line
 from sclong_ds.run_folder import (
     METRICS_FILE,
     PLOTS_DIR,
@@ -343,7 +344,7 @@ class Sender:
 
         The same picture twice is the same file: an attempt that was cut short is made again.
         """
-        done = int(read_run_json(self.run_dir)["mlflow_pictures"])
+        done = int(read_run_json(self.run_dir).get("mlflow_pictures", -1))
         for step, folder in picture_steps(self.run_dir).items():
             if step > done and not self.stop.is_set():
                 self._connected.log_artifacts(
@@ -367,7 +368,9 @@ class Sender:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                row = _row_metrics(json.loads(line))
+                read, _ = parse_line(line)
+                sound = read is not None and all(map(is_number, read.values()))
+                row = _row_metrics(read) if read is not None and sound else []
                 if batch and len(batch) + len(row) > self._batch_size:
                     self._send_batch(batch, name, end)
                     batch = []

@@ -160,7 +160,7 @@ def _examine_run_folder(report: Report, run_dir: Path) -> None:
     """Note the room and the speed of the run folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     free = report.free_bytes = shutil.disk_usage(run_dir).free
-    saved = [e["bytes"] for e in read_events(run_dir) if e.get("event") == "checkpoint"]
+    saved = [e.get("bytes", 0) for e in read_events(run_dir) if e["event"] == "checkpoint"]
     needed = max([LEAST_FREE_BYTES, *saved[-1:]])
     if free < needed:
         report.problems.append(

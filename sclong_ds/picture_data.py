@@ -9,7 +9,10 @@ the run goes back behind are removed (`drop_after`). Needs numpy alone.
 from __future__ import annotations
 
 import io
+import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,15 +54,27 @@ def write_data(run_dir: Path, step: int, data: Data) -> None:
 def pending(run_dir: Path) -> list[Path]:
     """Return the files that are to be drawn, by step."""
     files = (run_dir / PLOTS_DIR).glob("step_*.npz")
-    return sorted(file for file in files if file.stem.count(".") == 0)
+    return sorted(file for file in files if re.fullmatch("step_[0-9]+", file.stem))
 
 
 def take_data(file: Path) -> tuple[Path, dict[str, NDArray[Any]]]:
-    """Mark a file as being drawn, and return its new name and its arrays."""
+    """Mark a file as being drawn, and return its new name and its arrays.
+
+    Raises:
+        ValueError: It is damaged; it was set aside.
+    """
     taken = file.with_suffix(".drawing.npz")
     file.rename(taken)
-    with np.load(taken, allow_pickle=False) as arrays:
-        return taken, dict(arrays)
+    try:
+        with taken.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            data = dict(arrays)
+        if "predicted_true" not in data:
+            raise ValueError("predicted_true is missing")
+        return taken, data
+    except (ValueError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+        aside = file.with_suffix(".damaged")
+        taken.replace(aside)
+        raise ValueError(f"{file}: damaged ({error}); set aside as {aside.name}") from None
 
 
 def put_back(run_dir: Path) -> None:

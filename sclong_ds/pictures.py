@@ -18,6 +18,7 @@ What a validation has no data for has no picture. Then report.html of the run fo
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -43,6 +44,8 @@ from sclong_ds.run_folder import (
 )
 from sclong_ds.run_record import read_run
 
+log = logging.getLogger(__name__)
+
 _UMAP_CELLS = 15
 """Fewest cells for UMAP; below, its neighbours are all cells, and a projection says as much."""
 
@@ -57,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not run_dir.is_dir():
         parser.error(f"{run_dir}: no such run folder")
     while waiting := pending(run_dir):
-        draw(run_dir, waiting[0])
+        try:
+            draw(run_dir, waiting[0])
+        except ValueError as error:
+            log.error("%s", error)
     write_report([read_run(run_dir)], run_dir / REPORT_FILE)
     return 0
 

@@ -43,6 +43,7 @@ from sclong_ds.config import EngineConfig, load_config, parse_arguments
 from sclong_ds.failures import OWN_STATUS, PASSING_STATUS, life_id, read_failure
 from sclong_ds.files import write_atomic
 from sclong_ds.run_folder import METRICS_FILE, now, read_events, read_every_row
+from sclong_ds.sealed_json import read_sound
 from sclong_ds.signals import STOP_STATUS
 
 RESTARTS_FILE = "restarts.json"
@@ -181,7 +182,7 @@ def seconds_to_save(run_dir: Path) -> int:
     Twice the slowest of the last checkpoints, and some time until all ranks have heard of it; for a
     run without checkpoints the latter alone.
     """
-    saved = [e["seconds"] for e in read_events(run_dir) if e.get("event") == "checkpoint"]
+    saved = [e.get("seconds", 0) for e in read_events(run_dir) if e["event"] == "checkpoint"]
     return math.ceil(2 * max(saved[-20:], default=0) + _BEYOND_SAVING_S)
 
 
@@ -191,18 +192,17 @@ def newest_step(run_dir: Path) -> int:
 
 
 def read_lives(run_dir: Path) -> list[Life]:
-    """Return the recorded starts of a run, oldest first.
-
-    Raises:
-        ValueError: The record is damaged.
-    """
+    """Return the recorded starts of a run, oldest first; of a damaged record none."""
     path = run_dir / RESTARTS_FILE
     if not path.exists():
         return []
     try:
         return [Life(**life) for life in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a record of starts ({error}); remove it") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        log.error(
+            "%s: not a record of starts (%s); ignored, starts are counted from 0", path, error
+        )
+        return []
 
 
 def bad_nodes(run_dir: Path) -> list[str]:
@@ -218,8 +218,7 @@ def read_verdict(run_dir: Path, *, life: str | None) -> dict[str, Any] | None:
         run_dir: Run folder.
         life: A `life_id`.
     """
-    path = run_dir / PREFLIGHT_FILE
-    verdict = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    verdict = read_sound(run_dir / PREFLIGHT_FILE)
     return verdict if life is not None and verdict.get("life") == life else None
 
 

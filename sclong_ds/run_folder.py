@@ -3,7 +3,9 @@
 `sclong_ds.tracking` writes them during training (rank 0), `sclong_ds.report` and tests read them:
 `run.json` (ids, starts, status, environment), `metrics.jsonl` (one JSON object per logged row),
 `events.jsonl` (start, resume, signal, checkpoint, ...) and `system/NODE.jsonl` (samples of a node).
-The .jsonl files only ever grow. `plots/step_N` holds the pictures of the validation at a step.
+The .jsonl files only ever grow; their rows and run.json carry checksums, and what is damaged in
+them is left out, with a line in the log, so that it never stops a run or a reader. `plots/step_N`
+holds the pictures of the validation at a step.
 
 JSON has no NaN: a non-finite metric is `null` in metrics.jsonl, with a `non_finite` event that says
 which of nan, inf, -inf it was; `read_metrics` gives NaN for it. A resumed run goes back to its
@@ -29,9 +31,10 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-from sclong_ds.files import write_atomic
+from sclong_ds.json_lines import Lines, each_row, plain
+from sclong_ds.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -155,11 +158,10 @@ def read_metrics(run_dir: Path) -> list[Row]:
 
     Returns:
         Rows sorted by step, a training row before the validation row of its step. A validation
-        row is one with a `val/` metric; null values are NaN.
+        row is one with a `val/` metric; null values are NaN. Damaged lines are left out.
 
     Raises:
         FileNotFoundError: No metrics.jsonl in the folder.
-        ValueError: A line other than the last is not a row.
     """
     return latest(read_every_row(run_dir))
 
@@ -183,42 +185,77 @@ def read_every_row(run_dir: Path) -> list[Row]:
     """Return the rows of metrics.jsonl as written, repeated steps too; raises as `read_metrics`."""
     return [
         Row(tuple(row), (math.nan if v is None else v for v in row.values()))
-        for row in _each_line(run_dir / METRICS_FILE)
+        for row in each_row(run_dir / METRICS_FILE, numbers=True)
     ]
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of events.jsonl in the order written; an absent file is an empty list."""
+    """Return the rows of events.jsonl in the order written; an absent file is an empty list.
+
+    Damaged lines are left out.
+    """
     path = run_dir / EVENTS_FILE
-    return read_lines(path) if path.exists() else []
+    rows = each_row(path) if path.exists() else ()
+    return [row for row in rows if isinstance(row.get("event"), str)]
 
 
 def read_run_json(run_dir: Path) -> dict[str, Any]:
-    """Return run.json; an absent file is an empty dict."""
-    path = run_dir / RUN_FILE
-    if not path.exists():
-        return {}
+    """Return run.json; an absent file is an empty dict.
+
+    Of a damaged one, what the newest checkpoint says about the run is all that is left.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}); was it edited by hand?") from None
+        return _sound_run_json(run_dir / RUN_FILE)
+    except ValueError as error:
+        log.warning("%s; ignored, the run is identified by its newest checkpoint", error)
+        return _ids_of_newest_checkpoint(run_dir)
+
+
+def _sound_run_json(path: Path) -> dict[str, Any]:
+    """Return run.json without its checksum, which earlier versions did not write."""
+    try:
+        content = read_object(path)
+    except FileNotFoundError:
+        return {}
+    if CHECKSUM in content:
+        content = read_sealed(path)
+        del content[CHECKSUM]
+    return content
+
+
+def _ids_of_newest_checkpoint(run_dir: Path) -> dict[str, Any]:
+    copies = sorted((run_dir / "checkpoints").glob(f"step_*/{RUN_FILE}"), reverse=True)
+    return recorded_ids(copies[0].parent) if copies else {}
 
 
 def update_run_json(run_dir: Path, **fields: object) -> dict[str, Any]:
-    """Merge fields into run.json (created if absent), atomically, and return the whole."""
-    with (
-        _run_file_lock
-    ):  # the sender's thread saves its offset here while training adds its own fields
-        merged = read_run_json(run_dir) | fields
-        text = json.dumps(_plain(merged), indent=2, allow_nan=False) + "\n"
-        write_atomic(run_dir / RUN_FILE, text.encode())
+    """Merge fields into run.json (created if absent), atomically, and return the whole.
+
+    A damaged one is set aside as run.json.damaged.
+    """
+    path = run_dir / RUN_FILE
+    # The sender's thread saves its offset here while training adds its own fields.
+    with _run_file_lock:
+        try:
+            before = _sound_run_json(path)
+        except ValueError as error:
+            aside = path.with_name(f"{RUN_FILE}.damaged")
+            log.error("%s; set aside as %s", error, aside.name)
+            path.replace(aside)
+            before = _ids_of_newest_checkpoint(run_dir)
+        merged = before | fields
+        write_sealed(path, json.loads(json.dumps(plain(merged), allow_nan=False)))
     return merged
 
 
 def picture_steps(run_dir: Path) -> dict[int, Path]:
     """Return the folders of pictures of a run by the step of the validation, in order."""
     folders = (run_dir / PLOTS_DIR).glob("step_*")
-    found = {int(f.name.removeprefix("step_")): f for f in folders if f.suffix == "" and f.is_dir()}
+    found = {
+        int(f.name.removeprefix("step_")): f
+        for f in folders
+        if re.fullmatch(r"step_[0-9]+", f.name) and f.is_dir()
+    }
     return dict(sorted(found.items()))
 
 
@@ -337,75 +374,10 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-class Lines:
-    """Appends lines to a file; what a full disk refuses waits in memory for the next line."""
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Return the samples of a node, system/NODE.jsonl; damaged lines are left out.
 
-    def __init__(self, path: Path) -> None:
-        self._file, self._path, self._waiting = _open_lines(path), path, b""
-
-    def append(self, row: Mapping[str, object]) -> None:
-        """Write one line and hand it to the operating system."""
-        had_waited = bool(self._waiting)
-        self._waiting += json.dumps(_plain(row), allow_nan=False).encode() + b"\n"
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
-        except OSError as error:
-            if not had_waited:
-                log.error("%s: %s; its lines wait in memory until there is room", self._path, error)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _plain(value: object) -> object:
-    """Return what JSON can hold: numbers of other libraries as Python's, the rest as text."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    item = getattr(value, "item", None)  # numpy and torch scalars
-    return _plain(item()) if callable(item) else str(value)
-
-
-def _open_lines(path: Path) -> BinaryIO:
-    """Open a JSON-lines file for appending, after cutting off an unfinished last line."""
-    if path.exists():
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
-            log.warning("%s: dropped an unfinished last line (%d bytes)", path, len(data) - whole)
-    return path.open("ab", buffering=0)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a .jsonl file of a run; an unfinished last line is left out.
-
-    Raises:
-        ValueError: A line is not a row.
+    Args:
+        path: The file.
     """
-    return list(_each_line(path))
-
-
-def _each_line(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `read_lines`."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):  # unfinished
-                return
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not {"step", "time"} <= row.keys():
-                raise ValueError(
-                    f"{path}: line {number} is not a row with step and time: {line[:60]!r}; "
-                    f"remove it"
-                )
-            yield row
+    return list(each_row(path, numbers=True))

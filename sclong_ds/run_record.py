@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +27,13 @@ from sclong_ds.run_folder import (
     picture_steps,
     read_events,
     read_every_row,
-    read_lines,
     read_run_json,
+    read_samples,
     without_credentials,
 )
 from sclong_ds.strict_yaml import parse_yaml
+
+log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -96,9 +98,17 @@ class RunRecord:
     @cached_property
     def settings(self) -> dict[str, str]:
         """Both resolved configurations by dotted key; nothing where there is none."""
-        text, deepspeed = self.texts.get("config.yaml"), self.texts.get("ds_config.json")
-        tree = parse_yaml(text, f"{self.folder}/config.yaml") if text else {}
-        return dict(_flat(tree, "")) | dict(_flat(json.loads(deepspeed or "{}"), "ds_config."))
+        found: dict[str, str] = {}
+        for name, prefix in (("config.yaml", ""), ("ds_config.json", "ds_config.")):
+            try:
+                # JSON is YAML; both were written by training.
+                text = self.texts.get(name)
+                tree = parse_yaml(text, f"{self.folder}/{name}") if text else {}
+            except ValueError as error:
+                log.warning("%s; its settings are not shown", error)
+                continue
+            found |= dict(_flat(tree, prefix))
+        return found
 
     @property
     def steps(self) -> int:
@@ -178,7 +188,7 @@ def read_run(run_dir: Path) -> RunRecord:
         )
     events = read_events(run_dir)
     sessions = _sessions(events, every_row)
-    nodes = {f.stem: read_lines(f) for f in sorted((run_dir / SYSTEM_DIR).glob("*.jsonl"))}
+    nodes = {f.stem: read_samples(f) for f in sorted((run_dir / SYSTEM_DIR).glob("*.jsonl"))}
     for timed in (rows, *nodes.values()):
         _add_hours(timed, sessions)
     files = (run_dir / name for name in ("config.yaml", "ds_config.json"))
@@ -191,7 +201,9 @@ def read_run(run_dir: Path) -> RunRecord:
         events=events,
         sessions=sessions,
         texts={
-            f.name: without_credentials(f.read_text(encoding="utf-8")) for f in files if f.is_file()
+            f.name: without_credentials(f.read_text(encoding="utf-8", errors="replace"))
+            for f in files
+            if f.is_file()
         },
         images=() if folder is None else tuple(sorted(folder.glob("*.png"))),
         pictured_step=pictured,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 import time
@@ -34,6 +35,8 @@ from sclong_ds.run_folder import (
 )
 from sclong_ds.strict_yaml import read_yaml
 from sclong_ds.watchdog import ENDED, HANG_FILE, SLOW_FILE, read_heartbeats, read_json
+
+log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "interrupted", "failed", "hung", "lost"]
 """lost: on record as running, but no rank has written for a while: killed without notice."""
@@ -330,13 +333,17 @@ def _speed(steps: Rows) -> tuple[float | None, float | None]:
 def _last_checkpoint(run_dir: Path, events: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the event of the newest checkpoint that was not pruned since."""
     folder = run_dir / "checkpoints"
-    saved = (e for e in reversed(events) if e.get("event") == "checkpoint")
+    saved = (e for e in reversed(events) if e["event"] == "checkpoint" and "path" in e)
     return next((e for e in saved if (folder / e["path"]).is_dir()), None)
 
 
 def _max_steps(run_dir: Path) -> int | None:
     path = run_dir / "config.yaml"
-    section = read_yaml(path).get("run") if path.is_file() else None
+    try:
+        section = read_yaml(path).get("run") if path.is_file() else None
+    except ValueError as error:
+        log.warning("%s; the length of the run is unknown", error)
+        return None
     value = section.get("max_steps") if isinstance(section, dict) else None
     return value if isinstance(value, int) else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from sclong_ds.files import write_atomic
 
 CHECKSUM = "checksum"
+
+log = logging.getLogger(__name__)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -35,6 +38,21 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, must be a JSON object")
     return content
+
+
+def read_sound(path: Path) -> dict[str, Any]:
+    """Return a JSON object that a run can do without; empty where it is absent or damaged.
+
+    Args:
+        path: The file.
+    """
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        log.warning("%s; ignored", error)
+        return {}
 
 
 def checksum_of(content: Mapping[str, Any]) -> str:

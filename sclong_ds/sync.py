@@ -10,7 +10,6 @@ Credentials are MLflow's: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sclong_ds.config import RunConfig, load_config
 from sclong_ds.files import local_path
 from sclong_ds.mlflow_store import Sender, Status, send_all, tracking_uri
 from sclong_ds.run_folder import EVENTS_FILE, RUN_FILE, read_run_json
+from sclong_ds.sealed_json import read_sound
 from sclong_ds.signals import lock_run_folder
 from sclong_ds.tracking import ENVIRONMENT_FILE, describe, restart_folder
 
@@ -71,12 +71,12 @@ def _send(run_dir: Path, config: RunConfig) -> Sender:
         description=describe(config, run_dir, record, params=params, tags=tags),
         patient=True,
     )
-    folder = restart_folder(record) if record["restarts"] else None
+    folder = restart_folder(record) if record.get("restarts") else None
     begun_with = ("config.yaml", "ds_config.json", ENVIRONMENT_FILE)
     files = [(run_dir / name, folder) for name in begun_with]
     files += [(run_dir / name, None) for name in (EVENTS_FILE, RUN_FILE)]
     sender.queue(file for file in files if file[0].is_file())
-    send_all(sender, _STATUS.get(record["status"], "KILLED"))
+    send_all(sender, _STATUS.get(str(record.get("status")), "KILLED"))
     return sender
 
 
@@ -88,6 +88,6 @@ def _further(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, Any], dic
         params["world_size"] = about["world_size"]
         params["parameters"] = sum(about["parameters"].values())
     if deepspeed.is_file():
-        params["ds_config"] = json.loads(deepspeed.read_text(encoding="utf-8"))
+        params["ds_config"] = read_sound(deepspeed)
     hashes = ("corpus_hash", "genes_hash", "graph_hash")
     return params, {name: str(about[name]) for name in hashes if name in about}

@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 
-from sclong_ds.run_folder import SYSTEM_DIR, Lines, node_name
+from sclong_ds.json_lines import Lines
+from sclong_ds.run_folder import SYSTEM_DIR, node_name
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, get_type_hints
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ class Watchdog:
             (self._folder / name).unlink(missing_ok=True)
         if self._rank == 0:
             for path in self._folder.glob("rank_*.json"):
-                if int(path.stem.removeprefix("rank_")) >= self._world_size:
+                rank = path.stem.removeprefix("rank_")
+                if not (rank.isdecimal() and int(rank) < self._world_size):
                     path.unlink(missing_ok=True)
         self._write_heartbeat()
         self._thread.start()
@@ -285,8 +286,11 @@ def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
     """
     found = {}
     for path in sorted(folder.glob("rank_*.json")):
-        content = read_json(path)
-        if content.keys() == Heartbeat.__dataclass_fields__.keys():
+        content, kinds = read_json(path), get_type_hints(Heartbeat)
+        if content.keys() == kinds.keys() and all(
+            isinstance(value, float | int if kinds[name] is float else kinds[name])
+            for name, value in content.items()
+        ):
             found[content["rank"]] = Heartbeat(**content)
     return found
 
@@ -295,7 +299,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a file of the heartbeat folder; an absent or unfinished one is an empty dict."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

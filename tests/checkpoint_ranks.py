@@ -146,7 +146,7 @@ def save_in_the_background(folder: Path, seen: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    seen["background"] = {}
+    seen["background"], seen["loaded_again"] = {}, {}
     for name in ("zero1 fp32", "zero2 bf16", "zero3 fp32", "zero3_offload bf16"):
         ds_config, precision = name.split()
         engine = make_engine(ds_config=ds_config, precision=precision)
@@ -165,6 +165,9 @@ def save_in_the_background(folder: Path, seen: dict[str, Any]) -> None:
             path = folder / checkpoint.finish_save(saving).name
             manifests.append(json.loads((path / "manifest.json").read_text()))
         seen["background"][name] = manifests[0] == manifests[1]
+        fresh = make_engine(ds_config=ds_config, precision=precision)
+        loaded = checkpoint.load(fresh, folder, accept=lambda found: None)
+        seen["loaded_again"][name] = loaded is not None and loaded.name
 
 
 def hold(release: threading.Event) -> None:

@@ -93,7 +93,7 @@ def test_kernels_import_torch_and_triton_only():
         ("guards", set()),
         ("watchdog", set()),
         ("engine", {"sclong_ds.config"}),
-        ("run_folder", {"sclong_ds.files"}),
+        ("run_folder", {"sclong_ds.json_lines", "sclong_ds.sealed_json"}),
         ("plots", set()),
         (
             "tracking",
@@ -106,8 +106,8 @@ def test_kernels_import_torch_and_triton_only():
                 "sclong_ds.system_metrics",
             },
         ),
-        ("mlflow_store", {"sclong_ds.run_folder"}),
-        ("system_metrics", {"sclong_ds.run_folder"}),
+        ("mlflow_store", {"sclong_ds.json_lines", "sclong_ds.run_folder"}),
+        ("system_metrics", {"sclong_ds.json_lines", "sclong_ds.run_folder"}),
         ("gradient_norms", set()),
         ("rank_times", {"sclong_ds.engine", "sclong_ds.picture_data"}),
     ],
@@ -134,7 +134,15 @@ def test_data_prep_imports_only_the_storage_modules():
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("deepspeed", {"sclong_ds.engine", "sclong_ds.checkpoint", "sclong_ds.checkpoint_writer"}),
+        (
+            "deepspeed",
+            {
+                "sclong_ds.engine",
+                "sclong_ds.checkpoint",
+                "sclong_ds.checkpoint_writer",
+                "sclong_ds.torch_files",
+            },
+        ),
         ("mlflow", {"sclong_ds.mlflow_store", "sclong_ds.mlflow_model"}),
     ],
 )

@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import PORT, ROOT, environment
 from small_disk import CANNOT_MOUNT, small_disk
 
-from sclong_ds import checkpoint, checkpoint_files
+from sclong_ds import checkpoint, export, sealed_json
 from sclong_ds.checkpoint_files import (
     ChecksummedFile,
     best_checkpoint,
@@ -27,10 +30,13 @@ from sclong_ds.checkpoint_files import (
     prune,
     record_best,
     remove_unfinished,
+    restore_best,
     write_manifest,
 )
 from sclong_ds.config import load_config
 from sclong_ds.failures import passes
+from sclong_ds.run_folder import RunFolder
+from sclong_ds.torch_files import plain_values_only
 
 RANKS = 2
 
@@ -171,7 +177,7 @@ def test_a_new_checkpoint_is_good_without_what_stands_beside_it(tmp_path, monkey
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    for module in (checkpoint, checkpoint_files):
+    for module in (checkpoint, sealed_json):
         monkeypatch.setattr(module, "write_atomic", full)
     settings = load_config("sclong_tiny", ["checkpoint.keep_last=1"]).checkpoint
     checkpoint._tidy(tmp_path, name_of(3), 0.5, settings)
@@ -181,12 +187,82 @@ def test_a_new_checkpoint_is_good_without_what_stands_beside_it(tmp_path, monkey
     ] * 2
 
 
-def test_a_damaged_best_json_is_written_anew(tmp_path):
+@pytest.fixture
+def validated(tmp_path):
+    """The checkpoints of a run whose second of three was the best."""
+    folder = tmp_path / "checkpoints"
+    with RunFolder(tmp_path) as run:
+        for step, error in ((2, 0.5), (4, 0.25), (6, 0.75)):
+            make_checkpoint(folder, step, FILES)
+            run.append_metrics(step, {"val/mse": error})
+            record_best(folder, name_of(step), error)
+    return folder
+
+
+def flips(content, n):
+    rng = random.Random(1)
+    for bit in (rng.randrange(8 * len(content)) for _ in range(n)):
+        data = bytearray(content)
+        data[bit // 8] ^= 1 << bit % 8
+        yield bytes(data)
+
+
+def test_a_damaged_best_json_is_made_again_from_the_metrics(validated):
+    path = validated / "best.json"
+    whole = path.read_bytes()
+    others = [b"", b"{", b"[]", b"\xff\x00", b'{"checkpoint": "../x", "step": 4, "val_mse": 0.1}',
+              b'{"checkpoint": "step_00000004", "step": 4, "val_mse": "0.1"}',
+              b'{"checkpoint": "step_\\u0000", "step": 4, "val_mse": 0.1}']  # fmt: skip
+    for content in (*flips(whole, 200), *others):
+        path.write_bytes(content)
+        assert best_checkpoint(validated) == (name_of(4), 0.25)
+        restore_best(validated)
+        assert json.loads(path.read_bytes()) == json.loads(whole)
+        assert (validated / "best.json.damaged").is_file() or content.strip() == whole.strip()
+    path.unlink()
+    assert best_checkpoint(validated) is None
+    restore_best(validated)
+    assert path.read_bytes() == whole
+
+
+def test_saving_goes_on_beside_a_damaged_best_json(validated, caplog):
+    """It keeps the best checkpoint, which the file does not name any more."""
+    settings = load_config("sclong_tiny", ["checkpoint.keep_last=1"]).checkpoint
+    for content in flips((validated / "best.json").read_bytes(), 20):
+        (validated / "best.json").write_bytes(content)
+        checkpoint._tidy(validated, name_of(6), None, settings)
+        assert best_checkpoint(validated) == (name_of(4), 0.25)
+    assert [p.name for p in complete_checkpoints(validated)] == [name_of(6), name_of(4)]
+    assert "set aside as best.json.damaged" in caplog.text
+
+
+def test_without_metrics_a_damaged_best_json_is_written_by_the_next_validation(tmp_path):
     make_checkpoint(tmp_path, 1, FILES)
     (tmp_path / "best.json").write_text('{"checkpoint": "st')
     assert best_checkpoint(tmp_path) is None
     record_best(tmp_path, name_of(1), 0.5)
     assert best_checkpoint(tmp_path) == (name_of(1), 0.5)
+
+
+def test_what_others_put_beside_the_checkpoints_is_ignored_and_stays(tmp_path):
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    foreign = ["step_abc", "step_00000004 (copy)", "step_12", "step_abc.damaged", "step_x.partial",
+               "step_\u0663", "step_", "notes"]  # fmt: skip
+    for name in foreign:
+        (tmp_path / name).mkdir()
+    files = [name_of(16), "step_00000003.damaged.txt", "latest"]
+    for name in files:
+        (tmp_path / name).write_text("?")
+    assert [p.name for p in complete_checkpoints(tmp_path)] == [name_of(4), name_of(2)]
+    remove_unfinished(tmp_path)
+    prune(tmp_path, keep_last=1, keep_every_n_steps=None, keep_best=True)
+    assert names(tmp_path) == sorted([*foreign, *files, name_of(4)])
+    # A checkpoint of that step takes the name; the file stays under another.
+    (tmp_path / f"{name_of(16)}.partial").mkdir()
+    checkpoint._rename(tmp_path / f"{name_of(16)}.partial")
+    assert (tmp_path / name_of(16)).is_dir()
+    assert (tmp_path / f"{name_of(16)}.foreign").read_text() == "?"
 
 
 def test_more_than_eight_digits_are_still_the_newest(tmp_path):
@@ -304,6 +380,46 @@ def test_what_is_written_in_the_background_is_the_state_when_it_began(ranks):
     for rank in ranks[0]:
         assert len(rank["background"]) == 4
         assert all(rank["background"].values()), rank["background"]
+
+
+@pytest.mark.distributed
+def test_every_stage_and_precision_is_loaded_as_tensors_and_plain_values(ranks):
+    for rank in ranks[0]:
+        assert list(rank["loaded_again"].values()) == [name_of(1)] * 4
+
+
+@pytest.mark.distributed
+def test_code_in_an_optimizer_file_is_named_and_not_run(ranks, tmp_path):
+    """The file is in its manifest, and what it calls would leave a file."""
+    saved = complete_checkpoints(ranks[1])[0]
+    harmful = tmp_path / saved.name
+    shutil.copytree(saved, harmful)
+    victim = next(harmful.glob("zero_pp_rank_1_*optim_states.pt"))
+    with plain_values_only():
+        state = torch.load(victim)
+    torch.save(state | {"more": Harmful(tmp_path / "ran")}, victim)
+    (harmful / "manifest.json").unlink()
+    write_manifest(harmful, {})
+    assert damage(harmful) is None
+    for read in (checkpoint.full_weights, lambda path: export.export(path, tmp_path / "model")):
+        with pytest.raises(ValueError, match=rf"{victim.name}: names \w+\.system, which could run"):
+            read(harmful)
+    # The converter reads under the same limits, should a file pass the first look.
+    command = [sys.executable, "-m", "sclong_ds.torch_files", "--input_folder", str(harmful),
+               "--output_folder", str(tmp_path / "converted")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert "Unsupported global: GLOBAL posix.system" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+class Harmful:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
 
 
 @pytest.mark.distributed

@@ -357,11 +357,22 @@ def test_unknown_run_without_a_store_is_one_clear_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_run_json_is_one_clear_line(
-    run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    "name", ["run.json", "events.jsonl", "config.yaml", "ds_config.json", "plots", "system"]
+)
+def test_a_damaged_file_beside_the_metrics_does_not_stop_a_report(
+    run_dir: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str
 ) -> None:
-    (run_dir / "run.json").write_text("{")
-    assert call(str(run_dir), "--out", str(tmp_path / "r.html")) == 1
-    assert "run.json: not JSON" in capsys.readouterr().err
-    with pytest.raises(json.JSONDecodeError):
-        json.loads((run_dir / "run.json").read_text())
+    damaged = {
+        "plots": run_dir / "plots" / "step_abc" / "x",
+        "system": run_dir / "system" / "a.jsonl",
+    }
+    path = damaged.get(name, run_dir / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"{\n\x00\xff: [\n")
+    before = path.read_bytes()
+    assert call(str(run_dir), "--out", str(tmp_path / "r.html")) == 0
+    assert (tmp_path / "r.html").stat().st_size > 10_000
+    if name in ("run.json", "events.jsonl", "system"):
+        assert str(path) in caplog.text
+    assert path.read_bytes() == before, "reading changes nothing"

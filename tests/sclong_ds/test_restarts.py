@@ -165,10 +165,14 @@ def test_time_to_save_follows_the_slowest_recent_checkpoint(tmp_path: Path) -> N
     assert seconds_to_save(tmp_path) == 121
 
 
-def test_damaged_record_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / RESTARTS_FILE).write_text('[{"job": "7"}]')
-    with pytest.raises(ValueError, match=r"restarts\.json: .*remove it"):
-        _begin(tmp_path)
+@pytest.mark.parametrize("text", ['[{"job": "7"}]', "{", "[" * 100_000, "5"])
+def test_a_damaged_record_counts_starts_from_0(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    (tmp_path / RESTARTS_FILE).write_text(text)
+    _begin(tmp_path)
+    assert "restarts.json: not a record of starts" in caplog.text
+    assert len(read_lives(tmp_path)) == 1
 
 
 def test_commands(

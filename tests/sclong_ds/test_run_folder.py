@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import subprocess
 import tracemalloc
 from pathlib import Path
@@ -72,12 +73,81 @@ def test_torn_last_line_is_ignored_and_then_cut_off(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-@pytest.mark.parametrize("bad", [b"oops\n", b"5\n", b'{"train/loss": 1.0}\n'])
-def test_damaged_line_is_named(tmp_path: Path, bad: bytes) -> None:
-    good = b'{"step": 1, "train/loss": 1.0, "time": 0}\n'
-    (tmp_path / "metrics.jsonl").write_bytes(good + bad + good)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 "):
-        read_metrics(tmp_path)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"oops\n", b"5\n", b'{"train/loss": 1.0}\n', b"\x00\x00\n", b"\xff\xfe\n", b"\n",
+        b"[" * 100_000 + b"\n", b'{"step": "2", "time": 0}\n', b'{"step": 2, "time": NaN}\n',
+        b'{"step": 2, "time": 0, "train/loss": "high"}\n', b'{"step": 1e400, "time": 0}\n',
+        b'{"step": 2, "time": 0, "train/loss": 1' + b"0" * 400 + b"}\n",
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_left_out_and_reported(
+    tmp_path: Path, bad: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [b'{"step": %d, "train/loss": 1.0, "time": 0}\n' % step for step in (1, 3)]
+    (tmp_path / "metrics.jsonl").write_bytes(bad.join(rows))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+    (record,) = caplog.records
+    assert record.message == (
+        f"{tmp_path}/metrics.jsonl: 1 damaged lines are ignored (line 2); all others are used"
+    )
+
+
+def test_a_flipped_bit_costs_its_row_at_most(tmp_path: Path) -> None:
+    """Two rows, where it joins two lines; no other value ever changes."""
+    with RunFolder(tmp_path) as folder:
+        for step in range(1, 6):
+            folder.append_metrics(step, {"train/loss": step / 7, "train/lr": 1e-3})
+    path = tmp_path / "metrics.jsonl"
+    whole, expected = path.read_bytes(), [dict(row) for row in read_metrics(tmp_path)]
+    assert [row["train/loss"] for row in expected] == [step / 7 for step in range(1, 6)]
+    rng = random.Random(0)
+    for bit in (rng.randrange(8 * len(whole)) for _ in range(300)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        found = [dict(row) for row in read_metrics(tmp_path)]
+        assert len(found) >= 3
+        assert all(row in expected for row in found)
+
+
+def test_rows_of_earlier_versions_come_before_those_with_a_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    old = b'{"step": 1, "train/loss": 0.5, "time": 0}\n'
+    path.write_bytes(old)
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(2, {"train/loss": 0.25})
+    assert [row["train/loss"] for row in read_metrics(tmp_path)] == [0.5, 0.25]
+    # A row that lost its checksum is not one of an earlier version.
+    path.write_bytes(path.read_bytes() + old.replace(b"1", b"3", 1))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_damaged_run_json_is_set_aside_and_made_again_from_the_newest_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = record_start(tmp_path, resumed=False)["run_id"]
+    path = tmp_path / "run.json"
+    saved = tmp_path / "checkpoints" / "step_00000004"
+    saved.mkdir(parents=True)
+    (saved / "run.json").write_bytes(path.read_bytes())
+    for damage in (path.read_bytes().replace(b'"RUNNING"', b'"RUNNINF"'), b"{", b"\xff", b"[1]"):
+        path.write_bytes(damage)
+        assert read_run_json(tmp_path)["run_id"] == ids
+        assert "status" not in read_run_json(tmp_path)
+    assert "identified by its newest checkpoint" in caplog.text
+    again = record_start(tmp_path, resumed=True)
+    assert again["run_id"] == ids
+    assert read_run_json(tmp_path) == again
+    assert (tmp_path / "run.json.damaged").read_bytes() == b"[1]"
+
+
+def test_a_run_json_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"run_id": "abc", "restarts": 1}')
+    assert read_run_json(tmp_path) == {"run_id": "abc", "restarts": 1}
+    update_run_json(tmp_path, status="FINISHED")
+    assert read_run_json(tmp_path)["run_id"] == "abc"
 
 
 def test_non_finite_values_are_null_with_an_event(tmp_path: Path) -> None:

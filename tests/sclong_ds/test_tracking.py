@@ -18,9 +18,9 @@ from sclong_ds.mlflow_store import find_run_dir, tracking_uri
 from sclong_ds.run_checks import check_inputs
 from sclong_ds.run_folder import (
     read_events,
-    read_lines,
     read_metrics,
     read_run_json,
+    read_samples,
     take_over_ids,
     without_credentials,
 )
@@ -358,7 +358,7 @@ def test_every_node_is_sampled_into_the_one_run(
         tracker.finish("FINISHED")
     run_id = read_run_json(tmp_path / "run")["mlflow_run_id"]
     for node in ("n_1", "n2"):
-        rows = read_lines(tmp_path / "run" / "system" / f"{node}.jsonl")
+        rows = read_samples(tmp_path / "run" / "system" / f"{node}.jsonl")
         name = f"system/{node}/system_memory_usage_percentage"
         assert rows[-1]["step"] == 7
         assert 0 < rows[-1][name] <= 100
