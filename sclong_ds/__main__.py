@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "embed": ("sclong_ds.embed", "cells to embeddings, AnnData out"),
     "evaluate": ("sclong_ds.evaluate", "zero-shot scores of embeddings against baselines"),
+    "verify": ("sclong_ds.verify", "a run, checkpoint or model against its checksums"),
     "status": ("sclong_ds.run_status", "how a run is doing, from its files"),
     "report": ("sclong_ds.report", "one HTML page about a run, or about several"),
     "compare": ("sclong_ds.compare", "settings and figures of several runs, side by side"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -350,7 +351,7 @@ def read_gene_vectors(path: str) -> np.ndarray:
     try:
         vectors = np.load(path, allow_pickle=False)
         usable = bool(np.isfinite(vectors).all())
-    except (ValueError, EOFError, TypeError) as error:
+    except (ValueError, EOFError, TypeError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"model.gene_vectors={path}: not an .npy file of numbers ({error})"
         ) from None

@@ -4,8 +4,10 @@ A run's `checkpoints` folder holds `step_00000050` (whole), `step_00000060.parti
 or left by a process that was killed), `step_00000070.damaged` (found broken on load), `latest`
 (name of the newest) and `best.json` (the one with the lowest validation error). A checkpoint holds
 DeepSpeed's files of every rank, the files that make it self-contained (config.yaml, genes.tsv,
-gene_graph.npz, random_features.safetensors), state.json (position of the run) and manifest.json
-(size in bytes and CRC-32 of every file).
+gene_graph.npz, random_features.safetensors), state.json (position of the run) and manifest.json:
+version, ranks, ZeRO stage, size in bytes and CRC-32C of every file, and a checksum of itself. It is
+whole when the manifest names the files that its ranks and stage need. In manifests of version 1,
+which are still read, there are the files alone, with CRC-32.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import math
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-from sclong_ds.files import write_atomic
+import google_crc32c
+
 from sclong_ds.run_folder import METRICS_FILE, read_metrics
 from sclong_ds.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 
@@ -29,6 +32,7 @@ log = logging.getLogger(__name__)
 
 BEST = "best.json"
 MANIFEST = "manifest.json"
+_FORMAT, _VERSION = "sclong_ds-checkpoint", 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,34 +63,6 @@ class TrainState:
     """SHA-256 of `data.dataset_weights`."""
     skipped_steps: int = 0
     """Steps that were not applied because something was not finite."""
-
-
-class ChecksummedFile:
-    """A file being written, with the size and CRC-32 of what was meant to be written.
-
-    Nothing has to be read back, and a write that the disk garbled is found on load.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.size = 0
-        self.crc = 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        """Write a block; a failure is kept, for torch.save hides it behind another."""
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.crc = zlib.crc32(data, self.crc)
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Hand what was written to the operating system."""
-        self._file.flush()
 
 
 def name_of(step: int) -> str:
@@ -157,21 +133,147 @@ def damage(checkpoint: Path, *, part: int = 0, parts: int = 1) -> str | None:
         OSError: A file is there and cannot be read, now and here.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
-        return f"{MANIFEST} is missing or unreadable"
-    for number, (name, (size, crc)) in enumerate(sorted(manifest.items())):
+        manifest = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except ValueError as error:
+        return f"{MANIFEST} is unreadable ({error})"
+    if part == 0 and (problem := _incomplete(checkpoint, manifest)):
+        return problem
+    for number, (name, recorded) in enumerate(sorted(manifest.files.items())):
         writer = re.search(r"zero_pp_rank_(\d+)_", name)
         if (int(writer[1]) if writer else number) % parts != part:
             continue
-        path = checkpoint / name
         try:
-            found = fingerprint(path)
+            found = fingerprint(checkpoint / name, crc=manifest.crc)
         except FileNotFoundError:
             return f"{name} is missing"
-        if found != [size, crc]:
-            return f"{name} does not have the size and CRC-32 it was saved with"
+        if found != recorded:
+            return f"{name} does not have the size and {manifest.crc} it was saved with"
     return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint's manifest.json says."""
+
+    files: dict[str, list[int]]
+    """Size in bytes and checksum by name."""
+    world_size: int | None
+    """Ranks that wrote; None in version 1, where state.json says it."""
+    zero_stage: int | None
+    """ZeRO stage; None in version 1."""
+    crc: str
+    """Kind of checksum."""
+    digest: str | None
+    """Names the whole content (SHA-256, hex); None in version 1."""
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Args:
+        checkpoint: A `step_*` folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or of a later version.
+    """
+    path = checkpoint / MANIFEST
+    content = read_object(path)
+    if "format" not in content and CHECKSUM not in content:  # version 1: the files alone
+        _check_files(path, content)
+        return Manifest(files=content, world_size=None, zero_stage=None, crc="CRC-32", digest=None)
+    content = read_sealed(path)
+    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+        raise ValueError(
+            f"{path}: format {content.get('format')} version {content.get('version')}; this "
+            f"version reads {_FORMAT} {_VERSION}"
+        )
+    _check_files(path, content["files"])
+    return _manifest(content)
+
+
+def _manifest(content: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        files=content["files"],
+        world_size=content["world_size"],
+        zero_stage=content["zero_stage"],
+        crc="CRC-32C",
+        digest=content.get(CHECKSUM),
+    )
+
+
+def _check_files(path: Path, files: Any) -> None:
+    """Check that the files of a manifest are names inside the folder, with two numbers each."""
+    sound = isinstance(files, dict) and all(
+        "/" not in name and name not in ("", ".", "..")
+        and isinstance(value, list) and [type(v) for v in value] == [int, int]
+        for name, value in files.items()
+    )  # fmt: skip
+    if not sound:
+        raise ValueError(f"{path}: damaged (not a list of files with size and checksum)")
+
+
+def extra_files(checkpoint: Path, manifest: Manifest) -> list[str]:
+    """Return the names in a checkpoint that its manifest does not have.
+
+    Args:
+        checkpoint: A `step_*` folder.
+        manifest: Its manifest.
+    """
+    known = {MANIFEST, *manifest.files}
+    return sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
+
+
+def _incomplete(checkpoint: Path, manifest: Manifest) -> str | None:
+    """Return what is missing from a manifest, or lies beside its files and would be loaded."""
+    if "state.json" not in manifest.files:
+        return f"{MANIFEST} names no state.json"
+    try:
+        state = read_object(checkpoint / "state.json")
+    except FileNotFoundError:
+        return "state.json is missing"
+    except ValueError as error:
+        return f"state.json is unreadable ({error})"
+    shape = state.get("world_size"), state.get("zero_stage")
+    if manifest.digest is not None and shape != (manifest.world_size, manifest.zero_stage):
+        return "state.json and the manifest have other ranks or ZeRO stages"
+    world_size, stage = shape
+    if type(world_size) is not int or world_size < 1 or stage not in (1, 2, 3):
+        return f"state.json has {world_size!r} ranks and ZeRO stage {stage!r}"
+    missing = missing_files(
+        manifest.files, world_size=world_size, zero_stage=stage,
+        graph=state.get("graph_hash") is not None,
+        features=state.get("features_hash") is not None,
+    )  # fmt: skip
+    if missing:
+        return f"{MANIFEST} lacks {', '.join(missing[:3])}" + ", ..." * (len(missing) > 3)
+    loaded = [name for name in extra_files(checkpoint, manifest) if name.endswith("_states.pt")]
+    return f"{loaded[0]} is not in its {MANIFEST}, but would be loaded" if loaded else None
+
+
+def missing_files(
+    names: Iterable[str], *, world_size: int, zero_stage: int, graph: bool, features: bool
+) -> list[str]:
+    """Return the files that a whole checkpoint has, and these names have not.
+
+    Args:
+        names: File names.
+        world_size: Ranks that wrote.
+        zero_stage: ZeRO stage; in stage 3 every rank has a file of weights.
+        graph: Whether the model has a gene graph.
+        features: Whether its random features were given in a file.
+    """
+    # bf16 puts its name before that of the optimizer's files.
+    have = {name.removeprefix("bf16_") for name in names}
+    ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world_size)]
+    models = ranks if zero_stage == 3 else ["mp_rank_00"]
+    needed = ["state.json", "config.yaml", "genes.tsv"]
+    needed += ["gene_graph.npz"] * graph + ["random_features.safetensors"] * features
+    needed += [f"{name}_model_states.pt" for name in models]
+    needed += [f"{name}_optim_states.pt" for name in ranks]
+    return [name for name in needed if name not in have]
 
 
 def write_manifest(checkpoint: Path, written: dict[str, list[int]]) -> int:
@@ -179,13 +281,13 @@ def write_manifest(checkpoint: Path, written: dict[str, list[int]]) -> int:
 
     Args:
         checkpoint: The folder, complete but for the manifest.
-        written: Size in bytes and CRC-32, by name, of what the ranks wrote.
+        written: Size in bytes and CRC-32C, by name, of what the ranks wrote.
 
     Returns:
         Size of the whole in bytes.
 
     Raises:
-        OSError: What another rank wrote is not there.
+        OSError: What another rank wrote is not there, or a file is missing.
     """
     for name, (size, _) in written.items():
         if _visible_size(checkpoint / name) != size:
@@ -193,20 +295,34 @@ def write_manifest(checkpoint: Path, written: dict[str, list[int]]) -> int:
                 f"{checkpoint / name} is not what its rank wrote ({size} bytes): is run.dir on a "
                 f"file system that all nodes share?"
             )
-    own = {str(p.relative_to(checkpoint)): p for p in checkpoint.rglob("*") if p.is_file()}
-    manifest = written | {n: fingerprint(p) for n, p in own.items() if n not in written}
-    write_atomic(checkpoint / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    return sum(size for size, _ in manifest.values())
+    own = {path.name: path for path in checkpoint.iterdir() if path.is_file()}
+    files = written | {n: fingerprint(p) for n, p in own.items() if n not in written}
+    state = read_object(checkpoint / "state.json")
+    content = {
+        "format": _FORMAT, "version": _VERSION, "world_size": state["world_size"],
+        "zero_stage": state["zero_stage"], "files": files,
+    }  # fmt: skip
+    if problem := _incomplete(checkpoint, _manifest(content)):
+        raise OSError(f"{checkpoint} is not whole: {problem}")
+    write_sealed(checkpoint / MANIFEST, content)
+    return sum(size for size, _ in files.values())
 
 
-def fingerprint(path: Path) -> list[int]:
-    """Return the size in bytes and the CRC-32 of a file."""
-    crc, size = 0, 0
+def fingerprint(path: Path, *, crc: str = "CRC-32C") -> list[int]:
+    """Return the size in bytes and the checksum of a file.
+
+    Args:
+        path: The file.
+        crc: CRC-32C, or CRC-32 as in manifests of version 1.
+    """
+    value, size = 0, 0
     with path.open("rb") as file:
         while block := file.read(2**22):
-            crc = zlib.crc32(block, crc)
+            value = (
+                google_crc32c.extend(value, block) if crc == "CRC-32C" else zlib.crc32(block, value)
+            )
             size += len(block)
-    return [size, crc]
+    return [size, value]
 
 
 def _visible_size(path: Path) -> int | None:
@@ -243,7 +359,7 @@ def best_checkpoint(folder: Path) -> tuple[str, float] | None:
         folder: The run's `checkpoints` folder.
     """
     try:
-        best = _read_best(folder / BEST)
+        best = read_best(folder / BEST)
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -253,8 +369,11 @@ def best_checkpoint(folder: Path) -> tuple[str, float] | None:
     return best if best is not None and (folder / best[0]).is_dir() else None
 
 
-def _read_best(path: Path) -> tuple[str, float]:
-    """Return the content of best.json.
+def read_best(path: Path) -> tuple[str, float]:
+    """Return name and validation error of best.json.
+
+    Args:
+        path: The file.
 
     Raises:
         FileNotFoundError: There is none.
@@ -294,9 +413,9 @@ def restore_best(folder: Path) -> None:
     """
     path = folder / BEST
     try:
-        if CHECKSUM in read_object(path) and _read_best(path):
+        if CHECKSUM in read_object(path) and read_best(path):
             return
-        known: tuple[str, float] | None = _read_best(path)
+        known: tuple[str, float] | None = read_best(path)
     except (FileNotFoundError, ValueError) as error:
         known = None
         if not isinstance(error, FileNotFoundError):

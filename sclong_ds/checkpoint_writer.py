@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+import google_crc32c
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
-from sclong_ds.checkpoint_files import ChecksummedFile
+_BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,41 @@ class Written:
     """What a rank has written."""
 
     files: dict[str, list[int]]
-    """Size in bytes and CRC-32 by name."""
+    """Size in bytes and CRC-32C by name."""
     error: str | None
     """Why it could not; None: everything is on the disk."""
     seconds: float
     """From the first copy to the last synced file."""
+
+
+class ChecksummedFile:
+    """A file being written, with the size and CRC-32C of what was meant to be written.
+
+    Nothing has to be read back, and a write that the disk garbled is found on load.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.size = 0
+        self.crc = 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write a block; a failure is kept, for torch.save hides it behind another."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        # A copy a block at a time: the checksum is not made of torch's own views of memory.
+        for start in range(0, len(data), _BLOCK_BYTES):
+            self.crc = google_crc32c.extend(self.crc, bytes(data[start : start + _BLOCK_BYTES]))
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system."""
+        self._file.flush()
 
 
 class CheckpointWriter(TorchCheckpointEngine):
@@ -83,7 +114,7 @@ class CheckpointWriter(TorchCheckpointEngine):
         return Written(files, _said(errors[0]) if errors else None, self._ended - self._started)
 
     def _write(self, state: dict[str, Any], path: str) -> list[int]:
-        """Write one file; returns its size in bytes and CRC-32."""
+        """Write one file; returns its size in bytes and CRC-32C."""
         with open(path, "wb") as raw:
             file = ChecksummedFile(raw)
             try:

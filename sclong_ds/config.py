@@ -29,7 +29,7 @@ from sclong_ds.config_sections import (
     RunSection,
     TrackingConfig,
 )
-from sclong_ds.strict_yaml import parse_value, parse_yaml, section_from_dict, unknown_key
+from sclong_ds.strict_yaml import parse_value, read_yaml, section_from_dict, unknown_key
 
 __all__ = [
     "CheckpointConfig",
@@ -95,7 +95,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise FileNotFoundError(
             f"--config {source}: no such preset or file; presets are {', '.join(preset_names())}"
         )
-    tree = parse_yaml(path.read_text(encoding="utf-8"), path.name)
+    tree = read_yaml(path)
     for item in overrides:
         _apply_override(tree, item)
     config = section_from_dict(RunConfig, tree, path.name)

@@ -19,13 +19,13 @@ import fcntl
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sclong_ds.checksums import check_file
+from sclong_ds.files import partial_name
 
 CACHE_VARIABLE = "SCLONG_CACHE"
 _BLOCK_BYTES = 2**24
@@ -312,19 +312,19 @@ def _read_at(handle: int, start: int, length: int) -> bytes:
 
 def _download(files: Any, path: str, target: Path) -> None:
     """Copy a remote file to its place in the cache, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    temporary = partial_name(target)
     try:
-        with os.fdopen(handle, "wb") as copy, files.open(path, "rb") as source:
+        with temporary.open("xb") as copy, files.open(path, "rb") as source:
             while block := source.read(_BLOCK_BYTES):
                 copy.write(block)
             copy.flush()
             os.fsync(copy.fileno())
-        found, expected = Path(temporary).stat().st_size, files.size(path)
+        found, expected = temporary.stat().st_size, files.size(path)
         if found != expected:
             raise OSError(f"{found} of {expected} bytes arrived")
         os.replace(temporary, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

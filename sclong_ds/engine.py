@@ -82,8 +82,8 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name}: not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
     _check_shape(config, path.name)
     _check_keys(config, path.name)
     micro = engine.train_micro_batch_size_per_gpu

@@ -17,7 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from sclong_ds.checkpoint import full_weights, redraw_index
-from sclong_ds.checkpoint_files import MANIFEST, complete_checkpoints, damage, read_state
+from sclong_ds.checkpoint_files import (
+    MANIFEST,
+    complete_checkpoints,
+    damage,
+    read_manifest,
+    read_state,
+)
 from sclong_ds.config import RunConfig, load_config
 from sclong_ds.features_file import read_features
 from sclong_ds.files import local_path
@@ -81,6 +87,7 @@ def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
     graph, trained = checkpoint / GRAPH, read_run_json(checkpoint)
     provenance = asdict(state) | {
         "checkpoint": checkpoint.name,
+        "checkpoint_digest": read_manifest(checkpoint).digest,
         "commit": trained.get("commit"),
         "run": recorded_ids(checkpoint),
         "validation": _validation(checkpoint, state.step),

@@ -94,23 +94,43 @@ def each_row(path: Path, *, numbers: bool = False) -> Iterator[dict[str, Any]]:
         numbers: Take rows of numbers (or null) only.
     """
     bad: list[int] = []
-    checked = False
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):  # unfinished
-                break
-            row, sealed = parse_line(line)
-            checked |= sealed
-            usable = row is not None and sealed == checked
-            if row is None or not usable or (numbers and not all(map(is_number, row.values()))):
-                bad.append(number)
-            else:
-                yield row
+    for number, row, _ in _numbered(path):
+        if row is None or (numbers and not all(map(is_number, row.values()))):
+            bad.append(number)
+        else:
+            yield row
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         log.warning(
             "%s: %d damaged lines are ignored (line %s); all others are used", path, len(bad), shown
         )
+
+
+def damaged_lines(path: Path) -> tuple[list[int], int]:
+    """Return the numbers of the damaged lines of a file, and how many rows have no checksum.
+
+    Args:
+        path: The file.
+    """
+    bad, unsealed = [], 0
+    for number, row, sealed in _numbered(path):
+        if row is None:
+            bad.append(number)
+        elif not sealed:
+            unsealed += 1
+    return bad, unsealed
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any] | None, bool]]:
+    """Yield the number of each line, its row or None, and whether it has its checksum."""
+    checked = False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):  # unfinished
+                return
+            row, sealed = parse_line(line)
+            checked |= sealed
+            yield number, row if sealed == checked else None, sealed
 
 
 def plain(value: object) -> object:

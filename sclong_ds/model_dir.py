@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 import time
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 from sclong_ds.config import ModelConfig
 from sclong_ds.features_file import read_features, write_features
-from sclong_ds.files import sync_tree
+from sclong_ds.files import partial_name, remove_partials_of, sync_tree
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.model.sclong import ScLong, Transform
@@ -86,8 +85,8 @@ def write_model_dir(
     """
     check_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_partials_of(out)
+    partial = partial_name(out)
     partial.mkdir()
     try:
         for source, name in ((genes, "genes.tsv"), (graph, GRAPH)):

@@ -66,8 +66,12 @@ def read_weights(path: Path) -> dict[str, float]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"data.dataset_weights={path}: no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.dataset_weights={path}: not UTF-8 text ({error})") from None
     weights: dict[str, float] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
         name, _, text = line.partition("\t")

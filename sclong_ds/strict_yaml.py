@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -47,8 +48,19 @@ def section_from_dict(cls: type, tree: Mapping[str, Any], where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; duplicate keys are an error."""
-    return parse_yaml(path.read_text(encoding="utf-8"), path.name)
+    """Read a YAML mapping; duplicate keys are an error.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: Not UTF-8, not YAML, or no mapping; the message names the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    return parse_yaml(text, str(path))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -63,13 +75,36 @@ _Dumper.add_representer(float, _represent_float)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; PyYAML keeps the last one silently."""
+    """SafeLoader that refuses a key given twice; PyYAML keeps the last one silently.
+
+    Whole numbers are decimal: YAML 1.1 reads 1:30 as 90 and 010 as 8, which is text here.
+    """
+
+
+_DECIMAL = {
+    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _DECIMAL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, (_pattern, _first) in _DECIMAL.items():
+    _UniqueKeyLoader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
 
 
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     mapping: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float | bool | None):
+            raise ValueError(
+                f"line {key_node.start_mark.line + 1}: a key is a {type(key).__name__}; write text"
+            )
         if key in mapping:
             raise ValueError(f"line {key_node.start_mark.line + 1}: key '{key}' is given twice")
         mapping[key] = loader.construct_object(value_node, deep=True)
@@ -87,10 +122,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         name: File name for error messages.
     """
     try:
-        # _UniqueKeyLoader is a SafeLoader: it builds plain containers and scalars only.
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+        tree = _load(text)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if not isinstance(tree, dict):
@@ -105,9 +137,27 @@ def parse_value(text: str) -> Any:
         ValueError: Not YAML.
     """
     try:
+        return _load(text)
+    except ValueError:
+        raise ValueError(f"'{text[:100]}' is not a YAML value") from None
+
+
+def _load(text: str) -> Any:
+    """Return what YAML text holds.
+
+    Raises:
+        ValueError: Not YAML, a key given twice, or nested too deeply.
+    """
+    try:
+        # _UniqueKeyLoader is a SafeLoader: it builds plain containers and scalars only.
         return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError:
-        raise ValueError(f"'{text}' is not a YAML value") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError("not valid YAML: nested too deeply") from None
+    except (TypeError, AttributeError, IndexError, OverflowError) as error:
+        # What PyYAML's constructors raise of a tag that does not fit its value: !!timestamp x
+        raise ValueError(f"not valid YAML: {error}") from None
 
 
 def unknown_key(name: str, allowed: Iterable[str]) -> str:
@@ -179,6 +229,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             except ValueError:
                 pass
         raise ValueError(f"{name}: expected {hint.__name__}, got {_show(value)}{hint_text}")
+    if hint is str and "\0" in value:
+        raise ValueError(f"{name}: holds a NUL character, which no text or path may")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value

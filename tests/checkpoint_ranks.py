@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from sclong_ds import checkpoint, checkpoint_files
-from sclong_ds.checkpoint_files import ChecksummedFile, TrainState, best_checkpoint
+from sclong_ds.checkpoint_files import TrainState, best_checkpoint
+from sclong_ds.checkpoint_writer import ChecksummedFile
 from sclong_ds.config import load_config
 from sclong_ds.engine import (
     build_partitioned,
@@ -61,12 +62,22 @@ def train(engine: Any) -> float:
     return loss.item()
 
 
-def state(step: int) -> TrainState:
+def state(step: int, *, zero_stage: int = 3) -> TrainState:
     """Return the position after a step."""
     return TrainState(
         step=step, cells_seen=step, world_size=dist.get_world_size(), seed=0, precision="fp32",
-        zero_stage=3, corpus_hash="", genes_hash="", graph_hash=None, features_hash=None,
+        zero_stage=zero_stage, corpus_hash="", genes_hash="", graph_hash=None, features_hash=None,
     )  # fmt: skip
+
+
+def inputs(folder: Path) -> list[Path]:
+    """Make stand-ins for what a run copies into its checkpoints."""
+    files = [folder / name for name in ("config.yaml", "genes.tsv")]
+    if dist.get_rank() == 0:
+        for file in files:
+            file.write_text("a: 1\n")
+    dist.barrier()
+    return files
 
 
 def listing(folder: Path) -> list[str]:
@@ -79,7 +90,7 @@ def listing(folder: Path) -> list[str]:
 
 def save(engine: Any, folder: Path, step: int, **options: Any) -> checkpoint.Saved:
     """Save, and wait for it."""
-    defaults = {"files": [], "settings": KEEP, "background": step % 2 == 0}
+    defaults = {"files": inputs(folder.parent), "settings": KEEP, "background": step % 2 == 0}
     saving = checkpoint.begin_save(engine, folder, state(step), **defaults | options)
     return checkpoint.finish_save(saving)
 
@@ -156,8 +167,9 @@ def save_in_the_background(folder: Path, seen: dict[str, Any]) -> None:
             if background:
                 hold(release)
             saving = checkpoint.begin_save(
-                engine, folder, state(1), files=[], settings=KEEP, background=background
-            )
+                engine, folder, state(1, zero_stage=int(ds_config[4])),
+                files=inputs(folder.parent), settings=KEEP, background=background,
+            )  # fmt: skip
             assert saving.writer.is_done() != background
             if background:
                 train(engine)
@@ -189,9 +201,7 @@ def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
     if rank == 0:
         folder.mkdir()
         (folder / "step_00000099.partial" / "part").mkdir(parents=True)
-        (folder.parent / "config.yaml").write_text("a: 1\n")
-    dist.barrier()
-    extra = [folder.parent / "config.yaml"]
+    extra = inputs(folder.parent)
     for step, val_mse in enumerate([3.0, 1.0, 2.0, None, float("nan")], start=1):
         seen["loss"] = train(engine)
         saved = save(engine, folder, step, files=extra, val_mse=val_mse)

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,32 +20,48 @@ from hypothesis import strategies as st
 from launching import PORT, ROOT, environment
 from small_disk import CANNOT_MOUNT, small_disk
 
-from sclong_ds import checkpoint, export, sealed_json
+from sclong_ds import checkpoint, sealed_json
 from sclong_ds.checkpoint_files import (
-    ChecksummedFile,
     best_checkpoint,
     complete_checkpoints,
     damage,
+    extra_files,
     fingerprint,
     name_of,
     prune,
+    read_manifest,
     record_best,
     remove_unfinished,
     restore_best,
     write_manifest,
 )
+from sclong_ds.checkpoint_writer import ChecksummedFile
 from sclong_ds.config import load_config
 from sclong_ds.failures import passes
 from sclong_ds.run_folder import RunFolder
+from sclong_ds.sealed_json import write_sealed
 from sclong_ds.torch_files import plain_values_only
 
 RANKS = 2
 
 
+def files_of(*, world_size: int, zero_stage: int, **hashes: str | None) -> dict[str, bytes]:
+    """Return small stand-ins for the files of a checkpoint."""
+    ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world_size)]
+    models = ranks if zero_stage == 3 else ["mp_rank_00"]
+    names = [f"{n}_model_states.pt" for n in models] + [f"{n}_optim_states.pt" for n in ranks]
+    state = {"world_size": world_size, "zero_stage": zero_stage, "graph_hash": None,
+             "features_hash": None} | hashes  # fmt: skip
+    files = {name: bytes(range(i, 40 + i)) for i, name in enumerate(names)}
+    return files | {
+        "state.json": json.dumps(state).encode(), "config.yaml": b"a: 1\n", "genes.tsv": b"g\n"
+    }  # fmt: skip
+
+
 def make_checkpoint(folder: Path, step: int, files: dict[str, bytes] | None = None) -> Path:
     path = folder / name_of(step)
     path.mkdir(parents=True)
-    for name, content in (files or {"state.json": b"{}"}).items():
+    for name, content in (files or FILES).items():
         (path / name).write_bytes(content)
     write_manifest(path, {})
     return path
@@ -54,11 +71,7 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-FILES = {
-    f"zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt": bytes(range(rank, 40 + rank))
-    for rank in range(3)
-    for what in ("model", "optim")
-} | {"state.json": b"{}", "config.yaml": b"a: 1\n"}
+FILES = files_of(world_size=3, zero_stage=3)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
@@ -74,11 +87,91 @@ def test_any_harm_to_any_file_is_found_by_some_rank(tmp_path, parts, victim, har
     else:
         (path / victim).write_bytes(content if harm == "flip" else content[:-1])
     found = [damage(path, part=i, parts=parts) for i in range(parts)]
-    # A flipped digit in the manifest harms one entry, or makes it unreadable for all.
-    assert any(found)
-    if victim != "manifest.json":
-        assert sum(problem is not None for problem in found) == 1
+    # Of the manifest's end a line break alone was cut off.
+    assert any(found) or (victim, harm) == ("manifest.json", "truncate")
+    if victim == "manifest.json" and any(found):
+        assert None not in found
+    elif victim != "manifest.json":
+        # Rank 0 reads state.json as well.
+        assert sum(problem is not None for problem in found) <= 1 + (victim == "state.json")
         assert victim in next(filter(None, found))
+
+
+def seal(path: Path, **changes: object) -> None:
+    """Write a checkpoint's manifest with changes, its checksum right."""
+    manifest = json.loads((path / "manifest.json").read_text()) | changes
+    write_sealed(path / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize(("stage", "prefix"), [(1, ""), (2, "bf16_"), (3, ""), (3, "bf16_")])
+def test_a_manifest_names_every_file_that_its_ranks_and_stage_need(tmp_path, stage, prefix):
+    files = files_of(world_size=2, zero_stage=stage, graph_hash="a", features_hash="b")
+    files = {prefix * name.endswith("optim_states.pt") + name: c for name, c in files.items()}
+    files |= {"gene_graph.npz": b"g", "random_features.safetensors": b"f"}
+    path = make_checkpoint(tmp_path, 1, files)
+    assert damage(path) is None
+    listed = json.loads((path / "manifest.json").read_text())
+    assert (listed["version"], listed["world_size"], listed["zero_stage"]) == (2, 2, stage)
+    assert listed["files"].keys() == files.keys()
+    for name in files:
+        fewer = {n: value for n, value in listed["files"].items() if n != name}
+        seal(path, files=fewer)
+        assert name.removeprefix("bf16_") in str(damage(path)), name
+        (path / name).unlink()
+        assert name.removeprefix("bf16_") in str(damage(path)), name
+        # A checkpoint that lacks it is not finished in the first place.
+        (path / "manifest.json").unlink()
+        with pytest.raises(OSError, match=r"is not whole|state\.json"):
+            write_manifest(path, {})
+        assert damage(path) == "manifest.json is missing"
+        (path / name).write_bytes(files[name])
+        seal_whole(path)
+    assert damage(path) is None
+
+
+def seal_whole(path: Path) -> None:
+    (path / "manifest.json").unlink(missing_ok=True)
+    write_manifest(path, {})
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "", '{"state.json": [1, 2]}', '{"files": {}}', "null"]
+)
+def test_an_empty_manifest_is_not_a_whole_checkpoint(tmp_path, text):
+    path = make_checkpoint(tmp_path, 1)
+    (path / "manifest.json").write_text(text)
+    assert "manifest.json" in str(damage(path)) or "state.json" in str(damage(path))
+
+
+def test_a_manifest_of_version_1_is_still_read(tmp_path):
+    path = make_checkpoint(tmp_path, 1)
+    flat = {n: [len(c), zlib.crc32(c)] for n, c in FILES.items()}
+    (path / "manifest.json").write_text(json.dumps(flat))
+    assert damage(path) is None
+    victim = path / "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    victim.write_bytes(victim.read_bytes()[::-1])
+    assert f"{victim.name} does not have the size and CRC-32 it" in str(damage(path))
+    del flat[victim.name]
+    (path / "manifest.json").write_text(json.dumps(flat))
+    assert damage(path) == f"manifest.json lacks {victim.name}"
+
+
+def test_files_that_a_manifest_does_not_name_are_named(tmp_path):
+    path = make_checkpoint(tmp_path, 1)
+    (path / "notes.txt").write_text("mine")
+    assert damage(path) is None
+    assert extra_files(path, read_manifest(path)) == ["notes.txt"]
+    # DeepSpeed takes files by their ending.
+    (path / "zero_pp_rank_9_mp_rank_00_optim_states.pt").write_bytes(b"")
+    assert "zero_pp_rank_9_mp_rank_00_optim_states.pt is not in its" in str(damage(path))
+
+
+def test_a_manifest_names_nothing_outside_its_checkpoint(tmp_path):
+    path = make_checkpoint(tmp_path, 1)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    for name in ("../best.json", "/etc/hostname", ".."):
+        seal(path, files=files | {name: [1, 1]})
+        assert "manifest.json is unreadable" in str(damage(path))
 
 
 def test_every_rank_checks_the_files_that_it_loads(tmp_path):
@@ -353,8 +446,9 @@ def test_saved_checkpoints_are_whole_and_those_of_the_rules_stay(ranks):
     assert [damage(p) for p in whole] == [None] * 3
     files = {p.name: p.stat().st_size for p in whole[1].iterdir()}
     assert {"state.json", "config.yaml", "manifest.json"} < files.keys()
-    manifest = json.loads((whole[1] / "manifest.json").read_text())
-    assert {n: size for n, (size, _) in manifest.items()} == {
+    manifest = read_manifest(whole[1])
+    assert (manifest.world_size, manifest.zero_stage) == (RANKS, 3)
+    assert {n: size for n, (size, _) in manifest.files.items()} == {
         n: size for n, size in files.items() if n != "manifest.json"
     }
     assert (folder / "latest").read_text() == f"{name_of(8)}\n"
@@ -401,9 +495,8 @@ def test_code_in_an_optimizer_file_is_named_and_not_run(ranks, tmp_path):
     (harmful / "manifest.json").unlink()
     write_manifest(harmful, {})
     assert damage(harmful) is None
-    for read in (checkpoint.full_weights, lambda path: export.export(path, tmp_path / "model")):
-        with pytest.raises(ValueError, match=rf"{victim.name}: names \w+\.system, which could run"):
-            read(harmful)
+    with pytest.raises(ValueError, match=rf"{victim.name}: names \w+\.system, which could run"):
+        checkpoint.full_weights(harmful)
     # The converter reads under the same limits, should a file pass the first look.
     command = [sys.executable, "-m", "sclong_ds.torch_files", "--input_folder", str(harmful),
                "--output_folder", str(tmp_path / "converted")]  # fmt: skip

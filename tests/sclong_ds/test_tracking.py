@@ -22,6 +22,7 @@ from sclong_ds.run_folder import (
     read_run_json,
     read_samples,
     take_over_ids,
+    update_run_json,
     without_credentials,
 )
 from sclong_ds.run_record import read_run
@@ -213,8 +214,7 @@ def test_batch_sent_twice_counts_once(
     tracker.log(1, {"train/loss": 1.0, "train/lr": 0.1})
     tracker.log(2, {"train/loss": math.nan, "train/lr": 0.1})
     tracker.finish("KILLED")
-    path = tmp_path / "run" / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlflow_synced": {}}))
+    update_run_json(tmp_path / "run", mlflow_synced={})
     tracker, again = start(make_config(uri=store), tmp_path / "run", resumed=True)
     tracker.finish("FINISHED")
     assert again == run_id
