@@ -221,6 +221,7 @@ def _selected(matrix: Matrix, selection: _Selection, columns: _Columns) -> Matri
         gene_columns=columns,
         blocks=blocks,
         left_out=dict(selection.left_out.most_common()),
+        features=np.flatnonzero(keep),
     )
 
 

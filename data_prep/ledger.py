@@ -102,6 +102,9 @@ class LedgerEntry(TypedDict):
     """Cells left out, by reason."""
     features_left_out: dict[str, int]
     """Features of the file that are not genes of the genome read, by reason (`features`)."""
+    features_read: list[int]
+    """Features of the file that are genes of the genome read, as runs of places: start and stop in
+    turn; empty where all are."""
     n_genes_input: int
     """Genes of the matrix, without them."""
     n_genes_known: int

@@ -11,8 +11,11 @@ Format", https://linnarssonlab.org/loompy/format
 
 from __future__ import annotations
 
+import importlib
+import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,15 @@ from typing import Any
 import h5py
 import numpy as np
 import zarr
+import zarr.storage
 
 STRETCH = 2**20
 """Stored values that are looked at together where the values of a cell are scattered."""
 CELL_NAMES = ("CellID", "obs_names", "cell_id", "barcode", "barcodes", "Barcode")
 """Column attributes of loom that name the cells, the first that is there."""
+
+_RNA = ("rna", "gex", "geneexpression", "gene", "genes", "scrna", "transcriptome")
+"""Names of the modality of genes in MuData."""
 
 Stored = dict[int, list[tuple[int, Any]]]
 """By cell: (feature, value) of each stored value, as it is stored."""
@@ -57,7 +64,8 @@ def plain_anndata(
         matrices: X, raw.X or layers/NAME; all of one gene table.
         columns: Annotations to read.
     """
-    with _opened(path) as root:
+    with _opened(path) as top:
+        root = _anndata_group(top)
         index = _index_name(root["obs"])
         # Before AnnData 0.7 the raw matrix was stored as the groups "raw.X" and "raw.var".
         raw = "raw/" if "raw" in root and isinstance(_kind(root["raw"]), str) else "raw."
@@ -152,10 +160,28 @@ def plain_loom(
 def _opened(path: Path) -> Iterator[Any]:
     if path.is_dir():
         yield zarr.open_group(path, mode="r")
+    elif zipfile.is_zipfile(path):
+        with zarr.storage.ZipStore(path, mode="r") as store:
+            names = {name.split("/")[0] for name in zipfile.ZipFile(path).namelist()}
+            top = next(iter(names)) if len(names) == 1 else ""
+            yield zarr.open_group(store, mode="r", path=top or None)
     else:
+        with suppress(ImportError):
+            importlib.import_module("hdf5plugin")
         # A lock that a writer left does not change what is read.
         with h5py.File(path, "r", locking=False) as root:
             yield root
+
+
+def _anndata_group(root: Any) -> Any:
+    """Return where AnnData lies: at the top, in MuData below mod, in SpatialData below tables."""
+    if "mod" in root and "X" not in root:
+        names = [n for n in root["mod"] if re.sub("[^a-z]", "", n.lower()) in _RNA]
+        return root["mod"][names[0]]
+    if "obs" in root:
+        return root
+    tables = root["tables" if "tables" in root else "table"]
+    return tables["table" if "table" in tables else next(iter(tables))]
 
 
 def _by_row(rows: Sequence[int], texts: Mapping[str, list[str]]) -> dict[int, dict[str, str]]:

@@ -58,6 +58,8 @@ class Matrix:
     """Features of the file that are not read, by reason (`features.genes_only`)."""
     by_gene: bool = False
     """Whether the values are stored gene by gene: the first block then costs a pass over all."""
+    features: npt.NDArray[np.int64] | None = None
+    """(genes,) which features of the file are read; None: all."""
 
 
 class Annotations:

@@ -298,6 +298,15 @@ def _write_cells(
     return written
 
 
+def _runs(places: np.ndarray | None) -> list[int]:
+    """Return start and stop of each run of consecutive places, in turn."""
+    if places is None:
+        return []
+    borders = np.flatnonzero(np.diff(places) != 1) + 1
+    runs = np.split(places, borders)
+    return [int(end) for run in runs for end in (run[0], run[-1] + 1)]
+
+
 def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondrial: int) -> None:
     gene_map, matrix = opened.gene_map, opened.matrix
     known = gene_map.target[gene_map.target >= 0]
@@ -305,6 +314,7 @@ def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondria
     entry["features_left_out"] = dict(matrix.left_out)
     entry["matrix_reason"] = opened.choice.reason
     entry["warnings"] = list(opened.choice.warnings)
+    entry["features_read"] = _runs(matrix.features)
     entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
     entry["n_genes_known"] = len(known)
     entry["gene_names"], entry["name_repairs"] = gene_map.kinds, dict(gene_map.repairs)

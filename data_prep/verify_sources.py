@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.counts_option import parse_counts
 from data_prep.dedup import Progress
+from data_prep.drawn_cells import draw_cells, draw_dropped
 from data_prep.gene_names import GeneResolver
 from data_prep.ledger import LedgerEntry, read_ledger
 from data_prep.manifest import OBS_ROLES, Dataset
@@ -39,9 +42,8 @@ from data_prep.source import Matrix
 from sclong_ds.store import Corpus
 
 DEFAULT_SEED = 0
-DROPPED_SHARE = 0.25
-"""Cells that are not in the corpus, as a share of those drawn from it."""
 _EXPRESSION = "Gene Expression"
+_LEAST = ("min_genes", "min_counts")
 _WHOLE = 1e-6
 _MOST_ALIKE = 10_000
 """Cells of the same total and number of genes that are looked at for a repeated one."""
@@ -125,7 +127,7 @@ def check_sources(
     settings = json.loads((corpus.path / "settings.json").read_bytes())
     resolver = GeneResolver(corpus.genes)
     rng = np.random.default_rng(seed)
-    places = _draw(corpus, number, rng)
+    places = draw_cells(corpus, number, rng)
     done, n_all = 0, sum(map(len, places.values()))
     for code, positions in places.items():
         info = corpus.datasets[code]
@@ -134,7 +136,7 @@ def check_sources(
         if entry is None or state != "same":
             (report.gone if state == "gone" else report.changed).append(info.dataset_id)
         else:
-            dropped = _draw_dropped(corpus, code, entry, len(positions), rng)
+            dropped = draw_dropped(corpus, code, entry, len(positions), rng)
             drawn = _Drawn(entry=entry, cells=positions, dropped=dropped)
             try:
                 problems = _compare(corpus, drawn, resolver, settings)
@@ -168,56 +170,6 @@ def sources_line(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def _draw(corpus: Corpus, number: int, rng: np.random.Generator) -> dict[int, npt.NDArray[Any]]:
-    """Return positions of drawn cells by dataset, as evenly spread as its sizes allow."""
-    sizes = np.array([info.n_cells for info in corpus.datasets], dtype=np.int64)
-    share = np.zeros(len(sizes), dtype=np.int64)
-    left = min(number, int(sizes.sum()))
-    while left:
-        open_ = rng.permutation(np.flatnonzero(share < sizes))[:left]
-        step = max(1, left // len(open_))
-        more = np.minimum(step, sizes[open_] - share[open_])
-        share[open_] += more
-        left -= int(more.sum())
-    ranks = {
-        int(code): np.sort(rng.choice(sizes[code], share[code], replace=False))
-        for code in np.flatnonzero(share)
-    }
-    return _positions(corpus.row_dataset, ranks)
-
-
-def _positions(
-    row_dataset: npt.NDArray[np.uint32], ranks: Mapping[int, npt.NDArray[np.int64]]
-) -> dict[int, npt.NDArray[np.int64]]:
-    """Return where the r-th cell of each dataset is, in one pass over all cells."""
-    seen: Counter[int] = Counter()
-    found: dict[int, list[npt.NDArray[np.int64]]] = {code: [] for code in ranks}
-    step = 2**22
-    for start in range(0, len(row_dataset), step):
-        part = np.asarray(row_dataset[start : start + step])
-        order = np.argsort(part, kind="stable")
-        codes, firsts, counts = np.unique(part[order], return_index=True, return_counts=True)
-        for code, first, count in zip(codes.tolist(), firsts, counts.tolist(), strict=True):
-            here = ranks.get(code, np.empty(0, np.int64)) - seen[code]
-            inside = here[(here >= 0) & (here < count)]
-            if len(inside):
-                found[code].append(start + order[first + inside])
-            seen[code] += count
-    return {code: np.concatenate(parts) for code, parts in found.items() if parts}
-
-
-def _draw_dropped(
-    corpus: Corpus, code: int, entry: LedgerEntry, n_cells: int, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """Return some rows of the source that are not in the corpus."""
-    there = corpus.row_source[corpus.row_dataset == code]
-    missing = np.ones(max(entry["n_cells_input"], int(there.max()) + 1), dtype=bool)
-    missing[there] = False
-    rows = np.flatnonzero(missing)
-    number = min(len(rows), math.ceil(DROPPED_SHARE * n_cells))
-    return np.sort(rng.choice(rows, number, replace=False))
-
-
 def _state(source_hash: str | None, entry: LedgerEntry | None) -> str:
     """Return same, gone or changed: what became of the files of a dataset."""
     if entry is None or entry["source_hash"] != source_hash or entry["status"] != "ok":
@@ -235,6 +187,7 @@ def _dataset(entry: LedgerEntry) -> Dataset:
     """Return what convert was asked for."""
     options: dict[str, Any] = dict(entry["options"])
     gene_list = options.pop("gene_list", "")
+    options |= {name: int(options[name]) for name in _LEAST if name in options}
     return Dataset(
         dataset_id=entry["dataset_id"],
         path=Path(entry["path"]),
@@ -250,12 +203,13 @@ def _compare(
     entry = drawn.entry
     rows = corpus.row_source[drawn.cells].tolist()
     dataset = _dataset(entry)
-    matrices = (entry["matrix"] or "X").split("+")
+    matrices = parse_counts(entry["matrix"] or "X").matrices
     source = _read(dataset, entry, rows + drawn.dropped.tolist(), matrices, resolver)
     problems = []
     if source.n_cells != entry["n_cells_input"]:
         problems.append(f"{source.n_cells} cells, the ledger says {entry['n_cells_input']}")
-    kept = _expression_rows(source.features, dataset.genome)
+    kept, wrong = _genes_read(source.features, entry)
+    problems += wrong
     if len(kept) != entry["n_genes_input"]:
         problems.append(f"{len(kept)} genes, the ledger says {entry['n_genes_input']}")
         return problems
@@ -314,16 +268,27 @@ def _columns(dataset: Dataset, entry: LedgerEntry) -> dict[str, str]:
     }
 
 
-def _expression_rows(features: Mapping[str, list[str]], genome: str) -> set[int]:
-    """Return the features that are genes, and of the genome asked for, where the file says so."""
+def _genes_read(
+    features: Mapping[str, list[str]], entry: LedgerEntry
+) -> tuple[set[int], list[str]]:
+    """Return the features that were read as genes, and those that the file says are none."""
     n_features = len(next(iter(features.values()), []))
-    kept = set(range(n_features))
+    runs = entry["features_read"] or [0, n_features]
+    kept = {
+        n for start, stop in zip(runs[::2], runs[1::2], strict=True) for n in range(start, stop)
+    }
+    problems = []
     for name, values in features.items():
-        if _EXPRESSION in values:
-            kept = {n for n in kept if values[n] == _EXPRESSION}
-        elif name == "genome" and genome != "auto":
-            kept = {n for n in kept if values[n] == genome}
-    return kept
+        if _EXPRESSION not in values:
+            continue
+        wrong = sorted(n for n in kept if values[n] not in (_EXPRESSION, ""))
+        problems += [
+            f"feature {n} was read as a gene, its {name} is {values[n]}" for n in wrong[:3]
+        ]
+    genomes = {values[n] for n in kept for values in [features.get("genome", [])] if values} - {""}
+    if len(genomes) > 1:
+        problems.append(f"genes of several genomes were read: {', '.join(sorted(genomes))}")
+    return kept, problems
 
 
 def _targets(
@@ -331,8 +296,10 @@ def _targets(
 ) -> dict[int, int]:
     """Return the gene of the vocabulary of each feature that has one."""
     order = sorted(kept)
+    # What the genome asked for puts in front of names is no part of them.
+    front = re.compile("" if dataset.genome == "auto" else rf"{re.escape(dataset.genome)}[_.-]+")
     columns = {
-        name: np.array([values[n] for n in order], dtype=object)
+        name: np.array([_without(front, values[n]) for n in order], dtype=object)
         for name, values in source.features.items()
         if name not in ("feature_types", "feature_type", "genome")
     }
@@ -343,6 +310,11 @@ def _targets(
     table = Matrix(name="X", shape=(0, len(order)), gene_columns=columns, blocks=nothing)
     found = resolver.resolve(table, dataset.gene_column, dataset.id_type).target.tolist()
     return {n: gene for n, gene in zip(order, found, strict=True) if gene >= 0}
+
+
+def _without(front: re.Pattern[str], name: str) -> str:
+    match = front.match(name)
+    return name[match.end() :] if match else name
 
 
 def _counts(stored: Sequence[list[tuple[int, Any]]], option: str) -> dict[int, int]:
@@ -469,9 +441,8 @@ def _left_out_rightly(
 ) -> bool:
     """Tell whether a cell fails a threshold or repeats one of the corpus."""
     total, n_genes = sum(genes.values()), len(genes)
-    least = {name: entry["options"].get(name) or settings[name] for name in _LEAST}
-    least["min_genes"] = entry.get("min_genes") or least["min_genes"]
-    if not genes or n_genes < int(least["min_genes"]) or total < int(least["min_counts"]):
+    min_counts = int(entry["options"].get("min_counts") or settings["min_counts"])
+    if not genes or n_genes < entry["min_genes"] or total < min_counts:
         return True
     if settings["max_counts"] is not None and total > settings["max_counts"]:
         return True
@@ -488,6 +459,3 @@ def _left_out_rightly(
         if (stored.indices[part] == columns).all() and (stored.data[part] == values).all():
             return True
     return len(alike) > _MOST_ALIKE
-
-
-_LEAST = ("min_genes", "min_counts")

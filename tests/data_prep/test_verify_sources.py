@@ -1,6 +1,6 @@
 """Cells read again from their sources: every format agrees, and every fault of a reader shows.
 
-Also covers data_prep/plain_arrays.py and data_prep/plain_text.py.
+Also covers drawn_cells.py, plain_arrays.py and plain_text.py of data_prep.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from made_sources import CONTAINERS, EXPRESSION, WITH_OBS, Made, write
 from scipy import sparse
 
-from data_prep import harmonize, plain_arrays, staging, verify_sources
+from data_prep import harmonize, plain_arrays, readers, staging
 from data_prep.__main__ import main
 from data_prep.convert import Settings, convert_dataset, prepare_corpus
+from data_prep.drawn_cells import draw_cells
 from data_prep.finalize import finalize
 from data_prep.gene_names import GeneResolver
 from data_prep.ledger import read_ledger
@@ -67,12 +70,12 @@ def settings(**options: Any) -> Settings:
     return Settings(genes_hash=GENES.hash, **(easy | options))
 
 
-def staged(corpus: Path, dataset_id: str, path: Path, **options: str) -> None:
+def staged(corpus: Path, dataset_id: str, path: Path, **options: Any) -> None:
     """Convert a dataset, which must be ok."""
     found = json.loads((corpus / "settings.json").read_bytes())
     names = {item.name for item in dataclasses.fields(Settings)}
     kept = Settings(**{name: value for name, value in found.items() if name in names})
-    dataset = Dataset(dataset_id=dataset_id, path=path, **options)  # type: ignore[arg-type]
+    dataset = Dataset(dataset_id=dataset_id, path=path, **options)
     entry = convert_dataset(dataset, corpus=corpus, settings=kept, resolver=RESOLVER)
     assert entry["status"] == "ok", entry["reason"]
 
@@ -81,7 +84,7 @@ def finalized(
     tmp_path: Path,
     container: str,
     source: Made,
-    options: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
     **limits: Any,
 ) -> Path:
     """Return a finished corpus of one dataset."""
@@ -130,6 +133,45 @@ def test_repeated_places_and_antibodies(tmp_path: Path, container: str) -> None:
     assert check_sources(Corpus(finalized(tmp_path, container, source)), 100).problems == []
 
 
+def test_antibodies_read_as_genes_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = made(10)
+    types = [EXPRESSION] * N_GENES + ["Antibody Capture"]
+    triples = [*plain.triples, (0, N_GENES, 500)]
+    source = dataclasses.replace(
+        plain, triples=triples, ids=[*plain.ids, plain.ids[0]], symbols=None, types=types
+    )
+    monkeypatch.setattr(readers, "genes_only", lambda matrices, *, genome: tuple(matrices))
+    found = check_sources(Corpus(finalized(tmp_path, "h5ad_csr", source)), 100)
+    assert found.problems == [
+        f"one: feature {N_GENES} was read as a gene, its feature_types is Antibody Capture"
+    ]
+
+
+@pytest.mark.parametrize("place", ["mod/rna", "tables/table", "zip"])
+def test_anndata_inside_of_something_larger(tmp_path: Path, place: str) -> None:
+    inside = write("zarr3_csc" if place != "mod/rna" else "h5ad_csr", tmp_path, made(11))
+    if place == "zip":
+        path = Path(shutil.make_archive(str(tmp_path / "cells.zarr"), "zip", inside))
+    elif place == "mod/rna":
+        path = tmp_path / "cells.h5mu"
+        with h5py.File(path, "w") as root, h5py.File(inside) as cells:
+            cells.copy(cells["/"], root, name="mod/rna")
+            for name in ("obs", "var"):
+                cells.copy(cells[name], root)
+    else:
+        path = tmp_path / "all.zarr"
+        zarr.open_group(path, mode="w").create_group("tables")
+        shutil.move(inside, path / place)
+    corpus = tmp_path / "corpus"
+    prepare_corpus(corpus, genes=GENES, settings=settings())
+    staged(corpus, "one", path)
+    finalize(corpus, split_by="cell", validation_fraction=0)
+    found = check_sources(Corpus(corpus), 100)
+    assert (found.problems, found.cells) == ([], 12)
+
+
 def test_a_wrong_count_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = harmonize.exact_counts
 
@@ -168,7 +210,7 @@ def test_cells_left_out(tmp_path: Path) -> None:
     triples = [t for t in source.triples if t[0] not in (0, 1, 2)]
     triples += [(1, 0, 1), *((2, gene, value) for cell, gene, value in triples if cell == 7)]
     source = dataclasses.replace(source, triples=triples)
-    corpus = finalized(tmp_path, "mtx", source, min_counts=2)
+    corpus = finalized(tmp_path, "mtx", source, {"min_counts": 2})
     assert len(Corpus(corpus)) == 9
     found = check_sources(Corpus(corpus), 40)
     assert found.problems == []
@@ -211,6 +253,21 @@ def test_rounded_counts(tmp_path: Path) -> None:
     assert (found.problems, found.cells) == ([], 12)
 
 
+@pytest.mark.parametrize("option", ["layers/a+layers/b", "round:layers/a+layers/b", "round:X"])
+def test_sums_and_rounded_counts(tmp_path: Path, option: str) -> None:
+    source = made(12)
+    halves = [(cell, gene, value + 0.4) for cell, gene, value in source.triples]
+    parts = source.triples if option[0] == "l" else [(c, g, v + 0.3) for c, g, v in source.triples]
+    source = dataclasses.replace(
+        source,
+        triples=halves,  # type: ignore[arg-type]
+        layers={"layers/a": parts, "layers/b": parts[::2]},  # type: ignore[dict-item]
+        dtype="<f8",
+    )
+    corpus = finalized(tmp_path, "h5ad_csc", source, {"counts": option})
+    assert check_sources(Corpus(corpus), 100).problems == []
+
+
 def test_sources_that_are_gone_or_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,7 +302,7 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     opened = Corpus(corpus)
 
     def drawn(number: int, seed: int = 0) -> dict[int, list[int]]:
-        places = verify_sources._draw(opened, number, np.random.default_rng(seed))
+        places = draw_cells(opened, number, np.random.default_rng(seed))
         for code, cells in places.items():
             assert (opened.row_dataset[cells] == code).all()
             assert len(set(cells.tolist())) == len(cells)
