@@ -41,12 +41,12 @@ from data_prep.counts import exact_counts
 from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, read_harmonized
 from data_prep.source import BLOCK_CELLS
 from sclong_ds.data import log1p_normalise
+from sclong_ds.embedding_record import origin_of, record_of
 from sclong_ds.files import local_path
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.hdf5_file import new_hdf5
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
-from sclong_ds.model_manifest import model_digest, weights_hash
 from sclong_ds.store import MAX_COUNT, Corpus
 
 KEY = "X_sclong"
@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
         model_dir=args.model_dir,
         batch_size=args.batch_size,
         with_counts=not args.no_counts,
+        origin=origin_of(args),
     )
     print(
         f"{args.out}: {coverage.n_cells} cells, {KEY} of width {model.config.base_dim}; "
@@ -275,7 +276,14 @@ def embed_counts(
 
 
 def embed_to_file(
-    model: ScLong, cells: Cells, *, out: Path, model_dir: Path, batch_size: int, with_counts: bool
+    model: ScLong,
+    cells: Cells,
+    *,
+    out: Path,
+    model_dir: Path,
+    batch_size: int,
+    with_counts: bool,
+    origin: dict[str, Any] | None = None,
 ) -> Coverage:
     """Embed all cells of an input and write the h5ad; it appears whole or not at all.
 
@@ -286,6 +294,7 @@ def embed_to_file(
         model_dir: Where the model is, for the record.
         batch_size: Cells at a time.
         with_counts: Whether to write the counts as X.
+        origin: What the cells are, for the record.
 
     Returns:
         What was embedded.
@@ -322,7 +331,8 @@ def embed_to_file(
         )
         obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
         write_elem(file, "obs", _plain_columns(obs))
-        write_elem(file, "uns", {UNS_KEY: _record(model, model_dir, coverage)})
+        record = record_of(model, model_dir) | {"pooling": POOLING, "coverage": asdict(coverage)}
+        write_elem(file, "uns", {UNS_KEY: record | (origin or {})})
     _warn(coverage)
     return coverage
 
@@ -424,18 +434,6 @@ def _begin_anndata(
     )
     embedded.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     return embedded
-
-
-def _record(model: ScLong, model_dir: Path, coverage: Coverage) -> dict[str, Any]:
-    return {
-        "model_dir": str(model_dir.resolve()),
-        "model_digest": model_digest(model_dir) or "",
-        "weights_sha256": weights_hash(model_dir),
-        "genes_hash": model.genes.hash,
-        "transform": asdict(model.transform),
-        "pooling": POOLING,
-        "coverage": asdict(coverage),
-    }
 
 
 def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:

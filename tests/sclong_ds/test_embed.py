@@ -17,10 +17,12 @@ from data_prep.convert import Settings, convert_dataset, prepare_corpus
 from data_prep.finalize import finalize
 from data_prep.harmonize import GeneResolver
 from data_prep.manifest import Dataset
+from data_prep.source_identity import source_hash
 from sclong_ds import embed
 from sclong_ds.data import log1p_normalise
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model_dir import load_model
+from sclong_ds.model_manifest import model_digest
 from sclong_ds.store import Corpus
 
 N_GENES, N_CELLS = 60, 23
@@ -84,6 +86,10 @@ def test_output_has_the_cells_of_the_input_in_order(
     np.testing.assert_array_equal(result.obs["n_genes_mapped"], np.diff(counts.indptr))
     np.testing.assert_array_equal(result.obs["n_counts_mapped"], np.ravel(counts.sum(axis=1)))
     record = result.uns["sclong"]
+    assert record["model_digest"] == model_digest(model_dir)
+    assert record["input"] == str(h5ad)
+    assert record["input_hash"] == source_hash(h5ad)
+    assert record["options"]["min_genes_mapped"] == "10"
     assert record["genes_hash"] == genes.hash
     assert record["transform"]["target_sum"] == 1.0e4
     assert record["coverage"]["n_genes_mapped"] == N_GENES

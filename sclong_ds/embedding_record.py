@@ -1,0 +1,51 @@
+"""What an embedding says about itself in `uns`: the model and the cells that it was made from.
+
+Used by `sclong_ds.embed`; reads the model's manifest and hashes the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_prep.source_identity import source_hash
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.model_manifest import model_digest, weights_hash
+from sclong_ds.store import Corpus
+
+_NOT_OPTIONS = {"model_dir", "input", "out", "command"}
+
+
+def record_of(model: ScLong, model_dir: Path) -> dict[str, Any]:
+    """Return what names a model; the digest is empty for a folder without a manifest.
+
+    Args:
+        model: From `load_model`.
+        model_dir: Its folder.
+    """
+    return {
+        "model_dir": str(model_dir.resolve()),
+        "model_digest": model_digest(model_dir) or "",
+        "weights_sha256": weights_hash(model_dir),
+        "genes_hash": model.genes.hash,
+        "transform": asdict(model.transform),
+    }
+
+
+def origin_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the path, hash and options of an input.
+
+    The hash is that of the corpus, or the one that `data_prep convert` records of a source.
+
+    Args:
+        args: Arguments of `python -m sclong_ds embed`.
+    """
+    path: Path = args.input
+    is_corpus = (path / "corpus.json").is_file()
+    return {
+        "input": str(path.resolve()),
+        "input_hash": Corpus(path).hash if is_corpus else source_hash(path),
+        "options": {k: str(v) for k, v in vars(args).items() if k not in _NOT_OPTIONS},
+    }
