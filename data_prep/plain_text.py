@@ -132,9 +132,11 @@ def plain_table(
         for line, fields in enumerate(fields for fields in table if fields):
             if not by_cell:
                 for row in rows:
-                    stored[row].append((line, _number(fields[row + 1])))
+                    if value := _number(fields[row + 1]):
+                        stored[row].append((line, value))
             elif line in stored:
-                stored[line] += [(n, _number(field)) for n, field in enumerate(fields[1:])]
+                values = enumerate(map(_number, fields[1:]))
+                stored[line] += [(place, value) for place, value in values if value]
     cells, genes = (line_names, columns) if by_cell else (columns, line_names)
     return PlainSource(
         n_cells=len(cells),

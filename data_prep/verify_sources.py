@@ -42,6 +42,8 @@ from data_prep.source import Matrix
 from sclong_ds.store import Corpus
 
 DEFAULT_SEED = 0
+BATCH = 256
+"""Cells of a dataset that are read together; a cell takes about 130 bytes a value."""
 _EXPRESSION = "Gene Expression"
 _LEAST = ("min_genes", "min_counts")
 _WHOLE = 1e-6
@@ -137,11 +139,17 @@ def check_sources(
             (report.gone if state == "gone" else report.changed).append(info.dataset_id)
         else:
             dropped = draw_dropped(corpus, code, entry, len(positions), rng)
-            drawn = _Drawn(entry=entry, cells=positions, dropped=dropped)
-            try:
-                problems = _compare(corpus, drawn, resolver, settings)
-            except _READ_ERRORS as error:
-                problems = [f"cannot be read again ({type(error).__name__}: {error})"]
+            problems = []
+            for start in range(0, len(positions), BATCH):
+                part = slice(start, start + BATCH)
+                drawn = _Drawn(entry=entry, cells=positions[part], dropped=dropped[part])
+                try:
+                    problems += _compare(corpus, drawn, resolver, settings)
+                except _READ_ERRORS as error:
+                    problems.append(f"cannot be read again ({type(error).__name__}: {error})")
+                if progress:
+                    progress("sources", done + min(start + BATCH, len(positions)), n_all)
+            problems = list(dict.fromkeys(problems))
             report.problems += [f"{info.dataset_id}: {problem}" for problem in problems]
             report.cells += len(positions)
             report.dropped += len(dropped)

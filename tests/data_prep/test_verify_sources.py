@@ -19,7 +19,7 @@ import zarr
 from made_sources import CONTAINERS, EXPRESSION, WITH_OBS, Made, write
 from scipy import sparse
 
-from data_prep import harmonize, plain_arrays, readers, staging
+from data_prep import harmonize, plain_arrays, readers, staging, verify_sources
 from data_prep.__main__ import main
 from data_prep.convert import Settings, convert_dataset, prepare_corpus
 from data_prep.drawn_cells import draw_cells
@@ -324,6 +324,15 @@ def test_scattered_values_are_read_in_stretches(
     assert {(row, *pair) for row, pairs in found.stored["X"].items() for pair in pairs} == {
         triple for triple in made(8).triples if triple[0] in (3, 11)
     }
+
+
+def test_cells_are_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_sources, "BATCH", 5)
+    corpus = finalized(tmp_path, "mtx_gz", made(13))
+    done: list[tuple[str, int, int]] = []
+    found = check_sources(Corpus(corpus), 100, progress=lambda *state: done.append(state))
+    assert (found.problems, found.cells) == ([], 12)
+    assert done[:3] == [("sources", 5, 12), ("sources", 10, 12), ("sources", 12, 12)]
 
 
 def test_the_ledger_says_what_was_asked_for(tmp_path: Path) -> None:
