@@ -58,7 +58,9 @@ class _Member:
         self.n_left -= number
         if self.n_left == 0 and self.file.read(1):
             raise ValueError(f"{self.name} is longer than it says")
-        return np.frombuffer(data, dtype=self.dtype)
+        values = np.frombuffer(data, dtype=self.dtype)
+        # scipy has no 16-bit floats.
+        return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def gene_list_file(path: Path, gene_list: Path | None = None) -> Path:

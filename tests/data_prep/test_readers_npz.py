@@ -38,6 +38,21 @@ def test_the_gene_list_is_found_beside_the_file(tmp_path: Path, csc: bool, name:
     np.testing.assert_array_equal(np.concatenate(blocks), VALUES)
 
 
+@pytest.mark.parametrize("layout", ["csr", "csc"])
+def test_halves_are_read(tmp_path: Path, layout: str) -> None:
+    counts = np.arange(24, dtype=np.float32).reshape(6, 4)
+    packed = sparse.csr_matrix(counts).asformat(layout)
+    # scipy itself has no such type, and neither writes nor reads it.
+    parts = {name: getattr(packed, name) for name in ("indices", "indptr")}
+    path = tmp_path / "a.npz"
+    np.savez(
+        path, format=layout.encode(), shape=packed.shape, data=packed.data.astype("f2"), **parts
+    )
+    (tmp_path / "genes.txt").write_text("\n".join(GENES))
+    blocks = [block[:4].toarray() for block in opened(path).matrices[0].blocks()]
+    np.testing.assert_array_equal(np.concatenate(blocks), counts[:4])
+
+
 def test_a_table_of_genes_with_a_header(tmp_path: Path) -> None:
     path = write(tmp_path / "a.npz")
     rows = [f"ENSG{i:011d}\t{gene}\n" for i, gene in enumerate(GENES)]
