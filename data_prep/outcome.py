@@ -7,6 +7,7 @@ kept all the same.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +18,16 @@ from scipy import sparse
 from data_prep.harmonize import HarmonizedSource, counts_lost, excel_dates, largest_losses
 from data_prep.invert import MOST_UNPROVEN, Restored
 from data_prep.ledger import LedgerEntry, RoundingRecord
-from data_prep.quality import CellLimits, default_min_genes, droplet_counts
+from data_prep.quality import (
+    CellLimits,
+    default_min_genes,
+    droplet_counts,
+    failing_cells,
+    mitochondrial_genes,
+    mitochondrial_share,
+)
 from data_prep.source import UnusableError
+from sclong_ds.genes import GeneVocabulary
 
 UNPROVEN = "counts not proven"
 """Why a cell is dropped whose counts cannot be restored."""
@@ -67,7 +76,37 @@ class Outcome:
         totals, kept = np.zeros(n_genes, dtype=np.int64), np.zeros(n_cells, dtype=bool)
         return cls(opened=opened, limits=limits, totals=totals, kept=kept)
 
-    def add(
+    def read(
+        self, entry: LedgerEntry, genes: GeneVocabulary
+    ) -> Iterator[tuple[int, sparse.csr_matrix, npt.NDArray[np.bool_]]]:
+        """Read the whole dataset, block by block.
+
+        Args:
+            entry: Its ledger entry; what is known of its genes is filled in at once, the cells that
+                fail are counted on the way.
+            genes: The vocabulary.
+
+        Yields:
+            Number of the first cell; (cells, genes of the vocabulary) counts; (cells,) which pass.
+
+        Raises:
+            UnusableError: Values that are not counts.
+            ValueError: Damaged values, or another number of cells than was announced.
+        """
+        matrix, gene_map = self.opened.matrix, self.opened.gene_map
+        mitochondrial = mitochondrial_genes(gene_map, genes)
+        _describe_genes(self.opened, entry, int(mitochondrial.sum()))
+        first = 0
+        for block in self.opened.proven_blocks():
+            cells = gene_map.apply(block.counts)
+            passed = _passing(block, cells, mitochondrial, entry, self.limits)
+            self._add(block, cells, passed, first=first)
+            yield first, cells, passed
+            first += block.counts.shape[0]
+        if first != matrix.shape[0]:
+            raise ValueError(f"{matrix.name} has {first} cells, {matrix.shape[0]} were announced")
+
+    def _add(
         self,
         block: Restored,
         cells: sparse.csr_matrix,
@@ -75,14 +114,7 @@ class Outcome:
         *,
         first: int,
     ) -> None:
-        """Add a block.
-
-        Args:
-            block: Its counts in the genes of the file.
-            cells: The same in the genes of the vocabulary.
-            passed: (cells,) which are kept.
-            first: Number of its first cell.
-        """
+        """Add a block, whose first cell has the number `first`."""
         self.totals += np.asarray(block.counts.sum(axis=0)).ravel()
         fewest = droplet_counts(self.opened.gene_map.n_mapped)
         self.n_empty += int(np.count_nonzero(np.asarray(block.counts.sum(axis=1)) < fewest))
@@ -125,12 +157,13 @@ class Outcome:
         entry["median_genes"] = float(np.median(genes)) if len(genes) else None
         entry["warnings"] += self._warnings(entry)
 
-    def check(self, entry: LedgerEntry, *, min_counts_kept: float) -> None:
+    def check(self, entry: LedgerEntry, *, min_counts_kept: float, any_cell: bool = False) -> None:
         """Refuse a dataset that turned out empty, unfiltered, not provable or of unknown genes.
 
         Args:
             entry: Its ledger entry, filled in.
             min_counts_kept: Smallest share of its counts on genes of the vocabulary.
+            any_cell: Whether it may be without a cell that passes.
 
         Raises:
             UnusableError: It is not one for the corpus.
@@ -160,7 +193,7 @@ class Outcome:
                 "what a cell caller kept), or say what a cell is with --min-counts or --min-genes, "
                 "or for this dataset alone in the manifest columns min_counts and min_genes"
             )
-        if not self.kept.any():
+        if not (any_cell or self.kept.any()):
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
             raise UnusableError(
                 f"no cell is left: {reasons} (min_genes {self.limits.min_genes}, min_counts "
@@ -211,3 +244,49 @@ class Outcome:
             f"{self.n_empty} of {len(self.kept)} columns have fewer than {fewest} counts: most "
             "are barcodes without a cell (an unfiltered matrix)"
         )
+
+
+def _runs(places: np.ndarray | None) -> list[int]:
+    """Return start and stop of each run of consecutive places, in turn."""
+    if places is None:
+        return []
+    borders = np.flatnonzero(np.diff(places) != 1) + 1
+    runs = np.split(places, borders)
+    return [int(end) for run in runs for end in (run[0], run[-1] + 1)]
+
+
+def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondrial: int) -> None:
+    gene_map, matrix = opened.gene_map, opened.matrix
+    known = gene_map.target[gene_map.target >= 0]
+    entry["matrix"], entry["gene_column"] = matrix.name, gene_map.column
+    entry["features_left_out"] = dict(matrix.left_out)
+    entry["matrix_reason"] = opened.choice.reason
+    entry["warnings"] = list(opened.choice.warnings)
+    entry["features_read"] = _runs(matrix.features)
+    entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
+    entry["n_genes_known"] = len(known)
+    entry["gene_names"], entry["name_repairs"] = gene_map.kinds, dict(gene_map.repairs)
+    columns_of = np.bincount(known, minlength=gene_map.n_genes)
+    entry["n_genes_summed"] = int(columns_of[columns_of > 1].sum())
+    entry["n_genes_mito"] = n_mitochondrial
+
+
+def _passing(
+    block: Restored,
+    cells: sparse.csr_matrix,
+    mitochondrial: np.ndarray,
+    entry: LedgerEntry,
+    limits: CellLimits,
+) -> np.ndarray:
+    """Return (cells,) which pass; the others are counted by the first reason that holds."""
+    reasons = {UNPROVEN: ~block.proven} | failing_cells(cells, limits)
+    if limits.max_mito_fraction is not None:
+        share = mitochondrial_share(block.counts, mitochondrial)
+        reasons["above max_mito_fraction"] = share > limits.max_mito_fraction
+    passed = np.ones(cells.shape[0], dtype=bool)
+    for name, fails in reasons.items():
+        number = int(np.count_nonzero(fails & passed))
+        if number:
+            entry["dropped_cells"][name] = entry["dropped_cells"].get(name, 0) + number
+        passed &= ~fails
+    return passed

@@ -13,23 +13,20 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from scipy import sparse
 
 from data_prep.annotations import annotation_table, read_annotations
 from data_prep.gene_names import GeneResolver
 from data_prep.harmonize import (
     MIN_GENES_MAPPED,
     MIN_SHARE_MAPPED,
-    HarmonizedSource,
     harmonize,
 )
-from data_prep.invert import Restored
 from data_prep.ledger import (
     LedgerEntry,
     dataset_lock,
@@ -38,14 +35,11 @@ from data_prep.ledger import (
     staged_files,
 )
 from data_prep.manifest import Dataset
-from data_prep.outcome import UNPROVEN, Outcome
+from data_prep.outcome import Outcome
 from data_prep.pending import forget_in_manifests, known_names
 from data_prep.quality import (
     CellLimits,
     default_min_genes,
-    failing_cells,
-    mitochondrial_genes,
-    mitochondrial_share,
 )
 from data_prep.read_back import CellDigest, check_cells, check_obs
 from data_prep.readers import open_source
@@ -279,14 +273,9 @@ def _write_cells(
     genes: GeneVocabulary,
 ) -> CellDigest:
     """Write the cells that pass, fill in the entry and the outcome."""
-    opened, written = outcome.opened, CellDigest()
-    mitochondrial = mitochondrial_genes(opened.gene_map, genes)
-    _describe_genes(opened, entry, int(mitochondrial.sum()))
-    with CellWriter(path, n_genes=opened.gene_map.n_genes, codec=settings.codec) as writer:
-        for first, block in _numbered(opened):
-            cells = opened.gene_map.apply(block.counts)
-            passed = _passing(block, cells, mitochondrial, entry, outcome.limits)
-            outcome.add(block, cells, passed, first=first)
+    written = CellDigest()
+    with CellWriter(path, n_genes=len(genes), codec=settings.codec) as writer:
+        for first, cells, passed in outcome.read(entry, genes):
             rows = np.flatnonzero(passed)
             chosen = cells if len(rows) == len(passed) else cells[rows]
             source_row = (first + rows).astype(np.int64)
@@ -296,59 +285,3 @@ def _write_cells(
         outcome.check(entry, min_counts_kept=settings.min_counts_kept)
     entry["n_cells"] = int(outcome.kept.sum())
     return written
-
-
-def _runs(places: np.ndarray | None) -> list[int]:
-    """Return start and stop of each run of consecutive places, in turn."""
-    if places is None:
-        return []
-    borders = np.flatnonzero(np.diff(places) != 1) + 1
-    runs = np.split(places, borders)
-    return [int(end) for run in runs for end in (run[0], run[-1] + 1)]
-
-
-def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondrial: int) -> None:
-    gene_map, matrix = opened.gene_map, opened.matrix
-    known = gene_map.target[gene_map.target >= 0]
-    entry["matrix"], entry["gene_column"] = matrix.name, gene_map.column
-    entry["features_left_out"] = dict(matrix.left_out)
-    entry["matrix_reason"] = opened.choice.reason
-    entry["warnings"] = list(opened.choice.warnings)
-    entry["features_read"] = _runs(matrix.features)
-    entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
-    entry["n_genes_known"] = len(known)
-    entry["gene_names"], entry["name_repairs"] = gene_map.kinds, dict(gene_map.repairs)
-    columns_of = np.bincount(known, minlength=gene_map.n_genes)
-    entry["n_genes_summed"] = int(columns_of[columns_of > 1].sum())
-    entry["n_genes_mito"] = n_mitochondrial
-
-
-def _numbered(opened: HarmonizedSource) -> Iterator[tuple[int, Restored]]:
-    """Yield the proven counts of each block and the number of its first cell."""
-    first, n_cells = 0, opened.matrix.shape[0]
-    for block in opened.proven_blocks():
-        yield first, block
-        first += block.counts.shape[0]
-    if first != n_cells:
-        raise ValueError(f"{opened.matrix.name} has {first} cells, {n_cells} were announced")
-
-
-def _passing(
-    block: Restored,
-    cells: sparse.csr_matrix,
-    mitochondrial: np.ndarray,
-    entry: LedgerEntry,
-    limits: CellLimits,
-) -> np.ndarray:
-    """Return (cells,) which pass; the others are counted by the first reason that holds."""
-    reasons = {UNPROVEN: ~block.proven} | failing_cells(cells, limits)
-    if limits.max_mito_fraction is not None:
-        share = mitochondrial_share(block.counts, mitochondrial)
-        reasons["above max_mito_fraction"] = share > limits.max_mito_fraction
-    passed = np.ones(cells.shape[0], dtype=bool)
-    for name, fails in reasons.items():
-        number = int(np.count_nonzero(fails & passed))
-        if number:
-            entry["dropped_cells"][name] = entry["dropped_cells"].get(name, 0) + number
-        passed &= ~fails
-    return passed

@@ -3,10 +3,12 @@
     python -m sclong_ds embed MODEL_DIR INPUT --out OUT.h5ad [--batch-size N] [--device cuda]
 
 Reads MODEL_DIR (`python -m sclong_ds export`) and INPUT: any file or folder that `data_prep` reads,
-under the same rules (raw counts, human genes, refused with the reason otherwise), or a finalized
-corpus folder. Writes OUT.h5ad with the same cells in the same order: `obsm["X_sclong"]`, the
-harmonised counts in `X`, the annotation of the input with `n_genes_mapped` and `n_counts_mapped` in
-`obs`, and how it was made in `uns["sclong"]`. Memory holds one block of cells.
+under the same rules (raw counts, human genes, refused with the reason otherwise) and with the
+options of a manifest (--counts, --gene-column, ...), or a finalized corpus folder. Writes OUT.h5ad
+with the same cells in the same order: `obsm["X_sclong"]`, the harmonised counts in `X`, the
+annotation of the input with `n_genes_mapped` and `n_counts_mapped` in `obs`, and how it was made in
+`uns["sclong"]`. Every cell has its row; only --min-genes and --min-counts leave cells out, which
+`uns` and the last line of the output count. Memory holds one block of cells.
 
 The embedding of a cell is the mean of its contextual representations (`ScLong.encode`) over the
 genes it expresses, so that the many zeros, which differ between panels and depths, do not outweigh
@@ -36,18 +38,16 @@ from anndata.io import sparse_dataset, write_elem
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from data_prep.annotations import valid_annotations
-from data_prep.counts import exact_counts
-from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, read_harmonized
-from data_prep.source import BLOCK_CELLS
+from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
+from data_prep.input_options import add_input_options, input_dataset
 from sclong_ds.data import log1p_normalise
-from sclong_ds.embedding_record import origin_of, record_of
+from sclong_ds.embedding_record import input_record, origin_of, record_of
 from sclong_ds.files import local_path
-from sclong_ds.genes import GeneVocabulary
 from sclong_ds.hdf5_file import new_hdf5
+from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
-from sclong_ds.store import MAX_COUNT, Corpus
+from sclong_ds.store import MAX_COUNT
 
 KEY = "X_sclong"
 """Name of the embedding in obsm."""
@@ -59,30 +59,6 @@ _STORAGE = {"chunks": (2**17,), "compression": "gzip", "compression_opts": 1}
 _FEW_GENES = 0.5
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CountBlock:
-    """Consecutive cells of an input."""
-
-    counts: csr_matrix
-    """(B, G) raw counts in the model's gene order."""
-    n_input_counts: int
-    """Sum of their counts over all genes of the input."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cells:
-    """An opened input: who the cells are, and their counts in blocks."""
-
-    obs: pd.DataFrame
-    """Annotation, one row a cell in input order; the index holds the barcodes."""
-    blocks: Callable[[], Iterator[CountBlock]]
-    """Starts a new pass over all cells, in order."""
-    n_genes_input: int
-    """Genes of the input."""
-    n_genes_mapped: int
-    """Genes of the model that the input has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +125,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="refuse inputs of whose genes a smaller share is in the model (default %(default)s)",
     )
+    add_input_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -172,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         min_genes=args.min_genes_mapped,
         min_share=args.min_share_mapped,
+        dataset=input_dataset(args.input, args),
     )
     coverage = embed_to_file(
         model,
@@ -185,54 +163,9 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{args.out}: {coverage.n_cells} cells, {KEY} of width {model.config.base_dim}; "
         f"{coverage.n_genes_mapped} of the model's {coverage.n_genes_model} genes, "
-        f"{coverage.counts_kept:.1%} of the counts"
+        f"{coverage.counts_kept:.1%} of the counts{_left_out(cells)}"
     )
     return 0
-
-
-def open_cells(
-    path: Path,
-    *,
-    genes: GeneVocabulary,
-    split: str | None = None,
-    min_genes: int = MIN_GENES_MAPPED,
-    min_share: float = MIN_SHARE_MAPPED,
-) -> Cells:
-    """Open an input in the gene order of a model; the counts are read on demand.
-
-    Args:
-        path: Anything that `data_prep` reads, or a corpus folder.
-        genes: Genes of the model.
-        split: Split of a corpus; None takes all cells.
-        min_genes: Fewest genes of the model that an input must have.
-        min_share: Smallest share (0 to 1) of the input's genes that the model must know.
-
-    Raises:
-        FileNotFoundError: No such input, or a corpus that is not finalized.
-        ValueError: Not raw counts of known human genes, a corpus of other genes, or no such split.
-    """
-    if (path / "corpus.json").is_file() or (path / "ledger").is_dir():
-        return _open_corpus(path, genes=genes, split=split)
-    if split is not None:
-        raise ValueError(
-            f"--split {split}: {path} is no corpus and has no splits; leave --split out"
-        )
-    opened = read_harmonized(path, genes=genes, min_genes=min_genes, min_share=min_share)
-
-    def blocks() -> Iterator[CountBlock]:
-        for block in opened.matrix.blocks():
-            counts = exact_counts(block, where=opened.matrix.name)
-            yield CountBlock(counts=opened.gene_map.apply(counts), n_input_counts=int(counts.sum()))
-
-    obs, notes = valid_annotations(opened.source)
-    for part, note in notes.items():
-        _log.warning("%s, %s: %s", path.name, part, note)
-    return Cells(
-        obs=obs,
-        blocks=blocks,
-        n_genes_input=opened.matrix.shape[1],
-        n_genes_mapped=opened.gene_map.n_mapped,
-    )
 
 
 def embed_counts(
@@ -332,7 +265,7 @@ def embed_to_file(
         obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
         write_elem(file, "obs", _plain_columns(obs))
         record = record_of(model, model_dir) | {"pooling": POOLING, "coverage": asdict(coverage)}
-        write_elem(file, "uns", {UNS_KEY: record | (origin or {})})
+        write_elem(file, "uns", {UNS_KEY: record | input_record(cells) | (origin or {})})
     _warn(coverage)
     return coverage
 
@@ -390,31 +323,6 @@ def progress(n_cells: int) -> Iterator[Callable[[int], None]]:
         yield on_cells
 
 
-def _open_corpus(path: Path, *, genes: GeneVocabulary, split: str | None) -> Cells:
-    corpus = Corpus(path)
-    if corpus.genes.hash != genes.hash:
-        raise ValueError(
-            f"{path} is a corpus of other genes ({len(corpus.genes)}) than the model's "
-            f"({len(genes)}); embed the source files instead, which maps their genes"
-        )
-    rows = np.arange(len(corpus)) if split is None else corpus.split(split)
-    if not len(rows):
-        raise ValueError(f"{path}: split '{split}' has no cells")
-    parts = [rows[start : start + BLOCK_CELLS] for start in range(0, len(rows), BLOCK_CELLS)]
-
-    def blocks() -> Iterator[CountBlock]:
-        for part in parts:
-            counts = corpus.rows(part)
-            yield CountBlock(counts=counts, n_input_counts=int(counts.sum(dtype=np.int64)))
-
-    return Cells(
-        obs=corpus.obs(rows),
-        blocks=blocks,
-        n_genes_input=len(genes),
-        n_genes_mapped=len(genes),
-    )
-
-
 def _begin_anndata(
     file: h5py.File, n_cells: int, model: ScLong, *, with_counts: bool
 ) -> h5py.Dataset:
@@ -434,6 +342,11 @@ def _begin_anndata(
     )
     embedded.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     return embedded
+
+
+def _left_out(cells: Cells) -> str:
+    reasons = ", ".join(f"{number} {reason}" for reason, number in cells.left_out.items())
+    return f"; cells left out: {reasons}" if reasons else ""
 
 
 def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:

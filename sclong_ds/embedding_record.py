@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.source_identity import source_hash
+from sclong_ds.input_cells import Cells
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_manifest import model_digest, weights_hash
 from sclong_ds.store import Corpus
@@ -34,6 +37,19 @@ def record_of(model: ScLong, model_dir: Path) -> dict[str, Any]:
     }
 
 
+def input_record(cells: Cells) -> dict[str, Any]:
+    """Return how an input was read, which cells were left out and what looks wrong.
+
+    Args:
+        cells: From `open_cells`.
+    """
+    return {
+        "read": dict(cells.facts),
+        "cells_left_out": dict(cells.left_out),
+        "warnings": np.array(cells.warnings, dtype=str),
+    }
+
+
 def origin_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the path, hash and options of an input.
 
@@ -44,8 +60,9 @@ def origin_of(args: argparse.Namespace) -> dict[str, Any]:
     """
     path: Path = args.input
     is_corpus = (path / "corpus.json").is_file()
+    input_hash = Corpus(path).hash if is_corpus else source_hash(path, gene_list=args.gene_list)
     return {
         "input": str(path.resolve()),
-        "input_hash": Corpus(path).hash if is_corpus else source_hash(path),
+        "input_hash": input_hash,
         "options": {k: str(v) for k, v in vars(args).items() if k not in _NOT_OPTIONS},
     }

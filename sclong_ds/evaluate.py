@@ -57,19 +57,19 @@ from sklearn.metrics import (
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
+from data_prep.input_options import input_dataset
 from data_prep.readers import detect_format
 from sclong_ds.data import log1p_normalise
 from sclong_ds.embed import (
     KEY,
     UNS_KEY,
-    Cells,
     add_input_arguments,
     choose_device,
     embed_counts,
-    open_cells,
     progress,
 )
 from sclong_ds.files import local_path, write_atomic
+from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
 from sclong_ds.model_manifest import weights_hash
@@ -151,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         min_genes=args.min_genes_mapped,
         min_share=args.min_share_mapped,
+        dataset=input_dataset(args.input, args),
     )
     scored = choose_cells(cells, label=args.label, batch=args.batch)
     if stored is None:
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
                 model, scored.counts, batch_size=args.batch_size, on_cells=on_cells
             )
     else:
-        embedded = stored[scored.rows]
+        embedded = stored[cells.rows[scored.rows]]
     normalised = normalise(scored.counts, target_sum=model.transform.target_sum)
     points = {"sclong": embedded} | baselines(normalised, seed=args.seed)
     scores = {name: score(x, scored, seed=args.seed) for name, x in points.items()}
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "tsne.png", draw(points, scored, seed=args.seed))
     write_atomic(args.out / "scores.tsv", table.to_csv(sep="\t").encode())
-    report = _facts(args, scored) | {"scores": scores}
+    report = _facts(args, cells, scored) | {"scores": scores}
     write_atomic(args.out / "scores.json", (json.dumps(report, indent=1) + "\n").encode())
     print(f"{len(scored.rows)} cells, {len(_sizes(scored.labels))} labels of {args.label}")
     print(table.to_string(float_format="{:.3f}".format, na_rep="-"))
@@ -423,7 +424,7 @@ def _column(obs: pd.DataFrame, name: str, *, option: str) -> np.ndarray:
     return values.where(values.notna(), "").astype(str).to_numpy(dtype=str)
 
 
-def _facts(args: argparse.Namespace, scored: ScoredCells) -> dict[str, object]:
+def _facts(args: argparse.Namespace, cells: Cells, scored: ScoredCells) -> dict[str, object]:
     """Return what scores.json says besides the scores."""
     labels = _sizes(scored.labels)
     return {
@@ -435,7 +436,9 @@ def _facts(args: argparse.Namespace, scored: ScoredCells) -> dict[str, object]:
         "batch": args.batch,
         "seed": args.seed,
         "n_cells": len(scored.rows),
-        "left_out": dict(scored.left_out),
+        "left_out": dict(cells.left_out) | dict(scored.left_out),
+        "read": dict(cells.facts),
+        "warnings": list(cells.warnings),
         "rare_labels": dict(scored.rare_labels),
         "labels": labels,
         "batches": None if scored.batches is None else _sizes(scored.batches),

@@ -186,7 +186,8 @@ class EmbeddingModel:
         import numpy as np
         from pandas import DataFrame
 
-        from sclong_ds.embed import embed_counts, open_cells
+        from sclong_ds.embed import embed_counts
+        from sclong_ds.input_cells import open_cells
 
         limits = {
             name: self._settings[f"{name}_mapped"]

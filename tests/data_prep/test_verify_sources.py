@@ -19,7 +19,7 @@ import zarr
 from made_sources import CONTAINERS, EXPRESSION, WITH_OBS, Made, write
 from scipy import sparse
 
-from data_prep import harmonize, plain_arrays, readers, staging, verify_sources
+from data_prep import harmonize, outcome, plain_arrays, readers, staging, verify_sources
 from data_prep.__main__ import main
 from data_prep.convert import Settings, convert_dataset, prepare_corpus
 from data_prep.drawn_cells import draw_cells
@@ -218,14 +218,14 @@ def test_cells_left_out(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_was_lost_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = staging.failing_cells
+    right = outcome.failing_cells
 
     def wrong(cells: sparse.csr_matrix, limits: CellLimits) -> dict[str, np.ndarray]:
         reasons = right(cells, limits)
         next(iter(reasons.values()))[3] = True
         return reasons
 
-    monkeypatch.setattr(staging, "failing_cells", wrong)
+    monkeypatch.setattr(outcome, "failing_cells", wrong)
     corpus = finalized(tmp_path, "loom", made(6))
     assert check_sources(Corpus(corpus), 40).problems == [
         "one: cell 3 of the source is missing, for no reason to be seen"

@@ -18,7 +18,7 @@ from data_prep.finalize import finalize
 from data_prep.harmonize import GeneResolver
 from data_prep.manifest import Dataset
 from data_prep.source_identity import source_hash
-from sclong_ds import embed
+from sclong_ds import embed, input_cells
 from sclong_ds.data import log1p_normalise
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model_dir import load_model
@@ -193,7 +193,7 @@ def corpus(h5ad: Path, genes: GeneVocabulary, tmp_path: Path) -> Path:
 def test_corpus_and_its_splits(
     model_dir: Path, corpus: Path, h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "BLOCK_CELLS", 4)
+    monkeypatch.setattr(input_cells, "BLOCK_CELLS", 4)
     run(model_dir, h5ad, "--out", tmp_path / "file.h5ad", "--device", "cpu")
     run(model_dir, corpus, "--out", tmp_path / "all.h5ad", "--device", "cpu")
     held_out = tmp_path / "validation.h5ad"
@@ -222,13 +222,13 @@ def test_refuses_an_unknown_split_and_a_corpus_of_other_genes(
     model_dir: Path, corpus: Path, genes: GeneVocabulary
 ) -> None:
     with pytest.raises(ValueError, match="this corpus has"):
-        embed.open_cells(corpus, genes=genes, split="night")
+        input_cells.open_cells(corpus, genes=genes, split="night")
     fewer = GeneVocabulary(genes.ids[1:], genes.symbols[1:], genes.classes[1:])
     with pytest.raises(ValueError, match="other genes"):
-        embed.open_cells(corpus, genes=fewer)
+        input_cells.open_cells(corpus, genes=fewer)
     (corpus / "corpus.json").unlink()
     with pytest.raises(FileNotFoundError, match="not finalized"):
-        embed.open_cells(corpus, genes=genes)
+        input_cells.open_cells(corpus, genes=genes)
 
 
 def test_text_columns_of_mixed_types_become_categories() -> None:
@@ -295,6 +295,68 @@ def test_refuses_what_is_not_there(model_dir: Path, h5ad: Path, tmp_path: Path) 
         run(tmp_path, h5ad, "--out", tmp_path / "out.h5ad")
     with pytest.raises(ValueError, match="no corpus"):
         run(model_dir, h5ad, "--out", tmp_path / "out.h5ad", "--split", "validation")
+
+
+def test_thresholds_leave_cells_out_and_say_so(
+    model_dir: Path, h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "all.h5ad"
+    run(model_dir, h5ad, "--out", out, "--device", "cpu")
+    everything = anndata.read_h5ad(out)
+    # Without a threshold every cell has its row, the one without counts too.
+    assert everything.n_obs == N_CELLS
+    assert dict(everything.uns["sclong"]["cells_left_out"]) == {}
+    n_genes = everything.obs["n_genes_mapped"].to_numpy()
+    least = int(np.median(n_genes)) + 1
+    run(model_dir, h5ad, "--out", out, "--device", "cpu", "--min-genes", least)
+    some = anndata.read_h5ad(out)
+    kept = n_genes >= least
+    assert list(some.obs_names) == list(everything.obs_names[kept])
+    np.testing.assert_array_equal(some.X.toarray(), everything.X.toarray()[kept])
+    np.testing.assert_allclose(
+        some.obsm[embed.KEY], everything.obsm[embed.KEY][kept], rtol=1e-4, atol=1e-5
+    )
+    record = some.uns["sclong"]
+    empty, few = int((n_genes == 0).sum()), int(((n_genes > 0) & ~kept).sum())
+    assert dict(record["cells_left_out"]) == {"without counts": empty, "below min_genes": few}
+    assert record["read"]["options"] == {"--min-genes": str(least)}
+    assert f"cells left out: {empty} without counts, {few} below" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"cells\.h5ad: no cell is left"):
+        run(model_dir, h5ad, "--out", out, "--device", "cpu", "--min-counts", 10**9)
+
+
+def test_the_options_of_a_manifest_say_how_to_read(
+    model_dir: Path, h5ad: Path, genes: GeneVocabulary, tmp_path: Path
+) -> None:
+    source = anndata.read_h5ad(h5ad)
+    counts = source.X.toarray()
+    source.layers["spliced"] = csr_matrix(counts // 2)
+    source.layers["unspliced"] = csr_matrix(counts - counts // 2)
+    source.layers["corrected"] = csr_matrix(counts * np.float32(0.97))
+    source.X = csr_matrix(np.log1p(counts / np.float32(7)))
+    path, out = tmp_path / "parts.h5ad", tmp_path / "out.h5ad"
+    source.write_h5ad(path)
+    with pytest.raises(ValueError, match=r"parts\.h5ad: no raw counts: .*spliced\+layers/un"):
+        run(model_dir, path, "--out", out)
+    both = "layers/spliced+layers/unspliced"
+    run(model_dir, path, "--out", out, "--device", "cpu", "--counts", both, "--format", "h5ad")
+    run(model_dir, h5ad, "--out", tmp_path / "plain.h5ad", "--device", "cpu")
+    found, plain = anndata.read_h5ad(out), anndata.read_h5ad(tmp_path / "plain.h5ad")
+    np.testing.assert_array_equal(found.obsm[embed.KEY], plain.obsm[embed.KEY])
+    assert found.uns["sclong"]["read"]["matrix"] == both
+    run(model_dir, path, "--out", out, "--device", "cpu", "--counts", "round:layers/corrected")
+    rounded = anndata.read_h5ad(out).uns["sclong"]["read"]["rounded"]
+    assert 0 < rounded["share_rounded"] <= 1
+    with pytest.raises(ValueError, match=r"parts\.h5ad: .*says loom, the content is h5ad"):
+        run(model_dir, path, "--out", out, "--format", "loom")
+    for option in (("--counts", "Y"), ("--min-genes", "0"), ("--id-type", "entrez")):
+        with pytest.raises(SystemExit):
+            run(model_dir, path, "--out", out, *option)
+
+
+def test_a_corpus_takes_no_options_of_a_file(model_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--min-genes: .* is a corpus, whose cells were chosen"):
+        run(model_dir, corpus, "--out", tmp_path / "out.h5ad", "--min-genes", 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
