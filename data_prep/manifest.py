@@ -289,9 +289,9 @@ def _problems(rows: _Rows) -> list[str]:
         if (id_type := row.get("id_type") or "auto") not in ID_TYPES:
             problems.append(f"{where}: id_type '{id_type}', allowed: {', '.join(ID_TYPES)}")
         problems.extend(
-            f"{where}: {name} '{row[name]}' is not a whole number from 1 on"
+            f"{where}: {name} '{row[name][:20]}' is not a whole number from 1 to 999999999"
             for name in _NUMBERS
-            if row.get(name) and not (row[name].isdecimal() and int(row[name]) >= 1)
+            if row.get(name) and not re.fullmatch("0*[1-9][0-9]{0,8}", row[name])
         )
     return problems
 

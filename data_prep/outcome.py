@@ -202,7 +202,7 @@ class Outcome:
 
     def _warnings(self, entry: LedgerEntry) -> list[str]:
         gene_map, found = self.opened.gene_map, []
-        if self._unfiltered(Path(entry["path"])):
+        if self.limits.given and self._unfiltered(Path(entry["path"])):
             found.append(f"{self._barcodes()}; {int(self.kept.sum())} were kept")
         usual = default_min_genes(gene_map.n_genes)
         if entry["median_genes"] is not None and entry["median_genes"] < usual:

@@ -204,7 +204,9 @@ def test_thresholds_and_forms_of_counts(tmp_path: Path) -> None:
     assert (first.counts, first.min_genes, first.min_counts) == (both, 100, None)
     assert (second.counts, second.min_genes, second.min_counts) == ("round:X", None, 500)
     assert first.options()["min_genes"] == 100
-    with pytest.raises(ValueError, match="line 2: min_genes '0' is not a whole number from 1 on"):
+    with pytest.raises(ValueError, match="line 2: min_genes '0' is not a whole number from 1 to"):
         read_manifest(write(tmp_path, f"{header}a\tf\t\t0\t\n"))
     with pytest.raises(ValueError, match=r"line 2: counts 'X\+X' adds the same matrix twice"):
         read_manifest(write(tmp_path, f"{header}a\tf\tX+X\t\tfive\n"))
+    with pytest.raises(ValueError, match="line 2: min_counts '99999999999999999999' is not"):
+        read_manifest(write(tmp_path, f"{header}a\tf\tX\t\t{'9' * 5000}\n"))

@@ -148,6 +148,28 @@ def embed_file(model_dir: Path, cells: Path, out: Path, *options: str) -> Path:
     return out
 
 
+def test_thresholds_leave_cells_out_of_a_stored_embedding_too(
+    model_dir: Path, cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "draw", lambda *_, **__: b"")
+    embedded = embed_file(model_dir, cells, tmp_path / "embedded.h5ad")
+    n_genes = anndata.read_h5ad(embedded).obs["n_genes_mapped"].to_numpy()
+    least = int(np.quantile(n_genes, 0.3))
+    reports = []
+    for name, source in (("fresh", cells), ("stored", embedded)):
+        out = tmp_path / name
+        run(model_dir, source, "--label", "cell_type", "--out", out, "--min-genes", least)
+        reports.append(json.loads((out / "scores.json").read_text()))
+    fresh, stored = reports
+    for name in ("without counts", "below min_genes"):
+        assert fresh["left_out"][name] == stored["left_out"][name] > 0
+    below = fresh["left_out"]["without counts"] + fresh["left_out"]["below min_genes"]
+    assert below == (n_genes < least).sum()
+    assert fresh["read"]["options"] == {"--min-genes": str(least)}
+    for name, score in fresh["scores"]["sclong"].items():
+        assert stored["scores"]["sclong"][name] == pytest.approx(score, abs=1e-3)
+
+
 def test_stored_embedding_without_counts_is_refused(
     model_dir: Path, cells: Path, tmp_path: Path
 ) -> None:
