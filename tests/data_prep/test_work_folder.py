@@ -52,10 +52,9 @@ def kill_at(n):
 def run(corpus, n=None):
     child = os.fork()
     if child == 0:
+        os.fsync = lambda handle: None
         if n:
             kill_at(n)
-        else:
-            os.fsync = lambda handle: None
         finalize(corpus, seed=5)
         os._exit(0)
     return os.waitpid(child, 0)[1]
