@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import time
@@ -46,7 +47,7 @@ class Disturbed:
 
 def disturb(
     command: Command, products: Path, work: Path, *, faults: Sequence[str], every: int,
-    seconds: float, rng: random.Random,
+    seconds: float, limit: int | None, rng: random.Random,
 ) -> list[Disturbed]:  # fmt: skip
     """Disturb a command at every call, or at a sample of them.
 
@@ -57,6 +58,7 @@ def disturb(
         faults: Which calls, of `FAULTS`.
         every: Every so many calls.
         seconds: Time for it; what does not fit is left out.
+        limit: Most calls; None for no limit.
         rng: Chooses where to begin, and what is left out.
     """
     place, log = work / "place", work / "log"
@@ -79,7 +81,7 @@ def disturb(
     seen[KILL] = sum(seen[kind] for kind in CHANGING)
     counts = {fault: seen[fault] for fault in faults}
     found, end = [], time.monotonic() + seconds
-    for fault, at in _in_turn(counts, every, rng):
+    for fault, at in itertools.islice(_in_turn(counts, every, rng), limit):
         if time.monotonic() > end:
             break
         fresh_copy(before, place)

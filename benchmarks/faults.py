@@ -1,7 +1,7 @@
 """Try faults on every product: damaged files, failing system calls, kills at any of these calls.
 
-    python -m benchmarks.faults flips [--product NAME ...] [--per-file 3] [--seconds S] [--seed 0]
-    python -m benchmarks.faults calls [--product NAME ...] [--every 1] [--seconds S] [--seed 0]
+    python -m benchmarks.faults flips [--product NAME ...] [--per-file 3] [--limit N] [--seconds S]
+    python -m benchmarks.faults calls [--product NAME ...] [--every 1] [--limit N] [--seconds S]
 
 `flips`: each file of a product gets a flipped bit, is cut, dropped, replaced by the file of another
 version of the product, and swapped with another of its files; then every reader of the product is
@@ -145,8 +145,9 @@ def flips(args: argparse.Namespace, work: Path) -> list[Trial]:
     wanted = args.product or [name for name in MAKERS if has_readers(name)]
     make_products(work, wanted)
     trials: list[Trial] = []
-    end = time.monotonic() + args.seconds
-    for name in wanted:
+    last = time.monotonic() + args.seconds
+    for number, name in enumerate(wanted):
+        end = time.monotonic() + (last - time.monotonic()) / (len(wanted) - number)
         rng = random.Random(f"{args.seed} {name}")
         what = product(work, name)
         first = in_child(functools.partial(read_all, what), log=work / "read.log", timeout_s=HANG_S)
@@ -155,7 +156,7 @@ def flips(args: argparse.Namespace, work: Path) -> list[Trial]:
         if errors or not before:
             raise RuntimeError(f"{name}: cannot be read undamaged: {errors} {first.trace}")
         # By kind, so that little time still reaches every kind.
-        chosen = sample(what, args.per_file, rng)
+        chosen = sample(what, args.per_file, rng)[: args.limit]
         for file, damage in chosen:
             if time.monotonic() > end:
                 break
@@ -174,7 +175,7 @@ def calls(args: argparse.Namespace, work: Path) -> list[Disturbed]:
         rng = random.Random(f"{args.seed} {command.name}")
         session = functools.partial(
             disturb, command, work, work / "calls", faults=args.fault or FAULTS, every=args.every,
-            seconds=left_s, rng=rng,
+            seconds=left_s, limit=args.limit, rng=rng,
         )  # fmt: skip
         ended = in_child(session, log=work / "session.log", timeout_s=1e9)
         if ended.result is None:
@@ -250,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per-file", type=int, default=3, help="flips and cuts a file; default 3")
     parser.add_argument("--every", type=int, default=1, help="every k-th call; default 1")
     parser.add_argument("--fault", nargs="+", choices=FAULTS, help="of calls; default: all")
+    parser.add_argument("--limit", type=int, help="tries of a product or command; default: all")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after; default: never")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--work", type=Path, help="folder for the products, kept")

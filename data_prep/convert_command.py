@@ -151,7 +151,12 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"datasets": entries, "counts": count_statuses(entries)}, indent=1))
     else:
         print(format_table(entries))
-    n_failed = sum(entry["status"] == "failed" for entry in entries)
-    if n_failed:
-        print(f"error: {n_failed} of {len(entries)} datasets failed", file=sys.stderr)
-    return 1 if n_failed else 0
+    failed = [entry for entry in entries if entry["status"] == "failed"]
+    if failed:
+        first = " ".join(f"{failed[0]['dataset_id']}: {failed[0]['reason']}".split())
+        print(
+            f"error: {len(failed)} of {len(entries)} datasets failed ({first}"
+            f"{'; ...' if len(failed) > 1 else ''})",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0

@@ -49,6 +49,7 @@ from sclong_ds.catalogue import checked_files, corpus_files
 from sclong_ds.files import (
     file_sha256,
     locked,
+    named_errors,
     partial_name,
     sync_folder,
     sync_tree,
@@ -133,7 +134,7 @@ def finalize(
     options = SplitOptions(seed, validation_fraction, test_fraction, split_by, names)
     if not (corpus / "ledger").is_dir():
         read_ledger(corpus)  # Says what to do; no lock file is made in a folder that is no corpus.
-    with _alone(corpus):
+    with _alone(corpus), named_errors(corpus):
         inputs = read_inputs(corpus)
         pending = _pending(corpus, inputs.ledger, allow_missing=allow_missing)
         staged = _usable(corpus, inputs)

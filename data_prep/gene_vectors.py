@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from sclong_ds.files import partial_name, remove_partials_of, write_atomic
+from sclong_ds.files import named_errors, partial_name, remove_partials_of, write_atomic
 from sclong_ds.store import Corpus
 
 SPLIT = "train"
@@ -261,7 +261,8 @@ def _scratch(out: Path) -> Iterator[Path]:
     folder = partial_name(out)
     folder.mkdir()
     try:
-        yield folder
+        with named_errors(folder):
+            yield folder
     finally:
         shutil.rmtree(folder)
 

@@ -32,6 +32,7 @@ from data_prep.manifest import Dataset
 from data_prep.source import UnusableError
 from data_prep.source_identity import source_files, source_hash
 from data_prep.staging import STAGING_VERSION, Settings, clear, stage
+from sclong_ds.files import named_errors
 
 _log = logging.getLogger(__name__)
 
@@ -176,14 +177,15 @@ def _stage_or_explain(
     """Stage a dataset, or say in its entry why it cannot be and leave nothing of it."""
     folder = corpus / "staging" / dataset.dataset_id
     try:
-        stage(
-            dataset,
-            entry,
-            folder=folder,
-            settings=settings,
-            resolver=resolver,
-            unchanged=unchanged,
-        )
+        with named_errors(f"{dataset.path} -> {folder}"):
+            stage(
+                dataset,
+                entry,
+                folder=folder,
+                settings=settings,
+                resolver=resolver,
+                unchanged=unchanged,
+            )
         entry["status"] = "ok"
         return
     except UnusableError as error:

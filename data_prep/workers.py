@@ -25,6 +25,7 @@ from data_prep.limits import Limits, limit_memory, used_gib
 from data_prep.manifest import Dataset
 from data_prep.one_dataset import convert_dataset, new_entry
 from data_prep.staging import Settings, clear, part_folder
+from sclong_ds.files import named_errors
 from sclong_ds.genes import GeneVocabulary
 
 _log = logging.getLogger(__name__)
@@ -182,9 +183,10 @@ def _work(pipe: Connection, corpus: Path, settings: Settings, limits: Limits) ->
         except EOFError:
             return
         try:
-            entry: LedgerEntry | str = convert_dataset(
-                dataset, corpus=corpus, settings=settings, resolver=resolver, replace=replace
-            )
+            with named_errors(corpus):
+                entry: LedgerEntry | str = convert_dataset(
+                    dataset, corpus=corpus, settings=settings, resolver=resolver, replace=replace
+                )
         except (ValueError, OSError) as error:
             entry = str(error)
         pipe.send(entry)

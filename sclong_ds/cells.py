@@ -51,6 +51,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus_files import Location
+from sclong_ds.files import read_file
 from sclong_ds.shards import DamagedShard, ShardedArray, read_metadata
 from sclong_ds.streams import PackedCells, decode, slices_to_index
 
@@ -218,7 +219,7 @@ class CellStore:
         if size != length * dtype.itemsize:
             raise problem
         if size < (_MAPPED_CHUNK_BYTES if name in CHUNK_TABLES else _MAPPED_BYTES):
-            return np.frombuffer(file.read_bytes(), dtype)
+            return np.frombuffer(read_file(file), dtype)
         # As a plain array: slices of np.memmap itself take ten times as long.
         return np.asarray(np.memmap(file, dtype=dtype, mode="r", shape=(length,)))
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import google_crc32c
 
+from sclong_ds.files import named_errors, read_file
 from sclong_ds.run_folder import METRICS_FILE, read_metrics
 from sclong_ds.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 
@@ -316,7 +317,7 @@ def fingerprint(path: Path, *, crc: str = "CRC-32C") -> list[int]:
         crc: CRC-32C, or CRC-32 as in manifests of version 1.
     """
     value, size = 0, 0
-    with path.open("rb") as file:
+    with named_errors(path), path.open("rb") as file:
         while block := file.read(2**22):
             value = (
                 google_crc32c.extend(value, block) if crc == "CRC-32C" else zlib.crc32(block, value)
@@ -340,7 +341,7 @@ def read_state(checkpoint: Path) -> TrainState:
     Raises:
         ValueError: It was written by another version.
     """
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = json.loads(read_file(checkpoint / "state.json"))
     names = {field.name for field in fields(TrainState)}
     if set(state) != names:
         raise ValueError(

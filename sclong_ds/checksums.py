@@ -14,6 +14,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.files import named_errors
+
 _BLOCK_BYTES = 2**22
 
 
@@ -37,7 +39,7 @@ def file_crc32c(path: str | Path) -> int:
         path: The file; it is read in blocks.
     """
     crc = 0
-    with Path(path).open("rb") as file:
+    with named_errors(path), Path(path).open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             crc = google_crc32c.extend(crc, block)
     return crc

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.checksums import check_file
-from sclong_ds.files import partial_name
+from sclong_ds.files import named_errors, partial_name, read_file
 
 CACHE_VARIABLE = "SCLONG_CACHE"
 _BLOCK_BYTES = 2**24
@@ -149,9 +149,9 @@ class Location:
             ValueError: It is not the file that is on record.
         """
         if self._record is not None:
-            return self.local_path(name).read_bytes()
+            return read_file(self.local_path(name))
         if self._folder is not None:
-            return (self._folder / name).read_bytes()
+            return read_file(self._folder / name)
         with self._remote(name) as (files, path):
             return bytes(files.cat_file(path))
 
@@ -172,7 +172,8 @@ class Location:
         if self._folder is not None:
             handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                return _read_at(handle, start, length)
+                with named_errors(self._folder / name):
+                    return _read_at(handle, start, length)
             finally:
                 os.close(handle)
         if length == 0:

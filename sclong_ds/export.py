@@ -26,7 +26,7 @@ from sclong_ds.checkpoint_files import (
 )
 from sclong_ds.config import RunConfig, load_config
 from sclong_ds.features_file import read_features
-from sclong_ds.files import local_path
+from sclong_ds.files import local_path, named_errors
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.model.sclong import Transform
 from sclong_ds.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
@@ -81,7 +81,11 @@ def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
         The provenance that was written.
     """
     check_absent(out)
-    checkpoint = resolve(checkpoint_dir)
+    with named_errors(checkpoint_dir):
+        return _export(resolve(checkpoint_dir), out)
+
+
+def _export(checkpoint: Path, out: Path) -> dict[str, Any]:
     config = load_config(checkpoint / "config.yaml")
     state = read_state(checkpoint)
     graph, trained = checkpoint / GRAPH, read_run_json(checkpoint)
@@ -94,16 +98,18 @@ def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
         "environment": trained.get("environment"),
         "exported_by": {"commit": git_commit(), "environment": environment()},
     }
-    write_model_dir(
-        out,
-        weights=full_weights(checkpoint),
-        model=config.model,
-        transform=transform_of(config),
-        genes=checkpoint / "genes.tsv",
-        graph=graph if graph.is_file() else None,
-        features=features_of(checkpoint, config, state.step),
-        provenance=provenance,
-    )
+    weights = full_weights(checkpoint)
+    with named_errors(out):
+        write_model_dir(
+            out,
+            weights=weights,
+            model=config.model,
+            transform=transform_of(config),
+            genes=checkpoint / "genes.tsv",
+            graph=graph if graph.is_file() else None,
+            features=features_of(checkpoint, config, state.step),
+            provenance=provenance,
+        )
     return provenance
 
 

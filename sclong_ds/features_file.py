@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sclong_ds.files import write_atomic
+from sclong_ds.files import read_file, write_atomic
 
 
 def write_features(path: str | Path, features: Mapping[str, Tensor]) -> None:
@@ -51,7 +51,7 @@ def read_features(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of random features")
     try:
-        features = safetensors.torch.load(path.read_bytes())
+        features = safetensors.torch.load(read_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path}: not a file of random features ({error})") from None
     _check(path, features)

@@ -90,15 +90,27 @@ def remove_partials_of(path: str | Path) -> None:
 def named_errors(path: str | Path) -> Iterator[None]:
     """Give an OSError that names no file, as those of read, write and fsync, a file's name.
 
+    One that names a file without its folder, as those of shutil.rmtree, gets it too.
+
     Args:
         path: The file, or the folder that is worked on.
     """
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.errno is None or os.sep in str(error.filename or ""):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return the content of a file; an error names it.
+
+    Args:
+        path: The file.
+    """
+    with named_errors(path):
+        return Path(path).read_bytes()
 
 
 def remove_partials(folder: str | Path) -> None:

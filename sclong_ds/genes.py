@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from sclong_ds.files import write_atomic
+from sclong_ds.files import read_file, write_atomic
 
 BUNDLED_PATH = (
     Path(__file__).resolve().parents[1] / "data_prep" / "resources" / "genes_27874.tsv.gz"
@@ -155,9 +156,9 @@ def _header_text() -> str:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        raw = path.read_bytes()
+        raw = read_file(path)
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"gene list {path}: not readable as text or gzip ({error})") from None
     lines = text.replace("\r\n", "\n").split("\n")
     while lines and not lines[-1].strip():

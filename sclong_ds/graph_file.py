@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from sclong_ds.files import write_atomic
+from sclong_ds.files import named_errors, write_atomic
 
 GRAPH_FORMAT = "sclong_ds-gene-graph 1"
 # What numpy and zipfile raise on changed bytes.
@@ -98,7 +98,11 @@ def read_gene_graph(path: str | Path, *, genes_hash: str) -> tuple[np.ndarray, n
     try:
         # np.load leaves a file that is no zip open, so the file is opened here. A plain .npy gives
         # an array, which is no context manager: TypeError.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with (
+            named_errors(path),
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as archive,
+        ):
             content = {key: archive[key] for key in _KEYS}
     except _DAMAGE as error:
         raise ValueError(f"{path}: not a gene graph ({error}); make one with: {make}") from None

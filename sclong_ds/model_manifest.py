@@ -20,7 +20,7 @@ from typing import Any
 import google_crc32c
 
 from sclong_ds.checksums import check_file
-from sclong_ds.files import file_sha256
+from sclong_ds.files import file_sha256, named_errors
 from sclong_ds.sealed_json import CHECKSUM, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
@@ -139,7 +139,7 @@ def problems(
 def _record(path: Path) -> dict[str, Any]:
     """Return size, CRC-32C and SHA-256 of a file, read once."""
     size, crc, sha256 = 0, 0, hashlib.sha256()
-    with path.open("rb") as file:
+    with named_errors(path), path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             size += len(block)
             crc = google_crc32c.extend(crc, block)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.files import read_file
+
 # A flipped bit of a zip header asks for a password or an unknown compression (RuntimeError), one of
 # a shape for more memory than there is.
 _DAMAGE = (
@@ -53,7 +55,7 @@ def read_npy(path: str | Path, *, cure: str) -> NDArray[Any]:
 
 def _load(path: Path, cure: str) -> Any:
     # From memory: a file that numpy cannot read would stay open.
-    content = io.BytesIO(path.read_bytes())
+    content = io.BytesIO(read_file(path))
     try:
         found = np.load(content)
         return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else found

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.files import write_atomic
+from sclong_ds.files import read_file, write_atomic
 
 CHECKSUM = "checksum"
 
@@ -32,7 +32,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ValueError: It holds something else; the message names the file.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); was it damaged or edited?") from None
     if not isinstance(content, dict):

@@ -20,6 +20,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 
 from sclong_ds.corpus_files import Location
+from sclong_ds.files import read_file
 
 _CODECS = (["bytes", "zstd", "crc32c"], ["bytes", "crc32c"])
 _CHECKSUM_BYTES = 4
@@ -165,7 +166,7 @@ def read_metadata(location: Location) -> dict[str, Any]:
         ValueError: It is damaged.
     """
     try:
-        about = json.loads(location.local_path("zarr.json").read_bytes())
+        about = json.loads(read_file(location.local_path("zarr.json")))
     except FileNotFoundError:
         raise FileNotFoundError(f"{location}/zarr.json: no such file") from None
     except ValueError as error:

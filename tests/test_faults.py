@@ -10,14 +10,19 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import ROOT, environment, run_module
 
 from benchmarks.damage import DAMAGES, Product, damaged, judge
 
-FLIPS = ["graph"]
-"""Products whose files are damaged."""
+GATES = {
+    "flips": (("staging", "corpus", "graph"), 30),
+    "calls": (("convert", "finalize", "gene-vectors"), 18),
+}
+"""Gate to the products or commands that it tries, and how often each."""
 
 
 def in_preloaded(code: str, *args: object) -> str:
@@ -140,14 +145,35 @@ def test_only_errors_that_name_the_file_are_right(pair):
     assert outcome(KeyError("first.txt")) == "crash"
 
 
-@pytest.mark.parametrize("product", FLIPS)
-def test_damage_is_named_or_harmless(product, tmp_path):
-    work = tmp_path / "work"
+@pytest.fixture(scope="session")
+def products(tmp_path_factory) -> Path:
+    """A folder where the products stay from one gate to the next."""
+    return tmp_path_factory.mktemp("products")
+
+
+def tried(products: Path, gate: str) -> list[dict[str, Any]]:
+    """Return the outcomes of a gate; a wrong one is its exit status, and is printed."""
+    names, limit = GATES[gate]
+    out = products / f"{gate}.json"
     run_module(
-        "benchmarks.faults", "flips", "--product", product, "--per-file", 4, "--seconds", 20,
-        "--work", work, "--json", tmp_path / "trials.json",
+        "benchmarks.faults", gate, "--product", *names, "--per-file", 1, "--limit", limit,
+        "--work", products, "--json", out,
     )  # fmt: skip
-    trials = json.loads((tmp_path / "trials.json").read_text())
-    assert len(trials) >= 9
-    assert {trial["outcome"] for trial in trials} <= {"named", "harmless"}
-    assert any(trial["outcome"] == "named" for trial in trials)
+    return json.loads(out.read_text())
+
+
+def test_damage_is_named_or_harmless(products):
+    trials = tried(products, "flips")
+    for name in GATES["flips"][0]:
+        outcomes = [trial["outcome"] for trial in trials if trial["product"] == name]
+        assert "named" in outcomes
+        assert set(outcomes) <= {"named", "harmless"}
+
+
+def test_a_failing_call_leaves_the_old_or_the_new_state(products):
+    trials = tried(products, "calls")
+    for name in GATES["calls"][0]:
+        here = [trial for trial in trials if trial["command"] == name]
+        assert {trial["fault"] for trial in here} >= {"write", "fsync", "open", "read", "kill"}
+        assert {trial["state"] for trial in here} <= {"old", "new", "part", "told"}
+        assert not any(trial["wrong"] for trial in here)

@@ -74,7 +74,9 @@ def test_a_failed_dataset_makes_the_exit_status_1_after_all_others(
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert report["counts"] == {"ok": 2, "excluded": 1, "failed": 1}
-    assert captured.err.splitlines()[-1] == "error: 1 of 4 datasets failed"
+    last = captured.err.splitlines()[-1]
+    (failed,) = (entry for entry in report["datasets"] if entry["status"] == "failed")
+    assert last.startswith(f"error: 1 of 4 datasets failed ({failed['dataset_id']}: ")
     assert main(["status", corpus, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["datasets"]
     statuses = {entry["dataset_id"]: entry["status"] for entry in listed}
