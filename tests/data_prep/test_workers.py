@@ -77,14 +77,14 @@ def test_what_takes_too_much_is_ended_and_the_others_go_on(tmp_path: Path) -> No
         genes=GENES,
         settings=SETTINGS,
         max_memory_gib=0.75,
-        max_minutes=0.1,
+        max_minutes=0.4,
     )
     found = {entry["dataset_id"]: (entry["status"], entry["reason"]) for entry in entries}
     assert [found[name] for name in "abc"] == [("ok", "")] * 3
     assert [found[name][0] for name in "gstw"] == ["failed"] * 4
     assert found["g"][1].startswith("not enough memory (Unable to allocate 2.00 GiB")
     assert "GiB used, at most " in found["g"][1]
-    assert found["s"][1].startswith("took more than 0.1 minutes; ")
+    assert found["s"][1].startswith("took more than 0.4 minutes; ")
     assert found["t"][1].startswith("took 0.")
     assert "0.8 GiB are allowed; if the file is sound, raise --max-memory" in found["t"][1]
     assert found["w"][1].startswith("[Errno 28] No space left on device")
