@@ -51,7 +51,7 @@ _UMAP_CELLS = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw what waits, also what comes meanwhile; return 0."""
+    """Draw what waits, also what comes meanwhile; return 1 if a part was damaged, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m sclong_ds.pictures", description="Draw the pictures that wait in a run."
     )
@@ -59,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir = parser.parse_args(argv).run_dir
     if not run_dir.is_dir():
         parser.error(f"{run_dir}: no such run folder")
+    status = 0
     while waiting := pending(run_dir):
         try:
             draw(run_dir, waiting[0])
         except ValueError as error:
             log.error("%s", error)
+            status = 1
     write_report([read_run(run_dir)], run_dir / REPORT_FILE)
-    return 0
+    return status
 
 
 def draw(run_dir: Path, file: Path) -> Path:

@@ -32,8 +32,13 @@ def pytest_terminal_summary(
 def pytest_configure(config: pytest.Config) -> None:
     """Use one thread, and refuse somebody else's code: `kernels` is also a package on PyPI."""
     import torch
+    from hypothesis import settings
 
     import kernels
+
+    # An example's time depends on what else the machine does.
+    settings.register_profile("tests", deadline=None)
+    settings.load_profile("tests")
 
     # Small matrices gain nothing from threads, and lose much where other processes run.
     torch.set_num_threads(1)
