@@ -42,6 +42,7 @@ from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.guards import StepGuard, history_of
 from sclong_ds.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.masking import target_count
+from sclong_ds.measured import MeasuredGenes
 from sclong_ds.metrics import bin_labels
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import FEATURES, GRAPH
@@ -84,6 +85,8 @@ class Run:
     """Peak of a rank's device, FLOP/s; None: unknown."""
     gradient_norms: GradientNorms
     rank_times: RankTimes
+    measured: MeasuredGenes | None
+    """With data.unmeasured=mask."""
     lock: IO[str] | None = None
     last_checkpoint: str | None = None
     """Name of the newest good checkpoint."""
@@ -238,6 +241,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         peak_flops=peak_flops(config, ranks),
         gradient_norms=GradientNorms(engine, model),
         rank_times=RankTimes(),
+        measured=measured_genes(config, corpus),
     )
     if dry_run:
         on_first_rank(lambda: check_run_folder(run_dir, config, state))
@@ -250,7 +254,8 @@ def open_corpus(config: RunConfig) -> Corpus:
     """Open the corpus.
 
     Raises:
-        ValueError: It has no training cells, or its statistics are of another transform.
+        ValueError: It has no training cells, its statistics are of another transform, or it does
+            not say which genes its datasets measure, and `data.unmeasured` asks for it.
     """
     assert config.data.corpus is not None
     corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
@@ -259,9 +264,19 @@ def open_corpus(config: RunConfig) -> Corpus:
             f"data.target_sum: got {config.data.target_sum:g}, "
             f"the corpus statistics are for {corpus.gene_stats.target_sum:g}"
         )
+    measured_genes(config, corpus)
     if not len(corpus.splits["train"]):
         raise ValueError(f"data.corpus={config.data.corpus}: its training split has no cells")
     return corpus
+
+
+def measured_genes(config: RunConfig, corpus: Corpus) -> MeasuredGenes | None:
+    """Return which genes the cells' datasets measure, or None where `data.unmeasured` ignores it.
+
+    Raises:
+        ValueError: The corpus does not say.
+    """
+    return None if config.data.unmeasured == "zero" else MeasuredGenes.of_corpus(corpus)
 
 
 def set_options(model: ScLong, config: RunConfig, ds_config: dict[str, Any]) -> None:

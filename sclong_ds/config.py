@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sclong_ds.config_history import add_later_keys
 from sclong_ds.config_rules import check
 from sclong_ds.config_sections import (
     CheckpointConfig,
@@ -95,7 +96,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise FileNotFoundError(
             f"--config {source}: no such preset or file; presets are {', '.join(preset_names())}"
         )
-    tree = read_yaml(path)
+    tree = add_later_keys(read_yaml(path))
     for item in overrides:
         _apply_override(tree, item)
     config = section_from_dict(RunConfig, tree, path.name)

@@ -128,6 +128,10 @@ class DataConfig:
     dataset out. Instead of balance_by."""
     on_damage: Literal["stop", "skip"]
     """A damaged shard: stop the run, or log it, count its cells and train without them."""
+    unmeasured: Literal["zero", "mask"]
+    """Genes that a cell's dataset does not name. zero: they are read as not expressed (scLong).
+    mask: nothing is known of them, so they are unknown to the model like hidden values, and never
+    targets; a panel of 400 genes then does not teach that 27,474 others are silent."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,6 +45,7 @@ from sclong_ds.embedding_record import input_record, origin_of, record_of
 from sclong_ds.files import local_path
 from sclong_ds.hdf5_file import new_hdf5
 from sclong_ds.input_cells import Cells, open_cells
+from sclong_ds.measured import MeasuredGenes
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model
 from sclong_ds.store import MAX_COUNT
@@ -174,6 +175,7 @@ def embed_counts(
     *,
     batch_size: int = 8,
     on_cells: Callable[[int], None] | None = None,
+    measured: MeasuredGenes | None = None,
 ) -> np.ndarray:
     """Return the embeddings of cells.
 
@@ -182,15 +184,24 @@ def embed_counts(
         counts: (n, G) raw counts in the model's gene order, without stored zeros.
         batch_size: Cells at a time; changes memory and speed, not the result (beyond rounding).
         on_cells: Called with the number of cells of each finished batch.
+        measured: Genes that the inputs of the n cells name. Read by models that were trained with
+            data.unmeasured=mask, and needed by them; others take all other genes for zeros.
 
     Returns:
         (n, C) float32; zero for a cell without counts.
 
     Raises:
-        ValueError: Another number of genes than the model's.
+        ValueError: Another number of genes than the model's, or measured genes are needed.
     """
     if counts.shape[1] != model.n_genes:
         raise ValueError(f"got counts of {counts.shape[1]} genes, the model has {model.n_genes}")
+    masks = model.transform.unmeasured == "mask"
+    if masks and measured is None:
+        raise ValueError(
+            "the model was trained with data.unmeasured=mask: it needs to know which genes the "
+            "input measures, which a corpus of version 1 does not say; embed the source files, or "
+            "finalize the corpus again"
+        )
     device = next(model.parameters()).device
     embedded = np.zeros((counts.shape[0], model.config.base_dim), dtype=np.float32)
     with torch.inference_mode():
@@ -199,8 +210,13 @@ def embed_counts(
             values = log1p_normalise(part, target_sum=model.transform.target_sum)
             x = torch.from_numpy(values).to(device)
             expressed = (x > 0).to(x.dtype)
+            unmeasured = None
+            if masks and measured is not None:
+                these = measured.of(slice(start, start + batch_size)).unmeasured()
+                unmeasured = torch.from_numpy(these).to(device)
             # A matrix product: a masked copy of the largest array here would double the memory.
-            total = torch.bmm(expressed[:, None, :], model.encode(x))[:, 0]
+            encoded = model.encode(x, unmeasured=unmeasured)
+            total = torch.bmm(expressed[:, None, :], encoded)[:, 0]
             mean = total / expressed.sum(dim=1, keepdim=True).clamp(min=1.0)
             embedded[start : start + batch_size] = mean.cpu().numpy()
             if on_cells is not None:
@@ -246,7 +262,11 @@ def embed_to_file(
             n_genes_mapped[part] = np.diff(block.counts.indptr)
             n_counts[part] = np.asarray(block.counts.sum(axis=1)).ravel()
             embedded[part] = embed_counts(
-                model, block.counts, batch_size=batch_size, on_cells=on_cells
+                model,
+                block.counts,
+                batch_size=batch_size,
+                on_cells=on_cells,
+                measured=None if cells.measured is None else cells.measured.of(part),
             )
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))
@@ -266,7 +286,7 @@ def embed_to_file(
         write_elem(file, "obs", _plain_columns(obs))
         record = record_of(model, model_dir) | {"pooling": POOLING, "coverage": asdict(coverage)}
         write_elem(file, "uns", {UNS_KEY: record | input_record(cells) | (origin or {})})
-    _warn(coverage)
+    _warn(coverage, masks=model.transform.unmeasured == "mask")
     return coverage
 
 
@@ -370,7 +390,7 @@ def _as_uint32(counts: csr_matrix) -> csr_matrix:
     return counts.astype(np.uint32)
 
 
-def _warn(coverage: Coverage) -> None:
+def _warn(coverage: Coverage, *, masks: bool) -> None:
     if coverage.n_cells_without_counts:
         _log.warning(
             "%d of %d cells have no count of a gene of the model: their embedding is zero",
@@ -379,9 +399,10 @@ def _warn(coverage: Coverage) -> None:
         )
     if coverage.n_genes_mapped < _FEW_GENES * coverage.n_genes_model:
         _log.warning(
-            "the input has %d of the model's %d genes; the others are read as not expressed",
+            "the input has %d of the model's %d genes; the others are read as %s",
             coverage.n_genes_mapped,
             coverage.n_genes_model,
+            "unknown" if masks else "not expressed",
         )
 
 

@@ -157,7 +157,11 @@ def run(args: argparse.Namespace) -> int:
     if stored is None:
         with progress(len(scored.rows)) as on_cells:
             embedded = embed_counts(
-                model, scored.counts, batch_size=args.batch_size, on_cells=on_cells
+                model,
+                scored.counts,
+                batch_size=args.batch_size,
+                on_cells=on_cells,
+                measured=None if cells.measured is None else cells.measured.of(scored.rows),
             )
     else:
         embedded = stored[cells.rows[scored.rows]]

@@ -128,7 +128,8 @@ def features_of(checkpoint: Path, config: RunConfig, step: int) -> dict[str, Ten
 
 def transform_of(config: RunConfig) -> Transform:
     """Return the value transform of a run."""
-    return Transform(name="log1p_total", target_sum=config.data.target_sum)
+    data = config.data
+    return Transform(name="log1p_total", target_sum=data.target_sum, unmeasured=data.unmeasured)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

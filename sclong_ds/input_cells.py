@@ -35,6 +35,7 @@ from data_prep.outcome import UNPROVEN, Outcome
 from data_prep.quality import CellLimits
 from data_prep.source import BLOCK_CELLS
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.measured import MeasuredGenes
 from sclong_ds.store import Corpus
 
 _log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Cells:
     """Genes of the model that the input has."""
     rows: np.ndarray
     """(B,) positions of the cells in the input."""
+    measured: MeasuredGenes | None
+    """Genes of the model that the input of each cell names; None for a corpus that does not say."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """How the input was read, for the record: texts, numbers and mappings of them."""
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -145,6 +148,9 @@ def _open_source(
         n_genes_input=opened.matrix.shape[1],
         n_genes_mapped=opened.gene_map.n_mapped,
         rows=np.flatnonzero(kept),
+        measured=MeasuredGenes(
+            opened.gene_map.measured[None], np.zeros(np.count_nonzero(kept), dtype=np.int64)
+        ),
         facts=_facts(entry, dataset),
         left_out=left_out,
         warnings=tuple(entry["warnings"]),
@@ -217,6 +223,7 @@ def _open_corpus(path: Path, *, genes: GeneVocabulary, split: str | None) -> Cel
     rows = np.arange(len(corpus)) if split is None else corpus.split(split)
     if not len(rows):
         raise ValueError(f"{path}: split '{split}' has no cells")
+    measured = None if corpus.measured_genes is None else MeasuredGenes.of_corpus(corpus)
     parts = [rows[start : start + BLOCK_CELLS] for start in range(0, len(rows), BLOCK_CELLS)]
 
     def blocks() -> Iterator[CountBlock]:
@@ -230,4 +237,5 @@ def _open_corpus(path: Path, *, genes: GeneVocabulary, split: str | None) -> Cel
         n_genes_input=len(genes),
         n_genes_mapped=len(genes),
         rows=rows,
+        measured=None if measured is None else measured.of(rows),
     )

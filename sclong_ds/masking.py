@@ -63,6 +63,7 @@ def draw_targets(
     objective: ObjectiveConfig,
     seed: int,
     n_genes: int,
+    unmeasured: NDArray[np.bool_] | None = None,
 ) -> Targets:
     """Draw the targets of a micro-batch.
 
@@ -75,14 +76,16 @@ def draw_targets(
         objective: The `objective` section.
         seed: `run.seed`.
         n_genes: Genes of the corpus.
+        unmeasured: (B, G) genes that are no targets, not even as zero genes; None: all may be.
 
     Returns:
         The targets; P is at least WIDTH_STEP.
     """
+    excluded = [None] * len(cell_ids) if unmeasured is None else list(unmeasured)
     draws = [
-        _draw_cell(genes_indices[start:stop], counter, objective, seed, n_genes)
-        for start, stop, *counter in zip(
-            genes_indptr[:-1].tolist(), genes_indptr[1:].tolist(),
+        _draw_cell(genes_indices[start:stop], counter, objective, seed, n_genes, none_of)
+        for start, stop, none_of, *counter in zip(
+            genes_indptr[:-1].tolist(), genes_indptr[1:].tolist(), excluded,
             passes.tolist(), cell_ids.tolist(), epochs.tolist(), strict=True,
         )
     ]  # fmt: skip
@@ -102,8 +105,12 @@ def _draw_cell(
     objective: ObjectiveConfig,
     seed: int,
     n_genes: int,
+    none_of: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
-    """Return a cell's target genes and which are hidden; `counter` is (pass, cell, epoch)."""
+    """Return a cell's target genes and which are hidden.
+
+    `counter` is (pass, cell, epoch); `none_of` (G,) genes that are no targets, or None.
+    """
     # Counter blocks of a keyed generator: independent streams per visit; 2**63 keeps them apart
     # from the loader's.
     rng = np.random.Generator(np.random.Philox(key=seed + 2**63, counter=[0, *counter]))
@@ -115,14 +122,15 @@ def _draw_cell(
     targets = genes[rng.permutation(len(genes))[:count]]
     hidden = rng.random(count) < objective.replace_prob
     # Zero genes are drawn last: the targets among the values do not depend on them.
-    n_zero = n_genes - len(genes)
+    n_zero = n_genes - len(genes) - (0 if none_of is None else int(none_of.sum()))
     count = _ceil_share(n_zero, objective.zero_mask_prob, objective.target_rounding)
     # A cell that could not be read stands in its batch without counts: nothing is known of it.
     if count == 0 or len(genes) == 0:
         return targets, hidden
     zeros = rng.choice(n_zero, count, replace=False, shuffle=False)
-    # The number of zero genes before each gene with a count says how many of those come first.
-    zeros += np.searchsorted(genes - np.arange(len(genes)), zeros, side="right")
+    others = genes if none_of is None else np.union1d(genes, np.flatnonzero(none_of))
+    # The number of zero genes before each other gene says how many of those come first.
+    zeros += np.searchsorted(others - np.arange(len(others)), zeros, side="right")
     more = rng.random(count) < objective.replace_prob
     return np.concatenate((targets, zeros)), np.concatenate((hidden, more))
 

@@ -200,10 +200,14 @@ class EmbeddingModel:
             _as_anndata(cells).write_h5ad(file)
             opened = open_cells(file, genes=self._model.genes, **limits)
             size = int(self._settings["batch_size"])
-            parts = [
-                embed_counts(self._model, block.counts, batch_size=size)
-                for block in opened.blocks()
-            ]
+            parts, done = [], 0
+            for block in opened.blocks():
+                rows = slice(done, done + block.counts.shape[0])
+                measured = None if opened.measured is None else opened.measured.of(rows)
+                parts.append(
+                    embed_counts(self._model, block.counts, batch_size=size, measured=measured)
+                )
+                done = rows.stop
         return DataFrame(np.concatenate(parts), index=opened.obs.index)
 
 

@@ -219,7 +219,9 @@ def _empty_model(folder: Path, config: Mapping[str, Any]) -> ScLong:
     with torch.device("meta"):
         model = ScLong(architecture, n_genes=len(genes), graph=graph, features=features)
     model.genes = genes
-    model.transform = section_from_dict(Transform, config["transform"], where)
+    model.transform = section_from_dict(
+        Transform, {"unmeasured": "zero"} | config["transform"], where
+    )
     return model
 
 

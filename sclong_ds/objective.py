@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sclong_ds.device_batch import unpack
@@ -29,6 +31,8 @@ class MaskedBatch:
         positions: (B, P) int64 gene index of each target; 0 at padding.
         valid: (B, P) bool, False at padding.
         true: (B, P) float32 value of `x` at `positions`; 0 for a target that is a zero gene.
+        unmeasured: (B, G) bool, genes that the cell's dataset does not measure; None: of all genes
+            the value is known.
     """
 
     x: Tensor
@@ -36,6 +40,7 @@ class MaskedBatch:
     positions: Tensor
     valid: Tensor
     true: Tensor
+    unmeasured: Tensor | None = None
 
 
 def masked_batch(
@@ -45,6 +50,7 @@ def masked_batch(
     n_genes: int,
     target_sum: float,
     device: torch.device,
+    unmeasured: NDArray[np.bool_] | None = None,
 ) -> MaskedBatch:
     """Decode and transform a micro-batch on its device and put the targets in place.
 
@@ -56,6 +62,7 @@ def masked_batch(
         n_genes: Genes of the corpus.
         target_sum: `data.target_sum`.
         device: The rank's device.
+        unmeasured: (B, G) genes that the cells' datasets do not measure, or None.
     """
     x = unpack(cells, n_genes=n_genes, target_sum=target_sum, device=device)
     positions, hide, valid = (
@@ -66,7 +73,10 @@ def masked_batch(
     # order. uint8, for bool has no addition on every device.
     hidden = torch.zeros(x.shape, dtype=torch.uint8, device=device)
     hidden.scatter_add_(1, positions, hide.to(torch.uint8))
-    return MaskedBatch(x, hidden.bool(), positions, valid, x.gather(1, positions))
+    unknown = None
+    if unmeasured is not None:
+        unknown = torch.from_numpy(unmeasured).to(device, non_blocking=True)
+    return MaskedBatch(x, hidden.bool(), positions, valid, x.gather(1, positions), unknown)
 
 
 def masked_squared_error(predicted: Tensor, true: Tensor, valid: Tensor) -> Tensor:

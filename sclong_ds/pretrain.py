@@ -211,6 +211,7 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
                 masked.hidden,
                 positions=masked.positions,
                 lengths=micro_batch.extra.lengths,
+                unmeasured=masked.unmeasured,
             )
             loss = masked_squared_error(predicted, masked.true, masked.valid)
         run.watchdog.beat(step, "backward")
@@ -296,6 +297,7 @@ def to_device(run: Run, batch: CellBatch) -> MaskedBatch:
         n_genes=run.corpus.n_genes,
         target_sum=run.config.data.target_sum,
         device=run.ranks.device,
+        unmeasured=batch.extra.unmeasured,
     )
 
 
@@ -361,7 +363,9 @@ def open_loader(run: Run) -> CellLoader:
         micro_batch_size=engine.train_micro_batch_size_per_gpu,
         prefetch_batches=data.prefetch_batches,
         on_damage=data.on_damage,
-        finish=partial(prepare, config=run.config, n_genes=run.corpus.n_genes),
+        finish=partial(
+            prepare, config=run.config, n_genes=run.corpus.n_genes, measured=run.measured
+        ),
     )
 
 

@@ -72,7 +72,9 @@ def _encoded(run: Run, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         return {}
     genes = _varying_genes(run, x)
     sums = _GeneSums(run, genes)
-    embedded = _embed(run, x, longest=-(-len(rows) // ranks.world_size), sums=sums)
+    unmeasured = None if run.measured is None else run.measured.of(mine).unmeasured()
+    longest = -(-len(rows) // ranks.world_size)
+    embedded = _embed(run, x, unmeasured, longest=longest, sums=sums)
     if embedded is None:
         return {}
     everyone: list[Any] = [None] * ranks.world_size
@@ -99,13 +101,19 @@ def _varying_genes(run: Run, x: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def _embed(
-    run: Run, x: NDArray[np.float32], *, longest: int, sums: _GeneSums
+    run: Run,
+    x: NDArray[np.float32],
+    unmeasured: NDArray[np.bool_] | None,
+    *,
+    longest: int,
+    sums: _GeneSums,
 ) -> NDArray[np.float32] | None:
     """Return the embeddings (B, C) of this rank's cells; None when a rank was asked to stop.
 
     Args:
         run: The run.
         x: (B, G) transformed expression.
+        unmeasured: (B, G) genes that the cells' datasets do not measure, or None.
         longest: Most cells of a rank: all ranks make as many forward passes.
         sums: Takes what the pictures of genes need.
     """
@@ -122,8 +130,13 @@ def _embed(
                 n_own = len(own)
                 # A rank without cells left makes the pass too, or ZeRO-3 hangs.
                 own = own if n_own else np.zeros((1, x.shape[1]), dtype=np.float32)
-                values = torch.from_numpy(own).to(device)
-                run.engine(values)
+                values, unknown = torch.from_numpy(own).to(device), None
+                if unmeasured is not None:
+                    # Of the cell of a rank that has none left everything is known.
+                    known = np.zeros(own.shape, dtype=bool)
+                    known[:n_own] = unmeasured[start : start + size]
+                    unknown = torch.from_numpy(known).to(device)
+                run.engine(values, unmeasured=unknown)
                 embedded = sums.add(values)
                 parts.append(embedded[:n_own].cpu().numpy())
     finally:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, read_state
 from sclong_ds.config import RunConfig
+from sclong_ds.config_history import add_later_keys
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.run_folder import without_credentials
 from sclong_ds.sampling import read_weights
@@ -71,7 +72,7 @@ def refuse_changes(saved: Path, config: RunConfig) -> None:
     """
     if not saved.is_file():
         return
-    before, now = read_yaml(saved), to_dict(config)
+    before, now = add_later_keys(read_yaml(saved)), to_dict(config)
     free = {f"model.{key}" for key in ("gene_graph", "gene_vectors", "random_features_file")}
     free |= {
         f"data.{key}"

@@ -19,6 +19,7 @@ from sclong_ds.data import CellBatch
 from sclong_ds.engine import Ranks, sum_over_ranks
 from sclong_ds.masking import VALIDATION_EPOCH
 from sclong_ds.metrics import MaskedMetrics, routed_large
+from sclong_ds.model.routing import unknown_genes
 from sclong_ds.objective import MaskedBatch, masked_batch
 from sclong_ds.preparation import prepare
 from sclong_ds.rank_times import skew
@@ -126,7 +127,13 @@ def _predictions(run: Run, rows: np.ndarray) -> Iterator[tuple[MaskedBatch, Tens
         if stop:
             yield masked, None
             return
-        predicted = run.engine(masked.x, masked.hidden, positions=masked.positions, lengths=lengths)
+        predicted = run.engine(
+            masked.x,
+            masked.hidden,
+            positions=masked.positions,
+            lengths=lengths,
+            unmeasured=masked.unmeasured,
+        )
         if len(mine):
             yield masked, predicted
 
@@ -148,13 +155,14 @@ def _read(run: Run, rows: np.ndarray) -> tuple[CellBatch | None, str | None]:
 
 def _masked(run: Run, batch: CellBatch) -> tuple[MaskedBatch, list[int] | None]:
     """Draw the targets of cells and bring both to the device."""
-    prepared = prepare(batch, config=run.config, n_genes=run.corpus.n_genes)
+    prepared = prepare(batch, config=run.config, n_genes=run.corpus.n_genes, measured=run.measured)
     masked = masked_batch(
         batch.counts,
         prepared.targets,
         n_genes=run.corpus.n_genes,
         target_sum=run.config.data.target_sum,
         device=run.ranks.device,
+        unmeasured=prepared.unmeasured,
     )
     return masked, prepared.lengths
 
@@ -166,7 +174,7 @@ def _in_large(run: Run, masked: MaskedBatch) -> Tensor:
         return torch.zeros_like(masked.valid)
     return routed_large(
         masked.x,
-        masked.hidden,
+        unknown_genes(masked.hidden, masked.unmeasured, routing=model.routing),
         masked.positions,
         top_seq_len=model.top_seq_len,
         routing=model.routing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ def named_genes(count: int) -> GeneVocabulary:
     return GeneVocabulary(*(tuple(column[i] for i in named) for column in columns))
 
 
-def write_model(folder: Path, genes: GeneVocabulary, *, seed: int) -> Path:
+def write_model(
+    folder: Path, genes: GeneVocabulary, *, seed: int, unmeasured: Literal["zero", "mask"] = "zero"
+) -> Path:
     """Export a small model with random weights."""
     genes.write(folder / "genes.tsv")
     stack = PerformerConfig(depth=1, heads=2, dim_head=4, nb_features=8, ff_mult=2)
@@ -42,7 +45,7 @@ def write_model(folder: Path, genes: GeneVocabulary, *, seed: int) -> Path:
         folder / "exported",
         weights=model.state_dict(),
         model=config,
-        transform=Transform(name="log1p_total", target_sum=1.0e4),
+        transform=Transform(name="log1p_total", target_sum=1.0e4, unmeasured=unmeasured),
         genes=folder / "genes.tsv",
         graph=None,
         features=None,

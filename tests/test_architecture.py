@@ -36,7 +36,12 @@ LOADER = {
     "sclong_ds.order",
 }
 """The loader: no torch either, so that it can be used, and timed, without."""
-CONFIG = {"sclong_ds.config", "sclong_ds.config_rules", "sclong_ds.config_sections"}
+CONFIG = {
+    "sclong_ds.config",
+    "sclong_ds.config_history",
+    "sclong_ds.config_rules",
+    "sclong_ds.config_sections",
+}
 HEAVY = {"torch", "deepspeed", "triton", "torch_geometric", "mlflow"}
 
 

@@ -13,11 +13,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sclong_ds.model.performer import CellSpans
+
+
+def unknown_genes(
+    mask: Tensor | None, unmeasured: Tensor | None, *, routing: Literal["top", "expressed"]
+) -> Tensor | None:
+    """Return which genes are routed as hidden values are.
+
+    With `top` those that are not measured are: they come last. With `expressed` hidden values are
+    candidates of the large encoder, and of genes that are not measured there are thousands: they
+    stay with the zeros.
+
+    Args:
+        mask: (B, G) bool, True where the value is hidden, or None.
+        unmeasured: (B, G) bool, True where the gene is not measured, or None.
+        routing: `model.routing`.
+    """
+    if unmeasured is None or routing == "expressed":
+        return mask
+    return unmeasured if mask is None else mask | unmeasured
 
 
 def expression_order(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.expression_encoder import ExpressionEncoder
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import Performer, select_tokens
-from sclong_ds.model.routing import expression_order, route
+from sclong_ds.model.routing import expression_order, route, unknown_genes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,9 @@ class Transform:
     """Always log1p_total in this version."""
     target_sum: float
     """Counts of a cell after scaling."""
+    unmeasured: Literal["zero", "mask"] = "zero"
+    """`data.unmeasured` of the training: whether genes that an input does not name are zeros, or
+    unknown (mask). Model folders of earlier versions do not say: zero."""
 
 
 class ValueHead(nn.Module):
@@ -144,6 +148,7 @@ class ScLong(nn.Module):
         *,
         positions: Tensor | None = None,
         lengths: Sequence[int] | None = None,
+        unmeasured: Tensor | None = None,
     ) -> Tensor:
         """Predict the value of every gene, or of some.
 
@@ -155,11 +160,13 @@ class ScLong(nn.Module):
             lengths: With `model.routing: expressed` (B,) how many genes of each cell the large
                 encoder reads: expressed or hidden ones, top_seq_len at most. Of no effect
                 otherwise. None counts them, for which a GPU waits.
+            unmeasured: (B, G) bool, genes of which nothing is known, whatever `x` holds there: they
+                are encoded as hidden values are, and routed as unexpressed. None: all are known.
 
         Returns:
             (B, G), or (B, P), predicted values.
         """
-        h = self._represent(x, mask, positions, lengths)
+        h = self._represent(x, mask, positions, lengths, unmeasured)
         return self.head(h, positions)
 
     def encode(
@@ -168,9 +175,10 @@ class ScLong(nn.Module):
         mask: Tensor | None = None,
         *,
         lengths: Sequence[int] | None = None,
+        unmeasured: Tensor | None = None,
     ) -> Tensor:
         """Return the contextual representations (B, G, C); arguments as `forward`."""
-        return self._represent(x, mask, None, lengths)
+        return self._represent(x, mask, None, lengths, unmeasured)
 
     def _represent(
         self,
@@ -178,13 +186,19 @@ class ScLong(nn.Module):
         mask: Tensor | None,
         positions: Tensor | None,
         lengths: Sequence[int] | None,
+        unmeasured: Tensor | None,
     ) -> Tensor:
         """Return the representations (B, G, C), or (B, P, C); arguments as `forward`."""
+        if unmeasured is not None:
+            x = x.masked_fill(unmeasured, 0.0)
+        no_value = unknown_genes(mask, unmeasured, routing="top")
+        mask = unknown_genes(mask, unmeasured, routing=self.config.routing)
         if self.config.pad_token:
             x = nn.functional.pad(x, (0, 1))
             mask = None if mask is None else nn.functional.pad(mask, (0, 1))
+            no_value = None if no_value is None else nn.functional.pad(no_value, (0, 1))
         genes = self.gene_encoder()
-        tokens = self.expression_encoder(x, mask) + genes
+        tokens = self.expression_encoder(x, no_value) + genes
         merged = self._contextual(tokens, x, mask, lengths)
         h = self.norm(self.decoder(merged + genes, None, positions))
         return h[:, : self.n_genes] if positions is None else h

@@ -133,3 +133,14 @@ def test_config_is_frozen_and_has_no_defaults():
     for cls in [c.RunConfig, c.PerformerConfig, *sections]:
         assert cls.__dataclass_params__.frozen
         assert all(f.default is dataclasses.MISSING for f in dataclasses.fields(cls)), cls
+
+
+def test_a_configuration_of_an_earlier_version_has_the_keys_that_came_later(tmp_path):
+    tree = to_dict(load_config("sclong_tiny"))
+    assert tree["data"].pop("unmeasured") == "zero"
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(tree))
+    assert load_config(tmp_path / "old.yaml") == load_config("sclong_tiny")
+    changed = load_config(tmp_path / "old.yaml", ["data.unmeasured=mask"])
+    assert changed.data.unmeasured == "mask"
+    with pytest.raises(ValueError, match=r"data\.unmeasured"):
+        load_config(tmp_path / "old.yaml", ["data.unmeasured=none"])

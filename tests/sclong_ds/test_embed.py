@@ -21,6 +21,7 @@ from data_prep.source_identity import source_hash
 from sclong_ds import embed, input_cells
 from sclong_ds.data import log1p_normalise
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.measured import MeasuredGenes
 from sclong_ds.model_dir import load_model
 from sclong_ds.model_manifest import model_digest
 from sclong_ds.store import Corpus
@@ -371,3 +372,59 @@ def test_bad_options_are_usage_errors(option: tuple[str, str], tmp_path: Path) -
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, tmp_path, "--out", tmp_path / "out.h5ad", *option)
     assert stopped.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def mask_model(genes: GeneVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `model_dir`, as one that was trained with data.unmeasured=mask."""
+    folder = tmp_path_factory.mktemp("mask")
+    return write_model(folder, genes, seed=3, unmeasured="mask")
+
+
+def test_genes_that_an_input_does_not_name_are_unknown_to_a_model_trained_so(
+    mask_model: Path,
+    h5ad: Path,
+    counts: csr_matrix,
+    genes: GeneVocabulary,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cells = anndata.read_h5ad(h5ad)
+    named = np.zeros(len(genes), dtype=bool)
+    named[::3] = True
+    panel = cells[
+        :, cells.var_names.isin([s for s, n in zip(genes.symbols, named, strict=True) if n])
+    ]
+    panel.write_h5ad(tmp_path / "panel.h5ad")
+    with caplog.at_level(logging.WARNING):
+        run(mask_model, tmp_path / "panel.h5ad", "--out", tmp_path / "out.h5ad", "--device", "cpu")
+    assert "the others are read as unknown" in caplog.text
+    result = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert result.uns["sclong"]["transform"]["unmeasured"] == "mask"
+    part = counts.copy()
+    part.data[~named[part.indices]] = 0
+    part.eliminate_zeros()
+    model, n = load_model(mask_model), part.shape[0]
+    measured = MeasuredGenes(named[None], np.zeros(n, dtype=int))
+    expected = embed.embed_counts(model, part, measured=measured)
+    np.testing.assert_allclose(result.obsm[embed.KEY], expected, rtol=1e-4, atol=1e-5)
+    everything = MeasuredGenes(np.ones_like(named)[None], np.zeros(n, dtype=int))
+    as_zeros = embed.embed_counts(model, part, measured=everything)
+    assert np.abs(as_zeros - expected).max() > 0.01 * np.abs(expected).max()
+    with pytest.raises(ValueError, match=r"trained with data\.unmeasured=mask: it needs to know"):
+        embed.embed_counts(model, part)
+
+
+def test_a_corpus_says_which_genes_its_datasets_measure(
+    mask_model: Path, corpus: Path, h5ad: Path, tmp_path: Path
+) -> None:
+    run(mask_model, h5ad, "--out", tmp_path / "file.h5ad", "--device", "cpu")
+    run(mask_model, corpus, "--out", tmp_path / "all.h5ad", "--device", "cpu")
+    source, everything = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("file", "all"))
+    rows = source.obs_names.get_indexer(everything.obs["barcode"])
+    np.testing.assert_allclose(
+        everything.obsm[embed.KEY], source.obsm[embed.KEY][rows], rtol=1e-4, atol=1e-5
+    )
+    opened = embed.open_cells(corpus, genes=Corpus(corpus).genes)
+    assert opened.measured is not None
+    assert opened.measured.unmeasured().sum() == 0

@@ -4,19 +4,27 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from sclong_ds.batches import CellBatch
 from sclong_ds.config import load_config
+from sclong_ds.measured import MeasuredGenes
 from sclong_ds.preparation import Prepared, hidden_zeros, prepare
 from sclong_ds.streams import encode
 
 GENES, TOP = 40, 25
 
 
-def prepared(counts: np.ndarray, *, routing: str = "expressed", ids: Any = None) -> Prepared:
+def prepared(
+    counts: np.ndarray,
+    *,
+    routing: str = "expressed",
+    ids: Any = None,
+    measured: MeasuredGenes | None = None,
+) -> Prepared:
     config = load_config("sclong_tiny")
     config = dataclasses.replace(
         config,
@@ -26,7 +34,7 @@ def prepared(counts: np.ndarray, *, routing: str = "expressed", ids: Any = None)
     rows = np.arange(len(counts)) if ids is None else np.asarray(ids)
     cells = encode(sparse.csr_matrix(counts.astype(np.uint32)))
     batch = CellBatch(cells, rows, np.zeros_like(rows), np.zeros_like(rows))
-    return prepare(batch, config=config, n_genes=GENES)
+    return prepare(batch, config=config, n_genes=GENES, measured=measured)
 
 
 cell_counts = st.lists(
@@ -72,3 +80,34 @@ def test_a_damaged_cell_without_values_has_no_targets_and_no_length():
     assert found.targets.n_targets.tolist() == [0, 0]
     assert found.lengths == [0, 0]
     assert not found.targets.valid.any()
+
+
+def test_genes_that_are_not_measured_are_no_targets():
+    counts = np.random.default_rng(1).poisson(0.7, (6, GENES))
+    table = np.ones((2, GENES), dtype=bool)
+    table[1, counts[1::2].sum(axis=0) == 0] = table[1, :4] = False
+    counts[1::2, :4] = 0
+    measured = MeasuredGenes(table, np.array([0, 1] * 3))
+    found, plain = prepared(counts, measured=measured), prepared(counts)
+    assert np.array_equal(found.unmeasured, ~table[[0, 1] * 3])
+    for b, (places, valid) in enumerate(
+        zip(found.targets.positions, found.targets.valid, strict=True)
+    ):
+        assert not found.unmeasured[b, places[valid]].any()
+        unexpressed = (~found.unmeasured[b] & (counts[b] == 0)).sum()
+        zeros = (counts[b, places[valid]] == 0).sum()
+        assert zeros == -(-unexpressed // 5)  # a fifth, rounded up
+    # Cells that measure everything are as without it, bit for bit.
+    for b in (0, 2, 4):
+        n = plain.targets.n_targets[b]
+        assert np.array_equal(found.targets.positions[b, :n], plain.targets.positions[b, :n])
+        assert np.array_equal(found.targets.hidden[b, :n], plain.targets.hidden[b, :n])
+    assert plain.unmeasured is None
+
+
+def test_counts_of_a_gene_that_is_not_measured_are_refused():
+    table = np.ones((1, GENES), dtype=bool)
+    table[0, 3] = False
+    measured = MeasuredGenes(table, np.zeros(8, dtype=int))
+    with pytest.raises(ValueError, match="cell 7 has counts of gene 3, which its dataset does not"):
+        prepared(np.ones((1, GENES)), ids=[7], measured=measured)

@@ -8,7 +8,7 @@ from no_sync import NoHostSync
 from small_model import G, cells, close, gradients, small_model
 
 from sclong_ds.config import PerformerConfig
-from sclong_ds.model.routing import candidate_order, route
+from sclong_ds.model.routing import candidate_order, route, unknown_genes
 
 TOP = 12
 PRECISION = [(torch.float32, 1e-6), (torch.float64, 1e-12)]
@@ -193,3 +193,12 @@ def test_a_gpu_is_not_waited_for(routing):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert close(out.float(), wanted.gather(1, positions).float(), 2e-2)
+
+
+def test_genes_that_are_not_measured_go_with_hidden_values_or_with_zeros():
+    mask = torch.tensor([[True, False, False]])
+    unmeasured = torch.tensor([[False, False, True]])
+    assert unknown_genes(mask, unmeasured, routing="top").tolist() == [[True, False, True]]
+    assert unknown_genes(None, unmeasured, routing="top") is unmeasured
+    assert unknown_genes(mask, unmeasured, routing="expressed") is mask
+    assert unknown_genes(mask, None, routing="top") is mask

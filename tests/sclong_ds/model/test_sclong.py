@@ -297,3 +297,39 @@ def test_given_features_are_used_before_the_first_redraw():
     given["mini_encoder.1"] = given["mini_encoder.1"][:3]
     with pytest.raises(ValueError, match=r"mini_encoder.1 has the shape \(3, 8\), must be"):
         ScLong(drawn.config, n_genes=G, graph=small_graph(), features=given)
+
+
+@pytest.mark.parametrize("routing", ["top", "expressed"])
+@pytest.mark.parametrize("pad_token", [False, True])
+def test_what_is_not_measured_is_unknown_and_not_zero(routing, pad_token):
+    model = small_model(routing=routing, pad_token=pad_token)
+    x, mask = cells(3)
+    unmeasured = torch.zeros(3, G, dtype=torch.bool)
+    unmeasured[1, ::3] = unmeasured[2, 40:] = True
+    x, mask = x.masked_fill(unmeasured, 0.0), mask & ~unmeasured
+    zero, unknown = model(x, mask), model(x, mask, unmeasured=unmeasured)
+    close_to = [close(unknown[b], zero[b], 1e-5) for b in range(3)]
+    assert close_to == [True, False, False]
+    assert not close(model.encode(x, unmeasured=unmeasured)[1], model.encode(x)[1], 1e-3)
+    # Whatever stands there cannot be seen.
+    other = torch.where(unmeasured, torch.rand(3, G) * 9, x)
+    assert torch.equal(model(other, mask, unmeasured=unmeasured), unknown)
+    assert torch.equal(
+        model.encode(other, unmeasured=unmeasured), model.encode(x, unmeasured=unmeasured)
+    )
+    none = torch.zeros_like(unmeasured)
+    assert torch.equal(model(x, mask, unmeasured=none), zero)
+
+
+def test_genes_that_are_not_measured_get_the_mask_vector():
+    model = small_model()
+    x, _ = cells(2)
+    unmeasured = torch.zeros(2, G, dtype=torch.bool)
+    unmeasured[:, 5:9] = True
+    seen = []
+    model.expression_encoder.register_forward_hook(lambda _, args, out: seen.append((args, out)))
+    model(x, None, unmeasured=unmeasured)
+    (_, hidden), encoded = seen[0]
+    assert torch.equal(hidden, unmeasured)
+    vector = model.expression_encoder.norm(model.expression_encoder.mask_vector)
+    assert torch.allclose(encoded[:, 5:9], vector.expand(2, 4, -1))
