@@ -113,10 +113,12 @@ def limit_memory(gib: float) -> None:
 
 def memory_advice() -> str:
     """Return what this process has used, what it may use and what to do, for an error message."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+    # Not getrusage: its peak is the parent's where that was larger when it started this process.
+    peak = _status_kib("self", "VmHWM")
+    used = "" if peak is None else f"{peak / 2**20:.1f} GiB used, "
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = "" if soft == resource.RLIM_INFINITY else f", at most {soft / _GIB:.1f} allowed"
-    return f"{used:.1f} GiB used{allowed}; if the file is sound, raise --max-memory or lower --jobs"
+    allowed = "" if soft == resource.RLIM_INFINITY else f"at most {soft / _GIB:.1f} GiB allowed; "
+    return f"{used}{allowed}if the file is sound, raise --max-memory or lower --jobs"
 
 
 def used_gib(pid: int) -> float | None:

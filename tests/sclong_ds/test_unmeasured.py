@@ -110,7 +110,7 @@ def test_routing_of_expressed_genes_leaves_unknown_ones_with_the_zeros(
     rows = run(corpus, tmp_path / "run", **changes, **{"data.unmeasured": "mask"})
     assert np.isfinite(figures(rows, "train/loss")).all()
     assert np.isfinite(figures(rows, "val/mse")).all()
-    assert (tmp_path / "run" / "pictures").is_dir()
+    assert (tmp_path / "run" / "plots" / "cells.png").is_file()
 
 
 def test_a_run_cannot_change_what_unmeasured_genes_are(corpus: Path, tmp_path: Path) -> None:
