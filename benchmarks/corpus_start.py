@@ -53,8 +53,10 @@ def make(folder: Path, n_cells: int) -> None:
         folder: Folder to fill.
         n_cells: Its number of cells.
     """
+    from sclong_ds.catalogue import DatasetInfo, write_catalogue
     from sclong_ds.data import open_stream
-    from sclong_ds.store import Corpus, DatasetInfo, GeneVocabulary, write_catalogue
+    from sclong_ds.genes import GeneVocabulary
+    from sclong_ds.store import Corpus
 
     genes = GeneVocabulary.bundled()
     genes.write(folder / "genes.tsv")
@@ -87,7 +89,8 @@ def make(folder: Path, n_cells: int) -> None:
 
 def _write_cells(path: Path, chunk_rows: NDArray[np.int64], n_genes: int) -> dict[str, bytes]:
     """Write metadata and row tables; return the bytes of a chunk in each stream."""
-    from sclong_ds.store import CellStore, CellWriter
+    from sclong_ds.cell_writer import CellWriter
+    from sclong_ds.cells import CellStore
 
     rng = np.random.default_rng(0)
     chance = rng.permutation(np.arange(1, n_genes + 1) ** -1.05)

@@ -206,7 +206,8 @@ def read_initial(folder: Path) -> Any:
     from safetensors import safe_open
 
     from sclong_ds.initial_weights import InitialWeights
-    from sclong_ds.model_dir import WEIGHTS, read_description
+    from sclong_ds.model_dir import read_description
+    from sclong_ds.model_manifest import WEIGHTS
 
     described = read_description(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as file:

@@ -68,8 +68,9 @@ def make_corpus(folder: Path) -> Path:
     Args:
         folder: Folder to make.
     """
+    from sclong_ds.catalogue import DatasetInfo, write_catalogue
+    from sclong_ds.cell_writer import CellWriter
     from sclong_ds.genes import GeneVocabulary
-    from sclong_ds.store import CellWriter, DatasetInfo, write_catalogue
 
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)

@@ -18,12 +18,13 @@ from data_prep.arguments import (
     share,
     whole,
 )
-from data_prep.convert import Settings, convert
+from data_prep.convert import convert
 from data_prep.ledger import count_statuses
 from data_prep.ledger_table import format_table
 from data_prep.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.manifest import COLUMNS, read_manifest
 from data_prep.quality import GENES_SHARE, MIN_GENES
+from data_prep.staging import Settings
 from sclong_ds.files import local_path
 
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from data_prep.buckets import BucketRuns, bucket_of, plan_runs
 from data_prep.work_folder import discard_scratch
-from sclong_ds.store import CellStore, PackedCells
+from sclong_ds.cells import CellStore
+from sclong_ds.streams import PackedCells
 
 CELLS_PER_BUCKET = 2**21
 """Digest records in memory at once (24 bytes each, and as much again while sorting)."""

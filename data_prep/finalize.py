@@ -45,7 +45,16 @@ from data_prep.splits import (
     read_donors,
 )
 from data_prep.work_folder import discard, open_work
-from sclong_ds.catalogue import checked_files, corpus_files
+from sclong_ds.catalogue import (
+    SPLITS,
+    DatasetInfo,
+    checked_files,
+    corpus_files,
+    read_catalogue,
+    write_catalogue,
+)
+from sclong_ds.cell_writer import CellWriter
+from sclong_ds.cells import CellStore
 from sclong_ds.files import (
     file_sha256,
     locked,
@@ -57,14 +66,6 @@ from sclong_ds.files import (
 )
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.npz import read_npy, read_npz
-from sclong_ds.store import (
-    SPLITS,
-    CellStore,
-    CellWriter,
-    DatasetInfo,
-    read_catalogue,
-    write_catalogue,
-)
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from data_prep.dedup import Progress
-from sclong_ds.store import CellStore, GeneStats
+from sclong_ds.cells import CellStore
+from sclong_ds.store import GeneStats
 
 TARGET_SUM = 1.0e4
 _SMALL_COUNTS = 32

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.catalogue import SPLITS
 from sclong_ds.obs_table import read_obs
-from sclong_ds.store import SPLITS
 
 SplitBy = Literal["auto", "dataset", "donor", "cell"]
 SPLIT_BY = ("auto", "dataset", "donor", "cell")

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from kernels import favor_torch, reference
-from kernels.reference import EPS, MaxGrad, Scope
+from kernels.favor_torch import Scope
+from kernels.reference import EPS, MaxGrad
 
 Backend = Literal["auto", "triton", "torch"]
 HEAD_WIDTHS = (16, 32, 64, 128)

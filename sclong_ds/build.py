@@ -21,7 +21,7 @@ from kernels.favor_attention import triton_obstacle
 from sclong_ds import checkpoint
 from sclong_ds.checkpoint import Loaded, Saving
 from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, restore_best
-from sclong_ds.config import RunConfig
+from sclong_ds.config_sections import RunConfig
 from sclong_ds.costs import training_flops_per_cell
 from sclong_ds.devices import device_of_name
 from sclong_ds.engine import (

@@ -59,7 +59,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from data_prep.input_options import input_dataset
 from data_prep.readers import detect_format
-from sclong_ds.data import log1p_normalise
+from sclong_ds.batches import log1p_normalise
 from sclong_ds.embed import (
     KEY,
     UNS_KEY,

@@ -24,7 +24,8 @@ from sclong_ds.checkpoint_files import (
     read_manifest,
     read_state,
 )
-from sclong_ds.config import RunConfig, load_config
+from sclong_ds.config import load_config
+from sclong_ds.config_sections import RunConfig
 from sclong_ds.features_file import read_features
 from sclong_ds.files import local_path, named_errors
 from sclong_ds.model.performer import drawn_features

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sclong_ds.config import ModelConfig
+from sclong_ds.config_sections import ModelConfig
 from sclong_ds.files import file_sha256, local_path
 from sclong_ds.genes import BUNDLED_PATH, UNKNOWN_CLASS, GeneVocabulary
 from sclong_ds.graph_file import check_edges, read_gene_graph, write_gene_graph

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sclong_ds.config import ModelConfig
+from sclong_ds.config_sections import ModelConfig
 from sclong_ds.features_file import read_features, write_features
 from sclong_ds.files import partial_name, remove_partials_of, sync_tree
 from sclong_ds.genes import GeneVocabulary

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from sclong_ds.config import RunConfig, load_config
+from sclong_ds.catalogue import read_catalogue
+from sclong_ds.config import load_config
+from sclong_ds.config_sections import RunConfig
 from sclong_ds.files import file_sha256
 from sclong_ds.run_folder import git_commit, read_events
-from sclong_ds.store import read_catalogue
 from sclong_ds.strict_yaml import to_yaml
 
 WRITE_LIMIT_S = 5.0

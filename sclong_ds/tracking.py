@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.config import RunConfig
+from sclong_ds.config_sections import RunConfig
 from sclong_ds.mlflow_store import (
     MAX_METRICS,
     Dataset,

@@ -13,9 +13,10 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds import checkpoint
+from sclong_ds.batches import CellBatch
 from sclong_ds.build import Run
+from sclong_ds.cells import DamagedChunk
 from sclong_ds.checkpoint_files import name_of, record_best
-from sclong_ds.data import CellBatch
 from sclong_ds.engine import Ranks, sum_over_ranks
 from sclong_ds.masking import VALIDATION_EPOCH
 from sclong_ds.metrics import MaskedMetrics, routed_large
@@ -24,7 +25,6 @@ from sclong_ds.objective import MaskedBatch, masked_batch
 from sclong_ds.preparation import prepare
 from sclong_ds.rank_times import skew
 from sclong_ds.review import show
-from sclong_ds.store import DamagedChunk
 from sclong_ds.streams import encode
 
 # The messages are part of the training log.

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.favor_attention import Backend, favor_attention_kv, favor_attention_packed
-from kernels.reference import Scope, random_features
-from sclong_ds.config import ModelConfig, PerformerConfig
+from kernels.favor_torch import Scope
+from kernels.reference import random_features
+from sclong_ds.config_sections import ModelConfig, PerformerConfig
 
 STACKS = {
     "dual": ("large_encoder", "mini_encoder", "decoder"),

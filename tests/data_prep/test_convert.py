@@ -18,7 +18,7 @@ from scipy import sparse
 
 from data_prep import workers as workers_module
 from data_prep.candidates import choose_counts
-from data_prep.convert import Settings, convert, convert_dataset, prepare_corpus
+from data_prep.convert import convert, prepare_corpus
 from data_prep.gene_names import GeneResolver
 from data_prep.ledger import (
     LedgerEntry,
@@ -26,12 +26,13 @@ from data_prep.ledger import (
     read_ledger,
 )
 from data_prep.manifest import Dataset, read_manifest
+from data_prep.one_dataset import convert_dataset
 from data_prep.pending import read_pending, record_manifest
 from data_prep.source import Matrix
-from data_prep.staging import forget
+from data_prep.staging import Settings, forget
+from sclong_ds.cells import CellStore
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.obs_table import read_obs
-from sclong_ds.store import CellStore
 
 GENES = GeneVocabulary.bundled()
 SETTINGS = Settings(genes_hash=GENES.hash)

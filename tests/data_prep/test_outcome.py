@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep.convert import Settings, convert_dataset, prepare_corpus
+from data_prep.convert import prepare_corpus
 from data_prep.gene_names import GeneResolver
 from data_prep.ledger import LedgerEntry
 from data_prep.manifest import Dataset
+from data_prep.one_dataset import convert_dataset
+from data_prep.staging import Settings
+from sclong_ds.cells import CellStore
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.store import CellStore
 
 GENES = GeneVocabulary.bundled()
 N_GENES = 2500

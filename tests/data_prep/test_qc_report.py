@@ -17,7 +17,8 @@ from data_prep import qc_report
 from data_prep.finalize import finalize
 from data_prep.ledger import read_entry, write_entry
 from data_prep.pending import record_manifest
-from data_prep.qc_report import page, summarize
+from data_prep.qc_report import page
+from data_prep.qc_summary import summarize
 from sclong_ds.store import Corpus
 
 Stage = Callable[..., Path]

@@ -27,16 +27,19 @@ from hypothesis import HealthCheck, given, seed, settings
 from made_examples import GENES, Example, examples
 from made_sources import CONTAINERS, SPARSE, scipy_sum, write
 
-from data_prep.convert import Settings, convert_dataset, prepare_corpus
+from data_prep.convert import prepare_corpus
 from data_prep.counts import exact_counts
 from data_prep.finalize import finalize
 from data_prep.gene_names import GeneResolver
 from data_prep.ledger import LedgerEntry
 from data_prep.manifest import Dataset
+from data_prep.one_dataset import convert_dataset
 from data_prep.readers import open_source
+from data_prep.staging import Settings
 from data_prep.verify_sources import check_sources
+from sclong_ds.cells import CellStore
 from sclong_ds.obs_table import read_obs
-from sclong_ds.store import CellStore, Corpus
+from sclong_ds.store import Corpus
 
 N_EXAMPLES = int(os.environ.get("READER_EXAMPLES", "14"))
 SEED = int(os.environ.get("READER_SEED", "0"))

@@ -21,13 +21,15 @@ from scipy import sparse
 
 from data_prep import harmonize, outcome, plain_arrays, readers, staging, verify_sources
 from data_prep.__main__ import main
-from data_prep.convert import Settings, convert_dataset, prepare_corpus
+from data_prep.convert import prepare_corpus
 from data_prep.drawn_cells import draw_cells
 from data_prep.finalize import finalize
 from data_prep.gene_names import GeneResolver
 from data_prep.ledger import read_ledger
 from data_prep.manifest import Dataset
+from data_prep.one_dataset import convert_dataset
 from data_prep.quality import CellLimits
+from data_prep.staging import Settings
 from data_prep.verify import verify
 from data_prep.verify_sources import check_sources, sources_line
 from sclong_ds.genes import GeneVocabulary

@@ -14,7 +14,9 @@ import pytest
 import zarr
 from scipy import sparse
 
-from sclong_ds.store import CellStore, CellWriter, DamagedChunk, encode
+from sclong_ds.cell_writer import CellWriter
+from sclong_ds.cells import CellStore, DamagedChunk
+from sclong_ds.streams import encode
 
 
 def random_counts(seed: int, n_cells: int = 200) -> sparse.csr_matrix:

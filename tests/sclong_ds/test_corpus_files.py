@@ -17,16 +17,13 @@ import pytest
 from fsspec.spec import AbstractFileSystem
 from scipy import sparse
 
+from sclong_ds.catalogue import DatasetInfo, write_catalogue
+from sclong_ds.cell_writer import CellWriter
+from sclong_ds.cells import DamagedChunk
 from sclong_ds.corpus_files import CACHE_VARIABLE, Location
+from sclong_ds.genes import GeneVocabulary
 from sclong_ds.obs_table import write_obs
-from sclong_ds.store import (
-    CellWriter,
-    Corpus,
-    DamagedChunk,
-    DatasetInfo,
-    GeneVocabulary,
-    write_catalogue,
-)
+from sclong_ds.store import Corpus
 
 CONTENT = bytes(range(256)) * 10
 

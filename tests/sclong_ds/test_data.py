@@ -17,10 +17,12 @@ from scipy import sparse
 
 from sclong_ds import loading
 from sclong_ds.batches import log1p_normalise
+from sclong_ds.catalogue import write_catalogue
+from sclong_ds.cell_writer import CellWriter
 from sclong_ds.cells import DamagedChunk
 from sclong_ds.data import CellLoader, open_stream
 from sclong_ds.order import ONE
-from sclong_ds.store import CellWriter, Corpus, write_catalogue
+from sclong_ds.store import Corpus
 from sclong_ds.streams import decode
 
 GENES = 40

@@ -13,13 +13,15 @@ import torch
 from exported import named_genes, write_model
 from scipy.sparse import csr_matrix
 
-from data_prep.convert import Settings, convert_dataset, prepare_corpus
+from data_prep.convert import prepare_corpus
 from data_prep.finalize import finalize
-from data_prep.harmonize import GeneResolver
+from data_prep.gene_names import GeneResolver
 from data_prep.manifest import Dataset
+from data_prep.one_dataset import convert_dataset
 from data_prep.source_identity import source_hash
+from data_prep.staging import Settings
 from sclong_ds import embed, input_cells
-from sclong_ds.data import log1p_normalise
+from sclong_ds.batches import log1p_normalise
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.measured import MeasuredGenes
 from sclong_ds.model_dir import load_model

@@ -24,7 +24,8 @@ from kernels import reference as favor
 from sclong_ds.config import load_config
 from sclong_ds.engine import learning_rate
 from sclong_ds.masking import target_count
-from sclong_ds.model.sclong import ScLong, expression_order
+from sclong_ds.model.routing import expression_order
+from sclong_ds.model.sclong import ScLong
 from sclong_ds.reference import (
     ReferenceWeights,
     check_hyper_parameters,

@@ -15,14 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sclong_ds.store import (
-    CellStore,
-    CellWriter,
-    Corpus,
-    PackedCells,
-    decode,
-    encode,
-)
+from sclong_ds.cell_writer import CellWriter
+from sclong_ds.cells import CellStore
+from sclong_ds.store import Corpus
+from sclong_ds.streams import PackedCells, decode, encode
 
 BOUNDARIES = [1, 2, 254, 255, 256, 257, 511, 512, 65_535, 65_536, 2**24 - 1, 2**24, 2**32 - 1]
 

@@ -11,7 +11,8 @@ from torch_geometric.nn import SGConv
 
 from sclong_ds.config import load_config
 from sclong_ds.model.gene_encoder import GeneEncoder, normalised_adjacency
-from sclong_ds.model.sclong import ScLong, expression_order
+from sclong_ds.model.routing import expression_order
+from sclong_ds.model.sclong import ScLong
 
 
 def on_meta(preset):
