@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep.arguments import add_codec, add_genes, add_json, chosen_genes, share, whole
-from sclong_ds.files import local_path
+from sclong_ds.command_line import local_path
 
 COMMANDS = {
     "manifest": "draft a manifest from a folder tree",
@@ -259,7 +259,7 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
 
 def _run_finalize(args: argparse.Namespace) -> int:
     from data_prep.finalize import finalize
-    from data_prep.progress import stage_progress
+    from sclong_ds.progress import stage_progress
 
     with stage_progress("cells") as progress:
         catalogue = finalize(
@@ -311,10 +311,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from data_prep.progress import stage_progress
     from data_prep.verify import verify
     from data_prep.verify_files import links_text
     from data_prep.verify_sources import sources_line
+    from sclong_ds.progress import stage_progress
 
     with stage_progress("cells") as progress:
         report = verify(

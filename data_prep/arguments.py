@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from sclong_ds.files import local_path
+from sclong_ds.command_line import local_path
 from sclong_ds.genes import GeneVocabulary
 
 

@@ -25,7 +25,7 @@ from data_prep.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.manifest import COLUMNS, read_manifest
 from data_prep.quality import GENES_SHARE, MIN_GENES
 from data_prep.staging import Settings
-from sclong_ds.files import local_path
+from sclong_ds.command_line import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

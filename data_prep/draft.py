@@ -24,12 +24,12 @@ from typing import TypedDict
 from data_prep.candidates import choose_counts, restorable
 from data_prep.gene_names import GeneResolver, id_type_of
 from data_prep.manifest import OBS_ROLES
-from data_prep.progress import stage_progress
 from data_prep.readers import detect_format, open_source
 from data_prep.source import Annotations, Matrix, Source, UnusableError
 from data_prep.species import find_other_species
 from sclong_ds.files import write_atomic
 from sclong_ds.genes import GeneVocabulary
+from sclong_ds.progress import stage_progress
 
 _DATA = re.compile(r"(?i)\.(h5ad|h5mu|h5|hdf5|zarr\.zip|loom|npz|mtx|csv|tsv|txt)(\.gz)?$")
 _DATA_LIKE = re.compile(r"(?i)\.(rds|rdata|qs|h5seurat|tar|tgz|zip|7z|rar|xlsx|txt)(\.\w+)?$")

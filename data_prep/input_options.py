@@ -17,7 +17,7 @@ from data_prep.counts_option import parse_counts
 from data_prep.gene_names import ID_TYPES
 from data_prep.manifest import COLUMNS, Dataset
 from data_prep.readers import FORMATS
-from sclong_ds.files import local_path
+from sclong_ds.command_line import local_path
 
 INPUT_COLUMNS = (
     "format",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from sclong_ds.config import parse_arguments
+from sclong_ds.command_line import parse_arguments
 
 COMMANDS = {
     "plan": ("sclong_ds.plan", "memory, FLOPs and GPU-hours of a run, before submitting it"),

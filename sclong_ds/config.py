@@ -9,13 +9,13 @@ loaded. Its keys are in `sclong_ds.config_sections`, a section for each consumin
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sclong_ds.command_line import parse_arguments
 from sclong_ds.config_history import add_later_keys
 from sclong_ds.config_rules import check
 from sclong_ds.config_sections import (
@@ -54,26 +54,6 @@ PRESETS_DIR = Path(__file__).parent / "presets"
 def preset_names() -> list[str]:
     """Return the names of the presets that ship with the project, sorted."""
     return sorted(p.stem for p in PRESETS_DIR.glob("*.yaml"))
-
-
-def parse_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> argparse.Namespace:
-    """Parse a command line; overrides may stand before, between and behind the options.
-
-    argparse itself takes one group of positional arguments and calls later ones unrecognized.
-
-    Args:
-        parser: Has a positional argument `overrides` of any number, perhaps in a subcommand.
-        argv: The arguments; None: those of the process.
-    """
-    args, rest = parser.parse_known_args(argv)
-    if rest:
-        settings = all("=" in item and not item.startswith("-") for item in rest)
-        if not (settings and hasattr(args, "overrides")):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        args.overrides = [*args.overrides, *rest]
-    return args
 
 
 def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from sclong_ds.files import local_path
+from sclong_ds.command_line import local_path
 from sclong_ds.run_folder import read_events, read_metrics, read_run_json
 
 ROOT = Path(__file__).parents[1]

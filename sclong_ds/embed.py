@@ -41,8 +41,8 @@ from tqdm import tqdm
 from data_prep.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 from data_prep.input_options import add_input_options, input_dataset
 from sclong_ds.batches import log1p_normalise
+from sclong_ds.command_line import _positive, _share, local_path
 from sclong_ds.embedding_record import input_record, origin_of, record_of
-from sclong_ds.files import local_path
 from sclong_ds.hdf5_file import new_hdf5
 from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.measured import MeasuredGenes
@@ -404,16 +404,3 @@ def _warn(coverage: Coverage, *, masks: bool) -> None:
             coverage.n_genes_model,
             "unknown" if masks else "not expressed",
         )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, must be a whole number of 1 or more")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    value = float(text)  # argparse reports what is no number
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text}, must be a number from 0 to 1")
-    return value

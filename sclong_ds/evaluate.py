@@ -60,6 +60,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from data_prep.input_options import input_dataset
 from data_prep.readers import detect_format
 from sclong_ds.batches import log1p_normalise
+from sclong_ds.command_line import local_path
 from sclong_ds.embed import (
     KEY,
     UNS_KEY,
@@ -68,7 +69,7 @@ from sclong_ds.embed import (
     embed_counts,
     progress,
 )
-from sclong_ds.files import local_path, write_atomic
+from sclong_ds.files import write_atomic
 from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import fcntl
 import hashlib
@@ -152,20 +151,6 @@ def locked(path: str | Path, *, shared: bool = False, wait: bool = True) -> Iter
                 raise
             _log.warning("%s: this file system has no locks; start one process only", path.parent)
         yield held
-
-
-def local_path(text: str) -> Path:
-    """Return a path of the command line; a URL would become a folder named `s3:`.
-
-    Args:
-        text: The argument.
-
-    Raises:
-        argparse.ArgumentTypeError: It is a URL.
-    """
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text}: must be a path on this machine, not a URL")
-    return Path(text)
 
 
 def read_json(path: str | Path, *, cure: str) -> Any:

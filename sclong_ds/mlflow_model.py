@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclong_ds.files import local_path
+from sclong_ds.command_line import local_path
 from sclong_ds.mlflow_store import find_run_dir, new_client, one_line, with_credentials
 from sclong_ds.run_folder import recorded_ids, without_credentials
 

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sclong_ds.command_line import local_path
 from sclong_ds.failures import read_failure
-from sclong_ds.files import local_path
 from sclong_ds.guards import SKIPPED_METRIC
 from sclong_ds.restarts import Life, read_lives, read_verdict
 from sclong_ds.run_folder import (

@@ -24,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sclong_ds import checkpoint_files, model_manifest
-from sclong_ds.files import file_sha256, is_partial, local_path
+from sclong_ds.command_line import local_path
+from sclong_ds.files import file_sha256, is_partial
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.json_lines import damaged_lines
 from sclong_ds.run_folder import (

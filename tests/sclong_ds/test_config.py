@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from sclong_ds import config as c
-from sclong_ds.config import load_config, parse_arguments, preset_names
+from sclong_ds.command_line import parse_arguments
+from sclong_ds.config import load_config, preset_names
 from sclong_ds.strict_yaml import to_dict, to_yaml
 
 
