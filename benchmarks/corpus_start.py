@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from benchmarks.environment import environment
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 
 N_CELLS, N_DATASETS = 48_024_242, 1_618
 GENES_PER_CELL = 1_932

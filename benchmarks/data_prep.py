@@ -28,7 +28,7 @@ from typing import Any
 import h5py
 
 from benchmarks.environment import environment
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.store import Corpus
 
 ROOT = Path(__file__).parents[1]

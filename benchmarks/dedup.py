@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.environment import environment
 from data_prep.buckets import BucketRuns
 from data_prep.dedup import CELLS_PER_BUCKET, repeated_cells, write_digests
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 
 N_CELLS, SHARE_REPEATED = 48_024_242, 0.03
 CELLS_PER_RUN = 2**21

@@ -36,7 +36,7 @@ from typing import Any
 
 from benchmarks.environment import environment
 from benchmarks.gpu_targets import add_floors, on_target_chip, targets, verdict
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 
 STAGES: dict[str, tuple[str, float]] = {
     "device": ("gpu_attention", 40),

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import environment
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.genes import GeneVocabulary
 
 ROOT = Path(__file__).resolve().parents[1]

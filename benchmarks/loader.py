@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks.environment import environment
 from benchmarks.loader_prepare import environ, prepare
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 
 PEERS = ("annbatch[zarrs]==0.3.1", "numba", "psutil")
 DEFAULT, LZ4, ZSTD, PLAIN = (

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.data_prep import adopt_orphans
 from benchmarks.loader_cells import SourceCells, write_npz
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.store import Corpus
 
 ROOT = Path(__file__).parents[1]

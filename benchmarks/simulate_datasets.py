@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.synthetic_corpus import cell_types, draw_cells
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.genes import GeneVocabulary
 
 N_DATASETS, TASKS = 1618, 4

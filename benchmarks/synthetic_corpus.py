@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from sclong_ds.cell_writer import CellWriter
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.genes import GeneVocabulary
 
 N_CELLS, N_DATASETS, N_TYPES = 40_000, 8, 40

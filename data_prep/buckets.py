@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.cells import CellStore
-from sclong_ds.checksums import crc32c
-from sclong_ds.files import write_atomic
-from sclong_ds.npz import read_npz
+from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.checksums import crc32c
+from sclong_ds.files.npz import read_npz
 
 RUN_BYTES = 2**28
 """Encoded cells of one run."""

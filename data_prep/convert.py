@@ -44,7 +44,7 @@ from data_prep.one_dataset import convert_dataset, is_taken, read_hash, settings
 from data_prep.pending import known_names, record_manifest
 from data_prep.staging import STAGING_VERSION, Settings
 from data_prep.workers import Worker
-from sclong_ds.files import locked, partial_name, read_json, write_atomic
+from sclong_ds.files.atomic import locked, partial_name, read_json, write_atomic
 from sclong_ds.genes import GeneVocabulary
 
 __all__ = ["Settings", "convert", "convert_dataset", "prepare_corpus", "settings_hash"]

@@ -27,7 +27,7 @@ from data_prep.manifest import OBS_ROLES
 from data_prep.readers import detect_format, open_source
 from data_prep.source import Annotations, Matrix, Source, UnusableError
 from data_prep.species import find_other_species
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.progress import stage_progress
 

@@ -55,7 +55,7 @@ from sclong_ds.catalogue import (
 )
 from sclong_ds.cell_writer import CellWriter
 from sclong_ds.cells import CellStore
-from sclong_ds.files import (
+from sclong_ds.files.atomic import (
     file_sha256,
     locked,
     named_errors,
@@ -64,8 +64,8 @@ from sclong_ds.files import (
     sync_tree,
     write_atomic,
 )
+from sclong_ds.files.npz import read_npy, read_npz
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.npz import read_npy, read_npz
 
 logger = logging.getLogger(__name__)
 

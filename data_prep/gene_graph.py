@@ -44,7 +44,7 @@ from data_prep.gene_ontology import (
     read_ontology,
 )
 from data_prep.jaccard import NEIGHBOURS, THRESHOLD, GeneGraph, degrees, jaccard_graph
-from sclong_ds.files import file_sha256, write_atomic
+from sclong_ds.files.atomic import file_sha256, write_atomic
 from sclong_ds.graph_file import write_gene_graph
 
 logger = logging.getLogger(__name__)

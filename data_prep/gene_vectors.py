@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from sclong_ds.files import named_errors, partial_name, remove_partials_of, write_atomic
+from sclong_ds.files.atomic import named_errors, partial_name, remove_partials_of, write_atomic
 from sclong_ds.store import Corpus
 
 SPLIT = "train"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.ledger import LedgerEntry, check_staged, ledger_path, read_ledger, require_current
-from sclong_ds.files import file_sha256, read_json
+from sclong_ds.files.atomic import file_sha256, read_json
 from sclong_ds.genes import GeneVocabulary
 
 _MOST_THREADS = 8

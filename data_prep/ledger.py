@@ -29,7 +29,7 @@ from typing import (
     is_typeddict,
 )
 
-from sclong_ds.files import file_sha256, locked, read_json, write_atomic
+from sclong_ds.files.atomic import file_sha256, locked, read_json, write_atomic
 
 _log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from data_prep.manifest import Dataset
 from data_prep.source import UnusableError
 from data_prep.source_identity import source_files, source_hash
 from data_prep.staging import STAGING_VERSION, Settings, clear, stage
-from sclong_ds.files import named_errors
+from sclong_ds.files.atomic import named_errors
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep.ledger import LedgerEntry
 from data_prep.manifest import is_safe_id
-from sclong_ds.files import locked, read_json, remove_partials, write_atomic
+from sclong_ds.files.atomic import locked, read_json, remove_partials, write_atomic
 
 _MOST_TASKS = 20
 """Tasks that a message names."""

@@ -27,7 +27,7 @@ from data_prep import qc_figures
 from data_prep.ledger import LedgerEntry, count_statuses
 from data_prep.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
 from sclong_ds.command_line import local_path
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 
 TEMPLATE = Path(__file__).parent / "resources" / "qc_report.html"
 FEW_DATASETS = 24

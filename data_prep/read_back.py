@@ -19,7 +19,7 @@ from scipy import sparse
 
 from data_prep.splits import read_donors
 from sclong_ds.cells import CellStore
-from sclong_ds.obs_table import read_obs
+from sclong_ds.files.obs_table import read_obs
 from sclong_ds.streams import PackedCells
 
 _AGAIN = "the disk or the memory of this machine is at fault; run convert again, elsewhere"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.readers import readable
 from data_prep.readers_npz import gene_list_file
-from sclong_ds.files import file_sha256
+from sclong_ds.files.atomic import file_sha256
 
 MAX_FILES = 10**7
 """Of one dataset; a zarr folder of 100 million cells in small chunks has 10^6."""

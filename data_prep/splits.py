@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.catalogue import SPLITS
-from sclong_ds.obs_table import read_obs
+from sclong_ds.files.obs_table import read_obs
 
 SplitBy = Literal["auto", "dataset", "donor", "cell"]
 SPLIT_BY = ("auto", "dataset", "donor", "cell")
@@ -95,7 +95,7 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
     """Read the donor of every cell from a staged annotation table.
 
     Args:
-        path: Annotations of a dataset (`sclong_ds.obs_table`); the column `donor` (or `donor_id`)
+        path: Annotations of a dataset (`sclong_ds.files.obs_table`); the column `donor` (or `donor_id`)
             is used.
         n_cells: Number of staged cells, which the table must match.
 

@@ -45,9 +45,9 @@ from data_prep.read_back import CellDigest, check_cells, check_obs
 from data_prep.readers import open_source
 from data_prep.source import UnusableError
 from sclong_ds.cell_writer import CellWriter
-from sclong_ds.files import sync_folder, sync_tree
+from sclong_ds.files.atomic import sync_folder, sync_tree
+from sclong_ds.files.obs_table import write_obs
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.obs_table import write_obs
 
 STAGING_VERSION = 2
 """Raised when the same input would be staged differently, so that old staging is not taken over."""

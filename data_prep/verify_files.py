@@ -12,8 +12,8 @@ from typing import Any
 
 from data_prep.finalize import PRODUCTS, files_below
 from data_prep.ledger import LedgerEntry, check_staged, read_entry
-from sclong_ds.checksums import check_file
-from sclong_ds.files import file_sha256
+from sclong_ds.files.atomic import file_sha256
+from sclong_ds.files.checksums import check_file
 
 SOURCES = "drawn cells are those of the source files"
 LEDGER = "ledger entries have their own checksum"

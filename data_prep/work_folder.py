@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.files import is_partial, partial_name, remove_partials
+from sclong_ds.files.atomic import is_partial, partial_name, remove_partials
 
 _log = logging.getLogger(__name__)
 

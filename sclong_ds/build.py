@@ -36,7 +36,7 @@ from sclong_ds.engine import (
     resolve_ds_config,
 )
 from sclong_ds.features_file import read_features
-from sclong_ds.files import file_sha256, write_atomic
+from sclong_ds.files.atomic import file_sha256, write_atomic
 from sclong_ds.gradient_norms import GradientNorms
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.guards import StepGuard, history_of

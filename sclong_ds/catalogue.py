@@ -22,9 +22,9 @@ from types import NoneType, UnionType
 from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints
 
 from sclong_ds.cells import CellStore
-from sclong_ds.checksums import file_crc32c
 from sclong_ds.corpus_files import Location
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.checksums import file_crc32c
 
 FORMAT_VERSION = 2
 CORPUS_FORMAT = "sclong_ds-corpus"

@@ -35,10 +35,10 @@ from sclong_ds.cells import (
     STREAMS,
     CellStore,
 )
-from sclong_ds.checksums import file_crc32c
 from sclong_ds.corpus_files import Location
-from sclong_ds.files import partial_name, sync_folder, sync_tree, write_atomic
-from sclong_ds.npz import read_npz
+from sclong_ds.files.atomic import partial_name, sync_folder, sync_tree, write_atomic
+from sclong_ds.files.checksums import file_crc32c
+from sclong_ds.files.npz import read_npz
 from sclong_ds.shards import DamagedShard, ShardedArray
 from sclong_ds.streams import PackedCells, encode
 

@@ -51,7 +51,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus_files import Location
-from sclong_ds.files import read_file
+from sclong_ds.files.atomic import read_file
 from sclong_ds.shards import DamagedShard, ShardedArray, read_metadata
 from sclong_ds.streams import PackedCells, decode, slices_to_index
 

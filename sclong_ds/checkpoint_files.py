@@ -25,9 +25,9 @@ from typing import Any
 
 import google_crc32c
 
-from sclong_ds.files import named_errors, read_file
+from sclong_ds.files.atomic import named_errors, read_file
+from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 from sclong_ds.run_folder import METRICS_FILE, read_metrics
-from sclong_ds.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.checksums import check_file
-from sclong_ds.files import named_errors, partial_name, read_file
+from sclong_ds.files.atomic import named_errors, partial_name, read_file
+from sclong_ds.files.checksums import check_file
 
 CACHE_VARIABLE = "SCLONG_CACHE"
 _BLOCK_BYTES = 2**24

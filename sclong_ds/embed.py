@@ -43,7 +43,7 @@ from data_prep.input_options import add_input_options, input_dataset
 from sclong_ds.batches import log1p_normalise
 from sclong_ds.command_line import _positive, _share, local_path
 from sclong_ds.embedding_record import input_record, origin_of, record_of
-from sclong_ds.hdf5_file import new_hdf5
+from sclong_ds.files.hdf5_file import new_hdf5
 from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.measured import MeasuredGenes
 from sclong_ds.model.sclong import ScLong

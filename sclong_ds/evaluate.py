@@ -69,7 +69,7 @@ from sclong_ds.embed import (
     embed_counts,
     progress,
 )
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import load_model

@@ -28,7 +28,7 @@ from sclong_ds.command_line import local_path
 from sclong_ds.config import load_config
 from sclong_ds.config_sections import RunConfig
 from sclong_ds.features_file import read_features
-from sclong_ds.files import named_errors
+from sclong_ds.files.atomic import named_errors
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.model.sclong import Transform
 from sclong_ds.model_dir import FEATURES, GRAPH, check_absent, write_model_dir

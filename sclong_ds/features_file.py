@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sclong_ds.files import read_file, write_atomic
+from sclong_ds.files.atomic import read_file, write_atomic
 
 
 def write_features(path: str | Path, features: Mapping[str, Tensor]) -> None:

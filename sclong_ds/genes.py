@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from sclong_ds.files import read_file, write_atomic
+from sclong_ds.files.atomic import read_file, write_atomic
 
 BUNDLED_PATH = (
     Path(__file__).resolve().parents[1] / "data_prep" / "resources" / "genes_27874.tsv.gz"

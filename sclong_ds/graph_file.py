@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from sclong_ds.files import named_errors, write_atomic
+from sclong_ds.files.atomic import named_errors, write_atomic
 
 GRAPH_FORMAT = "sclong_ds-gene-graph 1"
 # What numpy and zipfile raise on changed bytes.

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sclong_ds.config_sections import RunConfig
-from sclong_ds.files import file_sha256
+from sclong_ds.files.atomic import file_sha256
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model_dir import check_finite, read_description
 from sclong_ds.model_manifest import WEIGHTS

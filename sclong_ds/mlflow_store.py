@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sclong_ds.json_lines import is_number, parse_line
+from sclong_ds.files.json_lines import is_number, parse_line
 from sclong_ds.run_folder import (
     METRICS_FILE,
     PLOTS_DIR,

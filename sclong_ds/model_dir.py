@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from sclong_ds.config_sections import ModelConfig
 from sclong_ds.features_file import read_features, write_features
-from sclong_ds.files import partial_name, remove_partials_of, sync_tree
+from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.model.sclong import ScLong, Transform

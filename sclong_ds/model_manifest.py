@@ -19,9 +19,9 @@ from typing import Any
 
 import google_crc32c
 
-from sclong_ds.checksums import check_file
-from sclong_ds.files import file_sha256, named_errors
-from sclong_ds.sealed_json import CHECKSUM, read_sealed, write_sealed
+from sclong_ds.files.atomic import file_sha256, named_errors
+from sclong_ds.files.checksums import check_file
+from sclong_ds.files.sealed_json import CHECKSUM, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"

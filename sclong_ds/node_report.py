@@ -19,7 +19,7 @@ import torch
 from sclong_ds.catalogue import read_catalogue
 from sclong_ds.config import load_config
 from sclong_ds.config_sections import RunConfig
-from sclong_ds.files import file_sha256
+from sclong_ds.files.atomic import file_sha256
 from sclong_ds.run_folder import git_commit, read_events
 from sclong_ds.strict_yaml import to_yaml
 

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from sclong_ds import plots, validation_plots
 from sclong_ds.command_line import local_path
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.picture_data import pending, show, take_data
 from sclong_ds.report import write_report
 from sclong_ds.run_folder import (

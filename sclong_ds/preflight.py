@@ -36,7 +36,7 @@ import torch.distributed as dist
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config import load_config
 from sclong_ds.failures import life_id, run_to_end
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.node_report import GIB, Place, Report, examine, on_gpus
 from sclong_ds.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
 from sclong_ds.run_folder import now

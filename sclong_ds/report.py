@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from sclong_ds import compare, page, plots
 from sclong_ds.command_line import local_path
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.run_folder import without_credentials
 from sclong_ds.run_record import HOURS, LAST_STEPS, Rows, RunRecord, find_runs
 

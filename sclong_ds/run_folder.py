@@ -33,8 +33,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sclong_ds.json_lines import Lines, each_row, plain
-from sclong_ds.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
+from sclong_ds.files.json_lines import Lines, each_row, plain
+from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"

@@ -20,7 +20,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 
 from sclong_ds.corpus_files import Location
-from sclong_ds.files import read_file
+from sclong_ds.files.atomic import read_file
 
 _CODECS = (["bytes", "zstd", "crc32c"], ["bytes", "crc32c"])
 _CHECKSUM_BYTES = 4

@@ -39,9 +39,9 @@ from sclong_ds.catalogue import (
 )
 from sclong_ds.cells import CellStore, DamagedChunk
 from sclong_ds.corpus_files import Location
+from sclong_ds.files.npz import read_npy, read_npz
+from sclong_ds.files.obs_table import read_obs
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.npz import read_npy, read_npz
-from sclong_ds.obs_table import read_obs
 from sclong_ds.streams import MAX_COUNT, PackedCells, decode, encode, slices_to_index
 
 if TYPE_CHECKING:

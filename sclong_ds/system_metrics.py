@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from sclong_ds.json_lines import Lines
+from sclong_ds.files.json_lines import Lines
 from sclong_ds.run_folder import SYSTEM_DIR, node_name
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,10 @@ STORAGE = {
     "sclong_ds.shards",
     "sclong_ds.streams",
     "sclong_ds.graph_file",
-    "sclong_ds.files",
-    "sclong_ds.checksums",
-    "sclong_ds.obs_table",
-    "sclong_ds.npz",
+    "sclong_ds.files.atomic",
+    "sclong_ds.files.checksums",
+    "sclong_ds.files.obs_table",
+    "sclong_ds.files.npz",
 }
 """The on-disk formats: no torch, shared by data preparation and training."""
 LOADER = {
@@ -98,7 +98,7 @@ def test_kernels_import_torch_and_triton_only():
         ("guards", set()),
         ("watchdog", set()),
         ("engine", {"sclong_ds.config"}),
-        ("run_folder", {"sclong_ds.json_lines", "sclong_ds.sealed_json"}),
+        ("run_folder", {"sclong_ds.files.json_lines", "sclong_ds.files.sealed_json"}),
         ("plots", set()),
         (
             "tracking",
@@ -111,8 +111,8 @@ def test_kernels_import_torch_and_triton_only():
                 "sclong_ds.system_metrics",
             },
         ),
-        ("mlflow_store", {"sclong_ds.json_lines", "sclong_ds.run_folder"}),
-        ("system_metrics", {"sclong_ds.json_lines", "sclong_ds.run_folder"}),
+        ("mlflow_store", {"sclong_ds.files.json_lines", "sclong_ds.run_folder"}),
+        ("system_metrics", {"sclong_ds.files.json_lines", "sclong_ds.run_folder"}),
         ("gradient_norms", set()),
         ("rank_times", {"sclong_ds.engine", "sclong_ds.picture_data"}),
     ],

@@ -31,8 +31,8 @@ from data_prep.pending import read_pending, record_manifest
 from data_prep.source import Matrix
 from data_prep.staging import Settings, forget
 from sclong_ds.cells import CellStore
+from sclong_ds.files.obs_table import read_obs
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.obs_table import read_obs
 
 GENES = GeneVocabulary.bundled()
 SETTINGS = Settings(genes_hash=GENES.hash)

@@ -13,7 +13,7 @@ from scipy import sparse
 from data_prep.read_back import CellDigest, check_cells, check_obs
 from sclong_ds.cell_writer import CellWriter
 from sclong_ds.cells import CellStore
-from sclong_ds.obs_table import write_obs
+from sclong_ds.files.obs_table import write_obs
 from sclong_ds.streams import PackedCells, encode
 
 N_GENES = 2000

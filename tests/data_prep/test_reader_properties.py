@@ -38,7 +38,7 @@ from data_prep.readers import open_source
 from data_prep.staging import Settings
 from data_prep.verify_sources import check_sources
 from sclong_ds.cells import CellStore
-from sclong_ds.obs_table import read_obs
+from sclong_ds.files.obs_table import read_obs
 from sclong_ds.store import Corpus
 
 N_EXAMPLES = int(os.environ.get("READER_EXAMPLES", "14"))

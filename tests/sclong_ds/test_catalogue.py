@@ -23,8 +23,8 @@ from sclong_ds.catalogue import (
 )
 from sclong_ds.cell_writer import CellWriter
 from sclong_ds.data import CellLoader, open_stream
+from sclong_ds.files.obs_table import write_obs
 from sclong_ds.genes import GeneVocabulary
-from sclong_ds.obs_table import write_obs
 from sclong_ds.store import Corpus
 
 OLDEST = Path(__file__).parents[1] / "golden" / "corpus_version_1"

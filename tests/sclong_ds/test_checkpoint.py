@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from launching import PORT, ROOT, environment
 from small_disk import CANNOT_MOUNT, small_disk
 
-from sclong_ds import checkpoint, sealed_json
+from sclong_ds import checkpoint
 from sclong_ds.checkpoint_files import (
     best_checkpoint,
     complete_checkpoints,
@@ -38,8 +38,9 @@ from sclong_ds.checkpoint_files import (
 from sclong_ds.checkpoint_writer import ChecksummedFile
 from sclong_ds.config import load_config
 from sclong_ds.failures import passes
+from sclong_ds.files import sealed_json
+from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.run_folder import RunFolder
-from sclong_ds.sealed_json import write_sealed
 from sclong_ds.torch_files import plain_values_only
 
 RANKS = 2

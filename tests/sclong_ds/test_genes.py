@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 from sclong_ds.genes import GeneVocabulary
 
 TABLE = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sclong_ds.npz import read_npy, read_npz
+from sclong_ds.files.npz import read_npy, read_npz
 
 
 def test_sound_files(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from sclong_ds.files import is_partial, locked, partial_name, remove_partials, write_atomic
+from sclong_ds.files.atomic import is_partial, locked, partial_name, remove_partials, write_atomic
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])

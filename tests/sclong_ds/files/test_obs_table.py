@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sclong_ds.obs_table import read_obs, write_obs
+from sclong_ds.files.obs_table import read_obs, write_obs
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 

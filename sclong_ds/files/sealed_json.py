@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.files import read_file, write_atomic
+from sclong_ds.files.atomic import read_file, write_atomic
 
 CHECKSUM = "checksum"
 

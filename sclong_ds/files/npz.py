@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.files import read_file
+from sclong_ds.files.atomic import read_file
 
 # A flipped bit of a zip header asks for a password or an unknown compression (RuntimeError), one of
 # a shape for more memory than there is.

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from sclong_ds.hdf5_file import WatchedFile, new_hdf5
+from sclong_ds.files.hdf5_file import WatchedFile, new_hdf5
 
 
 def write(out):

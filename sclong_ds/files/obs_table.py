@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 
 if TYPE_CHECKING:
     from pandas import DataFrame

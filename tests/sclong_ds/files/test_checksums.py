@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sclong_ds.checksums import check_file, file_crc32c
+from sclong_ds.files.checksums import check_file, file_crc32c
 
 
 @given(data=st.binary(min_size=1, max_size=500), place=st.integers(0, 10**6))

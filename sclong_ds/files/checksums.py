@@ -2,7 +2,7 @@
 
 It finds every flipped bit and every changed stretch of up to 32 bits, and costs little enough to be
 compared at each opening: 6 GB/s a core, SHA-256 1.2 GB/s (measured on a Xeon with SHA extensions).
-SHA-256 (`sclong_ds.files.file_sha256`) names contents where they are written and in `verify`.
+SHA-256 (`sclong_ds.files.atomic.file_sha256`) names contents where they are written and in `verify`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.files import named_errors
+from sclong_ds.files.atomic import named_errors
 
 _BLOCK_BYTES = 2**22
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from sclong_ds.files import named_errors, partial_name, remove_partials_of
+from sclong_ds.files.atomic import named_errors, partial_name, remove_partials_of
 
 if TYPE_CHECKING:
     import h5py

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sclong_ds.sealed_json import checksum_of, read_object, read_sealed, write_sealed
+from sclong_ds.files.sealed_json import checksum_of, read_object, read_sealed, write_sealed
 
 CONTENT = {"b": [1, 2.5, None], "a": {"é": "text"}}
 
