@@ -59,7 +59,7 @@ def prepare(width: int) -> tuple[Any, Any]:
 
     from sclong_ds import checkpoint
     from sclong_ds.checkpoint_files import TrainState
-    from sclong_ds.config import load_config
+    from sclong_ds.config.load import load_config
     from sclong_ds.engine import (
         build_partitioned,
         initialize,

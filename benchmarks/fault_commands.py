@@ -155,7 +155,7 @@ def _engine() -> Any:
     from torch import nn
 
     from sclong_ds import engine as engines
-    from sclong_ds.config import load_config
+    from sclong_ds.config.load import load_config
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": "0"}  # fmt: skip
@@ -185,7 +185,7 @@ def _save(place: Path, step: int) -> int:
 
     from sclong_ds import checkpoint
     from sclong_ds.checkpoint_files import TrainState
-    from sclong_ds.config import load_config
+    from sclong_ds.config.load import load_config
 
     config = load_config("sclong_tiny")
     state = TrainState(

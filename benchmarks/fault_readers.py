@@ -157,7 +157,7 @@ def read_resumed(folder: Path) -> Any:
 
 def _resumed(folder: Path) -> Any:
     from sclong_ds import checkpoint, checkpoint_files, run_checks, run_folder
-    from sclong_ds.config import load_config
+    from sclong_ds.config.load import load_config
 
     checkpoints = folder / "checkpoints"
     name, problems = checkpoint._choose(checkpoints)

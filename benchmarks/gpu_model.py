@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import ModelConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import ModelConfig
 from sclong_ds.costs import training_flops_per_cell
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.sclong import ScLong

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.environment import environment
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.run_folder import SYSTEM_DIR, read_every_row, read_run_json, read_samples
 from sclong_ds.tracking import Tracker

@@ -16,7 +16,7 @@ __all__ = ["Corpus", "ScLong", "load_config", "load_model"]
 _HOMES = {
     "Corpus": "sclong_ds.store",
     "ScLong": "sclong_ds.model.sclong",
-    "load_config": "sclong_ds.config",
+    "load_config": "sclong_ds.config.load",
     "load_model": "sclong_ds.model_dir",
 }
 

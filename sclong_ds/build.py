@@ -21,7 +21,8 @@ from kernels.favor_attention import triton_obstacle
 from sclong_ds import checkpoint
 from sclong_ds.checkpoint import Loaded, Saving
 from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, restore_best
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.costs import training_flops_per_cell
 from sclong_ds.devices import device_of_name
 from sclong_ds.engine import (
@@ -56,7 +57,6 @@ from sclong_ds.run_checks import (
 from sclong_ds.run_folder import node_name, read_metrics, take_over_ids
 from sclong_ds.signals import StopRequest, lock_run_folder
 from sclong_ds.store import Corpus
-from sclong_ds.strict_yaml import to_yaml
 from sclong_ds.tracking import Tracker
 from sclong_ds.watchdog import Watchdog
 

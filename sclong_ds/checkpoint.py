@@ -40,7 +40,7 @@ from sclong_ds.checkpoint_files import (
     write_manifest,
 )
 from sclong_ds.checkpoint_writer import CheckpointWriter, Written
-from sclong_ds.config_sections import CheckpointConfig, RunConfig
+from sclong_ds.config.sections import CheckpointConfig, RunConfig
 from sclong_ds.elastic import load_converted
 from sclong_ds.engine import on_first_rank
 from sclong_ds.files.atomic import sync_folder, write_atomic

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 
-from sclong_ds.config_sections import ModelConfig, PerformerConfig
+from sclong_ds.config.sections import ModelConfig, PerformerConfig
 
 
 def top_genes(model: ModelConfig, n_expressed: int | None = None) -> int:

@@ -30,7 +30,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
-from sclong_ds.config_sections import EngineConfig, OptimConfig, RunConfig
+from sclong_ds.config.sections import EngineConfig, OptimConfig, RunConfig
 
 DS_CONFIGS_DIR = Path(__file__).parents[1] / "ds_configs"
 T = TypeVar("T")

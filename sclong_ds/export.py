@@ -25,8 +25,8 @@ from sclong_ds.checkpoint_files import (
     read_state,
 )
 from sclong_ds.command_line import local_path
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.features_file import read_features
 from sclong_ds.files.atomic import named_errors
 from sclong_ds.model.performer import drawn_features

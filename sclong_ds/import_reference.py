@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from sclong_ds.command_line import local_path
-from sclong_ds.config_sections import ModelConfig
+from sclong_ds.config.sections import ModelConfig
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.genes import BUNDLED_PATH, UNKNOWN_CLASS, GeneVocabulary
 from sclong_ds.graph_file import check_edges, read_gene_graph, write_gene_graph

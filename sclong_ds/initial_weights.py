@@ -15,12 +15,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model_dir import check_finite, read_description
 from sclong_ds.model_manifest import WEIGHTS
-from sclong_ds.strict_yaml import to_dict
 
 _FILES = ("model.gene_graph", "model.random_features_file")
 """Keys that name files, whose content must be the same."""

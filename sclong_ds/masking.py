@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.config_sections import ObjectiveConfig
+from sclong_ds.config.sections import ObjectiveConfig
 
 VALIDATION_EPOCH = 2**62
 """Epoch number of validation masks: fixed, and never reached by training."""

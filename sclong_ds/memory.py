@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sclong_ds.config_sections import ModelConfig
+from sclong_ds.config.sections import ModelConfig
 from sclong_ds.costs import parameter_shapes, peak_activation_bytes, stacks
 
 

@@ -37,14 +37,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sclong_ds.config_sections import ModelConfig
+from sclong_ds.config.sections import ModelConfig
+from sclong_ds.config.strict_yaml import read_yaml, section_from_dict, to_dict
 from sclong_ds.features_file import read_features, write_features
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.model.sclong import ScLong, Transform
 from sclong_ds.model_manifest import CURE, WEIGHTS, check_files, write_manifest
-from sclong_ds.strict_yaml import read_yaml, section_from_dict, to_dict
 
 FORMAT = "sclong_ds-model"
 VERSION = 3

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from sclong_ds.catalogue import read_catalogue
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.run_folder import git_commit, read_events
-from sclong_ds.strict_yaml import to_yaml
 
 WRITE_LIMIT_S = 5.0
 """A run folder that takes longer gets less than `TRIAL_BYTES`, s."""

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.costs import (
     activation_bytes,
     backward_flops_per_cell,

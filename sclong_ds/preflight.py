@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from sclong_ds.command_line import parse_arguments
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.failures import life_id, run_to_end
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.node_report import GIB, Place, Report, examine, on_gpus

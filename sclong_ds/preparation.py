@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.batches import CellBatch
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.masking import Targets, draw_targets
 from sclong_ds.measured import MeasuredGenes
 from sclong_ds.streams import PackedCells, decode

@@ -33,8 +33,8 @@ from sclong_ds import checkpoint, failures
 from sclong_ds.batches import CellBatch, StepBatch
 from sclong_ds.build import Run, build
 from sclong_ds.command_line import parse_arguments
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.data import CellLoader, open_stream
 from sclong_ds.engine import (
     Ranks,

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sclong_ds.config_sections import ModelConfig, PerformerConfig
+from sclong_ds.config.sections import ModelConfig, PerformerConfig
 
 STACKS = {"large_encoder": "large_enc", "mini_encoder": "mini_enc", "decoder": "dec"}
 """Our and released name of a stack, and the prefix of its constructor arguments."""

@@ -40,8 +40,8 @@ from typing import Any
 
 from sclong_ds.checkpoint_files import complete_checkpoints, step_of
 from sclong_ds.command_line import parse_arguments
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import EngineConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import EngineConfig
 from sclong_ds.failures import OWN_STATUS, PASSING_STATUS, life_id, read_failure
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.sealed_json import read_sound

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, read_state
-from sclong_ds.config_history import add_later_keys
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.history import add_later_keys
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.strict_yaml import read_yaml, to_dict, to_yaml
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.run_folder import without_credentials
 from sclong_ds.sampling import read_weights
-from sclong_ds.strict_yaml import read_yaml, to_dict, to_yaml
 
 
 def check_inputs(config: RunConfig) -> None:

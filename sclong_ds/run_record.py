@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sclong_ds import plots
+from sclong_ds.config.strict_yaml import parse_yaml
 from sclong_ds.mlflow_store import find_run_dir
 from sclong_ds.run_folder import (
     METRICS_FILE,
@@ -31,7 +32,6 @@ from sclong_ds.run_folder import (
     read_samples,
     without_credentials,
 )
-from sclong_ds.strict_yaml import parse_yaml
 
 log = logging.getLogger(__name__)
 

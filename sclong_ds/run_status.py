@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sclong_ds.command_line import local_path
+from sclong_ds.config.strict_yaml import read_yaml
 from sclong_ds.failures import read_failure
 from sclong_ds.guards import SKIPPED_METRIC
 from sclong_ds.restarts import Life, read_lives, read_verdict
@@ -33,7 +34,6 @@ from sclong_ds.run_folder import (
     read_metrics,
     read_run_json,
 )
-from sclong_ds.strict_yaml import read_yaml
 from sclong_ds.watchdog import ENDED, HANG_FILE, SLOW_FILE, read_heartbeats, read_json
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.config_sections import DataConfig
+from sclong_ds.config.sections import DataConfig
 from sclong_ds.order import ONE, dataset_weights, explicit_weights
 from sclong_ds.store import Corpus
 

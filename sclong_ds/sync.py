@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.command_line import local_path
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.files.sealed_json import read_sound
 from sclong_ds.mlflow_store import Sender, Status, send_all, tracking_uri
 from sclong_ds.run_folder import EVENTS_FILE, RUN_FILE, read_run_json

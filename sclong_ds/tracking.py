@@ -22,7 +22,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.mlflow_store import (
     MAX_METRICS,
     Dataset,
@@ -43,7 +44,6 @@ from sclong_ds.run_folder import (
     record_start,
     update_run_json,
 )
-from sclong_ds.strict_yaml import to_dict
 from sclong_ds.system_metrics import NodeSampler
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from torch import nn
 from sclong_ds import checkpoint, checkpoint_files
 from sclong_ds.checkpoint_files import TrainState, best_checkpoint
 from sclong_ds.checkpoint_writer import ChecksummedFile
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.engine import (
     build_partitioned,
     initialize,

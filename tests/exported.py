@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import PerformerConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.sclong import ScLong, Transform
 from sclong_ds.model_dir import write_model_dir

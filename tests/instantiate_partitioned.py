@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.engine import (
     build_partitioned,
     count_parameters,

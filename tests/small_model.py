@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import PerformerConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.model.sclong import ScLong
 
 G = 60

@@ -37,10 +37,10 @@ LOADER = {
 }
 """The loader: no torch either, so that it can be used, and timed, without."""
 CONFIG = {
-    "sclong_ds.config",
-    "sclong_ds.config_history",
-    "sclong_ds.config_rules",
-    "sclong_ds.config_sections",
+    "sclong_ds.config.load",
+    "sclong_ds.config.history",
+    "sclong_ds.config.rules",
+    "sclong_ds.config.sections",
 }
 HEAVY = {"torch", "deepspeed", "triton", "torch_geometric", "mlflow"}
 
@@ -91,23 +91,23 @@ def test_kernels_import_torch_and_triton_only():
     ("name", "allowed"),
     [
         ("data", STORAGE | LOADER),
-        ("masking", {"sclong_ds.config"}),
+        ("masking", {"sclong_ds.config.load"}),
         ("objective", {"sclong_ds.device_batch", "sclong_ds.masking", "sclong_ds.streams"}),
         ("device_batch", STORAGE),
         ("metrics", {"sclong_ds.model.routing"}),
         ("guards", set()),
         ("watchdog", set()),
-        ("engine", {"sclong_ds.config"}),
+        ("engine", {"sclong_ds.config.load"}),
         ("run_folder", {"sclong_ds.files.json_lines", "sclong_ds.files.sealed_json"}),
         ("plots", set()),
         (
             "tracking",
             {
-                "sclong_ds.config",
+                "sclong_ds.config.load",
                 "sclong_ds.mlflow_store",
                 "sclong_ds.picture_data",
                 "sclong_ds.run_folder",
-                "sclong_ds.strict_yaml",
+                "sclong_ds.config.strict_yaml",
                 "sclong_ds.system_metrics",
             },
         ),
@@ -156,7 +156,7 @@ def test_library_is_imported_in_its_place_only(library, allowed):
 
 
 def test_model_imports():
-    allowed = STORAGE | {"sclong_ds.config", "kernels.favor_attention", "kernels.reference"}
+    allowed = STORAGE | {"sclong_ds.config.load", "kernels.favor_attention", "kernels.reference"}
     for name in MODULES:
         if name.startswith("sclong_ds.model."):
             assert {i for i in ours(name) if not i.startswith("sclong_ds.model")} <= allowed, name
@@ -164,8 +164,8 @@ def test_model_imports():
 
 def test_config_imports_the_yaml_reader_only():
     for name in CONFIG:
-        assert ours(name) <= CONFIG | {"sclong_ds.strict_yaml"}, name
-    assert not ours("sclong_ds.strict_yaml")
+        assert ours(name) <= CONFIG | {"sclong_ds.config.strict_yaml"}, name
+    assert not ours("sclong_ds.config.strict_yaml")
 
 
 def test_nothing_imports_pretrain():
@@ -272,7 +272,7 @@ def test_readme_commands_are_accepted():
     """Every command that the README shows passes the real argument parser, overrides included."""
     from data_prep.__main__ import _parser as data_prep_parser
     from sclong_ds.__main__ import parser as sclong_parser
-    from sclong_ds.config import load_config
+    from sclong_ds.config.load import load_config
 
     found = [a for a in map(arguments_of, shown_commands()) if a]
     assert len(found) >= 12

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.favor_attention import Backend, favor_attention_kv, favor_attention_packed
 from kernels.favor_torch import Scope
 from kernels.reference import random_features
-from sclong_ds.config_sections import ModelConfig, PerformerConfig
+from sclong_ds.config.sections import ModelConfig, PerformerConfig
 
 STACKS = {
     "dual": ("large_encoder", "mini_encoder", "decoder"),

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sclong_ds.config_sections import ModelConfig, PerformerConfig
+from sclong_ds.config.sections import ModelConfig, PerformerConfig
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.expression_encoder import ExpressionEncoder
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph

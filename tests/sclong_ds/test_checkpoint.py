@@ -36,7 +36,7 @@ from sclong_ds.checkpoint_files import (
     write_manifest,
 )
 from sclong_ds.checkpoint_writer import ChecksummedFile
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.failures import passes
 from sclong_ds.files import sealed_json
 from sclong_ds.files.sealed_json import write_sealed

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import PerformerConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.costs import (
     activation_bytes,
     backward_flops_per_cell,

@@ -8,7 +8,7 @@ import torch
 from small_model import small_model
 
 from sclong_ds.build import set_options
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.engine import (
     DS_CONFIGS_DIR,
     learning_rate,

@@ -11,7 +11,7 @@ from exported import write_model
 from launching import ROOT, deepspeed_command, environment, run_module
 from safetensors.torch import load_file
 
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.features_file import write_features
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.initial_weights import InitialWeights, check_initial_model

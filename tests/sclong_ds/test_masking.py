@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.masking import VALIDATION_EPOCH, WIDTH_STEP, draw_targets, target_count
 
 OBJECTIVE = load_config("sclong_tiny").objective

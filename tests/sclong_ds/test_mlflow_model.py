@@ -16,7 +16,7 @@ from exported import named_genes, write_model
 from launching import run_module
 from scipy.sparse import csr_matrix
 
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.embed import embed_counts
 from sclong_ds.genes import GeneVocabulary
 from sclong_ds.mlflow_model import EmbeddingModel, _load_pyfunc

@@ -11,7 +11,7 @@ from no_sync import NoHostSync
 from scipy import sparse
 
 from sclong_ds.batches import log1p_normalise
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.masking import Targets, draw_targets
 from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.streams import encode

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sclong_ds.batches import CellBatch
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.measured import MeasuredGenes
 from sclong_ds.preparation import Prepared, hidden_zeros, prepare
 from sclong_ds.streams import encode

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 
 from benchmarks.random_kills import end_ranks, last_step, openings, start_ranks, train
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.run_folder import read_metrics
 from sclong_ds.signals import lock_run_folder

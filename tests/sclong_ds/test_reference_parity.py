@@ -21,7 +21,7 @@ from goldens import REPORT, Golden
 from torch import Tensor
 
 from kernels import reference as favor
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.engine import learning_rate
 from sclong_ds.masking import target_count
 from sclong_ds.model.routing import expression_order

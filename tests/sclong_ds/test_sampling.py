@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.order import ONE
 from sclong_ds.sampling import read_weights, weights_of
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sclong_ds import mlflow_store, tracking
-from sclong_ds.config import load_config
-from sclong_ds.config_sections import RunConfig
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.mlflow_store import find_run_dir, tracking_uri
 from sclong_ds.run_checks import check_inputs
 from sclong_ds.run_folder import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import PORT, ROOT, environment
 
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.costs import parameter_counts
 from sclong_ds.genes import GeneVocabulary
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from no_sync import NoHostSync
 from small_model import G, cells, close, gradients, small_model
 
-from sclong_ds.config_sections import PerformerConfig
+from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.model.routing import candidate_order, route, unknown_genes
 
 TOP = 12

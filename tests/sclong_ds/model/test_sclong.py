@@ -9,7 +9,7 @@ import torch
 from small_model import G, cells, close, small_graph, small_model
 from torch_geometric.nn import SGConv
 
-from sclong_ds.config import load_config
+from sclong_ds.config.load import load_config
 from sclong_ds.model.gene_encoder import GeneEncoder, normalised_adjacency
 from sclong_ds.model.routing import expression_order
 from sclong_ds.model.sclong import ScLong

@@ -4,7 +4,7 @@ A run is described by one complete YAML file (a preset of `sclong_ds/presets/` o
 key must be there, unknown keys, duplicate keys and wrong types are errors, and nothing is
 inherited. `load_config("sclong_tiny", ["run.max_steps=10"])` reads a preset, applies the overrides
 and returns a `RunConfig`; `to_yaml` writes it back. The configuration is never edited after it is
-loaded. Its keys are in `sclong_ds.config_sections`, a section for each consuming module.
+loaded. Its keys are in `sclong_ds.config.sections`, a section for each consuming module.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.command_line import parse_arguments
-from sclong_ds.config_history import add_later_keys
-from sclong_ds.config_rules import check
-from sclong_ds.config_sections import (
+from sclong_ds.config.history import add_later_keys
+from sclong_ds.config.rules import check
+from sclong_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
     EngineConfig,
@@ -30,7 +30,7 @@ from sclong_ds.config_sections import (
     RunSection,
     TrackingConfig,
 )
-from sclong_ds.strict_yaml import parse_value, read_yaml, section_from_dict, unknown_key
+from sclong_ds.config.strict_yaml import parse_value, read_yaml, section_from_dict, unknown_key
 
 __all__ = [
     "CheckpointConfig",
@@ -48,7 +48,7 @@ __all__ = [
     "preset_names",
 ]
 
-PRESETS_DIR = Path(__file__).parent / "presets"
+PRESETS_DIR = Path(__file__).parents[1] / "presets"
 
 
 def preset_names() -> list[str]:

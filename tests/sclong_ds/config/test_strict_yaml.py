@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sclong_ds.strict_yaml import parse_value, parse_yaml, read_yaml, section_from_dict
+from sclong_ds.config.strict_yaml import parse_value, parse_yaml, read_yaml, section_from_dict
 
 
 @pytest.mark.parametrize(

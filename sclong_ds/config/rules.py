@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from sclong_ds.config_sections import (
+from sclong_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,

@@ -7,10 +7,10 @@ import typing
 import pytest
 import yaml
 
-from sclong_ds import config as c
 from sclong_ds.command_line import parse_arguments
-from sclong_ds.config import load_config, preset_names
-from sclong_ds.strict_yaml import to_dict, to_yaml
+from sclong_ds.config import load as c
+from sclong_ds.config.load import load_config, preset_names
+from sclong_ds.config.strict_yaml import to_dict, to_yaml
 
 
 def test_presets_are_there_and_complete():

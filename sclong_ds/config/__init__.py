@@ -1,0 +1,1 @@
+"""The run configuration: sections, rules between them, strict YAML, presets."""
