@@ -53,10 +53,10 @@ def make(folder: Path, n_cells: int) -> None:
         folder: Folder to fill.
         n_cells: Its number of cells.
     """
-    from sclong_ds.catalogue import DatasetInfo, write_catalogue
+    from sclong_ds.corpus.catalogue import DatasetInfo, write_catalogue
+    from sclong_ds.corpus.corpus import Corpus
+    from sclong_ds.corpus.genes import GeneVocabulary
     from sclong_ds.data import open_stream
-    from sclong_ds.genes import GeneVocabulary
-    from sclong_ds.store import Corpus
 
     genes = GeneVocabulary.bundled()
     genes.write(folder / "genes.tsv")
@@ -89,8 +89,8 @@ def make(folder: Path, n_cells: int) -> None:
 
 def _write_cells(path: Path, chunk_rows: NDArray[np.int64], n_genes: int) -> dict[str, bytes]:
     """Write metadata and row tables; return the bytes of a chunk in each stream."""
-    from sclong_ds.cell_writer import CellWriter
-    from sclong_ds.cells import CellStore
+    from sclong_ds.corpus.cell_store import CellStore
+    from sclong_ds.corpus.cell_writer import CellWriter
 
     rng = np.random.default_rng(0)
     chance = rng.permutation(np.arange(1, n_genes + 1) ** -1.05)
@@ -178,9 +178,9 @@ def measure(folder: Path) -> list[dict[str, Any]]:
         stages.append({"stage": stage, "seconds": seconds, "cpu_s": cpu_s, **sizes})
         last, cpu = time.perf_counter(), time.process_time()
 
+    from sclong_ds.corpus.corpus import Corpus
     from sclong_ds.data import CellLoader, open_stream
     from sclong_ds.order import dataset_weights
-    from sclong_ds.store import Corpus
 
     ended("imports")
     corpus = Corpus(folder)

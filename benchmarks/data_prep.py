@@ -28,8 +28,8 @@ from typing import Any
 import h5py
 
 from benchmarks.environment import environment
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.store import Corpus
 
 ROOT = Path(__file__).parents[1]
 N_CELLS, ROUNDS = 10_000, 3

@@ -41,7 +41,7 @@ def make_sources(folder: Path, *, seed: int) -> Path:
     import pandas as pd
     from scipy import sparse
 
-    from sclong_ds.genes import GeneVocabulary
+    from sclong_ds.corpus.genes import GeneVocabulary
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -122,8 +122,8 @@ def make_corpus(folder: Path) -> None:
 
 def make_graph(folder: Path) -> None:
     """Make FOLDER/graph and FOLDER/other-graph, each with a gene graph and gene vectors."""
-    from sclong_ds.genes import GeneVocabulary
-    from sclong_ds.graph_file import write_gene_graph
+    from sclong_ds.corpus.gene_graph import write_gene_graph
+    from sclong_ds.corpus.genes import GeneVocabulary
 
     genes = GeneVocabulary.read(folder / "corpus" / "genes.tsv")
     for name, seed in (("", 0), ("other-", 1)):

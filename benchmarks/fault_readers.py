@@ -25,7 +25,7 @@ def _corpus(accessor: Callable[[Any], Any]) -> Reader:
     """Return a reader that opens a corpus and calls one accessor."""
 
     def read(folder: Path) -> Any:
-        from sclong_ds.store import Corpus
+        from sclong_ds.corpus.corpus import Corpus
 
         return accessor(Corpus(folder))
 
@@ -111,8 +111,8 @@ CORPUS: dict[str, Reader] = {
 
 def read_graph(folder: Path) -> Any:
     """Read a gene graph as the model does."""
-    from sclong_ds.genes import GeneVocabulary
-    from sclong_ds.graph_file import read_gene_graph
+    from sclong_ds.corpus.gene_graph import read_gene_graph
+    from sclong_ds.corpus.genes import GeneVocabulary
 
     genes = GeneVocabulary.read(folder.parent / "corpus" / "genes.tsv")
     return [_arrays(a) for a in read_gene_graph(folder / "graph.npz", genes_hash=genes.hash)]

@@ -47,7 +47,7 @@ USED = (
     "data_prep.verify", "data_prep.workers", "sclong_ds.compare", "sclong_ds.data",
     "sclong_ds.embed", "sclong_ds.export", "sclong_ds.initial_weights", "sclong_ds.files.obs_table",
     "sclong_ds.report",
-    "sclong_ds.run_checks", "sclong_ds.run_status", "sclong_ds.store",
+    "sclong_ds.run_checks", "sclong_ds.run_status", "sclong_ds.corpus.corpus",
 )  # fmt: skip
 """Modules that are imported before anything is forked."""
 HANG_S = 60.0

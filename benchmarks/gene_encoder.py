@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu_model import random_cells, random_graph
 from sclong_ds.config.load import load_config
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.model.sclong import ScLong
 
 

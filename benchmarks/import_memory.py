@@ -30,8 +30,8 @@ import numpy as np
 import torch
 
 from benchmarks.environment import environment
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.genes import GeneVocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "tests" / "golden" / "full_config_state_dict.json"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.streams import PackedCells, decode
+from sclong_ds.corpus.byte_code import PackedCells, decode
 
 TARGET_SUM = 1.0e4
 

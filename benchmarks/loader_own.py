@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.loader_cells import TARGET_SUM, Contender, Loaded, SourceCells
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.data import CellLoader, open_stream
-from sclong_ds.store import Corpus
 
 KINDS = {"packed": "packed", "csr": "sparse", "dense": "dense", "dense_norm": "ready"}
 """Kind of contender for each output of the loader."""

@@ -26,8 +26,8 @@ from typing import Any
 
 from benchmarks.data_prep import adopt_orphans
 from benchmarks.loader_cells import SourceCells, write_npz
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.store import Corpus
 
 ROOT = Path(__file__).parents[1]
 SYNTHETIC = """

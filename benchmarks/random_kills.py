@@ -68,9 +68,9 @@ def make_corpus(folder: Path) -> Path:
     Args:
         folder: Folder to make.
     """
-    from sclong_ds.catalogue import DatasetInfo, write_catalogue
-    from sclong_ds.cell_writer import CellWriter
-    from sclong_ds.genes import GeneVocabulary
+    from sclong_ds.corpus.catalogue import DatasetInfo, write_catalogue
+    from sclong_ds.corpus.cell_writer import CellWriter
+    from sclong_ds.corpus.genes import GeneVocabulary
 
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)

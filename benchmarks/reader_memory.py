@@ -34,7 +34,7 @@ from scipy import sparse
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES_PER_CELL = 1_900
 BLOCK = 4_096

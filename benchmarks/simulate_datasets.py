@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.synthetic_corpus import cell_types, draw_cells
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.genes import GeneVocabulary
 
 N_DATASETS, TASKS = 1618, 4
 BROKEN_EVERY = 11

@@ -29,9 +29,9 @@ from scipy import sparse
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from sclong_ds.cell_writer import CellWriter
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.genes import GeneVocabulary
 
 N_CELLS, N_DATASETS, N_TYPES = 40_000, 8, 40
 N_EXPRESSED = 11_500

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from sclong_ds.command_line import local_path
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 
 def whole(least: int) -> Callable[[str], int]:

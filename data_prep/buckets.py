@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.cells import CellStore
+from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.checksums import crc32c
 from sclong_ds.files.npz import read_npz

@@ -4,7 +4,7 @@
 
 Reads the files of the manifest. Writes `CORPUS/settings.json` and `CORPUS/genes.tsv` (the same for
 every dataset), and per dataset `CORPUS/staging/DATASET/` (`cells.zarr`, a cell store of
-`sclong_ds.store` with the row table `source_row`, and `obs.parquet`, whose first column is
+`sclong_ds.corpus.corpus` with the row table `source_row`, and `obs.parquet`, whose first column is
 `barcode`) and `CORPUS/ledger/DATASET.json`. A dataset appears whole or not at all; one that is done
 is skipped unless its files or options changed, and one that failed is tried again. What is staged
 stays as long as its source cannot be reached, and makes way for other files under the same name
@@ -44,8 +44,8 @@ from data_prep.one_dataset import convert_dataset, is_taken, read_hash, settings
 from data_prep.pending import known_names, record_manifest
 from data_prep.staging import STAGING_VERSION, Settings
 from data_prep.workers import Worker
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import locked, partial_name, read_json, write_atomic
-from sclong_ds.genes import GeneVocabulary
 
 __all__ = ["Settings", "convert", "convert_dataset", "prepare_corpus", "settings_hash"]
 

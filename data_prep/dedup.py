@@ -1,6 +1,6 @@
 """Exact duplicates: cells whose counts of all genes are the same, within and across datasets.
 
-A cell has one encoding (`sclong_ds.streams`), so equal bytes mean equal cells. The 128-bit BLAKE2b
+A cell has one encoding (`sclong_ds.corpus.byte_code`), so equal bytes mean equal cells. The 128-bit BLAKE2b
 digests of the bytes go to disk in runs and are sorted bucket by bucket (`data_prep.buckets`), so
 memory stays at one bucket plus one byte a cell. Two different cells of a corpus of 10^9 share a
 digest with probability 10^-21.
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from data_prep.buckets import BucketRuns, bucket_of, plan_runs
 from data_prep.work_folder import discard_scratch
-from sclong_ds.cells import CellStore
-from sclong_ds.streams import PackedCells
+from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.cell_store import CellStore
 
 CELLS_PER_BUCKET = 2**21
 """Digest records in memory at once (24 bytes each, and as much again while sorting)."""

@@ -27,8 +27,8 @@ from data_prep.manifest import OBS_ROLES
 from data_prep.readers import detect_format, open_source
 from data_prep.source import Annotations, Matrix, Source, UnusableError
 from data_prep.species import find_other_species
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.genes import GeneVocabulary
 from sclong_ds.progress import stage_progress
 
 _DATA = re.compile(r"(?i)\.(h5ad|h5mu|h5|hdf5|zarr\.zip|loom|npz|mtx|csv|tsv|txt)(\.gz)?$")

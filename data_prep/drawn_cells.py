@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.ledger import LedgerEntry
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.corpus import Corpus
 
 DROPPED_SHARE = 0.25
 """Cells that are not in the corpus, as a share of those drawn from it."""

@@ -6,7 +6,7 @@ Reads CORPUS/settings.json, manifests/, ledger/ and staging/ (written by convert
 not `ok` are left out and listed; one that was never converted is an error). All inputs are compared
 with their checksums before they are used, and again before the corpus is published; no convert runs
 meanwhile. Writes genes.tsv, cells.zarr, obs/, gene_stats.npz, measured_genes.npy, checksums.json
-and, last, corpus.json; `sclong_ds.store` describes them. Everything is built in
+and, last, corpus.json; `sclong_ds.corpus.corpus` describes them. Everything is built in
 `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the corpus that was there, or
 none. The same staging and options give the same bytes, and the same KEY: started again, the command
 goes on after the last finished run, bucket or stage. Memory: about a GB plus ten bytes a cell.
@@ -45,7 +45,7 @@ from data_prep.splits import (
     read_donors,
 )
 from data_prep.work_folder import discard, open_work
-from sclong_ds.catalogue import (
+from sclong_ds.corpus.catalogue import (
     SPLITS,
     DatasetInfo,
     checked_files,
@@ -53,8 +53,9 @@ from sclong_ds.catalogue import (
     read_catalogue,
     write_catalogue,
 )
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import CellStore
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import (
     file_sha256,
     locked,
@@ -65,7 +66,6 @@ from sclong_ds.files.atomic import (
     write_atomic,
 )
 from sclong_ds.files.npz import read_npy, read_npz
-from sclong_ds.genes import GeneVocabulary
 
 logger = logging.getLogger(__name__)
 

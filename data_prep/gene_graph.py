@@ -11,7 +11,7 @@ target may thus lose its edge to itself when more than `neighbours` + 1 genes ha
 terms. Genes without terms have no edge.
 
 Reads an OBO file, gene associations (gene2go or GAF) and a gene list. Writes OUT, whose keys
-`sclong_ds.graph_file` lists, and a picture of the degrees beside it (OUT with .png).
+`sclong_ds.corpus.gene_graph` lists, and a picture of the degrees beside it (OUT with .png).
 The same inputs give the same bytes.
 
 Source: scLong, doi:10.1101/2024.11.09.622759, gene ontology graph.
@@ -44,8 +44,8 @@ from data_prep.gene_ontology import (
     read_ontology,
 )
 from data_prep.jaccard import NEIGHBOURS, THRESHOLD, GeneGraph, degrees, jaccard_graph
+from sclong_ds.corpus.gene_graph import write_gene_graph
 from sclong_ds.files.atomic import file_sha256, write_atomic
-from sclong_ds.graph_file import write_gene_graph
 
 logger = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ from data_prep.gene_spelling import (
 )
 from data_prep.source import Matrix, StringArray, UnusableError
 from data_prep.species import HUMAN, find_other_species, species_of
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 RESOURCES = Path(__file__).parent / "resources"
 ALIASES_PATH = RESOURCES / "symbol_aliases.tsv.gz"

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GO_FOLDER = Path(__file__).parent / "resources" / "go"
 GENE_TABLE = Path(__file__).parent / "resources" / "genes_27874.tsv.gz"

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from data_prep.dedup import Progress
-from sclong_ds.cells import CellStore
-from sclong_ds.store import GeneStats
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.corpus import GeneStats
 
 TARGET_SUM = 1.0e4
 _SMALL_COUNTS = 32

@@ -38,8 +38,8 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import named_errors, partial_name, remove_partials_of, write_atomic
-from sclong_ds.store import Corpus
 
 SPLIT = "train"
 MAX_CELLS = 20_000

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.ledger import LedgerEntry, check_staged, ledger_path, read_ledger, require_current
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, read_json
-from sclong_ds.genes import GeneVocabulary
 
 _MOST_THREADS = 8
 """SHA-256 runs without the GIL at 1 to 2 GB/s a core; eight are more than most disks give."""

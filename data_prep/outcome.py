@@ -27,7 +27,7 @@ from data_prep.quality import (
     mitochondrial_share,
 )
 from data_prep.source import UnusableError
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 UNPROVEN = "counts not proven"
 """Why a cell is dropped whose counts cannot be restored."""

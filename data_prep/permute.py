@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from data_prep.buckets import RUN_BYTES, BucketRuns, bucket_of, plan_runs
 from data_prep.dedup import Progress
 from data_prep.work_folder import discard_scratch
-from sclong_ds.catalogue import SPLITS
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import CellStore
-from sclong_ds.streams import PackedCells
+from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.catalogue import SPLITS
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.cell_writer import CellWriter
 
 BUCKET_BYTES = RUN_BYTES
 """Encoded cells that are sorted in memory at once."""

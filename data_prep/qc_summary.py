@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from data_prep.ledger import LedgerEntry, read_ledger
 from data_prep.pending import Pending, read_pending
-from sclong_ds.catalogue import DatasetInfo
-from sclong_ds.cells import CellStore
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.catalogue import DatasetInfo
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.corpus import Corpus
 
 EDGES = np.logspace(0, 7, 7 * 30 + 1)
 """Bins of genes and counts a cell, thirty a factor of ten."""

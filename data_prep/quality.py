@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from data_prep.gene_names import GeneMap
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 MIN_GENES = 200
 """The field's usual threshold (Seurat and scanpy tutorials: min_features, min_genes)."""

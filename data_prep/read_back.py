@@ -1,7 +1,7 @@
 """Reads a staged dataset back and compares it with what was written, before its ledger says ok.
 
 The cells are compared by running CRC-32C digests: one is made of the counts while they are written,
-one of every chunk that is read again. The byte code (`sclong_ds.streams`) is taken apart by a
+one of every chunk that is read again. The byte code (`sclong_ds.corpus.byte_code`) is taken apart by a
 decoder of its own, so that a fault of the encoder shows as well; it compares distances between
 genes, not genes, which takes a third of the time of `streams.decode`. What `finalize` would refuse
 is refused here, where it costs one dataset.
@@ -18,9 +18,9 @@ import pandas as pd
 from scipy import sparse
 
 from data_prep.splits import read_donors
-from sclong_ds.cells import CellStore
+from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.files.obs_table import read_obs
-from sclong_ds.streams import PackedCells
 
 _AGAIN = "the disk or the memory of this machine is at fault; run convert again, elsewhere"
 _STEP = 255

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.catalogue import SPLITS
+from sclong_ds.corpus.catalogue import SPLITS
 from sclong_ds.files.obs_table import read_obs
 
 SplitBy = Literal["auto", "dataset", "donor", "cell"]

@@ -1,6 +1,6 @@
 """One dataset into its staging folder: read, prove, harmonise, filter, write.
 
-Reads the files of the dataset. Writes `cells.zarr` (a cell store of `sclong_ds.store` with the row
+Reads the files of the dataset. Writes `cells.zarr` (a cell store of `sclong_ds.corpus.corpus` with the row
 table `source_row`, the row of each cell in its source), `obs.parquet` (`annotations.py`) and
 `measured_genes.npy` ((genes / 8,) uint8, `np.packbits(bitorder="little")` over the vocabulary genes
 that the file names: what it does not name was not measured, and is not zero).
@@ -44,10 +44,10 @@ from data_prep.quality import (
 from data_prep.read_back import CellDigest, check_cells, check_obs
 from data_prep.readers import open_source
 from data_prep.source import UnusableError
-from sclong_ds.cell_writer import CellWriter
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import sync_folder, sync_tree
 from sclong_ds.files.obs_table import write_obs
-from sclong_ds.genes import GeneVocabulary
 
 STAGING_VERSION = 2
 """Raised when the same input would be staged differently, so that old staging is not taken over."""

@@ -35,9 +35,9 @@ from data_prep.verify_files import (
     check_files,
 )
 from data_prep.verify_sources import DEFAULT_SEED, check_sources
-from sclong_ds.catalogue import SPLITS, read_catalogue
-from sclong_ds.cells import CellStore
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.catalogue import SPLITS, read_catalogue
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.corpus import Corpus
 
 MOST_PROBLEMS = 100
 """Problems that a report lists; `n_problems` counts all."""

@@ -39,7 +39,7 @@ from data_prep.plain_arrays import PlainSource, plain_anndata, plain_loom, plain
 from data_prep.plain_text import plain_matrix_market, plain_npz, plain_table
 from data_prep.quality import MITOCHONDRIAL_IDS
 from data_prep.source import Matrix
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.corpus import Corpus
 
 DEFAULT_SEED = 0
 BATCH = 256

@@ -25,8 +25,8 @@ from data_prep.limits import Limits, limit_memory, used_gib
 from data_prep.manifest import Dataset
 from data_prep.one_dataset import convert_dataset, new_entry
 from data_prep.staging import Settings, clear, part_folder
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import named_errors
-from sclong_ds.genes import GeneVocabulary
 
 _log = logging.getLogger(__name__)
 

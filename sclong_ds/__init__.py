@@ -14,7 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["Corpus", "ScLong", "load_config", "load_model"]
 _HOMES = {
-    "Corpus": "sclong_ds.store",
+    "Corpus": "sclong_ds.corpus.corpus",
     "ScLong": "sclong_ds.model.sclong",
     "load_config": "sclong_ds.config.load",
     "load_model": "sclong_ds.model_dir",

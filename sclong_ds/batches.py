@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.decoding import CellPool, gather_packed, to_csr, to_dense, to_dense_norm
-from sclong_ds.streams import PackedCells
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,23 +158,3 @@ class DenseOutput:
     def counts(self) -> NDArray[np.float32]:
         """Return all cells."""
         return self._matrix
-
-
-def log1p_normalise(counts: csr_matrix, *, target_sum: float) -> np.ndarray:
-    """Return log1p(target_sum * count / total of the cell) as a dense matrix.
-
-    Args:
-        counts: (B, G) raw counts of the vocabulary's genes.
-        target_sum: Counts of a cell after scaling (1.0e4 in scLong's data).
-
-    Returns:
-        (B, G) float32; a cell without counts is all zero.
-    """
-    totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-    dense = np.zeros(counts.shape, dtype=np.float32)
-    cell = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-    # Only the values are transformed; log1p over the dense matrix costs 15 times as much.
-    dense[cell, counts.indices] = np.log1p(
-        counts.data * (target_sum / np.maximum(totals, 1.0))[cell]
-    )
-    return dense

@@ -23,6 +23,8 @@ from sclong_ds.checkpoint import Loaded, Saving
 from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, restore_best
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.costs import training_flops_per_cell
 from sclong_ds.devices import device_of_name
 from sclong_ds.engine import (
@@ -39,7 +41,6 @@ from sclong_ds.engine import (
 from sclong_ds.features_file import read_features
 from sclong_ds.files.atomic import file_sha256, write_atomic
 from sclong_ds.gradient_norms import GradientNorms
-from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.guards import StepGuard, history_of
 from sclong_ds.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.masking import target_count
@@ -56,7 +57,6 @@ from sclong_ds.run_checks import (
 )
 from sclong_ds.run_folder import node_name, read_metrics, take_over_ids
 from sclong_ds.signals import StopRequest, lock_run_folder
-from sclong_ds.store import Corpus
 from sclong_ds.tracking import Tracker
 from sclong_ds.watchdog import Watchdog
 

@@ -34,10 +34,11 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.batches import CellBatch, StepBatch, empty_bytes, log1p_normalise
+from sclong_ds.batches import CellBatch, StepBatch, empty_bytes
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.loading import LoaderPlan, LoaderThreads, Output
 from sclong_ds.order import CellStream, CellWeights
-from sclong_ds.store import Corpus
 
 __all__ = ["CellBatch", "CellLoader", "Output", "StepBatch", "log1p_normalise", "open_stream"]
 

@@ -2,7 +2,7 @@
 
 The loader keeps some thousand cells in memory as they are stored (a `CellPool`, about two bytes a
 non-zero value) and takes the cells of each batch from it. The kernels follow the byte code of
-`sclong_ds.streams` straight into the result; they release the GIL, and never write outside of it,
+`sclong_ds.corpus.byte_code` straight into the result; they release the GIL, and never write outside of it,
 whatever the bytes are. numba compiles them at their first call and keeps the machine code in
 `__pycache__`, or where that cannot be written in the user's cache folder.
 """
@@ -19,7 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.streams import PackedCells
+from sclong_ds.corpus.byte_code import PackedCells
 
 _POOL_TYPES = {
     "gap": np.uint8,

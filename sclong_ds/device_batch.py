@@ -1,7 +1,7 @@
 """From packed cells to a dense batch on a device: torch operations only.
 
 Two bytes a non-zero value cross to the device instead of four bytes a gene; there the byte code of
-`sclong_ds.streams` is read by prefix sums. Everything whose size depends on the data is sized by
+`sclong_ds.corpus.byte_code` is read by prefix sums. Everything whose size depends on the data is sized by
 what the host knows, so no operation makes the host wait for the device.
 
 Shapes: B cells, G genes, E entries of all cells.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sclong_ds.streams import PackedCells
+from sclong_ds.corpus.byte_code import PackedCells
 
 _AHEAD = 3
 """Entries that may continue a count."""

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.source_identity import source_hash
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.input_cells import Cells
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_manifest import model_digest, weights_hash
-from sclong_ds.store import Corpus
 
 _NOT_OPTIONS = {"model_dir", "input", "out", "command"}
 

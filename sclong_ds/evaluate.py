@@ -59,8 +59,8 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from data_prep.input_options import input_dataset
 from data_prep.readers import detect_format
-from sclong_ds.batches import log1p_normalise
 from sclong_ds.command_line import local_path
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embed import (
     KEY,
     UNS_KEY,

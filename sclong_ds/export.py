@@ -27,10 +27,10 @@ from sclong_ds.checkpoint_files import (
 from sclong_ds.command_line import local_path
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
+from sclong_ds.corpus.transform import Transform
 from sclong_ds.features_file import read_features
 from sclong_ds.files.atomic import named_errors
 from sclong_ds.model.performer import drawn_features
-from sclong_ds.model.sclong import Transform
 from sclong_ds.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
 from sclong_ds.run_folder import (
     environment,

@@ -35,11 +35,12 @@ from torch import Tensor
 
 from sclong_ds.command_line import local_path
 from sclong_ds.config.sections import ModelConfig
+from sclong_ds.corpus.gene_graph import check_edges, read_gene_graph, write_gene_graph
+from sclong_ds.corpus.genes import BUNDLED_PATH, UNKNOWN_CLASS, GeneVocabulary
+from sclong_ds.corpus.transform import Transform
 from sclong_ds.files.atomic import file_sha256
-from sclong_ds.genes import BUNDLED_PATH, UNKNOWN_CLASS, GeneVocabulary
-from sclong_ds.graph_file import check_edges, read_gene_graph, write_gene_graph
 from sclong_ds.model.gene_encoder import GeneGraph
-from sclong_ds.model.sclong import ScLong, Transform
+from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import GRAPH, check_absent, write_model_dir
 from sclong_ds.reference import (
     ReferenceWeights,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_dict
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256
-from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model_dir import check_finite, read_description
 from sclong_ds.model_manifest import WEIGHTS
 

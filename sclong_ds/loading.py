@@ -29,11 +29,11 @@ from sclong_ds.batches import (
     StepBatch,
     empty_bytes,
 )
-from sclong_ds.cells import DamagedChunk
+from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.cell_store import DamagedChunk
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.decoding import CellPool
 from sclong_ds.order import CellStream, Group, Visits
-from sclong_ds.store import Corpus
-from sclong_ds.streams import PackedCells
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from sclong_ds.store import Corpus
+    from sclong_ds.corpus.corpus import Corpus
 
 
 @dataclass(frozen=True, slots=True, eq=False)

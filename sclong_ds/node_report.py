@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from sclong_ds.catalogue import read_catalogue
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
+from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.run_folder import git_commit, read_events
 

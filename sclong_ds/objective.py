@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.device_batch import unpack
 from sclong_ds.masking import Targets
-from sclong_ds.streams import PackedCells
 
 
 @dataclass(frozen=True, slots=True)

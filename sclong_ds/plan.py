@@ -20,6 +20,9 @@ from typing import Any
 
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.gene_graph import read_gene_graph
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.costs import (
     activation_bytes,
     backward_flops_per_cell,
@@ -29,11 +32,8 @@ from sclong_ds.costs import (
     training_flops_per_cell,
 )
 from sclong_ds.devices import DEVICES, GIB, Device, find_device
-from sclong_ds.genes import GeneVocabulary
-from sclong_ds.graph_file import read_gene_graph
 from sclong_ds.masking import target_count
 from sclong_ds.memory import Setup, Zero, largest_micro_batch, memory_per_rank, zero_settings
-from sclong_ds.store import Corpus
 
 SCLONG_CELLS = 48_024_242
 """Cells of the scLong corpus: an epoch when neither --cells nor data.corpus says otherwise."""

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sclong_ds.batches import log1p_normalise
 from sclong_ds.build import Run
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.engine import sum_over_ranks
 
 # The messages are part of the training log.

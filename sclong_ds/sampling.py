@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.config.sections import DataConfig
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.order import ONE, dataset_weights, explicit_weights
-from sclong_ds.store import Corpus
 
 
 def weights_of(data: DataConfig, corpus: Corpus) -> NDArray[np.int64] | None:

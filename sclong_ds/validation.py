@@ -15,8 +15,9 @@ from torch import Tensor
 from sclong_ds import checkpoint
 from sclong_ds.batches import CellBatch
 from sclong_ds.build import Run
-from sclong_ds.cells import DamagedChunk
 from sclong_ds.checkpoint_files import name_of, record_best
+from sclong_ds.corpus.byte_code import encode
+from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.engine import Ranks, sum_over_ranks
 from sclong_ds.masking import VALIDATION_EPOCH
 from sclong_ds.metrics import MaskedMetrics, routed_large
@@ -25,7 +26,6 @@ from sclong_ds.objective import MaskedBatch, masked_batch
 from sclong_ds.preparation import prepare
 from sclong_ds.rank_times import skew
 from sclong_ds.review import show
-from sclong_ds.streams import encode
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from sclong_ds import checkpoint_files, model_manifest
 from sclong_ds.command_line import local_path
 from sclong_ds.config.strict_yaml import read_yaml
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, is_partial
 from sclong_ds.files.json_lines import damaged_lines
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed
-from sclong_ds.genes import GeneVocabulary
 from sclong_ds.run_folder import (
     EVENTS_FILE,
     METRICS_FILE,

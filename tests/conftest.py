@@ -97,7 +97,7 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import anndata
     import numpy as np
 
-    from sclong_ds.genes import GeneVocabulary
+    from sclong_ds.corpus.genes import GeneVocabulary
 
     folder = tmp_path_factory.mktemp("small")
     cells = anndata.read_h5ad(RESOURCES / "demo" / "immune_a.h5ad")

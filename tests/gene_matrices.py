@@ -6,7 +6,7 @@ import numpy as np
 from scipy import sparse
 
 from data_prep.source import Matrix
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()
 

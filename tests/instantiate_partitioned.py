@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from sclong_ds.config.load import load_config
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.engine import (
     build_partitioned,
     count_parameters,
@@ -22,7 +23,6 @@ from sclong_ds.engine import (
     resolve_ds_config,
 )
 from sclong_ds.failures import run_to_end
-from sclong_ds.genes import GeneVocabulary
 from sclong_ds.model.sclong import ScLong
 
 

@@ -24,7 +24,7 @@ from made_sources import (
     Made,
 )
 
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 _BUNDLED = GeneVocabulary.bundled()
 _STEP = 70

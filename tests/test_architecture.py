@@ -13,15 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sclong_ds", "kernels", "data_prep")
 STORAGE = {
-    "sclong_ds.genes",
-    "sclong_ds.catalogue",
-    "sclong_ds.store",
-    "sclong_ds.cells",
-    "sclong_ds.cell_writer",
-    "sclong_ds.corpus_files",
-    "sclong_ds.shards",
-    "sclong_ds.streams",
-    "sclong_ds.graph_file",
+    "sclong_ds.corpus.genes",
+    "sclong_ds.corpus.catalogue",
+    "sclong_ds.corpus.corpus",
+    "sclong_ds.corpus.cell_store",
+    "sclong_ds.corpus.cell_writer",
+    "sclong_ds.corpus.location",
+    "sclong_ds.corpus.shards",
+    "sclong_ds.corpus.byte_code",
+    "sclong_ds.corpus.gene_graph",
     "sclong_ds.files.atomic",
     "sclong_ds.files.checksums",
     "sclong_ds.files.obs_table",
@@ -92,7 +92,10 @@ def test_kernels_import_torch_and_triton_only():
     [
         ("data", STORAGE | LOADER),
         ("masking", {"sclong_ds.config.load"}),
-        ("objective", {"sclong_ds.device_batch", "sclong_ds.masking", "sclong_ds.streams"}),
+        (
+            "objective",
+            {"sclong_ds.device_batch", "sclong_ds.masking", "sclong_ds.corpus.byte_code"},
+        ),
         ("device_batch", STORAGE),
         ("metrics", {"sclong_ds.model.routing"}),
         ("guards", set()),

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep.gene_names import GeneResolver
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 SEED = 430
 N_A, N_B = 240, 126

@@ -18,32 +18,18 @@ remaining ones, P wanted genes, C base width, D large width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sclong_ds.config.sections import ModelConfig, PerformerConfig
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.corpus.transform import Transform
 from sclong_ds.model.expression_encoder import ExpressionEncoder
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import Performer, select_tokens
 from sclong_ds.model.routing import expression_order, route, unknown_genes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transform:
-    """From raw counts to model input: log1p(target_sum * count / total over the model's genes)."""
-
-    name: str
-    """Always log1p_total in this version."""
-    target_sum: float
-    """Counts of a cell after scaling."""
-    unmeasured: Literal["zero", "mask"] = "zero"
-    """`data.unmeasured` of the training: whether genes that an input does not name are zeros, or
-    unknown (mask). Model folders of earlier versions do not say: zero."""
 
 
 class ValueHead(nn.Module):

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from data_prep.__main__ import COMMANDS, main
 from data_prep.manifest import COLUMNS
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()
 ROOT = Path(__file__).parents[2]

@@ -30,9 +30,9 @@ from data_prep.one_dataset import convert_dataset
 from data_prep.pending import read_pending, record_manifest
 from data_prep.source import Matrix
 from data_prep.staging import Settings, forget
-from sclong_ds.cells import CellStore
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.obs_table import read_obs
-from sclong_ds.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()
 SETTINGS = Settings(genes_hash=GENES.hash)
@@ -223,7 +223,7 @@ def test_two_processes_at_one_dataset_stage_it_once(tmp_path: Path, corpus: Path
         "from data_prep import convert, staging\n"
         "from data_prep.gene_names import GeneResolver\n"
         "from data_prep.manifest import Dataset\n"
-        "from sclong_ds.genes import GeneVocabulary\n"
+        "from sclong_ds.corpus.genes import GeneVocabulary\n"
         "folder, name = Path(sys.argv[1]), sys.argv[2]\n"
         "real = staging.write_obs\n"
         "def slow(obs, path):\n"

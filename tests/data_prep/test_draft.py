@@ -14,7 +14,7 @@ from scipy import io, sparse
 
 from data_prep.draft import Draft, draft_manifest, format_manifest
 from data_prep.manifest import read_manifest
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()
 N_CELLS, N_GENES = 12, 250

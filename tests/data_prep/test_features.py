@@ -23,7 +23,7 @@ from data_prep.features import (
 from data_prep.gene_names import ALIASES_PATH, AMBIGUOUS_PATH
 from data_prep.readers import open_source
 from data_prep.source import Matrix, Source, UnusableError
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 IDS = [f"ENSG{number:011d}" for number in range(20)]
 SYMBOLS = ["CD4", "CD19", *(f"GENE{number}" for number in range(18))]

@@ -21,9 +21,9 @@ from data_prep.dedup import find_duplicates
 from data_prep.finalize import finalize
 from data_prep.pending import record_manifest
 from data_prep.permute import StagedCells, write_permuted
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import CellStore
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.corpus import Corpus
 
 Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]

@@ -11,8 +11,8 @@ from ontology import OBO
 
 from data_prep import gene_graph, jaccard
 from data_prep.jaccard import degrees, jaccard_graph
-from sclong_ds.genes import GeneVocabulary
-from sclong_ds.graph_file import read_gene_graph
+from sclong_ds.corpus.gene_graph import read_gene_graph
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GENE2GO = "#tax_id\tGeneID\tGO_ID\tEvidence\tQualifier\tGO_term\tPubMed\tCategory\n"
 GENES = (

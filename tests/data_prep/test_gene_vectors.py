@@ -13,10 +13,10 @@ from data_prep import gene_vectors
 from data_prep.finalize import finalize
 from data_prep.gene_vectors import build_gene_vectors, read_presence
 from data_prep.ledger import empty_entry, staged_files, write_entry
-from sclong_ds.cell_writer import CellWriter
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.obs_table import write_obs
-from sclong_ds.genes import GeneVocabulary
-from sclong_ds.store import Corpus
 
 N_CELLS, N_GENES = 300, 40
 SILENT, RARE = 5, 17

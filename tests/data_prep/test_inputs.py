@@ -14,8 +14,8 @@ from scipy import sparse
 import data_prep.finalize as finalize_module
 from data_prep.finalize import finalize
 from data_prep.inputs import read_inputs
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, locked
-from sclong_ds.genes import GeneVocabulary
 
 Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]

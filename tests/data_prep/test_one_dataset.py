@@ -23,9 +23,9 @@ from data_prep.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.pending import read_pending, record_manifest
 from data_prep.staging import Settings, forget
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import locked
 from sclong_ds.files.obs_table import read_obs
-from sclong_ds.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()
 SETTINGS = Settings(genes_hash=GENES.hash)

@@ -14,8 +14,8 @@ from data_prep.ledger import LedgerEntry
 from data_prep.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.staging import Settings
-from sclong_ds.cells import CellStore
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()
 N_GENES = 2500

@@ -19,7 +19,7 @@ from data_prep.ledger import read_entry, write_entry
 from data_prep.pending import record_manifest
 from data_prep.qc_report import page
 from data_prep.qc_summary import summarize
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.corpus import Corpus
 
 Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]

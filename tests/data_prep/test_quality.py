@@ -14,7 +14,7 @@ from data_prep.quality import (
     mitochondrial_share,
 )
 from data_prep.source import Matrix
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()
 

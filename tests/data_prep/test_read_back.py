@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from data_prep.read_back import CellDigest, check_cells, check_obs
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import CellStore
+from sclong_ds.corpus.byte_code import PackedCells, encode
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.files.obs_table import write_obs
-from sclong_ds.streams import PackedCells, encode
 
 N_GENES = 2000
 

@@ -37,9 +37,9 @@ from data_prep.one_dataset import convert_dataset
 from data_prep.readers import open_source
 from data_prep.staging import Settings
 from data_prep.verify_sources import check_sources
-from sclong_ds.cells import CellStore
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.obs_table import read_obs
-from sclong_ds.store import Corpus
 
 N_EXAMPLES = int(os.environ.get("READER_EXAMPLES", "14"))
 SEED = int(os.environ.get("READER_SEED", "0"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.simulate_datasets import simulate
 from data_prep.ledger import read_ledger
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.corpus import Corpus
 
 
 def test_simulated_array(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from data_prep.verify_files import (
     SUMS,
     links_text,
 )
-from sclong_ds.catalogue import read_catalogue, write_catalogue
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.catalogue import read_catalogue, write_catalogue
+from sclong_ds.corpus.corpus import Corpus
 
 OLDEST = Path(__file__).parents[1] / "golden" / "corpus_version_1"
 Stage = Callable[..., Path]

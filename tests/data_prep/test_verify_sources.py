@@ -32,8 +32,8 @@ from data_prep.quality import CellLimits
 from data_prep.staging import Settings
 from data_prep.verify import verify
 from data_prep.verify_sources import check_sources, sources_line
-from sclong_ds.genes import GeneVocabulary
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.genes import GeneVocabulary
 
 N_GENES = 60
 _BUNDLED = GeneVocabulary.bundled()

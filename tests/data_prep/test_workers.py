@@ -11,7 +11,7 @@ from data_prep.convert import convert
 from data_prep.ledger import read_ledger
 from data_prep.manifest import Dataset
 from data_prep.staging import Settings
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()
 SETTINGS = Settings(genes_hash=GENES.hash)

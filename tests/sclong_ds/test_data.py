@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sclong_ds import loading
-from sclong_ds.batches import log1p_normalise
-from sclong_ds.catalogue import write_catalogue
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import DamagedChunk
+from sclong_ds.corpus.byte_code import decode
+from sclong_ds.corpus.catalogue import write_catalogue
+from sclong_ds.corpus.cell_store import DamagedChunk
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.data import CellLoader, open_stream
 from sclong_ds.order import ONE
-from sclong_ds.store import Corpus
-from sclong_ds.streams import decode
 
 GENES = 40
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, random_array
 
 from sclong_ds import decoding
-from sclong_ds.batches import log1p_normalise
+from sclong_ds.corpus.byte_code import MAX_COUNT, decode, encode
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.decoding import CellPool, gather_packed, to_csr, to_dense, to_dense_norm
-from sclong_ds.streams import MAX_COUNT, decode, encode
 
 G = 1500
 COUNTS = st.one_of(

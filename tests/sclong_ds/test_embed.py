@@ -21,12 +21,12 @@ from data_prep.one_dataset import convert_dataset
 from data_prep.source_identity import source_hash
 from data_prep.staging import Settings
 from sclong_ds import embed, input_cells
-from sclong_ds.batches import log1p_normalise
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.measured import MeasuredGenes
 from sclong_ds.model_dir import load_model
 from sclong_ds.model_manifest import model_digest
-from sclong_ds.store import Corpus
 
 N_GENES, N_CELLS = 60, 23
 

@@ -22,8 +22,8 @@ from scipy.sparse import csr_matrix
 
 from benchmarks import import_memory
 from sclong_ds import __main__ as command_line
-from sclong_ds.genes import GeneVocabulary
-from sclong_ds.graph_file import read_gene_graph, write_gene_graph
+from sclong_ds.corpus.gene_graph import read_gene_graph, write_gene_graph
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.import_reference import with_ensembl_ids
 from sclong_ds.model_dir import load_model
 

@@ -17,8 +17,8 @@ from launching import run_module
 from scipy.sparse import csr_matrix
 
 from sclong_ds.config.load import load_config
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embed import embed_counts
-from sclong_ds.genes import GeneVocabulary
 from sclong_ds.mlflow_model import EmbeddingModel, _load_pyfunc
 from sclong_ds.mlflow_store import new_client
 from sclong_ds.model_dir import load_model

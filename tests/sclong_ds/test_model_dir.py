@@ -15,8 +15,8 @@ import torch
 import yaml
 from exported import write_model
 
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.features_file import read_features, write_features
-from sclong_ds.genes import GeneVocabulary
 from sclong_ds.initial_weights import InitialWeights
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.model.sclong import ScLong

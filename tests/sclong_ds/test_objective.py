@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from no_sync import NoHostSync
 from scipy import sparse
 
-from sclong_ds.batches import log1p_normalise
 from sclong_ds.config.load import load_config
+from sclong_ds.corpus.byte_code import encode
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.masking import Targets, draw_targets
 from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
-from sclong_ds.streams import encode
 
 CPU = torch.device("cpu")
 OBJECTIVE = load_config("sclong_tiny").objective

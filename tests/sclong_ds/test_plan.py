@@ -215,7 +215,7 @@ def test_text_shows_parameters_and_overrides(capsys):
 
 
 def test_graph_of_the_configuration_is_counted(tmp_path, capsys):
-    from sclong_ds.genes import GeneVocabulary
+    from sclong_ds.corpus.genes import GeneVocabulary
 
     path = tmp_path / "graph.npz"
     np.savez(

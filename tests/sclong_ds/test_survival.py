@@ -29,9 +29,9 @@ from benchmarks.random_kills import (
     wait_until,
 )
 from sclong_ds.checkpoint_files import complete_checkpoints, damage, name_of
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.data import open_stream
 from sclong_ds.run_folder import read_events, read_every_row, read_metrics
-from sclong_ds.store import Corpus
 
 pytestmark = pytest.mark.distributed
 PRETRAIN = ("-m", "sclong_ds.pretrain")
@@ -151,7 +151,7 @@ def test_steps_that_are_not_finite_stop_the_run_with_good_weights(corpus, tmp_pa
 FAULTS = """
 import time
 from sclong_ds import failures, pretrain
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.corpus import Corpus
 
 read, squared_error, calls = Corpus.read_packed, pretrain.masked_squared_error, []
 

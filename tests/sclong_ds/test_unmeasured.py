@@ -15,9 +15,9 @@ from launching import run_module
 from safetensors.numpy import load_file
 
 from benchmarks.random_kills import train
-from sclong_ds.genes import GeneVocabulary
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.run_folder import read_metrics
-from sclong_ds.store import Corpus
 
 pytestmark = pytest.mark.distributed
 GENES, STEPS = 300, 4

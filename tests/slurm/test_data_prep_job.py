@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from launching import run_module
 
-from sclong_ds.graph_file import read_gene_graph
-from sclong_ds.store import Corpus
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.gene_graph import read_gene_graph
 
 pytestmark = pytest.mark.slurm
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
-from sclong_ds.corpus_files import Location
-from sclong_ds.shards import DamagedShard, ShardedArray
+from sclong_ds.corpus.location import Location
+from sclong_ds.corpus.shards import DamagedShard, ShardedArray
 
 CHUNK, PER_SHARD = 64, 4
 
@@ -219,7 +219,7 @@ def test_other_codecs_are_refused(tmp_path: Path) -> None:
 
 def test_threads_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two slots for three shards: the threads keep replacing each other's index.
-    monkeypatch.setattr("sclong_ds.shards._CACHED_INDICES", 2)
+    monkeypatch.setattr("sclong_ds.corpus.shards._CACHED_INDICES", 2)
     values = random_values(5, 12)
     write_array(tmp_path / "x", values)
     array, wrong = ShardedArray(Location(tmp_path / "x")), []

@@ -21,7 +21,7 @@ from pathlib import Path
 from sclong_ds.files.atomic import read_file, write_atomic
 
 BUNDLED_PATH = (
-    Path(__file__).resolve().parents[1] / "data_prep" / "resources" / "genes_27874.tsv.gz"
+    Path(__file__).resolve().parents[2] / "data_prep" / "resources" / "genes_27874.tsv.gz"
 )
 UNKNOWN_CLASS = "unknown"
 _CLASSES = ("protein_coding", "non_coding", UNKNOWN_CLASS)

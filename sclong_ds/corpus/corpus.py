@@ -5,16 +5,16 @@
     corpus.to_anndata(corpus.split("validation"))  # with obs and var
 
 The folder may be a path or a URL that fsspec understands (`s3://...`, `gs://...`): small files and
-row tables are then downloaded once, cells are read by ranges (`sclong_ds.corpus_files`).
+row tables are then downloaded once, cells are read by ranges (`sclong_ds.corpus.location`).
 
 A corpus folder, written by `python -m data_prep finalize`, holds `corpus.json` (the catalogue,
-`sclong_ds.catalogue`), `cells.zarr` (all cells, split after split, shuffled; further tables
+`sclong_ds.corpus.catalogue`), `cells.zarr` (all cells, split after split, shuffled; further tables
 dataset, obs_row, source_row), `genes.tsv`, `obs/DATASET.parquet` (annotation of the staged cells of
 each dataset), `gene_stats.npz`, `measured_genes.npy` and `checksums.json`. Each file is compared
 with the catalogue when it is first used in a process, each chunk of cells whenever it is read.
 
-`CellWriter` and `CellStore` (the cells themselves, format in `sclong_ds.cells`) are offered here as
-well: this module and `sclong_ds.genes` are all that data preparation imports from `sclong_ds`.
+`CellWriter` and `CellStore` (the cells themselves, format in `sclong_ds.corpus.cell_store`) are offered here as
+well: this module and `sclong_ds.corpus.genes` are all that data preparation imports from `sclong_ds`.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.catalogue import (
+from sclong_ds.corpus.byte_code import MAX_COUNT, PackedCells, decode, encode, slices_to_index
+from sclong_ds.corpus.catalogue import (
     SPLITS,
     DatasetInfo,
     catalogue_checksum,
     read_catalogue,
     write_catalogue,
 )
-from sclong_ds.cells import CellStore, DamagedChunk
-from sclong_ds.corpus_files import Location
+from sclong_ds.corpus.cell_store import CellStore, DamagedChunk
+from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.corpus.location import Location
 from sclong_ds.files.npz import read_npy, read_npz
 from sclong_ds.files.obs_table import read_obs
-from sclong_ds.genes import GeneVocabulary
-from sclong_ds.streams import MAX_COUNT, PackedCells, decode, encode, slices_to_index
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-    from sclong_ds.cell_writer import CellWriter
+    from sclong_ds.corpus.cell_writer import CellWriter
 
 __all__ = [
     "MAX_COUNT",
@@ -102,7 +102,7 @@ class Corpus:
 
         Args:
             path: Folder that `python -m data_prep finalize` has completed, or its URL.
-            cache_dir: Where to keep what is downloaded from a URL; as in `sclong_ds.corpus_files`
+            cache_dir: Where to keep what is downloaded from a URL; as in `sclong_ds.corpus.location`
                 when None.
 
         Raises:
@@ -158,7 +158,7 @@ class Corpus:
         return self.cells.rows(indices)
 
     def packed_rows(self, indices: ArrayLike) -> PackedCells:
-        """Return chosen cells in the byte code of `sclong_ds.streams`, in the order given."""
+        """Return chosen cells in the byte code of `sclong_ds.corpus.byte_code`, in the order given."""
         return self.cells.packed_rows(indices)
 
     def read_packed(
@@ -343,7 +343,7 @@ def _opened_again(path: str | Path, cache_dir: str | Path | None, version: str) 
 def __getattr__(name: str) -> Any:
     # Reading needs no zarr, whose import would make every start half as long again.
     if name == "CellWriter":
-        from sclong_ds.cell_writer import CellWriter
+        from sclong_ds.corpus.cell_writer import CellWriter
 
         return CellWriter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

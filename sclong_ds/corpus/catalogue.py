@@ -6,7 +6,7 @@
 One JSON document with a checksum of itself. `files` names every file of the corpus except the
 shards of the cells and `corpus.json`, with its size and CRC-32C: gene list, statistics, annotations
 and the tables and descriptions of cells.zarr. Readers compare each of them when they first use it
-(`sclong_ds.corpus_files`). Among the tables are the checksums of all chunks of cells, so the
+(`sclong_ds.corpus.location`). Among the tables are the checksums of all chunks of cells, so the
 catalogue vouches for every byte. Version 1 had no `files`; it is read without these checks.
 """
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints
 
-from sclong_ds.cells import CellStore
-from sclong_ds.corpus_files import Location
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.location import Location
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.checksums import file_crc32c
 

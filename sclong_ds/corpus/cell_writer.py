@@ -1,4 +1,4 @@
-"""Writes a cell store, the format that `sclong_ds.cells` describes.
+"""Writes a cell store, the format that `sclong_ds.corpus.cell_store` describes.
 
     with CellWriter("cells.zarr", n_genes=27_874) as writer:
         writer.append(counts, source={"source_row": rows})
@@ -27,7 +27,8 @@ from scipy.sparse import csr_matrix
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from sclong_ds.cells import (
+from sclong_ds.corpus.byte_code import PackedCells, encode
+from sclong_ds.corpus.cell_store import (
     CELLS_FORMAT,
     CELLS_VERSION,
     CHUNK_TABLES,
@@ -35,12 +36,11 @@ from sclong_ds.cells import (
     STREAMS,
     CellStore,
 )
-from sclong_ds.corpus_files import Location
+from sclong_ds.corpus.location import Location
+from sclong_ds.corpus.shards import DamagedShard, ShardedArray
 from sclong_ds.files.atomic import partial_name, sync_folder, sync_tree, write_atomic
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.npz import read_npz
-from sclong_ds.shards import DamagedShard, ShardedArray
-from sclong_ds.streams import PackedCells, encode
 
 CHUNK_ENTRIES = 2**19
 CHUNKS_PER_SHARD = 32

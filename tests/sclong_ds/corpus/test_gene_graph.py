@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sclong_ds.graph_file import GRAPH_FORMAT, read_gene_graph, write_gene_graph
+from sclong_ds.corpus.gene_graph import GRAPH_FORMAT, read_gene_graph, write_gene_graph
 
 
 def write(path: Path, **changes: object) -> Path:

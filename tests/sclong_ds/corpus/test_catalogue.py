@@ -14,20 +14,20 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from sclong_ds.catalogue import (
+from sclong_ds.corpus.catalogue import (
     _catalogue_bytes,
     catalogue_checksum,
     corpus_files,
     read_catalogue,
     write_catalogue,
 )
-from sclong_ds.cell_writer import CellWriter
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.data import CellLoader, open_stream
 from sclong_ds.files.obs_table import write_obs
-from sclong_ds.genes import GeneVocabulary
-from sclong_ds.store import Corpus
 
-OLDEST = Path(__file__).parents[1] / "golden" / "corpus_version_1"
+OLDEST = Path(__file__).parents[2] / "golden" / "corpus_version_1"
 MINIMAL: dict[str, Any] = {
     "hash": "abc",
     "genes_hash": "",

@@ -1,9 +1,9 @@
 """Cells on disk: the format of a cell store, and `CellStore`, which reads one.
 
-A cell store, written by `sclong_ds.cell_writer`, is a Zarr v3 group (`cells.zarr`) that any Zarr
+A cell store, written by `sclong_ds.corpus.cell_writer`, is a Zarr v3 group (`cells.zarr`) that any Zarr
 library reads; data preparation uses one per dataset while it collects cells, and a finished corpus
 holds one. Two 1-D uint8 arrays, `gap` and `count`, hold the cells in the byte code of
-`sclong_ds.streams`; they share one grid of chunks, grouped into shards. A chunk holds whole cells
+`sclong_ds.corpus.byte_code`; they share one grid of chunks, grouped into shards. A chunk holds whole cells
 and is padded with zeros to its end, so one chunk is the unit of reading, decoding and shuffling.
 The inner codecs are zstd (or none) and crc32c. The rest are small tables, stored as one
 uncompressed little-endian chunk each (`NAME/c/0` can be memory-mapped as it is):
@@ -50,10 +50,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.corpus_files import Location
+from sclong_ds.corpus.byte_code import PackedCells, decode, slices_to_index
+from sclong_ds.corpus.location import Location
+from sclong_ds.corpus.shards import DamagedShard, ShardedArray, read_metadata
 from sclong_ds.files.atomic import read_file
-from sclong_ds.shards import DamagedShard, ShardedArray, read_metadata
-from sclong_ds.streams import PackedCells, decode, slices_to_index
 
 CELLS_FORMAT = "sclong_ds-cells"
 CELLS_VERSION = 2
@@ -280,7 +280,7 @@ class CellStore:
     def read_packed(
         self, chunk: int, *, out: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
     ) -> PackedCells:
-        """Return the cells of one chunk in the byte code of `sclong_ds.streams`.
+        """Return the cells of one chunk in the byte code of `sclong_ds.corpus.byte_code`.
 
         Args:
             chunk: Number of the chunk.
@@ -375,7 +375,7 @@ class CellStore:
             indices: (cells,) positions, in any order, repeats allowed.
 
         Returns:
-            The cells in the byte code of `sclong_ds.streams`, in the order given.
+            The cells in the byte code of `sclong_ds.corpus.byte_code`, in the order given.
 
         Raises:
             ValueError: Not a list of integers.

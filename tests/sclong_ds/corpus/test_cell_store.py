@@ -14,9 +14,9 @@ import pytest
 import zarr
 from scipy import sparse
 
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import CellStore, DamagedChunk
-from sclong_ds.streams import encode
+from sclong_ds.corpus.byte_code import encode
+from sclong_ds.corpus.cell_store import CellStore, DamagedChunk
+from sclong_ds.corpus.cell_writer import CellWriter
 
 
 def random_counts(seed: int, n_cells: int = 200) -> sparse.csr_matrix:
@@ -89,7 +89,7 @@ def test_unreadable_chunk_is_named(
         raise OSError(kind, os.strerror(kind))
 
     store.read_packed(0)
-    monkeypatch.setattr("sclong_ds.corpus_files.Location.read_range", fail)
+    monkeypatch.setattr("sclong_ds.corpus.location.Location.read_range", fail)
     expected = DamagedChunk if kind == errno.EIO else OSError
     message = rf"gap/c/0: chunk 0 \(cells 0 to \d+\) .*{os.strerror(kind)}"
     with pytest.raises(expected, match=message) as caught:

@@ -17,13 +17,13 @@ import pytest
 from fsspec.spec import AbstractFileSystem
 from scipy import sparse
 
-from sclong_ds.catalogue import DatasetInfo, write_catalogue
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import DamagedChunk
-from sclong_ds.corpus_files import CACHE_VARIABLE, Location
+from sclong_ds.corpus.catalogue import DatasetInfo, write_catalogue
+from sclong_ds.corpus.cell_store import DamagedChunk
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.corpus.location import CACHE_VARIABLE, Location
 from sclong_ds.files.obs_table import write_obs
-from sclong_ds.genes import GeneVocabulary
-from sclong_ds.store import Corpus
 
 CONTENT = bytes(range(256)) * 10
 

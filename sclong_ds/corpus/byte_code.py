@@ -16,7 +16,7 @@ Genes come in increasing order, so a cell has one encoding and equal bytes mean 
 bytes a non-zero before compression.
 
 All functions work on many cells at once and have no Python loop over cells or values. numpy only;
-`sclong_ds.store` puts the streams on disk.
+`sclong_ds.corpus.corpus` puts the streams on disk.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import CellStore
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.cell_writer import CellWriter
 
 N_GENES, BLOCK = 300, 20
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.genes import GeneVocabulary
 
 TABLE = (
     "ensembl_id\tsymbol\tbiotype\tclass\n"

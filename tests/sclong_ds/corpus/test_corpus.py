@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sclong_ds.cell_writer import CellWriter
-from sclong_ds.cells import CellStore
-from sclong_ds.store import Corpus
-from sclong_ds.streams import PackedCells, decode, encode
+from sclong_ds.corpus.byte_code import PackedCells, decode, encode
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.cell_writer import CellWriter
+from sclong_ds.corpus.corpus import Corpus
 
 BOUNDARIES = [1, 2, 254, 255, 256, 257, 511, 512, 65_535, 65_536, 2**24 - 1, 2**24, 2**32 - 1]
 
@@ -192,7 +192,7 @@ def test_cells_without_counts_and_empty_stores(tmp_path: Path) -> None:
 
 
 def read_documented(path: Path, c: int) -> sparse.csr_array:
-    """Read chunk c with the lines of the docstring of sclong_ds.cells, without any code of ours."""
+    """Read chunk c with the lines of the docstring of sclong_ds.corpus.cell_store, without any code of ours."""
     group = zarr.open_group(path, mode="r")
     first, last = group["chunk_rows"][c : c + 2]
     n, size = group["row_entries"][first:last].astype(int), group.attrs["chunk_entries"]
@@ -208,7 +208,7 @@ def read_documented(path: Path, c: int) -> sparse.csr_array:
 
 
 def test_documented_reader_reads_every_chunk(tmp_path: Path) -> None:
-    import sclong_ds.cells
+    import sclong_ds.corpus.cell_store
 
     matrix = random_counts(4)
     write_store(tmp_path / "cells.zarr", matrix)
@@ -220,7 +220,7 @@ def test_documented_reader_reads_every_chunk(tmp_path: Path) -> None:
         assert found.sum() == expected.sum()
     # The docstring shows these very lines.
     source = Path(__file__).read_text().split('mode="r")\n')[1].split("    return X")[0]
-    assert source in str(sclong_ds.cells.__doc__)
+    assert source in str(sclong_ds.corpus.cell_store.__doc__)
 
 
 def test_file_sizes(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_resumed_store_has_the_same_bytes(
             writer.__exit__(ValueError, ValueError("stop"), None)
         elif ended == "while finishing":
             with monkeypatch.context() as patch:
-                patch.setattr("sclong_ds.cell_writer.sync_tree", Path.unlink)
+                patch.setattr("sclong_ds.corpus.cell_writer.sync_tree", Path.unlink)
                 with pytest.raises(OSError, match=r".part"):
                     writer.__exit__(None, None, None)
         assert not path.exists()
@@ -380,7 +380,7 @@ def test_corpus_that_is_none(tmp_path: Path) -> None:
             Corpus(tmp_path)
 
 
-OLDEST = Path(__file__).parents[1] / "golden" / "corpus_version_1"
+OLDEST = Path(__file__).parents[2] / "golden" / "corpus_version_1"
 
 
 def test_corpus_of_version_1_opens_and_reads_the_same() -> None:
