@@ -26,7 +26,8 @@ from benchmarks.environment import environment
 from benchmarks.random_kills import make_corpus, settings, train
 from sclong_ds.checkpoint import full_weights
 from sclong_ds.checkpoint_files import complete_checkpoints
-from sclong_ds.run_folder import read_events, read_metrics
+from sclong_ds.run_folder.files import read_events
+from sclong_ds.run_folder.rows import read_metrics
 
 PATHS = ((2, 1, 2), (2, 4, 2), (4, 2, 4))
 STEPS_A_LIFE = 4

@@ -130,7 +130,7 @@ def read_status(folder: Path) -> Any:
 def read_report(folder: Path) -> Any:
     """Return the page of `report` without the time it was written."""
     from sclong_ds.report import build_page
-    from sclong_ds.run_record import find_runs
+    from sclong_ds.run_folder.record import find_runs
 
     return re.sub(r"Written [^<]*", "", build_page(find_runs([str(folder)])[0]))
 
@@ -138,7 +138,7 @@ def read_report(folder: Path) -> Any:
 def read_compare(folder: Path) -> Any:
     """Return what `compare` gives of the run and a copy of the other one."""
     from sclong_ds.compare import as_json
-    from sclong_ds.run_record import find_runs
+    from sclong_ds.run_folder.record import find_runs
 
     return repr(as_json(find_runs([str(folder)])))
 
@@ -156,8 +156,9 @@ def read_resumed(folder: Path) -> Any:
 
 
 def _resumed(folder: Path) -> Any:
-    from sclong_ds import checkpoint, checkpoint_files, run_checks, run_folder
+    from sclong_ds import checkpoint, checkpoint_files, run_checks
     from sclong_ds.config.load import load_config
+    from sclong_ds.run_folder import files as run_folder
 
     checkpoints = folder / "checkpoints"
     name, problems = checkpoint._choose(checkpoints)

@@ -31,7 +31,8 @@ import numpy as np
 from scipy import sparse
 
 from benchmarks.environment import environment
-from sclong_ds.run_folder import read_events, read_every_row, read_metrics
+from sclong_ds.run_folder.files import read_events
+from sclong_ds.run_folder.rows import read_every_row, read_metrics
 
 ROOT = Path(__file__).parents[1]
 N_GENES, N_CELLS, N_VALIDATION = 300, 300, 40

@@ -21,7 +21,7 @@ from benchmarks.environment import environment
 from benchmarks.random_kills import N_GENES, make_corpus, settings, train
 from sclong_ds.config.load import load_config
 from sclong_ds.memory import Setup, memory_per_rank, zero_settings
-from sclong_ds.run_folder import read_metrics
+from sclong_ds.run_folder.rows import read_metrics
 
 MIB = 2**20
 STEPS = 2

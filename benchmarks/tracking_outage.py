@@ -32,7 +32,8 @@ from pathlib import Path
 from benchmarks.environment import environment
 from sclong_ds.config.load import load_config
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.run_folder import SYSTEM_DIR, read_every_row, read_run_json, read_samples
+from sclong_ds.run_folder.files import SYSTEM_DIR, read_run_json, read_samples
+from sclong_ds.run_folder.rows import read_every_row
 from sclong_ds.tracking import Tracker
 
 PHASES = ("not there", "healthy", "hanging", "killed", "disk full", "healthy again")

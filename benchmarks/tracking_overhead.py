@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.environment import environment
 from benchmarks.random_kills import make_corpus, settings
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.run_folder import read_metrics
+from sclong_ds.run_folder.rows import read_metrics
 
 EVERY = 20
 """Steps between validations."""

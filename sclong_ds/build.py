@@ -55,8 +55,10 @@ from sclong_ds.run_checks import (
     refuse_changes,
     refuse_other_inputs,
 )
-from sclong_ds.run_folder import node_name, read_metrics, take_over_ids
-from sclong_ds.signals import StopRequest, lock_run_folder
+from sclong_ds.run_folder.identity import node_name, take_over_ids
+from sclong_ds.run_folder.lock import lock_run_folder
+from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.signals import StopRequest
 from sclong_ds.tracking import Tracker
 from sclong_ds.watchdog import Watchdog
 

@@ -27,7 +27,8 @@ import google_crc32c
 
 from sclong_ds.files.atomic import named_errors, read_file
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
-from sclong_ds.run_folder import METRICS_FILE, read_metrics
+from sclong_ds.run_folder.files import METRICS_FILE
+from sclong_ds.run_folder.rows import read_metrics
 
 log = logging.getLogger(__name__)
 

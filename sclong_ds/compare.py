@@ -2,7 +2,7 @@
 
     python -m sclong_ds compare RUN_DIR_OR_RUN_ID RUN_DIR_OR_RUN_ID [...] [--json]
 
-Reads the run folders (`sclong_ds.run_record`); a run id is looked up in the tracking store. Prints
+Reads the run folders (`sclong_ds.run_folder.record`); a run id is looked up in the tracking store. Prints
 two tables, or one JSON document. `sclong_ds.report` shows the same on a page, with curves.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds import page
-from sclong_ds.run_record import RunRecord, find_runs
+from sclong_ds.run_folder.record import RunRecord, find_runs
 
 SCORE_HEAD = ("MSE", "of the mean", "Pearson", "of the mean", "Spearman", "of the mean")
 """Heads of the figures of `scores_table`; each beside that of the per-gene-mean predictor."""

@@ -23,7 +23,8 @@ import psutil
 import torch
 
 from sclong_ds.command_line import local_path
-from sclong_ds.run_folder import read_events, read_metrics, read_run_json
+from sclong_ds.run_folder.files import read_events, read_run_json
+from sclong_ds.run_folder.rows import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "data_prep" / "resources" / "demo"

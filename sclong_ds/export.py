@@ -32,13 +32,9 @@ from sclong_ds.features_file import read_features
 from sclong_ds.files.atomic import named_errors
 from sclong_ds.model.performer import drawn_features
 from sclong_ds.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
-from sclong_ds.run_folder import (
-    environment,
-    git_commit,
-    read_metrics,
-    read_run_json,
-    recorded_ids,
-)
+from sclong_ds.run_folder.files import read_run_json, recorded_ids
+from sclong_ds.run_folder.identity import environment, git_commit
+from sclong_ds.run_folder.rows import read_metrics
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.sealed_json import read_sound
-from sclong_ds.run_folder import node_name
+from sclong_ds.run_folder.identity import node_name
 
 OWN_STATUS, PASSING_STATUS = 1, 71
 """Exit statuses: the training says what is wrong; EX_OSERR, a device, network or disk gave up."""

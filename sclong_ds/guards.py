@@ -16,8 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-SKIPPED_METRIC = "train/skipped_steps"
-"""Column of metrics.jsonl that holds the skipped steps so far, as `StepGuard.skipped` counts."""
+from sclong_ds.run_folder.metric_names import SKIPPED_METRIC
 
 MIN_LOSSES = 20
 """Losses that must have been seen before one can be called a spike."""

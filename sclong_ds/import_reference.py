@@ -48,7 +48,7 @@ from sclong_ds.reference import (
     reference_config,
     reference_features,
 )
-from sclong_ds.run_folder import environment, git_commit
+from sclong_ds.run_folder.identity import environment, git_commit
 from sclong_ds.safe_pickle import load_plain, load_tensors
 
 ALIASES_PATH = BUNDLED_PATH.with_name("symbol_aliases.tsv.gz")

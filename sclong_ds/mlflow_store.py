@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sclong_ds.files.json_lines import is_number, parse_line
-from sclong_ds.run_folder import (
+from sclong_ds.run_folder.credentials import without_credentials
+from sclong_ds.run_folder.files import (
     METRICS_FILE,
     PLOTS_DIR,
     REPORT_FILE,
@@ -37,7 +38,6 @@ from sclong_ds.run_folder import (
     picture_steps,
     read_run_json,
     update_run_json,
-    without_credentials,
 )
 
 if TYPE_CHECKING:

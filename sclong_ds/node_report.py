@@ -21,7 +21,8 @@ from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.files.atomic import file_sha256
-from sclong_ds.run_folder import git_commit, read_events
+from sclong_ds.run_folder.files import read_events
+from sclong_ds.run_folder.identity import git_commit
 
 WRITE_LIMIT_S = 5.0
 """A run folder that takes longer gets less than `TRIAL_BYTES`, s."""

@@ -34,16 +34,11 @@ from numpy.typing import NDArray
 from sclong_ds import plots, validation_plots
 from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.picture_data import pending, show, take_data
 from sclong_ds.report import write_report
-from sclong_ds.run_folder import (
-    METRICS_FILE,
-    PLOTS_DIR,
-    REPORT_FILE,
-    read_metrics,
-    read_run_json,
-)
-from sclong_ds.run_record import read_run
+from sclong_ds.run_folder.files import METRICS_FILE, PLOTS_DIR, REPORT_FILE, read_run_json
+from sclong_ds.run_folder.pending_pictures import pending, show, take_data
+from sclong_ds.run_folder.record import read_run
+from sclong_ds.run_folder.rows import read_metrics
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Figures of a training run, drawn with matplotlib from plain arrays and metric rows.
 
 `sclong_ds.pictures` draws the figures of a validation, `sclong_ds.report` the curves. Rows are
-those of `sclong_ds.run_folder.read_metrics`. Figures are made without pyplot, so there is no global
+those of `sclong_ds.run_folder.rows.read_metrics`. Figures are made without pyplot, so there is no global
 state, nothing to close, and no display is needed.
 """
 
@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from sclong_ds.run_folder.rows import running_mean, series
 
 Row = Mapping[str, float]
 
@@ -208,25 +210,6 @@ def prediction_density_figure(
     bar.ax.tick_params(labelsize=8, colors=MUTED)
     bar.outline.set_visible(False)
     return figure
-
-
-def series(
-    rows: Sequence[Row], name: str, against: str = "step"
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the steps, or another column, and the finite values of one metric, each (N,)."""
-    pairs = [(row[against], row[name]) for row in rows if name in row and against in row]
-    array = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
-    array = array[np.isfinite(array[:, 1])]
-    return array[:, 0], array[:, 1]
-
-
-def running_mean(values: NDArray[np.float64], *, window: int) -> NDArray[np.float64]:
-    """Return the centred mean over `window` values (odd), over fewer at both ends; (N,)."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    start = np.maximum(at - window // 2, 0)
-    end = np.minimum(at + window // 2 + 1, len(values))
-    return (total[end] - total[start]) / (end - start)
 
 
 def bin_numbers(row: Row) -> list[int]:

@@ -39,7 +39,7 @@ from sclong_ds.failures import life_id, run_to_end
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.node_report import GIB, Place, Report, examine, on_gpus
 from sclong_ds.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
-from sclong_ds.run_folder import now
+from sclong_ds.run_folder.files import now
 
 SKEW_LIMIT_S = 30.0
 """Largest difference of a node's clock from the others' median, s."""

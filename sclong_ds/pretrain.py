@@ -45,11 +45,10 @@ from sclong_ds.engine import (
     set_hyper_parameters,
     sum_over_ranks,
 )
-from sclong_ds.guards import SKIPPED_METRIC
 from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.preparation import prepare
 from sclong_ds.run_checks import check_inputs
-from sclong_ds.run_folder import SPIKE_METRIC
+from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
 from sclong_ds.sampling import weights_of
 from sclong_ds.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
 from sclong_ds.signals import STOP_STATUS, StopRequest

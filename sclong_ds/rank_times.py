@@ -15,7 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from sclong_ds.engine import Ranks
-from sclong_ds.picture_data import RANK_COLUMNS
+from sclong_ds.run_folder.pending_pictures import RANK_COLUMNS
 
 
 class RankTimes:

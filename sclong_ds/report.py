@@ -2,7 +2,7 @@
 
     python -m sclong_ds report RUN_DIR_OR_RUN_ID [...] --out report.html
 
-Reads the run folders (`sclong_ds.run_record`); a run id is looked up in the tracking store. The
+Reads the run folders (`sclong_ds.run_folder.record`); a run id is looked up in the tracking store. The
 page holds its styles and images, so it opens without a network and can be mailed. What a run did
 not record is left out. Several runs make a comparison: figures side by side, curves in one picture,
 and the settings that differ (`sclong_ds.compare`).
@@ -29,8 +29,9 @@ from matplotlib.figure import Figure
 from sclong_ds import compare, page, plots
 from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.run_folder import without_credentials
-from sclong_ds.run_record import HOURS, LAST_STEPS, Rows, RunRecord, find_runs
+from sclong_ds.run_folder.credentials import without_credentials
+from sclong_ds.run_folder.record import HOURS, LAST_STEPS, Rows, RunRecord, find_runs
+from sclong_ds.run_folder.rows import series
 
 _MAX_VALIDATION_ROWS = 12
 _MAX_EVENTS = 300
@@ -248,7 +249,7 @@ def _what_was_run(record: RunRecord) -> str:
 def _results(record: RunRecord) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if record.train:
-        _, loss = plots.series(record.train, "train/loss")
+        _, loss = series(record.train, "train/loss")
         if len(loss):
             rows.append(("Training masked MSE, first step", page.number(loss[0])))
             last = f"Training masked MSE, mean of last {min(LAST_STEPS, len(loss))} steps"
@@ -303,7 +304,7 @@ def _training(record: RunRecord) -> str:
         if any(against in row for row in record.train)
     ]
     for name, title, label, smooth, text in _CURVES:
-        if plots.series(record.train, name)[1].any():
+        if series(record.train, name)[1].any():
             figure = plots.curve_figure(record.train, name, ylabel=label, smooth=smooth)
             small.append(_figure(figure, title, text))
     return "".join(blocks) + f'<div class="grid">{"".join(small)}</div>'

@@ -45,7 +45,8 @@ from sclong_ds.config.sections import EngineConfig
 from sclong_ds.failures import OWN_STATUS, PASSING_STATUS, life_id, read_failure
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.sealed_json import read_sound
-from sclong_ds.run_folder import METRICS_FILE, now, read_events, read_every_row
+from sclong_ds.run_folder.files import METRICS_FILE, now, read_events
+from sclong_ds.run_folder.rows import read_every_row
 from sclong_ds.signals import STOP_STATUS
 
 RESTARTS_FILE = "restarts.json"

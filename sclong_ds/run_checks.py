@@ -16,7 +16,7 @@ from sclong_ds.config.history import add_later_keys
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import read_yaml, to_dict, to_yaml
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.run_folder import without_credentials
+from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.sampling import read_weights
 
 

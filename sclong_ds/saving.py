@@ -15,7 +15,7 @@ from sclong_ds.build import Run
 from sclong_ds.checkpoint_files import name_of
 from sclong_ds.engine import sum_over_ranks
 from sclong_ds.model_dir import FEATURES, GRAPH
-from sclong_ds.run_folder import RUN_FILE
+from sclong_ds.run_folder.files import RUN_FILE
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")

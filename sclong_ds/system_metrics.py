@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 
 from sclong_ds.files.json_lines import Lines
-from sclong_ds.run_folder import SYSTEM_DIR, node_name
+from sclong_ds.run_folder.files import SYSTEM_DIR
+from sclong_ds.run_folder.identity import node_name
 
 log = logging.getLogger(__name__)
 

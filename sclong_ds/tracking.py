@@ -1,7 +1,7 @@
 """What a training run records: the run folder first, MLflow second.
 
 `Tracker` is driven by `sclong_ds.pretrain`; nothing here is run by hand. Rank 0 writes the files of
-`sclong_ds.run_folder` and sends the same to one MLflow run that keeps its id over restarts
+`sclong_ds.run_folder.files` and sends the same to one MLflow run that keeps its id over restarts
 (`sclong_ds.mlflow_store`); the first rank of every node samples the node
 (`sclong_ds.system_metrics`). `config.tracking` says where; `enabled: false` leaves MLflow out.
 
@@ -33,17 +33,16 @@ from sclong_ds.mlflow_store import (
     one_line,
     tracking_uri,
 )
-from sclong_ds.picture_data import Data, drop_after, pending, put_back, write_data
-from sclong_ds.run_folder import (
+from sclong_ds.run_folder.files import (
     EVENTS_FILE,
     PLOTS_DIR,
     RUN_FILE,
     RunFolder,
-    installed_packages,
     now,
-    record_start,
     update_run_json,
 )
+from sclong_ds.run_folder.identity import installed_packages, record_start
+from sclong_ds.run_folder.pending_pictures import Data, drop_after, pending, put_back, write_data
 from sclong_ds.system_metrics import NodeSampler
 
 log = logging.getLogger(__name__)

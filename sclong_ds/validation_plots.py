@@ -18,9 +18,10 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from sclong_ds import plots
-from sclong_ds.picture_data import RANK_COLUMNS
 from sclong_ds.plots import COLORS, INK, MUTED, Row
-from sclong_ds.run_folder import SPIKE_METRIC
+from sclong_ds.run_folder.metric_names import SPIKE_METRIC
+from sclong_ds.run_folder.pending_pictures import RANK_COLUMNS
+from sclong_ds.run_folder.rows import series
 
 _NOTHING = "not given"
 _MAX_RANK_BARS = 64
@@ -124,7 +125,7 @@ def gradient_figure(rows: Sequence[Row]) -> Figure:
     ]
     window = 1
     for name, label, color, width in curves:
-        steps, values = plots.series(rows, name)
+        steps, values = series(rows, name)
         if len(values):
             values = np.maximum(values, _ZERO_NORM)
             window = max(window, plots.smooth_curve(axes, steps, values, color, label, width))

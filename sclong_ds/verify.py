@@ -30,12 +30,7 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, is_partial
 from sclong_ds.files.json_lines import damaged_lines
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed
-from sclong_ds.run_folder import (
-    EVENTS_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    SYSTEM_DIR,
-)
+from sclong_ds.run_folder.files import EVENTS_FILE, METRICS_FILE, RUN_FILE, SYSTEM_DIR
 
 log = logging.getLogger(__name__)
 

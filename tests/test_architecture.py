@@ -108,16 +108,16 @@ def test_kernels_import_torch_and_triton_only():
             {
                 "sclong_ds.config.load",
                 "sclong_ds.mlflow_store",
-                "sclong_ds.picture_data",
-                "sclong_ds.run_folder",
+                "sclong_ds.run_folder.pending_pictures",
+                "sclong_ds.run_folder.files",
                 "sclong_ds.config.strict_yaml",
                 "sclong_ds.system_metrics",
             },
         ),
-        ("mlflow_store", {"sclong_ds.files.json_lines", "sclong_ds.run_folder"}),
-        ("system_metrics", {"sclong_ds.files.json_lines", "sclong_ds.run_folder"}),
+        ("mlflow_store", {"sclong_ds.files.json_lines", "sclong_ds.run_folder.files"}),
+        ("system_metrics", {"sclong_ds.files.json_lines", "sclong_ds.run_folder.files"}),
         ("gradient_norms", set()),
-        ("rank_times", {"sclong_ds.engine", "sclong_ds.picture_data"}),
+        ("rank_times", {"sclong_ds.engine", "sclong_ds.run_folder.pending_pictures"}),
     ],
 )
 def test_parts_of_training_know_only_what_they_need(name, allowed):

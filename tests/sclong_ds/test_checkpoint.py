@@ -40,7 +40,7 @@ from sclong_ds.config.load import load_config
 from sclong_ds.failures import passes
 from sclong_ds.files import sealed_json
 from sclong_ds.files.sealed_json import write_sealed
-from sclong_ds.run_folder import RunFolder
+from sclong_ds.run_folder.files import RunFolder
 from sclong_ds.torch_files import plain_values_only
 
 RANKS = 2

@@ -15,7 +15,8 @@ import pytest
 import torch
 from launching import ROOT, deepspeed_command, environment
 
-from sclong_ds.run_folder import read_events, read_metrics
+from sclong_ds.run_folder.files import read_events
+from sclong_ds.run_folder.rows import read_metrics
 
 pytestmark = pytest.mark.distributed
 STEPS, SAVED = 8, 4

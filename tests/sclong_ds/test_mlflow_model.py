@@ -22,7 +22,7 @@ from sclong_ds.embed import embed_counts
 from sclong_ds.mlflow_model import EmbeddingModel, _load_pyfunc
 from sclong_ds.mlflow_store import new_client
 from sclong_ds.model_dir import load_model
-from sclong_ds.run_folder import recorded_ids
+from sclong_ds.run_folder.files import recorded_ids
 from sclong_ds.tracking import Tracker
 
 N_GENES, N_CELLS = 60, 9

@@ -13,8 +13,14 @@ import torch
 from matplotlib.figure import Figure
 
 from sclong_ds import pictures, review, validation_plots
-from sclong_ds.picture_data import RANK_COLUMNS, pending, put_back, take_data, write_data
 from sclong_ds.plots import png_bytes
+from sclong_ds.run_folder.pending_pictures import (
+    RANK_COLUMNS,
+    pending,
+    put_back,
+    take_data,
+    write_data,
+)
 
 
 def texts(figure: Figure) -> list[str]:

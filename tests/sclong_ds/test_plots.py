@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sclong_ds import plots
+from sclong_ds.run_folder.rows import running_mean
 
 
 def lines_of(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
@@ -40,7 +41,7 @@ def test_long_curves_are_thinned() -> None:
 
 
 def test_running_mean_is_centred_and_shrinks_at_the_ends() -> None:
-    mean = plots.running_mean(np.array([0.0, 3.0, 6.0, 9.0, 0.0]), window=3)
+    mean = running_mean(np.array([0.0, 3.0, 6.0, 9.0, 0.0]), window=3)
     assert mean.tolist() == [1.5, 3.0, 6.0, 5.0, 4.5]
 
 

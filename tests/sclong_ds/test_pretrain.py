@@ -27,8 +27,8 @@ from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 from benchmarks.random_kills import end_ranks, last_step, openings, start_ranks, train
 from sclong_ds.config.load import load_config
 from sclong_ds.model.performer import drawn_features
-from sclong_ds.run_folder import read_metrics
-from sclong_ds.signals import lock_run_folder
+from sclong_ds.run_folder.lock import lock_run_folder
+from sclong_ds.run_folder.rows import read_metrics
 
 pytestmark = pytest.mark.distributed
 STEPS = 60
@@ -478,7 +478,7 @@ def test_missing_inputs_are_named(small_corpus, small_graph, tmp_path, capsys):
 def test_two_runs_cannot_share_a_folder(tmp_path):
     held = lock_run_folder(tmp_path, wait_s=0)
     code = (
-        "from pathlib import Path; from sclong_ds.signals import lock_run_folder; "
+        "from pathlib import Path; from sclong_ds.run_folder.lock import lock_run_folder; "
         f"lock_run_folder(Path({str(tmp_path)!r}), wait_s=0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

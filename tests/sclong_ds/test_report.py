@@ -11,8 +11,8 @@ import pytest
 
 from sclong_ds import compare, plots, report
 from sclong_ds.__main__ import main
-from sclong_ds.run_folder import RunFolder, update_run_json
-from sclong_ds.run_record import read_run
+from sclong_ds.run_folder.files import RunFolder, update_run_json
+from sclong_ds.run_folder.record import read_run
 
 NASTY = '<script>alert("x")</script>&'
 
@@ -58,7 +58,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of 30 steps that was stopped after step 12, and resumed at step 10 an hour later."""
     folder = tmp_path / "trial"
     clock = 1_700_000_000.0
-    monkeypatch.setattr("sclong_ds.run_folder.time.time", lambda: clock)
+    monkeypatch.setattr("sclong_ds.run_folder.files.time.time", lambda: clock)
     for first, last, name in ((1, 12, "start"), (11, 30, "resume")):
         with RunFolder(folder) as files:
             files.append_event(name, step=first - 1, world_size=2, note=NASTY)

@@ -14,8 +14,8 @@ from sclong_ds.__main__ import main
 from sclong_ds.config.load import load_config
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.mlflow_store import Status
-from sclong_ds.run_folder import read_run_json, update_run_json
-from sclong_ds.signals import lock_run_folder
+from sclong_ds.run_folder.files import read_run_json, update_run_json
+from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.tracking import Tracker
 
 

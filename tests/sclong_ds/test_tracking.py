@@ -17,16 +17,11 @@ from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.mlflow_store import find_run_dir, tracking_uri
 from sclong_ds.run_checks import check_inputs
-from sclong_ds.run_folder import (
-    read_events,
-    read_metrics,
-    read_run_json,
-    read_samples,
-    take_over_ids,
-    update_run_json,
-    without_credentials,
-)
-from sclong_ds.run_record import read_run
+from sclong_ds.run_folder.credentials import without_credentials
+from sclong_ds.run_folder.files import read_events, read_run_json, read_samples, update_run_json
+from sclong_ds.run_folder.identity import take_over_ids
+from sclong_ds.run_folder.record import read_run
+from sclong_ds.run_folder.rows import read_metrics
 from sclong_ds.tracking import Tracker
 
 

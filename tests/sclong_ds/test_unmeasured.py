@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from benchmarks.random_kills import train
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.run_folder import read_metrics
+from sclong_ds.run_folder.rows import read_metrics
 
 pytestmark = pytest.mark.distributed
 GENES, STEPS = 300, 4

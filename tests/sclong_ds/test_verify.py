@@ -15,7 +15,7 @@ from exported import named_genes, write_model
 from sclong_ds import torch_files
 from sclong_ds.__main__ import main
 from sclong_ds.checkpoint_files import TrainState, name_of, record_best, write_manifest
-from sclong_ds.run_folder import RunFolder, update_run_json
+from sclong_ds.run_folder.files import RunFolder, update_run_json
 from sclong_ds.verify import verify
 
 GENES = named_genes(40)

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
-from sclong_ds.watchdog import (
+from sclong_ds.run_folder.heartbeats import (
     ENDED,
     HANG_FILE,
     SLOW_FILE,
     Heartbeat,
-    Watchdog,
     read_heartbeats,
     read_json,
     who_is_behind,
 )
+from sclong_ds.watchdog import Watchdog
 
 HOUR = 3600.0
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sclong_ds.run_folder import read_events, read_metrics
+from sclong_ds.run_folder.files import read_events
+from sclong_ds.run_folder.rows import read_metrics
 
 pytestmark = pytest.mark.slurm
 

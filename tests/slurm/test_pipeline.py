@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sclong_ds.run_folder import read_metrics
+from sclong_ds.run_folder.rows import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["convert", "finalize", "verify", "gene-graph", "pretrain"]

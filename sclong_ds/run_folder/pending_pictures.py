@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.run_folder import PLOTS_DIR, picture_steps
+from sclong_ds.run_folder.files import PLOTS_DIR, picture_steps
 
 RANK_COLUMNS = (
     "perf/data_wait_s",

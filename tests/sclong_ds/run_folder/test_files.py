@@ -8,15 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sclong_ds import run_folder
-from sclong_ds.run_folder import (
-    RunFolder,
-    read_events,
-    read_metrics,
-    read_run_json,
-    record_start,
-    update_run_json,
-)
+from sclong_ds.run_folder import files as run_folder
+from sclong_ds.run_folder.files import RunFolder, read_events, read_run_json, update_run_json
+from sclong_ds.run_folder.identity import git_commit, record_start
+from sclong_ds.run_folder.rows import read_metrics
 
 
 def test_rows_come_back_by_step_with_full_precision(tmp_path: Path) -> None:
@@ -198,13 +193,13 @@ def test_commit_names_the_checkout_and_says_when_it_is_edited(
     package.mkdir()
     (package / "run_folder.py").write_text("1\n")
     monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
-    assert run_folder.git_commit().startswith("version ")
+    assert git_commit().startswith("version ")
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
     head = git("rev-parse", "HEAD")
-    assert run_folder.git_commit() == head
+    assert git_commit() == head
     (package / "run_folder.py").write_text("2\n")
-    assert run_folder.git_commit() == f"{head}-dirty"
+    assert git_commit() == f"{head}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run_folder.git_commit().startswith("version ")
+    assert git_commit().startswith("version ")

@@ -16,22 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from sclong_ds import plots
 from sclong_ds.config.strict_yaml import parse_yaml
 from sclong_ds.mlflow_store import find_run_dir
-from sclong_ds.run_folder import (
+from sclong_ds.run_folder.credentials import without_credentials
+from sclong_ds.run_folder.files import (
     METRICS_FILE,
-    SPIKE_METRIC,
     SYSTEM_DIR,
-    Row,
-    latest,
     picture_steps,
     read_events,
-    read_every_row,
     read_run_json,
     read_samples,
-    without_credentials,
 )
+from sclong_ds.run_folder.metric_names import SPIKE_METRIC
+from sclong_ds.run_folder.rows import Row, latest, read_every_row, series
 
 log = logging.getLogger(__name__)
 
@@ -127,18 +124,18 @@ class RunRecord:
 
     def median(self, name: str) -> float:
         """Return the median of a training metric; the first step, which warms up, is left out."""
-        values = plots.series(self.train, name)[1]
+        values = series(self.train, name)[1]
         values = values[1:] if len(values) > 1 else values
         return float(np.median(values)) if len(values) else math.nan
 
     def last_mean(self, name: str) -> float:
         """Return the mean of a training metric over the last steps."""
-        values = plots.series(self.train, name)[1][-LAST_STEPS:]
+        values = series(self.train, name)[1][-LAST_STEPS:]
         return float(values.mean()) if len(values) else math.nan
 
     def highest(self, name: str) -> float:
         """Return the highest value of a metric, of training or validation."""
-        values = plots.series([*self.train, *self.validation], name)[1]
+        values = series([*self.train, *self.validation], name)[1]
         return float(values.max()) if len(values) else math.nan
 
     @property

@@ -1,0 +1,1 @@
+"""The run folder: files, metrics, events, record and identity of a run."""
