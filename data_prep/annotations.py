@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_prep.manifest import Dataset
-from data_prep.source import Annotations, Source
+from data_prep.source.source import Annotations, Source
 
 USUAL_OBS_COLUMNS = (
     "donor_id",

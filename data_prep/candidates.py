@@ -34,7 +34,7 @@ from data_prep.side_by_side import (
     count_differences,
     shared_columns,
 )
-from data_prep.source import Matrix, UnusableError
+from data_prep.source.source import Matrix, UnusableError
 
 COUNT_LAYERS = ("counts", "raw_counts", "count", "raw", "umi", "umis", "umi_counts")
 """Layer names tried for raw counts when the manifest says `auto`, in this order and any case. Other

@@ -17,7 +17,7 @@ from scipy import sparse
 
 from data_prep.counts_option import ROUND
 from data_prep.not_counts import check_finite, describe
-from data_prep.source import UnusableError
+from data_prep.source.source import UnusableError
 
 MAX_COUNT = 2**32 - 1
 WHOLE_TOLERANCE = 1e-6

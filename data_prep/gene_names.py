@@ -45,7 +45,7 @@ from data_prep.gene_spelling import (
     is_missing,
     without_suffix,
 )
-from data_prep.source import Matrix, StringArray, UnusableError
+from data_prep.source.source import Matrix, StringArray, UnusableError
 from data_prep.species import HUMAN, find_other_species, species_of
 from sclong_ds.corpus.genes import GeneVocabulary
 

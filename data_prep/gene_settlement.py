@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.source import StringArray
+from data_prep.source.source import StringArray
 
 KINDS = ("ensembl", "symbol", "alias", "settled", "yielded", "ambiguous", "date", "unlisted")
 """How a gene name was resolved. The first four are: by id, by current symbol, by another name of

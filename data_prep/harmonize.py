@@ -26,7 +26,7 @@ from data_prep.ledger import MatrixFinding
 from data_prep.not_counts import describe_whole
 from data_prep.readers import open_source
 from data_prep.rounding import round_counts
-from data_prep.source import Matrix, Source, UnusableError
+from data_prep.source.source import Matrix, Source, UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 
 MIN_GENES_MAPPED = 200

@@ -26,7 +26,7 @@ from scipy import sparse
 
 from data_prep.not_counts import LARGEST_LOG, check_finite
 from data_prep.rounding import Rounded
-from data_prep.source import UnusableError
+from data_prep.source.source import UnusableError
 
 USUAL_TARGETS = (1e4, 1e6, 1e5, 1e3)
 FEWEST_VALUES = 10

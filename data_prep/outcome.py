@@ -26,7 +26,7 @@ from data_prep.quality import (
     mitochondrial_genes,
     mitochondrial_share,
 )
-from data_prep.source import UnusableError
+from data_prep.source.source import UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 
 UNPROVEN = "counts not proven"

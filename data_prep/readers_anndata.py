@@ -29,7 +29,7 @@ from data_prep.readers_containers import (
     writer_note,
     zarr_root,
 )
-from data_prep.source import Matrix, Source, StringArray, check_size
+from data_prep.source.source import Matrix, Source, StringArray, check_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

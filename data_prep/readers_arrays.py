@@ -20,7 +20,7 @@ import zarr
 from scipy import sparse
 
 from data_prep.readers_gather import gathered
-from data_prep.source import BLOCK_CELLS, BLOCK_ENTRIES, Entries, row_blocks
+from data_prep.source.source import BLOCK_CELLS, BLOCK_ENTRIES, Entries, row_blocks
 
 DENSE_ELEMENTS = 2**23
 """Elements of a dense matrix read at a time, unless one storage chunk holds more."""

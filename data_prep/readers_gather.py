@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.source import Entries, row_blocks
+from data_prep.source.source import Entries, row_blocks
 
 RUN_ENTRIES = 2**22
 """Values sorted at a time, about 0.25 GB; a matrix with no more never touches the disk."""

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data_prep.features import pick_genome
 from data_prep.readers_arrays import (
     Open,
     csr_blocks,
@@ -21,7 +20,8 @@ from data_prep.readers_arrays import (
 )
 from data_prep.readers_columns import decoded, objects
 from data_prep.readers_containers import hdf5_file, hdf5_root, writer_note
-from data_prep.source import Annotations, Matrix, Source, StringArray, check_size
+from data_prep.source.features import pick_genome
+from data_prep.source.source import Annotations, Matrix, Source, StringArray, check_size
 
 _OTHER_FILES = (
     (

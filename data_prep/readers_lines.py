@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from data_prep.source import StringArray
+from data_prep.source.source import StringArray
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 LONGEST_LINE = 2**26

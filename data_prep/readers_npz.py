@@ -22,7 +22,7 @@ from scipy import sparse
 from data_prep.readers_arrays import Blocks, checked_pointers, line_numbers
 from data_prep.readers_gather import gathered
 from data_prep.readers_lines import name_columns
-from data_prep.source import (
+from data_prep.source.source import (
     BLOCK_ENTRIES,
     Annotations,
     Entries,

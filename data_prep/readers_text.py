@@ -29,7 +29,7 @@ from data_prep.readers_lines import (
     require_whole_end,
     text_bytes,
 )
-from data_prep.source import (
+from data_prep.source.source import (
     BLOCK_ENTRIES,
     Annotations,
     Entries,

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from data_prep.not_counts import check_finite, find_scaled_cells
-from data_prep.source import UnusableError
+from data_prep.source.source import UnusableError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

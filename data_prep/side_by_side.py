@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import sparse
 
 from data_prep.counts import exact_counts
-from data_prep.source import Matrix, StringArray, UnusableError
+from data_prep.source.source import Matrix, StringArray, UnusableError
 
 _MOST_COLUMNS = 5
 """Text columns of each gene table that are tried."""

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data_prep.source import StringArray
+from data_prep.source.source import StringArray
 
 _SPECIES = {
     "MUS": "mouse",

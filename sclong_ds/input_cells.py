@@ -33,7 +33,7 @@ from data_prep.ledger import LedgerEntry, empty_entry
 from data_prep.manifest import Dataset
 from data_prep.outcome import UNPROVEN, Outcome
 from data_prep.quality import CellLimits
-from data_prep.source import BLOCK_CELLS
+from data_prep.source.source import BLOCK_CELLS
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.measured import MeasuredGenes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
-from data_prep.source import Matrix
+from data_prep.source.source import Matrix
 from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()

@@ -9,7 +9,7 @@ from scipy import sparse
 
 from data_prep.candidates import choose_counts, restorable
 from data_prep.ledger import MatrixFinding
-from data_prep.source import Matrix, UnusableError
+from data_prep.source.source import Matrix, UnusableError
 
 N_CELLS, N_GENES = 60, 300
 NAMES = np.array([f"G{i}" for i in range(N_GENES)], dtype=object)

@@ -28,7 +28,7 @@ from data_prep.ledger import (
 from data_prep.manifest import Dataset, read_manifest
 from data_prep.one_dataset import convert_dataset
 from data_prep.pending import read_pending, record_manifest
-from data_prep.source import Matrix
+from data_prep.source.source import Matrix
 from data_prep.staging import Settings, forget
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.genes import GeneVocabulary

@@ -8,7 +8,7 @@ from scipy import sparse
 
 from data_prep.candidates import choose_counts
 from data_prep.counts import MAX_COUNT, exact_counts
-from data_prep.source import Matrix, UnusableError
+from data_prep.source.source import Matrix, UnusableError
 
 
 def chosen(matrices: Sequence[Matrix], wanted: str = "auto") -> str:

@@ -40,8 +40,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import io, sparse
 
-from data_prep import readers_arrays, readers_gather, readers_npz, readers_text, source
+from data_prep import readers_arrays, readers_gather, readers_npz, readers_text
 from data_prep.readers import open_source
+from data_prep.source import source
 
 TIMEOUT_S = 60
 MEMORY = 8 * 2**30

@@ -7,7 +7,7 @@ from scipy import sparse
 
 from data_prep.gene_names import GeneResolver
 from data_prep.gene_settlement import KINDS
-from data_prep.source import UnusableError
+from data_prep.source.source import UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 
 TP53, GAPDH = GENES.index["ENSG00000141510"], GENES.index["ENSG00000111640"]

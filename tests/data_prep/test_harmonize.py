@@ -6,7 +6,7 @@ from gene_matrices import GENES, matrix, names
 
 from data_prep.gene_names import GeneResolver
 from data_prep.harmonize import check_cover, harmonize, largest_losses
-from data_prep.source import Source, UnusableError
+from data_prep.source.source import Source, UnusableError
 
 
 @pytest.fixture(scope="module")

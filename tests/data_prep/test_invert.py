@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.invert import FEWEST_VALUES, find_target, restore_counts
-from data_prep.source import UnusableError
+from data_prep.source.source import UnusableError
 
 
 def cells(seed: int = 0, *, n_cells: int = 40, n_genes: int = 600) -> np.ndarray:

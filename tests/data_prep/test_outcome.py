@@ -135,7 +135,7 @@ def test_corrected_counts_are_rounded_where_asked_for(
 def test_what_is_not_counts_is_found_in_any_block(
     tmp_path: Path, resolver: GeneResolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.source.BLOCK_CELLS", 30)
+    monkeypatch.setattr("data_prep.source.source.BLOCK_CELLS", 30)
     scaled = 1e4 * CELLS / CELLS.sum(axis=1, keepdims=True)
     for late, message in (
         (np.log1p(scaled), "log1p of cells scaled to 10000"),

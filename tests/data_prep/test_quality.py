@@ -13,7 +13,7 @@ from data_prep.quality import (
     mitochondrial_genes,
     mitochondrial_share,
 )
-from data_prep.source import Matrix
+from data_prep.source.source import Matrix
 from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()

@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 from scipy import io, sparse
 
-from data_prep import readers_arrays, readers_gather, readers_npz, readers_text, source
+from data_prep import readers_arrays, readers_gather, readers_npz, readers_text
 from data_prep.counts import exact_counts
 from data_prep.readers import detect_format, open_source
 from data_prep.readers_gather import gathered
-from data_prep.source import Source, UnusableError
+from data_prep.source import source
+from data_prep.source.source import Source, UnusableError
 from data_prep.source_identity import source_hash
 
 N_CELLS, N_GENES = 7, 11

@@ -13,7 +13,7 @@ import pytest
 from data_prep.annotations import as_text
 from data_prep.readers import open_source
 from data_prep.readers_columns import column_values, table_of
-from data_prep.source import Source
+from data_prep.source.source import Source
 
 N_CELLS = 6
 pytestmark = pytest.mark.filterwarnings(

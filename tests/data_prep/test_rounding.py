@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.rounding import round_counts
-from data_prep.source import UnusableError
+from data_prep.source.source import UnusableError
 
 RNG = np.random.default_rng(3)
 COUNTS = RNG.negative_binomial(1, RNG.uniform(0.2, 0.8, 200), (300, 200)).astype(np.float64)

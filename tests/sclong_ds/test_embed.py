@@ -154,7 +154,7 @@ def test_formats_and_blocks_give_the_same_embedding(
         table.to_csv(file)
     run(model_dir, h5ad, "--out", tmp_path / "a.h5ad", "--device", "cpu")
     run(model_dir, tmp_path / "cells.csv.gz", "--out", tmp_path / "b.h5ad", "--device", "cpu")
-    monkeypatch.setattr("data_prep.source.BLOCK_ENTRIES", 100)
+    monkeypatch.setattr("data_prep.source.source.BLOCK_ENTRIES", 100)
     run(model_dir, h5ad, "--out", tmp_path / "c.h5ad", "--device", "cpu", "--batch-size", "3")
     a, b, c = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in "abc")
     for other in (b, c):
@@ -255,7 +255,7 @@ def broken_late(genes: GeneVocabulary, tmp_path: Path) -> Path:
 def test_error_while_reading_leaves_the_old_output(
     model_dir: Path, broken_late: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.source.BLOCK_CELLS", 10)
+    monkeypatch.setattr("data_prep.source.source.BLOCK_CELLS", 10)
     out = tmp_path / "out" / "out.h5ad"
     out.parent.mkdir()
     out.write_bytes(b"old")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.source import MAX_CELLS, MAX_FEATURES, Annotations, check_size, repaired_texts
+from data_prep.source.source import MAX_CELLS, MAX_FEATURES, Annotations, check_size, repaired_texts
 
 
 def table(read: list[str]) -> Annotations:

@@ -13,16 +13,16 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep.features import (
+from data_prep.gene_names import ALIASES_PATH, AMBIGUOUS_PATH
+from data_prep.readers import open_source
+from data_prep.source.features import (
     ANTIBODY_NAME,
     SECOND_NAME,
     genes_only,
     kept_columns,
     pick_genome,
 )
-from data_prep.gene_names import ALIASES_PATH, AMBIGUOUS_PATH
-from data_prep.readers import open_source
-from data_prep.source import Matrix, Source, UnusableError
+from data_prep.source.source import Matrix, Source, UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 
 IDS = [f"ENSG{number:011d}" for number in range(20)]

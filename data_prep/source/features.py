@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.source import Matrix, StringArray, UnusableError
+from data_prep.source.source import Matrix, StringArray, UnusableError
 
 GENE_EXPRESSION = "Gene Expression"
 ANTIBODY_NAME = "named like an antibody, hashtag or guide"
