@@ -177,9 +177,9 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_status(args: argparse.Namespace) -> int:
-    from data_prep.ledger import count_statuses, read_ledger
-    from data_prep.ledger_table import format_table
-    from data_prep.pending import read_pending
+    from data_prep.ledger.ledger import count_statuses, read_ledger
+    from data_prep.ledger.pending import read_pending
+    from data_prep.ledger.table import format_table
 
     entries = read_ledger(args.corpus)
     pending = read_pending(args.corpus, entries)

@@ -25,7 +25,7 @@ from scipy import sparse
 from data_prep.counts import exact_counts
 from data_prep.counts_option import INVERT_LOG1P, CountsOption, parse_counts
 from data_prep.invert import find_target
-from data_prep.ledger import MatrixFinding
+from data_prep.ledger.ledger import MatrixFinding
 from data_prep.not_counts import describe_limits, describe_whole
 from data_prep.side_by_side import (
     Columns,

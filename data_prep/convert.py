@@ -31,17 +31,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.ledger import (
+from data_prep.ledger.ledger import (
     LedgerEntry,
     dataset_lock,
+    is_safe_id,
     ledger_path,
     shared_corpus,
     staged_entry,
 )
+from data_prep.ledger.pending import known_names, record_manifest
 from data_prep.limits import DEFAULT_MINUTES, Limits, default_memory_gib
-from data_prep.manifest import Dataset, is_safe_id
+from data_prep.manifest import Dataset
 from data_prep.one_dataset import convert_dataset, is_taken, read_hash, settings_hash, taken
-from data_prep.pending import known_names, record_manifest
 from data_prep.staging import STAGING_VERSION, Settings
 from data_prep.workers import Worker
 from sclong_ds.corpus.genes import GeneVocabulary

@@ -19,8 +19,8 @@ from data_prep.arguments import (
     whole,
 )
 from data_prep.convert import convert
-from data_prep.ledger import count_statuses
-from data_prep.ledger_table import format_table
+from data_prep.ledger.ledger import count_statuses
+from data_prep.ledger.table import format_table
 from data_prep.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.manifest import COLUMNS, read_manifest
 from data_prep.quality import GENES_SHARE, MIN_GENES

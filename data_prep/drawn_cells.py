@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.ledger import LedgerEntry
+from data_prep.ledger.ledger import LedgerEntry
 from sclong_ds.corpus.corpus import Corpus
 
 DROPPED_SHARE = 0.25

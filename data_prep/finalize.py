@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 from data_prep.dedup import Progress, find_duplicates
 from data_prep.gene_statistics import gene_statistics, write_statistics
 from data_prep.inputs import Inputs, read_inputs
-from data_prep.ledger import LedgerEntry, count_statuses, read_ledger
-from data_prep.pending import Pending, read_pending, tasks_to_run
+from data_prep.ledger.ledger import LedgerEntry, count_statuses, read_ledger
+from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
 from data_prep.permute import StagedCells, write_permuted
 from data_prep.splits import (
     SplitBy,

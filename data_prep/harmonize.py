@@ -22,7 +22,7 @@ from data_prep.counts import exact_counts
 from data_prep.gene_names import GeneMap, GeneResolver
 from data_prep.gene_settlement import DATE, KINDS
 from data_prep.invert import Restored, restore_counts
-from data_prep.ledger import MatrixFinding
+from data_prep.ledger.ledger import MatrixFinding
 from data_prep.not_counts import describe_whole
 from data_prep.readers import open_source
 from data_prep.rounding import round_counts

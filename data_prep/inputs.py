@@ -12,7 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.ledger import LedgerEntry, check_staged, ledger_path, read_ledger, require_current
+from data_prep.ledger.ledger import (
+    LedgerEntry,
+    check_staged,
+    ledger_path,
+    read_ledger,
+    require_current,
+)
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, read_json
 

@@ -19,6 +19,7 @@ import yaml
 
 from data_prep.counts_option import COUNTS_HELP, parse_counts
 from data_prep.gene_names import ID_TYPES
+from data_prep.ledger.ledger import is_safe_id
 from data_prep.readers import FORMATS
 from data_prep.species import is_species
 
@@ -48,7 +49,6 @@ OBS_ROLES = ("donor", "sample", "assay", "cell_type")
 _NUMBERS = ("min_genes", "min_counts")
 _NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note")
 """Columns that do not enter the settings hash; of the files it is the content that counts."""
-_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _MOST_PROBLEMS = 10
 
 
@@ -97,15 +97,6 @@ class Dataset:
         """Return the cell annotations with a fixed name, as name to column; only those given."""
         columns = {role: getattr(self, f"{role}_column") for role in OBS_ROLES}
         return {role: column for role, column in columns.items() if column}
-
-
-def is_safe_id(name: str) -> bool:
-    """Tell whether a text may name a dataset, and with it files and folders.
-
-    Args:
-        name: The text.
-    """
-    return _SAFE_ID.fullmatch(name) is not None
 
 
 def read_manifest(path: str | Path) -> tuple[Dataset, ...]:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.gene_names import GeneResolver
-from data_prep.ledger import (
+from data_prep.ledger.ledger import (
     LedgerEntry,
     check_staged,
     dataset_lock,

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import qc_figures
-from data_prep.ledger import LedgerEntry, count_statuses
+from data_prep.ledger.ledger import LedgerEntry, count_statuses
 from data_prep.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
 from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.ledger import LedgerEntry, read_ledger
-from data_prep.pending import Pending, read_pending
+from data_prep.ledger.ledger import LedgerEntry, read_ledger
+from data_prep.ledger.pending import Pending, read_pending
 from sclong_ds.corpus.catalogue import DatasetInfo
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import Corpus

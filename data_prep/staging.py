@@ -27,16 +27,16 @@ from data_prep.harmonize import (
     MIN_SHARE_MAPPED,
     harmonize,
 )
-from data_prep.ledger import (
+from data_prep.ledger.ledger import (
     LedgerEntry,
     dataset_lock,
     ledger_path,
     shared_corpus,
     staged_files,
 )
+from data_prep.ledger.pending import forget_in_manifests, known_names
 from data_prep.manifest import Dataset
 from data_prep.outcome import Outcome
-from data_prep.pending import forget_in_manifests, known_names
 from data_prep.quality import (
     CellLimits,
     default_min_genes,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.finalize import PRODUCTS, files_below
-from data_prep.ledger import LedgerEntry, check_staged, read_entry
+from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.files.checksums import check_file
 

@@ -32,7 +32,7 @@ from data_prep.counts_option import parse_counts
 from data_prep.dedup import Progress
 from data_prep.drawn_cells import draw_cells, draw_dropped
 from data_prep.gene_names import GeneResolver
-from data_prep.ledger import LedgerEntry, read_ledger
+from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.manifest import OBS_ROLES, Dataset
 from data_prep.one_dataset import read_hash
 from data_prep.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx

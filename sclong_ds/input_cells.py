@@ -29,7 +29,7 @@ from data_prep.harmonize import (
     read_harmonized,
 )
 from data_prep.input_options import given_options, input_dataset
-from data_prep.ledger import LedgerEntry, empty_entry
+from data_prep.ledger.ledger import LedgerEntry, empty_entry
 from data_prep.manifest import Dataset
 from data_prep.outcome import UNPROVEN, Outcome
 from data_prep.quality import CellLimits

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep.ledger import empty_entry, staged_files, write_entry
+from data_prep.ledger.ledger import empty_entry, staged_files, write_entry
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.obs_table import write_obs

@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.candidates import choose_counts, restorable
-from data_prep.ledger import MatrixFinding
+from data_prep.ledger.ledger import MatrixFinding
 from data_prep.source.source import Matrix, UnusableError
 
 N_CELLS, N_GENES = 60, 300

@@ -20,14 +20,10 @@ from data_prep import workers as workers_module
 from data_prep.candidates import choose_counts
 from data_prep.convert import convert, prepare_corpus
 from data_prep.gene_names import GeneResolver
-from data_prep.ledger import (
-    LedgerEntry,
-    dataset_lock,
-    read_ledger,
-)
+from data_prep.ledger.ledger import LedgerEntry, dataset_lock, read_ledger
+from data_prep.ledger.pending import read_pending, record_manifest
 from data_prep.manifest import Dataset, read_manifest
 from data_prep.one_dataset import convert_dataset
-from data_prep.pending import read_pending, record_manifest
 from data_prep.source.source import Matrix
 from data_prep.staging import Settings, forget
 from sclong_ds.corpus.cell_store import CellStore

@@ -19,7 +19,7 @@ from scipy import sparse
 import data_prep.finalize as finalize_module
 from data_prep.dedup import find_duplicates
 from data_prep.finalize import finalize
-from data_prep.pending import record_manifest
+from data_prep.ledger.pending import record_manifest
 from data_prep.permute import StagedCells, write_permuted
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
@@ -441,7 +441,7 @@ KILLED_RUN = """
 import json, os, signal, sys
 from data_prep import dedup
 from data_prep.finalize import finalize
-from data_prep.pending import record_manifest
+from data_prep.ledger.pending import record_manifest
 from data_prep.permute import write_permuted
 
 # Small enough that tiny data takes many runs and buckets.

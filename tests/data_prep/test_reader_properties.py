@@ -31,7 +31,7 @@ from data_prep.convert import prepare_corpus
 from data_prep.counts import exact_counts
 from data_prep.finalize import finalize
 from data_prep.gene_names import GeneResolver
-from data_prep.ledger import LedgerEntry
+from data_prep.ledger.ledger import LedgerEntry
 from data_prep.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.readers import open_source

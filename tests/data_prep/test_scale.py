@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.simulate_datasets import simulate
-from data_prep.ledger import read_ledger
+from data_prep.ledger.ledger import read_ledger
 from sclong_ds.corpus.corpus import Corpus
 
 

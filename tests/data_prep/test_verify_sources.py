@@ -25,7 +25,7 @@ from data_prep.convert import prepare_corpus
 from data_prep.drawn_cells import draw_cells
 from data_prep.finalize import finalize
 from data_prep.gene_names import GeneResolver
-from data_prep.ledger import read_ledger
+from data_prep.ledger.ledger import read_ledger
 from data_prep.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.quality import CellLimits

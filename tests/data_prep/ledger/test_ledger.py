@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import pytest
 
-from data_prep.ledger import (
+from data_prep.ledger.ledger import (
     OLDER,
     LedgerEntry,
     check_staged,
@@ -25,8 +25,8 @@ from data_prep.ledger import (
     staged_files,
     write_entry,
 )
-from data_prep.ledger_table import format_table
-from data_prep.pending import read_pending, record_manifest, tasks_to_run
+from data_prep.ledger.pending import read_pending, record_manifest, tasks_to_run
+from data_prep.ledger.table import format_table
 
 
 def entry(name: str, **fields: object) -> LedgerEntry:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.ledger import LedgerEntry
-from data_prep.manifest import is_safe_id
+from data_prep.ledger.ledger import LedgerEntry, is_safe_id
 from sclong_ds.files.atomic import locked, read_json, remove_partials, write_atomic
 
 _MOST_TASKS = 20

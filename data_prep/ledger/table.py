@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from data_prep.ledger import STATUSES, LedgerEntry, count_statuses, is_older
-from data_prep.pending import Pending, tasks_to_run
+from data_prep.ledger.ledger import STATUSES, LedgerEntry, count_statuses, is_older
+from data_prep.ledger.pending import Pending, tasks_to_run
 
 
 def format_table(entries: Sequence[LedgerEntry], pending: Sequence[Pending] = ()) -> str:

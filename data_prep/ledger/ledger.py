@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -30,6 +31,9 @@ from typing import (
 )
 
 from sclong_ds.files.atomic import file_sha256, locked, read_json, write_atomic
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
 
 _log = logging.getLogger(__name__)
 
@@ -448,3 +452,12 @@ def count_statuses(entries: Iterable[LedgerEntry]) -> dict[str, int]:
     """
     statuses = [entry["status"] for entry in entries]
     return {status: statuses.count(status) for status in STATUSES}
+
+
+def is_safe_id(name: str) -> bool:
+    """Tell whether a text may name a dataset, and with it files and folders.
+
+    Args:
+        name: The text.
+    """
+    return _SAFE_ID.fullmatch(name) is not None

@@ -1,0 +1,1 @@
+"""The ledger of a corpus folder: what became of each dataset."""
