@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from data_prep.candidates import choose_counts, restorable
+from data_prep.counts.candidates import choose_counts, restorable
 from data_prep.gene_names import GeneResolver, id_type_of
 from data_prep.manifest import OBS_ROLES
 from data_prep.readers import detect_format, open_source

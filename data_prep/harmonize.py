@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.candidates import Choice, choose_counts
-from data_prep.counts import exact_counts
+from data_prep.counts.candidates import Choice, choose_counts
+from data_prep.counts.invert import Restored, restore_counts
+from data_prep.counts.not_counts import describe_whole
+from data_prep.counts.proof import exact_counts
+from data_prep.counts.rounding import round_counts
 from data_prep.gene_names import GeneMap, GeneResolver
 from data_prep.gene_settlement import DATE, KINDS
-from data_prep.invert import Restored, restore_counts
 from data_prep.ledger.ledger import MatrixFinding
-from data_prep.not_counts import describe_whole
 from data_prep.readers import open_source
-from data_prep.rounding import round_counts
 from data_prep.source.source import Matrix, Source, UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.arguments import whole
-from data_prep.counts_option import parse_counts
+from data_prep.counts.option import parse_counts
 from data_prep.gene_names import ID_TYPES
 from data_prep.manifest import COLUMNS, Dataset
 from data_prep.readers import FORMATS

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.counts_option import COUNTS_HELP, parse_counts
+from data_prep.counts.option import COUNTS_HELP, parse_counts
 from data_prep.gene_names import ID_TYPES
 from data_prep.ledger.ledger import is_safe_id
 from data_prep.readers import FORMATS

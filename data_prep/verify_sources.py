@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.counts_option import parse_counts
+from data_prep.counts.option import parse_counts
 from data_prep.dedup import Progress
 from data_prep.drawn_cells import draw_cells, draw_dropped
 from data_prep.gene_names import GeneResolver

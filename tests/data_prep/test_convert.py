@@ -17,8 +17,8 @@ import pytest
 from scipy import sparse
 
 from data_prep import workers as workers_module
-from data_prep.candidates import choose_counts
 from data_prep.convert import convert, prepare_corpus
+from data_prep.counts.candidates import choose_counts
 from data_prep.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, read_ledger
 from data_prep.ledger.pending import read_pending, record_manifest

@@ -14,7 +14,7 @@ import pytest
 from scipy import io, sparse
 
 from data_prep import readers_arrays, readers_gather, readers_npz, readers_text
-from data_prep.counts import exact_counts
+from data_prep.counts.proof import exact_counts
 from data_prep.readers import detect_format, open_source
 from data_prep.readers_gather import gathered
 from data_prep.source import source

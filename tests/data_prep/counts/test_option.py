@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep.counts_option import parse_counts
+from data_prep.counts.option import parse_counts
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep.candidates import choose_counts
-from data_prep.counts import MAX_COUNT, exact_counts
+from data_prep.counts.candidates import choose_counts
+from data_prep.counts.proof import MAX_COUNT, exact_counts
 from data_prep.source.source import Matrix, UnusableError
 
 

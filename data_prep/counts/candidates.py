@@ -22,18 +22,18 @@ from itertools import chain
 import numpy as np
 from scipy import sparse
 
-from data_prep.counts import exact_counts
-from data_prep.counts_option import INVERT_LOG1P, CountsOption, parse_counts
-from data_prep.invert import find_target
-from data_prep.ledger.ledger import MatrixFinding
-from data_prep.not_counts import describe_limits, describe_whole
-from data_prep.side_by_side import (
+from data_prep.counts.invert import find_target
+from data_prep.counts.not_counts import describe_limits, describe_whole
+from data_prep.counts.option import INVERT_LOG1P, CountsOption, parse_counts
+from data_prep.counts.proof import exact_counts
+from data_prep.counts.side_by_side import (
     Columns,
     added,
     compared,
     count_differences,
     shared_columns,
 )
+from data_prep.ledger.ledger import MatrixFinding
 from data_prep.source.source import Matrix, UnusableError
 
 COUNT_LAYERS = ("counts", "raw_counts", "count", "raw", "umi", "umis", "umi_counts")

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.not_counts import LARGEST_LOG, check_finite
-from data_prep.rounding import Rounded
+from data_prep.counts.not_counts import LARGEST_LOG, check_finite
+from data_prep.counts.rounding import Rounded
 from data_prep.source.source import UnusableError
 
 USUAL_TARGETS = (1e4, 1e6, 1e5, 1e3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep.rounding import round_counts
+from data_prep.counts.rounding import round_counts
 from data_prep.source.source import UnusableError
 
 RNG = np.random.default_rng(3)

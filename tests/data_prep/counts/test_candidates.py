@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep.candidates import choose_counts, restorable
+from data_prep.counts.candidates import choose_counts, restorable
 from data_prep.ledger.ledger import MatrixFinding
 from data_prep.source.source import Matrix, UnusableError
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from data_prep.not_counts import check_finite, find_scaled_cells
+from data_prep.counts.not_counts import check_finite, find_scaled_cells
 from data_prep.source.source import UnusableError
 
 

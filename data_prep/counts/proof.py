@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.counts_option import ROUND
-from data_prep.not_counts import check_finite, describe
+from data_prep.counts.not_counts import check_finite, describe
+from data_prep.counts.option import ROUND
 from data_prep.source.source import UnusableError
 
 MAX_COUNT = 2**32 - 1

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
-from data_prep.counts import exact_counts
+from data_prep.counts.proof import exact_counts
 from data_prep.source.source import Matrix, StringArray, UnusableError
 
 _MOST_COLUMNS = 5

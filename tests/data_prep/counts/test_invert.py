@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep.invert import FEWEST_VALUES, find_target, restore_counts
+from data_prep.counts.invert import FEWEST_VALUES, find_target, restore_counts
 from data_prep.source.source import UnusableError
 
 

@@ -1,0 +1,1 @@
+"""Proof that a matrix holds raw counts, and their restoration from log1p values."""
