@@ -25,7 +25,7 @@ from data_prep.counts.rounding import round_counts
 from data_prep.gene_names import GeneMap, GeneResolver
 from data_prep.gene_settlement import DATE, KINDS
 from data_prep.ledger.ledger import MatrixFinding
-from data_prep.readers import open_source
+from data_prep.readers.open import open_source
 from data_prep.source.source import Matrix, Source, UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 

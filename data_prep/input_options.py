@@ -16,7 +16,7 @@ from data_prep.arguments import whole
 from data_prep.counts.option import parse_counts
 from data_prep.gene_names import ID_TYPES
 from data_prep.manifest import COLUMNS, Dataset
-from data_prep.readers import FORMATS
+from data_prep.readers.open import FORMATS
 from sclong_ds.command_line import local_path
 
 INPUT_COLUMNS = (

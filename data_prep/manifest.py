@@ -20,7 +20,7 @@ import yaml
 from data_prep.counts.option import COUNTS_HELP, parse_counts
 from data_prep.gene_names import ID_TYPES
 from data_prep.ledger.ledger import is_safe_id
-from data_prep.readers import FORMATS
+from data_prep.readers.open import FORMATS
 from data_prep.species import is_species
 
 COLUMNS: Mapping[str, str] = {

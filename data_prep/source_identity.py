@@ -10,8 +10,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from data_prep.readers import readable
-from data_prep.readers_npz import gene_list_file
+from data_prep.readers.npz import gene_list_file
+from data_prep.readers.open import readable
 from sclong_ds.files.atomic import file_sha256
 
 MAX_FILES = 10**7

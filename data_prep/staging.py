@@ -42,7 +42,7 @@ from data_prep.quality import (
     default_min_genes,
 )
 from data_prep.read_back import CellDigest, check_cells, check_obs
-from data_prep.readers import open_source
+from data_prep.readers.open import open_source
 from data_prep.source.source import UnusableError
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.genes import GeneVocabulary

@@ -40,8 +40,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import io, sparse
 
-from data_prep import readers_arrays, readers_gather, readers_npz, readers_text
-from data_prep.readers import open_source
+from data_prep.readers import arrays as readers_arrays
+from data_prep.readers import gather as readers_gather
+from data_prep.readers import npz as readers_npz
+from data_prep.readers import text as readers_text
+from data_prep.readers.open import open_source
 from data_prep.source import source
 
 TIMEOUT_S = 60

@@ -14,7 +14,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.gene_names import ALIASES_PATH, AMBIGUOUS_PATH
-from data_prep.readers import open_source
+from data_prep.readers.open import open_source
 from data_prep.source.features import (
     ANTIBODY_NAME,
     SECOND_NAME,

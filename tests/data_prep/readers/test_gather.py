@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep import readers_gather
 from data_prep.counts.proof import exact_counts
-from data_prep.readers_gather import gathered
+from data_prep.readers import gather as readers_gather
+from data_prep.readers.gather import gathered
 from data_prep.source.source import Entries
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data_prep.readers_arrays import (
+from data_prep.readers.arrays import (
     Open,
     csr_blocks,
     dense_matrix_blocks,
     require_inside,
     require_whole,
 )
-from data_prep.readers_columns import decoded, objects
-from data_prep.readers_containers import hdf5_file, hdf5_root, writer_note
+from data_prep.readers.columns import decoded, objects
+from data_prep.readers.containers import hdf5_file, hdf5_root, writer_note
 from data_prep.source.features import pick_genome
 from data_prep.source.source import Annotations, Matrix, Source, StringArray, check_size
 

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 from scipy import sparse
 
-from data_prep.readers_arrays import Blocks, checked_pointers, line_numbers
-from data_prep.readers_gather import gathered
-from data_prep.readers_lines import name_columns
+from data_prep.readers.arrays import Blocks, checked_pointers, line_numbers
+from data_prep.readers.gather import gathered
+from data_prep.readers.lines import name_columns
 from data_prep.source.source import (
     BLOCK_ENTRIES,
     Annotations,

@@ -21,7 +21,7 @@ import h5py
 import zarr
 from zarr.storage import ZipStore
 
-from data_prep.readers_arrays import MAX_CHUNK_BYTES, Open
+from data_prep.readers.arrays import MAX_CHUNK_BYTES, Open
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 ZIP_SIGNATURE = b"PK\x03\x04"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import zarr
 from scipy import sparse
 
-from data_prep.readers_gather import gathered
+from data_prep.readers.gather import gathered
 from data_prep.source.source import BLOCK_CELLS, BLOCK_ENTRIES, Entries, row_blocks
 
 DENSE_ELEMENTS = 2**23

@@ -13,10 +13,13 @@ import pandas as pd
 import pytest
 from scipy import io, sparse
 
-from data_prep import readers_arrays, readers_gather, readers_npz, readers_text
 from data_prep.counts.proof import exact_counts
-from data_prep.readers import detect_format, open_source
-from data_prep.readers_gather import gathered
+from data_prep.readers import arrays as readers_arrays
+from data_prep.readers import gather as readers_gather
+from data_prep.readers import npz as readers_npz
+from data_prep.readers import text as readers_text
+from data_prep.readers.gather import gathered
+from data_prep.readers.open import detect_format, open_source
 from data_prep.source import source
 from data_prep.source.source import Source, UnusableError
 from data_prep.source_identity import source_hash

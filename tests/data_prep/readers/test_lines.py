@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.readers_lines import name_columns, open_bytes, open_text, text_bytes
+from data_prep.readers.lines import name_columns, open_bytes, open_text, text_bytes
 
 
 def written(path: Path, data: bytes) -> Path:

@@ -32,16 +32,11 @@ from pathlib import Path
 import pandas as pd
 from scipy import sparse
 
-from data_prep.readers_anndata import open_h5ad, open_zarr
-from data_prep.readers_containers import (
-    HDF5_SIGNATURE,
-    ZARR_MARKS,
-    ZIP_SIGNATURE,
-    zipped_zarr,
-)
-from data_prep.readers_hdf5 import hdf5_kind, open_loom, open_tenx
-from data_prep.readers_npz import open_npz
-from data_prep.readers_text import matrix_market_files, open_matrix_market, open_table
+from data_prep.readers.anndata import open_h5ad, open_zarr
+from data_prep.readers.containers import HDF5_SIGNATURE, ZARR_MARKS, ZIP_SIGNATURE, zipped_zarr
+from data_prep.readers.hdf5 import hdf5_kind, open_loom, open_tenx
+from data_prep.readers.npz import open_npz
+from data_prep.readers.text import matrix_market_files, open_matrix_market, open_table
 from data_prep.source.features import genes_only
 from data_prep.source.source import (
     Annotations,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data_prep.readers_arrays import Open, require_inside, require_whole
+from data_prep.readers.arrays import Open, require_inside, require_whole
 from data_prep.source.source import Annotations, StringArray, check_size
 
 _CATEGORIES = "__categories"

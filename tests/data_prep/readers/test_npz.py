@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep.readers import open_source
+from data_prep.readers.open import open_source
 from data_prep.source.source import Source
 from data_prep.source_identity import source_files, source_hash
 

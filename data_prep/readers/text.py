@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
-from data_prep.readers_gather import gathered
-from data_prep.readers_lines import (
+from data_prep.readers.gather import gathered
+from data_prep.readers.lines import (
     LONGEST_NAME,
     NUMBER,
     name_columns,

@@ -18,8 +18,8 @@ import pytest
 import zarr
 from scipy import sparse
 
-from data_prep import readers_containers
-from data_prep.readers import detect_format, open_source
+from data_prep.readers import containers as readers_containers
+from data_prep.readers.open import detect_format, open_source
 from data_prep.source.source import Source
 
 COUNTS = np.random.default_rng(5).poisson(0.8, (6, 5)).astype(np.float32)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from data_prep.readers_arrays import (
+from data_prep.readers.arrays import (
     Blocks,
     Open,
     csc_blocks,
@@ -21,8 +21,8 @@ from data_prep.readers_arrays import (
     dense_matrix_blocks,
     require_inside,
 )
-from data_prep.readers_columns import table_of
-from data_prep.readers_containers import (
+from data_prep.readers.columns import table_of
+from data_prep.readers.containers import (
     anndata_place,
     hdf5_root,
     missing_filter,

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from data_prep.annotations import as_text
-from data_prep.readers import open_source
-from data_prep.readers_columns import column_values, table_of
+from data_prep.readers.columns import column_values, table_of
+from data_prep.readers.open import open_source
 from data_prep.source.source import Source
 
 N_CELLS = 6

@@ -1,0 +1,1 @@
+"""Readers of all file formats: each hands over a `source.Source`."""
