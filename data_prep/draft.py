@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TypedDict
 
 from data_prep.counts.candidates import choose_counts, restorable
-from data_prep.gene_names import GeneResolver, id_type_of
+from data_prep.genes.gene_names import GeneResolver, id_type_of
+from data_prep.genes.species import find_other_species
 from data_prep.manifest import OBS_ROLES
 from data_prep.readers.open import detect_format, open_source
 from data_prep.source.source import Annotations, Matrix, Source, UnusableError
-from data_prep.species import find_other_species
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.progress import stage_progress

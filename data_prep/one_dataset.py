@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from data_prep.gene_names import GeneResolver
+from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import (
     LedgerEntry,
     check_staged,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from data_prep.counts.invert import MOST_UNPROVEN, Restored
-from data_prep.harmonize import HarmonizedSource, counts_lost, excel_dates, largest_losses
+from data_prep.genes.harmonize import HarmonizedSource, counts_lost, excel_dates, largest_losses
 from data_prep.ledger.ledger import LedgerEntry, RoundingRecord
 from data_prep.quality import (
     CellLimits,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.gene_names import GeneMap
+from data_prep.genes.gene_names import GeneMap
 from sclong_ds.corpus.genes import GeneVocabulary
 
 MIN_GENES = 200

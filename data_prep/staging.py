@@ -21,12 +21,8 @@ from typing import Literal
 import numpy as np
 
 from data_prep.annotations import annotation_table, read_annotations
-from data_prep.gene_names import GeneResolver
-from data_prep.harmonize import (
-    MIN_GENES_MAPPED,
-    MIN_SHARE_MAPPED,
-    harmonize,
-)
+from data_prep.genes.gene_names import GeneResolver
+from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, harmonize
 from data_prep.ledger.ledger import (
     LedgerEntry,
     dataset_lock,

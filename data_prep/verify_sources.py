@@ -31,7 +31,7 @@ import numpy.typing as npt
 from data_prep.counts.option import parse_counts
 from data_prep.dedup import Progress
 from data_prep.drawn_cells import draw_cells, draw_dropped
-from data_prep.gene_names import GeneResolver
+from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.manifest import OBS_ROLES, Dataset
 from data_prep.one_dataset import read_hash

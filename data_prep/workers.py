@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from data_prep.gene_names import GeneResolver
+from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, staged_entry, write_entry
 from data_prep.limits import Limits, limit_memory, used_gib
 from data_prep.manifest import Dataset

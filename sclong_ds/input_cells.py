@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from data_prep.annotations import valid_annotations
-from data_prep.harmonize import (
+from data_prep.genes.harmonize import (
     MIN_GENES_MAPPED,
     MIN_SHARE_MAPPED,
     HarmonizedSource,

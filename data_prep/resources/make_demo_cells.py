@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from data_prep.gene_names import GeneResolver
+from data_prep.genes.gene_names import GeneResolver
 from sclong_ds.corpus.genes import GeneVocabulary
 
 SEED = 430

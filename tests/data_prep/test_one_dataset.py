@@ -17,7 +17,7 @@ from scipy import sparse
 
 from data_prep import one_dataset, staging
 from data_prep.convert import convert, prepare_corpus
-from data_prep.gene_names import GeneResolver
+from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, check_staged, is_older, ledger_path, read_ledger
 from data_prep.ledger.pending import read_pending, record_manifest
 from data_prep.manifest import Dataset

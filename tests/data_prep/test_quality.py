@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import sparse
 
-from data_prep.gene_names import GeneMap, GeneResolver
+from data_prep.genes.gene_names import GeneMap, GeneResolver
 from data_prep.quality import (
     MITOCHONDRIAL_IDS,
     CellLimits,

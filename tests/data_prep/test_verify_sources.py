@@ -19,12 +19,13 @@ import zarr
 from made_sources import CONTAINERS, EXPRESSION, WITH_OBS, Made, write
 from scipy import sparse
 
-from data_prep import harmonize, outcome, plain_arrays, staging, verify_sources
+from data_prep import outcome, plain_arrays, staging, verify_sources
 from data_prep.__main__ import main
 from data_prep.convert import prepare_corpus
 from data_prep.drawn_cells import draw_cells
 from data_prep.finalize import finalize
-from data_prep.gene_names import GeneResolver
+from data_prep.genes import harmonize
+from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import read_ledger
 from data_prep.manifest import Dataset
 from data_prep.one_dataset import convert_dataset

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep.gene_names import ALIASES_PATH, AMBIGUOUS_PATH
+from data_prep.genes.gene_names import ALIASES_PATH, AMBIGUOUS_PATH
 from data_prep.readers.open import open_source
 from data_prep.source.features import (
     ANTIBODY_NAME,

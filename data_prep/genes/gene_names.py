@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.gene_settlement import (
+from data_prep.genes.settlement import (
     DATE,
     KINDS,
     UNLISTED,
@@ -37,7 +37,8 @@ from data_prep.gene_settlement import (
     repair_counts,
     settle,
 )
-from data_prep.gene_spelling import (
+from data_prep.genes.species import HUMAN, find_other_species, species_of
+from data_prep.genes.spelling import (
     Speller,
     bare_name,
     is_day_number,
@@ -46,10 +47,9 @@ from data_prep.gene_spelling import (
     without_suffix,
 )
 from data_prep.source.source import Matrix, StringArray, UnusableError
-from data_prep.species import HUMAN, find_other_species, species_of
 from sclong_ds.corpus.genes import GeneVocabulary
 
-RESOURCES = Path(__file__).parent / "resources"
+RESOURCES = Path(__file__).parents[1] / "resources"
 ALIASES_PATH = RESOURCES / "symbol_aliases.tsv.gz"
 AMBIGUOUS_PATH = RESOURCES / "ambiguous_symbols.tsv.gz"
 OTHER_PATH = RESOURCES / "other_genes.tsv.gz"

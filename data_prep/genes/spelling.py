@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 
-from data_prep.species import HUMAN, species_of_id
+from data_prep.genes.species import HUMAN, species_of_id
 
 REPAIRS = ("signs", "genome", "case", "joined", "characters", "suffix", "beside")
 """signs: quotes, byte order marks, dashes that are no hyphens; genome: GRCh38_ or the like before

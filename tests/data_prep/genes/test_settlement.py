@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gene_matrices import GENES, matrix, names
 
-from data_prep.gene_names import RESOURCES, GeneMap, GeneResolver
-from data_prep.harmonize import counts_lost, excel_dates
+from data_prep.genes.gene_names import RESOURCES, GeneMap, GeneResolver
+from data_prep.genes.harmonize import counts_lost, excel_dates
 
 RESOLVER = GeneResolver(GENES)
 

@@ -11,8 +11,8 @@ from gene_matrices import GENES, matrix, names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.gene_names import GeneResolver
-from data_prep.gene_settlement import KINDS
+from data_prep.genes.gene_names import GeneResolver
+from data_prep.genes.settlement import KINDS
 
 RESOLVER = GeneResolver(GENES)
 TP53, TBCE = GENES.index["ENSG00000141510"], GENES.symbols.index("TBCE")

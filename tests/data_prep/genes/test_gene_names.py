@@ -5,8 +5,8 @@ import pytest
 from gene_matrices import GENES, matrix, names
 from scipy import sparse
 
-from data_prep.gene_names import GeneResolver
-from data_prep.gene_settlement import KINDS
+from data_prep.genes.gene_names import GeneResolver
+from data_prep.genes.settlement import KINDS
 from data_prep.source.source import UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from gene_matrices import GENES, matrix, names
 
-from data_prep.gene_names import GeneResolver
-from data_prep.harmonize import check_cover, harmonize, largest_losses
+from data_prep.genes.gene_names import GeneResolver
+from data_prep.genes.harmonize import check_cover, harmonize, largest_losses
 from data_prep.source.source import Source, UnusableError
 
 

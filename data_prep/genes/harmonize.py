@@ -22,8 +22,8 @@ from data_prep.counts.invert import Restored, restore_counts
 from data_prep.counts.not_counts import describe_whole
 from data_prep.counts.proof import exact_counts
 from data_prep.counts.rounding import round_counts
-from data_prep.gene_names import GeneMap, GeneResolver
-from data_prep.gene_settlement import DATE, KINDS
+from data_prep.genes.gene_names import GeneMap, GeneResolver
+from data_prep.genes.settlement import DATE, KINDS
 from data_prep.ledger.ledger import MatrixFinding
 from data_prep.readers.open import open_source
 from data_prep.source.source import Matrix, Source, UnusableError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep.species import is_species, species_of, species_of_id
+from data_prep.genes.species import is_species, species_of, species_of_id
 
 
 @pytest.mark.parametrize(

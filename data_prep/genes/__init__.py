@@ -1,0 +1,1 @@
+"""Gene names of any kind to columns of the vocabulary."""
