@@ -150,7 +150,7 @@ def _add_manifest(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_manifest(args: argparse.Namespace) -> int:
-    from data_prep.draft import draft_manifest, format_manifest, write_draft
+    from data_prep.manifest.draft import draft_manifest, format_manifest, write_draft
 
     base = args.out.parent if args.out else Path()
     draft = draft_manifest(args.folder, genes=chosen_genes(args), relative_to=base)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data_prep.manifest import Dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.source.source import Annotations, Source
 
 USUAL_OBS_COLUMNS = (

@@ -41,7 +41,7 @@ from data_prep.ledger.ledger import (
 )
 from data_prep.ledger.pending import known_names, record_manifest
 from data_prep.limits import DEFAULT_MINUTES, Limits, default_memory_gib
-from data_prep.manifest import Dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset, is_taken, read_hash, settings_hash, taken
 from data_prep.staging import STAGING_VERSION, Settings
 from data_prep.workers import Worker

@@ -31,7 +31,7 @@ from data_prep.ledger.ledger import (
     staged_files,
 )
 from data_prep.ledger.pending import forget_in_manifests, known_names
-from data_prep.manifest import Dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.outcome import Outcome
 from data_prep.quality import (
     CellLimits,

@@ -22,7 +22,7 @@ from pathlib import Path
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, staged_entry, write_entry
 from data_prep.limits import Limits, limit_memory, used_gib
-from data_prep.manifest import Dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset, new_entry
 from data_prep.staging import Settings, clear, part_folder
 from sclong_ds.corpus.genes import GeneVocabulary

@@ -39,7 +39,7 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
-from data_prep.input_options import add_input_options, input_dataset
+from data_prep.manifest.input_options import add_input_options, input_dataset
 from sclong_ds.command_line import _positive, _share, local_path
 from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.corpus.transform import log1p_normalise

@@ -57,7 +57,7 @@ from sklearn.metrics import (
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from data_prep.input_options import input_dataset
+from data_prep.manifest.input_options import input_dataset
 from data_prep.readers.open import detect_format
 from sclong_ds.command_line import local_path
 from sclong_ds.corpus.transform import log1p_normalise

@@ -28,9 +28,9 @@ from data_prep.genes.harmonize import (
     HarmonizedSource,
     read_harmonized,
 )
-from data_prep.input_options import given_options, input_dataset
 from data_prep.ledger.ledger import LedgerEntry, empty_entry
-from data_prep.manifest import Dataset
+from data_prep.manifest.input_options import given_options, input_dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.outcome import UNPROVEN, Outcome
 from data_prep.quality import CellLimits
 from data_prep.source.source import BLOCK_CELLS

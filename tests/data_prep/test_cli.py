@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.__main__ import COMMANDS, main
-from data_prep.manifest import COLUMNS
+from data_prep.manifest.manifest import COLUMNS
 from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()

@@ -22,7 +22,7 @@ from data_prep.counts.candidates import choose_counts
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, read_ledger
 from data_prep.ledger.pending import read_pending, record_manifest
-from data_prep.manifest import Dataset, read_manifest
+from data_prep.manifest.manifest import Dataset, read_manifest
 from data_prep.one_dataset import convert_dataset
 from data_prep.source.source import Matrix
 from data_prep.staging import Settings, forget
@@ -218,7 +218,7 @@ def test_two_processes_at_one_dataset_stage_it_once(tmp_path: Path, corpus: Path
         "from pathlib import Path\n"
         "from data_prep import convert, staging\n"
         "from data_prep.genes.gene_names import GeneResolver\n"
-        "from data_prep.manifest import Dataset\n"
+        "from data_prep.manifest.manifest import Dataset\n"
         "from sclong_ds.corpus.genes import GeneVocabulary\n"
         "folder, name = Path(sys.argv[1]), sys.argv[2]\n"
         "real = staging.write_obs\n"

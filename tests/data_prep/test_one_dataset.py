@@ -20,7 +20,7 @@ from data_prep.convert import convert, prepare_corpus
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, check_staged, is_older, ledger_path, read_ledger
 from data_prep.ledger.pending import read_pending, record_manifest
-from data_prep.manifest import Dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.staging import Settings, forget
 from sclong_ds.corpus.genes import GeneVocabulary

@@ -32,7 +32,7 @@ from data_prep.counts.proof import exact_counts
 from data_prep.finalize import finalize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry
-from data_prep.manifest import Dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.readers.open import open_source
 from data_prep.staging import Settings

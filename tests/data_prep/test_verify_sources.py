@@ -27,7 +27,7 @@ from data_prep.finalize import finalize
 from data_prep.genes import harmonize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import read_ledger
-from data_prep.manifest import Dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.quality import CellLimits
 from data_prep.readers import open as readers

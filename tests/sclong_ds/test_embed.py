@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 from data_prep.convert import prepare_corpus
 from data_prep.finalize import finalize
 from data_prep.genes.gene_names import GeneResolver
-from data_prep.manifest import Dataset
+from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.source_identity import source_hash
 from data_prep.staging import Settings

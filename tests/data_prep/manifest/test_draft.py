@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from scipy import io, sparse
 
-from data_prep.draft import Draft, draft_manifest, format_manifest
-from data_prep.manifest import read_manifest
+from data_prep.manifest.draft import Draft, draft_manifest, format_manifest
+from data_prep.manifest.manifest import read_manifest
 from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()

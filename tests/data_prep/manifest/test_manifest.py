@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import COLUMNS, Dataset, read_manifest
+from data_prep.manifest.manifest import COLUMNS, Dataset, read_manifest
 
 
 def write(folder: Path, text: str, name: str = "manifest.tsv") -> Path:

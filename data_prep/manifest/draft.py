@@ -24,7 +24,7 @@ from typing import TypedDict
 from data_prep.counts.candidates import choose_counts, restorable
 from data_prep.genes.gene_names import GeneResolver, id_type_of
 from data_prep.genes.species import find_other_species
-from data_prep.manifest import OBS_ROLES
+from data_prep.manifest.manifest import OBS_ROLES
 from data_prep.readers.open import detect_format, open_source
 from data_prep.source.source import Annotations, Matrix, Source, UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary

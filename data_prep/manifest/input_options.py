@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.arguments import whole
 from data_prep.counts.option import parse_counts
 from data_prep.genes.gene_names import ID_TYPES
-from data_prep.manifest import COLUMNS, Dataset
+from data_prep.manifest.manifest import COLUMNS, Dataset
 from data_prep.readers.open import FORMATS
 from sclong_ds.command_line import local_path
 
