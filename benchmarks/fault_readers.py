@@ -77,7 +77,7 @@ def read_verify(folder: Path) -> Any:
 
 def read_finalized(folder: Path) -> Any:
     """Finalize a staging and return what is published; it must be what verify calls good."""
-    from data_prep.finalize import finalize
+    from data_prep.corpus.finalize import finalize
 
     try:
         finalize(folder, validation_fraction=0.3)

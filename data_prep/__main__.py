@@ -218,7 +218,7 @@ def _run_forget(args: argparse.Namespace) -> int:
 
 
 def _add_finalize(parser: argparse.ArgumentParser) -> None:
-    from data_prep.splits import DEFAULT_VALIDATION_FRACTION, SPLIT_BY
+    from data_prep.corpus.splits import DEFAULT_VALIDATION_FRACTION, SPLIT_BY
 
     _add_corpus(parser)
     parser.add_argument(
@@ -258,7 +258,7 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_finalize(args: argparse.Namespace) -> int:
-    from data_prep.finalize import finalize
+    from data_prep.corpus.finalize import finalize
     from sclong_ds.progress import stage_progress
 
     with stage_progress("cells") as progress:

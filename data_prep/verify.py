@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.dedup import Progress, find_duplicates
-from data_prep.gene_statistics import gene_statistics
-from data_prep.splits import read_donors
+from data_prep.corpus.dedup import Progress, find_duplicates
+from data_prep.corpus.gene_statistics import gene_statistics
+from data_prep.corpus.splits import read_donors
 from data_prep.verify_files import (
     CATALOGUE,
     CELLS,

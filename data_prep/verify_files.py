@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.finalize import PRODUCTS, files_below
+from data_prep.corpus.finalize import PRODUCTS, files_below
 from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.files.checksums import check_file

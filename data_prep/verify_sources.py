@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.corpus.dedup import Progress
 from data_prep.counts.option import parse_counts
-from data_prep.dedup import Progress
 from data_prep.drawn_cells import draw_cells, draw_dropped
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, read_ledger

@@ -10,7 +10,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from data_prep import gene_vectors
-from data_prep.finalize import finalize
+from data_prep.corpus.finalize import finalize
 from data_prep.gene_vectors import build_gene_vectors, read_presence
 from data_prep.ledger.ledger import empty_entry, staged_files, write_entry
 from sclong_ds.corpus.cell_writer import CellWriter

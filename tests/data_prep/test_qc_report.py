@@ -14,7 +14,7 @@ import pytest
 from scipy import sparse
 
 from data_prep import qc_report
-from data_prep.finalize import finalize
+from data_prep.corpus.finalize import finalize
 from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
 from data_prep.qc_report import page

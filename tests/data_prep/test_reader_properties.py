@@ -28,8 +28,8 @@ from made_examples import GENES, Example, examples
 from made_sources import CONTAINERS, SPARSE, scipy_sum, write
 
 from data_prep.convert import prepare_corpus
+from data_prep.corpus.finalize import finalize
 from data_prep.counts.proof import exact_counts
-from data_prep.finalize import finalize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry
 from data_prep.manifest.manifest import Dataset

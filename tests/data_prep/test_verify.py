@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep.finalize import finalize
+from data_prep.corpus.finalize import finalize
 from data_prep.verify import verify
 from data_prep.verify_files import (
     CHUNKS,
@@ -189,7 +189,7 @@ def test_duplicates_and_statistics(
         return [np.zeros(len(store), bool) for store in stores]
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.finalize.find_duplicates", find_none)
+        patch.setattr("data_prep.corpus.finalize.find_duplicates", find_none)
         finalize(folder)
     assert any("1 cells repeat others" in problem for problem in verify(folder)["problems"])
     finalize(folder)

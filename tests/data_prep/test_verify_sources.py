@@ -22,8 +22,8 @@ from scipy import sparse
 from data_prep import outcome, plain_arrays, staging, verify_sources
 from data_prep.__main__ import main
 from data_prep.convert import prepare_corpus
+from data_prep.corpus.finalize import finalize
 from data_prep.drawn_cells import draw_cells
-from data_prep.finalize import finalize
 from data_prep.genes import harmonize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import read_ledger

@@ -14,7 +14,7 @@ from exported import named_genes, write_model
 from scipy.sparse import csr_matrix
 
 from data_prep.convert import prepare_corpus
-from data_prep.finalize import finalize
+from data_prep.corpus.finalize import finalize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset

@@ -2,7 +2,7 @@
 
 Every cell draws a 64-bit key from a generator seeded by (seed, dataset_id), and the cells of a
 split are sorted by key: a uniform permutation that does not depend on memory limits. The sort
-takes two passes (`data_prep.buckets`): encoded cells are scattered by ranges of the key, then one
+takes two passes (`data_prep.corpus.buckets`): encoded cells are scattered by ranges of the key, then one
 range at a time is sorted in memory and written. Cells are moved as bytes, never decoded. A killed
 call is continued by the next one: runs and buckets that are on disk are not made again.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.buckets import RUN_BYTES, BucketRuns, bucket_of, plan_runs
-from data_prep.dedup import Progress
-from data_prep.work_folder import discard_scratch
+from data_prep.corpus.buckets import RUN_BYTES, BucketRuns, bucket_of, plan_runs
+from data_prep.corpus.dedup import Progress
+from data_prep.corpus.work_folder import discard_scratch
 from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.corpus.catalogue import SPLITS
 from sclong_ds.corpus.cell_store import CellStore

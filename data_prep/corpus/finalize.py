@@ -30,13 +30,11 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.dedup import Progress, find_duplicates
-from data_prep.gene_statistics import gene_statistics, write_statistics
-from data_prep.inputs import Inputs, read_inputs
-from data_prep.ledger.ledger import LedgerEntry, count_statuses, read_ledger
-from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
-from data_prep.permute import StagedCells, write_permuted
-from data_prep.splits import (
+from data_prep.corpus.dedup import Progress, find_duplicates
+from data_prep.corpus.gene_statistics import gene_statistics, write_statistics
+from data_prep.corpus.inputs import Inputs, read_inputs
+from data_prep.corpus.permute import StagedCells, write_permuted
+from data_prep.corpus.splits import (
     SplitBy,
     SplitCells,
     SplitOptions,
@@ -44,7 +42,9 @@ from data_prep.splits import (
     plan_split,
     read_donors,
 )
-from data_prep.work_folder import discard, open_work
+from data_prep.corpus.work_folder import discard, open_work
+from data_prep.ledger.ledger import LedgerEntry, count_statuses, read_ledger
+from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
 from sclong_ds.corpus.catalogue import (
     SPLITS,
     DatasetInfo,

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from scipy import sparse
 
-from data_prep.work_folder import discard, open_work
+from data_prep.corpus.work_folder import discard, open_work
 
 Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]
 
 KILLS = """
 import builtins, hashlib, io, itertools, json, os, pathlib, shutil, signal, sys
-from data_prep import dedup
-from data_prep.finalize import finalize
-from data_prep.permute import write_permuted
+from data_prep.corpus import dedup
+from data_prep.corpus.finalize import finalize
+from data_prep.corpus.permute import write_permuted
 
 # Small enough that tiny data takes several runs and buckets.
 write_permuted.__kwdefaults__["bucket_bytes"] = 3_000
@@ -92,7 +92,7 @@ def kill_and_run_again(corpus: Path, *, first: int, stride: int) -> int:
     """
     done = subprocess.run(
         [sys.executable, "-c", KILLS, str(corpus), str(first), str(stride)],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+        capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     killed, wrong = json.loads(done.stdout)
@@ -106,7 +106,7 @@ def test_killed_anywhere_gives_the_same_corpus(
 ) -> None:
     folder = stage_corpus({"a": counts(1, 40), "b": counts(2, 24)}, chunk_entries=1024)
     if published:
-        from data_prep.finalize import finalize
+        from data_prep.corpus.finalize import finalize
 
         finalize(folder, seed=1)
     # An odd stride kills before some calls and after others.

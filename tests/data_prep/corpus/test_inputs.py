@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-import data_prep.finalize as finalize_module
-from data_prep.finalize import finalize
-from data_prep.inputs import read_inputs
+import data_prep.corpus.finalize as finalize_module
+from data_prep.corpus.finalize import finalize
+from data_prep.corpus.inputs import read_inputs
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, locked
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-import data_prep.finalize as finalize_module
-from data_prep.dedup import find_duplicates
-from data_prep.finalize import finalize
+import data_prep.corpus.finalize as finalize_module
+from data_prep.corpus.dedup import find_duplicates
+from data_prep.corpus.finalize import finalize
+from data_prep.corpus.permute import StagedCells, write_permuted
 from data_prep.ledger.pending import record_manifest
-from data_prep.permute import StagedCells, write_permuted
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus
@@ -173,7 +173,7 @@ def test_duplicates_with_many_buckets(
     matrix = sparse.vstack([matrix, matrix[::3]], format="csr")
     folder = stage_corpus({"a": matrix, "b": matrix[10:15]})
     stores = [CellStore(folder / "staging" / name / "cells.zarr") for name in ("a", "b")]
-    monkeypatch.setattr("data_prep.dedup.CELLS_PER_BUCKET", 7)
+    monkeypatch.setattr("data_prep.corpus.dedup.CELLS_PER_BUCKET", 7)
     first, second = find_duplicates(stores, tmp_path / "digests")
     np.testing.assert_array_equal(np.flatnonzero(first), np.arange(60, 80))
     assert second.all()
@@ -187,7 +187,7 @@ def test_same_input_same_bytes(
     finalize(first, seed=5)
     # Memory limits decide how the work is cut, not what comes out.
     monkeypatch.setitem(write_permuted.__kwdefaults__, "bucket_bytes", 3_000)
-    monkeypatch.setattr("data_prep.permute.BLOCK_ENTRIES", 500)
+    monkeypatch.setattr("data_prep.corpus.permute.BLOCK_ENTRIES", 500)
     finalize(second, seed=5)
     assert digests(first) == digests(second)
     before = Corpus(first)
@@ -439,10 +439,10 @@ def test_failure_before_publishing_keeps_the_old_corpus(
 
 KILLED_RUN = """
 import json, os, signal, sys
-from data_prep import dedup
-from data_prep.finalize import finalize
+from data_prep.corpus import dedup
+from data_prep.corpus.finalize import finalize
 from data_prep.ledger.pending import record_manifest
-from data_prep.permute import write_permuted
+from data_prep.corpus.permute import write_permuted
 
 # Small enough that tiny data takes many runs and buckets.
 write_permuted.__kwdefaults__["bucket_bytes"] = 3_000
@@ -483,7 +483,7 @@ def test_sigkill_at_any_stage_is_survived(
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", KILLED_RUN, str(folder), json.dumps(moments)],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+        capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     begun = [json.loads(line) for line in done.stdout.splitlines()]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from data_prep.dedup import Progress
+from data_prep.corpus.dedup import Progress
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import GeneStats
 

@@ -1,0 +1,1 @@
+"""From staged datasets to a finished corpus: duplicates, splits, order, statistics."""
