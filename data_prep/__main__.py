@@ -205,7 +205,7 @@ def _add_forget(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_forget(args: argparse.Namespace) -> int:
-    from data_prep.staging import forget
+    from data_prep.staging.dataset import forget
 
     forget(args.corpus, args.datasets)
     finished = (args.corpus / "corpus.json").is_file()

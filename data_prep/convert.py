@@ -43,7 +43,7 @@ from data_prep.ledger.pending import known_names, record_manifest
 from data_prep.limits import DEFAULT_MINUTES, Limits, default_memory_gib
 from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset, is_taken, read_hash, settings_hash, taken
-from data_prep.staging import STAGING_VERSION, Settings
+from data_prep.staging.dataset import STAGING_VERSION, Settings
 from data_prep.workers import Worker
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import locked, partial_name, read_json, write_atomic

@@ -23,8 +23,8 @@ from data_prep.ledger.ledger import count_statuses
 from data_prep.ledger.table import format_table
 from data_prep.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.manifest.manifest import COLUMNS, read_manifest
-from data_prep.quality import GENES_SHARE, MIN_GENES
-from data_prep.staging import Settings
+from data_prep.staging.dataset import Settings
+from data_prep.staging.quality import GENES_SHARE, MIN_GENES
 from sclong_ds.command_line import local_path
 
 

@@ -31,7 +31,7 @@ from data_prep.limits import memory_advice
 from data_prep.manifest.manifest import Dataset
 from data_prep.source.source import UnusableError
 from data_prep.source_identity import source_files, source_hash
-from data_prep.staging import STAGING_VERSION, Settings, clear, stage
+from data_prep.staging.dataset import STAGING_VERSION, Settings, clear, stage
 from sclong_ds.files.atomic import named_errors
 
 _log = logging.getLogger(__name__)

@@ -37,8 +37,8 @@ from data_prep.manifest.manifest import OBS_ROLES, Dataset
 from data_prep.one_dataset import read_hash
 from data_prep.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx
 from data_prep.plain_text import plain_matrix_market, plain_npz, plain_table
-from data_prep.quality import MITOCHONDRIAL_IDS
 from data_prep.source.source import Matrix
+from data_prep.staging.quality import MITOCHONDRIAL_IDS
 from sclong_ds.corpus.corpus import Corpus
 
 DEFAULT_SEED = 0

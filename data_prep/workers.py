@@ -24,7 +24,7 @@ from data_prep.ledger.ledger import LedgerEntry, dataset_lock, staged_entry, wri
 from data_prep.limits import Limits, limit_memory, used_gib
 from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset, new_entry
-from data_prep.staging import Settings, clear, part_folder
+from data_prep.staging.dataset import Settings, clear, part_folder
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import named_errors
 

@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from data_prep.annotations import valid_annotations
 from data_prep.genes.harmonize import (
     MIN_GENES_MAPPED,
     MIN_SHARE_MAPPED,
@@ -31,9 +30,10 @@ from data_prep.genes.harmonize import (
 from data_prep.ledger.ledger import LedgerEntry, empty_entry
 from data_prep.manifest.input_options import given_options, input_dataset
 from data_prep.manifest.manifest import Dataset
-from data_prep.outcome import UNPROVEN, Outcome
-from data_prep.quality import CellLimits
 from data_prep.source.source import BLOCK_CELLS
+from data_prep.staging.annotations import valid_annotations
+from data_prep.staging.outcome import UNPROVEN, Outcome
+from data_prep.staging.quality import CellLimits
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.measured import MeasuredGenes

@@ -25,7 +25,7 @@ from data_prep.ledger.pending import read_pending, record_manifest
 from data_prep.manifest.manifest import Dataset, read_manifest
 from data_prep.one_dataset import convert_dataset
 from data_prep.source.source import Matrix
-from data_prep.staging import Settings, forget
+from data_prep.staging.dataset import Settings, forget
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.obs_table import read_obs
@@ -216,7 +216,7 @@ def test_two_processes_at_one_dataset_stage_it_once(tmp_path: Path, corpus: Path
     (tmp_path / "race.py").write_text(
         "import json, sys, time\n"
         "from pathlib import Path\n"
-        "from data_prep import convert, staging\n"
+        "from data_prep import convert; from data_prep.staging import dataset as staging\n"
         "from data_prep.genes.gene_names import GeneResolver\n"
         "from data_prep.manifest.manifest import Dataset\n"
         "from sclong_ds.corpus.genes import GeneVocabulary\n"
@@ -270,7 +270,7 @@ def test_a_dataset_that_is_not_used_counts_no_cells(
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("data_prep.staging.write_obs", full)
+    monkeypatch.setattr("data_prep.staging.dataset.write_obs", full)
     entry = run(write(tmp_path / "a.h5ad", matrix), corpus, resolver)
     assert (entry["status"], entry["reason"]) == ("failed", "disk full")
     assert (entry["n_cells"], entry["dropped_cells"], entry["n_cells_input"]) == (0, {}, N_CELLS)

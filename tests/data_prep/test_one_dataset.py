@@ -15,14 +15,15 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep import one_dataset, staging
+from data_prep import one_dataset
 from data_prep.convert import convert, prepare_corpus
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, check_staged, is_older, ledger_path, read_ledger
 from data_prep.ledger.pending import read_pending, record_manifest
 from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
-from data_prep.staging import Settings, forget
+from data_prep.staging import dataset as staging
+from data_prep.staging.dataset import Settings, forget
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import locked
 from sclong_ds.files.obs_table import read_obs
@@ -274,7 +275,7 @@ def test_forget_that_is_killed_leaves_the_dataset_or_nothing(
         entry = run(dataset, corpus, resolver)
         record_manifest(corpus, ["a"], tasks=1)
         with monkeypatch.context() as patch:
-            patch.setattr(f"data_prep.staging.{name}", killed)
+            patch.setattr(f"data_prep.staging.dataset.{name}", killed)
             with pytest.raises(KilledError):
                 forget(corpus, ["a"])
         assert read_ledger(corpus) in ([entry], [])

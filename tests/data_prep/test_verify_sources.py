@@ -19,7 +19,7 @@ import zarr
 from made_sources import CONTAINERS, EXPRESSION, WITH_OBS, Made, write
 from scipy import sparse
 
-from data_prep import outcome, plain_arrays, staging, verify_sources
+from data_prep import plain_arrays, verify_sources
 from data_prep.__main__ import main
 from data_prep.convert import prepare_corpus
 from data_prep.corpus.finalize import finalize
@@ -29,9 +29,11 @@ from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import read_ledger
 from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
-from data_prep.quality import CellLimits
 from data_prep.readers import open as readers
-from data_prep.staging import Settings
+from data_prep.staging import dataset as staging
+from data_prep.staging import outcome
+from data_prep.staging.dataset import Settings
+from data_prep.staging.quality import CellLimits
 from data_prep.verify import verify
 from data_prep.verify_sources import check_sources, sources_line
 from sclong_ds.corpus.corpus import Corpus

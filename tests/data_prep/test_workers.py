@@ -10,7 +10,7 @@ from data_prep import workers as workers_module
 from data_prep.convert import convert
 from data_prep.ledger.ledger import read_ledger
 from data_prep.manifest.manifest import Dataset
-from data_prep.staging import Settings
+from data_prep.staging.dataset import Settings
 from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()

@@ -19,7 +19,7 @@ from data_prep.genes.gene_names import GeneResolver
 from data_prep.manifest.manifest import Dataset
 from data_prep.one_dataset import convert_dataset
 from data_prep.source_identity import source_hash
-from data_prep.staging import Settings
+from data_prep.staging.dataset import Settings
 from sclong_ds import embed, input_cells
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.annotations import as_text
 from data_prep.readers.columns import column_values, table_of
 from data_prep.readers.open import open_source
 from data_prep.source.source import Source
+from data_prep.staging.annotations import as_text
 
 N_CELLS = 6
 pytestmark = pytest.mark.filterwarnings(

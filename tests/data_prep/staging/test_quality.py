@@ -4,7 +4,8 @@ import numpy as np
 from scipy import sparse
 
 from data_prep.genes.gene_names import GeneMap, GeneResolver
-from data_prep.quality import (
+from data_prep.source.source import Matrix
+from data_prep.staging.quality import (
     MITOCHONDRIAL_IDS,
     CellLimits,
     default_min_genes,
@@ -13,7 +14,6 @@ from data_prep.quality import (
     mitochondrial_genes,
     mitochondrial_share,
 )
-from data_prep.source.source import Matrix
 from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES = GeneVocabulary.bundled()

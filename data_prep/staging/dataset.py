@@ -20,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.annotations import annotation_table, read_annotations
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, harmonize
 from data_prep.ledger.ledger import (
@@ -32,14 +31,12 @@ from data_prep.ledger.ledger import (
 )
 from data_prep.ledger.pending import forget_in_manifests, known_names
 from data_prep.manifest.manifest import Dataset
-from data_prep.outcome import Outcome
-from data_prep.quality import (
-    CellLimits,
-    default_min_genes,
-)
-from data_prep.read_back import CellDigest, check_cells, check_obs
 from data_prep.readers.open import open_source
 from data_prep.source.source import UnusableError
+from data_prep.staging.annotations import annotation_table, read_annotations
+from data_prep.staging.outcome import Outcome
+from data_prep.staging.quality import CellLimits, default_min_genes
+from data_prep.staging.read_back import CellDigest, check_cells, check_obs
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import sync_folder, sync_tree

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.annotations import annotation_table, as_text, kept_columns
 from data_prep.manifest.manifest import Dataset
+from data_prep.staging.annotations import annotation_table, as_text, kept_columns
 
 NASTY = ["cr\rx", "crlf\r\nx", "\u2028", "nul\0a", "nul\0b", "x" * 200_000, "\ufeffbom", "NA", " "]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from data_prep.read_back import CellDigest, check_cells, check_obs
+from data_prep.staging.read_back import CellDigest, check_cells, check_obs
 from sclong_ds.corpus.byte_code import PackedCells, encode
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter

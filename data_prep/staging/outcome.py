@@ -18,7 +18,8 @@ from scipy import sparse
 from data_prep.counts.invert import MOST_UNPROVEN, Restored
 from data_prep.genes.harmonize import HarmonizedSource, counts_lost, excel_dates, largest_losses
 from data_prep.ledger.ledger import LedgerEntry, RoundingRecord
-from data_prep.quality import (
+from data_prep.source.source import UnusableError
+from data_prep.staging.quality import (
     CellLimits,
     default_min_genes,
     droplet_counts,
@@ -26,7 +27,6 @@ from data_prep.quality import (
     mitochondrial_genes,
     mitochondrial_share,
 )
-from data_prep.source.source import UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 
 UNPROVEN = "counts not proven"

@@ -1,0 +1,1 @@
+"""One dataset into its staging folder: read, prove, filter, write, read back."""
