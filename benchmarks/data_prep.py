@@ -47,7 +47,11 @@ write_h5ads(Path(sys.argv[1]).resolve(), n_cells=int(sys.argv[2]), n_datasets=1)
 CONTENDERS = ("convert + finalize", "anndata, plain", "anndata, gzip")
 IMPORTS = {
     # `convert` imports in its own process and in the one that its workers are forked from.
-    CONTENDERS[0]: ["data_prep.convert", "data_prep.convert", "data_prep.corpus.finalize"],
+    CONTENDERS[0]: [
+        "data_prep.convert.convert",
+        "data_prep.convert.convert",
+        "data_prep.corpus.finalize",
+    ],
     CONTENDERS[1]: ["anndata"],
     CONTENDERS[2]: ["anndata"],
 }

@@ -37,8 +37,8 @@ from benchmarks.synthetic_corpus import write_h5ads
 write_h5ads(Path(sys.argv[1]), n_cells=int(sys.argv[2]))
 """
 OWN_IMPORTS = (
-    "import data_prep.convert",
-    "import data_prep.convert",
+    "import data_prep.convert.convert",
+    "import data_prep.convert.convert",
     "import data_prep.corpus.finalize",
 )
 """Imports of the processes of both commands; `convert` forks its workers from a process of its

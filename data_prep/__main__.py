@@ -105,7 +105,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add: dict[str, Callable[[argparse.ArgumentParser], None]] = {
         "manifest": _add_manifest,
-        "convert": _delegate("data_prep.convert_command"),
+        "convert": _delegate("data_prep.convert.command"),
         "status": _add_status,
         "forget": _add_forget,
         "finalize": _add_finalize,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.source_identity import source_hash
+from data_prep.convert.source_identity import source_hash
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.input_cells import Cells
 from sclong_ds.model.sclong import ScLong

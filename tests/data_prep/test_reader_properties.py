@@ -27,13 +27,13 @@ from hypothesis import HealthCheck, given, seed, settings
 from made_examples import GENES, Example, examples
 from made_sources import CONTAINERS, SPARSE, scipy_sum, write
 
-from data_prep.convert import prepare_corpus
+from data_prep.convert.convert import prepare_corpus
+from data_prep.convert.one_dataset import convert_dataset
 from data_prep.corpus.finalize import finalize
 from data_prep.counts.proof import exact_counts
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry
 from data_prep.manifest.manifest import Dataset
-from data_prep.one_dataset import convert_dataset
 from data_prep.readers.open import open_source
 from data_prep.staging.dataset import Settings
 from data_prep.verify_sources import check_sources

@@ -21,14 +21,14 @@ from scipy import sparse
 
 from data_prep import plain_arrays, verify_sources
 from data_prep.__main__ import main
-from data_prep.convert import prepare_corpus
+from data_prep.convert.convert import prepare_corpus
+from data_prep.convert.one_dataset import convert_dataset
 from data_prep.corpus.finalize import finalize
 from data_prep.drawn_cells import draw_cells
 from data_prep.genes import harmonize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import read_ledger
 from data_prep.manifest.manifest import Dataset
-from data_prep.one_dataset import convert_dataset
 from data_prep.readers import open as readers
 from data_prep.staging import dataset as staging
 from data_prep.staging import outcome

@@ -13,12 +13,12 @@ import torch
 from exported import named_genes, write_model
 from scipy.sparse import csr_matrix
 
-from data_prep.convert import prepare_corpus
+from data_prep.convert.convert import prepare_corpus
+from data_prep.convert.one_dataset import convert_dataset
+from data_prep.convert.source_identity import source_hash
 from data_prep.corpus.finalize import finalize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.manifest.manifest import Dataset
-from data_prep.one_dataset import convert_dataset
-from data_prep.source_identity import source_hash
 from data_prep.staging.dataset import Settings
 from sclong_ds import embed, input_cells
 from sclong_ds.corpus.corpus import Corpus

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from data_prep.convert.source_identity import source_files, source_hash
 from data_prep.readers.open import open_source
 from data_prep.source.source import Source
-from data_prep.source_identity import source_files, source_hash
 
 VALUES = np.log1p(np.random.default_rng(5).poisson(0.6, (6, 4)) * 1234.5).astype(np.float32)
 GENES = ["TP53", "ACTB", "GAPDH", "CD4"]

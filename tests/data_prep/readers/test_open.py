@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from scipy import io, sparse
 
+from data_prep.convert.source_identity import source_hash
 from data_prep.counts.proof import exact_counts
 from data_prep.readers import arrays as readers_arrays
 from data_prep.readers import gather as readers_gather
@@ -22,7 +23,6 @@ from data_prep.readers.gather import gathered
 from data_prep.readers.open import detect_format, open_source
 from data_prep.source import source
 from data_prep.source.source import Source, UnusableError
-from data_prep.source_identity import source_hash
 
 N_CELLS, N_GENES = 7, 11
 COUNTS = np.random.default_rng(3).poisson(0.7, (N_CELLS, N_GENES)).astype(np.int32)

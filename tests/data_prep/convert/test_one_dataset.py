@@ -15,13 +15,13 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep import one_dataset
-from data_prep.convert import convert, prepare_corpus
+from data_prep.convert import one_dataset
+from data_prep.convert.convert import convert, prepare_corpus
+from data_prep.convert.one_dataset import convert_dataset
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, check_staged, is_older, ledger_path, read_ledger
 from data_prep.ledger.pending import read_pending, record_manifest
 from data_prep.manifest.manifest import Dataset
-from data_prep.one_dataset import convert_dataset
 from data_prep.staging import dataset as staging
 from data_prep.staging.dataset import Settings, forget
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -31,7 +31,7 @@ from sclong_ds.files.obs_table import read_obs
 GENES = GeneVocabulary.bundled()
 SETTINGS = Settings(genes_hash=GENES.hash)
 N_CELLS, N_GENES = 20, 300
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from data_prep.convert.limits import memory_advice
+from data_prep.convert.source_identity import source_files, source_hash
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import (
     LedgerEntry,
@@ -27,10 +29,8 @@ from data_prep.ledger.ledger import (
     staged_entry,
     write_entry,
 )
-from data_prep.limits import memory_advice
 from data_prep.manifest.manifest import Dataset
 from data_prep.source.source import UnusableError
-from data_prep.source_identity import source_files, source_hash
 from data_prep.staging.dataset import STAGING_VERSION, Settings, clear, stage
 from sclong_ds.files.atomic import named_errors
 

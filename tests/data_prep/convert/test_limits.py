@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import limits
-from data_prep.limits import Limits, default_memory_gib, memory_advice, used_gib
+from data_prep.convert import limits
+from data_prep.convert.limits import Limits, default_memory_gib, memory_advice, used_gib
 
 GIB = 2**30
 
@@ -66,7 +66,7 @@ def test_the_least_of_the_control_groups_counts(
 def test_a_process_cannot_take_more_than_allowed() -> None:
     program = (
         "import numpy as np, os\n"
-        "from data_prep import limits\n"
+        "from data_prep.convert import limits\n"
         "limits.limit_memory(0.25)\n"
         "held = np.ones(2**24)\n"
         "assert limits.used_gib(os.getpid()) > 0.12\n"
@@ -76,7 +76,7 @@ def test_a_process_cannot_take_more_than_allowed() -> None:
         "    print(limits.memory_advice())\n"
     )
     command = [sys.executable, "-c", program]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     held = np.ones(2**28)  # a large parent: its own peak is not the child's
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, close_fds=False)
     del held

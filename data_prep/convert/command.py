@@ -18,10 +18,10 @@ from data_prep.arguments import (
     share,
     whole,
 )
-from data_prep.convert import convert
+from data_prep.convert.convert import convert
+from data_prep.convert.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.ledger.ledger import count_statuses
 from data_prep.ledger.table import format_table
-from data_prep.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.manifest.manifest import COLUMNS, read_manifest
 from data_prep.staging.dataset import Settings
 from data_prep.staging.quality import GENES_SHARE, MIN_GENES

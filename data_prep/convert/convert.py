@@ -31,6 +31,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_prep.convert.limits import DEFAULT_MINUTES, Limits, default_memory_gib
+from data_prep.convert.one_dataset import convert_dataset, is_taken, read_hash, settings_hash, taken
+from data_prep.convert.workers import Worker
 from data_prep.ledger.ledger import (
     LedgerEntry,
     dataset_lock,
@@ -40,11 +43,8 @@ from data_prep.ledger.ledger import (
     staged_entry,
 )
 from data_prep.ledger.pending import known_names, record_manifest
-from data_prep.limits import DEFAULT_MINUTES, Limits, default_memory_gib
 from data_prep.manifest.manifest import Dataset
-from data_prep.one_dataset import convert_dataset, is_taken, read_hash, settings_hash, taken
 from data_prep.staging.dataset import STAGING_VERSION, Settings
-from data_prep.workers import Worker
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import locked, partial_name, read_json, write_atomic
 

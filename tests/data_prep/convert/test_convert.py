@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep import workers as workers_module
-from data_prep.convert import convert, prepare_corpus
+from data_prep.convert import workers as workers_module
+from data_prep.convert.convert import convert, prepare_corpus
+from data_prep.convert.one_dataset import convert_dataset
 from data_prep.counts.candidates import choose_counts
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, read_ledger
 from data_prep.ledger.pending import read_pending, record_manifest
 from data_prep.manifest.manifest import Dataset, read_manifest
-from data_prep.one_dataset import convert_dataset
 from data_prep.source.source import Matrix
 from data_prep.staging.dataset import Settings, forget
 from sclong_ds.corpus.cell_store import CellStore
@@ -33,7 +33,7 @@ from sclong_ds.files.obs_table import read_obs
 GENES = GeneVocabulary.bundled()
 SETTINGS = Settings(genes_hash=GENES.hash)
 N_CELLS, N_GENES = 20, 300
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "data_prep" / "resources" / "demo"
 
 
@@ -216,7 +216,7 @@ def test_two_processes_at_one_dataset_stage_it_once(tmp_path: Path, corpus: Path
     (tmp_path / "race.py").write_text(
         "import json, sys, time\n"
         "from pathlib import Path\n"
-        "from data_prep import convert; from data_prep.staging import dataset as staging\n"
+        "from data_prep.convert import convert; from data_prep.staging import dataset as staging\n"
         "from data_prep.genes.gene_names import GeneResolver\n"
         "from data_prep.manifest.manifest import Dataset\n"
         "from sclong_ds.corpus.genes import GeneVocabulary\n"
@@ -506,7 +506,7 @@ def test_a_killed_worker_costs_its_dataset_only(
     """A worker does several datasets; the one at which it dies fails, those around it do not."""
     (tmp_path / "deadly_worker.py").write_text(
         "import os, signal\n"
-        "from data_prep import workers\n"
+        "from data_prep.convert import workers\n"
         "def work(pipe, corpus, settings, limits):\n"
         "    real = workers.convert_dataset\n"
         "    def deadly(dataset, **options):\n"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import source_identity
-from data_prep.source_identity import source_files, source_hash
+from data_prep.convert import source_identity
+from data_prep.convert.source_identity import source_files, source_hash
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import workers as workers_module
-from data_prep.convert import convert
+from data_prep.convert import workers as workers_module
+from data_prep.convert.convert import convert
 from data_prep.ledger.ledger import read_ledger
 from data_prep.manifest.manifest import Dataset
 from data_prep.staging.dataset import Settings
@@ -35,7 +35,7 @@ def harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "harmful_worker.py").write_text(
         "import time\n"
         "import numpy as np\n"
-        "from data_prep import one_dataset, workers\n"
+        "from data_prep.convert import one_dataset, workers\n"
         "def work(pipe, corpus, settings, limits):\n"
         "    real = one_dataset.stage\n"
         "    def harmful(dataset, entry, *, folder, **options):\n"

@@ -19,11 +19,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from data_prep.convert.limits import Limits, limit_memory, used_gib
+from data_prep.convert.one_dataset import convert_dataset, new_entry
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, staged_entry, write_entry
-from data_prep.limits import Limits, limit_memory, used_gib
 from data_prep.manifest.manifest import Dataset
-from data_prep.one_dataset import convert_dataset, new_entry
 from data_prep.staging.dataset import Settings, clear, part_folder
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import named_errors
@@ -67,7 +67,7 @@ class Worker:
         if not alive or self._n_begun == DATASETS_PER_WORKER:
             self.stop()
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data_prep.workers"])
+            context.set_forkserver_preload(["data_prep.convert.workers"])
             # A start that is broken off leaves a process that complains of its missing parent.
             with _held_back(signal.SIGTERM, signal.SIGINT):
                 self._pipe, theirs = context.Pipe()

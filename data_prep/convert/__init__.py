@@ -1,0 +1,1 @@
+"""Many datasets in worker processes, each within its limits, restartable."""
