@@ -66,7 +66,7 @@ def _loader(corpus: Any) -> Any:
 
 def read_verify(folder: Path) -> Any:
     """Verify a corpus; a report that is not ok is the error that the command would end with."""
-    from data_prep.verify import verify
+    from data_prep.verify.verify import verify
 
     report = verify(folder)
     if not report["ok"]:

@@ -311,9 +311,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from data_prep.verify import verify
-    from data_prep.verify_files import links_text
-    from data_prep.verify_sources import sources_line
+    from data_prep.verify.files import links_text
+    from data_prep.verify.sources import sources_line
+    from data_prep.verify.verify import verify
     from sclong_ds.progress import stage_progress
 
     with stage_progress("cells") as progress:

@@ -31,14 +31,14 @@ import numpy.typing as npt
 from data_prep.convert.one_dataset import read_hash
 from data_prep.corpus.dedup import Progress
 from data_prep.counts.option import parse_counts
-from data_prep.drawn_cells import draw_cells, draw_dropped
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.manifest.manifest import OBS_ROLES, Dataset
-from data_prep.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx
-from data_prep.plain_text import plain_matrix_market, plain_npz, plain_table
 from data_prep.source.source import Matrix
 from data_prep.staging.quality import MITOCHONDRIAL_IDS
+from data_prep.verify.drawn_cells import draw_cells, draw_dropped
+from data_prep.verify.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx
+from data_prep.verify.plain_text import plain_matrix_market, plain_npz, plain_table
 from sclong_ds.corpus.corpus import Corpus
 
 DEFAULT_SEED = 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.plain_arrays import STRETCH, PlainSource, Stored
+from data_prep.verify.plain_arrays import STRETCH, PlainSource, Stored
 
 _MEMBER_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}
 

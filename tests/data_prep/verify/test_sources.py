@@ -19,12 +19,10 @@ import zarr
 from made_sources import CONTAINERS, EXPRESSION, WITH_OBS, Made, write
 from scipy import sparse
 
-from data_prep import plain_arrays, verify_sources
 from data_prep.__main__ import main
 from data_prep.convert.convert import prepare_corpus
 from data_prep.convert.one_dataset import convert_dataset
 from data_prep.corpus.finalize import finalize
-from data_prep.drawn_cells import draw_cells
 from data_prep.genes import harmonize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import read_ledger
@@ -34,8 +32,11 @@ from data_prep.staging import dataset as staging
 from data_prep.staging import outcome
 from data_prep.staging.dataset import Settings
 from data_prep.staging.quality import CellLimits
-from data_prep.verify import verify
-from data_prep.verify_sources import check_sources, sources_line
+from data_prep.verify import plain_arrays
+from data_prep.verify import sources as verify_sources
+from data_prep.verify.drawn_cells import draw_cells
+from data_prep.verify.sources import check_sources, sources_line
+from data_prep.verify.verify import verify
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 

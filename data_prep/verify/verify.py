@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.corpus.dedup import Progress, find_duplicates
 from data_prep.corpus.gene_statistics import gene_statistics
 from data_prep.corpus.splits import read_donors
-from data_prep.verify_files import (
+from data_prep.verify.files import (
     CATALOGUE,
     CELLS,
     CHUNKS,
@@ -34,7 +34,7 @@ from data_prep.verify_files import (
     Links,
     check_files,
 )
-from data_prep.verify_sources import DEFAULT_SEED, check_sources
+from data_prep.verify.sources import DEFAULT_SEED, check_sources
 from sclong_ds.corpus.catalogue import SPLITS, read_catalogue
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import Corpus

@@ -13,8 +13,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.corpus.finalize import finalize
-from data_prep.verify import verify
-from data_prep.verify_files import (
+from data_prep.verify.files import (
     CHUNKS,
     FILES,
     INPUTS,
@@ -25,10 +24,11 @@ from data_prep.verify_files import (
     SUMS,
     links_text,
 )
+from data_prep.verify.verify import verify
 from sclong_ds.corpus.catalogue import read_catalogue, write_catalogue
 from sclong_ds.corpus.corpus import Corpus
 
-OLDEST = Path(__file__).parents[1] / "golden" / "corpus_version_1"
+OLDEST = Path(__file__).parents[2] / "golden" / "corpus_version_1"
 Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]
 
