@@ -3,7 +3,7 @@
     python -m benchmarks.gene_graph [--genes N] [--json OUT]
 
 Reads the bundled Gene Ontology. Builds the graph of all bundled genes once with
-`data_prep.jaccard.jaccard_graph`; then the graph of N of the annotated genes with it and with the
+`data_prep.graph.jaccard.jaccard_graph`; then the graph of N of the annotated genes with it and with the
 loop (both directions of every pair by Python's set operations), compares the edges, and prints the
 ratio of CPU times. The loop grows with the square of the genes: its time for all genes is that of N
 times (all / N) squared.
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment
-from data_prep.gene_ontology import (
+from data_prep.graph.gene_ontology import (
     GENE_TABLE,
     GO_FOLDER,
     match_genes,
@@ -30,7 +30,7 @@ from data_prep.gene_ontology import (
     read_gene_keys,
     read_ontology,
 )
-from data_prep.jaccard import NEIGHBOURS, THRESHOLD, jaccard_graph
+from data_prep.graph.jaccard import NEIGHBOURS, THRESHOLD, jaccard_graph
 
 Edges = dict[tuple[int, int], np.float32]
 

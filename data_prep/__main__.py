@@ -111,8 +111,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "finalize": _add_finalize,
         "verify": _add_verify,
         "report": _delegate("data_prep.qc_report"),
-        "gene-graph": _delegate("data_prep.gene_graph"),
-        "gene-vectors": _delegate("data_prep.gene_vectors"),
+        "gene-graph": _delegate("data_prep.graph.gene_graph"),
+        "gene-vectors": _delegate("data_prep.graph.gene_vectors"),
     }
     # Only the command that runs imports its libraries: `status` should not wait for goatools.
     chosen = next((word for word in arguments if word in COMMANDS), None)

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from data_prep import gene_vectors
 from data_prep.corpus.finalize import finalize
-from data_prep.gene_vectors import build_gene_vectors, read_presence
+from data_prep.graph import gene_vectors
+from data_prep.graph.gene_vectors import build_gene_vectors, read_presence
 from data_prep.ledger.ledger import empty_entry, staged_files, write_entry
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus

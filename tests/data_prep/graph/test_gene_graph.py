@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ontology import OBO
 
-from data_prep import gene_graph, jaccard
-from data_prep.jaccard import degrees, jaccard_graph
+from data_prep.graph import gene_graph, jaccard
+from data_prep.graph.jaccard import degrees, jaccard_graph
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 

@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 from ontology import OBO
 
-from data_prep import gene_ontology
-from data_prep.gene_ontology import match_genes, read_annotations, read_gene_keys, read_ontology
+from data_prep.graph import gene_ontology
+from data_prep.graph.gene_ontology import (
+    match_genes,
+    read_annotations,
+    read_gene_keys,
+    read_ontology,
+)
 
 HEADER = "#tax_id\tGeneID\tGO_ID\tEvidence\tQualifier\tGO_term\tPubMed\tCategory\n"
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.gene_ontology import (
+from data_prep.graph.gene_ontology import (
     GENE_TABLE,
     GO_FOLDER,
     HUMAN,
@@ -43,7 +43,7 @@ from data_prep.gene_ontology import (
     read_gene_keys,
     read_ontology,
 )
-from data_prep.jaccard import NEIGHBOURS, THRESHOLD, GeneGraph, degrees, jaccard_graph
+from data_prep.graph.jaccard import NEIGHBOURS, THRESHOLD, GeneGraph, degrees, jaccard_graph
 from sclong_ds.corpus.gene_graph import write_gene_graph
 from sclong_ds.files.atomic import file_sha256, write_atomic
 

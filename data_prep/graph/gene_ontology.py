@@ -27,8 +27,8 @@ from typing import Any, Literal, TextIO
 
 from sclong_ds.corpus.genes import GeneVocabulary
 
-GO_FOLDER = Path(__file__).parent / "resources" / "go"
-GENE_TABLE = Path(__file__).parent / "resources" / "genes_27874.tsv.gz"
+GO_FOLDER = Path(__file__).parents[1] / "resources" / "go"
+GENE_TABLE = Path(__file__).parents[1] / "resources" / "genes_27874.tsv.gz"
 HUMAN = 9606  # NCBI taxonomy id
 NAMESPACES = {"biological_process": "BP", "molecular_function": "MF", "cellular_component": "CC"}
 
