@@ -110,7 +110,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "forget": _add_forget,
         "finalize": _add_finalize,
         "verify": _add_verify,
-        "report": _delegate("data_prep.qc_report"),
+        "report": _delegate("data_prep.report.qc_report"),
         "gene-graph": _delegate("data_prep.graph.gene_graph"),
         "gene-vectors": _delegate("data_prep.graph.gene_vectors"),
     }

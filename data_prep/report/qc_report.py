@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import qc_figures
 from data_prep.ledger.ledger import LedgerEntry, count_statuses
-from data_prep.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
+from data_prep.report import qc_figures
+from data_prep.report.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
 from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
 
-TEMPLATE = Path(__file__).parent / "resources" / "qc_report.html"
+TEMPLATE = Path(__file__).parents[1] / "resources" / "qc_report.html"
 FEW_DATASETS = 24
 """Up to so many, each dataset has a bar of its own; more are drawn as distributions."""
 WORST = 20

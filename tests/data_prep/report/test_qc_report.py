@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_prep import qc_report
 from data_prep.corpus.finalize import finalize
 from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
-from data_prep.qc_report import page
-from data_prep.qc_summary import summarize
+from data_prep.report import qc_report
+from data_prep.report.qc_report import page
+from data_prep.report.qc_summary import summarize
 from sclong_ds.corpus.corpus import Corpus
 
 Stage = Callable[..., Path]

@@ -1,0 +1,1 @@
+"""The quality report of a corpus: figures and one HTML page."""
