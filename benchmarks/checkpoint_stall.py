@@ -60,13 +60,9 @@ def prepare(width: int) -> tuple[Any, Any]:
     from sclong_ds import checkpoint
     from sclong_ds.checkpoint_files import TrainState
     from sclong_ds.config.load import load_config
-    from sclong_ds.engine import (
-        build_partitioned,
-        initialize,
-        join_process_group,
-        quiet_deepspeed,
-        resolve_ds_config,
-    )
+    from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, quiet_deepspeed
+    from sclong_ds.engine.ds_config import resolve_ds_config
+    from sclong_ds.engine.ranks import join_process_group
 
     quiet_deepspeed()
     join_process_group(timeout_s=600)

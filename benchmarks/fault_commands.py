@@ -25,6 +25,8 @@ from benchmarks.fault_products import (
     must,
     sclong,
 )
+from sclong_ds.engine.ds_config import resolve_ds_config
+from sclong_ds.engine.ranks import join_process_group
 
 ABSENT: Mapping[str, Any] = {}
 """Content of a unit that is not there."""
@@ -154,16 +156,16 @@ def _engine() -> Any:
     import torch
     from torch import nn
 
-    from sclong_ds import engine as engines
     from sclong_ds.config.load import load_config
+    from sclong_ds.engine import deepspeed_engine as engines
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": "0"}  # fmt: skip
     engines.quiet_deepspeed()
-    engines.join_process_group(timeout_s=60)
+    join_process_group(timeout_s=60)
     config = load_config("sclong_tiny")
     settings = dataclasses.replace(config.engine, train_batch_size=1, gradient_clipping=0.0)
-    resolved = engines.resolve_ds_config(settings, world_size=1)
+    resolved = resolve_ds_config(settings, world_size=1)
     model = engines.build_partitioned(
         lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), seed=0, ds_config=resolved
     )

@@ -145,7 +145,7 @@ def read_compare(folder: Path) -> Any:
 
 def read_resumed(folder: Path) -> Any:
     """Choose a checkpoint as a resumed run does and read all that is taken from it."""
-    from sclong_ds.engine import join_process_group
+    from sclong_ds.engine.ranks import join_process_group
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": "0"}  # fmt: skip

@@ -86,7 +86,7 @@ def predict(changes: dict[str, object], *, ranks: int) -> dict[str, int]:
         changes: Settings of the run.
         ranks: Number of ranks.
     """
-    from sclong_ds.engine import resolve_ds_config
+    from sclong_ds.engine.ds_config import resolve_ds_config
 
     words = settings(Path("run"), Path("corpus"), **changes)[2:]
     config = load_config("sclong_tiny", words)

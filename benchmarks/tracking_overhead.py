@@ -59,7 +59,7 @@ def measure(work: Path, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from sclong_ds import pretrain, system_metrics, validation
-    from sclong_ds.gradient_norms import GradientNorms
+    from sclong_ds.engine.gradient_norms import GradientNorms
     from sclong_ds.mlflow_store import Sender
     from sclong_ds.rank_times import RankTimes
     from sclong_ds.tracking import Tracker

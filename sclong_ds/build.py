@@ -27,20 +27,19 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.costs import training_flops_per_cell
 from sclong_ds.devices import device_of_name
-from sclong_ds.engine import (
-    Ranks,
+from sclong_ds.engine.deepspeed_engine import (
     build_partitioned,
     count_parameters,
     fill_master_weights,
     fill_parameters,
     initialize,
-    learning_rate,
-    on_first_rank,
-    resolve_ds_config,
 )
+from sclong_ds.engine.ds_config import resolve_ds_config
+from sclong_ds.engine.gradient_norms import GradientNorms
+from sclong_ds.engine.ranks import Ranks, on_first_rank
+from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.features_file import read_features
 from sclong_ds.files.atomic import file_sha256, write_atomic
-from sclong_ds.gradient_norms import GradientNorms
 from sclong_ds.guards import StepGuard, history_of
 from sclong_ds.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.masking import target_count

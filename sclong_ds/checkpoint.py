@@ -42,7 +42,7 @@ from sclong_ds.checkpoint_files import (
 from sclong_ds.checkpoint_writer import CheckpointWriter, Written
 from sclong_ds.config.sections import CheckpointConfig, RunConfig
 from sclong_ds.elastic import load_converted
-from sclong_ds.engine import on_first_rank
+from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.files.atomic import sync_folder, write_atomic
 from sclong_ds.torch_files import plain_values_only, refuse_code
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sclong_ds.engine import on_first_rank
+from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.torch_files import plain_values_only
 
 log = logging.getLogger(__name__)

@@ -181,7 +181,7 @@ def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) ->
 
 def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) -> dict[str, Any]:
     """Predict rates and times at the stated utilisation."""
-    from sclong_ds.engine import learning_rate  # late, as in `run`
+    from sclong_ds.engine.schedule import learning_rate  # late, as in `run`
 
     engine, cells = config.engine, work.cells
     micro = engine.train_micro_batch_size_per_gpu
@@ -377,7 +377,7 @@ def run(args: argparse.Namespace) -> int:
     work = _workload(config, args.cells)
     # Imported late: deepspeed takes seconds, and says on stdout which accelerator it found.
     with contextlib.redirect_stdout(sys.stderr):
-        from sclong_ds.engine import resolve_ds_config
+        from sclong_ds.engine.ds_config import resolve_ds_config
 
     ds_config = resolve_ds_config(config.engine, world_size=site.nodes * site.gpus_per_node)
     plan = {"config": args.config} | make_plan(config, ds_config, site=site, work=work)

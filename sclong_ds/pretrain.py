@@ -36,13 +36,17 @@ from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.data import CellLoader, open_stream
-from sclong_ds.engine import (
-    Ranks,
-    join_process_group,
+from sclong_ds.engine.deepspeed_engine import (
     limit_norm,
     peak_memory_gib,
     quiet_deepspeed,
     set_hyper_parameters,
+)
+from sclong_ds.engine.ranks import (
+    Ranks,
+    UnreadableCellsError,
+    join_process_group,
+    sum_or_raise,
     sum_over_ranks,
 )
 from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
@@ -53,12 +57,7 @@ from sclong_ds.sampling import weights_of
 from sclong_ds.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
 from sclong_ds.signals import STOP_STATUS, StopRequest
 from sclong_ds.step_timer import StepTimer
-from sclong_ds.validation import (
-    UnreadableCellsError,
-    sum_or_raise,
-    validate,
-    validation_is_due,
-)
+from sclong_ds.validation import validate, validation_is_due
 
 log = logging.getLogger("sclong_ds.pretrain")
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from sclong_ds.engine import Ranks
+from sclong_ds.engine.ranks import Ranks
 from sclong_ds.run_folder.pending_pictures import RANK_COLUMNS
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sclong_ds.build import Run
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.engine import sum_over_ranks
+from sclong_ds.engine.ranks import sum_over_ranks
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")

@@ -18,7 +18,7 @@ from sclong_ds.build import Run
 from sclong_ds.checkpoint_files import name_of, record_best
 from sclong_ds.corpus.byte_code import encode
 from sclong_ds.corpus.cell_store import DamagedChunk
-from sclong_ds.engine import Ranks, sum_over_ranks
+from sclong_ds.engine.ranks import sum_or_raise
 from sclong_ds.masking import VALIDATION_EPOCH
 from sclong_ds.metrics import MaskedMetrics, routed_large
 from sclong_ds.model.routing import unknown_genes
@@ -32,33 +32,6 @@ log = logging.getLogger("sclong_ds.pretrain")
 
 DENSITY_VALUES = 20_000
 """Points of the predicted-against-true picture."""
-
-
-class UnreadableCellsError(ValueError):
-    """Cells could not be read; raised on every rank, between two steps."""
-
-
-def sum_or_raise(ranks: Ranks, *values: int, problem: str | None) -> list[int]:
-    """Return sums of integers over the ranks, unless one of them has a problem.
-
-    Every rank must call it with as many values. A rank that gave up alone would leave the others
-    waiting for it.
-
-    Args:
-        ranks: The ranks.
-        values: This rank's numbers.
-        problem: What this rank could not do; None: nothing.
-
-    Raises:
-        UnreadableCellsError: The problem of the first rank that has one, on all ranks.
-    """
-    *sums, failed = sum_over_ranks(ranks, *values, problem is not None)
-    if failed:
-        everyone: list[str | None] = [None] * ranks.world_size
-        dist.all_gather_object(everyone, problem)
-        rank, text = next((r, text) for r, text in enumerate(everyone) if text is not None)
-        raise UnreadableCellsError(text if ranks.world_size == 1 else f"rank {rank}: {text}")
-    return sums
 
 
 def validation_is_due(run: Run) -> bool:

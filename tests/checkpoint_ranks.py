@@ -24,13 +24,9 @@ from sclong_ds import checkpoint, checkpoint_files
 from sclong_ds.checkpoint_files import TrainState, best_checkpoint
 from sclong_ds.checkpoint_writer import ChecksummedFile
 from sclong_ds.config.load import load_config
-from sclong_ds.engine import (
-    build_partitioned,
-    initialize,
-    join_process_group,
-    quiet_deepspeed,
-    resolve_ds_config,
-)
+from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, quiet_deepspeed
+from sclong_ds.engine.ds_config import resolve_ds_config
+from sclong_ds.engine.ranks import join_process_group
 from sclong_ds.failures import run_to_end
 
 CONFIG = load_config("sclong_tiny")

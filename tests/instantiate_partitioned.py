@@ -15,13 +15,9 @@ import psutil
 
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.engine import (
-    build_partitioned,
-    count_parameters,
-    join_process_group,
-    peak_memory_gib,
-    resolve_ds_config,
-)
+from sclong_ds.engine.deepspeed_engine import build_partitioned, count_parameters, peak_memory_gib
+from sclong_ds.engine.ds_config import resolve_ds_config
+from sclong_ds.engine.ranks import join_process_group
 from sclong_ds.failures import run_to_end
 from sclong_ds.model.sclong import ScLong
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels import reference as favor
 from sclong_ds.config.load import load_config
-from sclong_ds.engine import learning_rate
+from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.masking import target_count
 from sclong_ds.model.routing import expression_order
 from sclong_ds.model.sclong import ScLong

@@ -9,12 +9,9 @@ from small_model import small_model
 
 from sclong_ds.build import set_options
 from sclong_ds.config.load import load_config
-from sclong_ds.engine import (
-    DS_CONFIGS_DIR,
-    learning_rate,
-    parameter_groups,
-    resolve_ds_config,
-)
+from sclong_ds.engine.deepspeed_engine import parameter_groups
+from sclong_ds.engine.ds_config import DS_CONFIGS_DIR, resolve_ds_config
+from sclong_ds.engine.schedule import learning_rate
 
 CONFIG = load_config("sclong_tiny")
 
