@@ -56,7 +56,7 @@ def make(folder: Path, n_cells: int) -> None:
     from sclong_ds.corpus.catalogue import DatasetInfo, write_catalogue
     from sclong_ds.corpus.corpus import Corpus
     from sclong_ds.corpus.genes import GeneVocabulary
-    from sclong_ds.data import open_stream
+    from sclong_ds.loader.loader import open_stream
 
     genes = GeneVocabulary.bundled()
     genes.write(folder / "genes.tsv")
@@ -179,8 +179,8 @@ def measure(folder: Path) -> list[dict[str, Any]]:
         last, cpu = time.perf_counter(), time.process_time()
 
     from sclong_ds.corpus.corpus import Corpus
-    from sclong_ds.data import CellLoader, open_stream
-    from sclong_ds.order import dataset_weights
+    from sclong_ds.loader.loader import CellLoader, open_stream
+    from sclong_ds.loader.weights import dataset_weights
 
     ended("imports")
     corpus = Corpus(folder)

@@ -49,7 +49,7 @@ def _measured(corpus: Any) -> Any:
 
 def _loader(corpus: Any) -> Any:
     """Return what the loader delivers in three steps."""
-    from sclong_ds.data import CellLoader, open_stream
+    from sclong_ds.loader.loader import CellLoader, open_stream
 
     stream = open_stream(corpus, seed=0, group_chunks=2)
     found = []

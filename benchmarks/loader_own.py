@@ -1,4 +1,4 @@
-"""Our side of the loader benchmark: `sclong_ds.data.CellLoader` on the stores of `finalize`."""
+"""Our side of the loader benchmark: `sclong_ds.loader.loader.CellLoader` on the stores of `finalize`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks.loader_cells import TARGET_SUM, Contender, Loaded, SourceCells
 from sclong_ds.corpus.corpus import Corpus
-from sclong_ds.data import CellLoader, open_stream
+from sclong_ds.loader.loader import CellLoader, open_stream
 
 KINDS = {"packed": "packed", "csr": "sparse", "dense": "dense", "dense_norm": "ready"}
 """Kind of contender for each output of the loader."""

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.batches import CellBatch
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.byte_code import PackedCells, decode
+from sclong_ds.loader.batches import CellBatch
 from sclong_ds.masking import Targets, draw_targets
 from sclong_ds.measured import MeasuredGenes
 

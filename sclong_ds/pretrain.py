@@ -30,12 +30,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sclong_ds import checkpoint, failures
-from sclong_ds.batches import CellBatch, StepBatch
 from sclong_ds.build import Run, build
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
-from sclong_ds.data import CellLoader, open_stream
 from sclong_ds.engine.deepspeed_engine import (
     limit_norm,
     peak_memory_gib,
@@ -49,11 +47,13 @@ from sclong_ds.engine.ranks import (
     sum_or_raise,
     sum_over_ranks,
 )
+from sclong_ds.loader.batches import CellBatch, StepBatch
+from sclong_ds.loader.loader import CellLoader, open_stream
+from sclong_ds.loader.weights import weights_of
 from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.preparation import prepare
 from sclong_ds.run_checks import check_inputs
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
-from sclong_ds.sampling import weights_of
 from sclong_ds.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
 from sclong_ds.signals import STOP_STATUS, StopRequest
 from sclong_ds.step_timer import StepTimer

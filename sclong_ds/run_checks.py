@@ -15,9 +15,9 @@ from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, read_st
 from sclong_ds.config.history import add_later_keys
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import read_yaml, to_dict, to_yaml
+from sclong_ds.loader.weights import read_weights
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.run_folder.credentials import without_credentials
-from sclong_ds.sampling import read_weights
 
 
 def check_inputs(config: RunConfig) -> None:

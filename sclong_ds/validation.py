@@ -13,12 +13,12 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds import checkpoint
-from sclong_ds.batches import CellBatch
 from sclong_ds.build import Run
 from sclong_ds.checkpoint_files import name_of, record_best
 from sclong_ds.corpus.byte_code import encode
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.engine.ranks import sum_or_raise
+from sclong_ds.loader.batches import CellBatch
 from sclong_ds.masking import VALIDATION_EPOCH
 from sclong_ds.metrics import MaskedMetrics, routed_large
 from sclong_ds.model.routing import unknown_genes

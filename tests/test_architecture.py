@@ -29,11 +29,11 @@ STORAGE = {
 }
 """The on-disk formats: no torch, shared by data preparation and training."""
 LOADER = {
-    "sclong_ds.data",
-    "sclong_ds.batches",
-    "sclong_ds.decoding",
-    "sclong_ds.loading",
-    "sclong_ds.order",
+    "sclong_ds.loader.loader",
+    "sclong_ds.loader.batches",
+    "sclong_ds.loader.pool",
+    "sclong_ds.loader.threads",
+    "sclong_ds.loader.order",
 }
 """The loader: no torch either, so that it can be used, and timed, without."""
 CONFIG = {

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sclong_ds.batches import CellBatch
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.byte_code import encode
+from sclong_ds.loader.batches import CellBatch
 from sclong_ds.measured import MeasuredGenes
 from sclong_ds.preparation import Prepared, hidden_zeros, prepare
 

@@ -240,7 +240,7 @@ def test_one_rank_agrees_with_two_and_exports_what_it_trained(
 def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, monkeypatch):
     """The exported model scores what validation logged, and says what trained it."""
     from sclong_ds import Corpus, export, load_model
-    from sclong_ds.batches import CellBatch
+    from sclong_ds.loader.batches import CellBatch
     from sclong_ds.masking import VALIDATION_EPOCH
     from sclong_ds.metrics import MaskedMetrics
     from sclong_ds.objective import masked_batch

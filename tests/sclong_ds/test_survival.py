@@ -30,7 +30,7 @@ from benchmarks.random_kills import (
 )
 from sclong_ds.checkpoint_files import complete_checkpoints, damage, name_of
 from sclong_ds.corpus.corpus import Corpus
-from sclong_ds.data import open_stream
+from sclong_ds.loader.loader import open_stream
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.rows import read_every_row, read_metrics
 

@@ -24,8 +24,8 @@ from sclong_ds.corpus.catalogue import (
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.data import CellLoader, open_stream
 from sclong_ds.files.obs_table import write_obs
+from sclong_ds.loader.loader import CellLoader, open_stream
 
 OLDEST = Path(__file__).parents[2] / "golden" / "corpus_version_1"
 MINIMAL: dict[str, Any] = {

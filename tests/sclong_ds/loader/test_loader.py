@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sclong_ds import loading
 from sclong_ds.corpus.byte_code import decode
 from sclong_ds.corpus.catalogue import write_catalogue
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.data import CellLoader, open_stream
-from sclong_ds.order import ONE
+from sclong_ds.loader import threads as loading
+from sclong_ds.loader.loader import CellLoader, open_stream
+from sclong_ds.loader.order import ONE
 
 GENES = 40
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")

@@ -5,7 +5,7 @@
                     train_batch_size=256, micro_batch_size=64, prefetch_batches=4) as loader:
         for step in loader: ...
 
-Order. `sclong_ds.order` defines one endless stream of cells. Global batch b is the visits
+Order. `sclong_ds.loader.order` defines one endless stream of cells. Global batch b is the visits
 [b * B, (b + 1) * B) of it; a batch may hold the end of one epoch and the beginning of the next; no
 visit is dropped or repeated. Rank r of W takes, of micro-step j, the visits [(j * W + r) * m, + m)
 of the batch. The position is one integer, the number of visits so far, valid for any W. A stream
@@ -34,11 +34,11 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.batches import CellBatch, StepBatch, empty_bytes
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.loading import LoaderPlan, LoaderThreads, Output
-from sclong_ds.order import CellStream, CellWeights
+from sclong_ds.loader.batches import CellBatch, StepBatch, empty_bytes
+from sclong_ds.loader.order import CellStream, CellWeights
+from sclong_ds.loader.threads import LoaderPlan, LoaderThreads, Output
 
 __all__ = ["CellBatch", "CellLoader", "Output", "StepBatch", "log1p_normalise", "open_stream"]
 

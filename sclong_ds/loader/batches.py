@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.byte_code import PackedCells
-from sclong_ds.decoding import CellPool, gather_packed, to_csr, to_dense, to_dense_norm
+from sclong_ds.loader.pool import CellPool, gather_packed, to_csr, to_dense, to_dense_norm
 
 
 @dataclass(frozen=True, slots=True, eq=False)

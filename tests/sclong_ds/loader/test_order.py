@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sclong_ds.order import ONE, CellStream, CellWeights, dataset_weights, explicit_weights
+from sclong_ds.loader.order import ONE, CellStream, CellWeights
+from sclong_ds.loader.weights import dataset_weights, explicit_weights
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 

@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, random_array
 
-from sclong_ds import decoding
 from sclong_ds.corpus.byte_code import MAX_COUNT, decode, encode
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.decoding import CellPool, gather_packed, to_csr, to_dense, to_dense_norm
+from sclong_ds.loader import pool as decoding
+from sclong_ds.loader.pool import CellPool, gather_packed, to_csr, to_dense, to_dense_norm
 
 G = 1500
 COUNTS = st.one_of(
@@ -327,7 +327,7 @@ def test_a_place_that_cannot_be_written_still_works(tmp_path: Path):
     (package / "__pycache__").touch()  # a file where the folder should be
     (tmp_path / "home").touch()
     script = (
-        "import numpy as np; from sclong_ds.decoding import CellPool, gather_packed\n"
+        "import numpy as np; from sclong_ds.loader.pool import CellPool, gather_packed\n"
         "a, t = np.ones(1, np.uint8), np.ones(1, np.uint32)\n"
         "pool = CellPool(a, a, np.zeros(1, np.int64), t, t, np.ones(1, np.int64))\n"
         "print(gather_packed(pool, np.zeros(3, np.int64)).gap)"

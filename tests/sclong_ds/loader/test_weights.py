@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sclong_ds.config.load import load_config
-from sclong_ds.order import ONE
-from sclong_ds.sampling import read_weights, weights_of
+from sclong_ds.loader.order import ONE
+from sclong_ds.loader.weights import read_weights, weights_of
 
 CELLS = np.array([100, 300, 0, 400])
 

@@ -20,7 +20,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.batches import (
+from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.cell_store import DamagedChunk
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.loader.batches import (
     Buffer,
     CellBatch,
     CsrOutput,
@@ -29,11 +32,8 @@ from sclong_ds.batches import (
     StepBatch,
     empty_bytes,
 )
-from sclong_ds.corpus.byte_code import PackedCells
-from sclong_ds.corpus.cell_store import DamagedChunk
-from sclong_ds.corpus.corpus import Corpus
-from sclong_ds.decoding import CellPool
-from sclong_ds.order import CellStream, Group, Visits
+from sclong_ds.loader.order import CellStream, Group, Visits
+from sclong_ds.loader.pool import CellPool
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The data loader: order of cells, sampling weights, reading, decoding; no torch."""
