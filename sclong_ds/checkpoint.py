@@ -40,7 +40,7 @@ from sclong_ds.checkpoint_files import (
     write_manifest,
 )
 from sclong_ds.checkpoint_writer import CheckpointWriter, Written
-from sclong_ds.config.sections import CheckpointConfig, RunConfig
+from sclong_ds.config.sections import CheckpointConfig
 from sclong_ds.elastic import load_converted
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.files.atomic import sync_folder, write_atomic
@@ -369,12 +369,6 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
     refuse_code(sorted(checkpoint.glob("*.pt")))
     with _quiet(), plain_values_only():
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-
-
-def redraw_index(config: RunConfig, step: int) -> int:
-    """Return which draw of the random features belongs to the state after a number of steps."""
-    interval = config.model.feature_redraw_interval
-    return step // interval if interval else 0
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

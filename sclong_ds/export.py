@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sclong_ds.checkpoint import full_weights, redraw_index
+from sclong_ds.checkpoint import full_weights
 from sclong_ds.checkpoint_files import (
     MANIFEST,
     complete_checkpoints,
@@ -28,9 +28,8 @@ from sclong_ds.command_line import local_path
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.transform import Transform
-from sclong_ds.features_file import read_features
 from sclong_ds.files.atomic import named_errors
-from sclong_ds.model.performer import drawn_features
+from sclong_ds.model.random_features import drawn_features, read_features, redraw_index
 from sclong_ds.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
 from sclong_ds.run_folder.files import read_run_json, recorded_ids
 from sclong_ds.run_folder.identity import environment, git_commit

@@ -42,8 +42,8 @@ from sclong_ds.config.strict_yaml import read_yaml, section_from_dict, to_dict
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
-from sclong_ds.features_file import read_features, write_features
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
+from sclong_ds.model.random_features import read_features, write_features
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_manifest import CURE, WEIGHTS, check_files, write_manifest
 

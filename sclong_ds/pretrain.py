@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sclong_ds import checkpoint, failures
+from sclong_ds import failures
 from sclong_ds.build import Run, build
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
@@ -50,6 +50,7 @@ from sclong_ds.engine.ranks import (
 from sclong_ds.loader.batches import CellBatch, StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.loader.weights import weights_of
+from sclong_ds.model.random_features import redraw_index
 from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.preparation import prepare
 from sclong_ds.run_checks import check_inputs
@@ -194,7 +195,7 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
     config, engine, step = run.config, run.engine, run.state.step + 1
     timer = StepTimer(run.ranks.device)
     lr = set_hyper_parameters(engine, config, run.state.step - run.guard.skipped)
-    run.model.redraw_features(checkpoint.redraw_index(config, run.state.step))
+    run.model.redraw_features(redraw_index(config, run.state.step))
     # The loss is the mean over the targets of the global batch, whatever the number of ranks,
     # micro-batches and targets of a cell. DeepSpeed averages over ranks and micro-batches; the
     # weight undoes that.

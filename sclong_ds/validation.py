@@ -12,7 +12,6 @@ import torch.distributed as dist
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sclong_ds import checkpoint
 from sclong_ds.build import Run
 from sclong_ds.checkpoint_files import name_of, record_best
 from sclong_ds.corpus.byte_code import encode
@@ -21,6 +20,7 @@ from sclong_ds.engine.ranks import sum_or_raise
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.masking import VALIDATION_EPOCH
 from sclong_ds.metrics import MaskedMetrics, routed_large
+from sclong_ds.model.random_features import redraw_index
 from sclong_ds.model.routing import unknown_genes
 from sclong_ds.objective import MaskedBatch, masked_batch
 from sclong_ds.preparation import prepare
@@ -54,7 +54,7 @@ def validate(run: Run) -> bool:
         return True
     started = time.perf_counter()
     run.engine.eval()
-    run.model.redraw_features(checkpoint.redraw_index(run.config, run.state.step))
+    run.model.redraw_features(redraw_index(run.config, run.state.step))
     metrics = MaskedMetrics(run.corpus.gene_stats.mean_expressed, run.ranks.device)
     pairs: list[Tensor] = []
     for masked, predicted in _predictions(run, rows):

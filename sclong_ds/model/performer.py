@@ -17,7 +17,6 @@ K head width, M random features.
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,56 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.favor_attention import Backend, favor_attention_kv, favor_attention_packed
 from kernels.favor_torch import Scope
-from kernels.reference import random_features
 from sclong_ds.config.sections import ModelConfig, PerformerConfig
-
-STACKS = {
-    "dual": ("large_encoder", "mini_encoder", "decoder"),
-    "large": ("large_encoder", "decoder"),
-    "mini": ("mini_encoder", "decoder"),
-}
-"""Performer stacks by `model.contextual_encoder`."""
-
-
-def layer_features(
-    config: PerformerConfig, model: ModelConfig, *, name: str, layer: int, redraw_index: int
-) -> Tensor:
-    """Draw the random features of one layer, the same on every rank and machine.
-
-    Args:
-        config: The stack's sizes.
-        model: Seed and kind of the features.
-        name: Name of the stack (`large_encoder`).
-        layer: Index of the layer in the stack.
-        redraw_index: How many times the features were redrawn before.
-
-    Returns:
-        (M, K) float32 on the CPU.
-    """
-    key = zlib.crc32(f"{model.projection_seed}/{name}/{layer}/{redraw_index}".encode())
-    generator = torch.Generator().manual_seed(key)
-    return random_features(
-        config.features(), config.dim_head, generator=generator, kind=model.random_features
-    )
-
-
-def drawn_features(model: ModelConfig, redraw_index: int) -> dict[str, Tensor]:
-    """Draw the random features of all layers that a model has.
-
-    Args:
-        model: The `model` section.
-        redraw_index: How many times the features were redrawn before.
-
-    Returns:
-        (M, K) float32 on the CPU by `stack.layer`.
-    """
-    return {
-        f"{name}.{layer}": layer_features(
-            getattr(model, name), model, name=name, layer=layer, redraw_index=redraw_index
-        )
-        for name in STACKS[model.contextual_encoder]
-        for layer in range(getattr(model, name).depth)
-    }
+from sclong_ds.model.random_features import layer_features
 
 
 @dataclass(frozen=True, slots=True)

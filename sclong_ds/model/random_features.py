@@ -1,0 +1,124 @@
+"""The random features of FAVOR+: drawn, redrawn and kept in files.
+
+A draw is a pure function of (projection seed, redraw, stack, layer). An exported model keeps its
+features in `random_features.safetensors`, since another processor may round a draw differently.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from kernels.reference import random_features
+from sclong_ds.config.sections import ModelConfig, PerformerConfig, RunConfig
+from sclong_ds.files.atomic import read_file, write_atomic
+
+STACKS = {
+    "dual": ("large_encoder", "mini_encoder", "decoder"),
+    "large": ("large_encoder", "decoder"),
+    "mini": ("mini_encoder", "decoder"),
+}
+"""Performer stacks by `model.contextual_encoder`."""
+
+
+def redraw_index(config: RunConfig, step: int) -> int:
+    """Return which draw of the random features belongs to the state after a number of steps."""
+    interval = config.model.feature_redraw_interval
+    return step // interval if interval else 0
+
+
+def layer_features(
+    config: PerformerConfig, model: ModelConfig, *, name: str, layer: int, redraw_index: int
+) -> Tensor:
+    """Draw the random features of one layer, the same on every rank and machine.
+
+    Args:
+        config: The stack's sizes.
+        model: Seed and kind of the features.
+        name: Name of the stack (`large_encoder`).
+        layer: Index of the layer in the stack.
+        redraw_index: How many times the features were redrawn before.
+
+    Returns:
+        (M, K) float32 on the CPU.
+    """
+    key = zlib.crc32(f"{model.projection_seed}/{name}/{layer}/{redraw_index}".encode())
+    generator = torch.Generator().manual_seed(key)
+    return random_features(
+        config.features(), config.dim_head, generator=generator, kind=model.random_features
+    )
+
+
+def drawn_features(model: ModelConfig, redraw_index: int) -> dict[str, Tensor]:
+    """Draw the random features of all layers that a model has.
+
+    Args:
+        model: The `model` section.
+        redraw_index: How many times the features were redrawn before.
+
+    Returns:
+        (M, K) float32 on the CPU by `stack.layer`.
+    """
+    return {
+        f"{name}.{layer}": layer_features(
+            getattr(model, name), model, name=name, layer=layer, redraw_index=redraw_index
+        )
+        for name in STACKS[model.contextual_encoder]
+        for layer in range(getattr(model, name).depth)
+    }
+
+
+def write_features(path: str | Path, features: Mapping[str, Tensor]) -> None:
+    """Write random features, atomically.
+
+    Args:
+        path: Target, replaced if it exists.
+        features: (M, K) by `stack.layer`.
+
+    Raises:
+        ValueError: Features that `read_features` would refuse.
+    """
+    plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in features.items()}
+    _check(path, plain)
+    write_atomic(path, safetensors.torch.save(plain, metadata={"format": "pt"}))
+
+
+def read_features(path: str | Path) -> dict[str, Tensor]:
+    """Read random features.
+
+    Args:
+        path: File of `write_features`.
+
+    Returns:
+        (M, K) float32 by `stack.layer`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A damaged file, or one that holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of random features")
+    try:
+        features = safetensors.torch.load(read_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a file of random features ({error})") from None
+    _check(path, features)
+    return features
+
+
+def _check(path: str | Path, features: Mapping[str, Tensor]) -> None:
+    for name, tensor in features.items():
+        if tensor.ndim != 2 or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; random features "
+                f"are float32 of shape (nb_features, dim_head)"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite")
