@@ -57,8 +57,8 @@ def prepare(width: int) -> tuple[Any, Any]:
     import torch
     from torch import nn
 
-    from sclong_ds import checkpoint
-    from sclong_ds.checkpoint_files import TrainState
+    from sclong_ds.checkpoint import save as checkpoint
+    from sclong_ds.checkpoint.on_disk import TrainState
     from sclong_ds.config.load import load_config
     from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, quiet_deepspeed
     from sclong_ds.engine.ds_config import resolve_ds_config

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.environment import environment
 from benchmarks.random_kills import make_corpus, settings, train
-from sclong_ds.checkpoint import full_weights
-from sclong_ds.checkpoint_files import complete_checkpoints
+from sclong_ds.checkpoint.load import full_weights
+from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.rows import read_metrics
 

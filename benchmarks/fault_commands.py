@@ -185,8 +185,8 @@ def _save(place: Path, step: int) -> int:
     """Save a checkpoint as training does, newest two kept, with a better figure each time."""
     import dataclasses
 
-    from sclong_ds import checkpoint
-    from sclong_ds.checkpoint_files import TrainState
+    from sclong_ds.checkpoint import save as checkpoint
+    from sclong_ds.checkpoint.on_disk import TrainState
     from sclong_ds.config.load import load_config
 
     config = load_config("sclong_tiny")
@@ -218,7 +218,7 @@ def _build_save(products: Path, place: Path) -> None:
 
 def _units_save(place: Path) -> dict[str, Any]:
     """Return every checkpoint that a resumed run would look at, and the files beside them."""
-    from sclong_ds.checkpoint_files import complete_checkpoints
+    from sclong_ds.checkpoint.on_disk import complete_checkpoints
 
     folder = place / "checkpoints"
     found = {path.name: contents(path) for path in complete_checkpoints(folder)}

@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.damage import fresh_copy
 from benchmarks.fault_products import BATCH, FINISHED, contents, remove
+from sclong_ds.checkpoint.load import _choose
 
 Reader = Callable[[Path], Any]
 
@@ -156,12 +157,13 @@ def read_resumed(folder: Path) -> Any:
 
 
 def _resumed(folder: Path) -> Any:
-    from sclong_ds import checkpoint, checkpoint_files, run_checks
+    from sclong_ds import run_checks
+    from sclong_ds.checkpoint import on_disk as checkpoint_files
     from sclong_ds.config.load import load_config
     from sclong_ds.run_folder import files as run_folder
 
     checkpoints = folder / "checkpoints"
-    name, problems = checkpoint._choose(checkpoints)
+    name, problems = _choose(checkpoints)
     if name is None:
         raise FileNotFoundError(f"{checkpoints}: no checkpoint")
     if problems:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from kernels.favor_attention import triton_obstacle
-from sclong_ds import checkpoint
-from sclong_ds.checkpoint import Loaded, Saving
-from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, restore_best
+from sclong_ds.checkpoint.load import Loaded, load
+from sclong_ds.checkpoint.on_disk import TrainState, complete_checkpoints, restore_best
+from sclong_ds.checkpoint.save import Saving
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
@@ -405,7 +405,7 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     """Lock the run folder, resume, write what the run consists of, start the tracker."""
     run_dir = run.run_dir
     on_first_rank(lambda: claim_run_folder(run))
-    found = checkpoint.load(
+    found = load(
         run.engine,
         run_dir / "checkpoints",
         accept=lambda state: refuse_other_inputs(run_dir, state, run.state),

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sclong_ds.checkpoint import full_weights
-from sclong_ds.checkpoint_files import (
+from sclong_ds.checkpoint.load import full_weights
+from sclong_ds.checkpoint.on_disk import (
     MANIFEST,
     complete_checkpoints,
     damage,

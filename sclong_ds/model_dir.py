@@ -11,7 +11,7 @@ No DeepSpeed needed.
     MODEL_DIR/README.md                     model card
     MODEL_DIR/manifest.json                 size and checksums of all of these
 
-`python -m sclong_ds export` (`sclong_ds.checkpoint`) and `import-reference` write it,
+`python -m sclong_ds export` (`sclong_ds.checkpoint.save`) and `import-reference` write it,
 `sclong_ds.load_model` reads it. Weights pass one at a time when written and are mapped from the
 file when read, so that memory holds them once. Weights are finite, and every file is compared with
 the manifest (`sclong_ds.model_manifest`) before a model is made of it.

@@ -38,7 +38,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.checkpoint_files import complete_checkpoints, step_of
+from sclong_ds.checkpoint.on_disk import complete_checkpoints, step_of
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import EngineConfig

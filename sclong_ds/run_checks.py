@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sclong_ds.checkpoint_files import TrainState, complete_checkpoints, read_state
+from sclong_ds.checkpoint.on_disk import TrainState, complete_checkpoints, read_state
 from sclong_ds.config.history import add_later_keys
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import read_yaml, to_dict, to_yaml

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds.build import Run
-from sclong_ds.checkpoint_files import name_of, record_best
+from sclong_ds.checkpoint.on_disk import name_of, record_best
 from sclong_ds.corpus.byte_code import encode
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.engine.ranks import sum_or_raise

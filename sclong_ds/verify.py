@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sclong_ds import checkpoint_files, model_manifest
+from sclong_ds import model_manifest
+from sclong_ds.checkpoint import on_disk as checkpoint_files
 from sclong_ds.command_line import local_path
 from sclong_ds.config.strict_yaml import read_yaml
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -165,7 +166,7 @@ def _verify_checkpoint(folder: Path, findings: Findings) -> None:
             findings.checked.append(f"{folder.name}: state.json -> {name}: SHA-256")
             if file_sha256(folder / name) != expected:
                 findings.problems.append(f"{folder / name}: its SHA-256 is not that of state.json")
-    from sclong_ds.torch_files import refuse_code
+    from sclong_ds.checkpoint.torch_files import refuse_code
 
     findings.checked.append(f"{folder.name}: the *.pt files name tensors and plain values only")
     for path in sorted(folder.glob("*.pt")):

@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sclong_ds import checkpoint, checkpoint_files
-from sclong_ds.checkpoint_files import TrainState, best_checkpoint
-from sclong_ds.checkpoint_writer import ChecksummedFile
+from sclong_ds.checkpoint import on_disk as checkpoint_files
+from sclong_ds.checkpoint import save as checkpoint
+from sclong_ds.checkpoint.load import load
+from sclong_ds.checkpoint.on_disk import TrainState, best_checkpoint
+from sclong_ds.checkpoint.writer import ChecksummedFile
 from sclong_ds.config.load import load_config
 from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, quiet_deepspeed
 from sclong_ds.engine.ds_config import resolve_ds_config
@@ -106,7 +108,7 @@ def refused_load(engine: Any, folder: Path) -> str:
     failing = mock.patch.object(checkpoint_files, "fingerprint", side_effect=stale)
     with failing if dist.get_rank() == 1 else nullcontext():
         try:
-            checkpoint.load(engine, folder, accept=lambda found: None)
+            load(engine, folder, accept=lambda found: None)
         except ValueError as error:
             return str(error)
     return ""
@@ -174,7 +176,7 @@ def save_in_the_background(folder: Path, seen: dict[str, Any]) -> None:
             manifests.append(json.loads((path / "manifest.json").read_text()))
         seen["background"][name] = manifests[0] == manifests[1]
         fresh = make_engine(ds_config=ds_config, precision=precision)
-        loaded = checkpoint.load(fresh, folder, accept=lambda found: None)
+        loaded = load(fresh, folder, accept=lambda found: None)
         seen["loaded_again"][name] = loaded is not None and loaded.name
 
 
@@ -220,7 +222,7 @@ def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
     fresh = make_engine()
     seen["unreadable"] = refused_load(fresh, folder)
     seen["after_unreadable"] = listing(folder)
-    loaded = checkpoint.load(fresh, folder, accept=lambda found: None)
+    loaded = load(fresh, folder, accept=lambda found: None)
     assert loaded is not None
     seen["loaded"] = dataclasses.asdict(loaded)
     seen["after_load"], seen["loss_loaded"] = listing(folder), train(fresh)

@@ -149,9 +149,9 @@ def test_data_prep_imports_only_the_storage_modules():
             "deepspeed",
             {
                 "sclong_ds.engine.deepspeed_engine",
-                "sclong_ds.checkpoint",
-                "sclong_ds.checkpoint_writer",
-                "sclong_ds.torch_files",
+                "sclong_ds.checkpoint.save",
+                "sclong_ds.checkpoint.writer",
+                "sclong_ds.checkpoint.torch_files",
             },
         ),
         ("mlflow", {"sclong_ds.mlflow_store", "sclong_ds.mlflow_model"}),

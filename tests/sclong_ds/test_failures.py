@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from benchmarks.random_kills import end_ranks, start_ranks
 from sclong_ds import pretrain
-from sclong_ds.checkpoint import SaveError
+from sclong_ds.checkpoint.save import SaveError
 from sclong_ds.failures import passes, read_failure, report
 
 

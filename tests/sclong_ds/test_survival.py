@@ -28,7 +28,7 @@ from benchmarks.random_kills import (
     train,
     wait_until,
 )
-from sclong_ds.checkpoint_files import complete_checkpoints, damage, name_of
+from sclong_ds.checkpoint.on_disk import complete_checkpoints, damage, name_of
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.loader import open_stream
 from sclong_ds.run_folder.files import read_events
@@ -131,7 +131,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(corpus, tmp_path):
 
 def test_steps_that_are_not_finite_stop_the_run_with_good_weights(corpus, tmp_path):
     """A learning rate that no float can stand: the first step is applied, no other is."""
-    from sclong_ds.checkpoint import full_weights
+    from sclong_ds.checkpoint.load import full_weights
 
     run_dir = tmp_path / "run"
     wild = {"optim.lr": "1.0e+30", "run.max_skipped_steps": 4, "checkpoint.every_n_steps": 2,
@@ -234,7 +234,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, disk_of_6_mb, tm
 
 
 PENDING = """
-from sclong_ds import checkpoint, failures, pretrain, saving
+from sclong_ds.checkpoint import save as checkpoint; from sclong_ds import failures, pretrain, saving
 
 finish, failed = checkpoint.finish_save, []
 

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from exported import named_genes, write_model
 
-from sclong_ds import torch_files
 from sclong_ds.__main__ import main
-from sclong_ds.checkpoint_files import TrainState, name_of, record_best, write_manifest
+from sclong_ds.checkpoint import torch_files
+from sclong_ds.checkpoint.on_disk import TrainState, name_of, record_best, write_manifest
 from sclong_ds.run_folder.files import RunFolder, update_run_json
 from sclong_ds.verify import verify
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sclong_ds.torch_files import RECORDS, plain_values_only, refuse_code
+from sclong_ds.checkpoint.torch_files import RECORDS, plain_values_only, refuse_code
 
 
 class Touch:

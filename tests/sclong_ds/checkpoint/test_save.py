@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from launching import PORT, ROOT, environment
 from small_disk import CANNOT_MOUNT, small_disk
 
-from sclong_ds import checkpoint
-from sclong_ds.checkpoint_files import (
+from sclong_ds.checkpoint import save as checkpoint
+from sclong_ds.checkpoint.load import full_weights
+from sclong_ds.checkpoint.on_disk import (
     best_checkpoint,
     complete_checkpoints,
     damage,
@@ -35,13 +36,13 @@ from sclong_ds.checkpoint_files import (
     restore_best,
     write_manifest,
 )
-from sclong_ds.checkpoint_writer import ChecksummedFile
+from sclong_ds.checkpoint.torch_files import plain_values_only
+from sclong_ds.checkpoint.writer import ChecksummedFile
 from sclong_ds.config.load import load_config
 from sclong_ds.failures import passes
 from sclong_ds.files import sealed_json
 from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.run_folder.files import RunFolder
-from sclong_ds.torch_files import plain_values_only
 
 RANKS = 2
 
@@ -497,9 +498,9 @@ def test_code_in_an_optimizer_file_is_named_and_not_run(ranks, tmp_path):
     write_manifest(harmful, {})
     assert damage(harmful) is None
     with pytest.raises(ValueError, match=rf"{victim.name}: names \w+\.system, which could run"):
-        checkpoint.full_weights(harmful)
+        full_weights(harmful)
     # The converter reads under the same limits, should a file pass the first look.
-    command = [sys.executable, "-m", "sclong_ds.torch_files", "--input_folder", str(harmful),
+    command = [sys.executable, "-m", "sclong_ds.checkpoint.torch_files", "--input_folder", str(harmful),
                "--output_folder", str(tmp_path / "converted")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert "names posix.system: only plain values are read" in done.stderr

@@ -1,11 +1,11 @@
 """Checkpoints of a running job: save as a whole or not at all, find the newest good one, load it.
 
 Every rank writes its own files under a temporary name, with checksums, and syncs them, while
-training goes on if it may (`sclong_ds.checkpoint_writer`); then rank 0 sees that all of them are
+training goes on if it may (`sclong_ds.checkpoint.writer`); then rank 0 sees that all of them are
 there and renames the folder. When a rank cannot write (the disk is full), all ranks learn of it,
 nothing of the attempt stays and the checkpoints before it are untouched. On load every rank checks
 a share of the files; a damaged checkpoint is set aside, loudly, and the one before it is used. What
-is on disk: `sclong_ds.checkpoint_files`.
+is on disk: `sclong_ds.checkpoint.on_disk`.
 """
 
 from __future__ import annotations
@@ -17,34 +17,28 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from torch import Tensor
 
-from sclong_ds.checkpoint_files import (
+from sclong_ds.checkpoint.on_disk import (
     BEST,
     TrainState,
-    complete_checkpoints,
-    damage,
     name_of,
     prune,
-    read_state,
     record_best,
     remove,
     remove_unfinished,
     restore_best,
     write_manifest,
 )
-from sclong_ds.checkpoint_writer import CheckpointWriter, Written
+from sclong_ds.checkpoint.torch_files import refuse_code
+from sclong_ds.checkpoint.writer import CheckpointWriter, Written
 from sclong_ds.config.sections import CheckpointConfig
-from sclong_ds.elastic import load_converted
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.files.atomic import sync_folder, write_atomic
-from sclong_ds.torch_files import plain_values_only, refuse_code
 
 log = logging.getLogger(__name__)
 
@@ -86,22 +80,6 @@ class Saved:
     """Size of its files."""
     seconds: float
     """Time that the slowest rank took to write, and rank 0 to complete the folder."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A checkpoint that was loaded."""
-
-    state: TrainState
-    """The position to go on from, with this run's number of ranks."""
-    name: str
-    """Its folder's name."""
-    saved_by: int
-    """Number of ranks that wrote it."""
-    damaged: tuple[str, ...]
-    """Newer checkpoints that were found damaged, with what is wrong with each."""
-    seconds: float
-    """Time to check, convert and load it."""
 
 
 def begin_save(
@@ -245,91 +223,6 @@ def _rename(partial: Path) -> None:
     remove(old)
 
 
-def load(engine: Any, folder: Path, *, accept: Callable[[TrainState], None]) -> Loaded | None:
-    """Load the newest good checkpoint of a run; every rank must call it.
-
-    One that another number of ranks saved is converted.
-
-    Args:
-        engine: The DeepSpeed engine, freshly initialised.
-        folder: The run's `checkpoints` folder.
-        accept: Called with the checkpoint's state before anything is loaded; it raises ValueError
-            when the run cannot go on from there.
-
-    Returns:
-        What was loaded, or None when there is no checkpoint.
-
-    Raises:
-        ValueError: Checkpoints exist but none is good, or it cannot be read or converted.
-    """
-    started = time.perf_counter()
-    name, damaged = _choose(folder)
-    if name is None:
-        return None
-    state = read_state(folder / name)
-    accept(state)
-    _refuse_code_on_any_rank(folder / name)
-    with _quiet():
-        if state.world_size == dist.get_world_size():
-            with plain_values_only():
-                path, _ = engine.load_checkpoint(str(folder), tag=name)
-        else:
-            path = load_converted(engine, folder / name)
-    if path is None:
-        raise ValueError(f"{folder / name}: DeepSpeed could not load it; see the messages above")
-    return Loaded(
-        state=replace(state, world_size=dist.get_world_size()),
-        name=name,
-        saved_by=state.world_size,
-        damaged=damaged,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _choose(folder: Path) -> tuple[str | None, tuple[str, ...]]:
-    """Return the newest good checkpoint's name, or None, and what is wrong with newer ones.
-
-    Raises:
-        ValueError: There are checkpoints, and all are damaged, or a rank cannot read one.
-    """
-    found = on_first_rank(lambda: [path.name for path in complete_checkpoints(folder)])
-    problems: dict[str, str] = {}
-    for name in found:
-        problem = _damage_on_any_rank(folder / name)
-        if problem is None:
-            on_first_rank(lambda: _set_aside(folder, problems))
-            return name, tuple(f"{bad}: {what}" for bad, what in problems.items())
-        problems[name] = problem
-        if dist.get_rank() == 0:
-            log.error(
-                "%s is damaged (%s): going back to the checkpoint before it", folder / name, problem
-            )
-    if problems:
-        raise ValueError(
-            f"no checkpoint in {folder} is usable: {len(problems)} are damaged (see above); "
-            f"restore one or use a new run.dir"
-        )
-    return None, ()
-
-
-def _damage_on_any_rank(checkpoint: Path) -> str | None:
-    """Check a checkpoint, each rank a share of it; every rank gets the first problem, or None.
-
-    Raises:
-        ValueError: A rank could not read it, on all ranks: it may be good.
-    """
-    everyone: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
-    try:
-        mine = damage(checkpoint, part=dist.get_rank(), parts=dist.get_world_size()), None
-    except OSError as error:
-        mine = None, str(error)
-    dist.all_gather_object(everyone, mine)
-    for rank, (_, unreadable) in enumerate(everyone):
-        if unreadable is not None:
-            raise ValueError(f"rank {rank} cannot read its part of {checkpoint}: {unreadable}")
-    return next((problem for problem, _ in everyone if problem is not None), None)
-
-
 def _refuse_code_on_any_rank(checkpoint: Path) -> None:
     """Check that no file of a checkpoint could run code, each rank a share of them.
 
@@ -347,28 +240,6 @@ def _refuse_code_on_any_rank(checkpoint: Path) -> None:
     refused = next(filter(None, everyone), None)
     if refused is not None:
         raise ValueError(refused)
-
-
-def _set_aside(folder: Path, names: Iterable[str]) -> None:
-    """Rename damaged checkpoints, so that they do not count among the newest that are kept."""
-    for name in names:
-        target = folder / f"{name}.damaged"
-        remove(target)
-        (folder / name).rename(target)
-
-
-def full_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Return the fp32 weights of a checkpoint, merged from the files of all ranks.
-
-    Args:
-        checkpoint: A good checkpoint.
-
-    Raises:
-        ValueError: A file names something else than tensors and plain values.
-    """
-    refuse_code(sorted(checkpoint.glob("*.pt")))
-    with _quiet(), plain_values_only():
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

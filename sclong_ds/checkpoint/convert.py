@@ -3,7 +3,7 @@
 Every rank of a DeepSpeed checkpoint holds a slice of all parameters. DeepSpeed's own converter
 (`python -m deepspeed.checkpoint.ds_to_universal`) rewrites them as one file per parameter, from
 which any number of ranks takes its slices; it runs nothing that a file names
-(`sclong_ds.torch_files`). The converted copy lies beside the checkpoint while it
+(`sclong_ds.checkpoint.torch_files`). The converted copy lies beside the checkpoint while it
 is loaded and is then removed; the checkpoint itself is only read.
 
 Memory: the converter holds the optimizer state of at most 4 of the old ranks at a time (12 bytes a
@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sclong_ds.checkpoint.torch_files import plain_values_only
 from sclong_ds.engine.ranks import on_first_rank
-from sclong_ds.torch_files import plain_values_only
 
 log = logging.getLogger(__name__)
 _WORKERS = 4
@@ -92,7 +92,7 @@ def convert(checkpoint: Path, folder: Path, *, names: Iterable[str]) -> None:
     log.info("converting %s for %d ranks", checkpoint, dist.get_world_size())
     # A signal to all of a job's processes asks the ranks to stop, which they do after this.
     deaf = ["sh", "-c", 'trap "" INT TERM USR1; exec "$@"', "sh"]
-    command = [sys.executable, "-m", "sclong_ds.torch_files", "--input_folder",
+    command = [sys.executable, "-m", "sclong_ds.checkpoint.torch_files", "--input_folder",
                str(checkpoint), "--output_folder", str(target), "--inject_missing_state",
                "--num_extract_workers", str(_WORKERS)]  # fmt: skip
     done = subprocess.run([*deaf, *command], capture_output=True, text=True, check=False)

@@ -78,8 +78,8 @@ def assert_same_training(run_dir: Path, straight: Path, *, weights_atol: float) 
     for step in got:
         # Measured: 4e-8. The order in which gradients are summed differs.
         assert got[step] == pytest.approx(expected[step], rel=1e-5), step
-    from sclong_ds.checkpoint import full_weights
-    from sclong_ds.checkpoint_files import name_of
+    from sclong_ds.checkpoint.load import full_weights
+    from sclong_ds.checkpoint.on_disk import name_of
 
     ours, theirs = (full_weights(d / "checkpoints" / name_of(STEPS)) for d in (run_dir, straight))
     assert ours.keys() == theirs.keys()
@@ -150,7 +150,7 @@ def test_a_signal_to_all_processes_waits_for_the_conversion(
 
 def test_a_conversion_that_fails_is_said_once_and_harms_nothing(monkeypatch, straight, tmp_path):
     """Here the file of a rank is gone."""
-    from sclong_ds import elastic
+    from sclong_ds.checkpoint import convert as elastic
 
     saved = stopped_at(straight, SAVED, tmp_path / "run") / "checkpoints" / f"step_{SAVED:08d}"
     before = {p.name: p.read_bytes() for p in saved.iterdir()}

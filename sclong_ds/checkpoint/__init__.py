@@ -1,0 +1,1 @@
+"""Checkpoints of a training run: format on disk, saving, loading, conversion."""
