@@ -34,7 +34,7 @@ from sclong_ds.config.load import load_config
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.run_folder.files import SYSTEM_DIR, read_run_json, read_samples
 from sclong_ds.run_folder.rows import read_every_row
-from sclong_ds.tracking import Tracker
+from sclong_ds.tracking.tracker import Tracker
 
 PHASES = ("not there", "healthy", "hanging", "killed", "disk full", "healthy again")
 NAMES = ("train/loss", "train/grad_norm", "train/lr", "cells_seen", "perf/cells_per_s")

@@ -58,11 +58,12 @@ def measure(work: Path, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
         overrides: Further `key=value` settings.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from sclong_ds import pretrain, system_metrics, validation
+    from sclong_ds import pretrain, validation
     from sclong_ds.engine.gradient_norms import GradientNorms
-    from sclong_ds.mlflow_store import Sender
     from sclong_ds.rank_times import RankTimes
-    from sclong_ds.tracking import Tracker
+    from sclong_ds.tracking import node_sampler as system_metrics
+    from sclong_ds.tracking.sender import Sender
+    from sclong_ds.tracking.tracker import Tracker
 
     seconds: dict[str, float] = defaultdict(float)
     for owner, name, label in (

@@ -26,7 +26,7 @@ COMMANDS = {
     "status": ("sclong_ds.run_status", "how a run is doing, from its files"),
     "report": ("sclong_ds.report", "one HTML page about a run, or about several"),
     "compare": ("sclong_ds.compare", "settings and figures of several runs, side by side"),
-    "sync": ("sclong_ds.sync", "what MLflow lacks of a run that is over"),
+    "sync": ("sclong_ds.tracking.sync", "what MLflow lacks of a run that is over"),
     "log-model": ("sclong_ds.mlflow_model", "exported model to MLflow, and to its registry"),
 }
 """Command to module and help; a module has add_arguments(parser) and run(args)."""

@@ -58,7 +58,7 @@ from sclong_ds.run_folder.identity import node_name, take_over_ids
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.run_folder.rows import read_metrics
 from sclong_ds.signals import StopRequest
-from sclong_ds.tracking import Tracker
+from sclong_ds.tracking.tracker import Tracker
 from sclong_ds.watchdog import Watchdog
 
 # The messages are part of the training log.

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds import page
-from sclong_ds.run_folder.record import RunRecord, find_runs
+from sclong_ds.run_folder.record import RunRecord
+from sclong_ds.tracking.find import find_runs
 
 SCORE_HEAD = ("MSE", "of the mean", "Pearson", "of the mean", "Spearman", "of the mean")
 """Heads of the figures of `scores_table`; each beside that of the per-gene-mean predictor."""

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclong_ds.command_line import local_path
-from sclong_ds.mlflow_store import find_run_dir, new_client, one_line, with_credentials
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import recorded_ids
+from sclong_ds.tracking.client import find_run_dir, new_client, one_line, with_credentials
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -1,6 +1,6 @@
 """Draw the pictures of a run's validations: `python -m sclong_ds.pictures RUN_DIR`.
 
-A training run starts it beside itself (`sclong_ds.tracking`), so that drawing costs no training
+A training run starts it beside itself (`sclong_ds.tracking.tracker`), so that drawing costs no training
 time and no memory of a rank. Takes each `plots/step_N.npz` in turn and writes `plots/step_N/*.png`,
 whole or not at all; the newest pictures lie in `plots` too:
 

@@ -30,8 +30,9 @@ from sclong_ds import compare, page, plots
 from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.run_folder.credentials import without_credentials
-from sclong_ds.run_folder.record import HOURS, LAST_STEPS, Rows, RunRecord, find_runs
+from sclong_ds.run_folder.record import HOURS, LAST_STEPS, Rows, RunRecord
 from sclong_ds.run_folder.rows import series
+from sclong_ds.tracking.find import find_runs
 
 _MAX_VALIDATION_ROWS = 12
 _MAX_EVENTS = 300

@@ -107,11 +107,11 @@ def test_kernels_import_torch_and_triton_only():
             "tracking",
             {
                 "sclong_ds.config.load",
-                "sclong_ds.mlflow_store",
+                "sclong_ds.tracking.sender",
                 "sclong_ds.run_folder.pending_pictures",
                 "sclong_ds.run_folder.files",
                 "sclong_ds.config.strict_yaml",
-                "sclong_ds.system_metrics",
+                "sclong_ds.tracking.node_sampler",
             },
         ),
         ("mlflow_store", {"sclong_ds.files.json_lines", "sclong_ds.run_folder.files"}),
@@ -154,7 +154,7 @@ def test_data_prep_imports_only_the_storage_modules():
                 "sclong_ds.checkpoint.torch_files",
             },
         ),
-        ("mlflow", {"sclong_ds.mlflow_store", "sclong_ds.mlflow_model"}),
+        ("mlflow", {"sclong_ds.tracking.sender", "sclong_ds.mlflow_model"}),
     ],
 )
 def test_library_is_imported_in_its_place_only(library, allowed):

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from sclong_ds.config.strict_yaml import parse_yaml
-from sclong_ds.mlflow_store import find_run_dir
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import (
     METRICS_FILE,
@@ -142,21 +141,6 @@ class RunRecord:
     def spikes(self) -> int:
         """Steps whose loss was a spike; one that was done again after a restart counts once."""
         return sum(int(row.get(SPIKE_METRIC, 0)) for row in self.train)
-
-
-def find_runs(names: Sequence[str]) -> list[RunRecord]:
-    """Read runs by their folders or ids; raises as `read_run` and `find_run_dir`.
-
-    Raises:
-        ValueError: A run is named twice.
-    """
-    folders: dict[Path, str] = {}
-    for name in names:
-        folder = (Path(name) if Path(name).is_dir() else find_run_dir(name)).resolve()
-        if folder in folders:
-            raise ValueError(f"{folders[folder]} and {name} are the same run; name it once")
-        folders[folder] = name
-    return [read_run(folder) for folder in folders]
 
 
 def read_run(run_dir: Path) -> RunRecord:

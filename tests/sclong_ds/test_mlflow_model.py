@@ -20,10 +20,10 @@ from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embed import embed_counts
 from sclong_ds.mlflow_model import EmbeddingModel, _load_pyfunc
-from sclong_ds.mlflow_store import new_client
 from sclong_ds.model_dir import load_model
 from sclong_ds.run_folder.files import recorded_ids
-from sclong_ds.tracking import Tracker
+from sclong_ds.tracking.client import new_client
+from sclong_ds.tracking.tracker import Tracker
 
 N_GENES, N_CELLS = 60, 9
 SETTINGS = {"min_genes_mapped": 10, "min_share_mapped": 0.5}

@@ -15,7 +15,7 @@ from sclong_ds import report
 from sclong_ds.config.load import load_config
 from sclong_ds.run_folder.files import read_run_json
 from sclong_ds.run_folder.record import read_run
-from sclong_ds.tracking import Tracker
+from sclong_ds.tracking.tracker import Tracker
 
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="needs Chromium: apt-get install chromium"

@@ -1,6 +1,6 @@
 """The MLflow side of a run: one run for its whole life, fed from the files of the run folder.
 
-`sclong_ds.tracking` calls a `Sender` on a background thread; nothing here is run by hand. What
+`sclong_ds.tracking.tracker` calls a `Sender` on a background thread; nothing here is run by hand. What
 MLflow gets lies on disk first, and what it has got is written down in run.json, so that any outage
 loses nothing and doubles nothing:
 
@@ -16,17 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import logging
 import math
-import os
 import re
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sclong_ds.files.json_lines import is_number, parse_line
 from sclong_ds.run_folder.credentials import without_credentials
@@ -41,124 +37,27 @@ from sclong_ds.run_folder.files import (
 )
 
 if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput, Metric, Run
+    from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
 
-Status = Literal["FINISHED", "KILLED", "FAILED"]
+from sclong_ds.tracking.client import (
+    _MAX_PARAM_CHARS,
+    _MAX_PARAMS,
+    _MAX_TAG_CHARS,
+    MAX_METRICS,
+    Status,
+    clip,
+    new_client,
+    one_line,
+    sqlite_file,
+)
+from sclong_ds.tracking.description import Description
 
-# Limits of MLflow's REST API: https://mlflow.org/docs/latest/rest-api.html#request-limits
-MAX_METRICS = 1000
 _LEAST_METRICS = 100  # a batch for a server that is slow
-_MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_DIGEST_CHARS = 100, 6000, 5000, 36
 # A flush sends rows for so long: pictures and files come after them, and the end of a run waits for
 # it. A long backlog is worked off over several flushes.
 _FLUSH_S = 10.0
 _QUICK_S = 2.0  # after a batch that took less, a larger one is tried
-
-
-def tracking_uri(configured: str | None, run_dir: Path, *, recorded: str | None = None) -> str:
-    """Return the tracking store: as configured, else MLFLOW_TRACKING_URI, else mlflow.db.
-
-    Args:
-        configured: `config.tracking.uri`.
-        run_dir: Run folder; mlflow.db lies beside it.
-        recorded: Store that the run was tracked in, before mlflow.db.
-    """
-    beside = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or recorded or beside
-
-
-def with_credentials(uri: str) -> str:
-    """Return MLFLOW_TRACKING_URI where that is the same store, else the URI itself."""
-    found = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return found if without_credentials(found) == without_credentials(uri) else uri
-
-
-def find_run_dir(run_id: str, *, uri: str | None = None, patient: bool = False) -> Path:
-    """Return the run folder of a run by its MLflow id or by the run_id of its run.json.
-
-    Args:
-        run_id: Either id.
-        uri: Tracking store; None: MLFLOW_TRACKING_URI, else runs/mlflow.db below the working
-            directory.
-        patient: As `new_client`.
-
-    Raises:
-        FileNotFoundError: No such store, or the run's folder is not on this machine.
-        ValueError: The store cannot be read or does not know the run.
-    """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
-    file = sqlite_file(uri)
-    if file is not None and not file.is_file():  # opening would create it
-        raise FileNotFoundError(
-            f"{run_id}: no such run folder, and no tracking store {file} to look the id up in; "
-            "give the folder, or set MLFLOW_TRACKING_URI"
-        )
-    client, shown = new_client(uri, patient=patient), without_credentials(uri)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        experiments = [e.experiment_id for e in client.search_experiments()]
-        quoted = run_id.replace("'", "")
-        query = f"attributes.run_id = '{quoted}'", f"tags.run_id = '{quoted}'"
-        runs = [run for q in query for run in client.search_runs(experiments, q, max_results=1)]
-    except (MlflowException, OSError) as error:
-        raise ValueError(f"tracking store {shown}: {one_line(error)}") from None
-    if not runs:
-        raise ValueError(f"{run_id}: neither a run folder nor a run of the tracking store {shown}")
-    folder = Path(runs[0].data.tags.get("run_dir", ""))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"run {run_id}: its folder {folder} is not on this machine")
-    return folder
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Dataset:
-    """The corpus of a run, for the dataset column of MLflow."""
-
-    name: str
-    """Its name for people."""
-    hash: str
-    """Content hash."""
-    url: str
-    """Where it is."""
-    cells: Mapping[str, int]
-    """Cells by split (training, validation)."""
-    profile: Mapping[str, int]
-    """Further counts, for instance of genes."""
-
-    def inputs(self) -> list[DatasetInput]:
-        """Return an MLflow dataset input for every split."""
-        from mlflow.entities import Dataset as Entity
-        from mlflow.entities import DatasetInput, InputTag
-
-        kind = self.url.partition("://")[0] if "://" in self.url else "local"
-        return [
-            DatasetInput(
-                Entity(
-                    name=f"{self.name} ({split})",
-                    digest=self.hash[:_MAX_DIGEST_CHARS],
-                    source_type=kind[:_MAX_DIGEST_CHARS],
-                    source=json.dumps({"uri": self.url}),
-                    profile=json.dumps({"num_rows": n_cells, **self.profile}),
-                ),
-                tags=[InputTag("mlflow.data.context", split)],
-            )
-            for split, n_cells in self.cells.items()
-        ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """What MLflow is told about a run when it is opened."""
-
-    experiment: str
-    run_name: str
-    params: Mapping[str, str]
-    tags: Mapping[str, str]
-    note: str
-    """Markdown that the page of a new run begins with."""
-    dataset: Dataset | None
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -414,47 +313,6 @@ def send_all(sender: Sender, status: Status) -> None:
         raise ValueError(
             f"MLflow at {sender.shown_uri}: {one_line(error)}; it lacks {left}"
         ) from None
-
-
-def new_client(uri: str, *, patient: bool = False) -> MlflowClient:
-    """Import mlflow, quietly, and return a client.
-
-    Args:
-        uri: Tracking store.
-        patient: Whether its calls may take minutes; for commands that send much and are waited for.
-    """
-    if not patient:
-        # MLflow's defaults (120 s, 7 retries with back-off) would hold up the end of a run.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    # Usage statistics would leave the machine, and compute nodes often have no way out.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # A line per migration of a new sqlite file; a line per request while a server is down.
-    for name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # mlflow 3.17 uses a loader strategy that SQLAlchemy 2.1 deprecates; nothing a user can act on.
-    warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """Return the file of an sqlite store; None for any other store."""
-    prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
-
-
-def clip(text: str, limit: int) -> str:
-    """Return a text of at most `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error as one line."""
-    text = without_credentials(" ".join(str(error).split()))
-    return clip(f"{type(error).__name__}: {text}", 300)
 
 
 def _row_metrics(row: Mapping[str, float | None]) -> list[Metric]:

@@ -2,8 +2,8 @@
 
 `Tracker` is driven by `sclong_ds.pretrain`; nothing here is run by hand. Rank 0 writes the files of
 `sclong_ds.run_folder.files` and sends the same to one MLflow run that keeps its id over restarts
-(`sclong_ds.mlflow_store`); the first rank of every node samples the node
-(`sclong_ds.system_metrics`). `config.tracking` says where; `enabled: false` leaves MLflow out.
+(`sclong_ds.tracking.sender`); the first rank of every node samples the node
+(`sclong_ds.tracking.node_sampler`). `config.tracking` says where; `enabled: false` leaves MLflow out.
 
 The files are the truth and the queue: MLflow receives them, in order, on a background thread. A
 tracking server that is slow, down, or comes back a week later costs training nothing and loses
@@ -14,36 +14,26 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sclong_ds.config.sections import RunConfig
-from sclong_ds.config.strict_yaml import to_dict
-from sclong_ds.mlflow_store import (
-    MAX_METRICS,
-    Dataset,
-    Description,
-    Sender,
-    Status,
-    one_line,
-    tracking_uri,
-)
 from sclong_ds.run_folder.files import (
     EVENTS_FILE,
-    PLOTS_DIR,
     RUN_FILE,
     RunFolder,
     now,
     update_run_json,
 )
 from sclong_ds.run_folder.identity import installed_packages, record_start
-from sclong_ds.run_folder.pending_pictures import Data, drop_after, pending, put_back, write_data
-from sclong_ds.system_metrics import NodeSampler
+from sclong_ds.run_folder.pending_pictures import Data
+from sclong_ds.tracking.artist import _Artist
+from sclong_ds.tracking.client import MAX_METRICS, Status, one_line, tracking_uri
+from sclong_ds.tracking.description import describe, restart_folder
+from sclong_ds.tracking.node_sampler import NodeSampler
+from sclong_ds.tracking.sender import Sender
 
 log = logging.getLogger(__name__)
 
@@ -255,168 +245,3 @@ class Tracker:
                 "MLflow at %s answers again; what was kept is being sent", self._sender.shown_uri
             )
         self._in_trouble = error is not None
-
-
-class _Artist:
-    """Draws pictures in a process of its own, one at a time: validations wait in files."""
-
-    def __init__(self, run_dir: Path, *, step: int) -> None:
-        self._run_dir = run_dir
-        self._process: subprocess.Popen[bytes] | None = None
-        put_back(run_dir)
-        drop_after(run_dir, step)
-
-    def draw(self, step: int, data: Data) -> None:
-        """Write what is to be drawn, and start a process unless one is at work."""
-        try:
-            write_data(self._run_dir, step, data)
-        except OSError as error:  # a full disk, on this rank alone
-            log.error("the pictures of step %d are not drawn: %s", step, error)
-            return
-        self._start()
-
-    def finish(self, *, wait_s: float) -> None:
-        """Wait until all is drawn, and end the process when that takes longer."""
-        deadline = time.monotonic() + wait_s
-        while self._is_busy() or pending(self._run_dir):
-            if time.monotonic() >= deadline:
-                break
-            self._start()
-            time.sleep(0.1)
-        if self._process is not None and self._is_busy():
-            log.info(
-                "pictures that are missing: a resumed run draws them, or python -m "
-                "sclong_ds.pictures %s", self._run_dir,
-            )  # fmt: skip
-            self._process.kill()
-            self._process.wait()
-
-    def _is_busy(self) -> bool:
-        """Tell whether a process is at work; one that failed is reported once."""
-        if self._process is None:
-            return False
-        status = self._process.poll()
-        if status is None:
-            return True
-        self._process = None
-        if status != 0:
-            log.warning("pictures were not drawn (status %d): see %s", status, self._log_file)
-        return False
-
-    def _start(self) -> None:
-        if self._is_busy() or not pending(self._run_dir):
-            return
-        place = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        # It shares the node with training: one thread, and behind it.
-        threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-        try:
-            with self._log_file.open("wb") as output:
-                self._process = subprocess.Popen(
-                    ["nice", "-n", "10", sys.executable, "-m", "sclong_ds.pictures", self._run_dir],
-                    env=os.environ | place | threads, stdin=subprocess.DEVNULL,
-                    stdout=output, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-        except OSError as error:  # a full disk, no memory: the next validation tries again
-            log.error("pictures are not drawn now: %s", error)
-
-    @property
-    def _log_file(self) -> Path:
-        return self._run_dir / PLOTS_DIR / "pictures.log"
-
-
-def restart_folder(run: Mapping[str, Any]) -> str:
-    """Return the artifact folder of the files that the last restart of a run began with."""
-    return f"restart_{run['restarts']:03d}"
-
-
-def describe(
-    config: RunConfig,
-    run_dir: Path,
-    run: Mapping[str, Any],
-    *,
-    params: Mapping[str, object],
-    tags: Mapping[str, str],
-) -> Description:
-    """Return what MLflow is told about a run.
-
-    Args:
-        config: Its configuration.
-        run_dir: Its folder.
-        run: Its run.json.
-        params: Parameters beside the configuration.
-        tags: Tags beside those of run.json and `tracking.tags`.
-    """
-    settings, about = config.tracking, run.get("summary") or {}
-    packages = {k: v for k, v in run["environment"].items() if k not in ("host", "cpu_cores")}
-    further = {"environment": packages, **params}
-    name = settings.run_name or run_dir.resolve().name
-    dataset = None
-    if "corpus_hash" in tags and "corpus" in about:
-        dataset = Dataset(
-            name=str(about["corpus"]).rstrip("/").rpartition("/")[2],
-            hash=tags["corpus_hash"],
-            url=str(about["corpus"]),
-            cells={
-                "training": about["n_cells_train"],
-                "validation": about["n_cells_validation"],
-            },
-            profile={"genes": about["n_genes"], "datasets": about["n_datasets"]},
-        )
-    return Description(
-        experiment=settings.experiment,
-        run_name=name,
-        params=_flatten(to_dict(config)) | _flatten(further),
-        tags={**settings.tags, **tags, **_own_tags(config, run, run_dir)},
-        note=_note(run, run_dir),
-        dataset=dataset,
-    )
-
-
-def _own_tags(config: RunConfig, run: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
-    """Return the tags that say which run it is, and one for every start but the first."""
-    tags = {
-        "run_id": run["run_id"],
-        "run_dir": str(run_dir.resolve()),
-        "restarts": str(run["restarts"]),
-        "mlflow.source.name": "sclong_ds.pretrain",
-        "mlflow.source.type": "JOB" if run.get("slurm_job_id") else "LOCAL",
-        "mlflow.source.git.commit": run["commit"],
-        "host": run["environment"]["host"],
-    }
-    for number, start in enumerate(run["starts"][1:], start=1):
-        job = f", Slurm job {start['slurm_job_id']}" if start["slurm_job_id"] else ""
-        where = f"{start['world_size']} ranks from {start['host']}{job}"
-        tags[f"restart_{number:03d}"] = f"after step {start['step']}, {start['time']}, {where}"
-    user = os.environ.get("USER") or os.environ.get("LOGNAME")
-    optional = {
-        "mlflow.user": user,
-        "mlflow.parentRunId": config.tracking.parent_run,
-        "slurm_job_id": run.get("slurm_job_id"),
-    }
-    return tags | {k: v for k, v in optional.items() if v}
-
-
-def _note(run: Mapping[str, Any], run_dir: Path) -> str:
-    """Return the text that MLflow shows above the run's figures."""
-    about = run.get("summary") or {}
-    lines = [f"Run folder `{run_dir.resolve()}`, commit `{run['commit']}`."]
-    if "corpus" in about:
-        lines.append(
-            f"\n{about['n_cells_train']:,} training cells of {about['n_datasets']:,} datasets, "
-            f"{about['n_cells_validation']:,} validation cells, {about['n_genes']:,} genes, from "
-            f"`{about['corpus']}`; {sum(about['parameters'].values()):,} parameters on "
-            f"{about['world_size']} x {about['device']}."
-        )
-    lines.append(f"\n`python -m sclong_ds report {run_dir.resolve()}` writes a page about it.")
-    return "\n".join(lines)
-
-
-def _flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Return dotted names and text values of a nested mapping."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "null" if value is None else str(value)
-    return flat

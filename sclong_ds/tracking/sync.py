@@ -18,10 +18,12 @@ from sclong_ds.command_line import local_path
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.files.sealed_json import read_sound
-from sclong_ds.mlflow_store import Sender, Status, send_all, tracking_uri
 from sclong_ds.run_folder.files import EVENTS_FILE, RUN_FILE, read_run_json
 from sclong_ds.run_folder.lock import lock_run_folder
-from sclong_ds.tracking import ENVIRONMENT_FILE, describe, restart_folder
+from sclong_ds.tracking.client import Status, tracking_uri
+from sclong_ds.tracking.description import describe, restart_folder
+from sclong_ds.tracking.sender import Sender, send_all
+from sclong_ds.tracking.tracker import ENVIRONMENT_FILE
 
 # One on record as running, whose folder nobody holds, was killed without notice.
 _STATUS: dict[str, Status] = {"FINISHED": "FINISHED", "FAILED": "FAILED"}

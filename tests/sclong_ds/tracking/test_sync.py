@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
-from sclong_ds import mlflow_store
 from sclong_ds.__main__ import main
 from sclong_ds.config.load import load_config
 from sclong_ds.config.strict_yaml import to_yaml
-from sclong_ds.mlflow_store import Status
 from sclong_ds.run_folder.files import read_run_json, update_run_json
 from sclong_ds.run_folder.lock import lock_run_folder
-from sclong_ds.tracking import Tracker
+from sclong_ds.tracking import sender as mlflow_store
+from sclong_ds.tracking.client import Status, new_client
+from sclong_ds.tracking.tracker import Tracker
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A store whose calls of a name in `refuses` fail; '' is all of them."""
     state = SimpleNamespace(uri=f"sqlite:///{tmp_path / 'store.db'}", refuses=set())
-    real = mlflow_store.new_client
+    real = new_client
 
     class Client:
         def __init__(self, client: Any) -> None:

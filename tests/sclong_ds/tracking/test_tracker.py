@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sclong_ds import mlflow_store, tracking
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
-from sclong_ds.mlflow_store import find_run_dir, tracking_uri
 from sclong_ds.run_checks import check_inputs
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import read_events, read_run_json, read_samples, update_run_json
 from sclong_ds.run_folder.identity import take_over_ids
 from sclong_ds.run_folder.record import read_run
 from sclong_ds.run_folder.rows import read_metrics
-from sclong_ds.tracking import Tracker
+from sclong_ds.tracking import client as client_module
+from sclong_ds.tracking import sender as mlflow_store
+from sclong_ds.tracking import tracker as tracking
+from sclong_ds.tracking.client import find_run_dir, tracking_uri
+from sclong_ds.tracking.tracker import Tracker
 
 
 def make_config(*, uri: str | None, enabled: bool = True, lr: str = "0.001") -> RunConfig:
@@ -52,7 +54,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture
 
 
 def client_of(uri: str) -> Any:
-    return mlflow_store.new_client(uri)
+    return client_module.new_client(uri)
 
 
 def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -155,7 +157,7 @@ class FlakyClient:
 @pytest.fixture
 def switch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     state = SimpleNamespace(down=False, refused=0)
-    real = mlflow_store.new_client
+    real = client_module.new_client
     monkeypatch.setattr(mlflow_store, "new_client", lambda uri, **_: FlakyClient(real(uri), state))
     monkeypatch.setattr(tracking, "_RETRY_AFTER_S", 0.0)
     return state
@@ -477,7 +479,7 @@ def test_credentials_are_neither_stored_nor_shown(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where a store that is no server puts artifacts
     asked = []
-    real = mlflow_store.new_client
+    real = client_module.new_client
 
     def new_client(uri: str, **_: Any) -> Any:
         asked.append(uri)
@@ -542,5 +544,5 @@ def test_run_json_of_a_checkpoint_keeps_the_run(store: str, tmp_path: Path) -> N
 
 
 def test_importing_the_module_does_not_import_mlflow() -> None:
-    code = "import sys, sclong_ds.tracking, sclong_ds.report; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, sclong_ds.tracking.tracker, sclong_ds.report; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,1 @@
+"""Sends a run to MLflow, survives its outages, and finds runs again."""

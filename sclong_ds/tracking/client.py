@@ -1,0 +1,118 @@
+"""The MLflow client as this project uses it: address, limits, credentials, patience."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sclong_ds.run_folder.credentials import without_credentials
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+Status = Literal["FINISHED", "KILLED", "FAILED"]
+
+# Limits of MLflow's REST API: https://mlflow.org/docs/latest/rest-api.html#request-limits
+MAX_METRICS = 1000
+
+_MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_DIGEST_CHARS = 100, 6000, 5000, 36
+
+
+def tracking_uri(configured: str | None, run_dir: Path, *, recorded: str | None = None) -> str:
+    """Return the tracking store: as configured, else MLFLOW_TRACKING_URI, else mlflow.db.
+
+    Args:
+        configured: `config.tracking.uri`.
+        run_dir: Run folder; mlflow.db lies beside it.
+        recorded: Store that the run was tracked in, before mlflow.db.
+    """
+    beside = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or recorded or beside
+
+
+def with_credentials(uri: str) -> str:
+    """Return MLFLOW_TRACKING_URI where that is the same store, else the URI itself."""
+    found = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return found if without_credentials(found) == without_credentials(uri) else uri
+
+
+def find_run_dir(run_id: str, *, uri: str | None = None, patient: bool = False) -> Path:
+    """Return the run folder of a run by its MLflow id or by the run_id of its run.json.
+
+    Args:
+        run_id: Either id.
+        uri: Tracking store; None: MLFLOW_TRACKING_URI, else runs/mlflow.db below the working
+            directory.
+        patient: As `new_client`.
+
+    Raises:
+        FileNotFoundError: No such store, or the run's folder is not on this machine.
+        ValueError: The store cannot be read or does not know the run.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
+    file = sqlite_file(uri)
+    if file is not None and not file.is_file():  # opening would create it
+        raise FileNotFoundError(
+            f"{run_id}: no such run folder, and no tracking store {file} to look the id up in; "
+            "give the folder, or set MLFLOW_TRACKING_URI"
+        )
+    client, shown = new_client(uri, patient=patient), without_credentials(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        quoted = run_id.replace("'", "")
+        query = f"attributes.run_id = '{quoted}'", f"tags.run_id = '{quoted}'"
+        runs = [run for q in query for run in client.search_runs(experiments, q, max_results=1)]
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"tracking store {shown}: {one_line(error)}") from None
+    if not runs:
+        raise ValueError(f"{run_id}: neither a run folder nor a run of the tracking store {shown}")
+    folder = Path(runs[0].data.tags.get("run_dir", ""))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run {run_id}: its folder {folder} is not on this machine")
+    return folder
+
+
+def new_client(uri: str, *, patient: bool = False) -> MlflowClient:
+    """Import mlflow, quietly, and return a client.
+
+    Args:
+        uri: Tracking store.
+        patient: Whether its calls may take minutes; for commands that send much and are waited for.
+    """
+    if not patient:
+        # MLflow's defaults (120 s, 7 retries with back-off) would hold up the end of a run.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # Usage statistics would leave the machine, and compute nodes often have no way out.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # A line per migration of a new sqlite file; a line per request while a server is down.
+    for name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # mlflow 3.17 uses a loader strategy that SQLAlchemy 2.1 deprecates; nothing a user can act on.
+    warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of an sqlite store; None for any other store."""
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
+
+
+def clip(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error as one line."""
+    text = without_credentials(" ".join(str(error).split()))
+    return clip(f"{type(error).__name__}: {text}", 300)
