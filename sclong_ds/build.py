@@ -41,12 +41,12 @@ from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.files.atomic import file_sha256, write_atomic
 from sclong_ds.guards import StepGuard, history_of
 from sclong_ds.initial_weights import InitialWeights, check_initial_model
-from sclong_ds.masking import target_count
-from sclong_ds.measured import MeasuredGenes
-from sclong_ds.metrics import bin_labels
 from sclong_ds.model.random_features import read_features
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model_dir import FEATURES, GRAPH
+from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.objective.metrics import bin_labels
+from sclong_ds.objective.targets import target_count
 from sclong_ds.rank_times import RankTimes
 from sclong_ds.run_checks import (
     check_run_folder,

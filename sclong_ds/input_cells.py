@@ -36,7 +36,7 @@ from data_prep.staging.outcome import UNPROVEN, Outcome
 from data_prep.staging.quality import CellLimits
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.measured import MeasuredGenes
+from sclong_ds.objective.measured import MeasuredGenes
 
 _log = logging.getLogger(__name__)
 

@@ -32,8 +32,8 @@ from sclong_ds.costs import (
     training_flops_per_cell,
 )
 from sclong_ds.devices import DEVICES, GIB, Device, find_device
-from sclong_ds.masking import target_count
 from sclong_ds.memory import Setup, Zero, largest_micro_batch, memory_per_rank, zero_settings
+from sclong_ds.objective.targets import target_count
 
 SCLONG_CELLS = 48_024_242
 """Cells of the scLong corpus: an epoch when neither --cells nor data.corpus says otherwise."""

@@ -51,8 +51,8 @@ from sclong_ds.loader.batches import CellBatch, StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.loader.weights import weights_of
 from sclong_ds.model.random_features import redraw_index
-from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
-from sclong_ds.preparation import prepare
+from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_error
+from sclong_ds.objective.targets import prepare
 from sclong_ds.run_checks import check_inputs
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
 from sclong_ds.saving import PATIENCE, save, save_before_failing, settle, settle_if_written

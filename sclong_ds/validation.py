@@ -18,12 +18,11 @@ from sclong_ds.corpus.byte_code import encode
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.engine.ranks import sum_or_raise
 from sclong_ds.loader.batches import CellBatch
-from sclong_ds.masking import VALIDATION_EPOCH
-from sclong_ds.metrics import MaskedMetrics, routed_large
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.model.routing import unknown_genes
-from sclong_ds.objective import MaskedBatch, masked_batch
-from sclong_ds.preparation import prepare
+from sclong_ds.objective.batch import MaskedBatch, masked_batch
+from sclong_ds.objective.metrics import MaskedMetrics, routed_large
+from sclong_ds.objective.targets import VALIDATION_EPOCH, prepare
 from sclong_ds.rank_times import skew
 from sclong_ds.review import show
 

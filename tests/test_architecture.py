@@ -94,7 +94,11 @@ def test_kernels_import_torch_and_triton_only():
         ("masking", {"sclong_ds.config.load"}),
         (
             "objective",
-            {"sclong_ds.device_batch", "sclong_ds.masking", "sclong_ds.corpus.byte_code"},
+            {
+                "sclong_ds.objective.batch",
+                "sclong_ds.objective.targets",
+                "sclong_ds.corpus.byte_code",
+            },
         ),
         ("device_batch", STORAGE),
         ("metrics", {"sclong_ds.model.routing"}),

@@ -11,8 +11,8 @@ from no_sync import NoHostSync
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.byte_code import MAX_COUNT, PackedCells, encode
-from sclong_ds.device_batch import unpack
 from sclong_ds.loader.pool import CellPool, to_dense, to_dense_norm
+from sclong_ds.objective.batch import unpack
 
 DEMO = Path(__file__).parents[2] / "data_prep" / "resources" / "demo" / "immune_a.h5ad"
 G = 800

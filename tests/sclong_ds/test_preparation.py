@@ -12,8 +12,8 @@ from scipy import sparse
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.byte_code import encode
 from sclong_ds.loader.batches import CellBatch
-from sclong_ds.measured import MeasuredGenes
-from sclong_ds.preparation import Prepared, hidden_zeros, prepare
+from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.objective.targets import Prepared, hidden_zeros, prepare
 
 GENES, TOP = 40, 25
 

@@ -241,10 +241,9 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, m
     """The exported model scores what validation logged, and says what trained it."""
     from sclong_ds import Corpus, export, load_model
     from sclong_ds.loader.batches import CellBatch
-    from sclong_ds.masking import VALIDATION_EPOCH
-    from sclong_ds.metrics import MaskedMetrics
-    from sclong_ds.objective import masked_batch
-    from sclong_ds.preparation import prepare
+    from sclong_ds.objective.batch import masked_batch
+    from sclong_ds.objective.metrics import MaskedMetrics
+    from sclong_ds.objective.targets import VALIDATION_EPOCH, prepare
 
     monkeypatch.setattr(export, "git_commit", lambda: "a later one")
     provenance = export.export(straight / "checkpoints", tmp_path / "model")

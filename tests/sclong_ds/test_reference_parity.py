@@ -23,9 +23,9 @@ from torch import Tensor
 from kernels import reference as favor
 from sclong_ds.config.load import load_config
 from sclong_ds.engine.schedule import learning_rate
-from sclong_ds.masking import target_count
 from sclong_ds.model.routing import expression_order
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.targets import target_count
 from sclong_ds.reference import (
     ReferenceWeights,
     check_hyper_parameters,

@@ -1,6 +1,6 @@
 """Real runs on datasets of which one names half of the genes: unknown genes stay out of training.
 
-It covers what `sclong_ds/measured.py` is for; its parts are tested where they are.
+It covers what `sclong_ds/objective/measured.py` is for; its parts are tested where they are.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from scipy import sparse
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.byte_code import encode
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.masking import Targets, draw_targets
-from sclong_ds.objective import MaskedBatch, masked_batch, masked_squared_error
+from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_error
+from sclong_ds.objective.targets import Targets, draw_targets
 
 CPU = torch.device("cpu")
 OBJECTIVE = load_config("sclong_tiny").objective

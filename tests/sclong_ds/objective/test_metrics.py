@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from no_sync import NoHostSync
 from scipy import stats
 
-from sclong_ds.metrics import BIN_EDGES, MaskedMetrics, bin_labels, routed_large
 from sclong_ds.model.routing import expression_order, route
+from sclong_ds.objective.metrics import BIN_EDGES, MaskedMetrics, bin_labels, routed_large
 
 CPU = torch.device("cpu")
 GENES = 60

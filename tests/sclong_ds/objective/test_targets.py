@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sclong_ds.config.load import load_config
-from sclong_ds.masking import VALIDATION_EPOCH, WIDTH_STEP, draw_targets, target_count
+from sclong_ds.objective.targets import VALIDATION_EPOCH, WIDTH_STEP, draw_targets, target_count
 
 OBJECTIVE = load_config("sclong_tiny").objective
 RELEASED = load_config("sclong_reference").objective

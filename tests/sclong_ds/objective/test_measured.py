@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sclong_ds.measured import MeasuredGenes
+from sclong_ds.objective.measured import MeasuredGenes
 
 TABLE = np.array([[True, True, False], [False, True, True]])
 

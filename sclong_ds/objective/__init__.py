@@ -1,0 +1,1 @@
+"""The pretraining objective: targets, masked batches, loss and metrics."""
