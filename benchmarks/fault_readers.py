@@ -180,7 +180,7 @@ def _resumed(folder: Path) -> Any:
 
 def read_exported(folder: Path) -> Any:
     """Export the newest checkpoint and return the model's files."""
-    from sclong_ds.export import export
+    from sclong_ds.exported.export import export
 
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "model"
@@ -208,9 +208,9 @@ def read_initial(folder: Path) -> Any:
     """Read a model as the start of a run."""
     from safetensors import safe_open
 
-    from sclong_ds.initial_weights import InitialWeights
-    from sclong_ds.model_dir import read_description
-    from sclong_ds.model_manifest import WEIGHTS
+    from sclong_ds.exported.initial_weights import InitialWeights
+    from sclong_ds.exported.manifest import WEIGHTS
+    from sclong_ds.exported.model_dir import read_description
 
     described = read_description(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as file:

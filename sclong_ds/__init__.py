@@ -17,7 +17,7 @@ _HOMES = {
     "Corpus": "sclong_ds.corpus.corpus",
     "ScLong": "sclong_ds.model.sclong",
     "load_config": "sclong_ds.config.load",
-    "load_model": "sclong_ds.model_dir",
+    "load_model": "sclong_ds.exported.model_dir",
 }
 
 

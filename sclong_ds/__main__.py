@@ -15,14 +15,14 @@ from sclong_ds.command_line import parse_arguments
 
 COMMANDS = {
     "plan": ("sclong_ds.plan", "memory, FLOPs and GPU-hours of a run, before submitting it"),
-    "export": ("sclong_ds.export", "checkpoint to a model folder (safetensors)"),
+    "export": ("sclong_ds.exported.export", "checkpoint to a model folder (safetensors)"),
     "import-reference": (
         "sclong_ds.import_reference",
         "published scLong checkpoint to a model folder",
     ),
     "embed": ("sclong_ds.embed", "cells to embeddings, AnnData out"),
     "evaluate": ("sclong_ds.evaluate", "zero-shot scores of embeddings against baselines"),
-    "verify": ("sclong_ds.verify", "a run, checkpoint or model against its checksums"),
+    "verify": ("sclong_ds.exported.verify", "a run, checkpoint or model against its checksums"),
     "status": ("sclong_ds.run_status", "how a run is doing, from its files"),
     "report": ("sclong_ds.report", "one HTML page about a run, or about several"),
     "compare": ("sclong_ds.compare", "settings and figures of several runs, side by side"),

@@ -38,12 +38,12 @@ from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.gradient_norms import GradientNorms
 from sclong_ds.engine.ranks import Ranks, on_first_rank
 from sclong_ds.engine.schedule import learning_rate
+from sclong_ds.exported.initial_weights import InitialWeights, check_initial_model
+from sclong_ds.exported.model_dir import FEATURES, GRAPH
 from sclong_ds.files.atomic import file_sha256, write_atomic
 from sclong_ds.guards import StepGuard, history_of
-from sclong_ds.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.model.random_features import read_features
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_dir import FEATURES, GRAPH
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.metrics import bin_labels
 from sclong_ds.objective.targets import target_count

@@ -14,9 +14,9 @@ import numpy as np
 
 from data_prep.convert.source_identity import source_hash
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.exported.manifest import model_digest, weights_hash
 from sclong_ds.input_cells import Cells
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_manifest import model_digest, weights_hash
 
 _NOT_OPTIONS = {"model_dir", "input", "out", "command"}
 

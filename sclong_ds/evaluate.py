@@ -69,11 +69,11 @@ from sclong_ds.embed import (
     embed_counts,
     progress,
 )
+from sclong_ds.exported.manifest import weights_hash
+from sclong_ds.exported.model_dir import load_model
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_dir import load_model
-from sclong_ds.model_manifest import weights_hash
 
 FOLDS = 5
 MIN_CELLS_PER_LABEL = FOLDS

@@ -6,7 +6,7 @@
 Reads the checkpoint (a state dict, alone or as `model_state_dict` beside optimizer and scheduler),
 the pickled constructor arguments with the gene graph (G_go, G_go_weight), and the gene list in the
 order of the inputs; nothing in them is run (`sclong_ds.safe_pickle`). Only the model's weights are
-read, one at a time, so peak memory stays near their size. Writes MODEL_DIR (`sclong_ds.model_dir`)
+read, one at a time, so peak memory stays near their size. Writes MODEL_DIR (`sclong_ds.exported.model_dir`)
 in float32: the released pos_emb is float64 and is rounded.
 
 A list of symbols gets the Ensembl ids of the bundled gene table where that is safe, so that cells
@@ -38,10 +38,10 @@ from sclong_ds.config.sections import ModelConfig
 from sclong_ds.corpus.gene_graph import check_edges, read_gene_graph, write_gene_graph
 from sclong_ds.corpus.genes import BUNDLED_PATH, UNKNOWN_CLASS, GeneVocabulary
 from sclong_ds.corpus.transform import Transform
+from sclong_ds.exported.model_dir import GRAPH, check_absent, write_model_dir
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.model.gene_encoder import GeneGraph
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_dir import GRAPH, check_absent, write_model_dir
 from sclong_ds.reference import (
     ReferenceWeights,
     check_hyper_parameters,

@@ -86,7 +86,7 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
         ValueError: The run has no MLflow run, or the tracking server refuses.
     """
     # Only a folder that can be read is worth logging.
-    from sclong_ds.model_dir import read_description
+    from sclong_ds.exported.model_dir import read_description
 
     read_description(model_dir)
     provenance = json.loads((model_dir / "provenance.json").read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ def _load_pyfunc(data_path: str, model_config: Mapping[str, Any] | None = None) 
             f"model_config: unknown {', '.join(sorted(unknown))}; allowed: {', '.join(SETTINGS)}"
         )
     from sclong_ds.embed import choose_device
-    from sclong_ds.model_dir import load_model
+    from sclong_ds.exported.model_dir import load_model
 
     model = load_model(data_path, device=choose_device(settings["device"]))
     return EmbeddingModel(model, settings)

@@ -13,8 +13,8 @@ from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
+from sclong_ds.exported.model_dir import write_model_dir
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_dir import write_model_dir
 
 
 def named_genes(count: int) -> GeneVocabulary:

@@ -24,8 +24,8 @@ from sclong_ds import embed, input_cells
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.model_dir import load_model
-from sclong_ds.model_manifest import model_digest
+from sclong_ds.exported.manifest import model_digest
+from sclong_ds.exported.model_dir import load_model
 from sclong_ds.objective.measured import MeasuredGenes
 
 N_GENES, N_CELLS = 60, 23

@@ -383,7 +383,7 @@ def test_wrong_settings_are_named(key, value, message):
 
 def test_export_refuses_what_is_no_whole_checkpoint(tmp_path, capsys):
     from sclong_ds.__main__ import main
-    from sclong_ds.export import resolve
+    from sclong_ds.exported.export import resolve
 
     good = make_checkpoint(tmp_path / "run" / "checkpoints", 5)
     copy = tmp_path / "kept for the paper"

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.initial_weights import InitialWeights, check_initial_model
+from sclong_ds.exported.initial_weights import InitialWeights, check_initial_model
+from sclong_ds.exported.manifest import write_manifest
 from sclong_ds.model.random_features import write_features
-from sclong_ds.model_manifest import write_manifest
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ No DeepSpeed needed.
 `python -m sclong_ds export` (`sclong_ds.checkpoint.save`) and `import-reference` write it,
 `sclong_ds.load_model` reads it. Weights pass one at a time when written and are mapped from the
 file when read, so that memory holds them once. Weights are finite, and every file is compared with
-the manifest (`sclong_ds.model_manifest`) before a model is made of it.
+the manifest (`sclong_ds.exported.manifest`) before a model is made of it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from sclong_ds.config.strict_yaml import read_yaml, section_from_dict, to_dict
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
+from sclong_ds.exported.manifest import CURE, WEIGHTS, check_files, write_manifest
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
 from sclong_ds.model.random_features import read_features, write_features
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_manifest import CURE, WEIGHTS, check_files, write_manifest
 
 FORMAT = "sclong_ds-model"
 VERSION = 3

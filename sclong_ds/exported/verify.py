@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sclong_ds import model_manifest
 from sclong_ds.checkpoint import on_disk as checkpoint_files
 from sclong_ds.command_line import local_path
 from sclong_ds.config.strict_yaml import read_yaml
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.exported import manifest as model_manifest
 from sclong_ds.files.atomic import file_sha256, is_partial
 from sclong_ds.files.json_lines import damaged_lines
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed

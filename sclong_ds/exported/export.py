@@ -2,7 +2,7 @@
 
     python -m sclong_ds export RUN_DIR/checkpoints/step_00000050 --out MODEL_DIR
 
-Reads one checkpoint, checked against its manifest; writes the folder that `sclong_ds.model_dir`
+Reads one checkpoint, checked against its manifest; writes the folder that `sclong_ds.exported.model_dir`
 describes. The weights of all ranks are merged in memory (4 bytes a parameter).
 """
 
@@ -28,9 +28,9 @@ from sclong_ds.command_line import local_path
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.transform import Transform
+from sclong_ds.exported.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
 from sclong_ds.files.atomic import named_errors
 from sclong_ds.model.random_features import drawn_features, read_features, redraw_index
-from sclong_ds.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
 from sclong_ds.run_folder.files import read_run_json, recorded_ids
 from sclong_ds.run_folder.identity import environment, git_commit
 from sclong_ds.run_folder.rows import read_metrics

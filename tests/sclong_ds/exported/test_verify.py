@@ -15,8 +15,8 @@ from exported import named_genes, write_model
 from sclong_ds.__main__ import main
 from sclong_ds.checkpoint import torch_files
 from sclong_ds.checkpoint.on_disk import TrainState, name_of, record_best, write_manifest
+from sclong_ds.exported.verify import verify
 from sclong_ds.run_folder.files import RunFolder, update_run_json
-from sclong_ds.verify import verify
 
 GENES = named_genes(40)
 
@@ -133,6 +133,6 @@ def test_what_is_none_of_these_is_one_line(
 
 
 def test_the_command_is_cheap_to_import() -> None:
-    code = "import sys, sclong_ds.verify; print('torch' in sys.modules)"
+    code = "import sys, sclong_ds.exported.verify; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

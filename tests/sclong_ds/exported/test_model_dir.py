@@ -16,11 +16,11 @@ import yaml
 from exported import write_model
 
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.initial_weights import InitialWeights
+from sclong_ds.exported.initial_weights import InitialWeights
+from sclong_ds.exported.manifest import model_digest
+from sclong_ds.exported.model_dir import load_model, write_model_dir
 from sclong_ds.model.random_features import drawn_features, read_features, write_features
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model_dir import load_model, write_model_dir
-from sclong_ds.model_manifest import model_digest
 
 N_GENES = 40
 IDS = tuple(f"E{i}" for i in range(N_GENES))

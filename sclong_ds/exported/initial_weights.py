@@ -18,9 +18,9 @@ from torch import Tensor
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.exported.manifest import WEIGHTS
+from sclong_ds.exported.model_dir import check_finite, read_description
 from sclong_ds.files.atomic import file_sha256
-from sclong_ds.model_dir import check_finite, read_description
-from sclong_ds.model_manifest import WEIGHTS
 
 _FILES = ("model.gene_graph", "model.random_features_file")
 """Keys that name files, whose content must be the same."""

@@ -1,0 +1,1 @@
+"""Exported models: the model folder, export from checkpoints, initial weights from a folder."""
