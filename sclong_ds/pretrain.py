@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sclong_ds import failures
 from sclong_ds.build import Run, build
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
@@ -47,6 +46,8 @@ from sclong_ds.engine.ranks import (
     sum_or_raise,
     sum_over_ranks,
 )
+from sclong_ds.job import failures
+from sclong_ds.job.exit_status import STOP_STATUS
 from sclong_ds.loader.batches import CellBatch, StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.loader.weights import weights_of
@@ -56,7 +57,7 @@ from sclong_ds.objective.targets import prepare
 from sclong_ds.run_checks import check_inputs
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
 from sclong_ds.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
-from sclong_ds.signals import STOP_STATUS, StopRequest
+from sclong_ds.signals import StopRequest
 from sclong_ds.step_timer import StepTimer
 from sclong_ds.validation import validate, validation_is_due
 

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from sclong_ds.command_line import local_path
 from sclong_ds.config.strict_yaml import read_yaml
-from sclong_ds.failures import read_failure
-from sclong_ds.restarts import Life, read_lives, read_verdict
+from sclong_ds.job.failures import read_failure
+from sclong_ds.job.restarts import Life, read_lives, read_verdict
 from sclong_ds.run_folder.files import METRICS_FILE, RUN_FILE, read_events, read_run_json
 from sclong_ds.run_folder.heartbeats import ENDED, HANG_FILE, SLOW_FILE, read_heartbeats, read_json
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC

@@ -11,9 +11,6 @@ import psutil
 
 log = logging.getLogger(__name__)
 
-STOP_STATUS = 75
-"""Exit status of a run that was asked to stop and saved: EX_TEMPFAIL, start it again to go on."""
-
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

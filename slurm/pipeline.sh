@@ -67,7 +67,7 @@ main() {
     # shellcheck source-path=SCRIPTDIR source=env.sh
     source "$home/slurm/env.sh"
     # shellcheck disable=SC2086 # a command with its arguments
-    $SCLONG_CONTAINER python -m sclong_ds.restarts check "${training[@]}"
+    $SCLONG_CONTAINER python -m sclong_ds.job.restarts check "${training[@]}"
   ) || exit 2
 
   local -A ids=()

@@ -15,7 +15,7 @@
 # Submit from the project root, or set SCLONG_HOME to it. Settings of the site: slurm/env.sh.
 # All sbatch options above can be overridden on the command line.
 #
-# First the nodes are checked (sclong_ds/preflight.py): a bad one is named and nothing is trained.
+# First the nodes are checked (sclong_ds/job/preflight.py): a bad one is named and nothing is trained.
 # Then one srun starts one process per GPU, or one per node without GPUs (README: one `deepspeed`
 # launcher per node instead).
 #
@@ -25,7 +25,7 @@
 # as it then gets: submit with --nodes=MIN-MAX, or `scontrol update JobId=J NumNodes=N` while it waits.
 # Of nodes among whose ranks the batch cannot be shared out evenly it leaves the last ones idle.
 #
-# What is started again is decided in sclong_ds/restarts.py:
+# What is started again is decided in sclong_ds/job/restarts.py:
 #   saved after a signal (75)                         yes
 #   a rank was killed (137: out of memory, ...)       yes, when the run has made a step before
 #   a device, network or disk failed a rank (71)      yes, when the run has made a step before
@@ -80,10 +80,10 @@ main() {
   finish "$status" "$@"
 }
 
-# Runs sclong_ds.restarts with a command, and with the training's arguments after that.
+# Runs sclong_ds.job.restarts with a command, and with the training's arguments after that.
 restarts() {
   # shellcheck disable=SC2086 # a command with its arguments
-  $SCLONG_CONTAINER python -m sclong_ds.restarts "${@:1:1}" --max-stalled "$SCLONG_MAX_STALLED" \
+  $SCLONG_CONTAINER python -m sclong_ds.job.restarts "${@:1:1}" --max-stalled "$SCLONG_MAX_STALLED" \
     "${@:2}"
 }
 
@@ -170,7 +170,7 @@ preflight() {
   step=0
   if ((SCLONG_PREFLIGHT == 0)); then return; fi
   # The first rank may end at once, and another judge when it has waited for it; python starts in 60 s.
-  MASTER_PORT=$((MASTER_PORT + 15)) launch sclong_ds.preflight "$((SCLONG_PREFLIGHT + 60))" \
+  MASTER_PORT=$((MASTER_PORT + 15)) launch sclong_ds.job.preflight "$((SCLONG_PREFLIGHT + 60))" \
     --timeout-s "$SCLONG_PREFLIGHT" "$@" &
   wait_for_step $!
   step=1

@@ -29,7 +29,7 @@ from sclong_ds.config.load import load_config
 from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, quiet_deepspeed
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.ranks import join_process_group
-from sclong_ds.failures import run_to_end
+from sclong_ds.job.failures import run_to_end
 
 CONFIG = load_config("sclong_tiny")
 KEEP = dataclasses.replace(

@@ -18,7 +18,7 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.engine.deepspeed_engine import build_partitioned, count_parameters, peak_memory_gib
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.ranks import join_process_group
-from sclong_ds.failures import run_to_end
+from sclong_ds.job.failures import run_to_end
 from sclong_ds.model.sclong import ScLong
 
 

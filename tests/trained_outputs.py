@@ -11,7 +11,7 @@ from launching import ROOT, environment, run_module
 OUTPUTS = """
 import sys
 import torch
-from sclong_ds import failures, pretrain
+from sclong_ds.job import failures; from sclong_ds import pretrain
 
 save = pretrain.save
 

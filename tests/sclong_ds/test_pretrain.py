@@ -402,7 +402,7 @@ def test_many_ranks_say_an_error_once_and_leave_nothing(small_corpus, demo_graph
 def test_a_rank_that_would_run_something_else_is_found(small_corpus, small_graph, tmp_path):
     """Nothing but parameters is broadcast: other random features would never be noticed."""
     program = (
-        "import os, sys; from sclong_ds import failures, pretrain; "
+        "import os, sys; from sclong_ds.job import failures; from sclong_ds import pretrain; "
         "sys.argv.append('model.projection_seed=' + os.environ['RANK']); "
         "failures.run_to_end(pretrain.main)"
     )

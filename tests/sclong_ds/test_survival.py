@@ -151,7 +151,7 @@ def test_steps_that_are_not_finite_stop_the_run_with_good_weights(corpus, tmp_pa
 
 FAULTS = """
 import time
-from sclong_ds import failures, pretrain
+from sclong_ds.job import failures; from sclong_ds import pretrain
 from sclong_ds.corpus.corpus import Corpus
 
 read, squared_error, calls = Corpus.read_packed, pretrain.masked_squared_error, []
@@ -234,7 +234,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, disk_of_6_mb, tm
 
 
 PENDING = """
-from sclong_ds.checkpoint import save as checkpoint; from sclong_ds import failures, pretrain, saving
+from sclong_ds.checkpoint import save as checkpoint; from sclong_ds.job import failures; from sclong_ds import pretrain, saving
 
 finish, failed = checkpoint.finish_save, []
 

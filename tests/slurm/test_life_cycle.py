@@ -25,7 +25,7 @@ RANK = """#!{python}
 import json, os, signal, sys, time
 from pathlib import Path
 
-if "sclong_ds.preflight" in sys.argv:
+if "sclong_ds.job.preflight" in sys.argv:
     sys.exit(0)
 if "sclong_ds.pretrain" not in sys.argv:
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])

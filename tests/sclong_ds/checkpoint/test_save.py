@@ -39,9 +39,9 @@ from sclong_ds.checkpoint.on_disk import (
 from sclong_ds.checkpoint.torch_files import plain_values_only
 from sclong_ds.checkpoint.writer import ChecksummedFile
 from sclong_ds.config.load import load_config
-from sclong_ds.failures import passes
 from sclong_ds.files import sealed_json
 from sclong_ds.files.sealed_json import write_sealed
+from sclong_ds.job.failures import passes
 from sclong_ds.run_folder.files import RunFolder
 
 RANKS = 2

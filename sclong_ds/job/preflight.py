@@ -1,6 +1,6 @@
 """Check the nodes of a job before it trains, and name those that are not fit for it.
 
-    python -m sclong_ds.preflight --timeout-s 120 --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.job.preflight --timeout-s 120 --config FILE|PRESET [key=value ...]
 
 slurm/pretrain.sh runs it with one process per rank and the training's own arguments. Each looks at
 its node and GPU; the first one of a node also writes a file into the run folder. The reports go to
@@ -35,10 +35,10 @@ import torch.distributed as dist
 
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
-from sclong_ds.failures import life_id, run_to_end
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.node_report import GIB, Place, Report, examine, on_gpus
-from sclong_ds.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
+from sclong_ds.job.failures import life_id, run_to_end
+from sclong_ds.job.node_report import GIB, Place, Report, examine, on_gpus
+from sclong_ds.job.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
 from sclong_ds.run_folder.files import now
 
 SKEW_LIMIT_S = 30.0
@@ -407,7 +407,7 @@ def publish(verdict: Mapping[str, Any], place: Place, run_dir: Path | None) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check this rank's node and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sclong_ds.preflight")
+    parser = argparse.ArgumentParser(prog="python -m sclong_ds.job.preflight")
     parser.add_argument("--timeout-s", type=float, default=120.0, metavar="SECONDS")
     add_training_arguments(parser)
     args = parse_arguments(parser, argv)

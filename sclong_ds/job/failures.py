@@ -4,7 +4,7 @@
 numbers would come again in another life of the job: status 1, and FAILURE_FILE in the run folder,
 for the ranks that merely lose a peer end with statuses of their own. A device, a network or a file
 system that gave up may be well again, or another node may be better: status 71.
-`sclong_ds.restarts` reads both.
+`sclong_ds.job.restarts` reads both.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from typing import NoReturn
 
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.sealed_json import read_sound
+from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS
 from sclong_ds.run_folder.identity import node_name
 
-OWN_STATUS, PASSING_STATUS = 1, 71
-"""Exit statuses: the training says what is wrong; EX_OSERR, a device, network or disk gave up."""
 FAILURE_FILE = "failure.json"
 _PASSING_ERRORS = frozenset(
     {
@@ -92,7 +91,7 @@ def report(error: Exception, run_dir: Path | None) -> int:
 def run_to_end(main: Callable[[], int]) -> NoReturn:
     """Run a command and end its process with the command's status, without Python's own shutdown.
 
-    A rank must end with the status that it means: `sclong_ds.restarts` and launchers act on it.
+    A rank must end with the status that it means: `sclong_ds.job.restarts` and launchers act on it.
     Threads of gloo free the tensors of the last collectives whenever they get to it, and abort the
     process (134) when they come to it while Python shuts down; one of NCCL may hang.
 

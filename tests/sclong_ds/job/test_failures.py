@@ -14,7 +14,7 @@ import torch.distributed as dist
 from benchmarks.random_kills import end_ranks, start_ranks
 from sclong_ds import pretrain
 from sclong_ds.checkpoint.save import SaveError
-from sclong_ds.failures import passes, read_failure, report
+from sclong_ds.job.failures import passes, read_failure, report
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_outside_of_slurm_nothing_is_recorded(
 
 def test_a_log_on_a_full_disk_does_not_change_the_status() -> None:
     program = (
-        "from sclong_ds import failures; "
+        "from sclong_ds.job import failures; "
         "failures.run_to_end(lambda: failures.report(RuntimeError('no memory'), None))"
     )
     with Path("/dev/full").open("wb") as full:
@@ -87,7 +87,7 @@ def test_a_log_on_a_full_disk_does_not_change_the_status() -> None:
 LEAVE = """
 import sys, torch
 import torch.distributed as dist
-from sclong_ds.failures import run_to_end
+from sclong_ds.job.failures import run_to_end
 
 def main():
     dist.init_process_group("gloo")

@@ -16,24 +16,16 @@ import pytest
 import torch.distributed as dist
 from launching import ROOT, environment
 
-from sclong_ds import node_report, preflight
-from sclong_ds.node_report import Place, Report, examine, write_speed
-from sclong_ds.preflight import (
-    Problem,
-    by_text,
-    collect,
-    judge,
-    judge_trial,
-    stand_in,
-    table,
-)
+from sclong_ds.job import node_report, preflight
+from sclong_ds.job.node_report import Place, Report, examine, write_speed
+from sclong_ds.job.preflight import Problem, by_text, collect, judge, judge_trial, stand_in, table
 
 PLACE = Place(rank=0, local_rank=0, local_size=2, world_size=6, nodes=("n1", "n2", "n3"))
 SAME = {"torch": "2.13", "GPUs": "2 x H100"}
 FREEZE = """
 import time
-from sclong_ds import preflight
-from sclong_ds.failures import run_to_end
+from sclong_ds.job import preflight
+from sclong_ds.job.failures import run_to_end
 preflight.{name} = lambda *args, **settings: time.sleep(600)
 run_to_end(preflight.main)
 """
@@ -186,7 +178,7 @@ def _start(
     }  # fmt: skip
     arguments = ("--timeout-s", str(timeout_s), "--config", "sclong_tiny", f"run.dir={run_dir}")
     return subprocess.Popen(
-        [sys.executable, *(program or ("-m", "sclong_ds.preflight")), *arguments],
+        [sys.executable, *(program or ("-m", "sclong_ds.job.preflight")), *arguments],
         cwd=ROOT, env=environment() | variables, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sclong_ds import failures
-from sclong_ds.restarts import (
+from sclong_ds.job import failures
+from sclong_ds.job.restarts import (
     RESTARTS_FILE,
     bad_nodes,
     begin,

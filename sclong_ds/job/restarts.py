@@ -1,11 +1,11 @@
 """Whether a Slurm job may start, or be started again: the guard against one that crashes for ever.
 
-    python -m sclong_ds.restarts check --config FILE|PRESET [key=value ...]
-    python -m sclong_ds.restarts nodes --most N --ranks-per-node N --config FILE|PRESET ...
-    python -m sclong_ds.restarts begin --config FILE|PRESET [key=value ...]
-    python -m sclong_ds.restarts seconds-to-save --config FILE|PRESET [key=value ...]
-    python -m sclong_ds.restarts end --status STATUS --config FILE|PRESET [key=value ...]
-    python -m sclong_ds.restarts bad-nodes --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.job.restarts check --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.job.restarts nodes --most N --ranks-per-node N --config FILE|PRESET ...
+    python -m sclong_ds.job.restarts begin --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.job.restarts seconds-to-save --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.job.restarts end --status STATUS --config FILE|PRESET [key=value ...]
+    python -m sclong_ds.job.restarts bad-nodes --config FILE|PRESET [key=value ...]
 
 slurm/pretrain.sh runs it with the training's own arguments, once for all ranks. `check` reads them,
 before slurm/pipeline.sh submits a chain of jobs that ends with them; `nodes` prints on how many of
@@ -42,17 +42,15 @@ from sclong_ds.checkpoint.on_disk import complete_checkpoints, step_of
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import EngineConfig
-from sclong_ds.failures import OWN_STATUS, PASSING_STATUS, life_id, read_failure
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.sealed_json import read_sound
+from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS, SRUN_STATUS, STOP_STATUS
+from sclong_ds.job.failures import life_id, read_failure
 from sclong_ds.run_folder.files import METRICS_FILE, now, read_events
 from sclong_ds.run_folder.rows import read_every_row
-from sclong_ds.signals import STOP_STATUS
 
 RESTARTS_FILE = "restarts.json"
 PREFLIGHT_FILE = "preflight.json"
-SRUN_STATUS = 69
-"""EX_UNAVAILABLE, which slurm/pretrain.sh gives errors of srun itself; no rank ends with it."""
 _OWN_STATUSES = (OWN_STATUS, 2)
 _KEPT_LIVES = 200
 # Until every rank has the signal (10 s), has ended its micro-batch, and Slurm has seen the job end.
@@ -245,7 +243,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sclong_ds.restarts")
+    parser = argparse.ArgumentParser(prog="python -m sclong_ds.job.restarts")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("check", "nodes", "begin", "seconds-to-save", "end", "bad-nodes"):
         command = commands.add_parser(name)

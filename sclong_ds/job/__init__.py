@@ -1,0 +1,1 @@
+"""What the Slurm scripts call: preflight checks, restarts and how a run ended."""

@@ -1,0 +1,18 @@
+"""Exit statuses of the training program and of srun, and what they say about a restart.
+
+0 done; 1 the run reported an error; 2 wrong usage; 71 a device, network or disk failed; 75 stopped
+after saving.
+"""
+
+from __future__ import annotations
+
+SRUN_STATUS = 69
+"""EX_UNAVAILABLE, which slurm/pretrain.sh gives errors of srun itself; no rank ends with it."""
+
+
+OWN_STATUS, PASSING_STATUS = 1, 71
+"""Exit statuses: the training says what is wrong; EX_OSERR, a device, network or disk gave up."""
+
+
+STOP_STATUS = 75
+"""Exit status of a run that was asked to stop and saved: EX_TEMPFAIL, start it again to go on."""
