@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import ModelConfig
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.costs import training_flops_per_cell
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.planning.costs import training_flops_per_cell
 
 Row = dict[str, Any]
 PEAK_TFLOPS = 989.0

@@ -5,7 +5,7 @@
 Trains a wide model, whose memory is that of weights, gradients and optimizer, in all ZeRO stages
 and offloaded, and a deep one on many cells, whose memory is that of activations, with and without
 activation checkpointing. Measured is the highest resident memory of rank 0 without that of the same
-run with a tiny model (python, libraries, corpus); predicted is the peak of `sclong_ds.memory`, on a
+run with a tiny model (python, libraries, corpus); predicted is the peak of `sclong_ds.planning.memory`, on a
 CPU with what is offloaded. Prints a table.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.environment import environment
 from benchmarks.random_kills import N_GENES, make_corpus, settings, train
 from sclong_ds.config.load import load_config
-from sclong_ds.memory import Setup, memory_per_rank, zero_settings
+from sclong_ds.planning.memory import Setup, memory_per_rank, zero_settings
 from sclong_ds.run_folder.rows import read_metrics
 
 MIB = 2**20

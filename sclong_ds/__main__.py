@@ -14,7 +14,10 @@ from importlib import import_module
 from sclong_ds.command_line import parse_arguments
 
 COMMANDS = {
-    "plan": ("sclong_ds.plan", "memory, FLOPs and GPU-hours of a run, before submitting it"),
+    "plan": (
+        "sclong_ds.planning.plan",
+        "memory, FLOPs and GPU-hours of a run, before submitting it",
+    ),
     "export": ("sclong_ds.exported.export", "checkpoint to a model folder (safetensors)"),
     "import-reference": (
         "sclong_ds.import_reference",

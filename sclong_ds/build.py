@@ -25,8 +25,6 @@ from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
-from sclong_ds.costs import training_flops_per_cell
-from sclong_ds.devices import device_of_name
 from sclong_ds.engine.deepspeed_engine import (
     build_partitioned,
     count_parameters,
@@ -47,6 +45,8 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.metrics import bin_labels
 from sclong_ds.objective.targets import target_count
+from sclong_ds.planning.costs import training_flops_per_cell
+from sclong_ds.planning.devices import device_of_name
 from sclong_ds.rank_times import RankTimes
 from sclong_ds.run_checks import (
     check_run_folder,

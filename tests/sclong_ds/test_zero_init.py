@@ -12,7 +12,7 @@ from launching import PORT, ROOT, environment
 
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.costs import parameter_counts
+from sclong_ds.planning.costs import parameter_counts
 
 pytestmark = pytest.mark.distributed
 RANKS = 2

@@ -2,7 +2,7 @@
 
     python -m sclong_ds plan --config sclong_1b --nodes 8 --gpus-per-node 8 --device h100
 
-Parameters and FLOPs are exact (`sclong_ds.costs`); memory (`sclong_ds.memory`), time and cells/s
+Parameters and FLOPs are exact (`sclong_ds.planning.costs`); memory (`sclong_ds.planning.memory`), time and cells/s
 are predictions. Reads the configuration, the DeepSpeed JSON, and the corpus and the gene graph that
 the configuration names; writes nothing.
 """
@@ -23,7 +23,8 @@ from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.costs import (
+from sclong_ds.objective.targets import target_count
+from sclong_ds.planning.costs import (
     activation_bytes,
     backward_flops_per_cell,
     flops_per_cell,
@@ -31,9 +32,14 @@ from sclong_ds.costs import (
     recompute_flops_per_cell,
     training_flops_per_cell,
 )
-from sclong_ds.devices import DEVICES, GIB, Device, find_device
-from sclong_ds.memory import Setup, Zero, largest_micro_batch, memory_per_rank, zero_settings
-from sclong_ds.objective.targets import target_count
+from sclong_ds.planning.devices import DEVICES, GIB, Device, find_device
+from sclong_ds.planning.memory import (
+    Setup,
+    Zero,
+    largest_micro_batch,
+    memory_per_rank,
+    zero_settings,
+)
 
 SCLONG_CELLS = 48_024_242
 """Cells of the scLong corpus: an epoch when neither --cells nor data.corpus says otherwise."""

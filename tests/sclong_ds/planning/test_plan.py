@@ -8,9 +8,23 @@ import numpy as np
 import pytest
 
 from sclong_ds.config.load import load_config
-from sclong_ds.costs import flops_per_cell, parameter_counts
-from sclong_ds.memory import Setup, Zero, largest_micro_batch, memory_per_rank, zero_settings
-from sclong_ds.plan import SCLONG_CELLS, Site, Workload, add_arguments, format_plan, make_plan, run
+from sclong_ds.planning.costs import flops_per_cell, parameter_counts
+from sclong_ds.planning.memory import (
+    Setup,
+    Zero,
+    largest_micro_batch,
+    memory_per_rank,
+    zero_settings,
+)
+from sclong_ds.planning.plan import (
+    SCLONG_CELLS,
+    Site,
+    Workload,
+    add_arguments,
+    format_plan,
+    make_plan,
+    run,
+)
 
 GENES = 27_874
 ZERO3 = zero_settings({"zero_optimization": {"stage": 3}})

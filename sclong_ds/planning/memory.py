@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sclong_ds.config.sections import ModelConfig
-from sclong_ds.costs import parameter_shapes, peak_activation_bytes, stacks
+from sclong_ds.planning.costs import parameter_shapes, peak_activation_bytes, stacks
 
 
 @dataclass(frozen=True, slots=True)

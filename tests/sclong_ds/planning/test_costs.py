@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import PerformerConfig
-from sclong_ds.costs import (
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.planning.costs import (
     activation_bytes,
     backward_flops_per_cell,
     flops_per_cell,
@@ -21,7 +22,6 @@ from sclong_ds.costs import (
     recompute_flops_per_cell,
     training_flops_per_cell,
 )
-from sclong_ds.model.sclong import ScLong
 
 GENES = 27_874
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sclong_ds.devices import DEVICES, GIB, device_of_name, find_device
+from sclong_ds.planning.devices import DEVICES, GIB, device_of_name, find_device
 
 
 @pytest.mark.parametrize(
