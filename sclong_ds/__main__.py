@@ -23,14 +23,20 @@ COMMANDS = {
         "sclong_ds.import_reference",
         "published scLong checkpoint to a model folder",
     ),
-    "embed": ("sclong_ds.embed", "cells to embeddings, AnnData out"),
-    "evaluate": ("sclong_ds.evaluate", "zero-shot scores of embeddings against baselines"),
+    "embed": ("sclong_ds.embedding.embed", "cells to embeddings, AnnData out"),
+    "evaluate": (
+        "sclong_ds.embedding.evaluate",
+        "zero-shot scores of embeddings against baselines",
+    ),
     "verify": ("sclong_ds.exported.verify", "a run, checkpoint or model against its checksums"),
     "status": ("sclong_ds.run_status", "how a run is doing, from its files"),
     "report": ("sclong_ds.report", "one HTML page about a run, or about several"),
     "compare": ("sclong_ds.compare", "settings and figures of several runs, side by side"),
     "sync": ("sclong_ds.tracking.sync", "what MLflow lacks of a run that is over"),
-    "log-model": ("sclong_ds.mlflow_model", "exported model to MLflow, and to its registry"),
+    "log-model": (
+        "sclong_ds.embedding.mlflow_model",
+        "exported model to MLflow, and to its registry",
+    ),
 }
 """Command to module and help; a module has add_arguments(parser) and run(args)."""
 

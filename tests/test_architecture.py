@@ -158,7 +158,7 @@ def test_data_prep_imports_only_the_storage_modules():
                 "sclong_ds.checkpoint.torch_files",
             },
         ),
-        ("mlflow", {"sclong_ds.tracking.sender", "sclong_ds.mlflow_model"}),
+        ("mlflow", {"sclong_ds.tracking.sender", "sclong_ds.embedding.mlflow_model"}),
     ],
 )
 def test_library_is_imported_in_its_place_only(library, allowed):

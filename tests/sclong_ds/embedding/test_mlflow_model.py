@@ -18,9 +18,9 @@ from scipy.sparse import csr_matrix
 
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.embed import embed_counts
+from sclong_ds.embedding.embed import embed_counts
+from sclong_ds.embedding.mlflow_model import EmbeddingModel, _load_pyfunc
 from sclong_ds.exported.model_dir import load_model
-from sclong_ds.mlflow_model import EmbeddingModel, _load_pyfunc
 from sclong_ds.run_folder.files import recorded_ids
 from sclong_ds.tracking.client import new_client
 from sclong_ds.tracking.tracker import Tracker

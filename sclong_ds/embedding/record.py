@@ -1,6 +1,6 @@
 """What an embedding says about itself in `uns`: the model and the cells that it was made from.
 
-Used by `sclong_ds.embed`; reads the model's manifest and hashes the input.
+Used by `sclong_ds.embedding.embed`; reads the model's manifest and hashes the input.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from data_prep.convert.source_identity import source_hash
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.embedding.cells import Cells
 from sclong_ds.exported.manifest import model_digest, weights_hash
-from sclong_ds.input_cells import Cells
 from sclong_ds.model.sclong import ScLong
 
 _NOT_OPTIONS = {"model_dir", "input", "out", "command"}

@@ -20,10 +20,11 @@ from data_prep.corpus.finalize import finalize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.manifest.manifest import Dataset
 from data_prep.staging.dataset import Settings
-from sclong_ds import embed, input_cells
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.embedding import cells as input_cells
+from sclong_ds.embedding import embed
 from sclong_ds.exported.manifest import model_digest
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.objective.measured import MeasuredGenes

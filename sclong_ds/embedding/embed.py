@@ -43,10 +43,10 @@ from data_prep.manifest.input_options import add_input_options, input_dataset
 from sclong_ds.command_line import _positive, _share, local_path
 from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.embedding_record import input_record, origin_of, record_of
+from sclong_ds.embedding.cells import Cells, open_cells
+from sclong_ds.embedding.record import input_record, origin_of, record_of
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.files.hdf5_file import new_hdf5
-from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
 

@@ -61,7 +61,8 @@ from data_prep.manifest.input_options import input_dataset
 from data_prep.readers.open import detect_format
 from sclong_ds.command_line import local_path
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.embed import (
+from sclong_ds.embedding.cells import Cells, open_cells
+from sclong_ds.embedding.embed import (
     KEY,
     UNS_KEY,
     add_input_arguments,
@@ -72,7 +73,6 @@ from sclong_ds.embed import (
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.input_cells import Cells, open_cells
 from sclong_ds.model.sclong import ScLong
 
 FOLDS = 5

@@ -12,8 +12,8 @@ import pytest
 from exported import write_model
 from scipy.sparse import csr_matrix
 
-from sclong_ds import embed, evaluate
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.embedding import embed, evaluate
 
 N_GENES, N_PER_TYPE = 60, 20
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -97,7 +97,7 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     try:
         experiment = client.get_run(ids["mlflow_run_id"]).info.experiment_id
         mlflow.set_tracking_uri(uri)
@@ -109,7 +109,7 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
             run_id=ids["mlflow_run_id"],
             registered_model_name=register,
             step=int(provenance.get("step", 0)),
-            loader_module="sclong_ds.mlflow_model",
+            loader_module="sclong_ds.embedding.mlflow_model",
             data_path=str(model_dir),
             code_paths=[str(root / package) for package in _PACKAGES],
             pip_requirements=_requirements(),
@@ -151,7 +151,7 @@ def _load_pyfunc(data_path: str, model_config: Mapping[str, Any] | None = None) 
         raise ValueError(
             f"model_config: unknown {', '.join(sorted(unknown))}; allowed: {', '.join(SETTINGS)}"
         )
-    from sclong_ds.embed import choose_device
+    from sclong_ds.embedding.embed import choose_device
     from sclong_ds.exported.model_dir import load_model
 
     model = load_model(data_path, device=choose_device(settings["device"]))
@@ -187,8 +187,8 @@ class EmbeddingModel:
         import numpy as np
         from pandas import DataFrame
 
-        from sclong_ds.embed import embed_counts
-        from sclong_ds.input_cells import open_cells
+        from sclong_ds.embedding.cells import open_cells
+        from sclong_ds.embedding.embed import embed_counts
 
         limits = {
             name: self._settings[f"{name}_mapped"]
