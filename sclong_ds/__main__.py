@@ -20,7 +20,7 @@ COMMANDS = {
     ),
     "export": ("sclong_ds.exported.export", "checkpoint to a model folder (safetensors)"),
     "import-reference": (
-        "sclong_ds.import_reference",
+        "sclong_ds.released.import_reference",
         "published scLong checkpoint to a model folder",
     ),
     "embed": ("sclong_ds.embedding.embed", "cells to embeddings, AnnData out"),

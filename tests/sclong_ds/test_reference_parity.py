@@ -26,7 +26,7 @@ from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.model.routing import expression_order
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.targets import target_count
-from sclong_ds.reference import (
+from sclong_ds.released.mapping import (
     ReferenceWeights,
     check_hyper_parameters,
     reference_config,

@@ -5,7 +5,7 @@
 
 Reads the checkpoint (a state dict, alone or as `model_state_dict` beside optimizer and scheduler),
 the pickled constructor arguments with the gene graph (G_go, G_go_weight), and the gene list in the
-order of the inputs; nothing in them is run (`sclong_ds.safe_pickle`). Only the model's weights are
+order of the inputs; nothing in them is run (`sclong_ds.released.safe_pickle`). Only the model's weights are
 read, one at a time, so peak memory stays near their size. Writes MODEL_DIR (`sclong_ds.exported.model_dir`)
 in float32: the released pos_emb is float64 and is rounded.
 
@@ -42,14 +42,14 @@ from sclong_ds.exported.model_dir import GRAPH, check_absent, write_model_dir
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.model.gene_encoder import GeneGraph
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.reference import (
+from sclong_ds.released.mapping import (
     ReferenceWeights,
     check_hyper_parameters,
     reference_config,
     reference_features,
 )
+from sclong_ds.released.safe_pickle import load_plain, load_tensors
 from sclong_ds.run_folder.identity import environment, git_commit
-from sclong_ds.safe_pickle import load_plain, load_tensors
 
 ALIASES_PATH = BUNDLED_PATH.with_name("symbol_aliases.tsv.gz")
 _ENSEMBL_ID, _VERSION = re.compile(r"ENSG\d{11}"), re.compile(r"(?<=^ENSG\d{11})\.\d+$")

@@ -4,7 +4,7 @@
     load_tensors("model.pth")            torch.save, tensors mapped from the file
 
 Plain values are None, bool, numbers, text, bytes, dict, list, tuple, set, numpy arrays of numbers
-or text, dense torch tensors, torch devices, dtypes and sizes. `sclong_ds.pickle_records` writes
+or text, dense torch tensors, torch devices, dtypes and sizes. `sclong_ds.released.pickle_records` writes
 down what a pickle asks for, and runs none of it; `_Conversion` then makes the values, by functions
 of this module that check what they are given. Arrays and tensors are views of the file's bytes, so
 that a small file cannot make large ones. torch's unpickler (weights_only=True) is not used: it
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sclong_ds.pickle_records import (
+from sclong_ds.released.pickle_records import (
     STORAGES,
     Call,
     Name,

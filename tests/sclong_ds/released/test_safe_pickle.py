@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from sclong_ds.safe_pickle import load_plain, load_tensors
+from sclong_ds.released.safe_pickle import load_plain, load_tensors
 
 VALUES: dict[str, Any] = {
     "numbers": [1, -(10**30), 2.5, True, None, 1j],

@@ -25,7 +25,7 @@ from sclong_ds import __main__ as command_line
 from sclong_ds.corpus.gene_graph import read_gene_graph, write_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported.model_dir import load_model
-from sclong_ds.import_reference import with_ensembl_ids
+from sclong_ds.released.import_reference import with_ensembl_ids
 
 GOLDEN = np.load(FOLDER / "dev_a.npz", allow_pickle=False)
 ARGUMENTS = json.loads((FOLDER / "dev_a.json").read_text())["constructor_kwargs"]

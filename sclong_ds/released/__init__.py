@@ -1,0 +1,1 @@
+"""Import of the checkpoint published with the scLong paper."""
