@@ -29,9 +29,9 @@ COMMANDS = {
         "zero-shot scores of embeddings against baselines",
     ),
     "verify": ("sclong_ds.exported.verify", "a run, checkpoint or model against its checksums"),
-    "status": ("sclong_ds.run_status", "how a run is doing, from its files"),
-    "report": ("sclong_ds.report", "one HTML page about a run, or about several"),
-    "compare": ("sclong_ds.compare", "settings and figures of several runs, side by side"),
+    "status": ("sclong_ds.report.status", "how a run is doing, from its files"),
+    "report": ("sclong_ds.report.report", "one HTML page about a run, or about several"),
+    "compare": ("sclong_ds.report.compare", "settings and figures of several runs, side by side"),
     "sync": ("sclong_ds.tracking.sync", "what MLflow lacks of a run that is over"),
     "log-model": (
         "sclong_ds.embedding.mlflow_model",

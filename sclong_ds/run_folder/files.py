@@ -1,6 +1,6 @@
 """The files a run writes about itself; everything else about a run is derived from them.
 
-`sclong_ds.tracking.tracker` writes them during training (rank 0), `sclong_ds.report` and tests read them:
+`sclong_ds.tracking.tracker` writes them during training (rank 0), `sclong_ds.report.report` and tests read them:
 `run.json` (ids, starts, status, environment), `metrics.jsonl` (one JSON object per logged row),
 `events.jsonl` (start, resume, signal, checkpoint, ...) and `system/NODE.jsonl` (samples of a node).
 The .jsonl files only ever grow; their rows and run.json carry checksums, and what is damaged in

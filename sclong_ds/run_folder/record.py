@@ -1,6 +1,6 @@
 """What a run folder holds, read once, and the figures that sum a run up.
 
-`sclong_ds.report` and `sclong_ds.compare` read runs through this.
+`sclong_ds.report.report` and `sclong_ds.report.compare` read runs through this.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class _Artist:
         if self._process is not None and self._is_busy():
             log.info(
                 "pictures that are missing: a resumed run draws them, or python -m "
-                "sclong_ds.pictures %s", self._run_dir,
+                "sclong_ds.report.draw %s", self._run_dir,
             )  # fmt: skip
             self._process.kill()
             self._process.wait()
@@ -70,7 +70,7 @@ class _Artist:
         try:
             with self._log_file.open("wb") as output:
                 self._process = subprocess.Popen(
-                    ["nice", "-n", "10", sys.executable, "-m", "sclong_ds.pictures", self._run_dir],
+                    ["nice", "-n", "10", sys.executable, "-m", "sclong_ds.report.draw", self._run_dir],
                     env=os.environ | place | threads, stdin=subprocess.DEVNULL,
                     stdout=output, stderr=subprocess.STDOUT,
                 )  # fmt: skip

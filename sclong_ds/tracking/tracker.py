@@ -7,7 +7,7 @@
 
 The files are the truth and the queue: MLflow receives them, in order, on a background thread. A
 tracking server that is slow, down, or comes back a week later costs training nothing and loses
-nothing. Pictures of a validation are drawn by a process of its own (`sclong_ds.pictures`).
+nothing. Pictures of a validation are drawn by a process of its own (`sclong_ds.report.draw`).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Tracker:
 
         Args:
             step: Optimizer step.
-            data: What `sclong_ds.pictures` draws from.
+            data: What `sclong_ds.report.draw` draws from.
         """
         if self._artist is not None:
             self._artist.draw(step, data)

@@ -11,8 +11,8 @@ import pytest
 from browser import CHROMIUM, Browser
 
 from benchmarks.tracking_outage import Server, run_outage
-from sclong_ds import report
 from sclong_ds.config.load import load_config
+from sclong_ds.report import report
 from sclong_ds.run_folder.files import read_run_json
 from sclong_ds.run_folder.record import read_run
 from sclong_ds.tracking.tracker import Tracker

@@ -14,9 +14,9 @@ import anndata
 import pytest
 
 from sclong_ds.job.restarts import newest_step, read_lives
+from sclong_ds.report.status import RunStatus, read_status
 from sclong_ds.run_folder.files import read_events, read_run_json
 from sclong_ds.run_folder.rows import read_every_row, read_metrics
-from sclong_ds.run_status import RunStatus, read_status
 
 pytestmark = pytest.mark.slurm
 

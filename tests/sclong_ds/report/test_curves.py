@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from sclong_ds import plots
+from sclong_ds.report import curves as plots
+from sclong_ds.report.figures import bin_error_figure, prediction_density_figure
 from sclong_ds.run_folder.rows import running_mean
 
 
@@ -49,32 +50,32 @@ def test_bins_keep_their_labels_where_one_is_empty() -> None:
     row = {"step": 1.0, "val/mse": 1.0}
     for k, value in ((0, 0.5), (2, 0.7), (10, 0.9)):
         row |= {f"val/mse/bin_{k}": value, f"val/baseline_mse/bin_{k}": 2 * value}
-    axes = plots.bin_error_figure(row, labels=[f"about {k}" for k in range(11)]).axes[0]
+    axes = bin_error_figure(row, labels=[f"about {k}" for k in range(11)]).axes[0]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["about 0", "about 2", "about 10"]
     assert [p.get_height() for p in axes.patches] == [0.5, 0.7, 0.9, 1.0, 1.4, 1.8]
     with pytest.raises(ValueError, match="10 bin labels, but there is a bin 10"):
-        plots.bin_error_figure(row, labels=["x"] * 10)
+        bin_error_figure(row, labels=["x"] * 10)
     with pytest.raises(ValueError, match="no val/mse/bin_K"):
-        plots.bin_error_figure({"step": 1.0, "val/mse": 1.0})
+        bin_error_figure({"step": 1.0, "val/mse": 1.0})
 
 
 def test_density_states_the_agreement() -> None:
     true = np.random.default_rng(0).gamma(2.0, size=400).astype(np.float32)
-    axes = plots.prediction_density_figure(true + np.float32(0.5), true).axes[0]
+    axes = prediction_density_figure(true + np.float32(0.5), true).axes[0]
     assert axes.get_title(loc="left") == "Pearson 1.000   MSE 0.250   400 values"
     assert axes.collections[0].get_array().sum() == 400
 
 
 def test_density_of_constant_predictions_has_no_pearson() -> None:
     true = np.linspace(0.0, 4.0, 50)
-    axes = plots.prediction_density_figure(np.zeros(50), true).axes[0]
+    axes = prediction_density_figure(np.zeros(50), true).axes[0]
     assert axes.get_title(loc="left").startswith("MSE ")
 
 
 @pytest.mark.parametrize("shapes", [((3,), (4,)), ((0,), (0,)), ((2, 2), (2, 2))])
 def test_density_refuses_other_shapes(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="two 1-D arrays of one length, not empty"):
-        plots.prediction_density_figure(np.zeros(shapes[0]), np.zeros(shapes[1]))
+        prediction_density_figure(np.zeros(shapes[0]), np.zeros(shapes[1]))
 
 
 def test_same_rows_give_the_same_bytes() -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from sclong_ds import pictures, review, validation_plots
-from sclong_ds.plots import png_bytes
+from sclong_ds import review
+from sclong_ds.report import draw as pictures
+from sclong_ds.report import figures as validation_plots
+from sclong_ds.report.curves import png_bytes
 from sclong_ds.run_folder.pending_pictures import (
     RANK_COLUMNS,
     pending,

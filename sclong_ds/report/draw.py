@@ -1,4 +1,4 @@
-"""Draw the pictures of a run's validations: `python -m sclong_ds.pictures RUN_DIR`.
+"""Draw the pictures of a run's validations: `python -m sclong_ds.report.draw RUN_DIR`.
 
 A training run starts it beside itself (`sclong_ds.tracking.tracker`), so that drawing costs no training
 time and no memory of a rank. Takes each `plots/step_N.npz` in turn and writes `plots/step_N/*.png`,
@@ -12,7 +12,7 @@ whole or not at all; the newest pictures lie in `plots` too:
     ranks               time and memory of each rank
 
 What a validation has no data for has no picture. Then report.html of the run folder is written
-(`sclong_ds.report`).
+(`sclong_ds.report.report`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from sclong_ds import plots, validation_plots
 from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.report import write_report
+from sclong_ds.report import curves as plots
+from sclong_ds.report import figures as validation_plots
+from sclong_ds.report.figures import bin_error_figure, bin_numbers, prediction_density_figure
+from sclong_ds.report.report import write_report
 from sclong_ds.run_folder.files import METRICS_FILE, PLOTS_DIR, REPORT_FILE, read_run_json
 from sclong_ds.run_folder.pending_pictures import pending, show, take_data
 from sclong_ds.run_folder.record import read_run
@@ -49,7 +51,7 @@ _UMAP_CELLS = 15
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw what waits, also what comes meanwhile; return 1 if a part was damaged, else 0."""
     parser = argparse.ArgumentParser(
-        prog="python -m sclong_ds.pictures", description="Draw the pictures that wait in a run."
+        prog="python -m sclong_ds.report.draw", description="Draw the pictures that wait in a run."
     )
     parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR", help="run folder")
     run_dir = parser.parse_args(argv).run_dir
@@ -107,10 +109,10 @@ def figures(
     """
     predicted, true = data["predicted_true"]
     if len(true):
-        yield "predicted_vs_true", plots.prediction_density_figure(predicted, true)
+        yield "predicted_vs_true", prediction_density_figure(predicted, true)
     scored = [row for row in rows if row["step"] == step and "val/mse" in row]
-    if scored and plots.bin_numbers(scored[-1]):
-        yield "expression_bins", plots.bin_error_figure(scored[-1], labels=bin_labels)
+    if scored and bin_numbers(scored[-1]):
+        yield "expression_bins", bin_error_figure(scored[-1], labels=bin_labels)
     if "embedding" in data:
         yield from _cells(data)
     if "gene_encodings" in data:

@@ -9,9 +9,9 @@ import pytest
 from sclong_ds.__main__ import main
 from sclong_ds.job import failures
 from sclong_ds.job.restarts import begin
+from sclong_ds.report.status import describe, read_status
 from sclong_ds.run_folder.files import RunFolder, update_run_json
 from sclong_ds.run_folder.heartbeats import ENDED, HANG_FILE, SLOW_FILE, Heartbeat
-from sclong_ds.run_status import describe, read_status
 
 NOW = 1_700_000_000.0
 

@@ -3,7 +3,7 @@
     python -m sclong_ds compare RUN_DIR_OR_RUN_ID RUN_DIR_OR_RUN_ID [...] [--json]
 
 Reads the run folders (`sclong_ds.run_folder.record`); a run id is looked up in the tracking store. Prints
-two tables, or one JSON document. `sclong_ds.report` shows the same on a page, with curves.
+two tables, or one JSON document. `sclong_ds.report.report` shows the same on a page, with curves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sclong_ds import page
+from sclong_ds.report import words
+from sclong_ds.report.words import duration, number
 from sclong_ds.run_folder.record import RunRecord
 from sclong_ds.tracking.find import find_runs
 
@@ -113,7 +114,7 @@ def settings_table(records: Sequence[RunRecord]) -> list[list[str]]:
     about = [
         ["commit", *(str(r.run.get("commit", "not recorded")) for r in records)],
         *(
-            [name, *(page.text(r.summary.get(name, "not recorded")) for r in records)]
+            [name, *(words.text(r.summary.get(name, "not recorded")) for r in records)]
             for name in _FACTS
         ),
     ]
@@ -134,7 +135,7 @@ def scores_table(row: Mapping[str, float], labels: Sequence[str] | None) -> list
     groups = {"all values": "", "large encoder": "/large", "mini encoder": "/mini"}
     groups |= {f"value {label}": f"/bin_{k}" for k, label in enumerate(labels or ())}
     return [
-        [name, page.number(row.get(f"val/n_values{suffix}", math.nan))]
+        [name, number(row.get(f"val/n_values{suffix}", math.nan))]
         + [
             _score(row.get(f"val/{prefix}{score}{suffix}", math.nan))
             for score in _SCORES
@@ -170,7 +171,7 @@ def _shown(name: str, value: float | str | None) -> str:
         return value
     if name.startswith("val/"):
         return f"{value:.4f}"
-    return page.duration(value) if name == "wall_time_s" else page.number(value)
+    return duration(value) if name == "wall_time_s" else number(value)
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,6 @@
 """Figures of what a model makes of held-out cells, and of how its ranks and parts fare.
 
-Drawn by `sclong_ds.pictures` from plain arrays, made like those of `sclong_ds.plots`.
+Drawn by `sclong_ds.report.draw` from plain arrays, made like those of `sclong_ds.report.curves`.
 
 Shapes: n cells, S genes, C base width.
 """
@@ -17,8 +17,16 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from sclong_ds import plots
-from sclong_ds.plots import COLORS, INK, MUTED, Row
+from sclong_ds.report import curves as plots
+from sclong_ds.report.curves import (
+    COLORS,
+    INK,
+    MUTED,
+    VALIDATION_COLOR,
+    Row,
+    new_figure,
+    style_axes,
+)
 from sclong_ds.run_folder.metric_names import SPIKE_METRIC
 from sclong_ds.run_folder.pending_pictures import RANK_COLUMNS
 from sclong_ds.run_folder.rows import series
@@ -224,3 +232,99 @@ def _plain_panel(axes: Axes, title: str, method: str) -> None:
 def _quiet_bar(bar: Any) -> None:
     bar.ax.tick_params(labelsize=8, colors=MUTED)
     bar.outline.set_visible(False)
+
+
+def bin_error_figure(row: Row, *, labels: Sequence[str] | None = None) -> Figure:
+    """Draw MSE and Pearson of each expression bin, the model beside the per-gene-mean predictor.
+
+    Args:
+        row: A validation row with `val/mse/bin_K`, `val/baseline_mse/bin_K` and, for the second
+            panel, `val/pearson/bin_K`, `val/baseline_pearson/bin_K`.
+        labels: Name of every bin by number; None: the numbers. A bin without values has no metric
+            and is left out.
+
+    Raises:
+        ValueError: The row has no bins, or there are fewer labels than bins.
+    """
+    bins = bin_numbers(row)
+    if not bins:
+        raise ValueError("no val/mse/bin_K in the validation row")
+    if labels is not None and len(labels) <= bins[-1]:
+        raise ValueError(f"got {len(labels)} bin labels, but there is a bin {bins[-1]} (from 0)")
+    at = np.arange(len(bins))
+    names = [labels[k] if labels is not None else f"bin {k}" for k in bins]
+    shown = [("mse", "masked MSE")]
+    if any(f"val/pearson/bin_{k}" in row for k in bins):
+        shown.append(("pearson", "Pearson correlation"))
+    figure = Figure(figsize=(5.2 * len(shown), 3.5), layout="constrained", facecolor="white")
+    for axes, (metric, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown,
+                                     strict=True):  # fmt: skip
+        style_axes(axes)
+        for shift, prefix, color, label in (
+            (-0.2, "val", VALIDATION_COLOR, "model"),
+            (0.2, "val/baseline", "#B6BBC4", "per-gene mean predictor"),
+        ):
+            join = "/" if prefix == "val" else "_"
+            values = [row.get(f"{prefix}{join}{metric}/bin_{k}", np.nan) for k in bins]
+            bars = axes.bar(at + shift, values, 0.38, color=color, label=label)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2, color=MUTED)
+        axes.set_xticks(at, names)
+        axes.set(xlabel="true value, low to high", ylabel=title)
+        axes.grid(visible=False, axis="x")
+        axes.margins(y=0.16)
+    figure.axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
+    return figure
+
+
+def prediction_density_figure(
+    predicted: NDArray[np.floating[Any]], true: NDArray[np.floating[Any]]
+) -> Figure:
+    """Draw predicted against true masked values as a log-scaled density with the identity line.
+
+    Args:
+        predicted: (N,) predicted values, log1p of scaled counts.
+        true: (N,) values that were masked, same unit.
+
+    Raises:
+        ValueError: The arrays are empty or differ in shape.
+    """
+    if predicted.shape != true.shape or predicted.ndim != 1 or not predicted.size:
+        raise ValueError(
+            f"got predicted {predicted.shape} and true {true.shape}; "
+            "expected two 1-D arrays of one length, not empty"
+        )
+    predicted = np.asarray(predicted, dtype=np.float64)
+    true = np.asarray(true, dtype=np.float64)
+    finite = np.isfinite(predicted) & np.isfinite(true)
+    figure, axes = new_figure(5.4, 4.6)
+    low = float(min(0.0, predicted[finite].min(initial=0.0)))
+    high = float(max(predicted[finite].max(initial=0.0), true[finite].max(initial=1.0)))
+    extent = (low, high, low, high)
+    density = axes.hexbin(
+        true[finite], predicted[finite], gridsize=55, bins="log", mincnt=1, cmap="viridis",
+        extent=extent, linewidths=0.1,
+    )  # fmt: skip
+    axes.plot([low, high], [low, high], color="#B91C1C", lw=1.2, ls="--", label="predicted = true")
+    axes.set(xlabel="true value, log1p(scaled count)", ylabel="predicted value")
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.set_title(_agreement(predicted, true), fontsize=10, color=INK, loc="left")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
+    bar = figure.colorbar(density, ax=axes, shrink=0.85)
+    bar.set_label("masked values per cell of the grid", fontsize=9, color=MUTED)
+    bar.ax.tick_params(labelsize=8, colors=MUTED)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def bin_numbers(row: Row) -> list[int]:
+    """Return the numbers K of the `val/mse/bin_K` metrics of a row, sorted."""
+    prefix = "val/mse/bin_"
+    return sorted(int(name.removeprefix(prefix)) for name in row if name.startswith(prefix))
+
+
+def _agreement(predicted: NDArray[np.floating[Any]], true: NDArray[np.floating[Any]]) -> str:
+    mse = float(np.mean((predicted - true) ** 2))
+    spread = predicted.std() * true.std()
+    covariance = float(np.mean((predicted - predicted.mean()) * (true - true.mean())))
+    pearson = f"Pearson {covariance / spread:.3f}   " if spread > 0 else ""
+    return f"{pearson}MSE {mse:.3f}   {len(true):,} values"

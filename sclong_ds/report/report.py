@@ -5,7 +5,7 @@
 Reads the run folders (`sclong_ds.run_folder.record`); a run id is looked up in the tracking store. The
 page holds its styles and images, so it opens without a network and can be mailed. What a run did
 not record is left out. Several runs make a comparison: figures side by side, curves in one picture,
-and the settings that differ (`sclong_ds.compare`).
+and the settings that differ (`sclong_ds.report.compare`).
 
 `run.json` may hold a `summary` of what was trained on what: `n_cells_train`, `n_cells_validation`,
 `n_genes`, `n_datasets`, `corpus`, `parameters` (part to count), `world_size`, `device`,
@@ -26,9 +26,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from sclong_ds import compare, page, plots
 from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
+from sclong_ds.report import compare, words
+from sclong_ds.report import curves as plots
+from sclong_ds.report import html as page
+from sclong_ds.report.figures import bin_error_figure, bin_numbers
+from sclong_ds.report.words import cell, clock, duration, number
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.record import HOURS, LAST_STEPS, Rows, RunRecord
 from sclong_ds.run_folder.rows import series
@@ -199,19 +203,19 @@ def _cards(record: RunRecord) -> str:
     if record.validation:
         last = record.validation[-1]
         mse, mean = last["val/mse"], last.get("val/baseline_mse", math.nan)
-        cards.append(("Validation MSE", page.number(mse), _against(mse, mean)))
+        cards.append(("Validation MSE", number(mse), _against(mse, mean)))
         if "val/pearson" in last:
             other = last.get("val/baseline_pearson", math.nan)
-            sub = f"per-gene mean predictor {page.number(other)}" if math.isfinite(other) else ""
-            cards.append(("Validation Pearson", page.number(last["val/pearson"]), sub))
+            sub = f"per-gene mean predictor {number(other)}" if math.isfinite(other) else ""
+            cards.append(("Validation Pearson", number(last["val/pearson"]), sub))
     if record.train:
         seen = record.train[-1].get("cells_seen")
         sub = f"{int(seen):,} cells seen" if seen is not None else ""
         cards.append(("Optimizer steps", f"{int(record.train[-1]['step']):,}", sub))
     speed = record.median("perf/cells_per_s")
     if math.isfinite(speed):
-        sub = f"median; {page.duration(record.wall_time_s)} in all"
-        cards.append(("Cells per second", page.number(speed), sub))
+        sub = f"median; {duration(record.wall_time_s)} in all"
+        cards.append(("Cells per second", number(speed), sub))
     blocks = (
         f'<div class="card"><b>{html.escape(name)}</b><strong>{html.escape(value)}</strong>'
         f"<span>{html.escape(sub)}</span></div>"
@@ -225,7 +229,7 @@ def _against(mse: float, mean: float) -> str:
         return ""
     change = (mse - mean) / mean
     word = "lower" if change < 0 else "higher"
-    return f"{abs(change):.0%} {word} than the per-gene mean ({page.number(mean)})"
+    return f"{abs(change):.0%} {word} than the per-gene mean ({number(mean)})"
 
 
 def _what_was_run(record: RunRecord) -> str:
@@ -233,14 +237,14 @@ def _what_was_run(record: RunRecord) -> str:
     parameters = summary.pop("parameters", None)
     summary.pop("expression_bins", None)
     named = [(_SUMMARY_NAMES[k], summary.pop(k)) for k in _SUMMARY_NAMES if k in summary]
-    left = [(name, page.text(value)) for name, value in named]
-    left += [(k, page.text(v)) for k, v in summary.items() if isinstance(v, str | int | float)]
+    left = [(name, words.text(value)) for name, value in named]
+    left += [(k, words.text(v)) for k, v in summary.items() if isinstance(v, str | int | float)]
     if isinstance(parameters, Mapping):
         total = parameters.get("total", sum(parameters.values()))
         parts = {k: v for k, v in parameters.items() if k != "total"}
-        left.append(("Parameters", page.text(total)))
+        left.append(("Parameters", words.text(total)))
         left += [
-            (f"of which {name.replace('_', ' ')}", page.text(value))
+            (f"of which {name.replace('_', ' ')}", words.text(value))
             for name, value in parts.items()
         ]
     tables = [page.key_table(left), page.key_table(_results(record))]
@@ -252,16 +256,16 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
     if record.train:
         _, loss = series(record.train, "train/loss")
         if len(loss):
-            rows.append(("Training masked MSE, first step", page.number(loss[0])))
+            rows.append(("Training masked MSE, first step", number(loss[0])))
             last = f"Training masked MSE, mean of last {min(LAST_STEPS, len(loss))} steps"
-            rows.append((last, page.number(record.last_mean("train/loss"))))
+            rows.append((last, number(record.last_mean("train/loss"))))
     if record.validation:
         first, last_row = record.validation[0], record.validation[-1]
-        rows.append(("Validation masked MSE, first", page.number(first["val/mse"])))
-        rows.append(("Validation masked MSE, last", page.number(last_row["val/mse"])))
+        rows.append(("Validation masked MSE, first", number(first["val/mse"])))
+        rows.append(("Validation masked MSE, last", number(last_row["val/mse"])))
         if "val/baseline_mse" in last_row:
             rows.append(
-                ("Per-gene mean predictor, same values", page.number(last_row["val/baseline_mse"]))
+                ("Per-gene mean predictor, same values", number(last_row["val/baseline_mse"]))
             )
     rows.append(("Steps", f"{record.steps:,}"))
     for name, metric, scale, unit in (
@@ -271,15 +275,15 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
     ):
         value = record.median(metric)
         if math.isfinite(value):
-            rows.append((name, f"{page.number(value * scale)} {unit}"))
+            rows.append((name, f"{number(value * scale)} {unit}"))
     peak = record.highest("mem/peak_gib")
     if math.isfinite(peak):
-        rows.append(("Memory peak", f"{page.number(peak)} GiB"))
+        rows.append(("Memory peak", f"{number(peak)} GiB"))
     skipped = record.highest("train/skipped_steps")
     if math.isfinite(skipped):
-        rows.append(("Skipped steps", page.number(skipped)))
-        rows.append(("Loss spikes", page.number(record.spikes)))
-    rows.append(("Wall time", page.duration(record.wall_time_s)))
+        rows.append(("Skipped steps", number(skipped)))
+        rows.append(("Loss spikes", number(record.spikes)))
+    rows.append(("Wall time", duration(record.wall_time_s)))
     return rows
 
 
@@ -319,13 +323,11 @@ def _validation(record: RunRecord) -> str:
     head = ["last validation", "values", *compare.SCORE_HEAD]
     note = "Beside each figure that of the predictor that knows every gene's mean."
     parts = [page.table(head, final, numeric=True) + f'<p class="note">{note}</p>'] if final else []
-    if plots.bin_numbers(last) and not any(p.stem == "expression_bins" for p in record.images):
+    if bin_numbers(last) and not any(p.stem == "expression_bins" for p in record.images):
         labels = record.summary.get("expression_bins")
         title = f"By expression, step {int(last['step']):,}"
         parts.append(
-            _figure(
-                plots.bin_error_figure(last, labels=labels), title, _PICTURES["expression_bins"]
-            )
+            _figure(bin_error_figure(last, labels=labels), title, _PICTURES["expression_bins"])
         )
     columns = [
         ("step", "Step"),
@@ -339,7 +341,7 @@ def _validation(record: RunRecord) -> str:
     ]
     columns = [(key, name) for key, name in columns if any(key in r for r in record.validation)]
     picked = _spread(record.validation, _MAX_VALIDATION_ROWS)
-    body = [[page.cell(row.get(key, math.nan), key) for key, _ in columns] for row in picked]
+    body = [[cell(row.get(key, math.nan), key) for key, _ in columns] for row in picked]
     parts.append(page.table([name for _, name in columns], body, numeric=True))
     if len(picked) < len(record.validation):
         text = f"{len(picked)} of {len(record.validation)} validations, evenly spread."
@@ -356,7 +358,7 @@ def _pictures(record: RunRecord) -> str:
     if last > record.pictured_step:
         note += (
             f" Those of step {last:,} are not drawn yet: "
-            f"python -m sclong_ds.pictures {record.folder} draws what waits."
+            f"python -m sclong_ds.report.draw {record.folder} draws what waits."
         )
     order = list(_PICTURES)
     shown = sorted(
@@ -399,7 +401,7 @@ def _nodes(record: RunRecord) -> str:
 def _sessions_table(record: RunRecord) -> str:
     body = [
         [
-            str(n), page.clock(s.start), page.clock(s.end), page.duration(s.end - s.start),
+            str(n), clock(s.start), clock(s.end), duration(s.end - s.start),
             f"{s.first_step:,}", f"{s.last_step:,}", s.last_event,
             "" if s.world_size is None else str(s.world_size), f"{s.lost_steps:,}",
         ]
@@ -419,8 +421,8 @@ def _events_table(record: RunRecord) -> str:
     body = []
     for event in shown:
         rest = {k: v for k, v in event.items() if k not in ("time", "event", "step")}
-        text = ", ".join(f"{k}: {page.text(v)}" for k, v in rest.items())
-        body.append([page.clock(float(event["time"])), f"{event['step']:,}", event["event"], text])
+        text = ", ".join(f"{k}: {words.text(v)}" for k, v in rest.items())
+        body.append([clock(float(event["time"])), f"{event['step']:,}", event["event"], text])
     count = f"{len(record.events):,} events"
     if len(shown) < len(record.events):
         count = f"Last {len(shown)} of {count}"

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sclong_ds import compare, plots, report
 from sclong_ds.__main__ import main
+from sclong_ds.report import compare, report
+from sclong_ds.report import curves as plots
+from sclong_ds.report.figures import prediction_density_figure
 from sclong_ds.run_folder.files import RunFolder, update_run_json
 from sclong_ds.run_folder.record import read_run
 
@@ -76,7 +78,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "ds_config.json").write_text('{"zero_optimization": {"stage": 3}}')
     pictures = folder / "plots" / "step_00000020"
     pictures.mkdir(parents=True)
-    figure = plots.prediction_density_figure(np.arange(9.0), np.arange(9.0))
+    figure = prediction_density_figure(np.arange(9.0), np.arange(9.0))
     (pictures / "predicted_vs_true.png").write_bytes(plots.png_bytes(figure))
     update_run_json(
         folder,
@@ -138,7 +140,7 @@ def test_restart_shows_as_two_processes(run_dir: Path) -> None:
 
 
 def test_page_says_which_validation_the_pictures_show(run_dir: Path, tmp_path: Path) -> None:
-    late = "not drawn yet: python -m sclong_ds.pictures"
+    late = "not drawn yet: python -m sclong_ds.report.draw"
     text = Page(report.build_page(read_run(run_dir))).text
     assert "Of the validation at step 20. Those of step 30 are not drawn yet" in text
     assert late in text

@@ -1,6 +1,6 @@
 """Figures of a training run, drawn with matplotlib from plain arrays and metric rows.
 
-`sclong_ds.pictures` draws the figures of a validation, `sclong_ds.report` the curves. Rows are
+`sclong_ds.report.draw` draws the figures of a validation, `sclong_ds.report.report` the curves. Rows are
 those of `sclong_ds.run_folder.rows.read_metrics`. Figures are made without pyplot, so there is no global
 state, nothing to close, and no display is needed.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -130,94 +129,6 @@ def curve_figure(
     return figure
 
 
-def bin_error_figure(row: Row, *, labels: Sequence[str] | None = None) -> Figure:
-    """Draw MSE and Pearson of each expression bin, the model beside the per-gene-mean predictor.
-
-    Args:
-        row: A validation row with `val/mse/bin_K`, `val/baseline_mse/bin_K` and, for the second
-            panel, `val/pearson/bin_K`, `val/baseline_pearson/bin_K`.
-        labels: Name of every bin by number; None: the numbers. A bin without values has no metric
-            and is left out.
-
-    Raises:
-        ValueError: The row has no bins, or there are fewer labels than bins.
-    """
-    bins = bin_numbers(row)
-    if not bins:
-        raise ValueError("no val/mse/bin_K in the validation row")
-    if labels is not None and len(labels) <= bins[-1]:
-        raise ValueError(f"got {len(labels)} bin labels, but there is a bin {bins[-1]} (from 0)")
-    at = np.arange(len(bins))
-    names = [labels[k] if labels is not None else f"bin {k}" for k in bins]
-    shown = [("mse", "masked MSE")]
-    if any(f"val/pearson/bin_{k}" in row for k in bins):
-        shown.append(("pearson", "Pearson correlation"))
-    figure = Figure(figsize=(5.2 * len(shown), 3.5), layout="constrained", facecolor="white")
-    for axes, (metric, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown,
-                                     strict=True):  # fmt: skip
-        style_axes(axes)
-        for shift, prefix, color, label in (
-            (-0.2, "val", VALIDATION_COLOR, "model"),
-            (0.2, "val/baseline", "#B6BBC4", "per-gene mean predictor"),
-        ):
-            join = "/" if prefix == "val" else "_"
-            values = [row.get(f"{prefix}{join}{metric}/bin_{k}", np.nan) for k in bins]
-            bars = axes.bar(at + shift, values, 0.38, color=color, label=label)
-            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2, color=MUTED)
-        axes.set_xticks(at, names)
-        axes.set(xlabel="true value, low to high", ylabel=title)
-        axes.grid(visible=False, axis="x")
-        axes.margins(y=0.16)
-    figure.axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
-    return figure
-
-
-def prediction_density_figure(
-    predicted: NDArray[np.floating[Any]], true: NDArray[np.floating[Any]]
-) -> Figure:
-    """Draw predicted against true masked values as a log-scaled density with the identity line.
-
-    Args:
-        predicted: (N,) predicted values, log1p of scaled counts.
-        true: (N,) values that were masked, same unit.
-
-    Raises:
-        ValueError: The arrays are empty or differ in shape.
-    """
-    if predicted.shape != true.shape or predicted.ndim != 1 or not predicted.size:
-        raise ValueError(
-            f"got predicted {predicted.shape} and true {true.shape}; "
-            "expected two 1-D arrays of one length, not empty"
-        )
-    predicted = np.asarray(predicted, dtype=np.float64)
-    true = np.asarray(true, dtype=np.float64)
-    finite = np.isfinite(predicted) & np.isfinite(true)
-    figure, axes = new_figure(5.4, 4.6)
-    low = float(min(0.0, predicted[finite].min(initial=0.0)))
-    high = float(max(predicted[finite].max(initial=0.0), true[finite].max(initial=1.0)))
-    extent = (low, high, low, high)
-    density = axes.hexbin(
-        true[finite], predicted[finite], gridsize=55, bins="log", mincnt=1, cmap="viridis",
-        extent=extent, linewidths=0.1,
-    )  # fmt: skip
-    axes.plot([low, high], [low, high], color="#B91C1C", lw=1.2, ls="--", label="predicted = true")
-    axes.set(xlabel="true value, log1p(scaled count)", ylabel="predicted value")
-    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-    axes.set_title(_agreement(predicted, true), fontsize=10, color=INK, loc="left")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
-    bar = figure.colorbar(density, ax=axes, shrink=0.85)
-    bar.set_label("masked values per cell of the grid", fontsize=9, color=MUTED)
-    bar.ax.tick_params(labelsize=8, colors=MUTED)
-    bar.outline.set_visible(False)
-    return figure
-
-
-def bin_numbers(row: Row) -> list[int]:
-    """Return the numbers K of the `val/mse/bin_K` metrics of a row, sorted."""
-    prefix = "val/mse/bin_"
-    return sorted(int(name.removeprefix(prefix)) for name in row if name.startswith(prefix))
-
-
 def png_bytes(figure: Figure) -> bytes:
     """Return the figure as PNG, 160 dots per inch."""
     buffer = io.BytesIO()
@@ -312,11 +223,3 @@ def _top(*curves: NDArray[np.float64]) -> float | None:
     """Return an upper limit that a single spike does not set."""
     tops = [float(np.percentile(c, 99)) for c in curves if len(c)]
     return 1.12 * max(tops) if tops and max(tops) > 0 else None
-
-
-def _agreement(predicted: NDArray[np.floating[Any]], true: NDArray[np.floating[Any]]) -> str:
-    mse = float(np.mean((predicted - true) ** 2))
-    spread = predicted.std() * true.std()
-    covariance = float(np.mean((predicted - predicted.mean()) * (true - true.mean())))
-    pearson = f"Pearson {covariance / spread:.3f}   " if spread > 0 else ""
-    return f"{pearson}MSE {mse:.3f}   {len(true):,} values"

@@ -1,14 +1,12 @@
 """HTML building blocks of the report: the style sheet and the elements, all text escaped.
 
-Imported by `sclong_ds.report`. `document` wraps a body into a page that needs no other file.
+Imported by `sclong_ds.report.report`. `document` wraps a body into a page that needs no other file.
 """
 
 from __future__ import annotations
 
 import base64
-import datetime
 import html
-import math
 from collections.abc import Sequence
 
 _STYLE = """
@@ -119,38 +117,3 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], *, numeric: bool =
 
     top, lines = row("th", head), (f"<tr>{row('td', cells)}</tr>" for cells in body)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def text(value: object) -> str:
-    """Return any value for people."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number(value) if is_number else str(value)  # type: ignore[arg-type]
-
-
-def number(value: float) -> str:
-    """Return a count with separators, any other number with four significant digits."""
-    if not math.isfinite(value):
-        return "not recorded"
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def cell(value: float, key: str) -> str:
-    """Return a validation number: errors and correlations with as many digits down a column."""
-    scored = key.endswith(("mse", "pearson"))
-    return f"{value:.4f}" if scored and math.isfinite(value) else number(value)
-
-
-def duration(seconds: float) -> str:
-    """Return a time span for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
-
-
-def clock(timestamp: float) -> str:
-    """Return a point in time, in the local time zone."""
-    return datetime.datetime.fromtimestamp(timestamp).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
