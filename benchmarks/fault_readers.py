@@ -157,10 +157,10 @@ def read_resumed(folder: Path) -> Any:
 
 
 def _resumed(folder: Path) -> Any:
-    from sclong_ds import run_checks
     from sclong_ds.checkpoint import on_disk as checkpoint_files
     from sclong_ds.config.load import load_config
     from sclong_ds.run_folder import files as run_folder
+    from sclong_ds.training import run_checks
 
     checkpoints = folder / "checkpoints"
     name, problems = _choose(checkpoints)

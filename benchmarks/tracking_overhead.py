@@ -58,12 +58,13 @@ def measure(work: Path, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
         overrides: Further `key=value` settings.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from sclong_ds import pretrain, validation
+    from sclong_ds import pretrain
     from sclong_ds.engine.gradient_norms import GradientNorms
-    from sclong_ds.rank_times import RankTimes
     from sclong_ds.tracking import node_sampler as system_metrics
     from sclong_ds.tracking.sender import Sender
     from sclong_ds.tracking.tracker import Tracker
+    from sclong_ds.training import validation
+    from sclong_ds.training.timing import RankTimes
 
     seconds: dict[str, float] = defaultdict(float)
     for owner, name, label in (

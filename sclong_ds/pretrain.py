@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sclong_ds.build import Run, build
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
@@ -48,18 +47,20 @@ from sclong_ds.engine.ranks import (
 )
 from sclong_ds.job import failures
 from sclong_ds.job.exit_status import STOP_STATUS
+from sclong_ds.job.signals import StopRequest
 from sclong_ds.loader.batches import CellBatch, StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.loader.weights import weights_of
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.objective.targets import prepare
-from sclong_ds.run_checks import check_inputs
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
-from sclong_ds.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
-from sclong_ds.signals import StopRequest
-from sclong_ds.step_timer import StepTimer
-from sclong_ds.validation import validate, validation_is_due
+from sclong_ds.training.build import build
+from sclong_ds.training.run import Run
+from sclong_ds.training.run_checks import check_inputs
+from sclong_ds.training.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
+from sclong_ds.training.timing import StepTimer
+from sclong_ds.training.validation import validate, validation_is_due
 
 log = logging.getLogger("sclong_ds.pretrain")
 

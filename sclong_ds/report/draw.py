@@ -102,7 +102,7 @@ def figures(
     """Yield name and figure of every picture that there is data for.
 
     Args:
-        data: Arrays that `sclong_ds.review` has collected.
+        data: Arrays that `sclong_ds.training.pictured` has collected.
         rows: Metric rows of the run.
         step: Step of the validation.
         bin_labels: Name of every expression bin.

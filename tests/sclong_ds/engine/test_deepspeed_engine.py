@@ -7,11 +7,11 @@ import pytest
 import torch
 from small_model import small_model
 
-from sclong_ds.build import set_options
 from sclong_ds.config.load import load_config
 from sclong_ds.engine.deepspeed_engine import parameter_groups
 from sclong_ds.engine.ds_config import DS_CONFIGS_DIR, resolve_ds_config
 from sclong_ds.engine.schedule import learning_rate
+from sclong_ds.training.build import set_options
 
 CONFIG = load_config("sclong_tiny")
 

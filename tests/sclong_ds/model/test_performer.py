@@ -7,9 +7,9 @@ import torch
 from small_model import G, cells, close, gradients, small_model
 from torch._dynamo.utils import counters
 
-from sclong_ds.build import set_options
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import PerformerConfig
+from sclong_ds.training.build import set_options
 
 PRECISION = [(torch.float32, 2e-6), (torch.float64, 1e-12)]
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from sclong_ds import review
 from sclong_ds.report import draw as pictures
 from sclong_ds.report import figures as validation_plots
 from sclong_ds.report.curves import png_bytes
@@ -23,6 +22,7 @@ from sclong_ds.run_folder.pending_pictures import (
     take_data,
     write_data,
 )
+from sclong_ds.training import pictured as review
 
 
 def texts(figure: Figure) -> list[str]:

@@ -1,6 +1,6 @@
 """What the pictures of a validation need, collected over all ranks.
 
-`sclong_ds.validation` calls `show` after it has scored the held-out cells. The model reads some of
+`sclong_ds.training.validation` calls `show` after it has scored the held-out cells. The model reads some of
 them once more, with nothing hidden and with all genes wanted, as `embed` does: their embeddings,
 and of the genes whose values vary most the mean encodings and the decoder's attention. Rank 0
 hands all of it to `Tracker.draw`. Nothing here ends a run: what cannot be read is left out, and
@@ -23,9 +23,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sclong_ds.build import Run
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.engine.ranks import sum_over_ranks
+from sclong_ds.training.run import Run
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")

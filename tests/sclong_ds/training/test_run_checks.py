@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sclong_ds.checkpoint.on_disk import TrainState
-from sclong_ds.run_checks import refuse_other_inputs
+from sclong_ds.training.run_checks import refuse_other_inputs
 
 SAVED = TrainState(
     step=4, cells_seen=16, world_size=2, seed=0, precision="fp32", zero_stage=3,

@@ -9,7 +9,7 @@ from launching import ROOT
 
 SAVES_AND_ENDS = """
 import os, signal, sys
-from sclong_ds.signals import StopRequest
+from sclong_ds.job.signals import StopRequest
 
 class Last:
     # Python has by then given handled signals back their default.

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sclong_ds.build import Run
 from sclong_ds.checkpoint import save as checkpoint
 from sclong_ds.checkpoint.on_disk import name_of
 from sclong_ds.engine.ranks import sum_over_ranks
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
 from sclong_ds.run_folder.files import RUN_FILE
+from sclong_ds.training.run import Run
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")

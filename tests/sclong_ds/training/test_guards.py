@@ -6,10 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sclong_ds.guards import MIN_LOSSES, SHIFT_STEPS, History, StepGuard, Verdict, history_of
 from sclong_ds.run_folder.files import RunFolder
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC
 from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.training.guards import (
+    MIN_LOSSES,
+    SHIFT_STEPS,
+    History,
+    StepGuard,
+    Verdict,
+    history_of,
+)
 
 ORDINARY = [1.0 + 0.01 * (i % 7) for i in range(60)]
 

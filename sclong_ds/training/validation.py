@@ -12,7 +12,6 @@ import torch.distributed as dist
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sclong_ds.build import Run
 from sclong_ds.checkpoint.on_disk import name_of, record_best
 from sclong_ds.corpus.byte_code import encode
 from sclong_ds.corpus.cell_store import DamagedChunk
@@ -23,8 +22,9 @@ from sclong_ds.model.routing import unknown_genes
 from sclong_ds.objective.batch import MaskedBatch, masked_batch
 from sclong_ds.objective.metrics import MaskedMetrics, routed_large
 from sclong_ds.objective.targets import VALIDATION_EPOCH, prepare
-from sclong_ds.rank_times import skew
-from sclong_ds.review import show
+from sclong_ds.training.pictured import show
+from sclong_ds.training.run import Run
+from sclong_ds.training.timing import skew
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")

@@ -1,0 +1,232 @@
+"""Set a training run up: build model and engine, open the run folder, resume.
+
+Every rank calls `build`. Reads the corpus, the gene
+graph and the newest checkpoint; writes config.yaml, ds_config.json, genes.tsv, gene_graph.npz,
+random_features.safetensors and run.json into the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sclong_ds.checkpoint.on_disk import complete_checkpoints
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.gene_graph import read_gene_graph
+from sclong_ds.engine.deepspeed_engine import (
+    build_partitioned,
+    fill_master_weights,
+    fill_parameters,
+    initialize,
+)
+from sclong_ds.engine.ds_config import resolve_ds_config
+from sclong_ds.engine.gradient_norms import GradientNorms
+from sclong_ds.engine.ranks import Ranks, on_first_rank
+from sclong_ds.exported.initial_weights import InitialWeights, check_initial_model
+from sclong_ds.job.signals import StopRequest
+from sclong_ds.model.random_features import read_features
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.objective.targets import target_count
+from sclong_ds.planning.costs import training_flops_per_cell
+from sclong_ds.planning.devices import device_of_name
+from sclong_ds.run_folder.identity import node_name
+from sclong_ds.tracking.tracker import Tracker
+from sclong_ds.training.guards import StepGuard
+from sclong_ds.training.resume import first_state, open_run_folder
+from sclong_ds.training.run import Run, describe, device_name
+from sclong_ds.training.run_checks import (
+    check_run_folder,
+    check_same_on_all_ranks,
+)
+from sclong_ds.training.timing import RankTimes
+from sclong_ds.training.watchdog import Watchdog
+
+# The messages are part of the training log.
+log = logging.getLogger("sclong_ds.pretrain")
+
+
+def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> Run:
+    """Build the model, the engine and the tracker, and go back to the newest checkpoint."""
+    assert config.run.dir is not None
+    run_dir, corpus = Path(config.run.dir), open_corpus(config)
+    ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
+    model = build_partitioned(
+        lambda: make_model(config, corpus), seed=config.run.seed, ds_config=ds_config
+    )
+    set_options(model, config, ds_config)
+    weights = initial_weights(config, corpus, run_dir)
+    if weights is not None:
+        fill_parameters(model, weights)
+    state = first_state(config, ranks, corpus, ds_config)
+    check_same_on_all_ranks(config, state, model)
+    describe(config, ranks, corpus, model, ds_config)
+    engine = initialize(model, optim=config.optim, ds_config=ds_config)
+    if weights is not None and config.engine.precision == "bf16":
+        fill_master_weights(model, weights)
+    run = Run(
+        config=config,
+        ranks=ranks,
+        corpus=corpus,
+        model=model,
+        engine=engine,
+        tracker=Tracker(
+            config, run_dir, enabled=ranks.rank == 0, samples_node=ranks.local_rank == 0
+        ),
+        stop=stop,
+        state=state,
+        run_dir=run_dir,
+        watchdog=Watchdog(
+            run_dir / "heartbeat",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout_s=config.engine.timeout_s,
+            node=node_name(),
+        ),
+        guard=StepGuard(
+            spike_zscore=config.run.spike_zscore,
+            spike_window=config.run.spike_window,
+            max_skipped_in_a_row=config.run.max_skipped_steps,
+        ),
+        flops_per_cell=training_flops(config, corpus, model),
+        peak_flops=peak_flops(config, ranks),
+        gradient_norms=GradientNorms(engine, model),
+        rank_times=RankTimes(),
+        measured=measured_genes(config, corpus),
+    )
+    if dry_run:
+        on_first_rank(lambda: check_run_folder(run_dir, config, state))
+    else:
+        open_run_folder(run, ds_config)
+    return run
+
+
+def open_corpus(config: RunConfig) -> Corpus:
+    """Open the corpus.
+
+    Raises:
+        ValueError: It has no training cells, its statistics are of another transform, or it does
+            not say which genes its datasets measure, and `data.unmeasured` asks for it.
+    """
+    assert config.data.corpus is not None
+    corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
+    if corpus.gene_stats.target_sum != config.data.target_sum:
+        raise ValueError(
+            f"data.target_sum: got {config.data.target_sum:g}, "
+            f"the corpus statistics are for {corpus.gene_stats.target_sum:g}"
+        )
+    measured_genes(config, corpus)
+    if not len(corpus.splits["train"]):
+        raise ValueError(f"data.corpus={config.data.corpus}: its training split has no cells")
+    return corpus
+
+
+def measured_genes(config: RunConfig, corpus: Corpus) -> MeasuredGenes | None:
+    """Return which genes the cells' datasets measure, or None where `data.unmeasured` ignores it.
+
+    Raises:
+        ValueError: The corpus does not say.
+    """
+    return None if config.data.unmeasured == "zero" else MeasuredGenes.of_corpus(corpus)
+
+
+def set_options(model: ScLong, config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Tell the model's layers how to run.
+
+    Raises:
+        ValueError: Compiled layers under ZeRO-3.
+    """
+    if config.engine.compile_layers and ds_config["zero_optimization"]["stage"] == 3:
+        raise ValueError(
+            "engine.compile_layers: ZeRO-3 gathers the weights between the operations of a layer, "
+            "which a compiled layer does not show; use engine.ds_config=zero1 or zero2"
+        )
+    for performer in model.performers().values():
+        performer.recompute = config.engine.activation_checkpointing
+        performer.compile_layers = config.engine.compile_layers
+        for layer in performer.layers:
+            layer.attention.backend = config.engine.attention_backend
+
+
+def training_flops(config: RunConfig, corpus: Corpus, model: ScLong) -> float:
+    """Return the FLOPs of a training step per cell, for a cell of the corpus's mean size."""
+    n_expressed = round(corpus.cells.n_values / len(corpus))
+    return training_flops_per_cell(
+        config.model,
+        corpus.n_genes,
+        model.gene_encoder.n_edges,
+        micro_batch=config.engine.train_micro_batch_size_per_gpu,
+        n_expressed=n_expressed,
+        n_wanted=target_count(n_expressed, config.objective),
+    )
+
+
+def peak_flops(config: RunConfig, ranks: Ranks) -> float | None:
+    """Return the peak of a rank's device in FLOP/s, or None when it is not known."""
+    if ranks.device.type == "cpu":
+        return None
+    device = device_of_name(device_name(ranks.device))
+    return None if device is None else device.flops_per_s(config.engine.precision)
+
+
+def initial_weights(config: RunConfig, corpus: Corpus, run_dir: Path) -> InitialWeights | None:
+    """Return the weights that a new run starts from, if not from random ones.
+
+    Raises:
+        ValueError: The model of `run.init_from` is not the run's.
+    """
+    if config.run.init_from is None:
+        return None
+    if on_first_rank(lambda: bool(complete_checkpoints(run_dir / "checkpoints"))):
+        return None
+    on_first_rank(lambda: check_initial_model(config, corpus.genes))
+    log.info("weights: from %s", config.run.init_from)
+    return InitialWeights(Path(config.run.init_from))
+
+
+def read_gene_vectors(path: str) -> np.ndarray:
+    """Return the initial gene vectors of an .npy file.
+
+    Raises:
+        ValueError: Not an .npy file of finite numbers.
+    """
+    try:
+        vectors = np.load(path, allow_pickle=False)
+        usable = bool(np.isfinite(vectors).all())
+    except (ValueError, EOFError, TypeError, MemoryError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"model.gene_vectors={path}: not an .npy file of numbers ({error})"
+        ) from None
+    if not usable:
+        raise ValueError(
+            f"model.gene_vectors={path}: holds NaN or inf; give genes without data zeros"
+        )
+    return vectors
+
+
+def make_model(config: RunConfig, corpus: Corpus) -> ScLong:
+    """Build the model for a corpus.
+
+    Built from its genes, the gene graph, and the data's mean as the first prediction.
+    """
+    model, stats = config.model, corpus.gene_stats
+    graph = (
+        read_gene_graph(model.gene_graph, genes_hash=corpus.genes.hash)
+        if model.gene_graph
+        else None
+    )
+    vectors = read_gene_vectors(model.gene_vectors) if model.gene_vectors else None
+    features = read_features(model.random_features_file) if model.random_features_file else None
+    return ScLong(
+        model,
+        n_genes=len(corpus.genes),
+        graph=graph,
+        gene_vectors=vectors,
+        features=features,
+        output_mean=stats.mean_expressed if model.gene_bias else stats.mean_expressed_all,
+    )

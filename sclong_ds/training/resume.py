@@ -1,0 +1,132 @@
+"""Opens a run folder to begin or to continue: claim, inputs, first state."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sclong_ds.checkpoint.load import Loaded, load
+from sclong_ds.checkpoint.on_disk import TrainState, complete_checkpoints, restore_best
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.strict_yaml import to_yaml
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.engine.deepspeed_engine import count_parameters
+from sclong_ds.engine.ranks import Ranks, on_first_rank
+from sclong_ds.exported.model_dir import FEATURES, GRAPH
+from sclong_ds.files.atomic import file_sha256, write_atomic
+from sclong_ds.run_folder.identity import take_over_ids
+from sclong_ds.run_folder.lock import lock_run_folder
+from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.training.guards import history_of
+from sclong_ds.training.run import Run, summary
+from sclong_ds.training.run_checks import refuse_changes, refuse_other_inputs
+
+log = logging.getLogger(__name__)
+
+
+def first_state(
+    config: RunConfig, ranks: Ranks, corpus: Corpus, ds_config: dict[str, Any]
+) -> TrainState:
+    """Return the state of a run that has not made a step."""
+    return TrainState(
+        step=0,
+        cells_seen=0,
+        world_size=ranks.world_size,
+        seed=config.run.seed,
+        precision=config.engine.precision,
+        zero_stage=ds_config["zero_optimization"]["stage"],
+        corpus_hash=corpus.hash,
+        genes_hash=corpus.genes.hash,
+        graph_hash=hash_of(config.model.gene_graph),
+        features_hash=hash_of(config.model.random_features_file),
+        weights_hash=hash_of(config.data.dataset_weights),
+    )
+
+
+def hash_of(path: str | None) -> str | None:
+    """Return the SHA-256 of an optional file."""
+    return file_sha256(path) if path else None
+
+
+def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
+    """Lock the run folder, resume, write what the run consists of, start the tracker."""
+    run_dir = run.run_dir
+    on_first_rank(lambda: claim_run_folder(run))
+    found = load(
+        run.engine,
+        run_dir / "checkpoints",
+        accept=lambda state: refuse_other_inputs(run_dir, state, run.state),
+    )
+    if found is not None:
+        run.state, run.last_checkpoint = found.state, found.name
+        step, window = run.state.step, run.config.run.spike_window
+        history = on_first_rank(
+            lambda: history_of(read_metrics(run_dir), step=step, spike_window=window)
+        )
+        # The rows of the last steps may be lost with a machine; the checkpoint is not.
+        run.guard.restore(replace(history, skipped=run.state.skipped_steps))
+        on_first_rank(lambda: take_over_ids(run_dir, run_dir / "checkpoints" / found.name))
+    on_first_rank(lambda: write_inputs(run, ds_config))
+    run.tracker.start(
+        params={
+            "world_size": run.ranks.world_size,
+            "parameters": count_parameters(run.model),
+            "ds_config": ds_config,
+        },
+        tags={
+            "corpus_hash": run.state.corpus_hash,
+            "genes_hash": run.state.genes_hash,
+            "graph_hash": str(run.state.graph_hash),
+        },
+        artifacts=[run_dir / "config.yaml", run_dir / "ds_config.json"],
+        resumed=found is not None,
+        step=run.state.step,
+        summary=summary(run),
+    )
+    record_opening(run, found)
+
+
+def record_opening(run: Run, found: Loaded | None) -> None:
+    """Log and record whether the run is new, and if not, what it goes on from."""
+    step, world_size = run.state.step, run.ranks.world_size
+    if found is None:
+        run.tracker.event("start", step=step, world_size=world_size)
+        log.info("run folder %s: new run", run.run_dir)
+        return
+    for problem in found.damaged:
+        run.tracker.event("checkpoint_damaged", step=step, problem=problem)
+    run.tracker.event(
+        "resume", step=step, world_size=world_size, saved_by=found.saved_by, path=found.name,
+        seconds=round(found.seconds, 3),
+    )  # fmt: skip
+    converted = "" if found.saved_by == world_size else f", converted from {found.saved_by} ranks"
+    log.info("run folder %s: resuming after step %d%s", run.run_dir, step, converted)
+
+
+def claim_run_folder(run: Run) -> None:
+    """Make the run folder and lock it; refuse one that holds another run's checkpoints."""
+    checkpoints = run.run_dir / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run.dir={run.run_dir}: {error}") from None
+    run.lock = lock_run_folder(run.run_dir, wait_s=60)
+    restore_best(checkpoints)
+    if complete_checkpoints(checkpoints):
+        refuse_changes(run.run_dir / "config.yaml", run.config)
+
+
+def write_inputs(run: Run, ds_config: dict[str, Any]) -> None:
+    """Write the resolved configuration and what the model consists of into the run folder."""
+    write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())
+    resolved = json.dumps(ds_config, indent=2) + "\n"
+    write_atomic(run.run_dir / "ds_config.json", resolved.encode())
+    run.corpus.genes.write(run.run_dir / "genes.tsv")
+    model = run.config.model
+    parts = {GRAPH: model.gene_graph, FEATURES: model.random_features_file}
+    for name, path in parts.items():
+        if path:
+            write_atomic(run.run_dir / name, Path(path).read_bytes())

@@ -1,0 +1,162 @@
+"""The run as the training loop holds it, and its description."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from kernels.favor_attention import triton_obstacle
+from sclong_ds.checkpoint.on_disk import TrainState
+from sclong_ds.checkpoint.save import Saving
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.strict_yaml import to_yaml
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.engine.deepspeed_engine import count_parameters
+from sclong_ds.engine.gradient_norms import GradientNorms
+from sclong_ds.engine.ranks import Ranks
+from sclong_ds.engine.schedule import learning_rate
+from sclong_ds.job.signals import StopRequest
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.objective.metrics import bin_labels
+from sclong_ds.tracking.tracker import Tracker
+from sclong_ds.training.guards import StepGuard
+from sclong_ds.training.timing import RankTimes
+from sclong_ds.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything a training run consists of; `state` is what changes from step to step."""
+
+    config: RunConfig
+    ranks: Ranks
+    corpus: Corpus
+    model: ScLong
+    engine: Any
+    tracker: Tracker
+    stop: StopRequest
+    state: TrainState
+    run_dir: Path
+    watchdog: Watchdog
+    guard: StepGuard
+    flops_per_cell: float
+    """Of forward and backward."""
+    peak_flops: float | None
+    """Peak of a rank's device, FLOP/s; None: unknown."""
+    gradient_norms: GradientNorms
+    rank_times: RankTimes
+    measured: MeasuredGenes | None
+    """With data.unmeasured=mask."""
+    lock: IO[str] | None = None
+    last_checkpoint: str | None = None
+    """Name of the newest good checkpoint."""
+    validated: tuple[int, float] | None = None
+    """Step and masked MSE of the last validation."""
+    saving: Saving | None = None
+    """Checkpoint that is being written while training goes on."""
+    stalled_s: float = 0.0
+    """Time that training stood still for checkpoints since the last row of metrics."""
+    failed_saves: int = 0
+    """Checkpoints in a row that could not be written."""
+    skipped_cells: int = 0
+    """Damaged cells that this process has trained without, over all ranks."""
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """Return what run.json says about the run, for the report."""
+    return {
+        "n_cells_train": len(run.corpus.splits["train"]),
+        "n_cells_validation": len(run.corpus.splits["validation"]),
+        "n_genes": len(run.corpus.genes),
+        "n_datasets": len(run.corpus.datasets),
+        "expression_bins": bin_labels(),
+        "parameters": parameters_by_part(run.model),
+        "corpus": run.corpus.location.url,
+        "world_size": run.ranks.world_size,
+        "device": device_name(run.ranks.device),
+        "ds_config": run.config.engine.ds_config,
+        "corpus_hash": run.state.corpus_hash,
+        "genes_hash": run.state.genes_hash,
+        "graph_hash": run.state.graph_hash,
+        "features_hash": run.state.features_hash,
+        "weights_hash": run.state.weights_hash,
+    }
+
+
+def parameters_by_part(model: ScLong) -> dict[str, int]:
+    """Return the number of parameters of each part of the model."""
+    return {name: count_parameters(part) for name, part in model.named_children()}
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def describe(
+    config: RunConfig, ranks: Ranks, corpus: Corpus, model: ScLong, ds_config: dict[str, Any]
+) -> None:
+    """Log at the start what will run."""
+    e = config.engine
+    accumulated = ds_config["gradient_accumulation_steps"]
+    stage = ds_config["zero_optimization"]["stage"]
+    log.info("configuration:\n%s", to_yaml(config).rstrip())
+    log.info(
+        "corpus: %d training cells, %d validation cells, %d genes, %d datasets",
+        len(corpus.splits["train"]), len(corpus.splits["validation"]),
+        len(corpus.genes), len(corpus.datasets),
+    )  # fmt: skip
+    parts = parameters_by_part(model)
+    log.info(
+        "parameters: %s (%s)",
+        f"{sum(parts.values()):,}",
+        ", ".join(f"{k} {v:,}" for k, v in parts.items()),
+    )
+    log.info(
+        "batch: %d cells = %d a micro-batch x %d accumulation steps x %d ranks; "
+        "ZeRO stage %d, %s, on %s",
+        e.train_batch_size, e.train_micro_batch_size_per_gpu,
+        accumulated, ranks.world_size, stage, e.precision, device_name(ranks.device),
+    )  # fmt: skip
+    last = learning_rate(config.optim, config.run.max_steps - 1)
+    log.info(
+        "learning rate: at most %.3g, %.3g (%.0f%%) in the last of %d steps",
+        config.optim.lr, last, 100 * last / config.optim.lr, config.run.max_steps,
+    )  # fmt: skip
+    log.info("attention: %s", attention_path(config, ranks, model))
+    if ranks.rank == 0 and e.precision == "bf16" and stage == 1 and accumulated > 1:
+        log.warning(
+            "ZeRO stage 1 adds the gradients of %d micro-steps up in bf16; stages 2 and 3 do in "
+            "fp32: use engine.ds_config=zero2, or larger micro-batches",
+            accumulated,
+        )
+
+
+def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:
+    """Return what computes the attention of this run, for people.
+
+    Raises:
+        ValueError: The backend that was asked for cannot run here.
+    """
+    if config.model.attention == "softmax":
+        return "exact softmax"
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    obstacles = set()
+    for performer in model.performers().values():
+        q = torch.empty(1, 1, 1, performer.config.dim_head, dtype=dtype, device=ranks.device)
+        features = performer.features(ranks.device)[0]
+        obstacles.add(triton_obstacle(q, features, config.model.stabiliser_scope))
+    reasons = "; ".join(sorted(reason for reason in obstacles if reason))
+    backend = config.engine.attention_backend
+    if backend == "triton" and reasons:
+        raise ValueError(f"engine.attention_backend=triton: {reasons}; set it to auto or torch")
+    if backend != "torch" and not reasons:
+        return "FAVOR+, Triton kernels"
+    return f"FAVOR+, plain torch ({reasons or 'as set'})"
