@@ -3,9 +3,9 @@
     python -m benchmarks.dedup --out FOLDER [--cells N] [--json OUT]
 
 Sends N seeded 128-bit digests (48,024,242 unless told otherwise, 3% of them repeats of earlier
-ones, at all distances) through `data_prep.corpus.dedup` as `finalize` does after it has read the cells,
-and checks that exactly the repeats are found. Prints the peak resident memory of the process and
-the largest size of the files in FOLDER.
+ones, at all distances) through `data_prep.corpus.dedup` as `finalize` does after it has read the
+cells, and checks that exactly the repeats are found. Prints the peak resident memory of the process
+and the largest size of the files in FOLDER.
 """
 
 from __future__ import annotations

@@ -43,11 +43,22 @@ from benchmarks.fault_commands import COMMANDS
 from benchmarks.fault_products import MAKERS, product, remove
 
 USED = (
-    "data_prep.convert.convert", "data_prep.corpus.finalize", "data_prep.graph.gene_vectors", "data_prep.readers.open",
-    "data_prep.verify.verify", "data_prep.convert.workers", "sclong_ds.report.compare", "sclong_ds.loader.loader",
-    "sclong_ds.embedding.embed", "sclong_ds.exported.export", "sclong_ds.exported.initial_weights", "sclong_ds.files.obs_table",
+    "data_prep.convert.convert",
+    "data_prep.corpus.finalize",
+    "data_prep.graph.gene_vectors",
+    "data_prep.readers.open",
+    "data_prep.verify.verify",
+    "data_prep.convert.workers",
+    "sclong_ds.report.compare",
+    "sclong_ds.loader.loader",
+    "sclong_ds.embedding.embed",
+    "sclong_ds.exported.export",
+    "sclong_ds.exported.initial_weights",
+    "sclong_ds.files.obs_table",
     "sclong_ds.report.report",
-    "sclong_ds.training.run_checks", "sclong_ds.report.status", "sclong_ds.corpus.corpus",
+    "sclong_ds.training.run_checks",
+    "sclong_ds.report.status",
+    "sclong_ds.corpus.corpus",
 )  # fmt: skip
 """Modules that are imported before anything is forked."""
 HANG_S = 60.0

@@ -3,10 +3,10 @@
     python -m benchmarks.gene_graph [--genes N] [--json OUT]
 
 Reads the bundled Gene Ontology. Builds the graph of all bundled genes once with
-`data_prep.graph.jaccard.jaccard_graph`; then the graph of N of the annotated genes with it and with the
-loop (both directions of every pair by Python's set operations), compares the edges, and prints the
-ratio of CPU times. The loop grows with the square of the genes: its time for all genes is that of N
-times (all / N) squared.
+`data_prep.graph.jaccard.jaccard_graph`; then the graph of N of the annotated genes with it and with
+the loop (both directions of every pair by Python's set operations), compares the edges, and prints
+the ratio of CPU times. The loop grows with the square of the genes: its time for all genes is that
+of N times (all / N) squared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Our side of the loader benchmark: `sclong_ds.loader.loader.CellLoader` on the stores of `finalize`."""
+"""Our side of the loader benchmark: `CellLoader` on the stores of `finalize`."""
 
 from __future__ import annotations
 

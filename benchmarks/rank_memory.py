@@ -5,8 +5,8 @@
 Trains a wide model, whose memory is that of weights, gradients and optimizer, in all ZeRO stages
 and offloaded, and a deep one on many cells, whose memory is that of activations, with and without
 activation checkpointing. Measured is the highest resident memory of rank 0 without that of the same
-run with a tiny model (python, libraries, corpus); predicted is the peak of `sclong_ds.planning.memory`, on a
-CPU with what is offloaded. Prints a table.
+run with a tiny model (python, libraries, corpus); predicted is the peak of
+`sclong_ds.planning.memory`, on a CPU with what is offloaded. Prints a table.
 """
 
 from __future__ import annotations

@@ -41,14 +41,45 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return a whole number of 1 or more.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is anything else.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, must be a whole number of 1 or more")
     return int(text)
 
 
-def _share(text: str) -> float:
-    value = float(text)  # argparse reports what is no number
+def share(text: str) -> float:
+    """Return a number from 0 to 1; argparse reports what is no number.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is out of range.
+    """
+    value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"got {text}, must be a number from 0 to 1")
+    return value
+
+
+def positive_share(text: str) -> float:
+    """Return a number above 0 and at most 1.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is out of range.
+    """
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, must be above 0 and at most 1")
     return value

@@ -43,3 +43,23 @@ def stage_progress(unit: str) -> Iterator[Callable[[str, int, int], None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+@contextmanager
+def count_progress(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Give a function to call with the number that was newly finished.
+
+    Args:
+        stage: What is done, such as embed.
+        total: How many there are.
+        unit: What is counted, such as cells.
+    """
+    done = 0
+    with stage_progress(unit) as report:
+
+        def add(n: int) -> None:
+            nonlocal done
+            done += n
+            report(stage, done, total)
+
+        yield add

@@ -24,7 +24,7 @@ WAITING = {
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 COPIES = ("tolist", "cpu", "numpy")
 """Methods that wait for a GPU and, on a CPU, call no operator."""
-ALLOWED = {("favor_torch.py", "_parts"), ("routing.py", "route"), ("device_batch.py", "_sent")}
+ALLOWED = {("favor_torch.py", "_parts"), ("routing.py", "route"), ("batch.py", "_sent")}
 """Functions that may: the torch backend, a check on CPUs alone, what begins on the host."""
 
 

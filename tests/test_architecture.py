@@ -12,37 +12,52 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sclong_ds", "kernels", "data_prep")
-STORAGE = {
-    "sclong_ds.corpus.genes",
-    "sclong_ds.corpus.catalogue",
-    "sclong_ds.corpus.corpus",
-    "sclong_ds.corpus.cell_store",
-    "sclong_ds.corpus.cell_writer",
-    "sclong_ds.corpus.location",
-    "sclong_ds.corpus.shards",
-    "sclong_ds.corpus.byte_code",
-    "sclong_ds.corpus.gene_graph",
-    "sclong_ds.files.atomic",
-    "sclong_ds.files.checksums",
-    "sclong_ds.files.obs_table",
-    "sclong_ds.files.npz",
+FLOORS = {
+    "sclong_ds": [
+        {"files", "progress", "command_line"},
+        {"config"},
+        {"corpus", "run_folder", "engine"},
+        {"loader", "model", "checkpoint", "tracking"},
+        {"objective", "exported", "job"},
+        {"planning", "embedding", "released", "report"},
+        {"training"},
+        {"pretrain", "demo", "__main__", "restarts", "preflight", "mlflow_model"},
+    ],
+    "data_prep": [
+        {"source", "ledger", "arguments"},
+        {"counts", "readers", "corpus", "graph", "report"},
+        {"genes"},
+        {"manifest"},
+        {"staging"},
+        {"convert"},
+        {"verify"},
+        {"__main__"},
+    ],
 }
-"""The on-disk formats: no torch, shared by data preparation and training."""
-LOADER = {
-    "sclong_ds.loader.loader",
-    "sclong_ds.loader.batches",
-    "sclong_ds.loader.pool",
-    "sclong_ds.loader.threads",
-    "sclong_ds.loader.order",
-}
-"""The loader: no torch either, so that it can be used, and timed, without."""
-CONFIG = {
-    "sclong_ds.config.load",
-    "sclong_ds.config.history",
-    "sclong_ds.config.rules",
-    "sclong_ds.config.sections",
-}
-HEAVY = {"torch", "deepspeed", "triton", "torch_geometric", "mlflow"}
+"""Packages by floor; a package imports from lower floors only."""
+DATA_PREP_MAY_USE = {"files", "progress", "command_line", "corpus"}
+"""Packages of sclong_ds: the formats on disk, and what every command needs."""
+PLACES = {
+    "torch": {
+        "sclong_ds.engine", "sclong_ds.model", "sclong_ds.checkpoint", "sclong_ds.objective",
+        "sclong_ds.exported", "sclong_ds.job", "sclong_ds.embedding", "sclong_ds.released",
+        "sclong_ds.training", "sclong_ds.pretrain", "sclong_ds.demo", "kernels",
+    },
+    "triton": {"kernels"},
+    "torch_geometric": {"sclong_ds.model"},
+    "deepspeed": {"sclong_ds.engine", "sclong_ds.checkpoint"},
+    "mlflow": {"sclong_ds.tracking", "sclong_ds.embedding"},
+    "matplotlib": {
+        "sclong_ds.report", "sclong_ds.embedding", "data_prep.graph", "data_prep.report",
+    },
+    "kernels": {"sclong_ds.model", "sclong_ds.training"},
+    "data_prep": {"sclong_ds.embedding"},
+}  # fmt: skip
+"""The only packages that import a library, or another top-level package."""
+
+
+EACH_HAS = {"main", "run", "add_arguments"}
+"""A command is a module with these; `__main__` finds it by its name."""
 
 
 def modules() -> dict[str, Path]:
@@ -87,95 +102,63 @@ def test_kernels_import_torch_and_triton_only():
             assert tops(name) <= allowed, name
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed"),
-    [
-        ("data", STORAGE | LOADER),
-        ("masking", {"sclong_ds.config.load"}),
-        (
-            "objective",
-            {
-                "sclong_ds.objective.batch",
-                "sclong_ds.objective.targets",
-                "sclong_ds.corpus.byte_code",
-            },
-        ),
-        ("device_batch", STORAGE),
-        ("metrics", {"sclong_ds.model.routing"}),
-        ("guards", set()),
-        ("watchdog", set()),
-        ("engine", {"sclong_ds.config.load"}),
-        ("run_folder", {"sclong_ds.files.json_lines", "sclong_ds.files.sealed_json"}),
-        ("plots", set()),
-        (
-            "tracking",
-            {
-                "sclong_ds.config.load",
-                "sclong_ds.tracking.sender",
-                "sclong_ds.run_folder.pending_pictures",
-                "sclong_ds.run_folder.files",
-                "sclong_ds.config.strict_yaml",
-                "sclong_ds.tracking.node_sampler",
-            },
-        ),
-        ("mlflow_store", {"sclong_ds.files.json_lines", "sclong_ds.run_folder.files"}),
-        ("system_metrics", {"sclong_ds.files.json_lines", "sclong_ds.run_folder.files"}),
-        ("gradient_norms", set()),
-        (
-            "rank_times",
-            {"sclong_ds.engine.deepspeed_engine", "sclong_ds.run_folder.pending_pictures"},
-        ),
-    ],
-)
-def test_parts_of_training_know_only_what_they_need(name, allowed):
-    modules = {i if i in MODULES else i.rpartition(".")[0] for i in ours(f"sclong_ds.{name}")}
-    assert modules <= allowed, name
+def package(name: str) -> str:
+    """Return the package of a module: `sclong_ds.corpus` of `sclong_ds.corpus.shards`."""
+    top, _, rest = name.partition(".")
+    return f"{top}.{rest.partition('.')[0]}" if top in FLOORS and rest else top
 
 
-def test_storage_and_loader_need_no_torch():
-    for allowed in (STORAGE, STORAGE | LOADER):
-        for name in allowed:
-            assert not tops(name) & (HEAVY | {"kernels", "data_prep"}), name
-            assert ours(name) <= allowed, name
+def test_every_package_has_a_floor():
+    for top, floors in FLOORS.items():
+        named = [room for floor in floors for room in floor]
+        assert len(named) == len(set(named))
+        found = {package(name) for name in MODULES if name.startswith(f"{top}.")}
+        assert found == {f"{top}.{room}" for room in named}
 
 
-def test_data_prep_imports_only_the_storage_modules():
+def test_packages_import_lower_floors_only():
+    floor_of = {
+        f"{top}.{room}": number
+        for top, floors in FLOORS.items()
+        for number, floor in enumerate(floors)
+        for room in floor
+    }
     for name in MODULES:
-        if name.split(".")[0] == "data_prep":
-            assert {i for i in ours(name) if i.startswith("sclong_ds")} <= STORAGE, name
-            assert not tops(name) & HEAVY, name
+        own = package(name)
+        for other in {package(i) for i in ours(name)} - {own}:
+            if other.split(".")[0] == own.split(".")[0] and own in floor_of:
+                assert floor_of[other] < floor_of[own], f"{name} imports {other}"
 
 
-@pytest.mark.parametrize(
-    ("library", "allowed"),
-    [
-        (
-            "deepspeed",
-            {
-                "sclong_ds.engine.deepspeed_engine",
-                "sclong_ds.checkpoint.save",
-                "sclong_ds.checkpoint.writer",
-                "sclong_ds.checkpoint.torch_files",
-            },
-        ),
-        ("mlflow", {"sclong_ds.tracking.sender", "sclong_ds.embedding.mlflow_model"}),
-    ],
-)
-def test_library_is_imported_in_its_place_only(library, allowed):
-    assert {name for name in MODULES if library in tops(name)} <= allowed
-
-
-def test_model_imports():
-    allowed = STORAGE | {"sclong_ds.config.load", "kernels.favor_attention", "kernels.reference"}
+def test_data_prep_imports_the_formats_and_what_commands_need():
+    allowed = {f"sclong_ds.{room}" for room in DATA_PREP_MAY_USE}
     for name in MODULES:
-        if name.startswith("sclong_ds.model."):
-            assert {i for i in ours(name) if not i.startswith("sclong_ds.model")} <= allowed, name
+        if name.startswith("data_prep"):
+            used = {package(i) for i in ours(name) if i.startswith("sclong_ds")}
+            assert used <= allowed, name
 
 
-def test_config_imports_the_yaml_reader_only():
-    for name in CONFIG:
-        assert ours(name) <= CONFIG | {"sclong_ds.config.strict_yaml"}, name
-    assert not ours("sclong_ds.config.strict_yaml")
+@pytest.mark.parametrize("library", PLACES)
+def test_library_is_imported_in_its_place_only(library):
+    found = {package(name) for name in MODULES if library in tops(name)}
+    assert {room for room in found if room.split(".")[0] != library} <= PLACES[library]
+
+
+def test_packages_stay_small():
+    for folder in {path.parent for path in MODULES.values()}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 10, f"{folder} has {len(files)} files"
+
+
+def test_no_name_is_defined_twice_in_a_package():
+    found: dict[tuple[str, str], str] = {}
+    for name, path in MODULES.items():
+        if name.count(".") < 2:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in EACH_HAS:
+                other = found.setdefault((package(name), node.name), name)
+                assert other == name, f"{node.name} is defined in {other} and in {name}"
 
 
 def test_nothing_imports_pretrain():

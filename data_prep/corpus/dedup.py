@@ -1,9 +1,9 @@
 """Exact duplicates: cells whose counts of all genes are the same, within and across datasets.
 
-A cell has one encoding (`sclong_ds.corpus.byte_code`), so equal bytes mean equal cells. The 128-bit BLAKE2b
-digests of the bytes go to disk in runs and are sorted bucket by bucket (`data_prep.corpus.buckets`), so
-memory stays at one bucket plus one byte a cell. Two different cells of a corpus of 10^9 share a
-digest with probability 10^-21.
+A cell has one encoding (`sclong_ds.corpus.byte_code`), so equal bytes mean equal cells. The 128-bit
+BLAKE2b digests of the bytes go to disk in runs and are sorted bucket by bucket
+(`data_prep.corpus.buckets`), so memory stays at one bucket plus one byte a cell. Two different
+cells of a corpus of 10^9 share a digest with probability 10^-21.
 """
 
 from __future__ import annotations

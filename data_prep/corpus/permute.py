@@ -1,8 +1,8 @@
 """The cells of all datasets in one uniform random order per split, in bounded memory.
 
 Every cell draws a 64-bit key from a generator seeded by (seed, dataset_id), and the cells of a
-split are sorted by key: a uniform permutation that does not depend on memory limits. The sort
-takes two passes (`data_prep.corpus.buckets`): encoded cells are scattered by ranges of the key, then one
+split are sorted by key: a uniform permutation that does not depend on memory limits. The sort takes
+two passes (`data_prep.corpus.buckets`): encoded cells are scattered by ranges of the key, then one
 range at a time is sorted in memory and written. Cells are moved as bytes, never decoded. A killed
 call is continued by the next one: runs and buckets that are on disk are not made again.
 """

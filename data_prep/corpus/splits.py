@@ -95,7 +95,8 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
     """Read the donor of every cell from a staged annotation table.
 
     Args:
-        path: Annotations of a dataset (`sclong_ds.files.obs_table`); the column `donor` (or `donor_id`)
+        path: Annotations of a dataset (`sclong_ds.files.obs_table`); the column `donor` (or
+        `donor_id`)
             is used.
         n_cells: Number of staged cells, which the table must match.
 

@@ -1,1 +1,1 @@
-"""The list of datasets and how to read each: parsing, drafting, the same options on a command line."""
+"""The list of datasets and how to read each, from a table, a draft or a command line."""

@@ -21,7 +21,7 @@ from data_prep.readers.arrays import (
     dense_matrix_blocks,
     require_inside,
 )
-from data_prep.readers.columns import table_of
+from data_prep.readers.columns import table_of, text_of
 from data_prep.readers.containers import (
     anndata_place,
     hdf5_root,
@@ -120,7 +120,7 @@ def _places(root: Any) -> tuple[list[_Place], dict[str, str]]:
 
 def _is_null(element: Any) -> bool:
     """Return whether a matrix is stored as None."""
-    kind = _text(element.attrs.get("encoding-type", ""))
+    kind = text_of(element.attrs.get("encoding-type", ""))
     return kind == "null" or (hasattr(element, "shape") and element.shape is None)
 
 
@@ -135,7 +135,7 @@ def _matrix(root: Any, opened: Open, place: _Place, scratch: Path | None) -> Mat
     else:
         attributes = dict(element.attrs)
         named = attributes.get("encoding-type", attributes.get("h5sparse_format", ""))
-        kind = _text(named).removesuffix("_matrix")
+        kind = text_of(named).removesuffix("_matrix")
         stored = attributes.get("shape", attributes.get("h5sparse_shape"))
         if kind not in ("csr", "csc") or stored is None or np.shape(stored) != (2,):
             return _unread(root, place, f"is stored as '{kind or 'unknown'}'")
@@ -176,7 +176,3 @@ def _unread(root: Any, place: _Place, reason: str) -> Matrix:
     n_cells = len(table_of(root, "obs").index)
     shape = (n_cells, len(place.genes["index"]))
     return Matrix(name=place.name, shape=shape, gene_columns=place.genes, blocks=blocks)
-
-
-def _text(value: object) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

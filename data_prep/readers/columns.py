@@ -82,7 +82,7 @@ def table_of(root: Any, where: str) -> Table:
     element = root[where]
     if getattr(element, "dtype", None) is not None:
         return _compound_table(element, where)
-    index_name = _text(element.attrs.get("_index", "_index"))
+    index_name = text_of(element.attrs.get("_index", "_index"))
     require_inside(element, index_name)
     if index_name not in element:
         raise ValueError(f"{where} has no index column '{index_name}'")
@@ -94,7 +94,7 @@ def table_of(root: Any, where: str) -> Table:
     index = objects(values)
     order = element.attrs.get("column-order")
     listed: Iterable[object] = () if isinstance(order, h5py.Empty) else np.ravel(order)
-    names = list(element) if order is None else [_text(name) for name in listed]
+    names = list(element) if order is None else [text_of(name) for name in listed]
     names = [name for name in dict.fromkeys(names) if name not in (index_name, _CATEGORIES)]
 
     def reader(name: str) -> Callable[[Any], pd.Series]:
@@ -122,7 +122,7 @@ def column_values(parent: Any, name: str) -> Any:
     if name not in parent:
         raise ValueError("it is listed, but not there")
     element = parent[name]
-    kind = _text(element.attrs.get("encoding-type", ""))
+    kind = text_of(element.attrs.get("encoding-type", ""))
     if hasattr(element, "shape"):
         categories = element.attrs.get("categories")
         if categories is not None:
@@ -247,5 +247,10 @@ def _check_length(array: Any, what: str, *, names: bool = False) -> None:
         require_whole(array, what)
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """Return a stored value as text.
+
+    Args:
+        value: Bytes of UTF-8, or anything that has a text.
+    """
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -165,7 +165,7 @@ def open_loom(path: Path, *, scratch: Path | None) -> Source:
             require_whole(root["matrix"], "matrix")
             barcodes = objects(map(str, range(n_cells)))
         else:
-            barcodes = objects(_whole(root["col_attrs"], named))
+            barcodes = objects(_whole_attribute(root["col_attrs"], named))
     if not genes and n_genes:
         raise ValueError("the row attributes name no genes; expected Gene or Accession")
     shape = (n_cells, n_genes)
@@ -202,7 +202,7 @@ def _gene_names(group: Any, n_genes: int) -> tuple[dict[str, StringArray], dict[
         if not _is_list(values, n_genes) or values.dtype.kind not in "SUO":
             continue
         try:
-            found[name] = objects(_whole(group, name))
+            found[name] = objects(_whole_attribute(group, name))
         except (ValueError, OSError) as error:
             notes[f"row_attrs/{name}"] = " ".join(str(error).split())
     return found, notes
@@ -216,7 +216,7 @@ def _loom_obs(opened: Open, names: Sequence[str], n_cells: int) -> Annotations:
     def reader(name: str) -> Callable[[], pd.Series]:
         def column() -> pd.Series:
             with opened() as root:
-                values = _whole(root["col_attrs"], name)
+                values = _whole_attribute(root["col_attrs"], name)
             return pd.Series(values, dtype=values.dtype)
 
         return column
@@ -224,7 +224,7 @@ def _loom_obs(opened: Open, names: Sequence[str], n_cells: int) -> Annotations:
     return Annotations(n_cells, {name: reader(name) for name in names})
 
 
-def _whole(group: Any, name: str) -> npt.NDArray[Any]:
+def _whole_attribute(group: Any, name: str) -> npt.NDArray[Any]:
     """Return an attribute that was written as a whole, texts as objects."""
     require_inside(group, name)
     require_whole(group[name], f"{group.name}/{name}")

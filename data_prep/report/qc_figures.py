@@ -1,7 +1,7 @@
 """Figures of the quality report: matplotlib drawings of plain arrays, as SVG text.
 
-Imported by `data_prep.report.qc_report`. Figures are made without pyplot: no global state, no display.
-The same data gives the same bytes.
+Imported by `data_prep.report.qc_report`. Figures are made without pyplot: no global state, no
+display. The same data gives the same bytes.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """One dataset into its staging folder: read, prove, harmonise, filter, write.
 
-Reads the files of the dataset. Writes `cells.zarr` (a cell store of `sclong_ds.corpus.corpus` with the row
-table `source_row`, the row of each cell in its source), `obs.parquet` (`annotations.py`) and
-`measured_genes.npy` ((genes / 8,) uint8, `np.packbits(bitorder="little")` over the vocabulary genes
-that the file names: what it does not name was not measured, and is not zero).
-Cells are streamed in blocks, so that memory does not grow with the dataset. Everything is read back
-and compared before the folder gets its name.
+Reads the files of the dataset. Writes `cells.zarr` (a cell store of `sclong_ds.corpus.corpus` with
+the row table `source_row`, the row of each cell in its source), `obs.parquet` (`annotations.py`)
+and `measured_genes.npy` ((genes / 8,) uint8, `np.packbits(bitorder="little")` over the vocabulary
+genes that the file names: what it does not name was not measured, and is not zero). Cells are
+streamed in blocks, so that memory does not grow with the dataset. Everything is read back and
+compared before the folder gets its name.
 """
 
 from __future__ import annotations

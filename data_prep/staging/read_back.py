@@ -1,8 +1,8 @@
 """Reads a staged dataset back and compares it with what was written, before its ledger says ok.
 
 The cells are compared by running CRC-32C digests: one is made of the counts while they are written,
-one of every chunk that is read again. The byte code (`sclong_ds.corpus.byte_code`) is taken apart by a
-decoder of its own, so that a fault of the encoder shows as well; it compares distances between
+one of every chunk that is read again. The byte code (`sclong_ds.corpus.byte_code`) is taken apart
+by a decoder of its own, so that a fault of the encoder shows as well; it compares distances between
 genes, not genes, which takes a third of the time of `streams.decode`. What `finalize` would refuse
 is refused here, where it costs one dataset.
 """

@@ -26,7 +26,7 @@ from sclong_ds.checkpoint.on_disk import (
     read_state,
     remove,
 )
-from sclong_ds.checkpoint.save import _quiet, _refuse_code_on_any_rank
+from sclong_ds.checkpoint.save import quiet, refuse_code_on_any_rank
 from sclong_ds.checkpoint.torch_files import plain_values_only, refuse_code
 from sclong_ds.engine.ranks import on_first_rank
 
@@ -72,8 +72,8 @@ def load(engine: Any, folder: Path, *, accept: Callable[[TrainState], None]) -> 
         return None
     state = read_state(folder / name)
     accept(state)
-    _refuse_code_on_any_rank(folder / name)
-    with _quiet():
+    refuse_code_on_any_rank(folder / name)
+    with quiet():
         if state.world_size == dist.get_world_size():
             with plain_values_only():
                 path, _ = engine.load_checkpoint(str(folder), tag=name)
@@ -152,5 +152,5 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
         ValueError: A file names something else than tensors and plain values.
     """
     refuse_code(sorted(checkpoint.glob("*.pt")))
-    with _quiet(), plain_values_only():
+    with quiet(), plain_values_only():
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

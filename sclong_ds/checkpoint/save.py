@@ -117,7 +117,7 @@ def begin_save(
     # DeepSpeed puts a script beside the checkpoints; on a full disk rank 0 would fail alone.
     engine._copy_recovery_script = lambda _: None
     try:
-        with _quiet():
+        with quiet():
             engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
     finally:
         engine.checkpoint_engine = own
@@ -223,7 +223,7 @@ def _rename(partial: Path) -> None:
     remove(old)
 
 
-def _refuse_code_on_any_rank(checkpoint: Path) -> None:
+def refuse_code_on_any_rank(checkpoint: Path) -> None:
     """Check that no file of a checkpoint could run code, each rank a share of them.
 
     Raises:
@@ -242,6 +242,6 @@ def _refuse_code_on_any_rank(checkpoint: Path) -> None:
         raise ValueError(refused)
 
 
-def _quiet() -> contextlib.AbstractContextManager[Any]:
+def quiet() -> contextlib.AbstractContextManager[Any]:
     """Swallow what DeepSpeed prints on stdout while it saves, loads or merges."""
     return contextlib.redirect_stdout(io.StringIO())

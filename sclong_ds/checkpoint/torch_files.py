@@ -5,7 +5,9 @@ reads its files without a limit on what they name. Here every file is looked thr
 (`refuse_code`), and is then read under `plain_values_only`, in which torch.load makes tensors,
 plain values and the three records of DeepSpeed below, whatever its caller asks for.
 
-    python -m sclong_ds.checkpoint.torch_files ARGUMENTS     deepspeed.checkpoint.ds_to_universal, likewise
+    python -m sclong_ds.checkpoint.torch_files ARGUMENTS
+
+runs deepspeed.checkpoint.ds_to_universal under the same limits.
 
 Source: https://docs.pytorch.org/docs/stable/notes/serialization.html, "weights_only" and
 "TORCH_FORCE_WEIGHTS_ONLY_LOAD".

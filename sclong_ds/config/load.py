@@ -1,7 +1,7 @@
 """Run configuration: a strict YAML loader and `key=value` overrides.
 
-A run is described by one complete YAML file (a preset of `sclong_ds/presets/` or your own): every
-key must be there, unknown keys, duplicate keys and wrong types are errors, and nothing is
+A run is described by one complete YAML file (a preset of `sclong_ds/config/presets/` or your own):
+every key must be there, unknown keys, duplicate keys and wrong types are errors, and nothing is
 inherited. `load_config("sclong_tiny", ["run.max_steps=10"])` reads a preset, applies the overrides
 and returns a `RunConfig`; `to_yaml` writes it back. The configuration is never edited after it is
 loaded. Its keys are in `sclong_ds.config.sections`, a section for each consuming module.
@@ -48,7 +48,7 @@ __all__ = [
     "preset_names",
 ]
 
-PRESETS_DIR = Path(__file__).parents[1] / "presets"
+PRESETS_DIR = Path(__file__).parent / "presets"
 
 
 def preset_names() -> list[str]:

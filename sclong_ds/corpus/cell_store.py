@@ -1,11 +1,11 @@
 """Cells on disk: the format of a cell store, and `CellStore`, which reads one.
 
-A cell store, written by `sclong_ds.corpus.cell_writer`, is a Zarr v3 group (`cells.zarr`) that any Zarr
-library reads; data preparation uses one per dataset while it collects cells, and a finished corpus
-holds one. Two 1-D uint8 arrays, `gap` and `count`, hold the cells in the byte code of
-`sclong_ds.corpus.byte_code`; they share one grid of chunks, grouped into shards. A chunk holds whole cells
-and is padded with zeros to its end, so one chunk is the unit of reading, decoding and shuffling.
-The inner codecs are zstd (or none) and crc32c. The rest are small tables, stored as one
+A cell store, written by `sclong_ds.corpus.cell_writer`, is a Zarr v3 group (`cells.zarr`) that any
+Zarr library reads; data preparation uses one per dataset while it collects cells, and a finished
+corpus holds one. Two 1-D uint8 arrays, `gap` and `count`, hold the cells in the byte code of
+`sclong_ds.corpus.byte_code`; they share one grid of chunks, grouped into shards. A chunk holds
+whole cells and is padded with zeros to its end, so one chunk is the unit of reading, decoding and
+shuffling. The inner codecs are zstd (or none) and crc32c. The rest are small tables, stored as one
 uncompressed little-endian chunk each (`NAME/c/0` can be memory-mapped as it is):
 
     chunk_rows    (chunks + 1,) int64 first cell of each chunk

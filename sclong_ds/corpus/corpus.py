@@ -13,8 +13,7 @@ dataset, obs_row, source_row), `genes.tsv`, `obs/DATASET.parquet` (annotation of
 each dataset), `gene_stats.npz`, `measured_genes.npy` and `checksums.json`. Each file is compared
 with the catalogue when it is first used in a process, each chunk of cells whenever it is read.
 
-`CellWriter` and `CellStore` (the cells themselves, format in `sclong_ds.corpus.cell_store`) are offered here as
-well: this module and `sclong_ds.corpus.genes` are all that data preparation imports from `sclong_ds`.
+The cells themselves are read by `sclong_ds.corpus.cell_store`, where their format is described.
 """
 
 from __future__ import annotations
@@ -102,8 +101,8 @@ class Corpus:
 
         Args:
             path: Folder that `python -m data_prep finalize` has completed, or its URL.
-            cache_dir: Where to keep what is downloaded from a URL; as in `sclong_ds.corpus.location`
-                when None.
+            cache_dir: Where to keep what is downloaded from a URL; when None, as in
+                `sclong_ds.corpus.location`.
 
         Raises:
             FileNotFoundError: No such folder, or not finalized.
@@ -158,7 +157,7 @@ class Corpus:
         return self.cells.rows(indices)
 
     def packed_rows(self, indices: ArrayLike) -> PackedCells:
-        """Return chosen cells in the byte code of `sclong_ds.corpus.byte_code`, in the order given."""
+        """Return chosen cells, byte-coded (`sclong_ds.corpus.byte_code`), in the order given."""
         return self.cells.packed_rows(indices)
 
     def read_packed(

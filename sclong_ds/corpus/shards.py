@@ -4,7 +4,8 @@ A shard file holds the chunks one after the other and ends in an index: for each
 and length (two little-endian uint64, both 2^64 - 1 for a chunk of zeros that was not written), then
 the crc32c of the index. A chunk is compressed by zstd, or not, and ends in its own crc32c. One
 range read and one decompression into the caller's buffer give a chunk, both without the GIL. Of the
-possible Zarr arrays only those that `sclong_ds.corpus.cell_writer` makes are read; all others are refused.
+possible Zarr arrays only those that `sclong_ds.corpus.cell_writer` makes are read; all others are
+refused.
 
 Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
 """

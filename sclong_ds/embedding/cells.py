@@ -151,7 +151,7 @@ def _open_source(
         measured=MeasuredGenes(
             opened.gene_map.measured[None], np.zeros(np.count_nonzero(kept), dtype=np.int64)
         ),
-        facts=_facts(entry, dataset),
+        facts=_facts_of_input(entry, dataset),
         left_out=left_out,
         warnings=tuple(entry["warnings"]),
     )
@@ -199,7 +199,7 @@ def _blocks(opened: HarmonizedSource, kept: np.ndarray) -> Iterator[CountBlock]:
         yield CountBlock(counts=opened.gene_map.apply(counts), n_input_counts=int(counts.sum()))
 
 
-def _facts(entry: LedgerEntry, dataset: Dataset) -> dict[str, Any]:
+def _facts_of_input(entry: LedgerEntry, dataset: Dataset) -> dict[str, Any]:
     """Return what the record of an output says of its input."""
     names = ("format", "matrix", "matrix_reason", "gene_column", "restored")
     facts: dict[str, Any] = {name: entry[name] or "" for name in names}  # type: ignore[literal-required]

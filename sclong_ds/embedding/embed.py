@@ -22,10 +22,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +33,10 @@ import pandas as pd
 import torch
 from anndata.io import sparse_dataset, write_elem
 from scipy.sparse import csr_matrix
-from tqdm import tqdm
 
 from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 from data_prep.manifest.input_options import add_input_options, input_dataset
-from sclong_ds.command_line import _positive, _share, local_path
+from sclong_ds.command_line import local_path, positive, share
 from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
@@ -49,12 +45,12 @@ from sclong_ds.exported.model_dir import load_model
 from sclong_ds.files.hdf5_file import new_hdf5
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.progress import count_progress
 
 KEY = "X_sclong"
 """Name of the embedding in obsm."""
 POOLING = "mean over the expressed genes"
 UNS_KEY = "sclong"
-_LOG_INTERVAL_S = 60.0
 # HDF5 guesses tiny chunks for arrays that start empty; level 1 packs counts nearly as well as 9.
 _STORAGE = {"chunks": (2**17,), "compression": "gzip", "compression_opts": 1}
 _FEW_GENES = 0.5
@@ -101,7 +97,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         default=8,
         metavar="N",
         help="cells at a time (default %(default)s)",
@@ -114,14 +110,14 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-genes-mapped",
-        type=_positive,
+        type=positive,
         default=MIN_GENES_MAPPED,
         metavar="N",
         help="refuse inputs with fewer genes of the model (default %(default)s)",
     )
     parser.add_argument(
         "--min-share-mapped",
-        type=_share,
+        type=share,
         default=MIN_SHARE_MAPPED,
         metavar="SHARE",
         help="refuse inputs of whose genes a smaller share is in the model (default %(default)s)",
@@ -255,7 +251,7 @@ def embed_to_file(
     n_genes_mapped, n_counts = np.zeros(n_cells, dtype=np.int32), np.zeros(n_cells, dtype=np.int64)
     done, n_input_counts = 0, 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with new_hdf5(out) as (file, written), progress(n_cells) as on_cells:
+    with new_hdf5(out) as (file, written), count_progress("embed", n_cells, "cells") as on_cells:
         embedded = _begin_anndata(file, n_cells, model, with_counts=with_counts)
         for block in cells.blocks():
             part = slice(done, done + block.counts.shape[0])
@@ -274,20 +270,24 @@ def embed_to_file(
             done, n_input_counts = part.stop, n_input_counts + block.n_input_counts
         if done != n_cells:
             raise ValueError(f"the input lists {n_cells} cells, but its matrix holds {done}")
-        coverage = Coverage(
-            n_cells=n_cells,
-            n_cells_without_counts=int((n_counts == 0).sum()),
-            n_genes_input=cells.n_genes_input,
-            n_genes_mapped=cells.n_genes_mapped,
-            n_genes_model=n_genes,
-            counts_kept=float(n_counts.sum() / max(n_input_counts, 1)),
-        )
+        coverage = _coverage(cells, n_counts, n_input_counts=n_input_counts, n_genes=n_genes)
         obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
         write_elem(file, "obs", _plain_columns(obs))
         record = record_of(model, model_dir) | {"pooling": POOLING, "coverage": asdict(coverage)}
         write_elem(file, "uns", {UNS_KEY: record | input_record(cells) | (origin or {})})
     _warn(coverage, masks=model.transform.unmeasured == "mask")
     return coverage
+
+
+def _coverage(cells: Cells, n_counts: np.ndarray, *, n_input_counts: int, n_genes: int) -> Coverage:
+    return Coverage(
+        n_cells=len(n_counts),
+        n_cells_without_counts=int((n_counts == 0).sum()),
+        n_genes_input=cells.n_genes_input,
+        n_genes_mapped=cells.n_genes_mapped,
+        n_genes_model=n_genes,
+        counts_kept=float(n_counts.sum() / max(n_input_counts, 1)),
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -316,31 +316,6 @@ def check_out(out: Path, *, input: Path) -> None:
     target, source = out.resolve(), input.resolve()
     if target == source or (source.is_dir() and source in target.parents):
         raise ValueError(f"--out {out} would write over the input {input}; choose another place")
-
-
-@contextmanager
-def progress(n_cells: int) -> Iterator[Callable[[int], None]]:
-    """Show embedded cells: a bar on a terminal, a log line a minute elsewhere.
-
-    Args:
-        n_cells: Cells in all.
-
-    Yields:
-        A function to call with the number of newly finished cells.
-    """
-    bar = tqdm(total=n_cells, desc="embed", unit="cell", disable=not sys.stderr.isatty())
-    done, logged = 0, time.monotonic()
-
-    def on_cells(n: int) -> None:
-        nonlocal done, logged
-        done += n
-        bar.update(n)
-        if bar.disable and time.monotonic() - logged >= _LOG_INTERVAL_S:
-            logged = time.monotonic()
-            _log.info("embedded %d of %d cells", done, n_cells)
-
-    with bar:
-        yield on_cells
 
 
 def _begin_anndata(

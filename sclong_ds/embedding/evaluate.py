@@ -68,12 +68,12 @@ from sclong_ds.embedding.embed import (
     add_input_arguments,
     choose_device,
     embed_counts,
-    progress,
 )
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.progress import count_progress
 
 FOLDS = 5
 MIN_CELLS_PER_LABEL = FOLDS
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     )
     scored = choose_cells(cells, label=args.label, batch=args.batch)
     if stored is None:
-        with progress(len(scored.rows)) as on_cells:
+        with count_progress("embed", len(scored.rows), "cells") as on_cells:
             embedded = embed_counts(
                 model,
                 scored.counts,
@@ -249,12 +249,12 @@ def choose_cells(cells: Cells, *, label: str, batch: str | None) -> ScoredCells:
     if n_labels < 2:
         raise ValueError(
             f"--label {label}: {n_labels} labels have {MIN_CELLS_PER_LABEL} cells or more, 2 are "
-            f"needed; cells left out: {_list(left_out)}"
+            f"needed; cells left out: {_sentence(left_out)}"
         )
     if batches is not None and len(np.unique(batches[rows])) < 2:
         raise ValueError(f"--batch {batch}: all scored cells are of one batch; leave --batch out")
     if sum(left_out.values()):
-        _log.warning("cells left out: %s", _list(left_out))
+        _log.warning("cells left out: %s", _sentence(left_out))
     return ScoredCells(
         rows=rows,
         counts=counts[rows],
@@ -451,7 +451,7 @@ def _facts(args: argparse.Namespace, cells: Cells, scored: ScoredCells) -> dict[
     }
 
 
-def _list(left_out: Mapping[str, int]) -> str:
+def _sentence(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{n} ({reason})" for reason, n in left_out.items() if n) or "none"
 
 

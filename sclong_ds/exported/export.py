@@ -2,8 +2,9 @@
 
     python -m sclong_ds export RUN_DIR/checkpoints/step_00000050 --out MODEL_DIR
 
-Reads one checkpoint, checked against its manifest; writes the folder that `sclong_ds.exported.model_dir`
-describes. The weights of all ranks are merged in memory (4 bytes a parameter).
+Reads one checkpoint, checked against its manifest; writes the folder that
+`sclong_ds.exported.model_dir` describes. The weights of all ranks are merged in memory (4 bytes a
+parameter).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The loader keeps some thousand cells in memory as they are stored (a `CellPool`, about two bytes a
 non-zero value) and takes the cells of each batch from it. The kernels follow the byte code of
-`sclong_ds.corpus.byte_code` straight into the result; they release the GIL, and never write outside of it,
-whatever the bytes are. numba compiles them at their first call and keeps the machine code in
+`sclong_ds.corpus.byte_code` straight into the result; they release the GIL, and never write outside
+of it, whatever the bytes are. numba compiles them at their first call and keeps the machine code in
 `__pycache__`, or where that cannot be written in the user's cache folder.
 """
 

@@ -1,8 +1,8 @@
 """Masked-value reconstruction on the device: model input, targets and the loss.
 
-The loader draws the targets (`sclong_ds.objective.targets`); `masked_batch` brings a micro-batch and its
-targets to the device, where the model predicts the values at their positions only. The loss is the
-mean squared error over all targets of the global batch.
+The loader draws the targets (`sclong_ds.objective.targets`); `masked_batch` brings a micro-batch
+and its targets to the device, where the model predicts the values at their positions only. The loss
+is the mean squared error over all targets of the global batch.
 
 Shapes: B cells, G genes, P target places.
 """

@@ -2,9 +2,9 @@
 
     python -m sclong_ds plan --config sclong_1b --nodes 8 --gpus-per-node 8 --device h100
 
-Parameters and FLOPs are exact (`sclong_ds.planning.costs`); memory (`sclong_ds.planning.memory`), time and cells/s
-are predictions. Reads the configuration, the DeepSpeed JSON, and the corpus and the gene graph that
-the configuration names; writes nothing.
+Parameters and FLOPs are exact (`sclong_ds.planning.costs`); memory (`sclong_ds.planning.memory`),
+time and cells/s are predictions. Reads the configuration, the DeepSpeed JSON, and the corpus and
+the gene graph that the configuration names; writes nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from sclong_ds.command_line import positive, positive_share
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.corpus import Corpus
@@ -355,13 +356,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m sclong_ds plan`."""
     add = parser.add_argument
     add("--config", required=True, metavar="FILE|PRESET", help="complete YAML or name of a preset")
-    add("--nodes", required=True, type=_positive, metavar="N", help="number of nodes")
-    add("--gpus-per-node", required=True, type=_positive, metavar="M", help="ranks on each node")
+    add("--nodes", required=True, type=positive, metavar="N", help="number of nodes")
+    add("--gpus-per-node", required=True, type=positive, metavar="M", help="ranks on each node")
     add("--device", default="h100", help=f"{', '.join(DEVICES)} or cpu (default: %(default)s)")
-    add("--mfu", default=0.4, type=_share, help="share of the peak reached (default: %(default)s)")
+    add(
+        "--mfu",
+        default=0.4,
+        type=positive_share,
+        help="share of the peak reached (default: %(default)s)",
+    )
     add(
         "--cells",
-        type=_positive,
+        type=positive,
         help=f"cells of an epoch (default: those of data.corpus, else {SCLONG_CELLS})",
     )
     add("--json", action="store_true", help="print one JSON document instead of tables")
@@ -403,17 +409,3 @@ def _workload(config: RunConfig, cells: int | None) -> Workload:
     return Workload(
         n_genes=len(genes), n_edges=n_edges, cells=cells or known, n_expressed=expressed
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, must be 1 or more")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text}, must be above 0 and at most 1")
-    return value

@@ -5,9 +5,9 @@
 
 Reads the checkpoint (a state dict, alone or as `model_state_dict` beside optimizer and scheduler),
 the pickled constructor arguments with the gene graph (G_go, G_go_weight), and the gene list in the
-order of the inputs; nothing in them is run (`sclong_ds.released.safe_pickle`). Only the model's weights are
-read, one at a time, so peak memory stays near their size. Writes MODEL_DIR (`sclong_ds.exported.model_dir`)
-in float32: the released pos_emb is float64 and is rounded.
+order of the inputs; nothing in them is run (`sclong_ds.released.safe_pickle`). Only the model's
+weights are read, one at a time, so peak memory stays near their size. Writes MODEL_DIR
+(`sclong_ds.exported.model_dir`) in float32: the released pos_emb is float64 and is rounded.
 
 A list of symbols gets the Ensembl ids of the bundled gene table where that is safe, so that cells
 find their genes however they name them; the order stays.
@@ -243,7 +243,7 @@ def graph_of(hyper: Mapping[str, Any], *, n_genes: int) -> GeneGraph:
     """
     if hyper.get("G_go") is None or hyper.get("G_go_weight") is None:
         raise ValueError("no G_go and G_go_weight: give the graph with --gene-graph")
-    edges, weights = (_array(hyper[key]) for key in ("G_go", "G_go_weight"))
+    edges, weights = (_as_numpy(hyper[key]) for key in ("G_go", "G_go_weight"))
     if edges.dtype.kind not in "iu" or weights.dtype.kind != "f":
         raise ValueError(
             f"G_go is {edges.dtype} and G_go_weight {weights.dtype}, must be integers and floats"
@@ -343,7 +343,7 @@ def _aliases() -> dict[str, str]:
         return {row["alias"]: row["ensembl_id"] for row in rows}
 
 
-def _array(value: Any) -> np.ndarray:
+def _as_numpy(value: Any) -> np.ndarray:
     if isinstance(value, Tensor):
         value = value.float() if value.is_floating_point() else value
     return np.asarray(value)

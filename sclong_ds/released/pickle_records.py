@@ -1,9 +1,9 @@
 """What pickles and torch files record, written down without running them.
 
-Used by `sclong_ds.released.safe_pickle`, which turns the records into values. A pickle is a program that
-names functions and calls them. `Unpickler` runs it with every call replaced by
-a `Call` that only notes it, and every name outside a given list refused; what remains are plain
-containers of plain values and of these records. Reads one file, writes nothing.
+Used by `sclong_ds.released.safe_pickle`, which turns the records into values. A pickle is a program
+that names functions and calls them. `Unpickler` runs it with every call replaced by a `Call` that
+only notes it, and every name outside a given list refused; what remains are plain containers of
+plain values and of these records. Reads one file, writes nothing.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     load_tensors("model.pth")            torch.save, tensors mapped from the file
 
 Plain values are None, bool, numbers, text, bytes, dict, list, tuple, set, numpy arrays of numbers
-or text, dense torch tensors, torch devices, dtypes and sizes. `sclong_ds.released.pickle_records` writes
-down what a pickle asks for, and runs none of it; `_Conversion` then makes the values, by functions
-of this module that check what they are given. Arrays and tensors are views of the file's bytes, so
-that a small file cannot make large ones. torch's unpickler (weights_only=True) is not used: it
-reads no protocol above 2, which pickle.dump writes, and takes any time and memory that a forged
-pickle asks for. Reads one file, writes nothing.
+or text, dense torch tensors, torch devices, dtypes and sizes. `sclong_ds.released.pickle_records`
+writes down what a pickle asks for, and runs none of it; `_Conversion` then makes the values, by
+functions of this module that check what they are given. Arrays and tensors are views of the file's
+bytes, so that a small file cannot make large ones. torch's unpickler (weights_only=True) is not
+used: it reads no protocol above 2, which pickle.dump writes, and takes any time and memory that a
+forged pickle asks for. Reads one file, writes nothing.
 """
 
 from __future__ import annotations

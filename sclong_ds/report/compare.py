@@ -2,8 +2,9 @@
 
     python -m sclong_ds compare RUN_DIR_OR_RUN_ID RUN_DIR_OR_RUN_ID [...] [--json]
 
-Reads the run folders (`sclong_ds.run_folder.record`); a run id is looked up in the tracking store. Prints
-two tables, or one JSON document. `sclong_ds.report.report` shows the same on a page, with curves.
+Reads the run folders (`sclong_ds.run_folder.record`); a run id is looked up in the tracking store.
+Prints two tables, or one JSON document. `sclong_ds.report.report` shows the same on a page, with
+curves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Figures of a training run, drawn with matplotlib from plain arrays and metric rows.
 
-`sclong_ds.report.draw` draws the figures of a validation, `sclong_ds.report.report` the curves. Rows are
-those of `sclong_ds.run_folder.rows.read_metrics`. Figures are made without pyplot, so there is no global
-state, nothing to close, and no display is needed.
+`sclong_ds.report.draw` draws the figures of a validation, `sclong_ds.report.report` the curves.
+Rows are those of `sclong_ds.run_folder.rows.read_metrics`. Figures are made without pyplot, so
+there is no global state, nothing to close, and no display is needed.
 """
 
 from __future__ import annotations

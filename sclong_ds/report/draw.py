@@ -1,8 +1,8 @@
 """Draw the pictures of a run's validations: `python -m sclong_ds.report.draw RUN_DIR`.
 
-A training run starts it beside itself (`sclong_ds.tracking.tracker`), so that drawing costs no training
-time and no memory of a rank. Takes each `plots/step_N.npz` in turn and writes `plots/step_N/*.png`,
-whole or not at all; the newest pictures lie in `plots` too:
+A training run starts it beside itself (`sclong_ds.tracking.tracker`), so that drawing costs no
+training time and no memory of a rank. Takes each `plots/step_N.npz` in turn and writes
+`plots/step_N/*.png`, whole or not at all; the newest pictures lie in `plots` too:
 
     predicted_vs_true   masked values, predicted against true, as a density
     expression_bins     MSE and Pearson per expression bin, the model beside the per-gene mean
@@ -83,7 +83,7 @@ def draw(run_dir: Path, file: Path) -> Path:
     partial.mkdir()
     rows = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
     labels = (read_run_json(run_dir).get("summary") or {}).get("expression_bins")
-    for name, figure in figures(data, rows, step=step, bin_labels=labels):
+    for name, figure in validation_figures(data, rows, step=step, bin_labels=labels):
         write_atomic(partial / f"{name}.png", plots.png_bytes(figure))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -92,7 +92,7 @@ def draw(run_dir: Path, file: Path) -> Path:
     return folder
 
 
-def figures(
+def validation_figures(
     data: Mapping[str, NDArray[Any]],
     rows: Sequence[Mapping[str, float]],
     *,

@@ -2,10 +2,10 @@
 
     python -m sclong_ds report RUN_DIR_OR_RUN_ID [...] --out report.html
 
-Reads the run folders (`sclong_ds.run_folder.record`); a run id is looked up in the tracking store. The
-page holds its styles and images, so it opens without a network and can be mailed. What a run did
-not record is left out. Several runs make a comparison: figures side by side, curves in one picture,
-and the settings that differ (`sclong_ds.report.compare`).
+Reads the run folders (`sclong_ds.run_folder.record`); a run id is looked up in the tracking store.
+The page holds its styles and images, so it opens without a network and can be mailed. What a run
+did not record is left out. Several runs make a comparison: figures side by side, curves in one
+picture, and the settings that differ (`sclong_ds.report.compare`).
 
 `run.json` may hold a `summary` of what was trained on what: `n_cells_train`, `n_cells_validation`,
 `n_genes`, `n_datasets`, `corpus`, `parameters` (part to count), `world_size`, `device`,

@@ -1,11 +1,11 @@
 """The files a run writes about itself; everything else about a run is derived from them.
 
-`sclong_ds.tracking.tracker` writes them during training (rank 0), `sclong_ds.report.report` and tests read them:
-`run.json` (ids, starts, status, environment), `metrics.jsonl` (one JSON object per logged row),
-`events.jsonl` (start, resume, signal, checkpoint, ...) and `system/NODE.jsonl` (samples of a node).
-The .jsonl files only ever grow; their rows and run.json carry checksums, and what is damaged in
-them is left out, with a line in the log, so that it never stops a run or a reader. `plots/step_N`
-holds the pictures of the validation at a step.
+`sclong_ds.tracking.tracker` writes them during training (rank 0), `sclong_ds.report.report` and
+tests read them: `run.json` (ids, starts, status, environment), `metrics.jsonl` (one JSON object per
+logged row), `events.jsonl` (start, resume, signal, checkpoint, ...) and `system/NODE.jsonl`
+(samples of a node). The .jsonl files only ever grow; their rows and run.json carry checksums, and
+what is damaged in them is left out, with a line in the log, so that it never stops a run or a
+reader. `plots/step_N` holds the pictures of the validation at a step.
 
 JSON has no NaN: a non-finite metric is `null` in metrics.jsonl, with a `non_finite` event that says
 which of nan, inf, -inf it was; `read_metrics` gives NaN for it. A resumed run goes back to its

@@ -1,9 +1,9 @@
 """What the pictures of a validation are drawn from, between the run and the process that draws.
 
-The run writes `plots/step_N.npz` (`write_data`); `sclong_ds.report.draw` takes it (`take_data`), which
-renames it to `step_N.drawing.npz`, and removes it when the pictures are there. What a process that
-was killed has left is drawn by the next start of the run (`put_back`); the pictures of steps that
-the run goes back behind are removed (`drop_after`). Needs numpy alone.
+The run writes `plots/step_N.npz` (`write_data`); `sclong_ds.report.draw` takes it (`take_data`),
+which renames it to `step_N.drawing.npz`, and removes it when the pictures are there. What a process
+that was killed has left is drawn by the next start of the run (`put_back`); the pictures of steps
+that the run goes back behind are removed (`drop_after`). Needs numpy alone.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from sclong_ds.run_folder.pending_pictures import Data, drop_after, pending, put
 log = logging.getLogger(__name__)
 
 
-class _Artist:
+class Artist:
     """Draws pictures in a process of its own, one at a time: validations wait in files."""
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
@@ -70,7 +70,8 @@ class _Artist:
         try:
             with self._log_file.open("wb") as output:
                 self._process = subprocess.Popen(
-                    ["nice", "-n", "10", sys.executable, "-m", "sclong_ds.report.draw", self._run_dir],
+                    ["nice", "-n", "10",
+                     sys.executable, "-m", "sclong_ds.report.draw", self._run_dir],
                     env=os.environ | place | threads, stdin=subprocess.DEVNULL,
                     stdout=output, stderr=subprocess.STDOUT,
                 )  # fmt: skip

@@ -18,7 +18,7 @@ Status = Literal["FINISHED", "KILLED", "FAILED"]
 # Limits of MLflow's REST API: https://mlflow.org/docs/latest/rest-api.html#request-limits
 MAX_METRICS = 1000
 
-_MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_DIGEST_CHARS = 100, 6000, 5000, 36
+_MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS, MAX_DIGEST_CHARS = 100, 6000, 5000, 36
 
 
 def tracking_uri(configured: str | None, run_dir: Path, *, recorded: str | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_dict
-from sclong_ds.tracking.client import _MAX_DIGEST_CHARS
+from sclong_ds.tracking.client import MAX_DIGEST_CHARS
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
@@ -140,8 +140,8 @@ class Dataset:
             DatasetInput(
                 Entity(
                     name=f"{self.name} ({split})",
-                    digest=self.hash[:_MAX_DIGEST_CHARS],
-                    source_type=kind[:_MAX_DIGEST_CHARS],
+                    digest=self.hash[:MAX_DIGEST_CHARS],
+                    source_type=kind[:MAX_DIGEST_CHARS],
                     source=json.dumps({"uri": self.url}),
                     profile=json.dumps({"num_rows": n_cells, **self.profile}),
                 ),

@@ -1,8 +1,8 @@
 """Samples of a node while it trains: CPU, memory, disk, network, GPUs.
 
-The first rank of every node runs a `NodeSampler` thread, which appends a row to
-`system/NODE.jsonl` of the run folder every few seconds; `sclong_ds.tracking.sender` sends the rows of
-all nodes to the one MLflow run. Names are those of MLflow's own system metrics,
+The first rank of every node runs a `NodeSampler` thread, which appends a row to `system/NODE.jsonl`
+of the run folder every few seconds; `sclong_ds.tracking.sender` sends the rows of all nodes to the
+one MLflow run. Names are those of MLflow's own system metrics,
 `system/NODE/cpu_utilization_percentage` and so on, so that its page shows them as such. Needs no
 GPU; with NVIDIA ones the figures come from NVML.
 """

@@ -1,8 +1,8 @@
 """The MLflow side of a run: one run for its whole life, fed from the files of the run folder.
 
-`sclong_ds.tracking.tracker` calls a `Sender` on a background thread; nothing here is run by hand. What
-MLflow gets lies on disk first, and what it has got is written down in run.json, so that any outage
-loses nothing and doubles nothing:
+`sclong_ds.tracking.tracker` calls a `Sender` on a background thread; nothing here is run by hand.
+What MLflow gets lies on disk first, and what it has got is written down in run.json, so that any
+outage loses nothing and doubles nothing:
 
     metrics.jsonl, system/NODE.jsonl   rows, in order, from the byte offsets of `mlflow_synced` on
     plots/step_N/*.png                 after step `mlflow_pictures`, as artifacts of that name

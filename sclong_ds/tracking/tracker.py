@@ -3,7 +3,8 @@
 `Tracker` is driven by `sclong_ds.pretrain`; nothing here is run by hand. Rank 0 writes the files of
 `sclong_ds.run_folder.files` and sends the same to one MLflow run that keeps its id over restarts
 (`sclong_ds.tracking.sender`); the first rank of every node samples the node
-(`sclong_ds.tracking.node_sampler`). `config.tracking` says where; `enabled: false` leaves MLflow out.
+(`sclong_ds.tracking.node_sampler`). `config.tracking` says where; `enabled: false` leaves MLflow
+out.
 
 The files are the truth and the queue: MLflow receives them, in order, on a background thread. A
 tracking server that is slow, down, or comes back a week later costs training nothing and loses
@@ -29,7 +30,7 @@ from sclong_ds.run_folder.files import (
 )
 from sclong_ds.run_folder.identity import installed_packages, record_start
 from sclong_ds.run_folder.pending_pictures import Data
-from sclong_ds.tracking.artist import _Artist
+from sclong_ds.tracking.artist import Artist
 from sclong_ds.tracking.client import MAX_METRICS, Status, one_line, tracking_uri
 from sclong_ds.tracking.description import describe, restart_folder
 from sclong_ds.tracking.node_sampler import NodeSampler
@@ -66,7 +67,7 @@ class Tracker:
         self._sampler: NodeSampler | None = None
         self._folder: RunFolder | None = None
         self._sender: Sender | None = None
-        self._artist: _Artist | None = None
+        self._artist: Artist | None = None
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._pending: concurrent.futures.Future[None] | None = None
         self._next_flush_step: int | None = None
@@ -115,7 +116,7 @@ class Tracker:
         if about:
             run = update_run_json(self._run_dir, summary=about)
         if settings.picture_cells is not None:
-            self._artist = _Artist(self._run_dir, step=step)
+            self._artist = Artist(self._run_dir, step=step)
         if not settings.enabled:
             return None
         self._sender = Sender(

@@ -1,10 +1,10 @@
 """What the pictures of a validation need, collected over all ranks.
 
-`sclong_ds.training.validation` calls `show` after it has scored the held-out cells. The model reads some of
-them once more, with nothing hidden and with all genes wanted, as `embed` does: their embeddings,
-and of the genes whose values vary most the mean encodings and the decoder's attention. Rank 0
-hands all of it to `Tracker.draw`. Nothing here ends a run: what cannot be read is left out, and
-when a rank is asked to stop there are no pictures.
+`sclong_ds.training.validation` calls `show` after it has scored the held-out cells. The model reads
+some of them once more, with nothing hidden and with all genes wanted, as `embed` does: their
+embeddings, and of the genes whose values vary most the mean encodings and the decoder's attention.
+Rank 0 hands all of it to `Tracker.draw`. Nothing here ends a run: what cannot be read is left out,
+and when a rank is asked to stop there are no pictures.
 
 Shapes: B cells, G genes, N tokens, S shown genes, C base width, H heads, K head width.
 """

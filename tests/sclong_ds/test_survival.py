@@ -234,7 +234,10 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(corpus, disk_of_6_mb, tm
 
 
 PENDING = """
-from sclong_ds.checkpoint import save as checkpoint; from sclong_ds.job import failures; from sclong_ds import pretrain; from sclong_ds.training import saving
+from sclong_ds import pretrain
+from sclong_ds.checkpoint import save as checkpoint
+from sclong_ds.job import failures
+from sclong_ds.training import saving
 
 finish, failed = checkpoint.finish_save, []
 

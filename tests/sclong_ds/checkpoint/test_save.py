@@ -500,7 +500,8 @@ def test_code_in_an_optimizer_file_is_named_and_not_run(ranks, tmp_path):
     with pytest.raises(ValueError, match=rf"{victim.name}: names \w+\.system, which could run"):
         full_weights(harmful)
     # The converter reads under the same limits, should a file pass the first look.
-    command = [sys.executable, "-m", "sclong_ds.checkpoint.torch_files", "--input_folder", str(harmful),
+    command = [sys.executable, "-m", "sclong_ds.checkpoint.torch_files",
+               "--input_folder", str(harmful),
                "--output_folder", str(tmp_path / "converted")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert "names posix.system: only plain values are read" in done.stderr

@@ -192,7 +192,7 @@ def test_cells_without_counts_and_empty_stores(tmp_path: Path) -> None:
 
 
 def read_documented(path: Path, c: int) -> sparse.csr_array:
-    """Read chunk c with the lines of the docstring of sclong_ds.corpus.cell_store, without any code of ours."""
+    """Read chunk c with the lines in the docstring of cell_store, without any code of ours."""
     group = zarr.open_group(path, mode="r")
     first, last = group["chunk_rows"][c : c + 2]
     n, size = group["row_entries"][first:last].astype(int), group.attrs["chunk_entries"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from sclong_ds.report import draw as pictures
+from sclong_ds.report import draw
 from sclong_ds.report import figures as validation_plots
 from sclong_ds.report.curves import png_bytes
 from sclong_ds.run_folder.pending_pictures import (
@@ -64,7 +64,7 @@ def rows() -> list[dict[str, float]]:
 
 
 def test_all_six_pictures_are_drawn_from_full_data() -> None:
-    found = dict(pictures.figures(data(), rows(), step=5, bin_labels=["low"]))
+    found = dict(draw.validation_figures(data(), rows(), step=5, bin_labels=["low"]))
     assert list(found) == [
         "predicted_vs_true", "expression_bins", "cells", "genes", "gradient_norms", "ranks",
     ]  # fmt: skip
@@ -79,7 +79,7 @@ def test_all_six_pictures_are_drawn_from_full_data() -> None:
 
 def test_without_cells_and_steps_the_other_pictures_are_drawn() -> None:
     given = {"predicted_true": data()["predicted_true"]}
-    assert [n for n, _ in pictures.figures(given, [], step=0, bin_labels=None)] == [
+    assert [n for n, _ in draw.validation_figures(given, [], step=0, bin_labels=None)] == [
         "predicted_vs_true"
     ]
 
@@ -87,7 +87,7 @@ def test_without_cells_and_steps_the_other_pictures_are_drawn() -> None:
 def test_cells_without_counts_are_left_out_and_few_are_projected_plainly() -> None:
     given = data(8)
     given["n_expressed"][0] = 0
-    found = dict(pictures.figures(given, [], step=0, bin_labels=None))["cells"]
+    found = dict(draw.validation_figures(given, [], step=0, bin_labels=None))["cells"]
     assert len(found.axes[0].collections[0].get_offsets()) == 4
     assert len(found.axes[-2].collections[0].get_offsets()) == 7
     assert "PCA 1" in texts(found)
@@ -95,9 +95,9 @@ def test_cells_without_counts_are_left_out_and_few_are_projected_plainly() -> No
 
 def test_projection_is_the_same_again_and_keeps_groups_apart() -> None:
     embedding = data(40)["embedding"]
-    points, method = pictures.project(embedding)
+    points, method = draw.project(embedding)
     assert method == "UMAP"
-    assert np.array_equal(points, pictures.project(embedding)[0])
+    assert np.array_equal(points, draw.project(embedding)[0])
     first, second = points[:20], points[20:]
     apart = np.linalg.norm(first.mean(axis=0) - second.mean(axis=0))
     assert apart > 2 * max(first.std(axis=0).max(), second.std(axis=0).max())
@@ -146,7 +146,7 @@ def test_every_waiting_validation_is_drawn_once(tmp_path: Path) -> None:
     assert [f.name for f in pending(tmp_path)] == ["step_00000010.npz"]
     put_back(tmp_path)  # as the start of a run does with what a killed process was drawing
     assert [f.name for f in pending(tmp_path)] == ["step_00000005.npz", "step_00000010.npz"]
-    assert pictures.main([str(tmp_path)]) == 0
+    assert draw.main([str(tmp_path)]) == 0
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {
         "predicted_vs_true.png", "step_00000005", "step_00000010",
     }  # fmt: skip

@@ -544,5 +544,6 @@ def test_run_json_of_a_checkpoint_keeps_the_run(store: str, tmp_path: Path) -> N
 
 
 def test_importing_the_module_does_not_import_mlflow() -> None:
-    code = "import sys, sclong_ds.tracking.tracker, sclong_ds.report.report; sys.exit('mlflow' in sys.modules)"
+    modules = "sclong_ds.tracking.tracker, sclong_ds.report.report"
+    code = f"import sys, {modules}; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
