@@ -31,7 +31,8 @@ from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
 from sclong_ds.files.atomic import named_errors
-from sclong_ds.model.random_features import drawn_features, read_features, redraw_index
+from sclong_ds.model.features_file import read_features
+from sclong_ds.model.random_features import drawn_features, redraw_index
 from sclong_ds.run_folder.files import read_run_json, recorded_ids
 from sclong_ds.run_folder.identity import environment, git_commit
 from sclong_ds.run_folder.rows import read_metrics

@@ -44,7 +44,7 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.manifest import CURE, WEIGHTS, check_files, write_manifest
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
-from sclong_ds.model.random_features import read_features, write_features
+from sclong_ds.model.features_file import read_features, write_features
 from sclong_ds.model.sclong import ScLong
 
 FORMAT = "sclong_ds-model"

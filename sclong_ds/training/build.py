@@ -29,7 +29,7 @@ from sclong_ds.engine.gradient_norms import GradientNorms
 from sclong_ds.engine.ranks import Ranks, on_first_rank
 from sclong_ds.exported.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.job.signals import StopRequest
-from sclong_ds.model.random_features import read_features
+from sclong_ds.model.features_file import read_features
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.targets import target_count

@@ -15,7 +15,7 @@ from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.exported.manifest import write_manifest
-from sclong_ds.model.random_features import write_features
+from sclong_ds.model.features_file import write_features
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported.initial_weights import InitialWeights
 from sclong_ds.exported.manifest import model_digest
 from sclong_ds.exported.model_dir import load_model, write_model_dir
-from sclong_ds.model.random_features import drawn_features, read_features, write_features
+from sclong_ds.model.features_file import read_features, write_features
+from sclong_ds.model.random_features import drawn_features
 from sclong_ds.model.sclong import ScLong
 
 N_GENES = 40

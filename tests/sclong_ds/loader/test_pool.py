@@ -319,12 +319,14 @@ def test_the_gil_is_released():
 
 def test_a_place_that_cannot_be_written_still_works(tmp_path: Path):
     """Neither the package's folder nor the user's can hold compiled code."""
-    package = tmp_path / "sclong_ds"
-    package.mkdir()
-    source = Path(decoding.__file__)
-    for name in ("__init__.py", "decoding.py", "streams.py"):
-        (package / name).write_bytes((source.parent / name).read_bytes())
-    (package / "__pycache__").touch()  # a file where the folder should be
+    source = Path(decoding.__file__).parents[1]
+    for name in ("__init__.py", "loader/__init__.py", "loader/pool.py",
+                 "corpus/__init__.py", "corpus/byte_code.py"):  # fmt: skip
+        file = tmp_path / "sclong_ds" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((source / name).read_bytes())
+        if not name.startswith("__"):
+            (file.parent / "__pycache__").touch()  # a file where the folder should be
     (tmp_path / "home").touch()
     script = (
         "import numpy as np; from sclong_ds.loader.pool import CellPool, gather_packed\n"

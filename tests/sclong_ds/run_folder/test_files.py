@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sclong_ds.run_folder import files as run_folder
+from sclong_ds.run_folder import identity
 from sclong_ds.run_folder.files import RunFolder, read_events, read_run_json, update_run_json
 from sclong_ds.run_folder.identity import git_commit, record_start
 from sclong_ds.run_folder.rows import read_metrics
@@ -185,21 +185,21 @@ def test_commit_names_the_checkout_and_says_when_it_is_edited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def git(*args: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        command = ["git", "-C", str(tmp_path), *identity, *args]
+        author = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *author, *args]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    package = tmp_path / "sclong_ds"
-    package.mkdir()
-    (package / "run_folder.py").write_text("1\n")
-    monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
+    module = tmp_path / "sclong_ds" / "run_folder" / "identity.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("1\n")
+    monkeypatch.setattr(identity, "__file__", str(module))
     assert git_commit().startswith("version ")
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
     head = git("rev-parse", "HEAD")
     assert git_commit() == head
-    (package / "run_folder.py").write_text("2\n")
+    module.write_text("2\n")
     assert git_commit() == f"{head}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_commit().startswith("version ")

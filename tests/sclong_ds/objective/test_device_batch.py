@@ -14,7 +14,7 @@ from sclong_ds.corpus.byte_code import MAX_COUNT, PackedCells, encode
 from sclong_ds.loader.pool import CellPool, to_dense, to_dense_norm
 from sclong_ds.objective.batch import unpack
 
-DEMO = Path(__file__).parents[2] / "data_prep" / "resources" / "demo" / "immune_a.h5ad"
+DEMO = Path(__file__).parents[3] / "data_prep" / "resources" / "demo" / "immune_a.h5ad"
 G = 800
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CELLS = st.lists(
