@@ -64,11 +64,12 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def timed(commands: Sequence[Sequence[str]]) -> dict[str, float]:
+def timed(commands: Sequence[Sequence[str]], *, root: Path = ROOT) -> dict[str, float]:
     """Run commands one after the other.
 
     Args:
         commands: Arguments for this Python.
+        root: The checkout whose code runs.
 
     Returns:
         Wall and CPU seconds of all together, and the largest peak memory of one process.
@@ -78,8 +79,8 @@ def timed(commands: Sequence[Sequence[str]]) -> dict[str, float]:
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", *command],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=root,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )

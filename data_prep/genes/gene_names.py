@@ -21,6 +21,7 @@ import gzip
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ class GeneResolver:
         human = self.species == HUMAN
         index, named = genes.index, genes
         if human and genes.ids == genes.symbols:
-            named = GeneVocabulary.bundled()
+            named = _bundled()
         symbols = dict(zip(named.symbols, named.ids, strict=True))
         aliases, several, others = _human_names(symbols, index) if human else ({}, {}, {})
         # What each name means, so that repairs see whether two names mean the same; a current name
@@ -153,9 +154,10 @@ class GeneResolver:
         self._kinds = dict.fromkeys(several, "ambiguous") | dict.fromkeys(single, "unlisted")
         self._columns: dict[str, int] = {}
         for kind, table in (("alias", aliases), ("symbol", symbols)):
-            listed = {name: index[gene] for name, gene in table.items() if gene in index}
-            self._columns |= listed
-            self._kinds |= dict.fromkeys(listed, kind)
+            for name, gene in table.items():
+                if gene in index:
+                    self._columns[name] = index[gene]
+                    self._kinds[name] = kind
         self._columns |= index
         self._kinds |= dict.fromkeys(index, "ensembl")
         self._speller = Speller(self._meanings, species=self.species)
@@ -249,7 +251,7 @@ class GeneResolver:
         Args:
             name: Ensembl id, symbol or alias.
         """
-        return self.read_name(name) in self._kinds
+        return name in self._kinds or self.read_name(name) in self._kinds
 
     def share(self, names: StringArray) -> float:
         """Return the share of names that are genes: known ones, in any case, and Ensembl ids.
@@ -364,11 +366,7 @@ def _human_names(
     Returns:
         Ids of aliases, ids joined by `|` of names of several genes, ids of other genes.
     """
-    aliases = {
-        name: gene
-        for name, gene in _read_names(ALIASES_PATH).items()
-        if (name[0].isalpha() and len(name) > 4) or not is_missing(name)
-    }
+    aliases = dict(_aliases())
     several = {
         name: candidates
         for name, candidates in _read_names(AMBIGUOUS_PATH).items()
@@ -377,22 +375,40 @@ def _human_names(
     for symbol, gene in symbols.items():
         # KRTAP16.1 is an alias of KRTAP17-1, and what R makes of KRTAP16-1.
         dotted = symbol.replace("-", ".")
-        if aliases.get(dotted, gene) != gene:
+        if dotted in aliases and aliases[dotted] != gene:
             several[dotted] = f"{gene}|{aliases.pop(dotted)}"
-    bundled = GeneVocabulary.bundled()
-    bundled_symbols = zip(bundled.symbols, bundled.ids, strict=True)
+    bundled = _bundled()
+    listed = {symbol for symbol, gene in symbols.items() if gene in index}
     others: dict[str, str] = {}
+    bundled_symbols = zip(bundled.symbols, bundled.ids, strict=True)
     for symbol, gene in (*bundled_symbols, *_read_names(OTHER_PATH).items()):
         # The second id of a listed symbol is as good as retired: it may fall back to it.
-        if symbols.get(symbol) not in index:
+        if symbol not in listed:
             others[gene] = others[symbol] = gene
     return aliases, several, others
 
 
+@cache
+def _bundled() -> GeneVocabulary:
+    return GeneVocabulary.bundled()
+
+
+@cache
+def _aliases() -> Mapping[str, str]:
+    """Return the gene of each alias that cannot stand for a missing name."""
+    names = _read_names(ALIASES_PATH)
+    short = [name for name in names if len(name) <= 4 or not name[0].isalpha()]
+    for name in filter(is_missing, short):
+        del names[name]
+    return names
+
+
 def _read_names(path: Path) -> dict[str, str]:
-    """Read a table of two columns, names and what they mean."""
-    lines = gzip.decompress(path.read_bytes()).decode().splitlines()[1:]
-    return dict(line.split("\t", 2)[:2] for line in lines)
+    """Read a table whose first two columns are names and what they mean."""
+    header, _, rows = gzip.decompress(path.read_bytes()).decode().partition("\n")
+    n_columns = header.count("\t") + 1
+    cells = rows.removesuffix("\n").replace("\n", "\t").split("\t")
+    return dict(zip(cells[::n_columns], cells[1::n_columns], strict=True))
 
 
 def _check_species(names: StringArray, resolver: GeneResolver) -> None:
