@@ -77,6 +77,8 @@ PRODUCTS = (
     "measured_genes.npy",
     "checksums.json",
 )
+_MOST_NAMES = 10
+"""Datasets that a message names."""
 _WORK_VERSION = 2
 """Raised when an interrupted run of an older program could not be continued."""
 
@@ -151,9 +153,22 @@ def finalize(
             discard(work)
             raise
         discard(work)
-    for warning in catalogue["warnings"]:
+    for warning in (*catalogue["warnings"], *_dataset_warnings(corpus, catalogue["datasets"])):
         logger.warning("%s", warning)
     return catalogue
+
+
+def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one line that counts and names the datasets whose ledger has warnings, if any."""
+    numbers = {info["dataset_id"]: len(info.get("warnings") or ()) for info in datasets}
+    found = [f"{name} ({number})" for name, number in numbers.items() if number]
+    if not found:
+        return []
+    more = f", and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
+    return [
+        f"{sum(numbers.values())} warnings about {len(found)} of the {len(datasets)} datasets "
+        f"used: {', '.join(found[:_MOST_NAMES])}{more}; see: python -m data_prep status {corpus}"
+    ]
 
 
 def _work_content(

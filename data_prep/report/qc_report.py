@@ -5,8 +5,8 @@
 Reads the ledger and the row tables of the cells (of the finished corpus, else of what is staged;
 no counts are decoded). Shows the outcome of the datasets and the reasons, cells a dataset, genes
 and counts a cell, how much of each dataset is kept, restored counts, dropped cells by reason,
-tissues, the datasets that stand out (names of several genes among them), and a table of all that
-can be searched and sorted. Memory: about 30 bytes a cell.
+tissues, warnings, the datasets that stand out (names of several genes among them), and a table of
+all that can be searched and sorted. Memory: about 30 bytes a cell.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         "median_genes": _number(summary.median_genes),
         "median_counts": _number(summary.median_counts),
         "dropped_cells": dropped_cells(summary),
+        "warnings": {d.entry["dataset_id"]: d.entry["warnings"] for d in _warned(summary)},
     }
     text = f"{args.out}: {summary.n_cells} cells of {len(summary.used)} datasets"
     print(json.dumps(facts, indent=1) if args.json else text)
@@ -75,7 +76,7 @@ def page(summary: Summary) -> str:
     Args:
         summary: Of a corpus.
     """
-    parts = [_datasets(summary)]
+    parts = [_datasets(summary), _warnings(summary)]
     if summary.used:
         parts += [_cells(summary), _coverage(summary), _restored(summary)]
         parts += [_losses(summary), _standing_out(summary)]
@@ -121,6 +122,10 @@ def _facts(summary: Summary) -> str:
         facts.append(
             ("counts on known genes", f"{kept / input_counts:.1%}", "of all datasets used")
         )
+    warned = _warned(summary)
+    if warned:
+        number = sum(len(dataset.entry["warnings"]) for dataset in warned)
+        facts.append(("warnings", f"{number:,}", f"about {len(warned):,} datasets"))
     if summary.catalogue:
         sizes = {name: stop - start for name, (start, stop) in summary.catalogue["splits"].items()}
         held = ", ".join(f"{n:,} {name}" for name, n in sizes.items() if name != "train" and n)
@@ -161,6 +166,32 @@ def _datasets(summary: Summary) -> str:
         f"{text}<h3>Why datasets are not used</h3><p>N stands for a number, FILE and DATASET for a "
         'name; the full text is in the last table.</p><div class="scroll">'
         f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _warned(summary: Summary) -> list[Dataset]:
+    """Return the datasets that are ok and have warnings, those with most first."""
+    found = [d for d in summary.datasets if d.entry["status"] == "ok" and d.entry["warnings"]]
+    return sorted(found, key=lambda dataset: -len(dataset.entry["warnings"]))
+
+
+def _warnings(summary: Summary) -> str:
+    """Return a table of what looks wrong with datasets that are used all the same, or ''."""
+    warned = _warned(summary)
+    if not warned:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(dataset.entry['dataset_id'])}</td>"
+        f'<td class="long">{html.escape(warning)}</td></tr>'
+        for dataset in warned
+        for warning in dataset.entry["warnings"]
+    )
+    number = sum(len(dataset.entry["warnings"]) for dataset in warned)
+    return (
+        f'<h2 id="warnings">Warnings</h2><p>{number:,} about {len(warned):,} of the datasets used: '
+        "what looks wrong and does not exclude a dataset.</p>"
+        '<div class="scroll tall"><table><thead><tr><th>dataset</th><th>warning</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -324,6 +355,7 @@ _COLUMNS: tuple[Column, ...] = (
     ("ambiguous names", True, lambda d: d.entry["gene_names"].get("ambiguous")),
     ("genes a cell", True, lambda d: _number(d.median_genes)),
     ("counts a cell", True, lambda d: _number(d.median_counts)),
+    ("warnings", True, lambda d: len(d.entry["warnings"]) or None),
     ("split", False, _split),
     ("format", False, lambda d: d.entry["format"] or ""),
     ("matrix", False, lambda d: d.entry["matrix"] or ""),

@@ -20,6 +20,7 @@ import data_prep.corpus.finalize as finalize_module
 from data_prep.corpus.dedup import find_duplicates
 from data_prep.corpus.finalize import finalize
 from data_prep.corpus.permute import StagedCells, write_permuted
+from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
@@ -358,6 +359,19 @@ def test_datasets_that_were_never_converted_are_an_error(
     statuses = [(entry["dataset_id"], entry["status"]) for entry in result["unused"]]
     assert statuses == [("d", "failed"), *((name, "pending") for name in "efghij")]
     assert "7 of 10 datasets are left out (1 failed, 6 pending)" in result["warnings"][-1]
+
+
+def test_warnings_of_datasets_are_counted_and_named(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = stage_corpus(three)
+    finalize(folder)
+    assert "warnings about" not in caplog.text
+    for name, warnings in {"a": ["few genes", "dates"], "c": ["few genes"]}.items():
+        entry = read_entry(folder / "ledger" / f"{name}.json")
+        write_entry(folder, entry | {"warnings": warnings})  # type: ignore[arg-type]
+    finalize(folder)
+    assert "3 warnings about 2 of the 3 datasets used: a (2), c (1); see: python -m" in caplog.text
 
 
 N_PRODUCTS = len(finalize_module.PRODUCTS)

@@ -138,6 +138,22 @@ def test_restored_counts_ambiguous_names_and_pending_datasets_are_shown(corpus: 
     assert "1 excluded, 1 failed, 2 pending" in text
 
 
+def test_warnings_are_counted_and_named_by_dataset(corpus: Path) -> None:
+    assert 'id="warnings"' not in page(summarize(corpus))
+    change(corpus, "a", warnings=["half of <it> is missing"])
+    change(corpus, "b", warnings=["few genes", "dates"])
+    change(corpus, "d", warnings=["not of a dataset that is used"])
+    text = page(summarize(corpus))
+    table = text[text.index('id="warnings"') : text.index("<h2>Cells</h2>")]
+    assert re.findall(r"<td>(\w)</td><td[^>]*>(.*?)</td>", table) == [
+        ("b", "few genes"),
+        ("b", "dates"),
+        ("a", "half of &lt;it&gt; is missing"),
+    ]
+    assert "3 about 2 of the datasets used" in table
+    assert [row[11] for row in Page(text).rows] == ["1", "2", "", "1"]
+
+
 def test_many_datasets_are_drawn_as_distributions(stage_corpus: Stage, counts: Counts) -> None:
     datasets = {f"d{i:02d}": counts(i, 3 + i) for i in range(30)}
     folder = stage_corpus(datasets)
@@ -168,6 +184,7 @@ def test_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     facts = json.loads(capsys.readouterr().out)
     assert facts["counts"] == {"ok": 2, "excluded": 1, "failed": 1}
     assert facts["n_cells"] == 81
+    assert facts["warnings"] == {}
     assert out.read_text().startswith("<!DOCTYPE html>")
     with pytest.raises(FileNotFoundError, match="data_prep convert"):
         qc_report.run(parser.parse_args([str(tmp_path / "absent"), "--out", str(out)]))
