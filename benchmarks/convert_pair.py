@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.data_prep import ROOT, adopt_orphans, timed
 from benchmarks.environment import environment
-from sclong_ds.files import write_atomic
+from sclong_ds.files.atomic import write_atomic
 
 ROUNDS = 5
 CASES = {"1 x 10,000 cells": (10_000, 1, 1), "8 x 1,000 cells, 2 jobs": (8_000, 8, 2)}

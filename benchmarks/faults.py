@@ -48,6 +48,7 @@ USED = (
     "data_prep.graph.gene_vectors",
     "data_prep.readers.open",
     "data_prep.verify.verify",
+    "data_prep.convert.one_dataset",
     "data_prep.convert.workers",
     "sclong_ds.report.compare",
     "sclong_ds.loader.loader",

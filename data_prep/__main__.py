@@ -29,8 +29,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from data_prep.arguments import add_codec, add_genes, add_json, chosen_genes, share, whole
-from sclong_ds.command_line import local_path
+from data_prep.arguments import add_codec, add_genes, add_json, chosen_genes
+from sclong_ds.command_line import local_path, share, whole
 
 COMMANDS = {
     "manifest": "draft a manifest from a folder tree",
@@ -110,7 +110,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "forget": _add_forget,
         "finalize": _add_finalize,
         "verify": _add_verify,
-        "report": _delegate("data_prep.report.qc_report"),
+        "report": _delegate("data_prep.report.qc_report", "data_prep.report.arguments"),
         "gene-graph": _delegate("data_prep.graph.gene_graph"),
         "gene-vectors": _delegate("data_prep.graph.gene_vectors"),
     }
@@ -128,11 +128,22 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _delegate(module_name: str) -> Callable[[argparse.ArgumentParser], None]:
+def _delegate(
+    module: str, arguments: str | None = None
+) -> Callable[[argparse.ArgumentParser], None]:
+    """Return what adds the arguments of a command; its module is imported when it runs.
+
+    Args:
+        module: Has run(args).
+        arguments: Has add_arguments(parser); None: the same module.
+    """
+
+    def run(args: argparse.Namespace) -> int:
+        return int(importlib.import_module(module).run(args))
+
     def add(parser: argparse.ArgumentParser) -> None:
-        module = importlib.import_module(module_name)
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
+        importlib.import_module(arguments or module).add_arguments(parser)
+        parser.set_defaults(run=run)
 
     return add
 
@@ -205,7 +216,7 @@ def _add_forget(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_forget(args: argparse.Namespace) -> int:
-    from data_prep.staging.dataset import forget
+    from data_prep.staging.forget import forget
 
     forget(args.corpus, args.datasets)
     finished = (args.corpus / "corpus.json").is_file()

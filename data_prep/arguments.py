@@ -3,61 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 from sclong_ds.command_line import local_path
 from sclong_ds.corpus.genes import GeneVocabulary
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """Return a type of argument: a whole number.
-
-    Args:
-        least: The smallest that is allowed.
-    """
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least} on")
-        return int(text)
-
-    return parse
-
-
-def share(text: str) -> float:
-    """Return an argument as a number between 0 and 1.
-
-    Args:
-        text: The argument.
-
-    Raises:
-        argparse.ArgumentTypeError: It is none.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")
-    return value
-
-
-def positive(text: str) -> float:
-    """Return an argument as a finite number above 0.
-
-    Args:
-        text: The argument.
-
-    Raises:
-        argparse.ArgumentTypeError: It is none.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return value
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

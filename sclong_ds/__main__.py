@@ -39,6 +39,15 @@ COMMANDS = {
     ),
 }
 """Command to module and help; a module has add_arguments(parser) and run(args)."""
+ARGUMENTS = {
+    "plan": "sclong_ds.planning.arguments",
+    "export": "sclong_ds.exported.arguments",
+    "import-reference": "sclong_ds.released.arguments",
+    "embed": "sclong_ds.embedding.embed_arguments",
+    "evaluate": "sclong_ds.embedding.evaluate_arguments",
+    "report": "sclong_ds.report.arguments",
+}
+"""Modules that have the add_arguments of commands whose own take long to import."""
 
 
 def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -52,7 +61,7 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if list(argv[:1]) == [name]:
-            import_module(module).add_arguments(command)
+            import_module(ARGUMENTS.get(name, module)).add_arguments(command)
     return parser
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -41,8 +42,25 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
-def positive(text: str) -> int:
-    """Return a whole number of 1 or more.
+def whole(least: int) -> Callable[[str], int]:
+    """Return a type of argument: a whole number.
+
+    Args:
+        least: The smallest that is allowed.
+    """
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"got {text}, must be a whole number of {least} or more"
+            )
+        return int(text)
+
+    return parse
+
+
+def share(text: str) -> float:
+    """Return an argument as a number from 0 to 1.
 
     Args:
         text: The argument.
@@ -50,36 +68,45 @@ def positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: It is anything else.
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, must be a whole number of 1 or more")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """Return a number from 0 to 1; argparse reports what is no number.
-
-    Args:
-        text: The argument.
-
-    Raises:
-        argparse.ArgumentTypeError: It is out of range.
-    """
-    value = float(text)
+    value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"got {text}, must be a number from 0 to 1")
     return value
 
 
 def positive_share(text: str) -> float:
-    """Return a number above 0 and at most 1.
+    """Return an argument as a number above 0 and at most 1.
 
     Args:
         text: The argument.
 
     Raises:
-        argparse.ArgumentTypeError: It is out of range.
+        argparse.ArgumentTypeError: It is anything else.
     """
-    value = float(text)
+    value = _number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"got {text}, must be above 0 and at most 1")
     return value
+
+
+def positive(text: str) -> float:
+    """Return an argument as a finite number above 0.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is anything else.
+    """
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}, must be a number above 0")
+    return value
+
+
+def _number(text: str) -> float:
+    """Return a number; NaN, which no range allows, for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

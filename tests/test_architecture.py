@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -221,6 +222,27 @@ def test_named_commands_are_commands():
             r"-m (sclong_ds|data_prep) ([a-z][a-z-]+)", path.read_text()
         ):
             assert command in known[package], f"{path.name} names `python -m {package} {command}`"
+
+
+HELP = """
+import sys
+from data_prep.__main__ import COMMANDS as PREPARE, _parser
+from sclong_ds.__main__ import COMMANDS, parser
+for name in COMMANDS:
+    parser([name])
+for name in PREPARE:
+    _parser([name])
+slow = {"torch", "deepspeed", "matplotlib", "mlflow", "pandas", "anndata", "h5py", "sklearn",
+        "numba", "goatools"}
+print(*sorted(slow & set(sys.modules)))
+"""
+
+
+def test_help_waits_for_no_library_that_a_command_works_with():
+    done = subprocess.run(
+        [sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
 
 
 def subcommands(parser) -> list[str]:

@@ -14,18 +14,15 @@ from data_prep.arguments import (
     add_genes,
     add_json,
     chosen_genes,
-    positive,
-    share,
-    whole,
 )
 from data_prep.convert.convert import convert
 from data_prep.convert.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.ledger.ledger import count_statuses
 from data_prep.ledger.table import format_table
 from data_prep.manifest.manifest import COLUMNS, read_manifest
-from data_prep.staging.dataset import Settings
 from data_prep.staging.quality import GENES_SHARE, MIN_GENES
-from sclong_ds.command_line import local_path
+from data_prep.staging.settings import Settings
+from sclong_ds.command_line import local_path, positive, share, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

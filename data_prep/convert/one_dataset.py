@@ -6,23 +6,20 @@ the status and reason of its entry.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from data_prep.convert.entry import is_taken, new_entry, read_hash, taken
 from data_prep.convert.limits import memory_advice
-from data_prep.convert.source_identity import source_files, source_hash
+from data_prep.convert.source_identity import source_files
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import (
     LedgerEntry,
     check_staged,
     dataset_lock,
-    empty_entry,
     is_older,
     previous_entry,
     shared_corpus,
@@ -31,7 +28,9 @@ from data_prep.ledger.ledger import (
 )
 from data_prep.manifest.manifest import Dataset
 from data_prep.source.source import UnusableError
-from data_prep.staging.dataset import STAGING_VERSION, Settings, clear, stage
+from data_prep.staging.dataset import stage
+from data_prep.staging.forget import clear
+from data_prep.staging.settings import Settings
 from sclong_ds.files.atomic import named_errors
 
 _log = logging.getLogger(__name__)
@@ -93,55 +92,6 @@ def convert_dataset(
         )
         write_entry(corpus, entry)
         return entry
-
-
-def settings_hash(dataset: Dataset, settings: Settings) -> str:
-    """Return the SHA-256 (hex) of everything but the files that decides what is staged.
-
-    Args:
-        dataset: Its options count, its path does not.
-        settings: Those of the folder.
-    """
-    content = {
-        "staging_version": STAGING_VERSION,
-        "settings": dataclasses.asdict(settings),
-        "options": dataset.options(),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def new_entry(dataset: Dataset, settings: Settings) -> LedgerEntry:
-    """Return the entry of a dataset before anything of it is read.
-
-    Args:
-        dataset: The dataset.
-        settings: Those of the corpus folder.
-    """
-    entry = empty_entry(
-        dataset.dataset_id,
-        dataset.path,
-        organism=dataset.organism,
-        tissue=dataset.tissue,
-        settings_hash=settings_hash(dataset, settings),
-    )
-    options = dataset.options() | {"gene_list": dataset.gene_list}
-    entry["options"] = {name: str(value) for name, value in options.items() if value}
-    return entry
-
-
-def read_hash(dataset: Dataset) -> str:
-    """Return the hash of the files of a dataset.
-
-    Args:
-        dataset: The dataset.
-
-    Raises:
-        FileNotFoundError: No such file, or an empty folder, which may be a disk that is away.
-        ValueError: It cannot be read.
-    """
-    if dataset.path.is_dir() and not source_files(dataset.path):
-        raise FileNotFoundError(f"{dataset.path}: no file in this folder")
-    return source_hash(dataset.path, gene_list=dataset.gene_list)
 
 
 def _source_state(dataset: Dataset) -> list[_State]:
@@ -249,27 +199,3 @@ def _unchanged(corpus: Path, entry: LedgerEntry) -> LedgerEntry | None:
             _log.warning("%s; staging it again", error)
             return None
     return previous
-
-
-def is_taken(staged: LedgerEntry, dataset: Dataset, found_hash: str | None) -> bool:
-    """Tell whether a dataset is another one than what is staged under its name.
-
-    Args:
-        staged: The entry of what is staged.
-        dataset: The dataset. A file that moved has the old hash, one that changed the old path.
-        found_hash: Hash of its files.
-    """
-    moved = os.path.realpath(staged["path"]) != os.path.realpath(dataset.path)
-    return moved and staged["source_hash"] != found_hash
-
-
-def taken(staged: LedgerEntry) -> str:
-    """Return what is wrong with a dataset for which `is_taken` holds.
-
-    Args:
-        staged: The entry of what is staged.
-    """
-    return (
-        f"dataset_id '{staged['dataset_id']}' is already {staged['path']} in this corpus; "
-        "rename it in the manifest, or add --replace"
-    )

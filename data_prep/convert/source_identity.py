@@ -10,8 +10,6 @@ import hashlib
 import os
 from pathlib import Path
 
-from data_prep.readers.npz import gene_list_file
-from data_prep.readers.open import readable
 from sclong_ds.files.atomic import file_sha256
 
 MAX_FILES = 10**7
@@ -34,6 +32,10 @@ def source_files(path: Path, *, gene_list: Path | None = None) -> list[Path]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix == ".npz":
+        # The readers import every library of formats, which other files need not wait for here.
+        from data_prep.readers.npz import gene_list_file
+        from data_prep.readers.open import readable
+
         with readable(path):
             return [path, gene_list_file(path, gene_list)]
     if "matrix.mtx" not in path.name:

@@ -19,12 +19,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from data_prep.convert.entry import new_entry
 from data_prep.convert.limits import Limits, limit_memory, used_gib
-from data_prep.convert.one_dataset import convert_dataset, new_entry
-from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, staged_entry, write_entry
 from data_prep.manifest.manifest import Dataset
-from data_prep.staging.dataset import Settings, clear, part_folder
+from data_prep.staging.forget import clear, part_folder
+from data_prep.staging.settings import Settings
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import named_errors
 
@@ -67,7 +67,7 @@ class Worker:
         if not alive or self._n_begun == DATASETS_PER_WORKER:
             self.stop()
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data_prep.convert.workers"])
+            context.set_forkserver_preload([__name__, *self._preloaded()])
             # A start that is broken off leaves a process that complains of its missing parent.
             with _held_back(signal.SIGTERM, signal.SIGINT):
                 self._pipe, theirs = context.Pipe()
@@ -84,6 +84,13 @@ class Worker:
             self._pipe.send((dataset, self.replace))
         except OSError:
             _log.debug("the worker for %s is gone; collect() says so", dataset.dataset_id)
+
+    def _preloaded(self) -> list[str]:
+        """Return modules that the process imports from which the workers are forked."""
+        found = ["data_prep.convert.one_dataset", "pyarrow.parquet"]
+        if self.settings.genes_hash == GeneVocabulary.bundled().hash:
+            found.append("data_prep.convert.bundled_resolver")
+        return found
 
     def handles(self) -> list[Connection | int]:
         """Return what to wait for."""
@@ -176,7 +183,11 @@ def _work(pipe: Connection, corpus: Path, settings: Settings, limits: Limits) ->
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     limit_memory(limits.memory_gib)
-    resolver = GeneResolver(GeneVocabulary.read(corpus / "genes.tsv"))
+    # The parent, which imports this module too, needs no reader; here they are preloaded.
+    from data_prep.convert.one_dataset import convert_dataset
+    from data_prep.genes.gene_names import resolver_of
+
+    resolver = resolver_of(GeneVocabulary.read(corpus / "genes.tsv"))
     while True:
         try:
             dataset, replace = pipe.recv()

@@ -54,7 +54,6 @@ RESOURCES = Path(__file__).parents[1] / "resources"
 ALIASES_PATH = RESOURCES / "symbol_aliases.tsv.gz"
 AMBIGUOUS_PATH = RESOURCES / "ambiguous_symbols.tsv.gz"
 OTHER_PATH = RESOURCES / "other_genes.tsv.gz"
-ID_TYPES = ("auto", "ensembl", "symbol")
 _ENSEMBL_PREFERENCE = 0.95
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 _ID_IN_NAME = re.compile(r"ENS(?:[A-Z]{3,4})?G(?:\d{11}|R\d{10})(?!\d)", re.IGNORECASE)
@@ -95,7 +94,7 @@ class GeneMap:
     @property
     def n_mapped(self) -> int:
         """Number of different vocabulary genes that are reached."""
-        return len(np.unique(self.target[self.target >= 0]))
+        return int(np.count_nonzero(self.measured))
 
     def apply(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
         """Move counts to the columns of the vocabulary; columns of the same gene are summed.
@@ -144,7 +143,7 @@ class GeneResolver:
         human = self.species == HUMAN
         index, named = genes.index, genes
         if human and genes.ids == genes.symbols:
-            named = _bundled()
+            named = GeneVocabulary.bundled()
         symbols = dict(zip(named.symbols, named.ids, strict=True))
         aliases, several, others = _human_names(symbols, index) if human else ({}, {}, {})
         # What each name means, so that repairs see whether two names mean the same; a current name
@@ -194,9 +193,12 @@ class GeneResolver:
         return settle(column, self._meanings, self.genes.index, n_genes=len(self.genes))
 
     def _read_column(self, texts: StringArray) -> ReadColumn:
-        read = [self._speller.read(text) for text in texts]
-        names = [name for name, _ in read]
-        repairs = {row: made for row, (_, made) in enumerate(read) if made}
+        names, known = list(texts), self._meanings
+        repairs = {}
+        for row in [row for row, text in enumerate(names) if text not in known]:
+            names[row], made = self._speller.read(names[row])
+            if made:
+                repairs[row] = made
         doubtful = self._undo_suffixes(texts, names, repairs)
         kinds, columns = self._kinds, self._columns
         unknown = np.array([name not in kinds for name in names], dtype=bool)
@@ -228,10 +230,15 @@ class GeneResolver:
         """
         there, known, kinds = {*names, *texts}, self._meanings, self._kinds
         doubtful = []
-        for row, name in enumerate(names):
-            if not name[-1:].isdigit() or kinds.get(name) in ("ensembl", "symbol", "unlisted"):
-                if "characters" not in repairs.get(row, ()):
-                    continue
+        sure = ("ensembl", "symbol", "unlisted")
+        rows = [
+            row
+            for row, name in enumerate(names)
+            if kinds.get(name) not in sure and name[-1:].isdigit()
+        ]
+        rows += [row for row, made in repairs.items() if "characters" in made]
+        for row in dict.fromkeys(rows):
+            name = names[row]
             text = str(texts[row]).strip() if name in known else name
             stem = without_suffix(text)
             if stem is None or stem not in there:
@@ -277,7 +284,7 @@ class GeneResolver:
             matrix: The matrix with its candidate columns.
             column: `auto`, or the name of one column. `auto` keeps to Ensembl ids where another
                 column reaches hardly more: names change hands, ids do not.
-            id_type: One of ID_TYPES; leaves only columns of that type to choose from.
+            id_type: One of `spelling.ID_TYPES`; leaves only columns of that type to choose from.
 
         Returns:
             The mapping; it may be poor, `check_cover` decides.
@@ -322,8 +329,12 @@ def id_type_of(names: StringArray) -> str:
 
 
 def _are_ids(names: StringArray) -> bool:
-    n_ids = sum(_ID_IN_NAME.search(str(name)) is not None for name in names)
-    return n_ids > len(names) / 2
+    n_ids = 0
+    for name in names:
+        n_ids += _ID_IN_NAME.search(str(name)) is not None
+        if n_ids > len(names) / 2:
+            return True
+    return False
 
 
 def _dates(names: Sequence[str], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -377,7 +388,7 @@ def _human_names(
         dotted = symbol.replace("-", ".")
         if dotted in aliases and aliases[dotted] != gene:
             several[dotted] = f"{gene}|{aliases.pop(dotted)}"
-    bundled = _bundled()
+    bundled = GeneVocabulary.bundled()
     listed = {symbol for symbol, gene in symbols.items() if gene in index}
     others: dict[str, str] = {}
     bundled_symbols = zip(bundled.symbols, bundled.ids, strict=True)
@@ -389,8 +400,20 @@ def _human_names(
 
 
 @cache
-def _bundled() -> GeneVocabulary:
-    return GeneVocabulary.bundled()
+def _bundled_resolver() -> GeneResolver:
+    return GeneResolver(GeneVocabulary.bundled())
+
+
+def resolver_of(genes: GeneVocabulary) -> GeneResolver:
+    """Return the resolver of a vocabulary; that of the bundled one is made once a process.
+
+    Args:
+        genes: The vocabulary.
+
+    Raises:
+        ValueError: A vocabulary of several species.
+    """
+    return _bundled_resolver() if genes == GeneVocabulary.bundled() else GeneResolver(genes)
 
 
 @cache

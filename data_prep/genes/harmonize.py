@@ -22,6 +22,7 @@ from data_prep.counts.invert import Restored, restore_counts
 from data_prep.counts.not_counts import describe_whole
 from data_prep.counts.proof import exact_counts
 from data_prep.counts.rounding import round_counts
+from data_prep.genes.cover import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, check_cover
 from data_prep.genes.gene_names import GeneMap, GeneResolver
 from data_prep.genes.settlement import DATE, KINDS
 from data_prep.ledger.ledger import MatrixFinding
@@ -29,37 +30,7 @@ from data_prep.readers.open import open_source
 from data_prep.source.source import Matrix, Source, UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
 
-MIN_GENES_MAPPED = 200
-MIN_SHARE_MAPPED = 0.25
-"""A full GENCODE annotation has up to 79,000 genes, of which 27,874 are listed (35 %)."""
 N_LOSSES = 10
-
-
-def check_cover(gene_map: GeneMap, *, min_genes: int, min_share: float) -> None:
-    """Refuse a dataset that shares too few genes with the vocabulary.
-
-    Args:
-        gene_map: The mapping of the dataset.
-        min_genes: Smallest number of vocabulary genes reached.
-        min_share: Smallest share of the dataset's genes that are known, 0 to 1.
-
-    Raises:
-        UnusableError: Below one of the two.
-    """
-    n_input, n_known = len(gene_map.target), int(np.count_nonzero(gene_map.target >= 0))
-    examples = ", ".join(str(name) for name in gene_map.names[:3])
-    if gene_map.n_mapped < min_genes:
-        raise UnusableError(
-            f"only {gene_map.n_mapped} of {n_input} genes are in the vocabulary "
-            f"(column {gene_map.column}: {examples}...); at least {min_genes} "
-            "are needed (--min-genes-mapped)"
-        )
-    if n_known < min_share * n_input:
-        raise UnusableError(
-            f"only {n_known} of {n_input} genes ({n_known / n_input:.0%}) are in the vocabulary "
-            f"(column {gene_map.column}: {examples}...); at least {min_share:.0%} are needed "
-            "(--min-share-mapped)"
-        )
 
 
 def largest_losses(gene_map: GeneMap, totals: npt.NDArray[np.int64]) -> dict[str, int]:
@@ -191,10 +162,10 @@ def read_harmonized(
     Args:
         path: File or folder.
         genes: The vocabulary (of a corpus or a model).
-        format: One of `readers.FORMATS`, or auto.
+        format: One of `source.FORMATS`, or auto.
         counts: Which matrix holds the raw counts, as in `counts_option.py`.
         gene_column: auto, or the column that names the genes.
-        id_type: One of ID_TYPES.
+        id_type: One of `spelling.ID_TYPES`.
         gene_list: File that names the genes of an npz file; None looks beside it.
         genome: auto, or the genome to keep of a file with several.
         min_genes: See `check_cover`.
@@ -241,7 +212,7 @@ def harmonize(
         resolver: Finder of the vocabulary in use; built once for many datasets.
         counts: Which matrix holds the raw counts, as in `counts_option.py`.
         gene_column: auto, or the column that names the genes.
-        id_type: One of ID_TYPES.
+        id_type: One of `spelling.ID_TYPES`.
         min_genes: See `check_cover`.
         min_share: See `check_cover`.
         findings: Takes what each matrix holds, also where none can be taken.

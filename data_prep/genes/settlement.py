@@ -51,7 +51,7 @@ class ReadColumn:
     @property
     def n_mapped(self) -> int:
         """Number of different vocabulary genes that are reached."""
-        return len(np.unique(self.target[self.target >= 0]))
+        return int(np.count_nonzero(np.bincount(self.target[self.target >= 0])))
 
 
 def kind_counts(kind: npt.NDArray[np.int8]) -> dict[str, int]:

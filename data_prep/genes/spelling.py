@@ -17,6 +17,8 @@ from functools import cached_property, lru_cache
 
 from data_prep.genes.species import HUMAN, species_of_id
 
+ID_TYPES = ("auto", "ensembl", "symbol")
+"""What a manifest can say that a gene column holds."""
 REPAIRS = ("signs", "genome", "case", "joined", "characters", "suffix", "beside")
 """signs: quotes, byte order marks, dashes that are no hyphens; genome: GRCh38_ or the like before
 the name; case: ensg00000141510, C1ORF56; joined: id and symbol in one; characters: HLA.A for HLA-A

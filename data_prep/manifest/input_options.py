@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.arguments import whole
 from data_prep.counts.option import parse_counts
-from data_prep.genes.gene_names import ID_TYPES
+from data_prep.genes.spelling import ID_TYPES
 from data_prep.manifest.manifest import COLUMNS, Dataset
-from data_prep.readers.open import FORMATS
-from sclong_ds.command_line import local_path
+from data_prep.source.source import FORMATS
+from sclong_ds.command_line import local_path, whole
 
 INPUT_COLUMNS = (
     "format",

@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 
 from data_prep.counts.option import COUNTS_HELP, parse_counts
-from data_prep.genes.gene_names import ID_TYPES
 from data_prep.genes.species import is_species
+from data_prep.genes.spelling import ID_TYPES
 from data_prep.ledger.ledger import is_safe_id
-from data_prep.readers.open import FORMATS
+from data_prep.source.source import FORMATS
 
 COLUMNS: Mapping[str, str] = {
     "dataset_id": "name of the dataset: letters, digits, '_', '-' and '.', unique (required)",

@@ -39,6 +39,7 @@ from data_prep.readers.npz import open_npz
 from data_prep.readers.text import matrix_market_files, open_matrix_market, open_table
 from data_prep.source.features import genes_only
 from data_prep.source.source import (
+    FORMATS,
     Annotations,
     Matrix,
     Source,
@@ -47,7 +48,6 @@ from data_prep.source.source import (
     repaired_texts,
 )
 
-FORMATS = ("h5ad", "zarr", "10x_h5", "10x_mtx", "loom", "scipy_npz", "csv", "tsv")
 _GZIP_SIGNATURE = b"\x1f\x8b"
 _MATRIX_MARKET = b"%%MatrixMarket"
 _MOST_REPLACED = 0.1

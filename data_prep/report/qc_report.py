@@ -26,28 +26,12 @@ import numpy as np
 from data_prep.ledger.ledger import LedgerEntry, count_statuses
 from data_prep.report import qc_figures
 from data_prep.report.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
-from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
 
 TEMPLATE = Path(__file__).parents[1] / "resources" / "qc_report.html"
 FEW_DATASETS = 24
 """Up to so many, each dataset has a bar of its own; more are drawn as distributions."""
 WORST = 20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    parser.add_argument("corpus", type=local_path, metavar="CORPUS", help="corpus folder")
-    parser.add_argument(
-        "--out",
-        type=local_path,
-        required=True,
-        metavar="FILE",
-        help="page to write, such as qc.html",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the figures as one JSON document"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

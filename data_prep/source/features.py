@@ -323,12 +323,12 @@ def _name_columns(selection: _Selection, columns: _Columns) -> dict[str, StringA
     """Return the columns that hold names, not text about features or classes of them."""
     named = {}
     for name, values in columns.items():
-        n_blank = sum(" " in str(value).strip() for value in values)
-        few = len(set(values)) < len(values) / 2
-        if name == "index" or not (
-            name in selection.not_names or few or n_blank > len(values) * (1 - _MOSTLY)
-        ):
-            named[name] = values
+        if name != "index":
+            n_blank = sum(" " in str(value).strip() for value in values)
+            few = len(set(values)) < len(values) / 2
+            if name in selection.not_names or few or n_blank > len(values) * (1 - _MOSTLY):
+                continue
+        named[name] = values
     # Where every column is like text about features, one of them names them all the same.
     return named or {n: v for n, v in columns.items() if n not in selection.not_names}
 
@@ -340,7 +340,7 @@ def _by_name(selection: _Selection, names: Mapping[str, StringArray]) -> None:
         if any(part in text for part in _PARTS):
             like |= [_NOT_A_GENE.search(str(value)) is not None for value in values]
     selection.drop(like, ANTIBODY_NAME)
-    if selection.typed:
+    if selection.typed or len(names) < 2:
         return
     for name, ids in names.items():
         is_id = np.array([_ENSEMBL_ID.search(str(value)) is not None for value in ids], dtype=bool)
@@ -389,7 +389,11 @@ def _fronts(columns: Sequence[StringArray], wanted: str, n_features: int) -> Str
     own = "" if wanted == "auto" else f"{re.escape(wanted)}|"
     front = re.compile(rf"({own}{_ASSEMBLY}){_BETWEEN}")
     labels = np.full(n_features, "", dtype=object)
+    anywhere = re.compile(f"^{front.pattern}", re.MULTILINE)
     for values in columns:
+        # One search through all of them is much faster than one for each.
+        if not anywhere.search("\n".join(map(str, values))):
+            continue
         for place, value in enumerate(values):
             match = front.match(str(value))
             if match is not None and not labels[place]:

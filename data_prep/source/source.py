@@ -10,12 +10,16 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-from scipy import sparse
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from scipy import sparse
+
+FORMATS = ("h5ad", "zarr", "10x_h5", "10x_mtx", "loom", "scipy_npz", "csv", "tsv")
 BLOCK_ENTRIES = 2**21
 """Stored values of one block; harmonising one takes about 150 bytes a value, 0.3 GB."""
 BLOCK_CELLS = 8192
@@ -111,6 +115,9 @@ class Annotations:
         Raises:
             ValueError: A required one cannot be read.
         """
+        # 0.3 s to import, which those who need the names of this module alone do not wait for.
+        import pandas as pd
+
         found, notes = {}, {}
         for name in self.columns if names is None else dict.fromkeys(names):
             try:
@@ -128,7 +135,7 @@ class Source:
 
     path: Path
     format: str
-    """One of `readers.FORMATS`."""
+    """One of FORMATS."""
     barcodes: StringArray
     """Cell names in file order."""
     obs: Annotations

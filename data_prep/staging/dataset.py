@@ -10,84 +10,29 @@ compared before the folder gets its name.
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from data_prep.genes.gene_names import GeneResolver
-from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, harmonize
-from data_prep.ledger.ledger import (
-    LedgerEntry,
-    dataset_lock,
-    ledger_path,
-    shared_corpus,
-    staged_files,
-)
-from data_prep.ledger.pending import forget_in_manifests, known_names
+from data_prep.genes.harmonize import harmonize
+from data_prep.ledger.ledger import LedgerEntry, staged_files
 from data_prep.manifest.manifest import Dataset
 from data_prep.readers.open import open_source
 from data_prep.source.source import UnusableError
 from data_prep.staging.annotations import annotation_table, read_annotations
+from data_prep.staging.forget import part_folder
 from data_prep.staging.outcome import Outcome
 from data_prep.staging.quality import CellLimits, default_min_genes
 from data_prep.staging.read_back import CellDigest, check_cells, check_obs
+from data_prep.staging.settings import Settings
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import sync_folder, sync_tree
 from sclong_ds.files.obs_table import write_obs
-
-STAGING_VERSION = 2
-"""Raised when the same input would be staged differently, so that old staging is not taken over."""
-MIN_COUNTS_KEPT = 0.1
-"""The bundled cells keep 0.92; a small vocabulary of one's own keeps less."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What is the same for all datasets of a corpus folder."""
-
-    genes_hash: str
-    """Hash of the gene vocabulary."""
-    min_genes: int | None = None
-    """Cells with counts for fewer vocabulary genes are dropped; 1 drops only empty cells, None is
-    `quality.default_min_genes`."""
-    min_counts: int = 1
-    """Cells with a smaller sum of counts over the vocabulary are dropped."""
-    max_counts: int | None = None
-    """Cells with a larger sum of counts over the vocabulary are dropped; None for no limit."""
-    max_mito_fraction: float | None = None
-    """Cells with a larger mitochondrial share of all counts of the file are dropped; None for no
-    limit."""
-    min_genes_mapped: int = MIN_GENES_MAPPED
-    """Datasets that reach fewer genes of the vocabulary are excluded."""
-    min_share_mapped: float = MIN_SHARE_MAPPED
-    """Datasets of whose genes a smaller share (0 to 1) is in the vocabulary are excluded."""
-    min_counts_kept: float = MIN_COUNTS_KEPT
-    """Datasets of whose counts a smaller share (0 to 1) falls on genes of the vocabulary are
-    excluded."""
-    codec: Literal["zstd", "none"] = "zstd"
-    """Compression of the staged cells."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        for name in ("min_genes", "min_counts", "min_genes_mapped"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: must be 1 or more")
-        if self.max_counts is not None and self.max_counts < self.min_counts:
-            raise ValueError(
-                f"max_counts {self.max_counts}: must be min_counts {self.min_counts} or more"
-            )
-        for name in ("min_share_mapped", "min_counts_kept", "max_mito_fraction"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} {value}: must lie between 0 and 1")
 
 
 def stage(
@@ -177,66 +122,6 @@ def _write(
         np.save(file, np.packbits(opened.gene_map.measured, bitorder="little"))
     check_cells(staged / "cells.zarr", written, n_genes=opened.gene_map.n_genes)
     check_obs(staged / "obs.parquet", obs)
-
-
-def part_folder(folder: Path) -> Path:
-    """Return where a dataset is staged before it gets its name, with its scratch files.
-
-    Args:
-        folder: CORPUS/staging/DATASET. "~" cannot be part of a dataset's name.
-    """
-    return folder.with_name(f".{folder.name}~")
-
-
-def clear(corpus: Path, dataset_id: str) -> None:
-    """Remove what earlier runs left of a dataset; the entry first, so that none is without data.
-
-    A kill in between leaves files without an entry, which nobody reads and the next `convert`
-    removes.
-
-    Args:
-        corpus: The corpus folder.
-        dataset_id: Name of the dataset; its `dataset_lock` is held.
-    """
-    entry, staged = ledger_path(corpus, dataset_id), corpus / "staging" / dataset_id
-    partials = entry.parent.glob(f".{glob.escape(entry.name)}.*.partial")
-    for path in (entry, *partials, staged, part_folder(staged)):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def forget(corpus: str | Path, dataset_ids: Sequence[str]) -> None:
-    """Remove datasets from a corpus folder: staging, ledger entry and place in the manifests.
-
-    A finished corpus keeps their cells until the next `finalize`.
-
-    Args:
-        corpus: The corpus folder.
-        dataset_ids: Names of its datasets.
-
-    Raises:
-        FileNotFoundError: No corpus folder.
-        ValueError: A name that it does not have (nothing is removed then), a dataset that a
-            `convert` is at, or a `finalize` is at work.
-    """
-    corpus = Path(corpus)
-    if not (corpus / "ledger").is_dir():
-        raise FileNotFoundError(f"{corpus}: no corpus here; give the --out folder of convert")
-    with shared_corpus(corpus):
-        unknown = sorted(set(dataset_ids) - known_names(corpus))
-        if unknown:
-            raise ValueError(
-                f"{corpus}: no dataset '{unknown[0]}'; see: python -m data_prep status {corpus}"
-            )
-        for name in dataset_ids:
-            with dataset_lock(corpus, name, wait=False) as held:
-                if not held:
-                    raise ValueError(f"{corpus}: a convert is at dataset '{name}'; wait for it")
-                # Off the manifests first: killed in between, the dataset is as it was, not pending.
-                forget_in_manifests(corpus, [name])
-                clear(corpus, name)
 
 
 def cell_limits(dataset: Dataset, settings: Settings, *, n_mapped: int) -> CellLimits:

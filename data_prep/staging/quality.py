@@ -12,13 +12,16 @@ the vocabulary (a panel, a small vocabulary) cannot reach that: there it is GENE
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
-from data_prep.genes.gene_names import GeneMap
-from sclong_ds.corpus.genes import GeneVocabulary
+if TYPE_CHECKING:
+    from scipy import sparse
+
+    from data_prep.genes.gene_names import GeneMap
+    from sclong_ds.corpus.genes import GeneVocabulary
 
 MIN_GENES = 200
 """The field's usual threshold (Seurat and scanpy tutorials: min_features, min_genes)."""

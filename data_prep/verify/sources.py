@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.convert.one_dataset import read_hash
+from data_prep.convert.entry import read_hash
 from data_prep.corpus.dedup import Progress
 from data_prep.counts.option import parse_counts
 from data_prep.genes.gene_names import GeneResolver

@@ -100,7 +100,7 @@ class CellWriter:
         )
         self._store = self._temporary / "store"
         """What becomes `path`; checkpoints lie beside it."""
-        self._shard = np.zeros((2, chunks_per_shard, chunk_entries), np.uint8)
+        self._shape = (2, chunks_per_shard, chunk_entries)
         self._reset()
         if not (resumable and self._return_to_checkpoint()):
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -109,7 +109,8 @@ class CellWriter:
 
     def _reset(self) -> None:
         """Begin with no cell."""
-        self._shard[:] = 0
+        # Pages of zeros that are never written to cost nothing: most datasets are small.
+        self._shard = np.zeros(self._shape, np.uint8)
         self.mark = self._shards_written = self._shards_synced = 0
         self._chunk = 0
         """Chunk of the shard that is being filled."""
@@ -330,7 +331,7 @@ class CellWriter:
                 if not crc32c and self._shard[stream, chunk].any():
                     raise ValueError(f"{self._store / name}: {_GARBLED}")
             self._crc32c[stream] += found
-        self._shard[:] = 0
+        self._shard = np.zeros(self._shape, np.uint8)
         self._shards_written, self._chunk = self._shards_written + 1, 0
 
     def _finish(self) -> None:

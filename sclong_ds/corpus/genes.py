@@ -15,7 +15,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from sclong_ds.files.atomic import read_file, write_atomic
@@ -99,12 +99,12 @@ class GeneVocabulary:
 
     @classmethod
     def bundled(cls) -> GeneVocabulary:
-        """Return the 27,874 human genes that ship with the project.
+        """Return the 27,874 human genes that ship with the project; they are read once.
 
         Raises:
             FileNotFoundError: The resource folder of the checkout is incomplete.
         """
-        return cls.read(BUNDLED_PATH)
+        return _read_bundled()
 
     @classmethod
     def _from_table(cls, lines: Sequence[str], path: Path) -> GeneVocabulary:
@@ -148,6 +148,11 @@ class GeneVocabulary:
     def table_sha256(self) -> str:
         """SHA-256 (hex) of the file that `write` writes; symbols and classes enter."""
         return hashlib.sha256(self._table()).hexdigest()
+
+
+@cache
+def _read_bundled() -> GeneVocabulary:
+    return GeneVocabulary.read(BUNDLED_PATH)
 
 
 def _header_text() -> str:

@@ -34,9 +34,7 @@ import torch
 from anndata.io import sparse_dataset, write_elem
 from scipy.sparse import csr_matrix
 
-from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
-from data_prep.manifest.input_options import add_input_options, input_dataset
-from sclong_ds.command_line import local_path, positive, share
+from data_prep.manifest.input_options import input_dataset
 from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
@@ -70,59 +68,6 @@ class Coverage:
     n_genes_model: int
     counts_kept: float
     """Share of the input's counts that fell on genes of the model; 0 if it has none."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `python -m sclong_ds embed`."""
-    add_input_arguments(parser)
-    parser.add_argument(
-        "--out", type=local_path, required=True, metavar="OUT.h5ad", help="file to write"
-    )
-    parser.add_argument(
-        "--no-counts", action="store_true", help="leave the counts (X) out of the file"
-    )
-
-
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `embed` and `evaluate` share: the model, the cells and how to run."""
-    parser.add_argument("model_dir", type=local_path, metavar="MODEL_DIR", help="exported model")
-    parser.add_argument(
-        "input",
-        type=local_path,
-        metavar="INPUT",
-        help="raw counts (h5ad, AnnData zarr, 10x h5 or mtx, loom, csv, tsv) or a finalized corpus",
-    )
-    parser.add_argument(
-        "--split", metavar="NAME", help="only this split of a corpus (train, validation, test)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="cells at a time (default %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU where there is one",
-    )
-    parser.add_argument(
-        "--min-genes-mapped",
-        type=positive,
-        default=MIN_GENES_MAPPED,
-        metavar="N",
-        help="refuse inputs with fewer genes of the model (default %(default)s)",
-    )
-    parser.add_argument(
-        "--min-share-mapped",
-        type=share,
-        default=MIN_SHARE_MAPPED,
-        metavar="SHARE",
-        help="refuse inputs of whose genes a smaller share is in the model (default %(default)s)",
-    )
-    add_input_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -59,13 +59,11 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from data_prep.manifest.input_options import input_dataset
 from data_prep.readers.open import detect_format
-from sclong_ds.command_line import local_path
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.embedding.embed import (
     KEY,
     UNS_KEY,
-    add_input_arguments,
     choose_device,
     embed_counts,
 )
@@ -108,23 +106,6 @@ class ScoredCells:
     """Cells of the input that are not scored, by reason."""
     rare_labels: Mapping[str, int]
     """Labels left out for having fewer than MIN_CELLS_PER_LABEL cells, and their cells."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `python -m sclong_ds evaluate`."""
-    add_input_arguments(parser)
-    parser.add_argument(
-        "--label", required=True, metavar="KEY", help="obs column with the cell types"
-    )
-    parser.add_argument(
-        "--batch", metavar="KEY", help="obs column with the batches; adds the batch scores"
-    )
-    parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="folder to write"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of folds, k-means and t-SNE (default %(default)s)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,7 +25,6 @@ from sclong_ds.checkpoint.on_disk import (
     read_manifest,
     read_state,
 )
-from sclong_ds.command_line import local_path
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.transform import Transform
@@ -129,16 +128,6 @@ def transform_of(config: RunConfig) -> Transform:
     """Return the value transform of a run."""
     data = config.data
     return Transform(name="log1p_total", target_sum=data.target_sum, unmeasured=data.unmeasured)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `python -m sclong_ds export`."""
-    parser.add_argument(
-        "checkpoint", type=local_path, metavar="CHECKPOINT_DIR", help="a checkpoint or a run folder"
-    )
-    parser.add_argument(
-        "--out", type=local_path, required=True, metavar="MODEL_DIR", help="folder to make"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

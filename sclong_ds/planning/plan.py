@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sclong_ds.command_line import positive, positive_share
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.objective.targets import target_count
+from sclong_ds.planning.arguments import SCLONG_CELLS
 from sclong_ds.planning.costs import (
     activation_bytes,
     backward_flops_per_cell,
@@ -33,7 +33,7 @@ from sclong_ds.planning.costs import (
     recompute_flops_per_cell,
     training_flops_per_cell,
 )
-from sclong_ds.planning.devices import DEVICES, GIB, Device, find_device
+from sclong_ds.planning.devices import GIB, Device, find_device
 from sclong_ds.planning.memory import (
     Setup,
     Zero,
@@ -42,8 +42,6 @@ from sclong_ds.planning.memory import (
     zero_settings,
 )
 
-SCLONG_CELLS = 48_024_242
-"""Cells of the scLong corpus: an epoch when neither --cells nor data.corpus says otherwise."""
 SCLONG_EXPRESSED = 1_800
 """Expressed genes of a typical cell, when there is no data.corpus."""
 
@@ -350,28 +348,6 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
 def _gib(size: float) -> str:
     value = size / GIB
     return f"{value:,.2f}" if value >= 1 else f"{value:.4f}"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `python -m sclong_ds plan`."""
-    add = parser.add_argument
-    add("--config", required=True, metavar="FILE|PRESET", help="complete YAML or name of a preset")
-    add("--nodes", required=True, type=positive, metavar="N", help="number of nodes")
-    add("--gpus-per-node", required=True, type=positive, metavar="M", help="ranks on each node")
-    add("--device", default="h100", help=f"{', '.join(DEVICES)} or cpu (default: %(default)s)")
-    add(
-        "--mfu",
-        default=0.4,
-        type=positive_share,
-        help="share of the peak reached (default: %(default)s)",
-    )
-    add(
-        "--cells",
-        type=positive,
-        help=f"cells of an epoch (default: those of data.corpus, else {SCLONG_CELLS})",
-    )
-    add("--json", action="store_true", help="print one JSON document instead of tables")
-    add("overrides", nargs="*", metavar="key=value", help="as in training: engine.ds_config=zero1")
 
 
 def run(args: argparse.Namespace) -> int:

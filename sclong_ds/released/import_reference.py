@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sclong_ds.command_line import local_path
 from sclong_ds.config.sections import ModelConfig
 from sclong_ds.corpus.gene_graph import check_edges, read_gene_graph, write_gene_graph
 from sclong_ds.corpus.genes import BUNDLED_PATH, UNKNOWN_CLASS, GeneVocabulary
@@ -287,30 +286,6 @@ def with_ensembl_ids(listed: GeneVocabulary) -> tuple[GeneVocabulary, dict[str, 
         tuple(bundled.classes[i] if i >= 0 else UNKNOWN_CLASS for i in rows),
     )
     return vocabulary, mapped
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `python -m sclong_ds import-reference`."""
-    for name, metavar, text in (
-        ("--checkpoint", "X.pth", "checkpoint of the released code"),
-        ("--hyper-params", "X.pkl", "its pickled constructor arguments"),
-        ("--genes", "X.txt", "its genes in input order, one name a line, or a gene table"),
-        ("--out", "MODEL_DIR", "folder to make"),
-    ):
-        parser.add_argument(name, type=local_path, required=True, metavar=metavar, help=text)
-    parser.add_argument(
-        "--gene-graph",
-        type=local_path,
-        metavar="GRAPH.npz",
-        help="graph of `python -m data_prep gene-graph --genes X.txt` to use instead of the one in "
-        "the constructor arguments",
-    )
-    parser.add_argument(
-        "--target-sum",
-        type=float,
-        default=1.0e4,
-        help="counts of a cell after scaling, before log1p (default: %(default)g)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.report import compare, words
 from sclong_ds.report import curves as plots
@@ -73,22 +72,6 @@ _PICTURES = {
     "gradient_norms": "A part far below the others hardly learns; one that jumps is unstable.",
     "ranks": "The ranks should look alike. The slow one waits least for the others.",
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `python -m sclong_ds report`."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN_DIR_OR_RUN_ID",
-        help="run folder, or a run's id; several: they are compared",
-    )
-    parser.add_argument(
-        "--out",
-        type=local_path,
-        default=Path("report.html"),
-        help="page to write (default: %(default)s)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

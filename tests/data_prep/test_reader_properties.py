@@ -35,7 +35,7 @@ from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry
 from data_prep.manifest.manifest import Dataset
 from data_prep.readers.open import open_source
-from data_prep.staging.dataset import Settings
+from data_prep.staging.settings import Settings
 from data_prep.verify.sources import check_sources
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import Corpus

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_prep.convert import one_dataset
+from data_prep.convert import entry as entry_module
 from data_prep.convert.convert import convert, prepare_corpus
 from data_prep.convert.one_dataset import convert_dataset
 from data_prep.genes.gene_names import GeneResolver
@@ -23,7 +23,8 @@ from data_prep.ledger.ledger import LedgerEntry, check_staged, is_older, ledger_
 from data_prep.ledger.pending import read_pending, record_manifest
 from data_prep.manifest.manifest import Dataset
 from data_prep.staging import dataset as staging
-from data_prep.staging.dataset import Settings, forget
+from data_prep.staging.forget import forget
+from data_prep.staging.settings import Settings
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import locked
 from sclong_ds.files.obs_table import read_obs
@@ -275,7 +276,7 @@ def test_forget_that_is_killed_leaves_the_dataset_or_nothing(
         entry = run(dataset, corpus, resolver)
         record_manifest(corpus, ["a"], tasks=1)
         with monkeypatch.context() as patch:
-            patch.setattr(f"data_prep.staging.dataset.{name}", killed)
+            patch.setattr(f"data_prep.staging.forget.{name}", killed)
             with pytest.raises(KilledError):
                 forget(corpus, ["a"])
         assert read_ledger(corpus) in ([entry], [])
@@ -342,7 +343,7 @@ def test_an_error_while_the_source_is_hashed_names_it(
     def denied(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied", str(dataset.path))
 
-    monkeypatch.setattr(one_dataset, "source_hash", denied)
+    monkeypatch.setattr(entry_module, "source_hash", denied)
     entry = run(dataset, corpus, resolver)
     assert (entry["status"], entry["source_hash"]) == ("failed", None)
     assert entry["reason"] == f"[Errno 13] Permission denied: '{dataset.path}'"

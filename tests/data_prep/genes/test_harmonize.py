@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from gene_matrices import GENES, matrix, names
 
+from data_prep.genes.cover import check_cover
 from data_prep.genes.gene_names import GeneResolver
-from data_prep.genes.harmonize import check_cover, harmonize, largest_losses
+from data_prep.genes.harmonize import harmonize, largest_losses
 from data_prep.source.source import Source, UnusableError
 
 

@@ -16,7 +16,7 @@ from scipy import sparse
 from data_prep.corpus.finalize import finalize
 from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
-from data_prep.report import qc_report
+from data_prep.report import arguments, qc_report
 from data_prep.report.qc_report import page
 from data_prep.report.qc_summary import summarize
 from sclong_ds.corpus.corpus import Corpus
@@ -178,7 +178,7 @@ def test_nothing_usable(stage_corpus: Stage) -> None:
 
 def test_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    qc_report.add_arguments(parser)
+    arguments.add_arguments(parser)
     out = tmp_path / "qc.html"
     assert qc_report.run(parser.parse_args([str(corpus), "--out", str(out), "--json"])) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -13,7 +13,7 @@ from data_prep.convert.one_dataset import convert_dataset
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry
 from data_prep.manifest.manifest import Dataset
-from data_prep.staging.dataset import Settings
+from data_prep.staging.settings import Settings
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.genes import GeneVocabulary
 

@@ -30,8 +30,8 @@ from data_prep.manifest.manifest import Dataset
 from data_prep.readers import open as readers
 from data_prep.staging import dataset as staging
 from data_prep.staging import outcome
-from data_prep.staging.dataset import Settings
 from data_prep.staging.quality import CellLimits
+from data_prep.staging.settings import Settings
 from data_prep.verify import plain_arrays
 from data_prep.verify import sources as verify_sources
 from data_prep.verify.drawn_cells import draw_cells

@@ -19,12 +19,12 @@ from data_prep.convert.source_identity import source_hash
 from data_prep.corpus.finalize import finalize
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.manifest.manifest import Dataset
-from data_prep.staging.dataset import Settings
+from data_prep.staging.settings import Settings
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding import cells as input_cells
-from sclong_ds.embedding import embed
+from sclong_ds.embedding import embed, embed_arguments
 from sclong_ds.exported.manifest import model_digest
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.objective.measured import MeasuredGenes
@@ -71,7 +71,7 @@ def h5ad(counts: csr_matrix, genes: GeneVocabulary, tmp_path: Path) -> Path:
 
 def run(*arguments: object, min_genes: int = 10) -> int:
     parser = argparse.ArgumentParser()
-    embed.add_arguments(parser)
+    embed_arguments.add_arguments(parser)
     given = [str(argument) for argument in arguments]
     return embed.run(parser.parse_args([*given, "--min-genes-mapped", str(min_genes)]))
 

@@ -13,7 +13,7 @@ from exported import write_model
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.embedding import embed, evaluate
+from sclong_ds.embedding import embed, embed_arguments, evaluate, evaluate_arguments
 
 N_GENES, N_PER_TYPE = 60, 20
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -58,7 +58,7 @@ def cells(genes: GeneVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def parse(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
+    evaluate_arguments.add_arguments(parser)
     given = [str(argument) for argument in arguments]
     return parser.parse_args([*given, "--min-genes-mapped", "10", "--device", "cpu"])
 
@@ -142,7 +142,7 @@ def test_stored_embedding_of_the_same_model_is_taken_over(
 
 def embed_file(model_dir: Path, cells: Path, out: Path, *options: str) -> Path:
     parser = argparse.ArgumentParser()
-    embed.add_arguments(parser)
+    embed_arguments.add_arguments(parser)
     given = [str(model_dir), str(cells), "--out", str(out), "--min-genes-mapped", "10", *options]
     embed.run(parser.parse_args([*given, "--device", "cpu"]))
     return out

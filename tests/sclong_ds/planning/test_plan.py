@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sclong_ds.config.load import load_config
+from sclong_ds.planning.arguments import add_arguments
 from sclong_ds.planning.costs import flops_per_cell, parameter_counts
 from sclong_ds.planning.memory import (
     Setup,
@@ -20,7 +21,6 @@ from sclong_ds.planning.plan import (
     SCLONG_CELLS,
     Site,
     Workload,
-    add_arguments,
     format_plan,
     make_plan,
     run,

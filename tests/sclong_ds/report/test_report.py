@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sclong_ds.__main__ import main
-from sclong_ds.report import compare, report
+from sclong_ds.report import arguments, compare, report
 from sclong_ds.report import curves as plots
 from sclong_ds.report.figures import prediction_density_figure
 from sclong_ds.run_folder.files import RunFolder, update_run_json
@@ -100,7 +100,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def call(*argv: str) -> int:
     parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
+    arguments.add_arguments(parser)
     return report.run(parser.parse_args(list(argv)))
 
 

@@ -1,0 +1,28 @@
+"""Arguments of `python -m sclong_ds evaluate`.
+
+They lie apart from its work, whose libraries take seconds to import: `--help` needs none.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from sclong_ds.command_line import local_path
+from sclong_ds.embedding.embed_arguments import add_input_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `python -m sclong_ds evaluate`."""
+    add_input_arguments(parser)
+    parser.add_argument(
+        "--label", required=True, metavar="KEY", help="obs column with the cell types"
+    )
+    parser.add_argument(
+        "--batch", metavar="KEY", help="obs column with the batches; adds the batch scores"
+    )
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="folder to write"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of folds, k-means and t-SNE (default %(default)s)"
+    )

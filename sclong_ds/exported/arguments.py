@@ -1,0 +1,20 @@
+"""Arguments of `python -m sclong_ds export`.
+
+They lie apart from its work, whose libraries take seconds to import: `--help` needs none.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from sclong_ds.command_line import local_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `python -m sclong_ds export`."""
+    parser.add_argument(
+        "checkpoint", type=local_path, metavar="CHECKPOINT_DIR", help="a checkpoint or a run folder"
+    )
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="MODEL_DIR", help="folder to make"
+    )
