@@ -91,3 +91,8 @@ def stage_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageCorpus
 def counts() -> Callable[..., sparse.csr_matrix]:
     """Return the function that draws count matrices."""
     return random_counts
+
+
+@pytest.fixture
+def three(counts: Callable[..., sparse.csr_matrix]) -> dict[str, sparse.csr_matrix]:
+    return {"a": counts(1, 240), "b": counts(2, 126), "c": counts(3, 64)}

@@ -77,10 +77,10 @@ def test_a_process_cannot_take_more_than_allowed() -> None:
     )
     command = [sys.executable, "-c", program]
     root = Path(__file__).parents[3]
-    held = np.ones(2**28)  # a large parent: its own peak is not the child's
+    held = np.ones(2**26)  # a large parent: its own peak is not the child's
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, close_fds=False)
     del held
-    assert done.stdout.startswith("0.")
+    assert 0.1 < float(done.stdout.split()[0]) < 0.5
     assert "GiB used, at most " in done.stdout
     assert "raise --max-memory" in done.stdout
 

@@ -14,30 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cell_values import as_tuples
 from scipy import sparse
 
 import data_prep.corpus.finalize as finalize_module
-from data_prep.corpus.dedup import find_duplicates
 from data_prep.corpus.finalize import finalize
-from data_prep.corpus.permute import StagedCells, write_permuted
+from data_prep.corpus.permute import write_permuted
 from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
-from sclong_ds.corpus.cell_store import CellStore
-from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus
 
 Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]
-
-
-def as_tuples(matrix: sparse.csr_matrix) -> list[tuple[bytes, bytes]]:
-    """Cells as hashable values."""
-    matrix = sparse.csr_matrix(matrix, dtype=np.int64)
-    bounds = zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True)
-    return [
-        (matrix.indices[a:b].astype(np.int64).tobytes(), matrix.data[a:b].tobytes())
-        for a, b in bounds
-    ]
 
 
 def digests(corpus: Path) -> dict[str, str]:
@@ -47,11 +35,6 @@ def digests(corpus: Path) -> dict[str, str]:
         for path in sorted(corpus.rglob("*"))
         if path.is_file() and not path.relative_to(corpus).parts[0].startswith(".finalize-")
     }
-
-
-@pytest.fixture
-def three(counts: Counts) -> dict[str, sparse.csr_matrix]:
-    return {"a": counts(1, 240), "b": counts(2, 126), "c": counts(3, 64)}
 
 
 def test_every_cell_is_there_once_with_its_origin(
@@ -79,108 +62,6 @@ def test_every_cell_is_there_once_with_its_origin(
     np.testing.assert_array_equal(corpus.row_nnz, np.diff(found.indptr))
 
 
-def test_splits_are_contiguous_and_whole_datasets(
-    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
-) -> None:
-    folder = stage_corpus(three)
-    result = finalize(folder)
-    corpus = Corpus(folder)
-    # The 5 % asked for fit no dataset, so the smallest is held out and the user is told.
-    assert result["split_unit"] == "dataset"
-    assert result["held_out"] == {"validation": ["c"], "test": []}
-    assert any("14.9%" in warning for warning in result["warnings"])
-    assert corpus.splits == {
-        "train": range(366),
-        "validation": range(366, 430),
-        "test": range(430, 430),
-    }
-    np.testing.assert_array_equal(corpus.split("validation"), np.arange(366, 430))
-    assert len(corpus.split("test")) == 0
-    assert set(corpus.row_dataset[366:]) == {2}
-    assert set(corpus.row_dataset[:366]) == {0, 1}
-    assert {0, 366, 430} <= set(corpus.chunk_rows.tolist())
-    with pytest.raises(ValueError, match="this corpus has train, validation, test"):
-        corpus.split("valid")
-
-
-def test_explicit_validation_datasets(
-    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
-) -> None:
-    folder = stage_corpus(three)
-    result = finalize(folder, validation_datasets=["b"], test_fraction=0.2)
-    assert result["held_out"] == {"validation": ["b"], "test": ["c"]}
-    assert [info.split_cells for info in Corpus(folder).datasets] == [
-        {"train": 240, "validation": 0, "test": 0},
-        {"train": 0, "validation": 126, "test": 0},
-        {"train": 0, "validation": 0, "test": 64},
-    ]
-
-
-def test_donors_stay_together_across_datasets(
-    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
-) -> None:
-    donors = {
-        "a": [f"p{row % 12}" for row in range(240)],
-        "b": [f"p{row % 12}" if row % 5 else "" for row in range(126)],
-    }
-    folder = stage_corpus(three, donors=donors)
-    result = finalize(folder, validation_fraction=0.2, test_fraction=0.1, seed=1)
-    corpus = Corpus(folder)
-    assert result["split_unit"] == "donor"
-    sizes = {name: len(rows) / 430 for name, rows in corpus.splits.items()}
-    assert 0.1 < sizes["validation"] <= 0.2
-    assert 0.02 < sizes["test"] <= 0.1
-    groups: dict[str, set[str]] = {}
-    for split in corpus.splits:
-        for row in corpus.split(split):
-            name = corpus.datasets[corpus.row_dataset[row]].dataset_id
-            donor = donors[name][(corpus.row_source[row] - 1) // 2] if name in donors else ""
-            groups.setdefault(donor or f"dataset {name}", set()).add(split)
-    assert len(groups) == 14
-    assert all(len(splits) == 1 for splits in groups.values())
-
-
-def test_one_dataset_is_split_by_cell_with_a_warning(
-    stage_corpus: Stage, counts: Counts, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = stage_corpus({"only": counts(1, 100)})
-    result = finalize(folder, validation_fraction=0.1)
-    assert result["split_unit"] == "cell"
-    assert result["splits"] == {"train": [0, 90], "validation": [90, 100], "test": [100, 100]}
-    assert "overrates the model" in caplog.text
-
-
-def test_duplicates_keep_the_first(stage_corpus: Stage, counts: Counts) -> None:
-    a, b = counts(1, 50), counts(2, 40)
-    a = sparse.vstack([a, a[[7]], a[[9]]], format="csr")
-    b = sparse.vstack([b[:10], a[[3]], b[10:], b[[0]], a[[3]]], format="csr")
-    folder = stage_corpus({"b": b, "a": a})
-    result = finalize(folder, split_by="cell")
-    corpus = Corpus(folder)
-    assert result["n_cells"] == 90
-    assert result["duplicates_dropped"] == 5
-    assert [info.duplicates_dropped for info in corpus.datasets] == [2, 3]
-    cells = as_tuples(corpus.rows(range(90)))
-    assert len(set(cells)) == 90
-    row = cells.index(as_tuples(a[3])[0])
-    assert corpus.datasets[corpus.row_dataset[row]].dataset_id == "a"
-    assert corpus.row_source[row] == 2 * 3 + 1
-
-
-def test_duplicates_with_many_buckets(
-    stage_corpus: Stage, counts: Counts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    matrix = counts(1, 60)
-    matrix = sparse.vstack([matrix, matrix[::3]], format="csr")
-    folder = stage_corpus({"a": matrix, "b": matrix[10:15]})
-    stores = [CellStore(folder / "staging" / name / "cells.zarr") for name in ("a", "b")]
-    monkeypatch.setattr("data_prep.corpus.dedup.CELLS_PER_BUCKET", 7)
-    first, second = find_duplicates(stores, tmp_path / "digests")
-    np.testing.assert_array_equal(np.flatnonzero(first), np.arange(60, 80))
-    assert second.all()
-    assert not (tmp_path / "digests").exists()
-
-
 def test_same_input_same_bytes(
     stage_corpus: Stage, three: dict[str, sparse.csr_matrix], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,66 +80,6 @@ def test_same_input_same_bytes(
     assert as_tuples(after.rows(range(430))) != order
     finalize(first, seed=5)
     assert digests(first) == digests(second)
-
-
-def test_order_is_uniform(stage_corpus: Stage, tmp_path: Path) -> None:
-    """Place says nothing about origin: dataset, row, or the place under another seed."""
-    n = 2_000
-    genes = np.stack([np.arange(2 * n) % 599, np.full(2 * n, 599)], axis=1).ravel()
-    values = np.stack([np.arange(1, 2 * n + 1), np.ones(2 * n, np.int64)], axis=1).ravel()
-    matrix = sparse.csr_matrix((values, genes, np.arange(0, 4 * n + 1, 2)), (2 * n, 600))
-    folder = stage_corpus({"a": matrix[:n], "b": matrix[n:]})
-    places = []
-    for seed in (0, 1):
-        staged = [
-            StagedCells(
-                dataset_id=name,
-                cells=CellStore(folder / "staging" / name / "cells.zarr"),
-                kept=np.ones(n, bool),
-                split=np.zeros(n, np.uint8),
-            )
-            for name in ("a", "b")
-        ]
-        with CellWriter(tmp_path / f"{seed}.zarr", n_genes=600, chunk_entries=2**14) as writer:
-            write_permuted(
-                staged, writer, seed=seed, scratch=tmp_path / "scratch", bucket_bytes=2_000
-            )
-        result = CellStore(tmp_path / f"{seed}.zarr")
-        origin = n * result.table("dataset").astype(int) + result.table("obs_row")
-        np.testing.assert_array_equal(np.sort(origin), np.arange(2 * n))
-        places.append(np.argsort(origin))
-    # A correlation of 4,000 independent pairs has the standard deviation 0.016.
-    for row in (places[0], places[1]):
-        assert abs(np.corrcoef(row[:n], row[n:])[0, 1]) < 0.08
-        assert abs(np.corrcoef(row, np.arange(2 * n))[0, 1]) < 0.07
-        assert abs(np.corrcoef(row[:-1], row[1:])[0, 1]) < 0.07
-        # Cells of dataset a in each tenth: 200 expected, standard deviation 9.5.
-        assert np.abs(np.histogram(row[:n], 10, (0, 2 * n))[0] - 200).max() < 45
-    assert abs(np.corrcoef(places[0], places[1])[0, 1]) < 0.07
-
-
-def test_gene_statistics_are_those_of_the_training_cells(
-    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
-) -> None:
-    for name in ("a", "b"):
-        three[name] = sparse.csr_matrix(three[name].toarray() * (np.arange(600) != 5))
-    folder = stage_corpus(three)
-    finalize(folder, validation_datasets=["c"])
-    corpus = Corpus(folder)
-    train = np.vstack([three["a"].toarray(), three["b"].toarray()]).astype(float)
-    values = np.log1p(1e4 * train / train.sum(axis=1, keepdims=True))
-    stats = corpus.gene_stats
-    assert stats.target_sum == 1e4
-    np.testing.assert_array_equal(stats.n_expressing, (train > 0).sum(axis=0))
-    np.testing.assert_array_equal(stats.total_counts, train.sum(axis=0))
-    nonzero = values[train > 0]
-    assert stats.mean_expressed_all == pytest.approx(nonzero.mean(), rel=1e-12)
-    assert stats.var_expressed_all == pytest.approx(nonzero.var(), rel=1e-10)
-    assert stats.n_expressing[5] == 0
-    assert stats.mean_expressed[5] == stats.mean_expressed_all
-    others = np.arange(600) != 5
-    expected = values.sum(axis=0)[others] / (train > 0).sum(axis=0)[others]
-    np.testing.assert_allclose(stats.mean_expressed[others], expected, rtol=1e-12)
 
 
 def test_anndata_has_the_annotation_of_each_cell(
@@ -280,43 +101,6 @@ def test_anndata_has_the_annotation_of_each_cell(
         assert (obs["dataset_id"], obs["barcode"]) == (dataset, f"{dataset}-{staged}")
         assert obs["donor"] == (f"p{staged}" if dataset == "a" else "")
     assert corpus.to_anndata([]).shape == (0, 600)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"validation_fraction": 1.0}, "validation_fraction 1.0: allowed"),
-        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "leave no cells to train on"),
-        ({"split_by": "gene"}, "allowed are auto, dataset, donor, cell"),
-        ({"split_by": "donor"}, "no dataset has a donor column"),
-        ({"validation_datasets": ["z"]}, "not among the usable datasets a, b, c"),
-        ({"validation_datasets": ["a", "b", "c"]}, "no dataset to train on"),
-        ({"validation_datasets": ["a"], "validation_fraction": 0.1}, "not both"),
-        ({"validation_datasets": ["a"], "split_by": "cell"}, "does not go with split_by cell"),
-    ],
-)
-def test_impossible_options(
-    stage_corpus: Stage, three: dict[str, sparse.csr_matrix], options: dict, message: str
-) -> None:
-    folder = stage_corpus(three)
-    with pytest.raises(ValueError, match=message):
-        finalize(folder, **options)
-    assert not (folder / "corpus.json").exists()
-    assert not list(folder.glob(".finalize*"))
-
-
-def test_no_validation_split(stage_corpus: Stage, three: dict[str, sparse.csr_matrix]) -> None:
-    folder = stage_corpus(three)
-    result = finalize(folder, validation_fraction=0.0)
-    assert result["splits"] == {"train": [0, 430], "validation": [430, 430], "test": [430, 430]}
-
-
-def test_too_few_groups(stage_corpus: Stage, counts: Counts) -> None:
-    folder = stage_corpus({"only": counts(1, 30)}, donors={"only": ["p"] * 30})
-    for unit in ("donor", "dataset"):
-        with pytest.raises(ValueError, match="too few for the splits"):
-            finalize(folder, split_by=unit)  # type: ignore[arg-type]
-    assert finalize(folder)["split_unit"] == "cell"
 
 
 def test_folders_that_cannot_be_finalized(

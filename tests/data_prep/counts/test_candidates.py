@@ -195,3 +195,22 @@ def test_a_layer_stored_gene_by_gene_is_not_read_for_its_looks() -> None:
     findings = list[MatrixFinding]()
     assert choose_counts([matrix(COUNTS), layer], "auto", findings).matrix.name == "X"
     assert "not looked at" in findings[1]["looks"]
+
+
+def test_blocks_that_were_looked_at_are_not_read_again() -> None:
+    values, passes = COUNTS[:20], list[int]()
+
+    def blocks() -> Iterator[sparse.csr_matrix]:
+        passes.append(0)
+        for first in range(0, len(values), 5):
+            passes[-1] += 1
+            yield sparse.csr_matrix(values[first : first + 5] * (first > 0))
+
+    matrix = Matrix(name="X", shape=values.shape, gene_columns={}, blocks=blocks)
+    chosen = choose_counts([matrix]).matrix
+    # The first block is empty and proves nothing.
+    assert passes == [2]
+    first, second = (sparse.vstack(list(chosen.blocks())) for _ in range(2))
+    assert passes == [4, 4]
+    assert (first != second).nnz == 0
+    np.testing.assert_array_equal(first.toarray()[5:], values[5:])
