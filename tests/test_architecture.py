@@ -245,6 +245,18 @@ def test_help_waits_for_no_library_that_a_command_works_with():
     assert done.stdout.split() == []
 
 
+def test_the_parent_of_the_workers_of_convert_needs_no_reader():
+    program = (
+        "import sys, data_prep.convert.command\n"
+        "slow = {'numpy', 'scipy', 'pandas', 'h5py', 'zarr', 'pyarrow', 'tqdm'}\n"
+        "print(*sorted(slow & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
 def subcommands(parser) -> list[str]:
     return [
         name

@@ -20,8 +20,7 @@ from data_prep.convert.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.ledger.ledger import count_statuses
 from data_prep.ledger.table import format_table
 from data_prep.manifest.manifest import COLUMNS, read_manifest
-from data_prep.staging.quality import GENES_SHARE, MIN_GENES
-from data_prep.staging.settings import Settings
+from data_prep.staging.settings import GENES_SHARE, MIN_GENES, Settings
 from sclong_ds.command_line import local_path, positive, share, whole
 
 

@@ -28,8 +28,7 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from data_prep.convert.entry import is_taken, read_hash, taken
 from data_prep.convert.limits import DEFAULT_MINUTES, Limits, default_memory_gib
@@ -47,6 +46,9 @@ from data_prep.manifest.manifest import Dataset
 from data_prep.staging.settings import STAGING_VERSION, Settings
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, locked, partial_name, read_json, write_atomic
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +112,11 @@ def _run(workers: Sequence[Worker], ours: Sequence[Dataset]) -> list[LedgerEntry
     """Give every dataset to a worker; return the entries in the order of the datasets."""
     waiting = list(reversed(ours))
     done: dict[str, LedgerEntry] = {}
-    bar = tqdm(total=len(ours), unit="dataset", disable=not sys.stderr.isatty())
+    bar = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        bar = tqdm(total=len(ours), unit="dataset")
     try:
         while len(done) < len(ours):
             for worker in workers:
@@ -124,7 +130,8 @@ def _run(workers: Sequence[Worker], ours: Sequence[Dataset]) -> list[LedgerEntry
                     done[entry["dataset_id"]] = entry
                     _report(entry, len(done), len(ours), bar)
     finally:
-        bar.close()
+        if bar is not None:
+            bar.close()
         for worker in workers:
             worker.stop()
     return [done[dataset.dataset_id] for dataset in ours]
@@ -213,13 +220,14 @@ def _remove_leftovers(corpus: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _report(entry: LedgerEntry, n_done: int, n_all: int, bar: tqdm) -> None:
-    bar.update()
+def _report(entry: LedgerEntry, n_done: int, n_all: int, bar: tqdm | None) -> None:
     if entry["status"] == "ok" and entry["reason"]:
         _log.warning("%s: %s", entry["dataset_id"], entry["reason"])
     for warning in entry["warnings"]:
         _log.warning("%s: %s", entry["dataset_id"], warning)
-    if bar.disable:
+    if bar is not None:
+        bar.update()
+    else:
         detail = (
             f"{entry['n_cells']} cells{_dropped(entry)}"
             if entry["status"] == "ok"

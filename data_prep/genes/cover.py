@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from data_prep.source.source import UnusableError
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ def check_cover(gene_map: GeneMap, *, min_genes: int, min_share: float) -> None:
     Raises:
         UnusableError: Below one of the two.
     """
-    n_input, n_known = len(gene_map.target), int(np.count_nonzero(gene_map.target >= 0))
+    n_input, n_known = len(gene_map.target), int((gene_map.target >= 0).sum())
     examples = ", ".join(str(name) for name in gene_map.names[:3])
     if gene_map.n_mapped < min_genes:
         raise UnusableError(

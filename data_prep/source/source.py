@@ -10,12 +10,11 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pandas as pd
     from scipy import sparse
 
@@ -32,8 +31,8 @@ MAX_FEATURES = 2**24
 """Features of one dataset, 17 million: a genome in tiles of 500 bases, beside genes, has 6."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
-StringArray = npt.NDArray[np.object_]
-Entries = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.generic]]
+StringArray: TypeAlias = "npt.NDArray[np.object_]"
+Entries: TypeAlias = "tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.generic]]"
 
 
 class UnusableError(ValueError):
@@ -193,7 +192,7 @@ def row_blocks(row_ptr: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """
     start, n_rows = 0, len(row_ptr) - 1
     while start < n_rows:
-        stop = int(np.searchsorted(row_ptr, row_ptr[start] + BLOCK_ENTRIES, side="right")) - 1
+        stop = int(row_ptr.searchsorted(row_ptr[start] + BLOCK_ENTRIES, side="right")) - 1
         stop = min(max(stop, start + 1), start + BLOCK_CELLS, n_rows)
         yield start, stop
         start = stop

@@ -17,19 +17,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.staging.settings import GENES_SHARE, MIN_GENES
+
 if TYPE_CHECKING:
     from scipy import sparse
 
     from data_prep.genes.gene_names import GeneMap
     from sclong_ds.corpus.genes import GeneVocabulary
 
-MIN_GENES = 200
-"""The field's usual threshold (Seurat and scanpy tutorials: min_features, min_genes)."""
 DROPLET_COUNTS = 100
 """Droplets without a cell hold fewer counts; CellRanger and EmptyDrops take up to 100 for sure."""
-GENES_SHARE, COUNTS_SHARE = 0.02, 0.05
-"""Of the vocabulary genes that a file names: what takes the place of MIN_GENES and DROPLET_COUNTS
-where it is less. Whole transcriptomes name more than 10,000."""
+COUNTS_SHARE = 0.05
+"""The same as GENES_SHARE, for DROPLET_COUNTS."""
 
 _Mask = npt.NDArray[np.bool_]
 

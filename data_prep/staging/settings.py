@@ -12,6 +12,11 @@ from data_prep.genes.cover import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 
 STAGING_VERSION = 2
 """Raised when the same input would be staged differently, so that old staging is not taken over."""
+MIN_GENES = 200
+"""The field's usual threshold (Seurat and scanpy tutorials: min_features, min_genes)."""
+GENES_SHARE = 0.02
+"""Of the vocabulary genes that a file names: what takes the place of MIN_GENES where it is less.
+Whole transcriptomes name more than 10,000."""
 MIN_COUNTS_KEPT = 0.1
 """The bundled cells keep 0.92; a small vocabulary of one's own keeps less."""
 
