@@ -7,9 +7,10 @@ Plain values are None, bool, numbers, text, bytes, dict, list, tuple, set, numpy
 or text, dense torch tensors, torch devices, dtypes and sizes. `sclong_ds.released.pickle_records`
 writes down what a pickle asks for, and runs none of it; `_Conversion` then makes the values, by
 functions of this module that check what they are given. Arrays and tensors are views of the file's
-bytes, so that a small file cannot make large ones. torch's unpickler (weights_only=True) is not
-used: it reads no protocol above 2, which pickle.dump writes, and takes any time and memory that a
-forged pickle asks for. Reads one file, writes nothing.
+bytes, so that a small file cannot make large ones. torch's unpickler (weights_only=True, as of
+torch 2.13) is not used: it reads no protocol above 3, and pickle.dump writes 4; it gives a tensor
+any state; and it hashes a nested tuple for as long as a forged pickle asks for. Reads one file,
+writes nothing.
 """
 
 from __future__ import annotations
