@@ -5,7 +5,7 @@ import pytest
 from gene_matrices import GENES, matrix, names
 from scipy import sparse
 
-from data_prep.genes.gene_names import GeneResolver
+from data_prep.genes.gene_names import GeneResolver, resolver_of
 from data_prep.genes.settlement import KINDS
 from data_prep.source.source import UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -208,3 +208,13 @@ def test_a_vocabulary_is_of_one_species() -> None:
         GeneResolver(GeneVocabulary(ids, ids, ("unknown",) * 5))
     made_up = ("gene1", "gene2")
     assert GeneResolver(GeneVocabulary(made_up, made_up, ("unknown",) * 2)).species == "human"
+
+
+def test_the_resolver_of_the_bundled_genes_is_made_once() -> None:
+    bundled = GeneVocabulary.bundled()
+    again = GeneVocabulary(bundled.ids, bundled.symbols, bundled.classes)
+    assert resolver_of(again) is resolver_of(bundled)
+    renamed = GeneVocabulary(bundled.ids, ("X", *bundled.symbols[1:]), bundled.classes)
+    other = resolver_of(renamed)
+    assert other is not resolver_of(bundled)
+    assert other.columns(np.array(["X"], dtype=object)).tolist() == [0]
