@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from sclong_ds.command_line import parse_arguments
 
@@ -32,6 +33,7 @@ COMMANDS = {
     "status": ("sclong_ds.report.status", "how a run is doing, from its files"),
     "report": ("sclong_ds.report.report", "one HTML page about a run, or about several"),
     "compare": ("sclong_ds.report.compare", "settings and figures of several runs, side by side"),
+    "slurm": ("sclong_ds.job.scripts", "the batch scripts for Slurm, into a folder"),
     "sync": ("sclong_ds.tracking.sync", "what MLflow lacks of a run that is over"),
     "log-model": (
         "sclong_ds.embedding.mlflow_model",
@@ -50,10 +52,17 @@ ARGUMENTS = {
 """Modules that have the add_arguments of commands whose own take long to import."""
 
 
+def prepare_data() -> int:
+    """Run a command of `data_prep`; the installed program `sclong-prep`."""
+    from data_prep.__main__ import main as data_prep
+
+    return data_prep()
+
+
 def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser; only the command in `argv` is imported and has its arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m sclong_ds",
+        prog="sclong" if Path(sys.argv[0]).name == "sclong" else "python -m sclong_ds",
         description="Train with `deepspeed --module sclong_ds.pretrain`; "
         "these commands go with it.",
     )

@@ -22,12 +22,14 @@ from pathlib import Path
 import psutil
 import torch
 
+from data_prep import __name__ as DATA_PREP
 from sclong_ds.command_line import local_path
+from sclong_ds.files.places import place_of
 from sclong_ds.run_folder.files import read_events, read_run_json
 from sclong_ds.run_folder.rows import read_metrics
 
 ROOT = Path(__file__).parents[1]
-CELLS = ROOT / "data_prep" / "resources" / "demo"
+CELLS = place_of("data_prep") / "resources" / "demo"
 HELD_OUT = "immune_c"
 INTERRUPT_AT = 60
 """Optimizer step after which the run is interrupted."""
@@ -79,10 +81,8 @@ def prepare(out: Path) -> None:
         "convert three datasets; "
         "the fourth file is broken and must be reported, not stop the others"
     )
-    command(
-        "data_prep", "convert", CELLS / "manifest.tsv", "--out", corpus, "--jobs", 2, expected=1
-    )
-    entries = json.loads(command("data_prep", "status", corpus, "--json", capture=True))["datasets"]
+    command(DATA_PREP, "convert", CELLS / "manifest.tsv", "--out", corpus, "--jobs", 2, expected=1)
+    entries = json.loads(command(DATA_PREP, "status", corpus, "--json", capture=True))["datasets"]
     statuses = {e["dataset_id"]: e["status"] for e in entries}
     if (
         sorted(statuses.values()) != ["failed", "ok", "ok", "ok"]
@@ -90,11 +90,11 @@ def prepare(out: Path) -> None:
     ):
         raise DemoError(f"convert: expected three good datasets and a failed one, got {statuses}")
     say(f"finalize: drop duplicates, hold out {HELD_OUT}, shuffle, write the Zarr corpus")
-    command("data_prep", "finalize", corpus, "--validation-datasets", HELD_OUT)
+    command(DATA_PREP, "finalize", corpus, "--validation-datasets", HELD_OUT)
     say("verify: read everything again")
-    command("data_prep", "verify", corpus)
+    command(DATA_PREP, "verify", corpus)
     say("gene graph from the Gene Ontology")
-    command("data_prep", "gene-graph", "--genes", corpus / "genes.tsv", "--out", out / "graph.npz")
+    command(DATA_PREP, "gene-graph", "--genes", corpus / "genes.tsv", "--out", out / "graph.npz")
 
 
 def pretrain(out: Path) -> None:
@@ -149,7 +149,7 @@ def summary(out: Path, *, minutes: float) -> str:
     rows = read_metrics(run_dir)
     train, scores = [r for r in rows if "train/loss" in r], [r for r in rows if "val/mse" in r]
     about = read_run_json(run_dir)["summary"]
-    status = command("data_prep", "status", out / "corpus", "--json", capture=True)
+    status = command(DATA_PREP, "status", out / "corpus", "--json", capture=True)
     entries = json.loads(status)["datasets"]
     good = [e for e in entries if e["status"] == "ok"]
     rate = sorted(r["perf/cells_per_s"] for r in train)[len(train) // 2]

@@ -52,7 +52,7 @@ PLACES = {
         "sclong_ds.report", "sclong_ds.embedding", "data_prep.graph", "data_prep.report",
     },
     "kernels": {"sclong_ds.model", "sclong_ds.training"},
-    "data_prep": {"sclong_ds.embedding"},
+    "data_prep": {"sclong_ds.embedding", "sclong_ds.__main__", "sclong_ds.demo"},
 }  # fmt: skip
 """The only packages that import a library, or another top-level package."""
 

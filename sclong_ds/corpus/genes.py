@@ -19,10 +19,9 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from sclong_ds.files.atomic import read_file, write_atomic
+from sclong_ds.files.places import place_of
 
-BUNDLED_PATH = (
-    Path(__file__).resolve().parents[2] / "data_prep" / "resources" / "genes_27874.tsv.gz"
-)
+BUNDLED_PATH = place_of("data_prep") / "resources" / "genes_27874.tsv.gz"
 UNKNOWN_CLASS = "unknown"
 _CLASSES = ("protein_coding", "non_coding", UNKNOWN_CLASS)
 _COLUMNS = ("ensembl_id", "symbol", "class")

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-    from sclong_ds.model.sclong import ScLong
+    from sclong_ds.files.places import is_installed
+from sclong_ds.model.sclong import ScLong
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ SETTINGS: dict[str, Any] = {
     "min_share_mapped": None,
 }
 """What `mlflow.pyfunc.load_model(..., model_config=...)` may set; null: as `embed` does."""
-_PACKAGES = ("sclong_ds", "kernels", "data_prep")
 # What the code of the three packages imports to embed cells.
 _REQUIREMENTS = (
     "torch", "torch-geometric", "numpy", "scipy", "pandas", "anndata", "h5py", "zarr", "numcodecs",
@@ -97,7 +97,6 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    root = Path(__file__).resolve().parents[2]
     try:
         experiment = client.get_run(ids["mlflow_run_id"]).info.experiment_id
         mlflow.set_tracking_uri(uri)
@@ -111,7 +110,7 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
             step=int(provenance.get("step", 0)),
             loader_module="sclong_ds.embedding.mlflow_model",
             data_path=str(model_dir),
-            code_paths=[str(root / package) for package in _PACKAGES],
+            code_paths=_code_paths(),
             pip_requirements=_requirements(),
             model_config=SETTINGS,
         )
@@ -120,6 +119,13 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
         raise ValueError(f"MLflow at {shown}: {one_line(error)}") from None
     version = logged.registered_model_version
     return f"models:/{register}/{version}" if register else logged.model_uri
+
+
+def _code_paths() -> list[str]:
+    """Return the folders of this code, which MLflow keeps beside the model."""
+    root = Path(__file__).resolve().parents[2]
+    names = ("sclong_ds",) if is_installed() else ("sclong_ds", "kernels", "data_prep")
+    return [str(root / name) for name in names]
 
 
 def _run_of(model_dir: Path, provenance: Mapping[str, Any], run: str | None) -> dict[str, str]:

@@ -14,8 +14,9 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from sclong_ds.config.sections import EngineConfig
+from sclong_ds.files.places import place_of
 
-DS_CONFIGS_DIR = Path(__file__).parents[2] / "ds_configs"
+DS_CONFIGS_DIR = place_of("ds_configs")
 
 KNOWN_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
