@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclong_ds.command_line import local_path
+from sclong_ds.files.places import is_installed
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import recorded_ids
 from sclong_ds.tracking.client import find_run_dir, new_client, one_line, with_credentials
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-    from sclong_ds.files.places import is_installed
-from sclong_ds.model.sclong import ScLong
+    from sclong_ds.model.sclong import ScLong
 
 log = logging.getLogger(__name__)
 
