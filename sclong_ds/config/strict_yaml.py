@@ -1,8 +1,8 @@
 """Strict YAML for frozen dataclasses: no unknown, missing or doubled key, no silent conversion.
 
 `section_from_dict` makes a dataclass from a mapping: every field must be there, unknown keys are
-errors with a suggestion, types are exact (3 is a valid float, true is no int). `to_yaml` writes
-what it accepts. Reads YAML text, writes nothing.
+errors with a suggestion, types are exact (3 is a valid float, 1e5 an int, true is neither).
+`to_yaml` writes what it accepts. Reads YAML text, writes nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,7 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:float", _plain_number(value))
 
 
+_POWER_OF_TEN = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]{1,3}")
 _Dumper.add_representer(float, _represent_float)
 
 
@@ -194,6 +196,22 @@ def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
     return cls(**values)
 
 
+def _power_of_ten(text: str, hint: type) -> int | float | str:
+    """Return the number of 1e-4 or 1.5e3, which YAML 1.1 reads as text.
+
+    Args:
+        text: The number.
+        hint: float, or int for a whole number, such as 1e5.
+
+    Returns:
+        The number, exactly as written; the text where it is no whole number and must be one.
+    """
+    number = Decimal(text)
+    if hint is float:
+        return float(number)
+    return int(number) if number == number.to_integral_value() else text
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """Check one value against its annotation; exact types, except that 3 is a valid float."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -218,17 +236,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             _convert(k, args[0], f"{name} key"): _convert(v, args[1], f"{name}.{k}")
             for k, v in value.items()
         }
+    if hint in (int, float) and isinstance(value, str) and _POWER_OF_TEN.fullmatch(value):
+        value = _power_of_ten(value, hint)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        hint_text = ""
-        if hint in (int, float) and isinstance(value, str):
-            try:
-                number = float(value)
-                hint_text = f"; YAML reads '{value}' as text, write {_plain_number(number)}"
-            except ValueError:
-                pass
-        raise ValueError(f"{name}: expected {hint.__name__}, got {_show(value)}{hint_text}")
+        raise ValueError(f"{name}: expected {hint.__name__}, got {_show(value)}")
     if hint is str and "\0" in value:
         raise ValueError(f"{name}: holds a NUL character, which no text or path may")
     if hint is float and not math.isfinite(value):

@@ -6,6 +6,8 @@ import typing
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config import load as c
@@ -44,7 +46,9 @@ def test_overrides_are_typed():
         ("modell.base_dim=3", r"modell: unknown key \(did you mean 'model'\?\)"),
         ("run.max_steps=1.5", "run.max_steps: expected int, got 1.5"),
         ("run.max_steps=true", "run.max_steps: expected int, got True"),
-        ("optim.lr=1e-4", "write 0.0001"),
+        ("run.max_steps=1.5e0", "run.max_steps: expected int, got '1.5e0'"),
+        ("run.max_steps=e5", "run.max_steps: expected int, got 'e5'"),
+        ("optim.lr=1e999", "finite"),
         ("model.head=tree", "got 'tree' .*allowed: mlp, linear"),
         ("objective.mask_prob=1.5", "allowed: 0 < p <= 1"),
         ("objective.mask_prob_range=[0.5, 0.2]", "allowed: 0 < low <= high <= 1"),
@@ -60,6 +64,23 @@ def test_overrides_are_typed():
 def test_mistakes_are_named(override, message):
     with pytest.raises(ValueError, match=message):
         load_config("sclong_tiny", [override])
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "0.1e-3", ".1e-3", "+1e-04"])
+def test_powers_of_ten_are_numbers(text):
+    assert load_config("sclong_tiny", [f"optim.lr={text}"]).optim.lr == 1e-4
+
+
+@pytest.mark.parametrize("text", ["1e5", "1E+5", "10e4", "1.5e5"])
+def test_whole_powers_of_ten_are_integers(text):
+    expected = int(float(text))
+    assert load_config("sclong_tiny", [f"run.max_steps={text}"]).run.max_steps == expected
+
+
+@given(st.floats(1e-300, 1e300), st.sampled_from([".17e", ".17E", "r"]))
+def test_any_positive_number_is_read_as_it_is_written(number, form):
+    text = repr(number) if form == "r" else format(number, form)
+    assert load_config("sclong_tiny", [f"optim.eps={text}"]).optim.eps == number
 
 
 def test_overrides_stand_anywhere_and_what_is_no_override_is_refused(capsys):
