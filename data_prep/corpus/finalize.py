@@ -439,19 +439,61 @@ def _is_sealed(corpus: Path, work: Path) -> bool:
 
 
 def _publish(corpus: Path, work: Path) -> dict[str, Any]:
-    """Move the products to their names, what a killed run has moved stays; return the catalogue.
+    """Move the products to their names; return the catalogue.
 
-    corpus.json goes first and comes last: a run killed in between leaves no corpus, never a mix.
+    corpus.json goes first and comes last: a run killed in between leaves no corpus, never a mix,
+    and the next one goes on with what it has moved. What fails puts the corpus before it back.
     """
-    (corpus / "corpus.json").unlink(missing_ok=True)
-    sync_folder(corpus)
-    for name in PRODUCTS:
-        if not (work / name).exists():
-            continue
-        if (corpus / name).is_dir():
-            os.rename(corpus / name, partial_name(work / name))
-        os.replace(work / name, corpus / name)
-    sync_folder(corpus)
-    write_atomic(corpus / "corpus.json", (work / "corpus.json").read_bytes())
-    sync_folder(corpus)
+    asides: dict[str, Path] = {}
+    tried: list[str] = []
+    try:
+        if (corpus / "corpus.json").exists():
+            aside = partial_name(work / "corpus.json")
+            os.rename(corpus / "corpus.json", aside)
+            asides["corpus.json"] = aside
+        sync_folder(corpus)
+        for name in PRODUCTS:
+            if not (work / name).exists():
+                continue
+            tried.append(name)
+            if (corpus / name).exists():
+                asides[name] = _set_aside(corpus / name, work)
+            os.replace(work / name, corpus / name)
+        sync_folder(corpus)
+        write_atomic(corpus / "corpus.json", (work / "corpus.json").read_bytes())
+        sync_folder(corpus)
+    except OSError:
+        _put_back(corpus, work, tried, asides)
+        raise
     return read_catalogue(corpus)
+
+
+def _set_aside(path: Path, work: Path) -> Path:
+    """Keep what is to be replaced under a name that goes with the work folder; return the name.
+
+    A file is copied: the gene list must be there at all times.
+    """
+    aside = partial_name(work / path.name)
+    if path.is_dir():
+        os.rename(path, aside)
+    else:
+        shutil.copyfile(path, aside)
+    return aside
+
+
+def _put_back(corpus: Path, work: Path, tried: Sequence[str], asides: dict[str, Path]) -> None:
+    """Undo what `_publish` has moved, corpus.json last."""
+    (corpus / "corpus.json").unlink(missing_ok=True)
+    for name in reversed(tried):
+        path = corpus / name
+        if not (work / name).exists():
+            if path.is_dir():
+                os.rename(path, work / name)
+            else:
+                shutil.copyfile(path, work / name)
+                if name not in asides:
+                    path.unlink()
+        if name in asides:
+            os.replace(asides[name], path)
+    if "corpus.json" in asides:
+        os.replace(asides["corpus.json"], corpus / "corpus.json")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_prep.readers.arrays import Open, require_inside, require_whole
+from data_prep.readers.containers import failed_call
 from data_prep.source.source import Annotations, StringArray, check_size
 
 _CATEGORIES = "__categories"
@@ -60,6 +61,8 @@ class Table:
             try:
                 values = self.columns[name](root)
             except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+                if failed_call(error):
+                    raise
                 notes[f"var/{name}"] = " ".join(str(error).split())
                 continue
             if isinstance(values.dtype, pd.CategoricalDtype):

@@ -8,6 +8,7 @@ the modality `rna` of MuData, the table of SpatialData.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -31,6 +32,35 @@ MAX_METADATA_BYTES = 2**26
 """Of one metadata file of zarr; those of atlases with thousands of arrays take 1 MB."""
 _RNA = ("rna", "gex", "geneexpression", "gene", "genes", "scrna", "transcriptome")
 """Names of the modality of genes in MuData, without case and punctuation."""
+
+
+_OF_THE_SYSTEM = frozenset({
+    errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM,
+    errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBADF, errno.ENOTCONN, errno.EHOSTDOWN,
+    errno.EREMOTEIO, errno.ESHUTDOWN,
+})  # fmt: skip
+"""Numbers of errors that say nothing about what is in a file."""
+
+
+def failed_call(error: BaseException | None) -> OSError | None:
+    """Return the failure of the operating system behind an error, or None: the file is damaged.
+
+    A part that a disk or server did not deliver now must not count as one that cannot be read.
+
+    Args:
+        error: What a library raised; HDF5 hides the number in its text.
+    """
+    while error is not None:
+        said = re.search(r"errno = (\d+), error message = '([^']*)'", str(error))
+        if said:
+            number, text = int(said[1]), said[2]
+        else:
+            number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+            text = os.strerror(number) if number else ""
+        if number in _OF_THE_SYSTEM:
+            return OSError(number, text)
+        error = error.__cause__
+    return None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from data_prep.readers.arrays import (
     require_whole,
 )
 from data_prep.readers.columns import decoded, objects
-from data_prep.readers.containers import hdf5_file, hdf5_root, writer_note
+from data_prep.readers.containers import failed_call, hdf5_file, hdf5_root, writer_note
 from data_prep.source.features import pick_genome
 from data_prep.source.source import Annotations, Matrix, Source, StringArray, check_size
 
@@ -204,6 +204,8 @@ def _gene_names(group: Any, n_genes: int) -> tuple[dict[str, StringArray], dict[
         try:
             found[name] = objects(_whole_attribute(group, name))
         except (ValueError, OSError) as error:
+            if failed_call(error):
+                raise
             notes[f"row_attrs/{name}"] = " ".join(str(error).split())
     return found, notes
 

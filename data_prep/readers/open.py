@@ -33,7 +33,13 @@ import pandas as pd
 from scipy import sparse
 
 from data_prep.readers.anndata import open_h5ad, open_zarr
-from data_prep.readers.containers import HDF5_SIGNATURE, ZARR_MARKS, ZIP_SIGNATURE, zipped_zarr
+from data_prep.readers.containers import (
+    HDF5_SIGNATURE,
+    ZARR_MARKS,
+    ZIP_SIGNATURE,
+    failed_call,
+    zipped_zarr,
+)
 from data_prep.readers.hdf5 import hdf5_kind, open_loom, open_tenx
 from data_prep.readers.npz import open_npz
 from data_prep.readers.text import matrix_market_files, open_matrix_market, open_table
@@ -179,6 +185,7 @@ def readable(path: Path) -> Iterator[None]:
     Raises:
         ValueError: Any reading error; UnusableError and FileNotFoundError pass with the file's name
             in front.
+        OSError: The disk or server failed; that says nothing about the file.
     """
     name = path.name
     try:
@@ -196,6 +203,8 @@ def readable(path: Path) -> Iterator[None]:
             f"{name}: asks for more memory than there is ({_one_line(error)}); damaged?"
         ) from error
     except _READ_ERRORS as error:
+        if failed := failed_call(error):
+            raise OSError(failed.errno, failed.strerror, str(path)) from error
         raise ValueError(_named(name, error)) from error
 
 
@@ -213,6 +222,8 @@ def _guarded_obs(obs: Annotations, path: Path) -> Annotations:
             try:
                 return obs[name]
             except _READ_ERRORS as error:
+                if failed := failed_call(error):
+                    raise OSError(failed.errno, failed.strerror, str(path)) from error
                 raise ValueError(
                     f"{path.name}: the cell annotation '{name}' cannot be read: {_one_line(error)}"
                 ) from error

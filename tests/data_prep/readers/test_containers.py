@@ -280,3 +280,27 @@ def test_values_that_were_never_written(tmp_path: Path) -> None:
             root["X"].create_dataset(name, shape=(10**12,), dtype="i4", chunks=(2**16,))
     with pytest.raises(ValueError, match=r"X/data claims 1000000000000 values in .* of which 0"):
         values(opened(path))
+
+
+@pytest.mark.parametrize("name", ["donor", "cell_type"])
+def test_a_disk_that_fails_is_no_annotation_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """HDF5 hides the number in its text, in errors of several types."""
+    table = cells()
+    table.obs[name] = "a"
+    table.write_h5ad(tmp_path / "x.h5ad")
+    said = "Can't read data (file read failed: errno = 5, error message = 'Input/output error', x)"
+    source = opened(tmp_path / "x.h5ad")
+    for error in (OSError(said), KeyError(said), RuntimeError(said), OSError(5, "Input/output")):
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr("data_prep.readers.columns.column_values", fail)
+            with pytest.raises(OSError, match=r"\[Errno 5\] Input/output.*x\.h5ad"):
+                source.obs.frame([name])
+    damaged = OSError("Can't synchronously read data (inflate() failed)")
+    assert readers_containers.failed_call(damaged) is None
+    assert readers_containers.failed_call(NotADirectoryError(20, "Not a directory")) is None
