@@ -108,7 +108,7 @@ def refused_load(engine: Any, folder: Path) -> str:
     failing = mock.patch.object(checkpoint_files, "fingerprint", side_effect=stale)
     with failing if dist.get_rank() == 1 else nullcontext():
         try:
-            load(engine, folder, accept=lambda found: None)
+            load(engine, folder, accept=lambda *found: None)
         except ValueError as error:
             return str(error)
     return ""
@@ -176,7 +176,7 @@ def save_in_the_background(folder: Path, seen: dict[str, Any]) -> None:
             manifests.append(json.loads((path / "manifest.json").read_text()))
         seen["background"][name] = manifests[0] == manifests[1]
         fresh = make_engine(ds_config=ds_config, precision=precision)
-        loaded = load(fresh, folder, accept=lambda found: None)
+        loaded = load(fresh, folder, accept=lambda *found: None)
         seen["loaded_again"][name] = loaded is not None and loaded.name
 
 
@@ -222,7 +222,7 @@ def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
     fresh = make_engine()
     seen["unreadable"] = refused_load(fresh, folder)
     seen["after_unreadable"] = listing(folder)
-    loaded = load(fresh, folder, accept=lambda found: None)
+    loaded = load(fresh, folder, accept=lambda *found: None)
     assert loaded is not None
     seen["loaded"] = dataclasses.asdict(loaded)
     seen["after_load"], seen["loss_loaded"] = listing(folder), train(fresh)

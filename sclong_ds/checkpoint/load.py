@@ -29,6 +29,7 @@ from sclong_ds.checkpoint.on_disk import (
 from sclong_ds.checkpoint.save import quiet, refuse_code_on_any_rank
 from sclong_ds.checkpoint.torch_files import plain_values_only, refuse_code
 from sclong_ds.engine.ranks import on_first_rank
+from sclong_ds.files.atomic import listed
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Loaded:
     """Time to check, convert and load it."""
 
 
-def load(engine: Any, folder: Path, *, accept: Callable[[TrainState], None]) -> Loaded | None:
+def load(engine: Any, folder: Path, *, accept: Callable[[Path, TrainState], None]) -> Loaded | None:
     """Load the newest good checkpoint of a run; every rank must call it.
 
     One that another number of ranks saved is converted.
@@ -57,8 +58,8 @@ def load(engine: Any, folder: Path, *, accept: Callable[[TrainState], None]) -> 
     Args:
         engine: The DeepSpeed engine, freshly initialised.
         folder: The run's `checkpoints` folder.
-        accept: Called with the checkpoint's state before anything is loaded; it raises ValueError
-            when the run cannot go on from there.
+        accept: Called with the checkpoint and its state before anything is loaded; it raises
+            ValueError when the run cannot go on from there.
 
     Returns:
         What was loaded, or None when there is no checkpoint.
@@ -71,7 +72,7 @@ def load(engine: Any, folder: Path, *, accept: Callable[[TrainState], None]) -> 
     if name is None:
         return None
     state = read_state(folder / name)
-    accept(state)
+    accept(folder / name, state)
     refuse_code_on_any_rank(folder / name)
     with quiet():
         if state.world_size == dist.get_world_size():
@@ -110,7 +111,8 @@ def _choose(folder: Path) -> tuple[str | None, tuple[str, ...]]:
             )
     if problems:
         raise ValueError(
-            f"no checkpoint in {folder} is usable: {len(problems)} are damaged (see above); "
+            f"no checkpoint in {folder} is usable, all are damaged ("
+            f"{'; '.join(f'{name}: {problem}' for name, problem in problems.items())}); "
             f"restore one or use a new run.dir"
         )
     return None, ()
@@ -149,8 +151,12 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
         checkpoint: A good checkpoint.
 
     Raises:
-        ValueError: A file names something else than tensors and plain values.
+        ValueError: A file names something else than tensors and plain values, or cannot be read.
     """
-    refuse_code(sorted(checkpoint.glob("*.pt")))
-    with quiet(), plain_values_only():
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    refuse_code([path for path in listed(checkpoint) if path.suffix == ".pt"])
+    folder, name = str(checkpoint.parent), checkpoint.name
+    try:
+        with quiet(), plain_values_only():
+            return get_fp32_state_dict_from_zero_checkpoint(folder, tag=name)
+    except RuntimeError as error:  # torch's own for a file that does not open
+        raise ValueError(f"{checkpoint}: its weights cannot be read: {error}") from error

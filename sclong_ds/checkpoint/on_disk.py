@@ -25,7 +25,7 @@ from typing import Any
 
 import google_crc32c
 
-from sclong_ds.files.atomic import named_errors, read_file
+from sclong_ds.files.atomic import is_partial, listed, named_errors, read_file
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 from sclong_ds.run_folder.files import METRICS_FILE
 from sclong_ds.run_folder.rows import read_metrics
@@ -33,6 +33,7 @@ from sclong_ds.run_folder.rows import read_metrics
 log = logging.getLogger(__name__)
 
 BEST = "best.json"
+_DIGEST = "checkpoint_digest"
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "sclong_ds-checkpoint", 2
 
@@ -82,8 +83,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
     Args:
         folder: The run's `checkpoints` folder.
+
+    Raises:
+        OSError: The folder is there and cannot be listed.
     """
-    found = [p for p in folder.glob("step_*") if _is_name(p.name) and p.is_dir()]
+    found = [p for p in listed(folder) if _is_name(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: step_of(p.name), reverse=True)
 
 
@@ -98,9 +102,10 @@ def remove_unfinished(folder: Path) -> None:
     Args:
         folder: The run's `checkpoints` folder.
     """
-    for unfinished in folder.glob("step_*.partial"):
-        if _is_name(unfinished.name.partition(".")[0]):
-            remove(unfinished)
+    for path in listed(folder):
+        name, _, kind = path.name.partition(".")
+        if is_partial(path) or (_is_name(name) and kind.endswith("partial")):
+            remove(path)
 
 
 def remove(checkpoint: Path) -> None:
@@ -379,19 +384,29 @@ def read_best(path: Path) -> tuple[str, float]:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It is damaged.
+        ValueError: It is damaged, or of another run.
     """
     content = read_object(path)
     keys = {"checkpoint", "step", "val_mse"}
-    # Earlier versions wrote no checksum.
-    if set(content) != keys and set(read_sealed(path)) != {*keys, CHECKSUM}:
+    # Earlier versions wrote no checksum, and then not whose figure it is.
+    if set(content) != keys and set(read_sealed(path)) - {_DIGEST} != {*keys, CHECKSUM}:
         raise ValueError(f"{path}: damaged (holds {', '.join(sorted(content))})")
     name, val_mse = content["checkpoint"], content["val_mse"]
     if not (isinstance(name, str) and _is_name(name) and content["step"] == step_of(name)):
         raise ValueError(f"{path}: damaged ({name!r} is no checkpoint)")
     if type(val_mse) not in (int, float) or not math.isfinite(val_mse):
         raise ValueError(f"{path}: damaged (val_mse is {val_mse!r})")
+    if content.get(_DIGEST) not in (None, _digest(path.parent / name) or content.get(_DIGEST)):
+        raise ValueError(f"{path}: of another run (its {name} is not the one beside it)")
     return name, val_mse
+
+
+def _digest(checkpoint: Path) -> str | None:
+    """Return what names a checkpoint's content; None where its manifest does not say."""
+    try:
+        return read_manifest(checkpoint).digest
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def _best_of_metrics(folder: Path) -> tuple[str, float] | None:
@@ -420,7 +435,10 @@ def restore_best(folder: Path) -> None:
         known: tuple[str, float] | None = read_best(path)
     except (FileNotFoundError, ValueError) as error:
         known = None
-        if not isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError):
+            if complete_checkpoints(folder):
+                log.warning("%s: missing; made again from %s", path, METRICS_FILE)
+        else:
             aside = path.with_name(f"{BEST}.damaged")
             log.error(
                 "%s; set aside as %s, and made again from %s", error, aside.name, METRICS_FILE
@@ -447,7 +465,8 @@ def record_best(folder: Path, name: str, val_mse: float | None) -> None:
 
 
 def _write_best(folder: Path, name: str, val_mse: float) -> None:
-    write_sealed(folder / BEST, {"checkpoint": name, "step": step_of(name), "val_mse": val_mse})
+    best = {"checkpoint": name, "step": step_of(name), "val_mse": val_mse}
+    write_sealed(folder / BEST, best | {_DIGEST: _digest(folder / name)})
 
 
 def prune(folder: Path, *, keep_last: int, keep_every_n_steps: int | None, keep_best: bool) -> None:
@@ -474,7 +493,7 @@ def _unwanted(folder: Path, keep_last: int, every: int | None, keep_best: bool) 
             continue
         yield path
     newest = step_of(found[0].name) if found else -1
-    for path in folder.glob("step_*.damaged"):
-        name = path.name.partition(".")[0]
-        if _is_name(name) and step_of(name) <= newest:
+    for path in listed(folder):
+        name, _, kind = path.name.partition(".")
+        if kind == "damaged" and _is_name(name) and step_of(name) <= newest:
             yield path

@@ -38,7 +38,7 @@ from sclong_ds.checkpoint.torch_files import refuse_code
 from sclong_ds.checkpoint.writer import CheckpointWriter, Written
 from sclong_ds.config.sections import CheckpointConfig
 from sclong_ds.engine.ranks import on_first_rank
-from sclong_ds.files.atomic import sync_folder, write_atomic
+from sclong_ds.files.atomic import listed, sync_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -229,10 +229,10 @@ def refuse_code_on_any_rank(checkpoint: Path) -> None:
     Raises:
         ValueError: Which file names what, on all ranks.
     """
-    files = sorted(checkpoint.glob("*.pt"))[dist.get_rank() :: dist.get_world_size()]
     everyone: list[str | None] = [None] * dist.get_world_size()
     try:
-        refuse_code(files)
+        files = [path for path in listed(checkpoint) if path.suffix == ".pt"]
+        refuse_code(files[dist.get_rank() :: dist.get_world_size()])
         mine = None
     except (ValueError, OSError) as error:
         mine = str(error)

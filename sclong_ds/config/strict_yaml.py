@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
+from sclong_ds.files.atomic import read_file
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the configuration (or one section) as plain dicts, lists and scalars."""
@@ -58,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: Not UTF-8, not YAML, or no mapping; the message names the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     return parse_yaml(text, str(path))

@@ -32,6 +32,7 @@ from sclong_ds.files.atomic import file_sha256, is_partial
 from sclong_ds.files.json_lines import damaged_lines
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed
 from sclong_ds.run_folder.files import EVENTS_FILE, METRICS_FILE, RUN_FILE, SYSTEM_DIR
+from sclong_ds.run_folder.seal import changes
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +227,8 @@ def _verify_records(folder: Path, findings: Findings) -> None:
             findings.unchecked.append(f"{RUN_FILE}: of a version without checksums")
     except (ValueError, OSError) as error:
         findings.problems.append(str(error))
+    findings.checked.append(f"{RUN_FILE}: its seal -> size and CRC-32C of the run's other files")
+    findings.problems += changes(folder)
     files = [folder / METRICS_FILE, folder / EVENTS_FILE]
     for path in [*files, *sorted((folder / SYSTEM_DIR).glob("*.jsonl"))]:
         if path.is_file():

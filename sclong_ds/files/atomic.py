@@ -85,6 +85,24 @@ def remove_partials_of(path: str | Path) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
+def listed(folder: str | Path) -> list[Path]:
+    """Return what is in a folder, sorted; nothing where there is no such folder.
+
+    `Path.glob` finds nothing in a folder that may not be read, as if it were empty.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: It cannot be listed.
+    """
+    try:
+        with named_errors(folder):
+            return sorted(Path(folder) / name for name in os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
 @contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
     """Give an OSError that names no file, as those of read, write and fsync, a file's name.

@@ -43,11 +43,13 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_sound(path: Path) -> dict[str, Any]:
     """Return a JSON object that a run can do without; empty where it is absent or damaged.
 
+    Earlier versions wrote it without a checksum.
+
     Args:
         path: The file.
     """
     try:
-        return read_object(path)
+        return read_sealed(path) if CHECKSUM in read_object(path) else read_object(path)
     except FileNotFoundError:
         return {}
     except ValueError as error:

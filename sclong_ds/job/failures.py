@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import re
@@ -22,8 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from sclong_ds.files.atomic import write_atomic
-from sclong_ds.files.sealed_json import read_sound
+from sclong_ds.files.sealed_json import read_sound, write_sealed
 from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS
 from sclong_ds.run_folder.identity import node_name
 
@@ -115,7 +113,7 @@ def record(run_dir: Path, text: str) -> None:
     """Write what is wrong into the run folder, with the life that it ended."""
     row = {"time": time.time(), "life": life_id(), "error": text}
     try:
-        write_atomic(run_dir / FAILURE_FILE, f"{json.dumps(row)}\n".encode())
+        write_sealed(run_dir / FAILURE_FILE, row)
     except OSError as error:
         log.warning("%s: %s", run_dir / FAILURE_FILE, error)
 

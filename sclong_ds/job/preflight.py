@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.job.failures import life_id, run_to_end
 from sclong_ds.job.node_report import GIB, Place, Report, examine, on_gpus
 from sclong_ds.job.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
@@ -401,8 +401,7 @@ def publish(verdict: Mapping[str, Any], place: Place, run_dir: Path | None) -> N
             reduced["bytes_per_s"] / 1e9,
         )  # fmt: skip
     if run_dir is not None and run_dir.is_dir():
-        text = json.dumps(verdict, indent=2) + "\n"
-        write_atomic(run_dir / PREFLIGHT_FILE, text.encode())
+        write_sealed(run_dir / PREFLIGHT_FILE, verdict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

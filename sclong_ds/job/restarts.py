@@ -43,7 +43,7 @@ from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import EngineConfig
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.files.sealed_json import read_sound
+from sclong_ds.files.sealed_json import CHECKSUM, checksum_of, read_sound
 from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS, SRUN_STATUS, STOP_STATUS
 from sclong_ds.job.failures import life_id, read_failure
 from sclong_ds.run_folder.files import METRICS_FILE, now, read_events
@@ -91,7 +91,8 @@ def begin(run_dir: Path, *, job: str, nodes: str, max_stalled: int) -> None:
     refuse_stalled(run_dir, job=job, max_stalled=max_stalled)
     life = Life(job=job, id=life_id(), started=now(), nodes=nodes, step=newest_step(run_dir))
     lives = [*read_lives(run_dir), life][-_KEPT_LIVES:]
-    text = json.dumps([asdict(life) for life in lives], indent=2)
+    rows = [asdict(life) for life in lives]
+    text = json.dumps([row | {CHECKSUM: checksum_of(row)} for row in rows], indent=2)
     write_atomic(run_dir / RESTARTS_FILE, f"{text}\n".encode())
 
 
@@ -198,8 +199,12 @@ def read_lives(run_dir: Path) -> list[Life]:
     if not path.exists():
         return []
     try:
-        return [Life(**life) for life in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, RecursionError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        # Earlier versions wrote no checksums.
+        if any(CHECKSUM in row and row[CHECKSUM] != checksum_of(row) for row in rows):
+            raise ValueError("a start does not have its checksum")
+        return [Life(**{k: v for k, v in row.items() if k != CHECKSUM}) for row in rows]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         log.error(
             "%s: not a record of starts (%s); ignored, starts are counted from 0", path, error
         )

@@ -101,6 +101,7 @@ def build_page(record: RunRecord) -> str:
     """Return the whole HTML page of a run; every text of the run is escaped."""
     body = "\n".join(
         [
+            _damage(record),
             _cards(record),
             page.section("What was run", _what_was_run(record)),
             page.section("Training", _training(record)),
@@ -164,6 +165,15 @@ def build_comparison(records: Sequence[RunRecord]) -> str:
 
 def _now() -> str:
     return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+
+
+def _damage(record: RunRecord) -> str:
+    """Return what is not as the run wrote it, for whoever reads the page."""
+    if not record.damage:
+        return ""
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in record.damage)
+    text = "Files of this run were changed or lost; what is shown may be wrong:"
+    return f"<p>{text}</p><ul>{lines}</ul>"
 
 
 def _status_line(record: RunRecord) -> str:

@@ -29,6 +29,7 @@ from sclong_ds.run_folder.files import METRICS_FILE, RUN_FILE, read_events, read
 from sclong_ds.run_folder.heartbeats import ENDED, HANG_FILE, SLOW_FILE, read_heartbeats, read_json
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
 from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.run_folder.seal import say_changes
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def read_status(run_dir: Path) -> RunStatus:
     if not (run_dir / RUN_FILE).is_file():
         raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {_no_run_yet(run_dir, lives)}")
     now = time.time()
+    say_changes(run_dir)
     record, events = read_run_json(run_dir), read_events(run_dir)
     rows = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
     openings = [e for e in events if e.get("event") in ("start", "resume")]
@@ -158,6 +160,7 @@ def read_status(run_dir: Path) -> RunStatus:
     passed = [r for r in rows if r["step"] <= step]
     validation = next((r for r in reversed(passed) if "val/mse" in r), None)
     ranks = _ranks(run_dir / "heartbeat", now)
+    _say_missing(run_dir / "heartbeat", ranks, opening.get("world_size"))
     hang = read_json(run_dir / "heartbeat" / HANG_FILE).get("error")
     state, max_steps = _state(record, ranks, hang), _max_steps(run_dir)
     last = lives[-1] if lives else None
@@ -277,6 +280,15 @@ def _describe_node(ranks: list[RankStatus]) -> str:
             age = _duration(min(rank.age_s for rank in gone))
             text += f"; {state} for {age}: {named}{more} ('{gone[0].phase}' of step {gone[0].step})"
     return text
+
+
+def _say_missing(folder: Path, ranks: tuple[RankStatus, ...], world_size: object) -> None:
+    """Log which ranks of a run that has heartbeats have none."""
+    known = {rank.rank for rank in ranks}
+    for rank in range(world_size if known and isinstance(world_size, int) else 0):
+        path = folder / f"rank_{rank:05d}.json"
+        if rank not in known and not path.exists():
+            log.warning("%s: missing; what this rank does is not known", path)
 
 
 def _ranks(folder: Path, now: float) -> tuple[RankStatus, ...]:

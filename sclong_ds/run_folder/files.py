@@ -21,7 +21,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +35,8 @@ EVENTS_FILE = "events.jsonl"
 RUN_FILE = "run.json"
 SYSTEM_DIR = "system"
 PLOTS_DIR = "plots"
+SEAL = "seal"
+"""Key of run.json, see `sclong_ds.run_folder.seal`."""
 REPORT_FILE = "report.html"
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,11 @@ def read_run_json(run_dir: Path) -> dict[str, Any]:
 
 
 def _sound_run_json(path: Path) -> dict[str, Any]:
-    """Return run.json without its checksum, which earlier versions did not write."""
+    """Return run.json without its checksum, which earlier versions did not write.
+
+    Raises:
+        ValueError: It is damaged, or the run's checkpoints are all of another run.
+    """
     try:
         content = read_object(path)
     except FileNotFoundError:
@@ -121,12 +127,30 @@ def _sound_run_json(path: Path) -> dict[str, Any]:
     if CHECKSUM in content:
         content = read_sealed(path)
         del content[CHECKSUM]
+    elif "run_id" not in content or SEAL in content:
+        raise ValueError(f"{path}: damaged (holds neither a checksum nor what one without has)")
+    own = content.get("run_id")
+    others = []
+    for ids in _ids_of_checkpoints(path.parent):
+        if ids["run_id"] == own:
+            return content
+        others.append(ids["run_id"])
+    if own and others:
+        raise ValueError(f"{path}: of another run ({own}; the checkpoints are of {others[0]})")
     return content
 
 
+def _ids_of_checkpoints(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield what the run.json in each checkpoint says, the newest first, where it has an id."""
+    for path in sorted((run_dir / "checkpoints").glob(f"step_*/{RUN_FILE}"), reverse=True):
+        if path.parent.name.removeprefix("step_").isdecimal():
+            ids = recorded_ids(path.parent)
+            if "run_id" in ids:
+                yield ids
+
+
 def _ids_of_newest_checkpoint(run_dir: Path) -> dict[str, Any]:
-    copies = sorted((run_dir / "checkpoints").glob(f"step_*/{RUN_FILE}"), reverse=True)
-    return recorded_ids(copies[0].parent) if copies else {}
+    return next(_ids_of_checkpoints(run_dir), {})
 
 
 def update_run_json(run_dir: Path, **fields: object) -> dict[str, Any]:

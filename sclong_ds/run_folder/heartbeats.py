@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed
+
+log = logging.getLogger(__name__)
 
 ENDED = "ended"
 """Phase of a rank whose training loop is over, in whichever way."""
@@ -49,7 +53,7 @@ class Heartbeat:
 
 
 def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
-    """Return the heartbeats of a run by rank; unreadable files are left out.
+    """Return the heartbeats of a run by rank; damaged files are left out, and the log says so.
 
     Args:
         folder: The run's `heartbeat` folder.
@@ -62,16 +66,30 @@ def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
             for name, value in content.items()
         ):
             found[content["rank"]] = Heartbeat(**content)
+        else:
+            log.warning("%s: damaged; what this rank does is not known", path)
     return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file of the heartbeat folder; an absent or unfinished one is an empty dict."""
+    """Return a file of the heartbeat folder; an absent or unfinished one is an empty dict.
+
+    So is a damaged one, and the log says so. Earlier versions wrote no checksum.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        # A rank claims what it is going to write with an empty file.
+        if not path.stat().st_size:
+            return {}
+        content = read_object(path)
+        if CHECKSUM in content:
+            content = read_sealed(path)
+            del content[CHECKSUM]
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
+    except ValueError as error:
+        log.warning("%s; ignored", error)
+        return {}
+    return content
 
 
 def who_is_behind(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.run_folder.files import RUN_FILE, now, read_run_json, recorded_ids, update_run_json
+
+log = logging.getLogger(__name__)
 
 # What decides the numbers of a run, as recorded in run.json.
 _PACKAGES = (
@@ -22,6 +25,7 @@ _PACKAGES = (
 def take_over_ids(run_dir: Path, checkpoint: Path) -> None:
     """Stay the run that a checkpoint belongs to when the run folder has lost its run.json."""
     if not (run_dir / RUN_FILE).exists() and (checkpoint / RUN_FILE).exists():
+        log.warning("%s: missing; made again from %s", run_dir / RUN_FILE, checkpoint.name)
         update_run_json(run_dir, **recorded_ids(checkpoint))
 
 

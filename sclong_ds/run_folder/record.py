@@ -28,6 +28,7 @@ from sclong_ds.run_folder.files import (
 )
 from sclong_ds.run_folder.metric_names import SPIKE_METRIC
 from sclong_ds.run_folder.rows import Row, latest, read_every_row, series
+from sclong_ds.run_folder.seal import say_changes
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class RunRecord:
         images: PNG files of the newest pictures, sorted by name.
         pictured_step: Step of the validation that they show; None without pictures.
         system: Samples of every node by its name, with `HOURS`.
+        damage: What is not as the run wrote it, a line each.
     """
 
     folder: Path
@@ -80,6 +82,7 @@ class RunRecord:
     images: tuple[Path, ...]
     pictured_step: int | None
     system: dict[str, Rows]
+    damage: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -158,6 +161,7 @@ def read_run(run_dir: Path) -> RunRecord:
         raise FileNotFoundError(
             f"{run_dir}: no {METRICS_FILE} in it; give the folder that training wrote (run.dir)"
         )
+    damage = say_changes(run_dir)
     every_row = read_every_row(run_dir)
     rows = latest(every_row)
     train = [row for row in rows if "train/loss" in row]
@@ -189,6 +193,7 @@ def read_run(run_dir: Path) -> RunRecord:
         images=() if folder is None else tuple(sorted(folder.glob("*.png"))),
         pictured_step=pictured,
         system=nodes,
+        damage=damage,
     )
 
 

@@ -30,6 +30,7 @@ from sclong_ds.run_folder.files import (
 )
 from sclong_ds.run_folder.identity import installed_packages, record_start
 from sclong_ds.run_folder.pending_pictures import Data
+from sclong_ds.run_folder.seal import SEALING, seal
 from sclong_ds.tracking.artist import Artist
 from sclong_ds.tracking.client import MAX_METRICS, Status, one_line, tracking_uri
 from sclong_ds.tracking.description import describe, restart_folder
@@ -156,6 +157,8 @@ class Tracker:
         if not self._enabled:
             return
         self._open_folder.append_event(name, step=step, **fields)
+        if name in SEALING:
+            seal(self._run_dir)
         if self._sender is not None and name in _EVENTS_TO_SEND:
             self._sender.queue([(self._run_dir / EVENTS_FILE, None)])
 
@@ -188,6 +191,7 @@ class Tracker:
         self._folder.close()
         self._folder = None
         update_run_json(self._run_dir, status=status, ended=now())
+        seal(self._run_dir)
         if self._artist is not None:
             self._artist.finish(wait_s=_DRAW_WAIT_S if status == "FINISHED" else 0.0)
         if self._sender is None or self._pool is None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sclong_ds.checkpoint.load import Loaded, load
-from sclong_ds.checkpoint.on_disk import TrainState, complete_checkpoints, restore_best
+from sclong_ds.checkpoint.on_disk import TrainState, restore_best
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.deepspeed_engine import count_parameters
 from sclong_ds.engine.ranks import Ranks, on_first_rank
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
-from sclong_ds.files.atomic import file_sha256, write_atomic
+from sclong_ds.files.atomic import file_sha256, remove_partials, write_atomic
 from sclong_ds.run_folder.identity import take_over_ids
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.run_folder.seal import say_changes
 from sclong_ds.training.guards import history_of
 from sclong_ds.training.run import Run, summary
 from sclong_ds.training.run_checks import refuse_changes, refuse_other_inputs
@@ -58,7 +60,7 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     found = load(
         run.engine,
         run_dir / "checkpoints",
-        accept=lambda state: refuse_other_inputs(run_dir, state, run.state),
+        accept=partial(refuse_other_run, run),
     )
     if found is not None:
         run.state, run.last_checkpoint = found.state, found.name
@@ -107,16 +109,26 @@ def record_opening(run: Run, found: Loaded | None) -> None:
 
 
 def claim_run_folder(run: Run) -> None:
-    """Make the run folder and lock it; refuse one that holds another run's checkpoints."""
+    """Make the run folder, lock it, and say what is not as an earlier start left it."""
     checkpoints = run.run_dir / "checkpoints"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"run.dir={run.run_dir}: {error}") from None
     run.lock = lock_run_folder(run.run_dir, wait_s=60)
+    remove_partials(run.run_dir)
+    say_changes(run.run_dir)
     restore_best(checkpoints)
-    if complete_checkpoints(checkpoints):
-        refuse_changes(run.run_dir / "config.yaml", run.config)
+
+
+def refuse_other_run(run: Run, checkpoint: Path, found: TrainState) -> None:
+    """Refuse to go on from a checkpoint with another configuration or other inputs.
+
+    Raises:
+        ValueError: What differs.
+    """
+    refuse_changes(checkpoint, run.config)
+    refuse_other_inputs(run.run_dir, found, run.state)
 
 
 def write_inputs(run: Run, ds_config: dict[str, Any]) -> None:

@@ -62,17 +62,24 @@ def check_inputs(config: RunConfig) -> None:
         read_weights(Path(config.data.dataset_weights))
 
 
-def refuse_changes(saved: Path, config: RunConfig) -> None:
-    """Refuse to resume a run under another model or data section.
+def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
+    """Refuse to go on from a checkpoint under another model or data section.
 
-    Paths may change, their content may not; so may what has no influence on the weights.
+    Paths may change, their content may not; so may what has no influence on the weights. The
+    checkpoint's own config.yaml counts, which its manifest covers.
+
+    Args:
+        checkpoint: The checkpoint to go on from, in the run folder.
+        config: The configuration to go on with.
 
     Raises:
         ValueError: What differs.
     """
-    if not saved.is_file():
-        return
+    saved, run_dir = checkpoint / "config.yaml", checkpoint.parent.parent
     before, now = add_later_keys(read_yaml(saved)), to_dict(config)
+    lost = [name for name in ("model", "data") if not isinstance(before.get(name), dict)]
+    if lost:
+        raise ValueError(f"{saved}: damaged (has no section {lost[0]}); use another checkpoint")
     free = {f"model.{key}" for key in ("gene_graph", "gene_vectors", "random_features_file")}
     free |= {
         f"data.{key}"
@@ -86,7 +93,7 @@ def refuse_changes(saved: Path, config: RunConfig) -> None:
     ]
     if lines:
         raise ValueError(
-            f"run.dir={saved.parent}: cannot resume with a changed configuration "
+            f"run.dir={run_dir}: cannot resume with a changed configuration "
             f"({'; '.join(lines)}); undo the change or use a new run.dir"
         )
 
@@ -157,7 +164,7 @@ def check_run_folder(run_dir: Path, config: RunConfig, now: TrainState) -> None:
     """
     found = complete_checkpoints(run_dir / "checkpoints")
     if found:
-        refuse_changes(run_dir / "config.yaml", config)
+        refuse_changes(found[0], config)
         refuse_other_inputs(run_dir, read_state(found[0]), now)
     place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+from sclong_ds.files.sealed_json import CHECKSUM, checksum_of
 from sclong_ds.run_folder.heartbeats import (
     ENDED,
     HANG_FILE,
@@ -225,7 +226,8 @@ class Watchdog:
         """Write a file whole, but not to the disk: after a power cut it is of no use."""
         partial = self._folder / f".{name}.{self._rank}"
         try:
-            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            whole = dict(content) | {CHECKSUM: checksum_of(content)}
+            partial.write_text(json.dumps(whole) + "\n", encoding="utf-8")
             os.replace(partial, self._folder / name)
         except OSError as error:
             self._complain(error)

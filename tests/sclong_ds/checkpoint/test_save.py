@@ -320,6 +320,25 @@ def test_a_damaged_best_json_is_made_again_from_the_metrics(validated):
     assert path.read_bytes() == whole
 
 
+def test_a_best_json_of_another_run_does_not_count(validated, tmp_path, caplog):
+    """Its checkpoint has the same name and other content."""
+    other = tmp_path / "other" / "checkpoints"
+    make_checkpoint(other, 4, FILES | {"zero_pp_rank_0_mp_rank_00_optim_states.pt": b"other"})
+    record_best(other, name_of(4), 0.0625)
+    (validated / "best.json").write_bytes((other / "best.json").read_bytes())
+    assert best_checkpoint(validated) == (name_of(4), 0.25)
+    assert "best.json: of another run" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_no_folder_without_checkpoints(validated, monkeypatch):
+    def fail(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.listdir", fail)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*/checkpoints'"):
+        complete_checkpoints(validated)
+
+
 def test_saving_goes_on_beside_a_damaged_best_json(validated, caplog):
     """It keeps the best checkpoint, which the file does not name any more."""
     settings = load_config("sclong_tiny", ["checkpoint.keep_last=1"]).checkpoint

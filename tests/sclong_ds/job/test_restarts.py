@@ -175,6 +175,17 @@ def test_a_damaged_record_counts_starts_from_0(
     assert len(read_lives(tmp_path)) == 1
 
 
+def test_a_changed_start_is_not_one_and_those_of_earlier_versions_count(tmp_path: Path) -> None:
+    _begin(tmp_path)
+    path = tmp_path / RESTARTS_FILE
+    whole = path.read_text()
+    path.write_text(whole.replace('"step": 0', '"step": 8'))
+    assert read_lives(tmp_path) == []
+    rows = [{k: v for k, v in row.items() if k != "checksum"} for row in json.loads(whole)]
+    path.write_text(json.dumps(rows))
+    assert len(read_lives(tmp_path)) == 1
+
+
 def test_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
