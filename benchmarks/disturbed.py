@@ -19,9 +19,10 @@ from benchmarks.fault_products import contents
 KILL = "kill"
 """Instead of a kind of calls: the process is killed at any call that changes the disk."""
 FAULTS = (*KINDS, KILL)
-STATES = ("new", "old", "part", "told", "third")
-"""new, old; part: some units are new, the others old; told: one is missing, or says that it failed
-or must be made again; third: none of these."""
+STATES = ("new", "old", "part", "failed", "killed", "third")
+"""new, old; part: some units are new, the others old; failed: a dataset whose ledger entry says so
+and why, which is what convert makes of one that it cannot stage; killed: no corpus until the
+command is run again, after a kill only; third: none of these."""
 HANG_S = 90.0
 
 
@@ -138,7 +139,7 @@ def _state(
     for name in old.keys() | new.keys() | found.keys():
         content = found.get(name)
         if content not in (old.get(name), new.get(name)):
-            states.add("told" if command.told(content) else "third")
+            states.add(command.between(content))
         elif old.get(name) != new.get(name):
             states.add("new" if content == new.get(name) else "old")
     if {"old", "new"} <= states:
@@ -154,6 +155,8 @@ def _ending(command: Command, ended: Ended, fault: str, state: str, place: Path)
         return "hangs"
     if fault == KILL:
         return ""
+    if state == "killed":
+        return f"a failed call leaves no corpus ({ended.describe()})"
     if ended.signal or ended.error is not None:
         return f"ends by {ended.describe()}"
     if "Traceback" in ended.output:

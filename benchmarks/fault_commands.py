@@ -46,8 +46,8 @@ class Command:
     """Called with the place; returns the exit status."""
     units: Callable[[Path], dict[str, Any]]
     """Called with the place; content of every unit that is there."""
-    told: Callable[[Any], bool] = lambda content: False
-    """Whether a unit is in a state that says itself that it must be made again."""
+    between: Callable[[Any], str] = lambda content: "third"
+    """The state, of `benchmarks.disturbed.STATES`, of a unit that is neither old nor new."""
 
 
 def _build_convert(products: Path, place: Path) -> None:
@@ -75,9 +75,10 @@ def _units_convert(place: Path) -> dict[str, Any]:
     return found
 
 
-def _failed(content: Any) -> bool:
-    """Tell whether a dataset is missing, which finalize refuses, or says that it failed."""
-    return not content or json.loads(content["entry"])["status"] == "failed"
+def _failed(content: Any) -> str:
+    """Return failed for a dataset whose entry is missing, which finalize refuses, or says so."""
+    found = not content or json.loads(content["entry"])["status"] == "failed"
+    return "failed" if found else "third"
 
 
 def _build_finalize(products: Path, place: Path) -> None:
@@ -143,6 +144,8 @@ def _file_units(*names: str) -> Callable[[Path], dict[str, Any]]:
     return units
 
 
+_BESIDE = ("config.yaml", "genes.tsv")
+"""Files of the run folder that a checkpoint cannot be without."""
 _ENGINE: list[Any] = []
 """The engine that checkpoints are saved of; made once in the process that forks the trials."""
 
@@ -197,7 +200,7 @@ def _save(place: Path, step: int) -> int:
     keep = dataclasses.replace(config.checkpoint, keep_last=2, keep_best=True)
     try:
         saving = checkpoint.begin_save(
-            _engine(), place / "checkpoints", state, files=[place / "config.yaml"],
+            _engine(), place / "checkpoints", state, files=[place / name for name in _BESIDE],
             settings=keep, val_mse=1.0 / step, background=True,
         )  # fmt: skip
         checkpoint.finish_save(saving)
@@ -211,7 +214,8 @@ def _build_save(products: Path, place: Path) -> None:
     """Save two checkpoints; the next one drops the first."""
     del products
     (place / "checkpoints").mkdir(parents=True)
-    (place / "config.yaml").write_text("a: 1\n")
+    for name in _BESIDE:
+        (place / name).write_text(f"{name}\n")
     for step in (1, 2):
         must(_save(place, step))
 
@@ -231,11 +235,12 @@ COMMANDS: dict[str, Command] = {
     for command in (
         Command(
             name="convert", needs=("staging",), build=_build_convert, units=_units_convert,
-            run=lambda place: convert(place / "sources", place / "corpus"), told=_failed,
+            run=lambda place: convert(place / "sources", place / "corpus"), between=_failed,
         ),
         Command(
             name="finalize", needs=("staging",), build=_build_finalize, units=_units_finalize,
-            run=lambda place: finalize(place / "corpus"), told=lambda content: not content,
+            run=lambda place: finalize(place / "corpus"),
+            between=lambda content: "third" if content else "killed",
         ),
         Command(
             name="save", needs=(), build=_build_save, units=_units_save,

@@ -185,7 +185,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 
 def product(folder: Path, name: str) -> Product:
-    """Return a product that `MAKERS` has made.
+    """Return a copy, to damage, of a product that `MAKERS` has made.
 
     Args:
         folder: Where the products are.
@@ -193,11 +193,13 @@ def product(folder: Path, name: str) -> Product:
     """
     from benchmarks import fault_readers
 
-    root = folder / name
+    # Whoever is killed in the middle leaves the copy damaged, not the product.
+    root = fresh_copy(folder / name, folder / "tried" / name)
     files = sorted(
-        path.relative_to(root).as_posix() for path in root.rglob("*")
-        if path.is_file() and ".locks" not in path.parts and path.name not in (".lock",)
-    )  # fmt: skip
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file() and ".locks" not in path.parts and path.name != ".lock"
+    )
     if name == "corpus":
         files = [file for file in files if file.split("/")[0] in (*FINISHED, "genes.tsv")]
     readers, must_fail = fault_readers.READERS[name]

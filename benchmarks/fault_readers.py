@@ -6,7 +6,6 @@ hide what it would have returned.
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -115,7 +114,7 @@ def read_graph(folder: Path) -> Any:
     from sclong_ds.corpus.gene_graph import read_gene_graph
     from sclong_ds.corpus.genes import GeneVocabulary
 
-    genes = GeneVocabulary.read(folder.parent / "corpus" / "genes.tsv")
+    genes = GeneVocabulary.read(folder.parents[1] / "corpus" / "genes.tsv")
     return [_arrays(a) for a in read_gene_graph(folder / "graph.npz", genes_hash=genes.hash)]
 
 
@@ -146,13 +145,12 @@ def read_compare(folder: Path) -> Any:
 
 def read_resumed(folder: Path) -> Any:
     """Choose a checkpoint as a resumed run does and read all that is taken from it."""
-    from sclong_ds.engine.ranks import join_process_group
+    import torch.distributed as dist
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": "0"}  # fmt: skip
-    join_process_group(timeout_s=20)
-    # A damaged checkpoint is renamed.
+    # A damaged checkpoint is renamed. DeepSpeed's own start would compile an extension.
     with tempfile.TemporaryDirectory() as temporary:
+        store = dist.FileStore(f"{temporary}/store", 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         return _resumed(fresh_copy(folder, Path(temporary) / folder.name))
 
 
@@ -160,6 +158,8 @@ def _resumed(folder: Path) -> Any:
     from sclong_ds.checkpoint import on_disk as checkpoint_files
     from sclong_ds.config.load import load_config
     from sclong_ds.run_folder import files as run_folder
+    from sclong_ds.run_folder import identity as run_identity
+    from sclong_ds.run_folder import seal
     from sclong_ds.training import run_checks
 
     checkpoints = folder / "checkpoints"
@@ -170,7 +170,10 @@ def _resumed(folder: Path) -> Any:
         raise ValueError("; ".join(problems))
     chosen = checkpoints / name
     config = load_config(chosen / "config.yaml")
-    run_checks.refuse_changes(folder / "config.yaml", config)
+    run_checks.refuse_changes(chosen, config)
+    seal.say_changes(folder)
+    checkpoint_files.restore_best(checkpoints)
+    run_identity.take_over_ids(folder, chosen)
     best = checkpoint_files.best_checkpoint(checkpoints)
     files = {path.name: checkpoint_files.fingerprint(path) for path in sorted(chosen.glob("*.pt"))}
     state = checkpoint_files.read_state(chosen)

@@ -84,7 +84,7 @@ def make_products(work: Path, wanted: Iterable[str]) -> None:
             continue
         remove([work / name, work / f"other-{name}"])
         ended = in_child(
-            functools.partial(MAKERS[name], work), log=work / "make.log", timeout_s=300
+            functools.partial(MAKERS[name], work), log=work / "make.log", timeout_s=900
         )
         if ended.error is not None or ended.signal or ended.hung:
             raise RuntimeError(f"{name}: {ended.describe()}\n{ended.trace}{ended.output[-3000:]}")
