@@ -52,7 +52,6 @@ def load_converted(engine: Any, checkpoint: Path) -> str | None:
     names = [name for name, _ in engine.module.named_parameters()]
     on_first_rank(lambda: convert(checkpoint, folder, names=names))
     optimizer = engine.optimizer.optimizer
-    settings = [_settings(group) for group in optimizer.param_groups]
     # Left on, DeepSpeed would write later checkpoints wrongly and read them as converted ones.
     engine._config.load_universal_checkpoint = True
     try:
@@ -60,9 +59,6 @@ def load_converted(engine: Any, checkpoint: Path) -> str | None:
             path, _ = engine.load_checkpoint(str(folder), tag=checkpoint.name)
     finally:
         engine._config.load_universal_checkpoint = False
-    # ZeRO-3 gives every parameter group the settings of the first, its name included.
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
     # ZeRO-3 gives all groups one and the same step counter, which each of them would advance. The
     # converter leaves it on the CPU; a fused optimizer reads it on the GPU.
     fused = optimizer.defaults.get("fused")
@@ -125,7 +121,3 @@ def _drop_slices(path: Path) -> None:
     small = path.with_name("small.pt")
     torch.save(state, small)
     small.replace(path)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}

@@ -74,6 +74,8 @@ def load(engine: Any, folder: Path, *, accept: Callable[[Path, TrainState], None
     state = read_state(folder / name)
     accept(folder / name, state)
     refuse_code_on_any_rank(folder / name)
+    optimizer = engine.optimizer.optimizer
+    settings = [_settings(group) for group in optimizer.param_groups]
     with quiet():
         if state.world_size == dist.get_world_size():
             with plain_values_only():
@@ -82,6 +84,10 @@ def load(engine: Any, folder: Path, *, accept: Callable[[Path, TrainState], None
             path = load_converted(engine, folder / name)
     if path is None:
         raise ValueError(f"{folder / name}: DeepSpeed could not load it; see the messages above")
+    # What the configuration says is in force, not what it said when the checkpoint was saved. (And
+    # a converted one gives every group of ZeRO-3 the settings of the first, its name included.)
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
     return Loaded(
         state=replace(state, world_size=dist.get_world_size()),
         name=name,
@@ -89,6 +95,11 @@ def load(engine: Any, folder: Path, *, accept: Callable[[Path, TrainState], None
         damaged=damaged,
         seconds=time.perf_counter() - started,
     )
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what a parameter group says of its updates: learning rate, betas, eps, decay."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _choose(folder: Path) -> tuple[str | None, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,11 @@ from sclong_ds.run_folder.rows import read_metrics
 from sclong_ds.run_folder.seal import say_changes
 from sclong_ds.training.guards import history_of
 from sclong_ds.training.run import Run, summary
-from sclong_ds.training.run_checks import refuse_changes, refuse_other_inputs
+from sclong_ds.training.run_checks import (
+    changed_settings,
+    refuse_changes,
+    refuse_other_inputs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +76,8 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
         # The rows of the last steps may be lost with a machine; the checkpoint is not.
         run.guard.restore(replace(history, skipped=run.state.skipped_steps))
         on_first_rank(lambda: take_over_ids(run_dir, run_dir / "checkpoints" / found.name))
+    config_file = run_dir / "config.yaml"
+    changed = on_first_rank(lambda: changed_settings(config_file, run.config) if found else {})
     on_first_rank(lambda: write_inputs(run, ds_config))
     run.tracker.start(
         params={
@@ -88,11 +95,11 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
         step=run.state.step,
         summary=summary(run),
     )
-    record_opening(run, found)
+    record_opening(run, found, changed)
 
 
-def record_opening(run: Run, found: Loaded | None) -> None:
-    """Log and record whether the run is new, and if not, what it goes on from."""
+def record_opening(run: Run, found: Loaded | None, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Log and record whether the run is new, and if not, what it goes on from and under what."""
     step, world_size = run.state.step, run.ranks.world_size
     if found is None:
         run.tracker.event("start", step=step, world_size=world_size)
@@ -106,6 +113,11 @@ def record_opening(run: Run, found: Loaded | None) -> None:
     )  # fmt: skip
     converted = "" if found.saved_by == world_size else f", converted from {found.saved_by} ranks"
     log.info("run folder %s: resuming after step %d%s", run.run_dir, step, converted)
+    for key, (old, new) in changed.items():
+        log.warning("%s: %r -> %r, from step %d on", key, old, new, step + 1)
+    if changed:
+        values = {key: f"{old!r} -> {new!r}" for key, (old, new) in changed.items()}
+        run.tracker.event("settings_changed", step=step, **values)
 
 
 def claim_run_folder(run: Run) -> None:

@@ -98,6 +98,27 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
         )
 
 
+def changed_settings(saved: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that are not those of the run's last start.
+
+    Args:
+        saved: The config.yaml of the run folder.
+        config: The configuration of this start.
+
+    Returns:
+        Old and new value by `section.key`; nothing for a folder without a configuration.
+    """
+    if not saved.is_file():
+        return {}
+    before, now = add_later_keys(read_yaml(saved)), to_dict(config)
+    return {
+        f"{section}.{key}": (before.get(section, {}).get(key), value)
+        for section, keys in now.items()
+        for key, value in keys.items()
+        if before.get(section, {}).get(key) != value
+    }
+
+
 def check_same_on_all_ranks(config: RunConfig, state: TrainState, model: ScLong) -> None:
     """Check that all ranks read the same files and draw the same random features.
 

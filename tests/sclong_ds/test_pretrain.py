@@ -27,6 +27,7 @@ from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 from benchmarks.random_kills import end_ranks, last_step, openings, start_ranks, train
 from sclong_ds.config.load import load_config
 from sclong_ds.model.random_features import drawn_features
+from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.run_folder.rows import read_metrics
 
@@ -388,6 +389,30 @@ def test_resume_refuses_another_run_and_passes_over_a_damaged_checkpoint(
     assert "is damaged" in log_of(run_dir)
     assert losses(run_dir) == losses(straight)
     assert openings(run_dir) == [0, 48]
+
+
+def test_settings_changed_at_a_resume_are_in_force_and_said(
+    straight, small_corpus, small_graph, tmp_path
+):
+    """With an eps that no gradient can move, and no decay, the weights stay what they were."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    for later in run_dir.glob("checkpoints/step_*"):
+        if later.name > "step_00000012":
+            shutil.rmtree(later)
+    before = weights(run_dir, tmp_path)
+    (tmp_path / "model_run").rename(tmp_path / "before")
+    changes = {"optim.eps": 1e9, "optim.betas": "[0.5, 0.6]", "optim.weight_decay": 0.0,
+               "run.max_steps": 14}  # fmt: skip
+    run_ranks(2, settings(run_dir, small_corpus, small_graph, **changes), run_dir)
+    after = weights(run_dir, tmp_path)
+    assert max(np.abs(after[name] - before[name]).max() for name in before) < 1e-7
+    (event,) = [e for e in read_events(run_dir) if e["event"] == "settings_changed"]
+    assert event["step"] == 12
+    assert event["optim.eps"] == "1e-08 -> 1000000000.0"
+    assert event["optim.betas"] == "[0.9, 0.999] -> [0.5, 0.6]"
+    assert {"optim.weight_decay", "run.max_steps"} <= event.keys()
+    assert "optim.eps: 1e-08 -> 1000000000.0, from step 13 on" in log_of(run_dir)
 
 
 def test_many_ranks_say_an_error_once_and_leave_nothing(small_corpus, demo_graph, tmp_path):
