@@ -18,8 +18,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 : "${SBATCH_QOS:=}"
 
 # --- software ---
-# Environment with requirements.txt installed: a venv, by default the one `make setup` creates.
-: "${SCLONG_VENV:=$root/.venv}"
+# Environment with requirements.txt installed: a venv, by default the one `make setup` creates. Where
+# that does not exist, python is the one of SCLONG_MODULES or of the PATH.
+default_venv="$root/.venv"
+: "${SCLONG_VENV:=$default_venv}"
 # Names for `module load`, separated by spaces (for instance "cuda/12.8 gcc/13").
 : "${SCLONG_MODULES:=}"
 # Command that runs its arguments in a container (for instance "apptainer exec --nv sclong.sif");
@@ -66,14 +68,24 @@ if [[ -n $SCLONG_MODULES ]]; then
   ${nounset:+set -u}
 fi
 
+if [[ -z $SCLONG_CONTAINER && $SCLONG_VENV != "$default_venv" && ! -x $SCLONG_VENV/bin/python ]]; then
+  echo "error: SCLONG_VENV=$SCLONG_VENV has no bin/python: set it to an environment with" \
+    "requirements.txt installed, or leave it out" >&2
+  return 2
+fi
 if [[ -z $SCLONG_CONTAINER && -d $SCLONG_VENV ]]; then
   export VIRTUAL_ENV="$SCLONG_VENV" PATH="$SCLONG_VENV/bin:$PATH"
 fi
-if [[ -z $SCLONG_CONTAINER ]] && ! command -v python >/dev/null; then
-  echo "error: no python: $SCLONG_VENV does not exist (make setup creates it); or set SCLONG_VENV," \
+if [[ -z $SCLONG_CONTAINER ]] && ! python -c 'import sys
+from importlib.util import find_spec
+sys.exit(None in map(find_spec, ("torch", "deepspeed", "zarr")))' 2>/dev/null; then
+  # Without this the job would end in a traceback of whatever python the node has.
+  echo "error: $(command -v python || echo "no python;") cannot import torch, deepspeed and zarr:" \
+    "$SCLONG_VENV does not exist (make setup creates it), or lacks them; or set SCLONG_VENV," \
     "SCLONG_MODULES or SCLONG_CONTAINER" >&2
   return 2
 fi
+unset default_venv
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if [[ -n $SCLONG_SCRATCH ]]; then
   export TRITON_CACHE_DIR="$SCLONG_SCRATCH/triton" TORCH_EXTENSIONS_DIR="$SCLONG_SCRATCH/torch"

@@ -136,6 +136,6 @@ print(sorted({"kernels", "data_prep"} & set(sys.modules)), sclong_ds.__version__
     said = run(programs / "sclong", "slurm", "site", cwd=tmp_path)
     assert str(tmp_path / "site") in said
     env = (tmp_path / "site" / "slurm" / "env.sh").read_text()
-    assert f"SCLONG_VENV:={tmp_path / 'env'}}}" in env
+    assert f'default_venv="{tmp_path / "env"}"' in env
     job = (tmp_path / "site" / "slurm" / "data_prep.sh").read_text()
     assert "python -m sclong_ds.data_prep" in job

@@ -16,7 +16,7 @@ from sclong_ds.command_line import local_path
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.places import place_of
 
-_VENV = ': "${SCLONG_VENV:=$root/.venv}"'
+_VENV = 'default_venv="$root/.venv"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def write_scripts(folder: Path) -> Path:
     env = target / "env.sh"
     text = env.read_text(encoding="utf-8")
     if _VENV not in text:
-        raise ValueError(f"{env} does not set SCLONG_VENV as `{_VENV}`")
-    own = f': "${{SCLONG_VENV:={sys.prefix}}}"'
+        raise ValueError(f"{env} does not name the environment as `{_VENV}`")
+    own = f'default_venv="{sys.prefix}"'
     write_atomic(env, text.replace(_VENV, own).encode())
     return target

@@ -179,6 +179,26 @@ def test_env_sourced_in_a_shell_serves_sbatch_and_never_ends_the_shell(tmp_path:
     assert "error: SCLONG_MODULES='cuda'" in done.stderr
 
 
+@pytest.mark.parametrize("wrong", ["missing", "empty", "other"])
+def test_an_environment_that_cannot_train_is_one_line(tmp_path: Path, wrong: str) -> None:
+    """A folder that is mistyped, one that is no environment, and a python without the libraries."""
+    venv = tmp_path / wrong
+    if wrong == "empty":
+        venv.mkdir()
+    if wrong == "other":
+        (venv / "bin").mkdir(parents=True)
+        (venv / "bin" / "python").symlink_to("/usr/bin/python3")
+    done = subprocess.run(
+        ["bash", "-c", f"source {ROOT}/slurm/env.sh; echo status $?"],
+        env={"PATH": "/usr/bin:/bin", "SCLONG_VENV": str(venv)},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == "status 2\n"
+    (line,) = done.stderr.splitlines()
+    said = "cannot import torch" if wrong == "other" else f"SCLONG_VENV={venv} has no bin/python"
+    assert said in line
+
+
 def test_pretrain_outside_of_slurm_says_how_to_submit(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", ROOT / "slurm" / "pretrain.sh"], env={"PATH": "/usr/bin:/bin"},
