@@ -51,14 +51,10 @@ def failed_call(error: BaseException | None) -> OSError | None:
         error: What a library raised; HDF5 hides the number in its text.
     """
     while error is not None:
-        said = re.search(r"errno = (\d+), error message = '([^']*)'", str(error))
-        if said:
-            number, text = int(said[1]), said[2]
-        else:
-            number = getattr(error, "errno", None) if isinstance(error, OSError) else None
-            text = os.strerror(number) if number else ""
+        said = re.search(r"errno = (\d+), error message = '", str(error))
+        number = int(said[1]) if said else getattr(error, "errno", None)
         if number in _OF_THE_SYSTEM:
-            return OSError(number, text)
+            return OSError(number, os.strerror(number))
         error = error.__cause__
     return None
 

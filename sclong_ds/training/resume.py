@@ -19,10 +19,11 @@ from sclong_ds.engine.deepspeed_engine import count_parameters
 from sclong_ds.engine.ranks import Ranks, on_first_rank
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
 from sclong_ds.files.atomic import file_sha256, remove_partials, write_atomic
+from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.run_folder.identity import take_over_ids
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.run_folder.rows import read_metrics
-from sclong_ds.run_folder.seal import say_changes
+from sclong_ds.run_folder.seal import say_changes, seal
 from sclong_ds.training.guards import history_of
 from sclong_ds.training.run import Run, summary
 from sclong_ds.training.run_checks import (
@@ -154,3 +155,5 @@ def write_inputs(run: Run, ds_config: dict[str, Any]) -> None:
     for name, path in parts.items():
         if path:
             write_atomic(run.run_dir / name, Path(path).read_bytes())
+    if (run.run_dir / RUN_FILE).exists():  # until the start is recorded, `status` compares
+        seal(run.run_dir)
