@@ -191,14 +191,24 @@ exclude_bad_nodes() {
   if [[ $before != "(null)" ]]; then bad="$before,$bad"; fi
   # Slurm changes this of waiting jobs only, and ends this script as soon as the job waits.
   trap '' TERM
-  if requeue && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"; then
+  if requeue && scontrol update JobId="$(this_job)" ExcNodeList="$bad"; then
     echo "job $SLURM_JOB_ID is queued again without $bad"
+  fi
+}
+
+# Prints how Slurm's commands name this job. The own id of an array's task may be that of the whole
+# array, and a command with it would reach the other tasks as well.
+this_job() {
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  else
+    echo "$SLURM_JOB_ID"
   fi
 }
 
 # Prints what Slurm says about this job.
 show_job() {
-  scontrol show job --oneliner "$SLURM_JOB_ID"
+  scontrol show job --oneliner "$(this_job)"
 }
 
 # Prints one field of what show_job printed.
@@ -217,8 +227,8 @@ patient() {
 
 # Queues the job again. What Slurm refuses it refuses twice; what it did not hear it is told again.
 requeue() {
-  scontrol requeue "$SLURM_JOB_ID" || {
-    patient show_job >/dev/null && scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$(this_job)" || {
+    patient show_job >/dev/null && scontrol requeue "$(this_job)"
   }
 }
 
@@ -227,11 +237,20 @@ requeue() {
 # take the one that still writes along; --wait ends the ranks of a dead run.
 # The signals are ignored until python has installed its handlers: by default they would end the rank.
 # srun must not read what the job asked for per task and GPU, which may be another layout: each task is
-# to see all GPUs of its node. (--gpu-bind=none is no way to that: Slurm before 21.08 does not know it,
+# to see all GPUs of its node. Nor what leaked into the job from one that it was submitted in (salloc, a
+# notebook on a node): how its tasks were bound, distributed and given memory. (--gpu-bind=none is no way to that: Slurm before 21.08 does not know it,
 # and 22.05 then leaves CUDA_VISIBLE_DEVICES unset.)
 launch() {
-  local module=$1 straggler_s=$2 gpus=""
+  local module=$1 straggler_s=$2 gpus="" name
   shift 2
+  for name in $(compgen -A export SLURM_); do
+    case $name in
+      SLURM_CPU_BIND* | SLURM_MEM_BIND* | SLURM_MEM_PER_* | SLURM_DISTRIBUTION | SLURM_DIST_* | \
+        SLURM_HINT | SLURM_EXCLUSIVE | SLURM_OVERLAP | SLURM_THREADS_PER_CORE | SLURM_CORE_SPEC | \
+        SLURM_NTASKS_PER_CORE | SLURM_NTASKS_PER_SOCKET | SLURM_NTASKS_PER_NODE | SLURM_RELATIVE | \
+        SLURM_EXPORT_ENV | SLURM_STEP_*) unset "$name" ;;
+    esac
+  done
   unset SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_GPUS SLURM_GPUS_PER_NODE \
     SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_TRES_PER_TASK SLURM_TRES_BIND
   if ((SCLONG_GPUS_ON_NODE)); then gpus="--gres=gpu:$SCLONG_GPUS_ON_NODE"; fi
@@ -254,7 +273,7 @@ wait_for_step() {
   while kill -0 "$pid" 2>/dev/null; do
     if ((asked_to_stop)); then
       # scancel fails when the step has not begun or has just ended: the next round sees which.
-      scancel --signal=USR1 "$SLURM_JOB_ID.$step" || true
+      scancel --signal=USR1 "$(this_job).$step" || true
       sleep "$FORWARD_EVERY_S" &
       pause=$!
       wait -n "$pid" "$pause" || true

@@ -162,6 +162,36 @@ def test_a_step_asks_for_gpus_as_every_slurm_knows(
     assert asked == ([option] if option else [])
 
 
+def test_what_leaked_from_the_job_it_was_submitted_in_does_not_reach_srun(tmp_path: Path) -> None:
+    leaked = {
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:",
+        "SLURM_MEM_BIND_LIST": "0x1", "SLURM_MEM_PER_CPU": "10", "SLURM_MEM_PER_NODE": "20",
+        "SLURM_DISTRIBUTION": "cyclic", "SLURM_HINT": "nomultithread", "SLURM_STEP_ID": "0",
+    }  # fmt: skip
+    said = _call(
+        "SCLONG_NODES=n1 nodes=1 LOCAL_WORLD_SIZE=2 cpus_per_rank=1 SCLONG_GPUS_ON_NODE=0 "
+        "launch module 5",
+        programs={"srun": "env"}, folder=tmp_path, SLURM_NNODES="1", **leaked,
+    )  # fmt: skip
+    names = {line.partition("=")[0] for line in said.splitlines()}
+    assert not names & leaked.keys()
+    assert {"SLURM_JOB_ID", "SLURM_NNODES"} <= names
+
+
+@pytest.mark.parametrize(
+    ("array", "name"),
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3")],
+)
+def test_a_task_of_an_array_speaks_for_itself_alone(
+    tmp_path: Path, array: dict[str, str], name: str
+) -> None:
+    programs = {"scontrol": SCONTROL, "scancel": SCONTROL}
+    _call("requeue; show_job", programs=programs, folder=tmp_path, SILENT="0", STATE="R", **array)
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"requeue {name}", f"show job --oneliner {name}",
+    ]  # fmt: skip
+
+
 def test_env_sourced_in_a_shell_serves_sbatch_and_never_ends_the_shell(tmp_path: Path) -> None:
     settings = {"PATH": "/usr/bin:/bin", "SCLONG_VENV": sys.prefix, "SBATCH_ACCOUNT": "lab"}
     script = (
