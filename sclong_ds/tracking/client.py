@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sclong_ds.run_folder.credentials import without_credentials
+from sclong_ds.tracking.store import make_store
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -83,6 +84,10 @@ def new_client(uri: str, *, patient: bool = False) -> MlflowClient:
     Args:
         uri: Tracking store.
         patient: Whether its calls may take minutes; for commands that send much and are waited for.
+
+    Raises:
+        ValueError: An sqlite store that is none, or was not made to its end.
+        OSError: An sqlite store that cannot be made.
     """
     if not patient:
         # MLflow's defaults (120 s, 7 retries with back-off) would hold up the end of a run.
@@ -98,6 +103,9 @@ def new_client(uri: str, *, patient: bool = False) -> MlflowClient:
     warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
     from mlflow.tracking import MlflowClient
 
+    file = sqlite_file(uri)
+    if file is not None:
+        make_store(file)
     return MlflowClient(tracking_uri=uri)
 
 
