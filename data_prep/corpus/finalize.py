@@ -446,11 +446,11 @@ def _publish(corpus: Path, work: Path) -> dict[str, Any]:
     """
     asides: dict[str, Path] = {}
     tried: list[str] = []
+    if (corpus / "corpus.json").exists():
+        aside = partial_name(work / "corpus.json")
+        os.rename(corpus / "corpus.json", aside)
+        asides["corpus.json"] = aside
     try:
-        if (corpus / "corpus.json").exists():
-            aside = partial_name(work / "corpus.json")
-            os.rename(corpus / "corpus.json", aside)
-            asides["corpus.json"] = aside
         sync_folder(corpus)
         for name in PRODUCTS:
             if not (work / name).exists():
