@@ -36,7 +36,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m sclong_ds.demo --out demo_run
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=25
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
