@@ -30,12 +30,13 @@ from data_prep.genes.harmonize import (
 from data_prep.ledger.ledger import LedgerEntry, empty_entry
 from data_prep.manifest.input_options import given_options, input_dataset
 from data_prep.manifest.manifest import Dataset
-from data_prep.source.source import BLOCK_CELLS
+from data_prep.source.source import BLOCK_CELLS, UnusableError
 from data_prep.staging.annotations import valid_annotations
 from data_prep.staging.outcome import UNPROVEN, Outcome
 from data_prep.staging.quality import CellLimits
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.embedding.stored import measured_again
 from sclong_ds.objective.measured import MeasuredGenes
 
 _log = logging.getLogger(__name__)
@@ -138,6 +139,11 @@ def _open_source(
         _log.warning("%s, %s: %s", path.name, part, note)
     for warning in entry["warnings"]:
         _log.warning("%s: %s", path.name, warning)
+    measured = MeasuredGenes(opened.gene_map.measured[None], np.zeros(len(kept), dtype=np.int64))
+    with _named(path):
+        stored = measured_again(path, obs, genes)
+    if stored is not None:
+        measured = MeasuredGenes(stored.table & measured.table, stored.dataset)
     every = bool(kept.all())
     left_out = {} if every else {name: n for name, n in entry["dropped_cells"].items() if n}
     if left_out:
@@ -148,9 +154,7 @@ def _open_source(
         n_genes_input=opened.matrix.shape[1],
         n_genes_mapped=opened.gene_map.n_mapped,
         rows=np.flatnonzero(kept),
-        measured=MeasuredGenes(
-            opened.gene_map.measured[None], np.zeros(np.count_nonzero(kept), dtype=np.int64)
-        ),
+        measured=measured.of(np.flatnonzero(kept)),
         facts=_facts_of_input(entry, dataset),
         left_out=left_out,
         warnings=tuple(entry["warnings"]),
@@ -165,7 +169,9 @@ def _named(path: Path) -> Iterator[None]:
     except ValueError as error:
         if str(error).startswith(f"{path.name}:"):
             raise
-        raise type(error)(f"{path.name}: {error}") from error
+        # Not every kind of ValueError is made from a text alone.
+        kind = UnusableError if isinstance(error, UnusableError) else ValueError
+        raise kind(f"{path.name}: {error}") from error
 
 
 def _survey(

@@ -39,6 +39,7 @@ from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.embedding.record import input_record, origin_of, record_of
+from sclong_ds.embedding.stored import UNS_KEY, measured_column, measured_record
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.files.hdf5_file import new_hdf5
 from sclong_ds.model.sclong import ScLong
@@ -48,7 +49,6 @@ from sclong_ds.progress import count_progress
 KEY = "X_sclong"
 """Name of the embedding in obsm."""
 POOLING = "mean over the expressed genes"
-UNS_KEY = "sclong"
 # HDF5 guesses tiny chunks for arrays that start empty; level 1 packs counts nearly as well as 9.
 _STORAGE = {"chunks": (2**17,), "compression": "gzip", "compression_opts": 1}
 _FEW_GENES = 0.5
@@ -217,9 +217,11 @@ def embed_to_file(
             raise ValueError(f"the input lists {n_cells} cells, but its matrix holds {done}")
         coverage = _coverage(cells, n_counts, n_input_counts=n_input_counts, n_genes=n_genes)
         obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
+        obs = obs.assign(**measured_column(cells.measured))
         write_elem(file, "obs", _plain_columns(obs))
         record = record_of(model, model_dir) | {"pooling": POOLING, "coverage": asdict(coverage)}
-        write_elem(file, "uns", {UNS_KEY: record | input_record(cells) | (origin or {})})
+        record |= input_record(cells) | measured_record(cells.measured)
+        write_elem(file, "uns", {UNS_KEY: record | (origin or {})})
     _warn(coverage, masks=model.transform.unmeasured == "mask")
     return coverage
 

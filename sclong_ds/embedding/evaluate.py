@@ -63,10 +63,11 @@ from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.embedding.embed import (
     KEY,
-    UNS_KEY,
     choose_device,
     embed_counts,
 )
+from sclong_ds.embedding.record import made_by
+from sclong_ds.embedding.stored import UNS_KEY
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.files.atomic import write_atomic
@@ -181,16 +182,8 @@ def stored_embedding(path: Path, *, model: ScLong, model_dir: Path) -> np.ndarra
     with h5py.File(path) as file:
         if f"obsm/{KEY}" not in file or f"uns/{UNS_KEY}" not in file:
             return None
-        record = read_elem(file[f"uns/{UNS_KEY}"])
-        same = record["genes_hash"] == model.genes.hash and record[
-            "weights_sha256"
-        ] == weights_hash(model_dir)
-        if not same:
-            _log.info(
-                "%s holds embeddings of another model (%s); embedding anew",
-                path,
-                record["model_dir"],
-            )
+        if not made_by(read_elem(file[f"uns/{UNS_KEY}"]), model=model, model_dir=model_dir):
+            _log.info("%s holds embeddings of another model; embedding anew", path)
             return None
         if "X" not in file:
             raise ValueError(

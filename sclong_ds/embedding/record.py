@@ -6,6 +6,7 @@ Used by `sclong_ds.embedding.embed`; reads the model's manifest and hashes the i
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,25 @@ def record_of(model: ScLong, model_dir: Path) -> dict[str, Any]:
         "genes_hash": model.genes.hash,
         "transform": asdict(model.transform),
     }
+
+
+def made_by(record: object, *, model: ScLong, model_dir: Path) -> bool:
+    """Return whether a stored record names this model: all that shapes an embedding is the same.
+
+    Args:
+        record: What a file holds in the place of `record_of`; anything.
+        model: The model.
+        model_dir: Its folder.
+    """
+    if not isinstance(record, Mapping):
+        return False
+    own = record_of(model, model_dir)
+    names = {"weights_sha256", "genes_hash"}
+    # Weights alone do not tell models apart: transform, graph and random features differ as well.
+    # A folder of version 2 has no digest.
+    if own["model_digest"] and record.get("model_digest"):
+        names.add("model_digest")
+    return all(str(record.get(name)) == own[name] for name in names)
 
 
 def input_record(cells: Cells) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from sclong_ds.files.sealed_json import CHECKSUM, read_sealed, write_sealed
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+REQUIRED = frozenset({"config.yaml", "genes.tsv", WEIGHTS})
+"""Without these a folder is no model."""
 CURE = "copy the model folder again, or export it again"
 
 _FORMAT, _VERSION = "sclong_ds-model-manifest", 1
@@ -85,6 +87,9 @@ def check_files(folder: Path) -> bool:
     if manifest is None:
         _log_unchecked(folder.resolve())
         return False
+    missing = REQUIRED - manifest["files"].keys()
+    if missing:
+        raise ValueError(f"{folder / MANIFEST}: names no {', '.join(sorted(missing))}; {CURE}")
     for name, record in manifest["files"].items():
         if name != CARD:
             check_file(folder / name, (record["bytes"], record["crc32c"]), cure=CURE)

@@ -54,8 +54,12 @@ def partial_name(path: str | Path) -> Path:
         path: The file's final name.
     """
     path = Path(path)
-    # 255 bytes are the limit of a name; the random part alone makes it unique.
-    return path.with_name(f".{path.name[:180]}.{secrets.token_hex(8)}.partial")
+    return path.with_name(f"{_partial_start(path)}{secrets.token_hex(8)}.partial")
+
+
+def _partial_start(path: Path) -> str:
+    """Return what the partial names of a file begin with; 255 bytes are the limit of a name."""
+    return f".{os.fsencode(path.name)[:180].decode('utf-8', 'ignore')}."
 
 
 def is_partial(path: str | Path) -> bool:
@@ -76,7 +80,7 @@ def remove_partials_of(path: str | Path) -> None:
         path: The product's final name.
     """
     path = Path(path)
-    start = f".{path.name[:180]}."
+    start = _partial_start(path)
     if not path.parent.is_dir():
         return
     for name in os.listdir(path.parent):

@@ -52,7 +52,7 @@ def read_sound(path: Path) -> dict[str, Any]:
         return read_sealed(path) if CHECKSUM in read_object(path) else read_object(path)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, IsADirectoryError) as error:
         log.warning("%s; ignored", error)
         return {}
 

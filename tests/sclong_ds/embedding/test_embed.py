@@ -24,7 +24,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding import cells as input_cells
-from sclong_ds.embedding import embed, embed_arguments
+from sclong_ds.embedding import embed, embed_arguments, stored
 from sclong_ds.exported.manifest import model_digest
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.objective.measured import MeasuredGenes
@@ -416,6 +416,47 @@ def test_genes_that_an_input_does_not_name_are_unknown_to_a_model_trained_so(
     assert np.abs(as_zeros - expected).max() > 0.01 * np.abs(expected).max()
     with pytest.raises(ValueError, match=r"trained with data\.unmeasured=mask: it needs to know"):
         embed.embed_counts(model, part)
+
+
+def test_what_was_not_measured_stays_unknown_when_the_output_is_read_again(
+    mask_model: Path, h5ad: Path, genes: GeneVocabulary, tmp_path: Path
+) -> None:
+    """The output has all genes of the model as columns, those of the panel among them."""
+    cells = anndata.read_h5ad(h5ad)
+    panel = cells[:, cells.var_names.isin(genes.symbols[::3])]
+    panel.write_h5ad(tmp_path / "panel.h5ad")
+    run(mask_model, tmp_path / "panel.h5ad", "--out", tmp_path / "one.h5ad", "--device", "cpu")
+    once = anndata.read_h5ad(tmp_path / "one.h5ad")
+    assert once.n_vars == len(genes)
+    some = once[[4, 1, 7]].copy()
+    some.write_h5ad(tmp_path / "some.h5ad")
+    run(mask_model, tmp_path / "some.h5ad", "--out", tmp_path / "two.h5ad", "--device", "cpu")
+    twice = anndata.read_h5ad(tmp_path / "two.h5ad")
+    np.testing.assert_array_equal(twice.obsm[embed.KEY], once.obsm[embed.KEY][[4, 1, 7]])
+    opened = embed.open_cells(tmp_path / "two.h5ad", genes=genes, min_genes=10)
+    assert opened.measured is not None
+    assert opened.measured.table.sum() == panel.n_vars
+
+
+def test_cells_of_several_inputs_keep_what_each_of_them_measured(
+    genes: GeneVocabulary, h5ad: Path, tmp_path: Path
+) -> None:
+    table = np.arange(len(genes)) % 3 != np.arange(2)[:, None]
+    measured = MeasuredGenes(table, np.array([0, 1, 1, 0]))
+    cells = anndata.read_h5ad(h5ad)[:4].copy()
+    cells.uns[stored.UNS_KEY] = {"genes_hash": genes.hash} | stored.measured_record(measured)
+    for name, values in stored.measured_column(measured).items():
+        cells.obs[name] = values
+    cells[[2, 0]].write_h5ad(tmp_path / "cells.h5ad")
+    again = stored.measured_again(tmp_path / "cells.h5ad", cells[[2, 0]].obs, genes)
+    assert again is not None
+    np.testing.assert_array_equal(again.unmeasured(), ~table[[1, 0]])
+    with pytest.raises(ValueError, match="obs/sclong_input must say which of 2 inputs"):
+        stored.measured_again(tmp_path / "cells.h5ad", cells.obs.iloc[:, :0], genes)
+    cells.uns[stored.UNS_KEY]["genes_hash"] = "other"
+    cells.write_h5ad(tmp_path / "other.h5ad")
+    with pytest.raises(ValueError, match="another model's genes"):
+        stored.measured_again(tmp_path / "other.h5ad", cells.obs, genes)
 
 
 def test_a_corpus_says_which_genes_its_datasets_measure(

@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding import embed, embed_arguments, evaluate, evaluate_arguments
+from sclong_ds.exported.model_dir import load_model
 
 N_GENES, N_PER_TYPE = 60, 20
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -138,6 +139,29 @@ def test_stored_embedding_of_the_same_model_is_taken_over(
         run(other, embedded, "--label", "cell_type", "--out", tmp_path / "anew")
     assert len(calls) == 1
     assert "another model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_digest": "0" * 64}, {"genes_hash": "other"}, {"weights_sha256": "other"}, None],
+)
+def test_a_record_of_another_model_or_of_none_is_not_taken_over(
+    model_dir: Path, cells: Path, tmp_path: Path, change: dict[str, str] | None
+) -> None:
+    """Weights alone do not name a model: its transform, graph and random features count too."""
+    embedded = embed_file(model_dir, cells, tmp_path / "embedded.h5ad")
+    model = load_model(model_dir)
+    assert evaluate.stored_embedding(embedded, model=model, model_dir=model_dir) is not None
+    data = anndata.read_h5ad(embedded)
+    data.uns["sclong"] = "some text" if change is None else {**data.uns["sclong"], **change}
+    data.write_h5ad(tmp_path / "changed.h5ad")
+    changed = tmp_path / "changed.h5ad"
+    assert evaluate.stored_embedding(changed, model=model, model_dir=model_dir) is None
+    if change is not None:
+        del data.uns["sclong"][next(iter(change))]
+        data.write_h5ad(changed)
+        found = evaluate.stored_embedding(changed, model=model, model_dir=model_dir)
+        assert (found is None) == ("model_digest" not in change)
 
 
 def embed_file(model_dir: Path, cells: Path, out: Path, *options: str) -> Path:

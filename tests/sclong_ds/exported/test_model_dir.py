@@ -17,8 +17,9 @@ from exported import write_model
 
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported.initial_weights import InitialWeights
-from sclong_ds.exported.manifest import model_digest
+from sclong_ds.exported.manifest import model_digest, read_manifest
 from sclong_ds.exported.model_dir import load_model, write_model_dir
+from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.model.features_file import read_features, write_features
 from sclong_ds.model.random_features import drawn_features
 from sclong_ds.model.sclong import ScLong
@@ -231,6 +232,15 @@ def test_a_flipped_bit_in_any_file_is_an_error_that_names_it(copy: Path) -> None
             assert str(path) in said or (not said and (same or path.name == "README.md"))
         path.unlink()
         path.write_bytes(whole)
+
+
+def test_a_manifest_that_does_not_name_the_model_checks_nothing(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    assert manifest is not None
+    del manifest["checksum"], manifest["files"]["model.safetensors"]
+    write_sealed(copy / "manifest.json", manifest)
+    with pytest.raises(ValueError, match=r"manifest.json: names no model.safetensors"):
+        load_model(copy)
 
 
 @pytest.mark.parametrize("harm", ["cut", "drop", "another"])

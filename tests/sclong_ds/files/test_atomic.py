@@ -4,7 +4,14 @@ import signal
 
 import pytest
 
-from sclong_ds.files.atomic import is_partial, locked, partial_name, remove_partials, write_atomic
+from sclong_ds.files.atomic import (
+    is_partial,
+    locked,
+    partial_name,
+    remove_partials,
+    remove_partials_of,
+    write_atomic,
+)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
@@ -49,6 +56,17 @@ def test_what_a_kill_leaves_is_told_from_products_and_removed(tmp_path):
     assert not is_partial(tmp_path / name)
     remove_partials(tmp_path)
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["я" * 122 + ".h", "a" * 255, "細" * 85])
+def test_any_name_that_the_disk_takes_can_be_written(tmp_path, name):
+    """255 bytes are the limit, and a letter may have several."""
+    write_atomic(tmp_path / name, b"old")
+    partial_name(tmp_path / name).write_bytes(b"left by a kill")
+    remove_partials_of(tmp_path / name)
+    write_atomic(tmp_path / name, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"new"
 
 
 def test_partial_names_differ_and_keep_the_folder(tmp_path):

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sclong_ds.files.sealed_json import checksum_of, read_object, read_sealed, write_sealed
+from sclong_ds.files.sealed_json import (
+    checksum_of,
+    read_object,
+    read_sealed,
+    read_sound,
+    write_sealed,
+)
 
 CONTENT = {"b": [1, 2.5, None], "a": {"é": "text"}}
 
@@ -46,3 +52,15 @@ def test_what_is_no_sealed_file_is_named(tmp_path: Path, text: bytes) -> None:
         read_sealed(path)
     if text == b"{}":
         assert read_object(path) == {}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"\xff", b'{"checksum": "0"}', "folder"])
+def test_a_file_that_a_run_can_do_without_never_stops_it(
+    tmp_path: Path, content: bytes | str | None
+) -> None:
+    file = tmp_path / "x.json"
+    if content == "folder":
+        file.mkdir()
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    assert read_sound(file) == {}
