@@ -310,8 +310,11 @@ class Corpus:
         wanted = np.asarray(indices, dtype=np.int64)
         dataset, obs_row = self.row_dataset[wanted], self.cells.table("obs_row")[wanted]
         parts = []
-        for code in np.unique(dataset):
-            name, here = self.datasets[code].dataset_id, np.flatnonzero(dataset == code)
+        # One sort for all datasets; a stable one keeps the cells of each in their order.
+        order = np.argsort(dataset, kind="stable")
+        codes, starts = np.unique(dataset[order], return_index=True)
+        for code, here in zip(codes, np.split(order, starts[1:]), strict=False):
+            name = self.datasets[code].dataset_id
             table = read_obs(self.obs_path(name))
             rows = obs_row[here]
             if int(rows.min()) < 0 or int(rows.max()) >= len(table):
