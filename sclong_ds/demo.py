@@ -25,6 +25,8 @@ import torch
 from data_prep import __name__ as DATA_PREP
 from sclong_ds.command_line import local_path
 from sclong_ds.files.places import place_of
+from sclong_ds.objective.baselines import NAMES
+from sclong_ds.objective.scores import strongest, verdict
 from sclong_ds.run_folder.files import read_events, read_run_json
 from sclong_ds.run_folder.rows import read_metrics
 
@@ -165,11 +167,15 @@ def summary(out: Path, *, minutes: float) -> str:
         f"{', '.join(map(str, resumed))}",
         "training loss": f"{train[0]['train/loss']:.3f} first, {train[-1]['train/loss']:.3f} last",
         "variance of the masked values": f"{last['val/target_variance']:.3f}",
-        "masked MSE, held-out cells": f"{first['val/mse']:.3f} before, "
-        f"{last['val/mse']:.3f} after training",
-        "per-gene-mean predictor": f"{last['val/baseline_mse']:.3f}",
-        "Pearson, held-out cells": f"{last['val/pearson']:.3f} "
-        f"(per-gene mean {last['val/baseline_pearson']:.3f})",
+        "strongest baseline, hidden values": f"MSE {last['val/strongest_mse']:.3f} "
+        f"({strongest(last, NAMES)})",
+        "model, hidden values": f"MSE {first['val/mse']:.3f} before, {last['val/mse']:.3f} after "
+        f"training: {verdict(last)} the strongest baseline",
+        "per-gene mean, hidden values": f"MSE {last['val/baseline_mse']:.3f}",
+        "Pearson, hidden values": f"{last['val/pearson']:.3f} (strongest baseline "
+        f"{last[f'val/{strongest(last, NAMES)}/pearson']:.3f})",
+        "Pearson per gene across cells": f"{last['val/pearson_per_gene']:.3f} (strongest baseline "
+        f"{last[f'val/{strongest(last, NAMES)}/pearson_per_gene']:.3f})",
         "cells/s": f"{rate:.2f} (median)",
         "wall time": f"{minutes:.1f} minutes",
     }

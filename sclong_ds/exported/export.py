@@ -146,5 +146,8 @@ def _validation(checkpoint: Path, step: int) -> dict[str, float]:
     if not (run_dir / "metrics.jsonl").is_file():
         return {}
     rows = [r for r in read_metrics(run_dir) if "val/mse" in r and r["step"] <= step]
-    names = ("val/mse", "val/baseline_mse", "val/pearson", "val/baseline_pearson")
+    names = (
+        "val/strongest_mse", "val/mse", "val/baseline_mse", "val/pearson", "val/baseline_pearson",
+        "val/pearson_per_gene",
+    )  # fmt: skip
     return {n: rows[-1][n] for n in names if n in rows[-1]} if rows else {}

@@ -61,6 +61,12 @@ def loss_figure(
             base_x, base, "--", color=BASELINE_COLOR, lw=1.5, marker="_", ms=10,
             label="validation, per-gene mean predictor",
         )  # fmt: skip
+    best_x, best = series(rows, "val/strongest_mse", against)
+    if len(best):
+        axes.plot(
+            best_x, best, "-", color=BASELINE_COLOR, lw=1.5, marker="_", ms=10,
+            label="validation, strongest baseline",
+        )  # fmt: skip
     for number, step in enumerate(restarts):
         label = "restart" if number == 0 else None
         axes.axvline(step, color=BASELINE_COLOR, lw=1.0, ls=":", zorder=1, label=label)

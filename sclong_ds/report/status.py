@@ -44,7 +44,9 @@ _RECENT_STEPS, _LOSS_STEPS = 100, 10
 # File systems shared over a network show another machine's writing up to a minute late.
 _LEAST_SILENCE_S = 60.0
 _SHOWN_NODES, _SHOWN_RANKS = 16, 8
-_VALIDATION = ("mse", "baseline_mse", "pearson", "baseline_pearson")
+_VALIDATION = (
+    "mse", "strongest_mse", "baseline_mse", "pearson", "baseline_pearson", "pearson_per_gene",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from sclong_ds.engine.ranks import Ranks
 from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.metrics import bin_labels
 from sclong_ds.tracking.tracker import Tracker
@@ -54,11 +55,13 @@ class Run:
     rank_times: RankTimes
     measured: MeasuredGenes | None
     """With data.unmeasured=mask."""
+    baselines: DepthBaselines | None = None
+    """What validation holds the model to; fitted at the first one."""
     lock: IO[str] | None = None
     last_checkpoint: str | None = None
     """Name of the newest good checkpoint."""
     validated: tuple[int, float] | None = None
-    """Step and masked MSE of the last validation."""
+    """Step and MSE of hidden values of the last validation."""
     saving: Saving | None = None
     """Checkpoint that is being written while training goes on."""
     stalled_s: float = 0.0

@@ -1,10 +1,16 @@
-"""Validation: hidden values of held-out cells, under masks that never change."""
+"""Validation: hidden values of held-out cells, under masks that never change.
+
+The targets that keep their value are scored apart (`val/shown_mse`). Beside the model stand the
+depth baselines (`sclong_ds.objective.baselines`), of which the linear one is fitted on the first
+FIT_CELLS training cells, under masks drawn in the same way.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +19,16 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds.checkpoint.on_disk import name_of, record_best
-from sclong_ds.corpus.byte_code import encode
+from sclong_ds.corpus.byte_code import PackedCells, encode
 from sclong_ds.corpus.cell_store import DamagedChunk
-from sclong_ds.engine.ranks import sum_or_raise
+from sclong_ds.engine.ranks import on_first_rank, sum_or_raise
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.model.routing import unknown_genes
-from sclong_ds.objective.batch import MaskedBatch, masked_batch
+from sclong_ds.objective.baselines import NAMES, DepthBaselines
+from sclong_ds.objective.batch import MaskedBatch, masked_batch, unpack
 from sclong_ds.objective.metrics import MaskedMetrics, routed_large
+from sclong_ds.objective.scores import TargetTable, scores, strongest, verdict
 from sclong_ds.objective.targets import VALIDATION_EPOCH, prepare
 from sclong_ds.training.pictured import show
 from sclong_ds.training.run import Run
@@ -31,6 +39,9 @@ log = logging.getLogger("sclong_ds.pretrain")
 
 DENSITY_VALUES = 20_000
 """Points of the predicted-against-true picture."""
+FIT_CELLS = 512
+"""Training cells of the fit; a corpus is shuffled, so the first ones are any. About 10^5 values for
+7 weights."""
 
 
 def validation_is_due(run: Run) -> bool:
@@ -54,23 +65,32 @@ def validate(run: Run) -> bool:
     started = time.perf_counter()
     run.engine.eval()
     run.model.redraw_features(redraw_index(run.config, run.state.step))
+    if run.baselines is None:
+        run.baselines = _fitted_baselines(run)
     metrics = MaskedMetrics(run.corpus.gene_stats.mean_expressed, run.ranks.device)
     pairs: list[Tensor] = []
-    for masked, predicted in _predictions(run, rows):
+    tables: list[dict[str, np.ndarray]] = []
+    for batch, masked, predicted in _predictions(run, rows):
         if predicted is None:
             run.engine.train()
             return False
-        metrics.add(predicted, masked.true, masked.valid, masked.positions, _in_large(run, masked))
+        unseen = masked.valid & masked.hidden.gather(1, masked.positions)
+        metrics.add(predicted, masked.true, unseen, masked.positions, _in_large(run, masked))
+        tables.append(_table(run, batch, masked, predicted))
         if sum(len(pair) for pair in pairs) < DENSITY_VALUES:
-            shown = masked.valid & (masked.true > 0)
+            shown = unseen & (masked.true > 0)
             pairs.append(torch.stack([predicted.float()[shown], masked.true[shown]], dim=1).cpu())
     dist.all_reduce(metrics.sums)
     run.engine.train()
-    figures = metrics.compute() | {
-        "val/n_cells": float(len(rows)),
-        "cells_seen": run.state.cells_seen,
-        "perf/validation_s": time.perf_counter() - started,
-    }
+    figures = (
+        metrics.compute()
+        | _scores(run, tables)
+        | {
+            "val/n_cells": float(len(rows)),
+            "cells_seen": run.state.cells_seen,
+            "perf/validation_s": time.perf_counter() - started,
+        }
+    )
     times = run.rank_times.gather(run.ranks)
     if times is not None:
         figures |= skew(times)
@@ -80,8 +100,10 @@ def validate(run: Run) -> bool:
     return True
 
 
-def _predictions(run: Run, rows: np.ndarray) -> Iterator[tuple[MaskedBatch, Tensor | None]]:
-    """Yield this rank's batches and what the model predicts at their targets.
+def _predictions(
+    run: Run, rows: np.ndarray
+) -> Iterator[tuple[CellBatch, MaskedBatch, Tensor | None]]:
+    """Yield this rank's cells, their targets, and what the model predicts there.
 
     A prediction is None when a rank was asked to stop.
     """
@@ -97,7 +119,7 @@ def _predictions(run: Run, rows: np.ndarray) -> Iterator[tuple[MaskedBatch, Tens
         assert cells is not None
         masked, lengths = _masked(run, cells)
         if stop:
-            yield masked, None
+            yield cells, masked, None
             return
         predicted = run.engine(
             masked.x,
@@ -107,7 +129,81 @@ def _predictions(run: Run, rows: np.ndarray) -> Iterator[tuple[MaskedBatch, Tens
             unmeasured=masked.unmeasured,
         )
         if len(mine):
-            yield masked, predicted
+            yield cells, masked, predicted
+
+
+def _fitted_baselines(run: Run) -> DepthBaselines:
+    """Fit the depth baselines on the same training cells at every start, shared by the ranks."""
+    found = DepthBaselines(run.corpus.gene_stats, run.ranks.device)
+    cells = run.corpus.splits["train"]
+    mine = np.arange(cells.start, cells.stop)[:FIT_CELLS][run.ranks.rank :: run.ranks.world_size]
+    problem = None
+    for rows in np.array_split(mine, max(1, len(mine) // 16)):
+        if len(rows) == 0:
+            continue
+        run.watchdog.beat(run.state.step, "validation: baselines")
+        batch, problem = _read(run, rows)
+        if batch is None:
+            break
+        masked, _ = _masked(run, batch)
+        wanted = masked.valid & masked.hidden.gather(1, masked.positions) & (masked.true > 0)
+        found.add(masked.x, _unknown(masked), masked.positions, wanted)
+    sum_or_raise(run.ranks, 0, problem=problem)
+    dist.all_reduce(found.normal)
+    found.fit()
+    return found
+
+
+def _unknown(masked: MaskedBatch) -> Tensor:
+    """Return (B, G): values that no predictor may look at."""
+    return masked.hidden if masked.unmeasured is None else masked.hidden | masked.unmeasured
+
+
+def _table(
+    run: Run, batch: CellBatch, masked: MaskedBatch, predicted: Tensor
+) -> dict[str, np.ndarray]:
+    """Return the targets above 0 of a batch, with what each predictor says of them."""
+    assert run.baselines is not None
+    assert isinstance(batch.counts, PackedCells)
+    baselines = run.baselines.predict(masked.x, _unknown(masked), masked.positions)
+    counts = unpack(
+        batch.counts, n_genes=run.corpus.n_genes, target_sum=None, device=masked.x.device
+    )
+    rows = torch.from_numpy(batch.cell_ids).to(masked.positions.device)
+    wanted = masked.valid & (masked.true > 0)
+    columns = {
+        "true": masked.true.double(),
+        "hidden": masked.hidden.gather(1, masked.positions),
+        "several": counts.gather(1, masked.positions) >= 2,
+        "cell": rows[:, None].expand_as(masked.positions),
+        "gene": masked.positions,
+        "model": predicted.double(),
+        **dict(zip(NAMES, baselines, strict=True)),
+    }
+    return {name: values[wanted].cpu().numpy() for name, values in columns.items()}
+
+
+def _scores(run: Run, tables: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Return the figures of all ranks' targets, on every rank. Rank 0 holds 80 bytes a target."""
+    everyone: list[Any] = [None] * run.ranks.world_size
+    gathered = everyone if run.ranks.rank == 0 else None
+    dist.gather_object(tables, gathered, dst=0, group=run.ranks.control)
+
+    def figures() -> dict[str, float]:
+        parts = [table for tables in everyone for table in tables]
+        if not parts:
+            return {}
+        column = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        dataset = run.corpus.row_dataset[column["cell"]].astype(np.int64)
+        names = {int(d): run.corpus.datasets[d].dataset_id for d in np.unique(dataset)}
+        table = TargetTable(
+            **{name: column[name] for name in ("true", "hidden", "several", "cell", "gene")},
+            dataset=dataset,
+            predicted={name: column[name] for name in ("model", *NAMES)},
+        )
+        return scores(table, names)
+
+    return on_first_rank(figures)
 
 
 def _read(run: Run, rows: np.ndarray) -> tuple[CellBatch | None, str | None]:
@@ -170,9 +266,10 @@ def _record(run: Run, figures: dict[str, float]) -> None:
         except OSError as error:  # on this rank alone
             log.warning("the best checkpoint is not recorded: %s", error)
     run.tracker.event("validation", step=step, mse=mse)
+    best = strongest(figures, NAMES)
     log.info(
-        "step %d validation on %d cells: masked MSE %.4f, "
-        "per-gene-mean predictor %.4f, Pearson %.3f (%.3f)",
-        step, int(figures["val/n_cells"]), mse, figures["val/baseline_mse"],
-        figures["val/pearson"], figures["val/baseline_pearson"],
+        "step %d validation on %d cells: MSE of hidden values %.4f, %s the strongest baseline "
+        "(%s, %.4f); per-gene mean %.4f; Pearson %.3f",
+        step, int(figures["val/n_cells"]), mse, verdict(figures), best.replace("_", " "),
+        figures["val/strongest_mse"], figures["val/baseline_mse"], figures["val/pearson"],
     )  # fmt: skip

@@ -27,6 +27,7 @@ from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 from benchmarks.random_kills import end_ranks, last_step, openings, start_ranks, train
 from sclong_ds.config.load import load_config
 from sclong_ds.model.random_features import drawn_features
+from sclong_ds.objective.baselines import NAMES
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.run_folder.rows import read_metrics
@@ -124,6 +125,17 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
     assert [r["step"] for r in scores] == [0, 30, 60]
     assert scores[0]["val/mse"] == pytest.approx(scores[0]["val/baseline_mse"], rel=1e-3)
     assert scores[-1]["val/mse"] < 0.92 * scores[-1]["val/baseline_mse"]
+    for row in scores:
+        baselines = [row[f"val/{name}/mse"] for name in NAMES]
+        assert row["val/strongest_mse"] == min(baselines)
+        assert row["val/relative_mse"] == row["val/mse"] / min(baselines)
+        # Two ways to the same sums: histograms over ranks, and the table on rank 0.
+        assert row["val/gene_mean/mse"] == pytest.approx(row["val/baseline_mse"], rel=1e-5)
+        assert row["val/n_hidden"] == row["val/n_values"]
+    # The baselines see no weights: they are what they were.
+    assert [r["val/linear/mse"] for r in scores] == [scores[0]["val/linear/mse"]] * 3
+    assert scores[-1]["val/shown_mse"] != scores[-1]["val/mse"]
+    assert "the strongest baseline (" in log_of(straight)
     first = np.mean([found[s] for s in range(1, 16)])
     last = np.mean([found[s] for s in range(STEPS - 14, STEPS + 1)])
     assert last < 0.97 * first
@@ -236,6 +248,13 @@ def test_one_rank_agrees_with_two_and_exports_what_it_trained(
     assert one[1] == pytest.approx(two[1], rel=1e-6)
     for step in range(2, 13):
         assert one[step] == pytest.approx(two[step], rel=1e-3), step
+    first = [
+        next(row for row in read_metrics(run_dir) if "val/mse" in row)
+        for run_dir in (tmp_path / "run", straight)
+    ]
+    for name in first[0].keys() & first[1].keys():
+        if name.startswith("val/"):
+            assert first[0][name] == pytest.approx(first[1][name], rel=1e-4, abs=1e-6), name
 
 
 def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, monkeypatch):
@@ -264,9 +283,8 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, m
     metrics = MaskedMetrics(corpus.gene_stats.mean_expressed, device)
     with torch.no_grad():
         predicted = model(masked.x, masked.hidden).gather(1, masked.positions)
-    metrics.add(
-        predicted, masked.true, masked.valid, masked.positions, torch.zeros_like(masked.valid)
-    )
+    unseen = masked.valid & masked.hidden.gather(1, masked.positions)
+    metrics.add(predicted, masked.true, unseen, masked.positions, torch.zeros_like(unseen))
     logged = [r for r in read_metrics(straight) if "val/mse" in r][-1]
     assert metrics.compute()["val/mse"] == pytest.approx(logged["val/mse"], rel=1e-5)
     assert (tmp_path / "model" / "README.md").read_text().startswith("# scLong")

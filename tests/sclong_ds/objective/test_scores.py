@@ -1,0 +1,101 @@
+"""The figures of hidden values, against loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sclong_ds.objective.scores import TargetTable, grouped_pearson, scores, strongest
+
+
+def made_table(seed: int = 0, n: int = 4000) -> TargetTable:
+    rng = np.random.default_rng(seed)
+    true = rng.gamma(2.0, 1.0, n)
+    return TargetTable(
+        true=true, hidden=rng.random(n) < 0.9, several=true > 1.5,
+        cell=rng.integers(0, 40, n), gene=rng.integers(0, 30, n), dataset=rng.integers(0, 3, n),
+        predicted={
+            "model": true + rng.normal(0, 0.5, n),
+            "gene_mean": np.full(n, true.mean()),
+            "offset": true + rng.normal(0, 0.8, n),
+        },
+    )  # fmt: skip
+
+
+def test_every_figure_is_that_of_a_loop() -> None:
+    table = made_table()
+    found = scores(table, {0: "a", 1: "b", 2: "c"})
+    h, t = table.hidden, table.true
+    for name, p in table.predicted.items():
+        prefix = "val" if name == "model" else f"val/{name}"
+        assert found[f"{prefix}/mse"] == pytest.approx(np.mean((p - t)[h] ** 2))
+        several = h & table.several
+        assert found[f"{prefix}/mse_several"] == pytest.approx(np.mean((p - t)[several] ** 2))
+        for number, dataset in enumerate("abc" if name != "gene_mean" else ""):
+            here = h & (table.dataset == number)
+            wanted = np.mean((p - t)[here] ** 2)
+            assert found[f"{prefix}/mse/dataset/{dataset}"] == pytest.approx(wanted)
+        if name == "gene_mean":
+            assert found[f"{prefix}/pearson"] == found[f"{prefix}/pearson_per_gene"] == 0
+            continue
+        assert found[f"{prefix}/pearson"] == pytest.approx(np.corrcoef(p[h], t[h])[0, 1])
+        per_gene = [
+            np.corrcoef(p[k], t[k])[0, 1]
+            for d in range(3)
+            for g in range(30)
+            if (k := h & (table.dataset == d) & (table.gene == g)).sum() >= 8
+        ]
+        assert found[f"{prefix}/pearson_per_gene"] == pytest.approx(np.mean(per_gene))
+        within = [
+            np.corrcoef(p[k], t[k])[0, 1]
+            for c in range(40)
+            if (k := h & (table.cell == c)).sum() >= 20
+        ]
+        assert found[f"{prefix}/pearson_within_cell"] == pytest.approx(np.mean(within))
+    model = table.predicted["model"]
+    assert found["val/shown_mse"] == pytest.approx(np.mean((model - t)[~h] ** 2))
+    assert strongest(found, ("gene_mean", "offset")) == "offset"
+    assert found["val/strongest_mse"] == found["val/offset/mse"]
+    assert found["val/relative_mse"] == pytest.approx(found["val/mse"] / found["val/offset/mse"])
+    assert found["val/n_hidden"] == h.sum()
+
+
+def test_what_is_shown_changes_no_figure_but_its_own() -> None:
+    table = made_table()
+    shown = ~table.hidden
+    better = table.predicted["model"].copy()
+    better[shown] = table.true[shown]
+    other = TargetTable(
+        **{
+            name: getattr(table, name)
+            for name in ("true", "hidden", "several", "cell", "gene", "dataset")
+        },
+        predicted=table.predicted | {"model": better},
+    )
+    before, after = scores(table, {0: "a"}), scores(other, {0: "a"})
+    assert {name for name in before if before[name] != after[name]} == {"val/shown_mse"}
+    assert after["val/shown_mse"] == 0
+
+
+def test_without_hidden_values_there_is_no_figure() -> None:
+    table = made_table(n=5)
+    table.hidden[:] = False
+    assert scores(table, {}) == {}
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 9), st.integers(1, 6))
+def test_grouped_correlation_is_the_mean_of_each_groups(
+    seed: int, n: int, n_groups: int, least: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    predicted, true = rng.integers(0, 4, n).astype(float), rng.integers(0, 4, n).astype(float)
+    group = rng.integers(0, n_groups, n)
+    wanted = []
+    for g in np.unique(group):
+        p, t = predicted[group == g], true[group == g]
+        if len(t) >= least and t.std() > 0:
+            wanted.append(np.corrcoef(p, t)[0, 1] if p.std() > 0 else 0.0)
+    found = grouped_pearson(predicted, true, group, least=least)
+    assert found == (pytest.approx(np.mean(wanted), abs=1e-9) if wanted else None)
