@@ -19,8 +19,8 @@ from launching import ROOT, environment, run_module
 
 from benchmarks.damage import DAMAGES, Product, damaged, judge
 
-FLIPS = ((("staging", "corpus", "graph"), 30), (("run", "model"), 12))
-CALLS = ((("convert", "finalize", "gene-vectors"), 18), (("save", "export", "embed"), 10))
+FLIPS = ((("staging", "corpus", "graph"), 16), (("run", "model"), 8))
+CALLS = ((("convert", "finalize", "gene-vectors"), 10), (("save", "export", "embed"), 10))
 """Products or commands that a gate tries together, and how often each."""
 
 

@@ -20,7 +20,11 @@ BUILT_FROM = (
 
 
 def run(*command: object, cwd: Path) -> str:
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DS_ACCELERATOR": "cpu"}
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "DS_ACCELERATOR": "cpu",
+        # Built once for all tests.
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    }
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=clean, capture_output=True, text=True
     )
