@@ -265,6 +265,8 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
         first, last_row = record.validation[0], record.validation[-1]
         rows.append(("Validation masked MSE, first", number(first["val/mse"])))
         rows.append(("Validation masked MSE, last", number(last_row["val/mse"])))
+        if "val/strongest_mse" in last_row:
+            rows.append(("Strongest baseline, same values", number(last_row["val/strongest_mse"])))
         if "val/baseline_mse" in last_row:
             rows.append(
                 ("Per-gene mean predictor, same values", number(last_row["val/baseline_mse"]))
