@@ -44,14 +44,13 @@ class BuildInside(build_py):
                 file.write_text(installed_names(text), encoding="utf-8")
 
 
-found = find_packages(include=["sclong_ds*", "kernels*", "data_prep*"])
+own = find_packages(include=["sclong_ds*"])
+beside = find_packages(include=["kernels*", "data_prep*"])
 if EDITABLE:
-    setup(packages=found)
+    setup(packages=own + beside)
 else:
-    below = [f"sclong_ds.{name}" for name in (*found, "ds_configs", "slurm")]
     setup(
-        packages=[name for name in found if name.startswith("sclong_ds")]
-        + [name for name in below if not name.startswith("sclong_ds.sclong_ds")],
+        packages=own + [f"sclong_ds.{name}" for name in (*beside, "ds_configs", "slurm")],
         package_dir={f"sclong_ds.{name}": name for name in INSIDE},
         cmdclass={"build_py": BuildInside},
     )

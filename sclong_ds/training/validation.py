@@ -68,18 +68,14 @@ def validate(run: Run) -> bool:
     if run.baselines is None:
         run.baselines = _fitted_baselines(run)
     metrics = MaskedMetrics(run.corpus.gene_stats.mean_expressed, run.ranks.device)
-    pairs: list[Tensor] = []
     tables: list[dict[str, np.ndarray]] = []
     for batch, masked, predicted in _predictions(run, rows):
         if predicted is None:
             run.engine.train()
             return False
-        unseen = masked.valid & masked.hidden.gather(1, masked.positions)
+        unseen = masked.valid & _hidden_targets(masked)
         metrics.add(predicted, masked.true, unseen, masked.positions, _in_large(run, masked))
         tables.append(_table(run, batch, masked, predicted))
-        if sum(len(pair) for pair in pairs) < DENSITY_VALUES:
-            shown = unseen & (masked.true > 0)
-            pairs.append(torch.stack([predicted.float()[shown], masked.true[shown]], dim=1).cpu())
     dist.all_reduce(metrics.sums)
     run.engine.train()
     figures = (
@@ -95,9 +91,14 @@ def validate(run: Run) -> bool:
     if times is not None:
         figures |= skew(times)
     _record(run, figures)
-    shown = torch.cat(pairs)[:DENSITY_VALUES] if pairs else torch.zeros(0, 2)
-    show(run, predicted_true=shown.T.numpy(), times=times)
+    show(run, predicted_true=_predicted_true(tables), times=times)
     return True
+
+
+def _predicted_true(tables: list[dict[str, np.ndarray]]) -> np.ndarray:
+    """Return (2, n) float32: this rank's first predicted and true hidden values."""
+    pairs = [np.stack([t["model"], t["true"]])[:, t["hidden"]] for t in tables]
+    return np.concatenate([np.zeros((2, 0)), *pairs], axis=1)[:, :DENSITY_VALUES].astype(np.float32)
 
 
 def _predictions(
@@ -146,12 +147,17 @@ def _fitted_baselines(run: Run) -> DepthBaselines:
         if batch is None:
             break
         masked, _ = _masked(run, batch)
-        wanted = masked.valid & masked.hidden.gather(1, masked.positions) & (masked.true > 0)
+        wanted = masked.valid & _hidden_targets(masked) & (masked.true > 0)
         found.add(masked.x, _unknown(masked), masked.positions, wanted)
     sum_or_raise(run.ranks, 0, problem=problem)
     dist.all_reduce(found.normal)
     found.fit()
     return found
+
+
+def _hidden_targets(masked: MaskedBatch) -> Tensor:
+    """Return (B, P) bool: places whose value the model does not see; padding is as it falls."""
+    return masked.hidden.gather(1, masked.positions)
 
 
 def _unknown(masked: MaskedBatch) -> Tensor:
@@ -173,7 +179,7 @@ def _table(
     wanted = masked.valid & (masked.true > 0)
     columns = {
         "true": masked.true.double(),
-        "hidden": masked.hidden.gather(1, masked.positions),
+        "hidden": _hidden_targets(masked),
         "several": counts.gather(1, masked.positions) >= 2,
         "cell": rows[:, None].expand_as(masked.positions),
         "gene": masked.positions,
