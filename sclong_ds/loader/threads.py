@@ -8,6 +8,7 @@ can overlap: the caller assembles its batches itself, in one buffer that stays i
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -42,6 +43,12 @@ OUTPUTS = ("packed", "csr", "dense", "dense_norm")
 WAIT_WARNING_S = 30.0
 _GROUPS_IN_MEMORY = 3  # in use, and read ahead: the last of an epoch may be small, and the next
 _JOIN_S = 10.0  # a thread that hangs on a dead disk is left behind: it is a daemon
+
+
+@functools.cache
+def say_skipped(damage: str) -> None:
+    """Log that cells are read without their counts, once a process for each damaged chunk."""
+    log.warning("%s. Cells read with it are skipped: they go through without counts", damage)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +128,6 @@ class LoaderThreads:
         self.reading: str | None = None
         self._plan, self._start, self._stopped = plan, start, False
         self._chunk_rows = np.asarray(plan.corpus.chunk_rows)
-        self._known_damage: set[int] = set()
         # Each has one thread that waits for it. Their bound is the number of buffers that go round.
         self._free_groups: queue.SimpleQueue[_GroupBuffers | None] = queue.SimpleQueue()
         self._groups: queue.SimpleQueue[_LoadedGroup | BaseException | None] = queue.SimpleQueue()
@@ -265,9 +271,7 @@ class LoaderThreads:
         except DamagedChunk as error:
             if self._plan.on_damage == "stop":
                 raise
-            if chunk not in self._known_damage:
-                log.warning("%s. Its cells are skipped: they go through without counts", error)
-                self._known_damage.add(chunk)
+            say_skipped(str(error))
             n = int(self._chunk_rows[chunk + 1] - self._chunk_rows[chunk])
             nothing = np.zeros(n, np.uint32)
             return PackedCells(

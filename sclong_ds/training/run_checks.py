@@ -26,6 +26,7 @@ def check_inputs(config: RunConfig) -> None:
     Raises:
         ValueError: A required setting is missing.
         FileNotFoundError: A named file or folder does not exist.
+        PermissionError: The run folder cannot be made or written.
     """
     required = {
         "data.corpus": (config.data.corpus, "the folder that `python -m data_prep finalize` made"),
@@ -42,6 +43,10 @@ def check_inputs(config: RunConfig) -> None:
     if "://" in str(config.run.dir):
         raise ValueError(f"run.dir={config.run.dir}: must be a path, on a shared file system where "
                          f"several nodes train, not a URL")  # fmt: skip
+    run_dir = Path(str(config.run.dir))
+    place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise PermissionError(f"run.dir={run_dir}: {place} is not a folder that can be written")
     if without_credentials(config.tracking.uri or "") != (config.tracking.uri or ""):
         raise ValueError(
             "tracking.uri holds a user or password, which config.yaml and MLflow would show: give "
@@ -181,12 +186,8 @@ def check_run_folder(run_dir: Path, config: RunConfig, now: TrainState) -> None:
 
     Raises:
         ValueError: It holds another run's checkpoints.
-        PermissionError: It cannot be written.
     """
     found = complete_checkpoints(run_dir / "checkpoints")
     if found:
         refuse_changes(found[0], config)
         refuse_other_inputs(run_dir, read_state(found[0]), now)
-    place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise PermissionError(f"run.dir={run_dir}: {place} is not a folder that can be written")

@@ -23,6 +23,7 @@ from sclong_ds.corpus.byte_code import PackedCells, encode
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.engine.ranks import on_first_rank, sum_or_raise
 from sclong_ds.loader.batches import CellBatch
+from sclong_ds.loader.threads import say_skipped
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.model.routing import unknown_genes
 from sclong_ds.objective.baselines import NAMES, DepthBaselines
@@ -220,7 +221,7 @@ def _read(run: Run, rows: np.ndarray) -> tuple[CellBatch | None, str | None]:
     except DamagedChunk as error:
         if run.config.data.on_damage == "stop":
             return None, str(error)
-        log.warning("%s. Validation leaves out the cells read with it", error)
+        say_skipped(str(error))
         cells = encode(csr_matrix((len(rows), run.corpus.n_genes), dtype=np.uint32))
     except (ValueError, OSError) as error:
         return None, str(error)

@@ -313,7 +313,7 @@ def test_a_damaged_shard_stops_the_run_or_is_skipped(corpus, tmp_path):
     lost = (visits >= found.chunk_rows[2]) & (visits < found.chunk_rows[4])
     assert lost.any()
     assert column(tmp_path / "skip", "data/skipped_cells")[-1] == lost.sum()
-    for rank in range(2):
-        assert log.read_text().count(f"{shard}: chunk {2 + rank} ") == 2
+    for chunk in (2, 3):  # said once by each rank, however often it is met
+        assert log.read_text().count(f"{shard}: chunk {chunk} ") == 2
     assert f"{validation}: chunk 6 " in log.read_text()
     assert "validation: none of the cells has a target" in log.read_text()
