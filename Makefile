@@ -35,8 +35,17 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 demo: $(VENV)/.ready
 	$(BIN)/python -m sclong_ds.demo --out demo_run
 
+# Side by side, since both mostly wait or use one core: what starts ranks or Slurm, in sight, and the
+# rest, whose output comes at the end.
+PYTEST := $(BIN)/python -m pytest --durations=25
+RANKS := distributed or slurm
+
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest --durations=25
+	@rest=$$(mktemp); trap 'kill $$! 2>/dev/null; rm -f $$rest' EXIT; \
+	$(PYTEST) -m "not ($(RANKS))" >$$rest 2>&1 & \
+	$(PYTEST) -o cache_dir=.pytest_cache/ranks -m "$(RANKS)"; ranks=$$?; \
+	echo "the tests that start no ranks (they run since the beginning):"; \
+	wait $$!; status=$$?; cat $$rest; exit $$((ranks | status))
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
