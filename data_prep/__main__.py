@@ -87,7 +87,7 @@ def _stop(signal_number: int, frame: object) -> NoReturn:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    args = _parser(arguments).parse_args(arguments)
+    args = parser(arguments).parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", force=True
     )
@@ -98,7 +98,8 @@ def _run(arguments: Sequence[str]) -> int:
         return 1
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser; only the command in `arguments` has its arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep", description="Prepare single-cell datasets for pretraining."
     )

@@ -213,10 +213,10 @@ def test_named_paths_modules_and_targets_exist(path):
 
 
 def test_named_commands_are_commands():
-    from data_prep.__main__ import _parser
+    from data_prep.__main__ import parser
     from sclong_ds.__main__ import COMMANDS
 
-    known = {"sclong_ds": set(COMMANDS), "data_prep": set(subcommands(_parser([])))}
+    known = {"sclong_ds": set(COMMANDS), "data_prep": set(subcommands(parser([])))}
     for path in documents():
         for package, command in re.findall(
             r"-m (sclong_ds|data_prep) ([a-z][a-z-]+)", path.read_text()
@@ -226,12 +226,12 @@ def test_named_commands_are_commands():
 
 HELP = """
 import sys
-from data_prep.__main__ import COMMANDS as PREPARE, _parser
+from data_prep.__main__ import COMMANDS as PREPARE, parser as prepare
 from sclong_ds.__main__ import COMMANDS, parser
 for name in COMMANDS:
     parser([name])
 for name in PREPARE:
-    _parser([name])
+    prepare([name])
 slow = {"torch", "deepspeed", "matplotlib", "mlflow", "pandas", "anndata", "h5py", "sklearn",
         "numba", "goatools"}
 print(*sorted(slow & set(sys.modules)))
@@ -297,7 +297,7 @@ def arguments_of(words: list[str]) -> tuple[str, list[str]] | None:
 
 def test_readme_commands_are_accepted():
     """Every command that the README shows passes the real argument parser, overrides included."""
-    from data_prep.__main__ import _parser as data_prep_parser
+    from data_prep.__main__ import parser as data_prep_parser
     from sclong_ds.__main__ import parser as sclong_parser
     from sclong_ds.config.load import load_config
 

@@ -1,0 +1,171 @@
+"""Write the pages of docs/reference that follow from the code.
+
+    python docs/write_reference.py
+
+Reads the configuration's sections and presets, the parsers of all commands, and the table of exit
+statuses; writes config.md, cli.md and exit-status.md beside the other pages. A test compares them
+with the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import data_prep.__main__ as data_prep
+import sclong_ds.__main__ as sclong
+from sclong_ds.config import sections
+from sclong_ds.config.load import load_config, preset_names
+from sclong_ds.job import exit_status
+
+FOLDER = Path(__file__).parent / "reference"
+_NOTE = "<!-- Written by docs/write_reference.py; change the code, then run it again. -->\n"
+_WIDTH = 100
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each page by file name."""
+    return {
+        "config.md": _config_page(),
+        "cli.md": _cli_page(),
+        "exit-status.md": _exit_status_page(),
+    }
+
+
+def _config_page() -> str:
+    lines = [
+        _NOTE,
+        "# Configuration\n",
+        "A run is described by one complete YAML file: a preset (`--config sclong_tiny`) or a file "
+        "of your own, and `section.key=value` on the command line. An unknown or missing key is an "
+        "error. The resolved file is `config.yaml` of the run folder.\n",
+    ]
+    presets = {name: load_config(name, []) for name in preset_names()}
+    for section in fields(sections.RunConfig):
+        kind = get_type_hints(sections.RunConfig)[section.name]
+        lines.append(f"## {section.name}\n")
+        lines.append(f"{_text(inspect.getdoc(kind))}\n")
+        meanings = _field_docs(kind)
+        for key in fields(kind):
+            lines.append(f"### {section.name}.{key.name}\n")
+            lines.append(f"{_text(meanings[key.name])}\n")
+            values = {
+                name: _value(getattr(getattr(config, section.name), key.name))
+                for name, config in presets.items()
+            }
+            lines.append(f"Type: `{_type(kind, key.name)}`. {_presets(values)}\n")
+    lines.append("## Performer stacks\n")
+    lines.append(f"{_text(inspect.getdoc(sections.PerformerConfig))}\n")
+    for name, meaning in _field_docs(sections.PerformerConfig).items():
+        lines.append(f"- `{name}` (`{_type(sections.PerformerConfig, name)}`): {_text(meaning)}")
+    return "\n".join(lines) + "\n"
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """Return the docstring below each field of a section."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            found[field.target.id] = str(ast.literal_eval(after.value))
+    return found
+
+
+def _type(kind: type, key: str) -> str:
+    """Return the type as it is written in the section."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for field in body.body:
+        if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == key:
+            text = ast.unparse(field.annotation).replace("None", "null")
+            return text.removeprefix("Literal[").removesuffix("]") if "Literal" in text else text
+    raise KeyError(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, sections.PerformerConfig):
+        return ", ".join(f"{f.name} {_value(getattr(value, f.name))}" for f in fields(value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _presets(values: dict[str, str]) -> str:
+    """Return the presets' values, those that agree together."""
+    if len(set(values.values())) == 1:
+        return f"All presets: `{next(iter(values.values()))}`."
+    by_value: dict[str, list[str]] = {}
+    for name, value in values.items():
+        by_value.setdefault(value, []).append(name)
+    return "; ".join(f"{', '.join(names)}: `{value}`" for value, names in by_value.items()) + "."
+
+
+def _cli_page() -> str:
+    lines = [
+        _NOTE,
+        "# Commands\n",
+        "An installed package has the programs `sclong` and `sclong-prep`, which are "
+        "`python -m sclong_ds` and `python -m data_prep` of the repository. Training is started by "
+        "the `deepspeed` launcher or `sbatch slurm/pretrain.sh`.\n",
+    ]
+    programs = (("python -m sclong_ds", sclong.COMMANDS, sclong.parser),
+                ("python -m data_prep", data_prep.COMMANDS, data_prep.parser))  # fmt: skip
+    for program, commands, parser in programs:
+        lines.append(f"## {program}\n")
+        for name in commands:
+            command = _command(parser([name]), name)
+            command.formatter_class = _fixed_width(command.formatter_class)
+            command.prog = f"{program} {name}"
+            lines.append(f"### {name}\n")
+            lines.append(f"```text\n{command.format_help().rstrip()}\n```\n")
+    return "\n".join(lines)
+
+
+def _command(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            command: argparse.ArgumentParser = action.choices[name]
+            return command
+    raise KeyError(name)
+
+
+def _fixed_width(base: Any) -> Any:
+    """Return a help formatter whose lines do not depend on the terminal."""
+    return lambda prog: base(prog, width=_WIDTH)
+
+
+def _exit_status_page() -> str:
+    lines = [_NOTE, "# Exit statuses of training\n", "| status | meaning |", "|---|---|"]
+    lines += [f"| {status} | {meaning} |" for status, meaning in _statuses()]
+    lines.append(
+        "\nThe `deepspeed` launcher does not pass them on; `srun` and `slurm/pretrain.sh` do."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _statuses() -> Iterator[tuple[int, str]]:
+    text = str(inspect.getdoc(exit_status)).split("\n\n")[1]
+    for part in _text(text).rstrip(".").split("; "):
+        number, meaning = part.split(" ", 1)
+        yield int(number), meaning
+
+
+def _text(text: str | None) -> str:
+    """Return a docstring as one line."""
+    return re.sub(r"\s+", " ", text or "").strip()
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for page, content in pages().items():
+        (FOLDER / page).write_text(content, encoding="utf-8")
