@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep.arguments import add_codec, add_genes, add_json, chosen_genes
+from sclong_ds import __version__
 from sclong_ds.command_line import local_path, share, whole
 
 COMMANDS = {
@@ -103,6 +104,7 @@ def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep", description="Prepare single-cell datasets for pretraining."
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add: dict[str, Callable[[argparse.ArgumentParser], None]] = {
         "manifest": _add_manifest,

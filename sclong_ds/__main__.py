@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from sclong_ds import __version__
 from sclong_ds.command_line import parse_arguments
 
 COMMANDS = {
@@ -66,6 +67,7 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         description="Train with `deepspeed --module sclong_ds.pretrain`; "
         "these commands go with it.",
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")

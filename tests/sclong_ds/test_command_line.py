@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.__main__ import main as data_prep
+from sclong_ds import __version__
+from sclong_ds.__main__ import main as sclong
 from sclong_ds.command_line import local_path, positive, positive_share, share, whole
 
 
@@ -40,3 +43,12 @@ def test_others_are_refused_with_what_is_allowed(
         with pytest.raises(argparse.ArgumentTypeError, match=allowed) as error:
             kind(text)
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("main", [sclong, data_prep])
+def test_each_program_says_its_version(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.split() == [__version__]
