@@ -58,7 +58,7 @@ def prepare(width: int) -> tuple[Any, Any]:
     from torch import nn
 
     from sclong_ds.checkpoint import save as checkpoint
-    from sclong_ds.checkpoint.on_disk import TrainState
+    from sclong_ds.checkpoint.state import TrainState
     from sclong_ds.config.load import load_config
     from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, quiet_deepspeed
     from sclong_ds.engine.ds_config import resolve_ds_config

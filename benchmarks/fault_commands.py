@@ -189,7 +189,7 @@ def _save(place: Path, step: int) -> int:
     import dataclasses
 
     from sclong_ds.checkpoint import save as checkpoint
-    from sclong_ds.checkpoint.on_disk import TrainState
+    from sclong_ds.checkpoint.state import TrainState
     from sclong_ds.config.load import load_config
 
     config = load_config("sclong_tiny")

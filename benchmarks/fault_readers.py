@@ -156,6 +156,7 @@ def read_resumed(folder: Path) -> Any:
 
 def _resumed(folder: Path) -> Any:
     from sclong_ds.checkpoint import on_disk as checkpoint_files
+    from sclong_ds.checkpoint.state import read_state
     from sclong_ds.config.load import load_config
     from sclong_ds.run_folder import files as run_folder
     from sclong_ds.run_folder import identity as run_identity
@@ -176,7 +177,7 @@ def _resumed(folder: Path) -> Any:
     run_identity.take_over_ids(folder, chosen)
     best = checkpoint_files.best_checkpoint(checkpoints)
     files = {path.name: checkpoint_files.fingerprint(path) for path in sorted(chosen.glob("*.pt"))}
-    state = checkpoint_files.read_state(chosen)
+    state = read_state(chosen)
     run_folder.RunFolder(folder).close()
     return repr((name, state, config, best, run_folder.recorded_ids(folder), files))
 

@@ -23,7 +23,8 @@ from torch import nn
 from sclong_ds.checkpoint import on_disk as checkpoint_files
 from sclong_ds.checkpoint import save as checkpoint
 from sclong_ds.checkpoint.load import load
-from sclong_ds.checkpoint.on_disk import TrainState, best_checkpoint
+from sclong_ds.checkpoint.on_disk import best_checkpoint
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.checkpoint.writer import ChecksummedFile
 from sclong_ds.config.load import load_config
 from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, quiet_deepspeed

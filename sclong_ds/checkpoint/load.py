@@ -20,13 +20,12 @@ from torch import Tensor
 
 from sclong_ds.checkpoint.convert import load_converted
 from sclong_ds.checkpoint.on_disk import (
-    TrainState,
     complete_checkpoints,
     damage,
-    read_state,
     remove,
 )
 from sclong_ds.checkpoint.save import quiet, refuse_code_on_any_rank
+from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.checkpoint.torch_files import plain_values_only, refuse_code
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.files.atomic import listed

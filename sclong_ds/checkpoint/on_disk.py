@@ -12,20 +12,19 @@ which are still read, there are the files alone, with CRC-32.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
-from sclong_ds.files.atomic import is_partial, listed, named_errors, read_file
+from sclong_ds.files.atomic import is_partial, listed, named_errors
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 from sclong_ds.run_folder.files import METRICS_FILE
 from sclong_ds.run_folder.rows import read_metrics
@@ -36,36 +35,6 @@ BEST = "best.json"
 _DIGEST = "checkpoint_digest"
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "sclong_ds-checkpoint", 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainState:
-    """Where a run is, and on what; everything but weights and optimizer moments."""
-
-    step: int
-    """Optimizer steps made, skipped ones included."""
-    cells_seen: int
-    """Position in the stream of cells."""
-    world_size: int
-    """Ranks that wrote the checkpoint."""
-    seed: int
-    """`run.seed`."""
-    precision: str
-    """`engine.precision`."""
-    zero_stage: int
-    """ZeRO stage; the stages write different files."""
-    corpus_hash: str
-    """Content hash of the corpus."""
-    genes_hash: str
-    """Hash of the gene vocabulary."""
-    graph_hash: str | None
-    """SHA-256 of the gene graph file."""
-    features_hash: str | None
-    """SHA-256 of the file of random features."""
-    weights_hash: str | None = None
-    """SHA-256 of `data.dataset_weights`."""
-    skipped_steps: int = 0
-    """Steps that were not applied because something was not finite."""
 
 
 def name_of(step: int) -> str:
@@ -339,22 +308,6 @@ def _visible_size(path: Path) -> int | None:
             return file.seek(0, 2)
     except FileNotFoundError:
         return None
-
-
-def read_state(checkpoint: Path) -> TrainState:
-    """Read a checkpoint's state.json.
-
-    Raises:
-        ValueError: It was written by another version.
-    """
-    state = json.loads(read_file(checkpoint / "state.json"))
-    names = {field.name for field in fields(TrainState)}
-    if set(state) != names:
-        raise ValueError(
-            f"{checkpoint}/state.json was written by another version ({sorted(set(state) ^ names)} "
-            f"differ): go on with that version, or export there and set run.init_from"
-        )
-    return TrainState(**state)
 
 
 def best_checkpoint(folder: Path) -> tuple[str, float] | None:

@@ -25,7 +25,6 @@ import torch.distributed as dist
 
 from sclong_ds.checkpoint.on_disk import (
     BEST,
-    TrainState,
     name_of,
     prune,
     record_best,
@@ -34,6 +33,7 @@ from sclong_ds.checkpoint.on_disk import (
     restore_best,
     write_manifest,
 )
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.checkpoint.torch_files import refuse_code
 from sclong_ds.checkpoint.writer import CheckpointWriter, Written
 from sclong_ds.config.sections import CheckpointConfig

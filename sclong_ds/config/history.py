@@ -1,25 +1,77 @@
-"""Keys that configurations of earlier versions lack, and the value that they had in effect.
+"""Keys that saved files of earlier versions lack, and the values that mean what was done then.
 
-A configuration that a run folder or a checkpoint of an earlier version holds opens in every later
-one. Keys that a person leaves out get the same value.
+The config.yaml of a run folder, a checkpoint or an exported model opens in every later version. It
+carries the version of the keys that it was written with (`version`; in an exported model
+`config_version`); files of versions 1 and 2 carry none. Whoever adds a key to a section of the
+configuration, or to `Transform`, adds it here under the next number, with the value under which
+everything stays as it was: with it old runs resume, and old models embed, unchanged.
 """
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
-LATER_KEYS: dict[str, dict[str, Any]] = {"data": {"unmeasured": "zero"}}
-"""By section, keys that came after the first version."""
+from sclong_ds.config.strict_yaml import read_yaml
+
+LATER_KEYS: dict[int, dict[str, Any]] = {
+    2: {"data.unmeasured": "zero", "transform.unmeasured": "zero"},
+}
+"""By version, the keys that came with it: `section.key`, `section.stack.key`, or a whole section
+with all of its keys. `transform` is the section of an exported model."""
+
+VERSION = max(LATER_KEYS)
+"""Version of the keys that this program writes."""
 
 
-def add_later_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the keys that came later.
+def read_saved(path: Path) -> dict[str, Any]:
+    """Return the sections of a configuration file, with the keys that came after it was written.
 
     Args:
-        tree: Sections as read from YAML; what is no mapping stays as it is.
+        path: A config.yaml that training wrote, or a file or preset that a person wrote.
+
+    Raises:
+        ValueError: Not YAML, or written by a later version.
     """
-    return tree | {
-        section: LATER_KEYS[section] | tree[section]
-        for section in LATER_KEYS
-        if isinstance(tree.get(section), dict)
-    }
+    tree = read_yaml(path)
+    version = tree.pop("version", 1)
+    refuse_later(version, where=str(path))
+    return complete(tree)
+
+
+def refuse_later(version: object, *, where: str) -> None:
+    """Refuse a configuration that a later version wrote: it may mean what nothing here knows.
+
+    Args:
+        version: What the file says.
+        where: The file, for the message.
+
+    Raises:
+        ValueError: It is no version that this program reads.
+    """
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{where}: configuration version {version!r}; must be 1 to {VERSION}")
+    if version > VERSION:
+        raise ValueError(
+            f"{where}: written by a later version of sclong_ds (configuration version {version}, "
+            f"this one reads 1 to {VERSION}): update sclong_ds"
+        )
+
+
+def complete(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the keys that it lacks because they came later.
+
+    Args:
+        tree: Sections by name; what is no mapping stays as it is.
+    """
+    tree = copy.deepcopy(tree)
+    for keys in LATER_KEYS.values():
+        for key, value in keys.items():
+            *parents, name = key.split(".")
+            node: Any = tree
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+            if isinstance(node, dict):
+                node.setdefault(name, copy.deepcopy(value))
+    return tree

@@ -2,9 +2,11 @@
 
 A run is described by one complete YAML file (a preset of `sclong_ds/config/presets/` or your own):
 every key must be there, unknown keys, duplicate keys and wrong types are errors, and nothing is
-inherited. `load_config("sclong_tiny", ["run.max_steps=10"])` reads a preset, applies the overrides
-and returns a `RunConfig`; `to_yaml` writes it back. The configuration is never edited after it is
-loaded. Its keys are in `sclong_ds.config.sections`, a section for each consuming module.
+inherited. (Only keys that came after the first version may be absent, `sclong_ds.config.history`:
+files of earlier versions open.) `load_config("sclong_tiny", ["run.max_steps=10"])` reads a preset,
+applies the overrides and returns a `RunConfig`; `to_yaml` writes it back. The configuration is
+never edited after it is loaded. Its keys are in `sclong_ds.config.sections`, a section for each
+consuming module.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.command_line import parse_arguments
-from sclong_ds.config.history import add_later_keys
+from sclong_ds.config.history import read_saved
 from sclong_ds.config.rules import check
 from sclong_ds.config.sections import (
     CheckpointConfig,
@@ -30,7 +32,7 @@ from sclong_ds.config.sections import (
     RunSection,
     TrackingConfig,
 )
-from sclong_ds.config.strict_yaml import parse_value, read_yaml, section_from_dict, unknown_key
+from sclong_ds.config.strict_yaml import parse_value, section_from_dict, unknown_key
 
 __all__ = [
     "CheckpointConfig",
@@ -68,15 +70,15 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Raises:
         FileNotFoundError: No such preset or file.
-        ValueError: Unknown, duplicate or missing key, wrong type, or values that contradict each
-            other.
+        ValueError: Unknown, duplicate or missing key, wrong type, values that contradict each
+            other, or a file of a later version.
     """
     path = PRESETS_DIR / f"{source}.yaml" if str(source) in preset_names() else Path(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"--config {source}: no such preset or file; presets are {', '.join(preset_names())}"
         )
-    tree = add_later_keys(read_yaml(path))
+    tree = read_saved(path)
     for item in overrides:
         _apply_override(tree, item)
     config = section_from_dict(RunConfig, tree, path.name)

@@ -41,4 +41,4 @@ class Transform:
     """Counts of a cell after scaling."""
     unmeasured: Literal["zero", "mask"] = "zero"
     """`data.unmeasured` of the training: whether genes that an input does not name are zeros, or
-    unknown (mask). Model folders of earlier versions do not say: zero."""
+    unknown (mask)."""

@@ -23,8 +23,8 @@ from sclong_ds.checkpoint.on_disk import (
     complete_checkpoints,
     damage,
     read_manifest,
-    read_state,
 )
+from sclong_ds.checkpoint.state import read_state
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.transform import Transform

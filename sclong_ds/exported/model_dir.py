@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sclong_ds.config import history
 from sclong_ds.config.sections import ModelConfig
 from sclong_ds.config.strict_yaml import read_yaml, section_from_dict, to_dict
 from sclong_ds.corpus.gene_graph import read_gene_graph
@@ -135,6 +136,7 @@ def _description(model: ModelConfig, transform: Transform, folder: Path) -> dict
     return {
         "format": FORMAT,
         "version": VERSION,
+        "config_version": history.VERSION,
         "n_genes": len(genes),
         "genes_hash": genes.hash,
         "transform": asdict(transform),
@@ -220,9 +222,7 @@ def _empty_model(folder: Path, config: Mapping[str, Any]) -> ScLong:
     with torch.device("meta"):
         model = ScLong(architecture, n_genes=len(genes), graph=graph, features=features)
     model.genes = genes
-    model.transform = section_from_dict(
-        Transform, {"unmeasured": "zero"} | config["transform"], where
-    )
+    model.transform = section_from_dict(Transform, config["transform"], where)
     return model
 
 
@@ -232,9 +232,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     Args:
         folder: MODEL_DIR.
 
+    Returns:
+        The content, with the keys that came after the version that wrote it.
+
     Raises:
         FileNotFoundError: A file of the folder is missing.
-        ValueError: A damaged file, or another format version.
+        ValueError: A damaged file, or a later version.
     """
     for name in ("config.yaml", "genes.tsv", WEIGHTS):
         if not (folder / name).is_file():
@@ -251,7 +254,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     if not checked and config["version"] == VERSION:
         raise FileNotFoundError(f"{folder}/manifest.json: missing; {CURE}")
-    return config
+    history.refuse_later(config.get("config_version", 1), where=f"{folder}/config.yaml")
+    return history.complete(config)
 
 
 def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> ScLong:

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sclong_ds.checkpoint import on_disk as checkpoint_files
+from sclong_ds.checkpoint.state import read_state
 from sclong_ds.command_line import local_path
 from sclong_ds.config.strict_yaml import read_yaml
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -148,7 +149,11 @@ def _verify_checkpoint(folder: Path, findings: Findings) -> None:
         findings.problems.append(f"{folder}: {problem}")
         return
     manifest = checkpoint_files.read_manifest(folder)
-    state = checkpoint_files.read_state(folder)
+    try:
+        state = read_state(folder)
+    except ValueError as error:
+        findings.problems.append(str(error))
+        return
     findings.checked.append(
         f"{folder.name}: manifest.json{' (its own checksum)' if manifest.digest else ''} -> "
         f"{len(manifest.files)} files of {state.world_size} ranks, ZeRO stage {state.zero_stage}: "

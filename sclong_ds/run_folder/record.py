@@ -106,6 +106,7 @@ class RunRecord:
             except ValueError as error:
                 log.warning("%s; its settings are not shown", error)
                 continue
+            tree.pop("version", None)  # of the keys, no setting
             found |= dict(_flat(tree, prefix))
         return found
 

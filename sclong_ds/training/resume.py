@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.checkpoint.load import Loaded, load
-from sclong_ds.checkpoint.on_disk import TrainState, restore_best
+from sclong_ds.checkpoint.on_disk import restore_best
+from sclong_ds.checkpoint.state import TrainState
+from sclong_ds.config.history import VERSION
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
@@ -146,7 +148,8 @@ def refuse_other_run(run: Run, checkpoint: Path, found: TrainState) -> None:
 
 def write_inputs(run: Run, ds_config: dict[str, Any]) -> None:
     """Write the resolved configuration and what the model consists of into the run folder."""
-    write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())
+    settings = f"version: {VERSION}\n{to_yaml(run.config)}"
+    write_atomic(run.run_dir / "config.yaml", settings.encode())
     resolved = json.dumps(ds_config, indent=2) + "\n"
     write_atomic(run.run_dir / "ds_config.json", resolved.encode())
     run.corpus.genes.write(run.run_dir / "genes.tsv")

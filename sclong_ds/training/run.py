@@ -10,8 +10,8 @@ from typing import IO, Any
 import torch
 
 from kernels.favor_attention import triton_obstacle
-from sclong_ds.checkpoint.on_disk import TrainState
 from sclong_ds.checkpoint.save import Saving
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus

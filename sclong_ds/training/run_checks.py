@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sclong_ds.checkpoint.on_disk import TrainState, complete_checkpoints, read_state
-from sclong_ds.config.history import add_later_keys
+from sclong_ds.checkpoint.on_disk import complete_checkpoints
+from sclong_ds.checkpoint.state import TrainState, read_state
+from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import RunConfig
-from sclong_ds.config.strict_yaml import read_yaml, to_dict, to_yaml
+from sclong_ds.config.strict_yaml import to_dict, to_yaml
 from sclong_ds.loader.weights import read_weights
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.run_folder.credentials import without_credentials
@@ -81,7 +82,7 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
         ValueError: What differs.
     """
     saved, run_dir = checkpoint / "config.yaml", checkpoint.parent.parent
-    before, now = add_later_keys(read_yaml(saved)), to_dict(config)
+    before, now = read_saved(saved), to_dict(config)
     lost = [name for name in ("model", "data") if not isinstance(before.get(name), dict)]
     if lost:
         raise ValueError(f"{saved}: damaged (has no section {lost[0]}); use another checkpoint")
@@ -115,7 +116,7 @@ def changed_settings(saved: Path, config: RunConfig) -> dict[str, tuple[Any, Any
     """
     if not saved.is_file():
         return {}
-    before, now = add_later_keys(read_yaml(saved)), to_dict(config)
+    before, now = read_saved(saved), to_dict(config)
     return {
         f"{section}.{key}": (before.get(section, {}).get(key), value)
         for section, keys in now.items()

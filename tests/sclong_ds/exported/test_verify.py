@@ -14,7 +14,12 @@ from exported import named_genes, write_model
 
 from sclong_ds.__main__ import main
 from sclong_ds.checkpoint import torch_files
-from sclong_ds.checkpoint.on_disk import TrainState, name_of, record_best, write_manifest
+from sclong_ds.checkpoint.on_disk import (
+    name_of,
+    record_best,
+    write_manifest,
+)
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.exported.verify import verify
 from sclong_ds.run_folder.files import RunFolder, update_run_json
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sclong_ds.checkpoint.on_disk import TrainState
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.training.run_checks import refuse_other_inputs
 
 SAVED = TrainState(
