@@ -145,6 +145,11 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
             "model.gene_bias starts at the genes' means: needs model.head_init=mean",
         ),
         (
+            m.cell_offset == "none" or m.gene_bias,
+            "model.cell_offset=visible is measured from the genes' biases: needs "
+            "model.gene_bias=true",
+        ),
+        (
             m.random_features_file is None or m.attention == "favor",
             "model.random_features_file is set but model.attention=softmax would ignore it: set it "
             "to null",

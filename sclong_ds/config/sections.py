@@ -83,6 +83,11 @@ class ModelConfig:
     gene_bias: bool
     """One learned output bias per gene, initialised at the gene's mean expressed value in the
     training cells."""
+    cell_offset: Literal["none", "visible"]
+    """What a prediction starts from beside the gene's bias. visible: one number per cell, the mean
+    over its visible expressed genes of value minus gene bias, so that the model learns what a
+    gene's mean and a cell's depth do not explain (an additive two-way model); needs gene_bias.
+    none: nothing (scLong)."""
     attention: Literal["favor", "softmax"]
     """favor: FAVOR+ random features, linear in the genes; softmax: exact attention, quadratic
     (ablation: random_features, stabiliser_scope and redraws have no effect)."""

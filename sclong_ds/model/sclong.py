@@ -40,10 +40,14 @@ class ValueHead(nn.Module):
         kind: `mlp` or `linear`.
         mean: Initial prediction: one number, or one per gene (G,), which makes a learned bias per
             gene; None starts weights and bias as torch.nn.Linear does.
+        offset: Add the cell's offset to its predictions; with a bias per gene alone.
     """
 
-    def __init__(self, dim: int, *, kind: str, mean: float | np.ndarray | None) -> None:
+    def __init__(
+        self, dim: int, *, kind: str, mean: float | np.ndarray | None, offset: bool = False
+    ) -> None:
         super().__init__()
+        self.offset = offset
         self.body = (
             nn.Sequential(nn.Linear(dim, dim), nn.GELU()) if kind == "mlp" else nn.Identity()
         )
@@ -54,16 +58,55 @@ class ValueHead(nn.Module):
             self.weight = nn.Parameter(torch.zeros(dim))
             self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
 
-    def forward(self, h: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        positions: Tensor | None = None,
+        *,
+        x: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """Return predicted values (B, G) for representations (B, G, C).
 
-        With `positions` (B, P) int64, predict (B, P) from the representations (B, P, C) there.
+        With `positions` (B, P) int64, predict (B, P) from the representations (B, P, C) there. The
+        cell's offset needs the cells' values x (B, G) and which of them count, `visible` (B, G);
+        predictions are float32 at least then.
         """
         bias = self.bias
         if positions is not None and len(bias) > 1:
             # By indexing: its backward pass adds up in a fixed order on a GPU too.
             bias = bias[positions]
-        return self.body(h) @ self.weight + bias
+        predicted = self.body(h) @ self.weight + bias
+        if self.offset:
+            assert x is not None
+            assert visible is not None
+            predicted = predicted + cell_offset(x, visible, self.bias)
+        return predicted
+
+
+def cell_offset(x: Tensor, visible: Tensor, bias: Tensor) -> Tensor:
+    """Return (B, 1), the mean of value minus bias over a cell's visible genes; 0 without any.
+
+    Args:
+        x: (B, G) values.
+        visible: (B, G) bool, the values that count.
+        bias: (G,).
+    """
+    above = torch.where(visible, x - bias.to(x.dtype), 0.0)
+    return pairwise_sum(above) / visible.sum(1, keepdim=True).clamp(min=1)
+
+
+def pairwise_sum(values: Tensor) -> Tensor:
+    """Return the sums (B, 1) of values (B, G), the same bits in a batch of any size.
+
+    torch chooses the order of a sum by the shape; here halves are added to each other.
+    """
+    n = 1 << (values.shape[1] - 1).bit_length()
+    values = nn.functional.pad(values, (0, n - values.shape[1]))
+    while n > 1:
+        n //= 2
+        values = values[:, :n] + values[:, n:]
+    return values
 
 
 class ScLong(nn.Module):
@@ -119,7 +162,10 @@ class ScLong(nn.Module):
         self.norm = nn.LayerNorm(base)
         mean = np.broadcast_to(output_mean, n_genes) if config.gene_bias else output_mean
         self.head = ValueHead(
-            base, kind=config.head, mean=mean if config.head_init == "mean" else None
+            base,
+            kind=config.head,
+            mean=mean if config.head_init == "mean" else None,
+            offset=config.cell_offset == "visible",
         )
 
     def _performer(self, name: str, dim: int, features: Mapping[str, Tensor] | None) -> Performer:
@@ -153,7 +199,11 @@ class ScLong(nn.Module):
             (B, G), or (B, P), predicted values.
         """
         h = self._represent(x, mask, positions, lengths, unmeasured)
-        return self.head(h, positions)
+        if self.config.cell_offset == "none":
+            return self.head(h, positions)
+        unknown = unknown_genes(mask, unmeasured, routing="top")
+        visible = x > 0 if unknown is None else (x > 0) & ~unknown
+        return self.head(h, positions, x=x, visible=visible)
 
     def encode(
         self,

@@ -75,6 +75,7 @@ def reference_config(state: Mapping[str, Tensor], *, top_seq_len: int) -> ModelC
         head="linear",
         head_init="random",
         gene_bias=False,
+        cell_offset="none",
         attention="favor",
         random_features="orthogonal_qr",
         random_features_file=None,
