@@ -165,7 +165,7 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
 
 def _optim_rules(p: OptimConfig) -> list[tuple[bool, str]]:
     """Return what must hold in the optim section, and what to say if it does not."""
-    betas = list(p.betas)
+    betas, warmup, decay = list(p.betas), p.warmup_steps, p.decay_steps
     return [
         (p.lr > 0, f"optim.lr: got {p.lr}, must be > 0"),
         (p.weight_decay >= 0, f"optim.weight_decay: got {p.weight_decay}, must be >= 0"),
@@ -177,9 +177,17 @@ def _optim_rules(p: OptimConfig) -> list[tuple[bool, str]]:
             "optim.weight_decay: must be 0 for adam (it would be ignored); use adamw",
         ),
         (
-            p.schedule == "constant" or p.decay_steps > p.warmup_steps,
-            f"optim.decay_steps: got {p.decay_steps}, must exceed optim.warmup_steps "
-            f"{p.warmup_steps}",
+            isinstance(warmup, int) or warmup < 1,
+            f"optim.warmup_steps: got {warmup}, allowed: a whole number of steps, or a share of "
+            f"optim.decay_steps below 1",
+        ),
+        (
+            decay is None or decay >= 1,
+            f"optim.decay_steps: got {decay}, must be >= 1, or null for run.max_steps",
+        ),
+        (
+            p.schedule == "constant" or decay is None or decay > warmup,
+            f"optim.decay_steps: got {decay}, must exceed optim.warmup_steps {warmup}",
         ),
         (
             p.schedule == "warm_restarts" or p.cycle_mult == p.cycle_gamma == 1,

@@ -176,11 +176,12 @@ class OptimConfig:
     schedule: Literal["cosine", "constant", "warm_restarts"]
     """Shape after the warm-up; warm_restarts: cosine cycles, each with its own warm-up (the
     released code)."""
-    warmup_steps: int
-    """Steps of linear warm-up, from 0; of warm_restarts from the lowest rate, in every cycle."""
-    decay_steps: int
-    """Step at which cosine reaches min_lr_ratio; the rate stays there afterwards. Independent of
-    run.max_steps. Of warm_restarts the length of the first cycle."""
+    warmup_steps: int | float
+    """Steps of linear warm-up, from 0; of warm_restarts from the lowest rate, in every cycle. A
+    number below 1 with a point is a share of decay_steps: 0.02 of 50,000 are 1,000 steps."""
+    decay_steps: int | None
+    """Step at which cosine reaches min_lr_ratio; the rate stays there afterwards. Of warm_restarts
+    the length of the first cycle. null: run.max_steps."""
     min_lr_ratio: float
     """Lowest learning rate as a share of lr (cosine, warm_restarts)."""
     cycle_mult: float
@@ -189,6 +190,20 @@ class OptimConfig:
     cycle_gamma: float
     """Factor on the peak rate at each restart (0.9 in the released code); 1 for the other
     schedules."""
+
+    def in_steps(self, max_steps: int) -> OptimConfig:
+        """Return the section with warmup_steps and decay_steps as numbers of steps.
+
+        Args:
+            max_steps: Length of the run, for decay_steps null. A warm-up that is as long leaves
+                one step of decay after the run's end.
+        """
+        length = self.decay_steps or max_steps
+        warmup = self.warmup_steps
+        if isinstance(warmup, float):
+            warmup = min(round(warmup * length), length - 1)
+        decay = self.decay_steps or max(max_steps, warmup + 1)
+        return dataclasses.replace(self, warmup_steps=warmup, decay_steps=decay)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +294,8 @@ class RunSection:
     """MODEL_DIR of `export` or `import-reference` whose weights the run starts from; null: random
     weights. Training data, optimizer and schedule begin anew."""
     max_steps: int
-    """Optimizer steps after which the run is done."""
+    """Optimizer steps after which the run is done. The learning rate's schedule follows it unless
+    optim.decay_steps is set."""
     validate_every_n_steps: int
     """Steps between validations; one also runs at step 0 and at the end. 0: none."""
     validation_cells: int

@@ -214,6 +214,12 @@ def _power_of_ten(text: str, hint: type) -> int | float | str:
     return int(number) if number == number.to_integral_value() else text
 
 
+def _whole_power_of_ten(value: Any) -> bool:
+    """Tell whether a value is text such as 1e5 that stands for a whole number."""
+    text = isinstance(value, str) and _POWER_OF_TEN.fullmatch(value) is not None
+    return text and isinstance(_power_of_ten(value, int), int)
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """Check one value against its annotation; exact types, except that 3 is a valid float."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -224,6 +230,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
+        if int in args and float in args:
+            whole = type(value) is int or _whole_power_of_ten(value)
+            return _convert(value, int if whole else float, name)
         return _convert(value, next(a for a in args if a is not type(None)), name)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(args):

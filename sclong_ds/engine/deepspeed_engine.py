@@ -158,7 +158,7 @@ def set_hyper_parameters(engine: Any, config: RunConfig, step: int) -> float:
         config: The run's configuration.
         step: Number of steps applied before this one.
     """
-    lr = learning_rate(config.optim, step)
+    lr = learning_rate(config.optim.in_steps(config.run.max_steps), step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = config.optim.weight_decay if group["name"] == "decay" else 0.0

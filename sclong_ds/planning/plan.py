@@ -186,7 +186,8 @@ def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) ->
 
 def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) -> dict[str, Any]:
     """Predict rates and times at the stated utilisation."""
-    from sclong_ds.engine.schedule import learning_rate  # late, as in `run`
+    # late, as in `run`
+    from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 
     engine, cells = config.engine, work.cells
     micro = engine.train_micro_batch_size_per_gpu
@@ -196,6 +197,7 @@ def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) ->
     per_rank = device.flops_per_s(engine.precision) * site.mfu / flops
     all_ranks = per_rank * site.nodes * site.gpus_per_node
     steps = config.run.max_steps
+    last_rate = learning_rate(config.optim.in_steps(steps), steps - 1)
     run_cells = steps * engine.train_batch_size
     return {
         "training_flops_per_cell": flops,
@@ -209,7 +211,8 @@ def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) ->
         "run_epochs": run_cells / cells,
         "run_hours": run_cells / all_ranks / 3600,
         "run_gpu_hours": run_cells / per_rank / 3600,
-        "last_learning_rate_share": learning_rate(config.optim, steps - 1) / config.optim.lr,
+        "last_learning_rate_share": last_rate / config.optim.lr,
+        "unfinished_schedule": unfinished_schedule(config),
         # Every rank reads and decompresses the cells of all, and decodes its own.
         "read_cells_per_s_per_rank": all_ranks,
         "decoded_cells_per_s_per_rank": per_rank,
@@ -321,6 +324,7 @@ def _memory_row(row: Mapping[str, Any], switch: Mapping[bool, str]) -> str:
 
 def _time_lines(plan: Mapping[str, Any]) -> list[str]:
     time, saved = plan["time"], plan["checkpoint"]
+    warning = time["unfinished_schedule"]
     hours = "rank-hours" if plan["device"]["name"] == "cpu" else "GPU-hours"
     lines = [
         f"Time, predicted at {plan['mfu']:.0%} of peak, validation and checkpoints not included",
@@ -331,6 +335,7 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"  run.max_steps {time['run_steps']:,}: {time['run_epochs']:.3g} epochs, "
         f"{time['run_hours']:,.4g} h, {time['run_gpu_hours']:,.4g} {hours}; the learning rate of "
         f"the last step is {time['last_learning_rate_share']:.0%} of optim.lr",
+        *([f"  WARNING: {warning}"] if warning else []),
         f"  the loader of every rank must read {time['read_cells_per_s_per_rank']:,.4g} cells/s, "
         f"those of all ranks, and decode {time['decoded_cells_per_s_per_rank']:,.4g} of them",
         "",

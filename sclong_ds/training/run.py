@@ -18,7 +18,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.deepspeed_engine import count_parameters
 from sclong_ds.engine.gradient_norms import GradientNorms
 from sclong_ds.engine.ranks import Ranks
-from sclong_ds.engine.schedule import learning_rate
+from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.baselines import DepthBaselines
@@ -128,11 +128,7 @@ def describe(
         e.train_batch_size, e.train_micro_batch_size_per_gpu,
         accumulated, ranks.world_size, stage, e.precision, device_name(ranks.device),
     )  # fmt: skip
-    last = learning_rate(config.optim, config.run.max_steps - 1)
-    log.info(
-        "learning rate: at most %.3g, %.3g (%.0f%%) in the last of %d steps",
-        config.optim.lr, last, 100 * last / config.optim.lr, config.run.max_steps,
-    )  # fmt: skip
+    describe_schedule(config, warns=ranks.rank == 0)
     log.info("attention: %s", attention_path(config, ranks, model))
     if ranks.rank == 0 and e.precision == "bf16" and stage == 1 and accumulated > 1:
         log.warning(
@@ -140,6 +136,20 @@ def describe(
             "fp32: use engine.ds_config=zero2, or larger micro-batches",
             accumulated,
         )
+
+
+def describe_schedule(config: RunConfig, *, warns: bool) -> None:
+    """Log the learning rate over the run, and whether the run ends before its schedule does."""
+    steps = config.run.max_steps
+    optim = config.optim.in_steps(steps)
+    last = learning_rate(optim, steps - 1)
+    log.info(
+        "learning rate: warm-up %d steps, at most %.3g, %.3g (%.0f%%) in the last of %d steps",
+        optim.warmup_steps, optim.lr, last, 100 * last / optim.lr, steps,
+    )  # fmt: skip
+    warning = unfinished_schedule(config)
+    if warns and warning is not None:
+        log.warning("%s", warning)
 
 
 def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:

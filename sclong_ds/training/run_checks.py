@@ -14,7 +14,7 @@ import torch.distributed as dist
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.config.history import read_saved
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict, to_yaml
 from sclong_ds.loader.weights import read_weights
 from sclong_ds.model.sclong import ScLong
@@ -112,17 +112,30 @@ def changed_settings(saved: Path, config: RunConfig) -> dict[str, tuple[Any, Any
         config: The configuration of this start.
 
     Returns:
-        Old and new value by `section.key`; nothing for a folder without a configuration.
+        Old and new value by `section.key`; nothing for a folder without a configuration. The
+        schedule is compared in steps, so that it counts as changed where another length of the
+        run changes it, and 0.02 of 50,000 steps are 1,000 steps.
     """
     if not saved.is_file():
         return {}
-    before, now = read_saved(saved), to_dict(config)
+    before = _in_steps(read_saved(saved), config.optim)
+    now = _in_steps(to_dict(config), config.optim)
     return {
         f"{section}.{key}": (before.get(section, {}).get(key), value)
         for section, keys in now.items()
         for key, value in keys.items()
         if before.get(section, {}).get(key) != value
     }
+
+
+def _in_steps(tree: dict[str, Any], optim: OptimConfig) -> dict[str, Any]:
+    """Return a configuration's sections with the schedule in steps."""
+    found, steps = tree.get("optim", {}), tree.get("run", {}).get("max_steps")
+    keys = ("warmup_steps", "decay_steps")
+    if not isinstance(steps, int) or not found.keys() >= set(keys):
+        return tree
+    resolved = replace(optim, **{key: found[key] for key in keys}).in_steps(steps)
+    return tree | {"optim": found | {key: getattr(resolved, key) for key in keys}}
 
 
 def check_same_on_all_ranks(config: RunConfig, state: TrainState, model: ScLong) -> None:

@@ -363,9 +363,11 @@ def test_first_loss_is_the_variance_of_the_targets(small_corpus, small_graph, tm
 
 
 def test_dry_run_checks_and_leaves_nothing(small_corpus, small_graph, tmp_path):
-    args = settings(tmp_path / "run", small_corpus, small_graph)
+    longer = {"optim.decay_steps": 10 * STEPS, "optim.warmup_steps": 1}
+    args = settings(tmp_path / "run", small_corpus, small_graph, **longer)
     done = run_module("sclong_ds.pretrain", "--dry-run", *args)
     assert "everything fits together" in done.stderr
+    assert done.stderr.count("the learning rate of the last step is 98% of its peak") == 1
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
     for place, says in (("s3://b/run", "not a URL"), (tmp_path / "file/run", "is not a folder")):

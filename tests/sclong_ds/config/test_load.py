@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config import load as c
+from sclong_ds.config import sections
 from sclong_ds.config.load import load_config, preset_names
 from sclong_ds.config.strict_yaml import to_dict, to_yaml
 
@@ -138,11 +139,12 @@ def test_every_field_is_documented():
     import ast
     import inspect
 
-    for node in ast.parse(inspect.getsource(c)).body:
+    for node in ast.parse(inspect.getsource(sections)).body:
         if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Section")):
             body = node.body
             for i, statement in enumerate(body):
                 if isinstance(statement, ast.AnnAssign):
+                    assert i + 1 < len(body), f"{node.name}.{statement.target.id}"
                     after = body[i + 1]
                     assert isinstance(after, ast.Expr), f"{node.name}.{statement.target.id}"
                     assert isinstance(after.value, ast.Constant), (

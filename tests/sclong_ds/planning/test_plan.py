@@ -207,6 +207,17 @@ def test_json_is_one_document_on_stdout(capsys):
     assert plan["checkpoint"]["host_copy_bytes"] * 16 == pytest.approx(plan["checkpoint"]["bytes"])
 
 
+def test_a_run_that_ends_before_its_schedule_is_warned_of(capsys):
+    """5,000 steps of the schedule of 45,000; alone, their number changes the schedule too."""
+    fixed = ("run.max_steps=5000", "optim.warmup_steps=2000", "optim.decay_steps=45000")
+    assert command("--config", "sclong_1b", *SITE, *fixed) == 0
+    assert "WARNING: the learning rate of the last step is 99%" in capsys.readouterr().out
+    assert command("--config", "sclong_1b", *SITE, fixed[0]) == 0
+    text = capsys.readouterr().out
+    assert "the last step is 10% of optim.lr" in text
+    assert "WARNING" not in text
+
+
 def test_disk_is_for_all_checkpoints_that_stay(capsys):
     """The newest 3, the next one, the best, and those of every 500 of 45,000 steps."""
     disk = []
