@@ -17,7 +17,7 @@ from sclong_ds.config.strict_yaml import read_yaml
 
 LATER_KEYS: dict[int, dict[str, Any]] = {
     2: {"data.unmeasured": "zero", "transform.unmeasured": "zero"},
-    3: {"model.cell_offset": "none"},
+    3: {"model.cell_offset": "none", "model.zero_genes": None},
 }
 """By version, the keys that came with it: `section.key`, `section.stack.key`, or a whole section
 with all of its keys. `transform` is the section of an exported model."""

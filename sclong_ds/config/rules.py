@@ -145,6 +145,15 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
             "model.gene_bias starts at the genes' means: needs model.head_init=mean",
         ),
         (
+            m.zero_genes is None or m.zero_genes >= 1,
+            f"model.zero_genes: got {m.zero_genes}, must be >= 1 or null",
+        ),
+        (
+            m.zero_genes is None or (m.routing == "expressed" and not m.pad_token),
+            f"model.zero_genes={m.zero_genes}: which genes a cell has depends on the cell, so it "
+            f"needs model.routing=expressed and model.pad_token=false",
+        ),
+        (
             m.cell_offset == "none" or m.gene_bias,
             "model.cell_offset=visible is measured from the genes' biases: needs "
             "model.gene_bias=true",

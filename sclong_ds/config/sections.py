@@ -43,6 +43,11 @@ class ModelConfig:
     routing: Literal["top", "expressed"]
     """top: the large encoder reads top_seq_len genes of every cell (scLong); expressed: the cell's
     expressed and hidden genes alone, top_seq_len at most, so that no zero takes its time."""
+    zero_genes: int | None
+    """Most unexpressed genes of a cell that the model reads, beside the expressed and the hidden
+    ones; others at each visit. Predictions and encodings of the rest are without context. null:
+    all (scLong). A number needs routing expressed, and makes small models on a CPU many times
+    faster."""
     expression_hidden: int
     """Hidden width of the expression encoder's MLP (50 in scLong)."""
     mask_vector_max_norm: float | None

@@ -8,7 +8,9 @@ differences.
 
 Which genes the large encoder reads: with `model.routing: top` hidden values count as lowest, ties
 (the many zeros) go to the lower gene index; `expressed` sends expressed and hidden genes alone
-(`sclong_ds/model/routing.py`). With `model.pad_token` one more token, without a value, stands
+(`sclong_ds/model/routing.py`). With `model.zero_genes` only some of a cell's unexpressed genes are
+read; the representation of the others is zero, and their prediction is that of the head without
+context. With `model.pad_token` one more token, without a value, stands
 behind the genes.
 
 Shapes: B cells, G genes, N tokens (G, or G + 1 with the pad token), T top genes, R = N - T
@@ -29,7 +31,13 @@ from sclong_ds.corpus.transform import Transform
 from sclong_ds.model.expression_encoder import ExpressionEncoder
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import Performer, select_tokens
-from sclong_ds.model.routing import expression_order, route, unknown_genes
+from sclong_ds.model.routing import (
+    ReadGenes,
+    expression_order,
+    read_genes,
+    route,
+    unknown_genes,
+)
 
 
 class ValueHead(nn.Module):
@@ -191,7 +199,7 @@ class ScLong(nn.Module):
                 model is computed for them alone. A cell with less of them names any gene again.
             lengths: With `model.routing: expressed` (B,) how many genes of each cell the large
                 encoder reads: expressed or hidden ones, top_seq_len at most. Of no effect
-                otherwise. None counts them, for which a GPU waits.
+                otherwise, nor with `model.zero_genes`. None counts them, for which a GPU waits.
             unmeasured: (B, G) bool, genes of which nothing is known, whatever `x` holds there: they
                 are encoded as hidden values are, and routed as unexpressed. None: all are known.
 
@@ -234,10 +242,55 @@ class ScLong(nn.Module):
             mask = None if mask is None else nn.functional.pad(mask, (0, 1))
             no_value = None if no_value is None else nn.functional.pad(no_value, (0, 1))
         genes = self.gene_encoder()
+        if self.config.zero_genes is not None:
+            return self._represent_read(genes, x, mask, no_value, unmeasured, positions)
         tokens = self.expression_encoder(x, no_value) + genes
         merged = self._contextual(tokens, x, mask, lengths)
         h = self.norm(self.decoder(merged + genes, None, positions))
         return h[:, : self.n_genes] if positions is None else h
+
+    def _represent_read(
+        self,
+        genes: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        no_value: Tensor | None,
+        unmeasured: Tensor | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """Return the representations where only some of the unexpressed genes are read.
+
+        That of a gene that is not read is zero.
+        """
+        assert self.config.zero_genes is not None
+        read = read_genes(
+            x,
+            mask,
+            unmeasured,
+            top_seq_len=self.config.top_seq_len,
+            zero_genes=self.config.zero_genes,
+        )
+        # By indexing: its backward pass adds up in a fixed order on a GPU too.
+        own = genes[read.rows % self.n_genes]
+        no_value = None if no_value is None else no_value.flatten()[read.rows]
+        tokens = self.expression_encoder(x.flatten()[read.rows], no_value) + own
+        merged = self._contextual_read(tokens, read)
+        h = self.norm(self.decoder(merged + own, read.cells))
+        h = nn.functional.pad(h, (0, 0, 0, 1))
+        places = read.places if positions is None else read.places.gather(1, positions)
+        return h[places]
+
+    def _contextual_read(self, tokens: Tensor, read: ReadGenes) -> Tensor:
+        """Return the tokens (T, C), in the order given, after the large and the mini encoder."""
+        if self.config.contextual_encoder == "mini":
+            return self.mini_encoder(tokens, read.cells)
+        split = sum(read.high.lengths)
+        ordered = tokens.index_select(0, read.order)
+        high = self.from_large(self.large_encoder(self.to_large(ordered[:split]), read.high))
+        low = ordered[split:]
+        if self.config.contextual_encoder == "dual":
+            low = self.mini_encoder(low, read.low)
+        return torch.cat([high, low]).index_select(0, torch.argsort(read.order))
 
     def _contextual(
         self, tokens: Tensor, x: Tensor, mask: Tensor | None, lengths: Sequence[int] | None

@@ -7,7 +7,9 @@ are gradients), plus in backward one product with a row, 2 M. Softmax attention,
 computes in blocks, has 2 dots of 2 K N in forward and 5 in backward (1 recomputes scores). Bytes
 are exact for what autograd keeps, and a prediction for the working memory of the backward pass.
 
-With `model.routing: expressed` the large encoder reads n_expressed genes of a cell, the expected
+With `model.zero_genes` a cell has n_expressed + zero_genes tokens; None stands for all genes, an
+upper bound, and the last decoder layer runs at all of them. With `model.routing: expressed` the
+large encoder reads n_expressed genes of a cell, the expected
 number of expressed ones, and top_seq_len at most; None stands for top_seq_len, an upper bound.
 FLOPs are linear in it but for softmax attention and for cells above top_seq_len, so that those of a
 mean are the mean. n_wanted is the number of genes that are predicted (`positions` of
@@ -41,6 +43,19 @@ def top_genes(model: ModelConfig, n_expressed: int | None = None) -> int:
     return min(n_expressed, model.top_seq_len)
 
 
+def read_tokens(model: ModelConfig, n_genes: int, n_expressed: int | None = None) -> int:
+    """Return how many tokens of a cell are read.
+
+    Args:
+        model: The `model` section.
+        n_genes: Number of genes G.
+        n_expressed: Expected number of expressed genes; only read with `model.zero_genes`.
+    """
+    if model.zero_genes is None or n_expressed is None:
+        return n_genes + model.pad_token
+    return min(n_expressed + model.zero_genes, n_genes)
+
+
 def stacks(
     model: ModelConfig, n_genes: int, n_expressed: int | None = None
 ) -> dict[str, tuple[PerformerConfig, int, int]]:
@@ -51,7 +66,7 @@ def stacks(
         n_genes: Number of genes G.
         n_expressed: Expected number of expressed genes of a cell.
     """
-    tokens, top = n_genes + model.pad_token, top_genes(model, n_expressed)
+    tokens, top = read_tokens(model, n_genes, n_expressed), top_genes(model, n_expressed)
     found = {}
     if model.contextual_encoder != "mini":
         found["large_encoder"] = (model.large_encoder, model.large_dim, top)
@@ -199,7 +214,8 @@ def _flops(
     predicted = n_genes if n_wanted is None else n_wanted
     layers = 0 if model.gene_encoder == "none" else model.gene_encoder_layers
     sparse, graph = 2 * n_edges * c * layers, 2 * tokens * c * c * layers
-    lift, expand = 2 * tokens * hidden, 2 * tokens * hidden * c
+    read = read_tokens(model, n_genes, n_expressed)
+    lift, expand = 2 * read * hidden, 2 * read * hidden * c
     cross = 2 * top_genes(model, n_expressed) * c * model.large_dim
     mlp = 2 * predicted * c * c if model.head == "mlp" else 0
     vector = 2 * predicted * c
@@ -214,7 +230,8 @@ def _flops(
     if model.contextual_encoder != "mini":
         flops |= {"to_large": (cross, 2 * cross), "from_large": (cross, 2 * cross)}
     for name, (stack, width, n) in stacks(model, n_genes, n_expressed).items():
-        rows = n_wanted if name == "decoder" and n_wanted is not None else n
+        at_targets = name == "decoder" and n_wanted is not None and model.zero_genes is None
+        rows = n_wanted if at_targets and n_wanted is not None else n
         ways = zip(
             _layer_flops(model, stack, width, n, n),
             _layer_flops(model, stack, width, n, rows),
@@ -265,10 +282,11 @@ def activation_bytes(
         micro-batches above 1.
     """
     e, g, c, top = element_bytes, n_genes, model.base_dim, top_genes(model, n_expressed)
-    n, stats = n_genes + model.pad_token, 8
+    all_tokens, stats = n_genes + model.pad_token, 8
+    n = read_tokens(model, n_genes, n_expressed)
     parts = {
         # The values and the mask as the model reads them; the error and its weights.
-        "batch_and_loss": (4 + 1) * n + (4 + 1) * g + (2 * n if e == 2 else 0),
+        "batch_and_loss": (4 + 1) * all_tokens + (4 + 1) * g + (2 * n if e == 2 else 0),
         "expression_encoder": n * (model.expression_hidden * e + c * e + stats),
         "norm": n * (c * e + stats),
         "head": g * c * e * (3 if model.head == "mlp" else 1),
@@ -277,7 +295,7 @@ def activation_bytes(
     if model.contextual_encoder != "mini":
         # Two int64 permutations, the top genes that to_large reads: of packed cells a view.
         view = packed and model.contextual_encoder == "large"
-        parts["order"] = n * 16 + (n if view else top) * c * e
+        parts["order"] = all_tokens * 16 + (n if view else top) * c * e
         parts["to_large"] = top * (model.large_dim * e + stats)
         parts["from_large"] = top * ((model.large_dim + c) * e + stats)
     for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():

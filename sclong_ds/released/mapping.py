@@ -61,6 +61,7 @@ def reference_config(state: Mapping[str, Tensor], *, top_seq_len: int) -> ModelC
         large_dim=_shape(state, "base_to_large.weight")[0],
         top_seq_len=top_seq_len,
         routing="top",
+        zero_genes=None,
         expression_hidden=_shape(state, "token_emb.fc1.weight")[0],
         mask_vector_max_norm=1.0,
         pad_token=True,
