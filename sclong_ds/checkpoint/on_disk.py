@@ -26,6 +26,7 @@ import google_crc32c
 
 from sclong_ds.files.atomic import is_partial, listed, named_errors
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
+from sclong_ds.files.versions import LaterVersionError, refuse_later
 from sclong_ds.run_folder.files import METRICS_FILE
 from sclong_ds.run_folder.rows import read_metrics
 
@@ -107,9 +108,12 @@ def damage(checkpoint: Path, *, part: int = 0, parts: int = 1) -> str | None:
 
     Raises:
         OSError: A file is there and cannot be read, now and here.
+        LaterVersionError: A later version wrote it, which is no damage.
     """
     try:
         manifest = read_manifest(checkpoint)
+    except LaterVersionError:
+        raise
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except ValueError as error:
@@ -153,7 +157,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It is damaged, or of a later version.
+        LaterVersionError: It is of a later version.
+        ValueError: It is damaged.
     """
     path = checkpoint / MANIFEST
     content = read_object(path)
@@ -161,11 +166,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         _check_files(path, content)
         return Manifest(files=content, world_size=None, zero_stage=None, crc="CRC-32", digest=None)
     content = read_sealed(path)
-    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
-        raise ValueError(
-            f"{path}: format {content.get('format')} version {content.get('version')}; this "
-            f"version reads {_FORMAT} {_VERSION}"
-        )
+    form, version = content.get("format"), content.get("version")
+    if form == _FORMAT:
+        refuse_later(version, newest=_VERSION, what=_FORMAT, where=path)
+    if (form, version) != (_FORMAT, _VERSION):
+        raise ValueError(f"{path}: damaged (format {form} version {version})")
     _check_files(path, content["files"])
     return _manifest(content)
 

@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from sclong_ds.files.sealed_json import read_object
+from sclong_ds.files.versions import LaterVersionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +50,15 @@ def read_state(checkpoint: Path) -> TrainState:
         checkpoint: A `step_*` folder.
 
     Raises:
-        ValueError: It is damaged, or was written by a later version.
+        LaterVersionError: It was written by a later version.
+        ValueError: It is damaged.
     """
     path = checkpoint / "state.json"
     state = read_object(path)
     known = {field.name: field.default is not MISSING for field in fields(TrainState)}
     later = sorted(state.keys() - known)
     if later:
-        raise ValueError(
+        raise LaterVersionError(
             f"{path}: written by a later version of sclong_ds (this one does not know "
             f"{', '.join(later)}): update sclong_ds"
         )

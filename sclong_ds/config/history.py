@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.config.strict_yaml import read_yaml
+from sclong_ds.files.versions import refuse_later
 
 LATER_KEYS: dict[int, dict[str, Any]] = {
     2: {"data.unmeasured": "zero", "transform.unmeasured": "zero"},
@@ -37,12 +38,12 @@ def read_saved(path: Path) -> dict[str, Any]:
     """
     tree = read_yaml(path)
     version = tree.pop("version", 1)
-    refuse_later(version, where=str(path))
+    check_version(version, where=str(path))
     return complete(tree)
 
 
-def refuse_later(version: object, *, where: str) -> None:
-    """Refuse a configuration that a later version wrote: it may mean what nothing here knows.
+def check_version(version: object, *, where: str) -> None:
+    """Refuse a configuration that a later version wrote.
 
     Args:
         version: What the file says.
@@ -53,11 +54,7 @@ def refuse_later(version: object, *, where: str) -> None:
     """
     if type(version) is not int or version < 1:
         raise ValueError(f"{where}: configuration version {version!r}; must be 1 to {VERSION}")
-    if version > VERSION:
-        raise ValueError(
-            f"{where}: written by a later version of sclong_ds (configuration version {version}, "
-            f"this one reads 1 to {VERSION}): update sclong_ds"
-        )
+    refuse_later(version, newest=VERSION, what="configuration", where=where)
 
 
 def complete(tree: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.location import Location
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.checksums import file_crc32c
+from sclong_ds.files.versions import refuse_later
 
 FORMAT_VERSION = 2
 CORPUS_FORMAT = "sclong_ds-corpus"
@@ -131,6 +132,8 @@ def read_catalogue(corpus: str | Path | Location) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged (not JSON); {cure}")
     stored = catalogue.pop("checksum", None)
     form, version = catalogue.get("format"), catalogue.get("version")
+    if form == CORPUS_FORMAT:
+        refuse_later(version, newest=FORMAT_VERSION, what=CORPUS_FORMAT, where=path)
     if form != CORPUS_FORMAT or type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
             f"{path}: format {form} version {version}, this program reads {CORPUS_FORMAT} "

@@ -54,6 +54,7 @@ from sclong_ds.corpus.byte_code import PackedCells, decode, slices_to_index
 from sclong_ds.corpus.location import Location
 from sclong_ds.corpus.shards import DamagedShard, ShardedArray, read_metadata
 from sclong_ds.files.atomic import read_file
+from sclong_ds.files.versions import refuse_later
 
 CELLS_FORMAT = "sclong_ds-cells"
 CELLS_VERSION = 2
@@ -119,6 +120,8 @@ class CellStore:
             ) from None
         attributes = about.get("attributes") or {}
         found = attributes.get("format"), attributes.get("version")
+        if found[0] == CELLS_FORMAT:
+            refuse_later(found[1], newest=CELLS_VERSION, what=CELLS_FORMAT, where=self.location)
         if found not in [(CELLS_FORMAT, version) for version in range(1, CELLS_VERSION + 1)]:
             raise ValueError(
                 f"{self.location}: format {found[0]} version {found[1]}, this program reads "

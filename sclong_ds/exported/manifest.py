@@ -22,6 +22,7 @@ import google_crc32c
 from sclong_ds.files.atomic import file_sha256, named_errors
 from sclong_ds.files.checksums import check_file
 from sclong_ds.files.sealed_json import CHECKSUM, read_sealed, write_sealed
+from sclong_ds.files.versions import refuse_later
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -53,7 +54,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         folder: MODEL_DIR.
 
     Raises:
-        ValueError: It is damaged, or of another version.
+        LaterVersionError: It is of a later version.
+        ValueError: It is damaged.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -62,11 +64,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = read_sealed(path)
     except ValueError as error:
         raise ValueError(f"{error}; {CURE}") from None
-    found = manifest.get("format"), manifest.get("version")
-    if found != (_FORMAT, _VERSION):
-        raise ValueError(
-            f"{path}: format {found[0]} version {found[1]}; this version reads {_FORMAT} {_VERSION}"
-        )
+    form, version = manifest.get("format"), manifest.get("version")
+    if form == _FORMAT:
+        refuse_later(version, newest=_VERSION, what=_FORMAT, where=path)
+    if (form, version) != (_FORMAT, _VERSION):
+        raise ValueError(f"{path}: damaged (format {form} version {version}); {CURE}")
     return manifest
 
 

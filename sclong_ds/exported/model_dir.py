@@ -45,6 +45,7 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.manifest import CURE, WEIGHTS, check_files, write_manifest
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
+from sclong_ds.files.versions import refuse_later
 from sclong_ds.model.features_file import read_features, write_features
 from sclong_ds.model.sclong import ScLong
 
@@ -237,7 +238,8 @@ def read_description(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: A file of the folder is missing.
-        ValueError: A damaged file, or a later version.
+        LaterVersionError: A later version wrote it.
+        ValueError: A damaged file, or a version before 2.
     """
     for name in ("config.yaml", "genes.tsv", WEIGHTS):
         if not (folder / name).is_file():
@@ -246,15 +248,17 @@ def read_description(folder: Path) -> dict[str, Any]:
                 f"`python -m sclong_ds export CHECKPOINT_DIR --out MODEL_DIR`"
             )
     checked = check_files(folder)
-    config = read_yaml(folder / "config.yaml")
+    config, where = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
+    if config.get("format") == FORMAT:
+        refuse_later(config.get("version"), newest=VERSION, what=FORMAT, where=where)
     if config.get("format") != FORMAT or config.get("version") not in (VERSION, _UNCHECKED):
         raise ValueError(
-            f"{folder}/config.yaml: format {config.get('format')} version {config.get('version')}; "
+            f"{where}: format {config.get('format')} version {config.get('version')}; "
             f"this version reads {FORMAT} {VERSION} and {_UNCHECKED}"
         )
     if not checked and config["version"] == VERSION:
         raise FileNotFoundError(f"{folder}/manifest.json: missing; {CURE}")
-    history.refuse_later(config.get("config_version", 1), where=f"{folder}/config.yaml")
+    history.check_version(config.get("config_version", 1), where=where)
     return history.complete(config)
 
 

@@ -144,12 +144,12 @@ def _compare_genes(path: Path, expected: object, findings: Findings, *, source: 
 
 
 def _verify_checkpoint(folder: Path, findings: Findings) -> None:
-    problem = checkpoint_files.damage(folder)
-    if problem is not None:
-        findings.problems.append(f"{folder}: {problem}")
-        return
-    manifest = checkpoint_files.read_manifest(folder)
     try:
+        problem = checkpoint_files.damage(folder)
+        if problem is not None:
+            findings.problems.append(f"{folder}: {problem}")
+            return
+        manifest = checkpoint_files.read_manifest(folder)
         state = read_state(folder)
     except ValueError as error:
         findings.problems.append(str(error))
