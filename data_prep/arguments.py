@@ -27,7 +27,7 @@ def add_genes(parser: argparse.ArgumentParser) -> None:
         "--genes",
         type=local_path,
         metavar="FILE",
-        help="gene vocabulary (default: the bundled one)",
+        help="gene vocabulary (default: that of a folder begun before, or the bundled one)",
     )
 
 

@@ -22,6 +22,7 @@ from data_prep.ledger.table import format_table
 from data_prep.manifest.manifest import COLUMNS, read_manifest
 from data_prep.staging.settings import GENES_SHARE, MIN_GENES, Settings
 from sclong_ds.command_line import local_path, positive, share, whole
+from sclong_ds.corpus.genes import GeneVocabulary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +130,10 @@ def run(args: argparse.Namespace) -> int:
     if args.max_counts is not None and args.max_counts < args.min_counts:
         usage_error(f"--max-counts {args.max_counts} is below --min-counts {args.min_counts}")
     datasets = read_manifest(args.manifest)
-    genes = chosen_genes(args)
+    # A folder that was begun with another list, say an earlier version's, keeps it.
+    begun = args.out / "genes.tsv"
+    known = args.genes is None and begun.is_file()
+    genes = GeneVocabulary.read(begun) if known else chosen_genes(args)
     names = [field.name for field in dataclasses.fields(Settings) if field.name != "genes_hash"]
     settings = Settings(genes_hash=genes.hash, **{name: getattr(args, name) for name in names})
     entries = convert(

@@ -96,6 +96,18 @@ def test_array_tasks_share_a_manifest(data: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(ledger)) == ["good1.json", "good2.json", "scaled.json"]
 
 
+def test_a_folder_goes_on_with_the_genes_it_was_begun_with(data: Path, tmp_path: Path) -> None:
+    """As a folder of an earlier version, whose bundled list was another one."""
+    bundled, corpus = GeneVocabulary.bundled(), tmp_path / "corpus"
+    columns = (bundled.ids, bundled.symbols, bundled.classes)
+    earlier = GeneVocabulary(*(column[:-20] for column in columns))
+    earlier.write(tmp_path / "earlier.tsv")
+    command = ["convert", str(data / "good.tsv"), "--out", str(corpus)]
+    assert main([*command, "--genes", str(tmp_path / "earlier.tsv")]) == 0
+    assert main(command) == 0
+    assert GeneVocabulary.read(corpus / "genes.tsv").hash == earlier.hash
+
+
 def test_a_source_away_a_name_taken_and_a_dataset_forgotten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

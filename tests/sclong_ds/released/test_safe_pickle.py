@@ -169,7 +169,9 @@ def test_code_is_refused_by_name_and_not_run(tmp_path: Path, attack: str) -> Non
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("value", [Call(os.system, "true"), argparse.Namespace(a=1)], ids=str)
+@pytest.mark.parametrize(
+    "value", [Call(os.system, "true"), argparse.Namespace(a=1)], ids=["call", "object"]
+)
 def test_objects_in_a_torch_file_are_refused_by_name(tmp_path: Path, value: Any) -> None:
     torch.save({"model_state_dict": {"w": torch.ones(1)}, "args": value}, tmp_path / "x.pth")
     for load in (load_plain, load_tensors):
