@@ -7,13 +7,12 @@ are gradients), plus in backward one product with a row, 2 M. Softmax attention,
 computes in blocks, has 2 dots of 2 K N in forward and 5 in backward (1 recomputes scores). Bytes
 are exact for what autograd keeps, and a prediction for the working memory of the backward pass.
 
-With `model.zero_genes` a cell has n_expressed + zero_genes tokens; None stands for all genes, an
-upper bound, and the last decoder layer runs at all of them. With `model.routing: expressed` the
-large encoder reads n_expressed genes of a cell, the expected
-number of expressed ones, and top_seq_len at most; None stands for top_seq_len, an upper bound.
-FLOPs are linear in it but for softmax attention and for cells above top_seq_len, so that those of a
-mean are the mean. n_wanted is the number of genes that are predicted (`positions` of
-`ScLong.forward`); None: all.
+With `model.zero_genes` a cell has n_expressed + zero_genes tokens, and the last decoder layer runs
+at all of them; None stands for all genes, an upper bound. With `model.routing: expressed` the large
+encoder reads n_expressed genes of a cell, the expected number of expressed ones, and top_seq_len at
+most; None stands for top_seq_len, an upper bound. FLOPs are linear in it but for softmax attention
+and for cells above top_seq_len, so that those of a mean are the mean. n_wanted is the number of
+genes that are predicted (`positions` of `ScLong.forward`); None: all.
 
 A part that the configuration leaves out is in none of the results.
 
@@ -283,26 +282,31 @@ def activation_bytes(
     """
     e, g, c, top = element_bytes, n_genes, model.base_dim, top_genes(model, n_expressed)
     all_tokens, stats = n_genes + model.pad_token, 8
-    n = read_tokens(model, n_genes, n_expressed)
+    n, some = read_tokens(model, n_genes, n_expressed), model.zero_genes is not None
+    given = n if some else all_tokens
     parts = {
         # The values and the mask as the model reads them; the error and its weights.
-        "batch_and_loss": (4 + 1) * all_tokens + (4 + 1) * g + (2 * n if e == 2 else 0),
+        "batch_and_loss": (4 + 1) * given + (4 + 1) * g + (2 * n if e == 2 else 0),
         "expression_encoder": n * (model.expression_hidden * e + c * e + stats),
         "norm": n * (c * e + stats),
-        "head": g * c * e * (3 if model.head == "mlp" else 1),
+        # The offset: which values are visible, and their number.
+        "head": g * c * e * (3 if model.head == "mlp" else 1)
+        + (g + 8 if model.cell_offset == "visible" else 0),
     }
     packed = model.routing == "expressed"
     if model.contextual_encoder != "mini":
         # Two int64 permutations, the top genes that to_large reads: of packed cells a view.
         view = packed and model.contextual_encoder == "large"
-        parts["order"] = all_tokens * 16 + (n if view else top) * c * e
+        parts["order"] = given * 16 + (n if view else top) * c * e
         parts["to_large"] = top * (model.large_dim * e + stats)
         parts["from_large"] = top * ((model.large_dim + c) * e + stats)
     for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
         layer = width * e if recompute else _layer_bytes(model, stack, width, e)
-        if packed and model.attention == "softmax" and name != "decoder" and not recompute:
-            layer += stack.heads * stack.dim_head * e  # the outputs of the cells, joined
+        if not recompute:
+            layer += _joined_width(model, name, stack) * e
         parts[name] = stack.depth * tokens * layer
+    if some:
+        parts["read_genes"] = 8 * (n + g)  # the gene of each token, the token of each gene
     if model.contextual_encoder == "dual" and not packed:
         # The first input of the mini encoder is a view of the ordered cells, kept whole.
         parts["order"] += top * c * e
@@ -314,6 +318,15 @@ def _layer_bytes(model: ModelConfig, stack: PerformerConfig, width: int, e: int)
     inner = stack.heads * stack.dim_head
     row_sums = 4 * stack.heads if model.attention == "softmax" else 0
     return e * (4 * width + 4 * inner + 2 * stack.ff_mult * width) + 16 + row_sums
+
+
+def _joined_width(model: ModelConfig, name: str, stack: PerformerConfig) -> int:
+    """Return the width of the outputs of softmax attention where those of packed cells are joined.
+
+    With `model.routing: expressed` the decoder's cells are packed only with `model.zero_genes`.
+    """
+    packed = model.routing == "expressed" and (name != "decoder" or model.zero_genes is not None)
+    return stack.heads * stack.dim_head if packed and model.attention == "softmax" else 0
 
 
 def _favor_block_bytes(stack: PerformerConfig, tokens: int) -> int:
@@ -334,8 +347,8 @@ def peak_activation_bytes(
 ) -> int:
     """Predict the peak of activations and working memory in one pass with the plain torch kernels.
 
-    Three moments can be the highest: the end of the forward pass; in the backward pass of a layer,
-    its feed-forward block (gradients on both sides of GELU) or its attention (q, k, v and their
+    Three moments can be the highest: the start of the backward pass; in that of a layer, its
+    feed-forward block (gradients on both sides of GELU) or its attention (q, k, v and their
     gradients of all cells; for FAVOR+ also a block of rows in fp32, with three times its features).
 
     Args:
@@ -354,14 +367,17 @@ def peak_activation_bytes(
         model, n_genes, element_bytes=e, recompute=recompute, n_expressed=n_expressed
     )
     stored = sum(kept.values())
-    peak = micro_batch * stored
-    for stack, width, tokens in stacks(model, n_genes, n_expressed).values():
+    # The gradients of the predictions and of what they are made from: all else is still kept.
+    peak = micro_batch * (stored + n_genes * (4 + model.base_dim * e))
+    for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
         inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
         # Freed before: the head. Counted anew: what this layer itself keeps, but for its input.
-        own = 0 if recompute else tokens * (_layer_bytes(model, stack, width, e) - width * e)
+        joined = _joined_width(model, name, stack)
+        layer = _layer_bytes(model, stack, width, e) + joined * e
+        own = 0 if recompute else tokens * (layer - width * e)
         others = stored - kept["head"] - own
-        feed_forward = e * tokens * (4 * width + 4 * inner + 3 * wide)
-        attention = e * tokens * (3 * width + 7 * inner)
+        feed_forward = e * tokens * (4 * width + 4 * inner + joined + 3 * wide)
+        attention = e * tokens * (3 * width + 7 * inner + joined)
         one_block = _favor_block_bytes(stack, tokens) if model.attention == "favor" else 0
         peak = max(
             peak,
