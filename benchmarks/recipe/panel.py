@@ -1,0 +1,118 @@
+"""The cells of the study: the most expressed genes of a finalized corpus, whole datasets held out.
+
+Shapes: n cells, G genes of the panel, P target places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from sclong_ds.config.sections import ObjectiveConfig
+from sclong_ds.corpus.corpus import Corpus, GeneStats
+from sclong_ds.corpus.gene_graph import read_gene_graph
+from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.model.gene_encoder import GeneGraph
+from sclong_ds.objective.targets import VALIDATION_EPOCH, Targets, draw_targets
+
+TARGET_SUM = 1e4
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Some cells of one split."""
+
+    rows: NDArray[np.int64]
+    """(n,) rows in the corpus."""
+    counts: csr_matrix
+    """(n, G) raw counts."""
+    dataset: NDArray[np.int64]
+    """(n,) number of each cell's dataset."""
+
+    def targets(
+        self, which: NDArray[np.int64], objective: ObjectiveConfig, *, seed: int, epoch: int
+    ) -> Targets:
+        """Draw targets of some of the cells as training does; epoch -1 is validation."""
+        counts = self.counts[which]
+        return draw_targets(
+            counts.indptr, counts.indices, cell_ids=self.rows[which],
+            epochs=np.full(len(which), VALIDATION_EPOCH if epoch < 0 else epoch),
+            passes=np.zeros(len(which), dtype=np.int64),
+            objective=objective, seed=seed, n_genes=counts.shape[1],
+        )  # fmt: skip
+
+    def values(self, which: NDArray[np.int64]) -> Tensor:
+        """Return the values (n, G) of some of the cells."""
+        return torch.from_numpy(log1p_normalise(self.counts[which], target_sum=TARGET_SUM))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The study's cells and genes."""
+
+    train: Cells
+    held_out: Cells
+    datasets: dict[int, str]
+    """Names of the held-out datasets by number."""
+    stats: GeneStats
+    """Of the training cells."""
+    graph: GeneGraph | None
+    """The gene graph among the panel's genes."""
+
+
+def read_panel(corpus_dir: str, graph: str | None, *, genes: int, validation_cells: int) -> Panel:
+    """Read the study's cells.
+
+    Args:
+        corpus_dir: A finalized corpus with validation datasets held out whole.
+        graph: Gene graph of its vocabulary, or None.
+        genes: Genes G: those that most training cells express.
+        validation_cells: Most cells of each held-out dataset.
+    """
+    corpus = Corpus(corpus_dir)
+    n_expressing = corpus.gene_stats.n_expressing
+    chosen = np.sort(np.argsort(-n_expressing, kind="stable")[:genes])
+    train = _cells(corpus, corpus.split("train"), chosen)
+    rng, rows = np.random.default_rng(7), corpus.split("validation")
+    numbers, picked = corpus.row_dataset[rows], []
+    for number in np.unique(numbers):
+        own = rows[numbers == number]
+        picked.append(rng.choice(own, min(validation_cells, len(own)), replace=False))
+    held_out = _cells(corpus, np.sort(np.concatenate(picked)), chosen)
+    names = corpus.obs(held_out.rows)["dataset_id"].astype(str).to_numpy()
+    datasets = {int(n): str(s) for n, s in zip(held_out.dataset, names, strict=True)}
+    edges = None
+    if graph is not None:
+        (ends, weights) = read_gene_graph(graph, genes_hash=corpus.genes.hash)
+        place = np.full(corpus.n_genes, -1)
+        place[chosen] = np.arange(genes)
+        inside = (place[ends] >= 0).all(0)
+        edges = place[ends][:, inside], weights[inside]
+    return Panel(train, held_out, datasets, _statistics(train), edges)
+
+
+def _cells(corpus: Corpus, rows: NDArray[np.int64], genes: NDArray[np.int64]) -> Cells:
+    counts = csr_matrix(corpus.rows(rows)[:, genes])
+    counts.sort_indices()
+    kept = np.flatnonzero(np.diff(counts.indptr) > 1)
+    return Cells(rows[kept], counts[kept], corpus.row_dataset[rows][kept].astype(np.int64))
+
+
+def _statistics(cells: Cells) -> GeneStats:
+    values = csr_matrix(log1p_normalise(cells.counts, target_sum=TARGET_SUM)).astype(np.float64)
+    n = np.asarray((cells.counts > 0).sum(0)).ravel()
+    mean = float(values.data.mean())
+    sums = np.asarray(values.sum(0)).ravel()
+    return GeneStats(
+        n_expressing=n,
+        total_counts=np.asarray(cells.counts.sum(0)).ravel().astype(np.int64),
+        mean_expressed=np.where(n > 0, sums / np.maximum(n, 1), mean),
+        mean_expressed_all=mean,
+        var_expressed_all=float(values.data.var()),
+        target_sum=TARGET_SUM,
+    )

@@ -1,0 +1,195 @@
+"""One run of the study: the product's model, objective, schedule and optimizer in a plain loop.
+
+A candidate is a list of configuration overrides. What is no configuration key, because it is a
+control or has not earned one, begins with `study.`:
+
+- `study.graph=permuted`: the gene graph with its genes permuted (another permutation each seed).
+- `study.vectors_sd=1`: gene vectors and the gene table start at normal(0, sd).
+- `study.favor_eps=0`: the constant added to every FAVOR+ feature.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.recipe.baselines import baseline_predictions, hidden_mask
+from benchmarks.recipe.panel import Panel
+from kernels.reference import EPS
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import ObjectiveConfig, RunConfig
+from sclong_ds.engine.deepspeed_engine import parameter_groups
+from sclong_ds.engine.schedule import learning_rate
+from sclong_ds.model import performer
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.batch import masked_squared_error
+from sclong_ds.objective.scores import TargetTable, scores
+from sclong_ds.objective.targets import Targets
+
+PREFIX = "study."
+
+
+class Study:
+    """The panel with the targets of its held-out cells and what the baselines predict there."""
+
+    def __init__(self, panel: Panel, objective: ObjectiveConfig) -> None:
+        self.panel = panel
+        every = np.arange(len(panel.held_out.rows))
+        self.targets = panel.held_out.targets(every, objective, seed=0, epoch=-1)
+        self.x = panel.held_out.values(every)
+        self.hidden = hidden_mask(self.x.shape, self.targets)
+        self.baselines = baseline_predictions(panel, self.targets, objective)
+
+    def figures(self, predicted: NDArray[np.floating]) -> dict[str, float]:
+        """Return the product's figures of predictions (n, P) beside those of the baselines."""
+        targets, cells = self.targets, self.panel.held_out
+        valid = targets.valid
+        cell = np.broadcast_to(np.arange(len(cells.rows))[:, None], valid.shape)[valid]
+        gene = targets.positions[valid]
+        table = TargetTable(
+            true=self.x.numpy().astype(np.float64)[cell, gene],
+            hidden=targets.hidden[valid],
+            several=np.asarray(cells.counts[cell, gene]).ravel() > 1,
+            cell=cell,
+            gene=gene,
+            dataset=cells.dataset[cell],
+            predicted={"model": predicted.astype(np.float64)[valid]}
+            | {name: values[valid] for name, values in self.baselines.items()},
+        )
+        return scores(table, self.panel.datasets)
+
+
+def run(study: Study, overrides: list[str], *, seed: int) -> dict[str, Any]:
+    """Train one candidate and return its figures, CPU seconds and number of parameters."""
+    extra = dict(o[len(PREFIX) :].split("=") for o in overrides if o.startswith(PREFIX))
+    config = load_config("sclong_tiny", [o for o in overrides if not o.startswith(PREFIX)])
+    torch.manual_seed(seed)
+    net = build(study.panel, config, extra, seed=seed)
+    with favor_eps(float(extra.get("favor_eps", EPS))):
+        started = time.process_time()
+        train(net, study.panel, config, seed=seed)
+        seconds = time.process_time() - started
+        figures = study.figures(predict(net, study))
+        if hasattr(net, "large_encoder"):
+            with uniform_attention(net.large_encoder):
+                figures["uniform_large_mse"] = study.figures(predict(net, study))["val/mse"]
+    visits = config.run.max_steps * config.engine.train_batch_size
+    parameters = sum(p.numel() for p in net.parameters())
+    return {"seed": seed, "visits": visits, "cpu_s": seconds, "parameters": parameters} | figures
+
+
+def build(panel: Panel, config: RunConfig, extra: dict[str, str], *, seed: int) -> ScLong:
+    """Return the untrained model of a candidate."""
+    n_genes, graph = len(panel.stats.n_expressing), None
+    rng = np.random.default_rng(seed)
+    if config.model.gene_encoder == "graph":
+        assert panel.graph is not None, "model.gene_encoder=graph needs --graph"
+        graph = panel.graph
+        if extra.get("graph") == "permuted":
+            graph = rng.permutation(n_genes)[graph[0]], graph[1]
+    vectors = None
+    if "vectors_sd" in extra:
+        vectors = rng.normal(0, float(extra["vectors_sd"]), (n_genes, config.model.base_dim))
+    mean = panel.stats.mean_expressed if config.model.gene_bias else panel.stats.mean_expressed_all
+    return ScLong(
+        config.model, n_genes=n_genes, graph=graph, gene_vectors=vectors, output_mean=mean
+    )
+
+
+def train(net: ScLong, panel: Panel, config: RunConfig, *, seed: int) -> None:
+    """Train for run.max_steps, one batch after the other through shuffled epochs."""
+    optim, batch = config.optim.in_steps(config.run.max_steps), config.engine.train_batch_size
+    optimizer = torch.optim.AdamW(
+        parameter_groups(net, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
+    )
+    visits = _visits(len(panel.train.rows), seed)
+    for step in range(config.run.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step)
+        some = [next(visits) for _ in range(batch)]
+        rows, epoch = np.array([row for row, _ in some]), some[0][1]
+        drawn = panel.train.targets(rows, config.objective, seed=seed, epoch=epoch)
+        x = panel.train.values(rows)
+        positions = torch.from_numpy(drawn.positions)
+        predicted = net(x, hidden_mask(x.shape, drawn), positions=positions)
+        valid = torch.from_numpy(drawn.valid)
+        error = masked_squared_error(predicted, x.gather(1, positions), valid)
+        optimizer.zero_grad()
+        (error / valid.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), config.engine.gradient_clipping)
+        optimizer.step()
+
+
+def _visits(n_cells: int, seed: int) -> Iterator[tuple[int, int]]:
+    """Yield (cell, epoch) without end."""
+    rng, epoch = np.random.default_rng(seed), 0
+    while True:
+        for cell in rng.permutation(n_cells).tolist():
+            yield cell, epoch
+        epoch += 1
+
+
+def predict(net: ScLong, study: Study) -> NDArray[np.floating]:
+    """Return the predictions (n, P) at the targets of the held-out cells."""
+    positions: Targets = study.targets
+    net.eval()
+    with torch.inference_mode():
+        parts = [
+            net(
+                study.x[i : i + 8],
+                study.hidden[i : i + 8],
+                positions=torch.from_numpy(positions.positions[i : i + 8]),
+            )
+            for i in range(0, len(study.x), 8)
+        ]
+    net.train()
+    return torch.cat(parts).numpy()
+
+
+@contextmanager
+def favor_eps(eps: float) -> Iterator[None]:
+    """Let FAVOR+ add another constant to its features."""
+    with (
+        mock.patch.object(
+            performer,
+            "favor_attention_kv",
+            functools.partial(performer.favor_attention_kv, eps=eps),
+        ),
+        mock.patch.object(
+            performer,
+            "favor_attention_packed",
+            functools.partial(performer.favor_attention_packed, eps=eps),
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def uniform_attention(stack: performer.Performer) -> Iterator[None]:
+    """Let the attention of a stack return the mean of its values, for every query the same."""
+
+    def mean_of_values(
+        part: performer.SelfAttention, args: tuple[Any, ...], _out: torch.Tensor
+    ) -> torch.Tensor:
+        x, cells = args[0], args[2] if len(args) > 2 else None
+        v = part.to_qkv(x).chunk(3, dim=-1)[2]
+        if cells is None:
+            return part.to_out(v.mean(1, keepdim=True).expand_as(v))
+        means = [own.mean(0, keepdim=True).expand_as(own) for own in v.split(cells.lengths)]
+        return part.to_out(torch.cat(means))
+
+    parts = [m for m in stack.modules() if isinstance(m, performer.SelfAttention)]
+    hooks = [part.register_forward_hook(mean_of_values) for part in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
