@@ -33,6 +33,7 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.batch import masked_squared_error
 from sclong_ds.objective.scores import TargetTable, scores
 from sclong_ds.objective.targets import Targets
+from sclong_ds.training.build import first_output
 
 PREFIX = "study."
 
@@ -98,9 +99,12 @@ def build(panel: Panel, config: RunConfig, extra: dict[str, str], *, seed: int) 
     vectors = None
     if "vectors_sd" in extra:
         vectors = rng.normal(0, float(extra["vectors_sd"]), (n_genes, config.model.base_dim))
-    mean = panel.stats.mean_expressed if config.model.gene_bias else panel.stats.mean_expressed_all
     return ScLong(
-        config.model, n_genes=n_genes, graph=graph, gene_vectors=vectors, output_mean=mean
+        config.model,
+        n_genes=n_genes,
+        graph=graph,
+        gene_vectors=vectors,
+        output_mean=first_output(config.model, panel.stats),
     )
 
 

@@ -155,8 +155,8 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
         ),
         (
             m.cell_offset == "none" or m.gene_bias,
-            "model.cell_offset=visible is measured from the genes' biases: needs "
-            "model.gene_bias=true",
+            f"model.cell_offset={m.cell_offset} is measured from the genes' biases: needs "
+            f"model.gene_bias=true",
         ),
         (
             m.random_features_file is None or m.attention == "favor",

@@ -88,11 +88,13 @@ class ModelConfig:
     gene_bias: bool
     """One learned output bias per gene, initialised at the gene's mean expressed value in the
     training cells."""
-    cell_offset: Literal["none", "visible"]
-    """What a prediction starts from beside the gene's bias. visible: one number per cell, the mean
-    over its visible expressed genes of value minus gene bias, so that the model learns what a
-    gene's mean and a cell's depth do not explain (an additive two-way model); needs gene_bias.
-    none: nothing (scLong)."""
+    cell_offset: Literal["none", "visible", "poisson"]
+    """How a cell's depth enters its predictions, so that the model learns what it does not explain;
+    needs gene_bias. visible: one number per cell is added, the mean over its visible expressed
+    genes of value minus gene bias (an additive two-way model). poisson: the head predicts a gene's
+    log rate, and the value is that expected of a Poisson count of 1 or more at the cell's depth (a
+    zero-truncated Poisson regression with the log depth as offset); the smallest visible value is
+    taken for one count, so counts must be whole. none: nothing (scLong)."""
     attention: Literal["favor", "softmax"]
     """favor: FAVOR+ random features, linear in the genes; softmax: exact attention, quadratic
     (ablation: random_features, stabiliser_scope and redraws have no effect)."""

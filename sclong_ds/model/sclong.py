@@ -38,83 +38,7 @@ from sclong_ds.model.routing import (
     route,
     unknown_genes,
 )
-
-
-class ValueHead(nn.Module):
-    """Predicts a gene's value from its representation.
-
-    Args:
-        dim: Base width C.
-        kind: `mlp` or `linear`.
-        mean: Initial prediction: one number, or one per gene (G,), which makes a learned bias per
-            gene; None starts weights and bias as torch.nn.Linear does.
-        offset: Add the cell's offset to its predictions; with a bias per gene alone.
-    """
-
-    def __init__(
-        self, dim: int, *, kind: str, mean: float | np.ndarray | None, offset: bool = False
-    ) -> None:
-        super().__init__()
-        self.offset = offset
-        self.body = (
-            nn.Sequential(nn.Linear(dim, dim), nn.GELU()) if kind == "mlp" else nn.Identity()
-        )
-        if mean is None:
-            self.weight = nn.Parameter(torch.empty(dim).uniform_(-(dim**-0.5), dim**-0.5))
-            self.bias = nn.Parameter(torch.empty(1).uniform_(-(dim**-0.5), dim**-0.5))
-        else:
-            self.weight = nn.Parameter(torch.zeros(dim))
-            self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
-
-    def forward(
-        self,
-        h: Tensor,
-        positions: Tensor | None = None,
-        *,
-        x: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> Tensor:
-        """Return predicted values (B, G) for representations (B, G, C).
-
-        With `positions` (B, P) int64, predict (B, P) from the representations (B, P, C) there. The
-        cell's offset needs the cells' values x (B, G) and which of them count, `visible` (B, G);
-        predictions are float32 at least then.
-        """
-        bias = self.bias
-        if positions is not None and len(bias) > 1:
-            # By indexing: its backward pass adds up in a fixed order on a GPU too.
-            bias = bias[positions]
-        predicted = self.body(h) @ self.weight + bias
-        if self.offset:
-            assert x is not None
-            assert visible is not None
-            predicted = predicted + cell_offset(x, visible, self.bias)
-        return predicted
-
-
-def cell_offset(x: Tensor, visible: Tensor, bias: Tensor) -> Tensor:
-    """Return (B, 1), the mean of value minus bias over a cell's visible genes; 0 without any.
-
-    Args:
-        x: (B, G) values.
-        visible: (B, G) bool, the values that count.
-        bias: (G,).
-    """
-    above = torch.where(visible, x - bias.to(x.dtype), 0.0)
-    return pairwise_sum(above) / visible.sum(1, keepdim=True).clamp(min=1)
-
-
-def pairwise_sum(values: Tensor) -> Tensor:
-    """Return the sums (B, 1) of values (B, G), the same bits in a batch of any size.
-
-    torch chooses the order of a sum by the shape; here halves are added to each other.
-    """
-    n = 1 << (values.shape[1] - 1).bit_length()
-    values = nn.functional.pad(values, (0, n - values.shape[1]))
-    while n > 1:
-        n //= 2
-        values = values[:, :n] + values[:, n:]
-    return values
+from sclong_ds.model.value_head import ValueHead
 
 
 class ScLong(nn.Module):
@@ -173,7 +97,7 @@ class ScLong(nn.Module):
             base,
             kind=config.head,
             mean=mean if config.head_init == "mean" else None,
-            offset=config.cell_offset == "visible",
+            offset=config.cell_offset,
         )
 
     def _performer(self, name: str, dim: int, features: Mapping[str, Tensor] | None) -> Performer:

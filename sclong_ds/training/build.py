@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
-from sclong_ds.config.sections import RunConfig
-from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.config.sections import ModelConfig, RunConfig
+from sclong_ds.corpus.corpus import Corpus, GeneStats
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.engine.deepspeed_engine import (
     build_partitioned,
@@ -46,6 +47,9 @@ from sclong_ds.training.run_checks import (
 )
 from sclong_ds.training.timing import RankTimes
 from sclong_ds.training.watchdog import Watchdog
+
+LEAST_SHARE = 1e-9
+"""Of a gene without counts."""
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
@@ -228,5 +232,17 @@ def make_model(config: RunConfig, corpus: Corpus) -> ScLong:
         graph=graph,
         gene_vectors=vectors,
         features=features,
-        output_mean=stats.mean_expressed if model.gene_bias else stats.mean_expressed_all,
+        output_mean=first_output(model, stats),
     )
+
+
+def first_output(model: ModelConfig, stats: GeneStats) -> float | NDArray[np.float64]:
+    """Return the head's first output, one number or one per gene (G,).
+
+    The mean value; with `model.cell_offset: poisson` the log of the mean share of a cell's counts,
+    scaled as values are.
+    """
+    if model.cell_offset == "poisson":
+        share = stats.total_counts / max(1, stats.total_counts.sum())
+        return np.log(stats.target_sum * np.maximum(share, LEAST_SHARE))
+    return stats.mean_expressed if model.gene_bias else stats.mean_expressed_all

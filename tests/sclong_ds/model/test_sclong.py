@@ -12,7 +12,7 @@ from torch_geometric.nn import SGConv
 from sclong_ds.config.load import load_config
 from sclong_ds.model.gene_encoder import GeneEncoder, normalised_adjacency
 from sclong_ds.model.routing import expression_order
-from sclong_ds.model.sclong import ScLong, pairwise_sum
+from sclong_ds.model.sclong import ScLong
 
 
 def on_meta(preset):
@@ -334,35 +334,3 @@ def test_genes_that_are_not_measured_get_the_mask_vector():
     assert torch.equal(hidden, unmeasured)
     vector = model.expression_encoder.norm(model.expression_encoder.mask_vector)
     assert torch.allclose(encoded[:, 5:9], vector.expand(2, 4, -1))
-
-
-def test_a_cells_offset_is_the_mean_over_its_visible_values():
-    """A head without weights predicts the two-way additive model: gene bias and cell offset."""
-    model = small_model(gene_bias=True, cell_offset="visible")
-    torch.nn.init.zeros_(model.head.weight)
-    torch.nn.init.normal_(model.head.bias)
-    x, mask = cells()
-    unmeasured = torch.zeros_like(mask)
-    unmeasured[:, 40:] = True
-    x[3, :40] = 0  # a cell without a visible value
-    predicted = model(x, mask, unmeasured=unmeasured)
-    bias = model.head.bias
-    for b in range(len(x)):
-        seen = (x[b] > 0) & ~mask[b] & ~unmeasured[b]
-        offset = (x[b] - bias)[seen].mean() if seen.any() else 0.0
-        assert torch.allclose(predicted[b], bias + offset, atol=1e-6)
-    # What is hidden or not measured has no part in it.
-    moved = torch.where(mask | unmeasured, x + 1, x)
-    assert torch.equal(model(moved, mask, unmeasured=unmeasured), predicted)
-    positions = torch.tensor([[0, 7], [3, 3], [59, 1], [2, 4]])
-    some = model(x, mask, unmeasured=unmeasured, positions=positions)
-    assert torch.equal(some, predicted.gather(1, positions))
-
-
-@pytest.mark.parametrize("n", [1, 2, 60, 1000])
-def test_pairwise_sums_are_the_same_in_any_batch(n):
-    values = torch.randn(7, n, generator=torch.Generator().manual_seed(n))
-    sums = pairwise_sum(values)
-    assert torch.allclose(sums[:, 0], values.double().sum(1).float(), atol=1e-3)
-    for row, together in zip(values, sums, strict=True):
-        assert torch.equal(pairwise_sum(row[None])[0], together)

@@ -1,0 +1,123 @@
+"""The head: from representations to values, and how a cell's depth enters them.
+
+Shapes: B cells, G genes, P wanted genes, C base width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_MOST_COUNTS = 64
+_LARGE_RATE = 40.0
+
+
+class ValueHead(nn.Module):
+    """Predicts a gene's value from its representation.
+
+    Args:
+        dim: Base width C.
+        kind: `mlp` or `linear`.
+        mean: Initial prediction: one number, or one per gene (G,), which makes a learned bias per
+            gene; None starts weights and bias as torch.nn.Linear does.
+        offset: `model.cell_offset`; other than `none` with a bias per gene alone.
+    """
+
+    def __init__(
+        self, dim: int, *, kind: str, mean: float | np.ndarray | None, offset: str = "none"
+    ) -> None:
+        super().__init__()
+        self.offset = offset
+        self.body = (
+            nn.Sequential(nn.Linear(dim, dim), nn.GELU()) if kind == "mlp" else nn.Identity()
+        )
+        if mean is None:
+            self.weight = nn.Parameter(torch.empty(dim).uniform_(-(dim**-0.5), dim**-0.5))
+            self.bias = nn.Parameter(torch.empty(1).uniform_(-(dim**-0.5), dim**-0.5))
+        else:
+            self.weight = nn.Parameter(torch.zeros(dim))
+            self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
+
+    def forward(
+        self,
+        h: Tensor,
+        positions: Tensor | None = None,
+        *,
+        x: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Return predicted values (B, G) for representations (B, G, C).
+
+        With `positions` (B, P) int64, predict (B, P) from the representations (B, P, C) there. The
+        cell's offset needs the cells' values x (B, G) and which of them count, `visible` (B, G);
+        predictions are float32 at least then.
+        """
+        bias = self.bias
+        if positions is not None and len(bias) > 1:
+            # By indexing: its backward pass adds up in a fixed order on a GPU too.
+            bias = bias[positions]
+        predicted = self.body(h) @ self.weight + bias
+        if self.offset == "none":
+            return predicted
+        assert x is not None
+        assert visible is not None
+        if self.offset == "poisson":
+            return expected_value(predicted, one_count(x, visible))
+        return predicted + cell_offset(x, visible, self.bias)
+
+
+def cell_offset(x: Tensor, visible: Tensor, bias: Tensor) -> Tensor:
+    """Return (B, 1), the mean of value minus bias over a cell's visible genes; 0 without any.
+
+    Args:
+        x: (B, G) values.
+        visible: (B, G) bool, the values that count.
+        bias: (G,).
+    """
+    above = torch.where(visible, x - bias.to(x.dtype), 0.0)
+    return pairwise_sum(above) / visible.sum(1, keepdim=True).clamp(min=1)
+
+
+def one_count(x: Tensor, visible: Tensor) -> Tensor:
+    """Return (B, 1), what a single count is before log1p: that of a cell's smallest visible value.
+
+    0 for a cell without a visible value. Arguments as `cell_offset`.
+    """
+    smallest = torch.where(visible, x, torch.inf).amin(1, keepdim=True)
+    return torch.where(visible.any(1, keepdim=True), smallest, 0.0).expm1()
+
+
+def expected_value(log_level: Tensor, one: Tensor) -> Tensor:
+    """Return the expected log1p value of a Poisson count that is known to be 1 or more.
+
+    Rates above `_LARGE_RATE` counts have the expansion to second order of the mean.
+
+    Args:
+        log_level: (B, P) log of the mean, in units of the values before log1p.
+        one: (B, 1) what a single count is in these units; 0: as if counts had no noise.
+    """
+    log_level = log_level.float()
+    log_rate = log_level - one.clamp(min=1e-6).log()
+    up = log_level.sigmoid()
+    large = nn.functional.softplus(log_level) - 0.5 * one * up * (1 - up)
+    k = torch.arange(1, _MOST_COUNTS + 1, dtype=log_level.dtype, device=log_level.device)
+    few = log_rate.clamp(max=math.log(_LARGE_RATE))[..., None]
+    chance = (k * few - torch.lgamma(k + 1)).softmax(-1)
+    small = (chance * torch.log1p(k * one[..., None])).sum(-1)
+    return torch.where(log_rate > math.log(_LARGE_RATE), large, small)
+
+
+def pairwise_sum(values: Tensor) -> Tensor:
+    """Return the sums (B, 1) of values (B, G), the same bits in a batch of any size.
+
+    torch chooses the order of a sum by the shape; here halves are added to each other.
+    """
+    n = 1 << (values.shape[1] - 1).bit_length()
+    values = nn.functional.pad(values, (0, n - values.shape[1]))
+    while n > 1:
+        n //= 2
+        values = values[:, :n] + values[:, n:]
+    return values
