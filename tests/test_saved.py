@@ -68,7 +68,8 @@ def test_a_run_folder_is_verified_read_and_reported(saved: Path, writer: str) ->
     assert losses == {step: expected(writer)["loss"][str(step)] for step in (1, 2, 3)}
     assert best_checkpoint(run_dir / "checkpoints") is not None
     record = read_run(run_dir)
-    assert record.settings["model.base_dim"] == "4"
+    assert (record.settings["model.base_dim"], record.settings["data.unmeasured"]) == ("4", "zero")
+    assert "version" not in record.settings
     assert "step_00000003" in build_page(record)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from sclong_ds.config.history import complete
 from sclong_ds.config.strict_yaml import parse_yaml
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import (
@@ -106,7 +107,8 @@ class RunRecord:
             except ValueError as error:
                 log.warning("%s; its settings are not shown", error)
                 continue
-            tree.pop("version", None)  # of the keys, no setting
+            if name == "config.yaml":
+                tree = complete({k: v for k, v in tree.items() if k != "version"})
             found |= dict(_flat(tree, prefix))
         return found
 
