@@ -2,22 +2,57 @@
 
 Public names, imported on first use so that `import sclong_ds` costs nothing:
 
-- `load_model(MODEL_DIR, device=...)`: an exported model as a torch module.
-- `ScLong`: the model class.
-- `Corpus(PATH)`: a finalized corpus.
 - `load_config(PRESET_OR_FILE, overrides)`: a run's configuration.
+- `train(config)`: train in this process; returns the run folder.
+- `load_model(MODEL_DIR, device=...)`: an exported model as a torch module, a `ScLong`.
+- `embed(model, cells)`: embeddings (n, C) of AnnData, a DataFrame or a file.
+- `evaluate(model, cells, label=...)`: scores of these embeddings beside baselines.
+- `Corpus(PATH)`: a finalized corpus; `GeneVocabulary`: its genes.
+- `CellLoader(corpus, train_batch_size=...)`: batches of cells in training order for any training
+  loop; `open_stream` makes other orders.
+- `favor_attention(q, k, v, features)`: FAVOR+ attention, in Triton on GPUs.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernels.favor_attention import favor_attention
+    from sclong_ds.config.load import load_config
+    from sclong_ds.corpus.corpus import Corpus
+    from sclong_ds.corpus.genes import GeneVocabulary
+    from sclong_ds.embedding.in_memory import embed, evaluate
+    from sclong_ds.exported.model_dir import load_model
+    from sclong_ds.loader.loader import CellLoader, open_stream
+    from sclong_ds.model.sclong import ScLong
+    from sclong_ds.pretrain import train
 
 __version__ = "0.1.0"
-__all__ = ["Corpus", "ScLong", "load_config", "load_model"]
+__all__ = [
+    "CellLoader",
+    "Corpus",
+    "GeneVocabulary",
+    "ScLong",
+    "embed",
+    "evaluate",
+    "favor_attention",
+    "load_config",
+    "load_model",
+    "open_stream",
+    "train",
+]
 _HOMES = {
+    "CellLoader": "sclong_ds.loader.loader",
     "Corpus": "sclong_ds.corpus.corpus",
+    "GeneVocabulary": "sclong_ds.corpus.genes",
     "ScLong": "sclong_ds.model.sclong",
+    "embed": "sclong_ds.embedding.in_memory",
+    "evaluate": "sclong_ds.embedding.in_memory",
+    "favor_attention": "kernels.favor_attention",
     "load_config": "sclong_ds.config.load",
     "load_model": "sclong_ds.exported.model_dir",
+    "open_stream": "sclong_ds.loader.loader",
+    "train": "sclong_ds.pretrain",
 }
 
 
@@ -26,3 +61,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sclong_ds' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *_HOMES})

@@ -4,11 +4,11 @@ r"""Pretrain scLong: the story from the command to the training step.
         data.corpus=corpus model.gene_graph=graph.npz
     sbatch slurm/pretrain.sh --config sclong_1b run.dir=... data.corpus=... model.gene_graph=...
 
-`main` reads the configuration, `train` builds the run and loops, `train_step` is one optimizer
-step. Starting the same command again on the same run.dir resumes. Exit status: 0 done, 1 failed, 2
-bad usage, 71 a device, network or disk failed, 75 stopped by a signal after saving (start again to
-go on). Reads the corpus and the gene graph; writes the run folder (README: "What a run folder
-holds") and MLflow.
+`main` reads the configuration, `train_as_rank` builds the run and loops, `train_step` is one
+optimizer step; `train` is for callers in Python. Starting the same command again on the same
+run.dir resumes. Exit status: 0 done, 1 failed, 2 bad usage, 71 a device, network or disk failed, 75
+stopped by a signal after saving (start again to go on). Reads the corpus and the gene graph; writes
+the run folder (README: "What a run folder holds") and MLflow.
 """
 
 from __future__ import annotations
@@ -91,13 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_dir = Path(config.run.dir)
         check_inputs(config)
         stop = StopRequest()
-        quiet_deepspeed()
-        ranks = join_process_group(timeout_s=2 * PATIENCE * config.engine.timeout_s)
+        ranks = join(config)
         level = logging.INFO if ranks.rank == 0 else logging.WARNING
         logging.basicConfig(
             level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
         )
-        status = train(config, ranks, stop, dry_run=args.dry_run)
+        status = train_as_rank(config, ranks, stop, dry_run=args.dry_run)
         dist.destroy_process_group()
         return status
     except (ValueError, OSError, RuntimeError) as error:
@@ -105,7 +104,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failures.report(error, run_dir)
 
 
-def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> int:
+def train(config: RunConfig) -> Path:
+    """Train in this process: `sclong_ds.train`, for notebooks and scripts.
+
+    Alone, or as one of the ranks of the launcher that started the script. Calling it again with the
+    same `run.dir` resumes. A main thread is needed: signals ask for a stop, as for the command.
+
+    Args:
+        config: From `load_config`; `run.dir` and `data.corpus` must be set.
+
+    Returns:
+        The run folder, when all of `run.max_steps` are made.
+
+    Raises:
+        InterruptedError: A signal (Ctrl-C, say) asked for a stop; a checkpoint was saved.
+        ValueError: A wrong setting, a damaged file, or another configuration than the run's.
+        FileNotFoundError: A file that the configuration names is absent.
+        RuntimeError: A device or another rank failed.
+    """
+    check_inputs(config)
+    stop = StopRequest()
+    try:
+        # The group stays: DeepSpeed cannot join a second one in the same process.
+        status = train_as_rank(config, join(config), stop, dry_run=False)
+    finally:
+        stop.release()
+    run_dir = Path(str(config.run.dir))
+    if status == STOP_STATUS:
+        raise InterruptedError(
+            f"{run_dir}: stopped by {stop.reason() or 'another rank'} after saving; train again "
+            f"with the same configuration to resume"
+        )
+    return run_dir
+
+
+def join(config: RunConfig) -> Ranks:
+    """Join the ranks of the run."""
+    quiet_deepspeed()
+    return join_process_group(timeout_s=2 * PATIENCE * config.engine.timeout_s)
+
+
+def train_as_rank(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> int:
     """Build the run, go through the optimizer steps, return the exit status."""
     run = build(config, ranks, stop, dry_run=dry_run)
     if dry_run:
@@ -130,6 +169,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
         progress.close()
         run.tracker.event("finish", step=run.state.step, outcome=outcome)
         run.tracker.finish(outcome)
+        if run.lock is not None:
+            run.lock.close()
 
 
 def go_to_the_end(run: Run, loader: CellLoader, progress: Progress) -> bool:

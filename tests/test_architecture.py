@@ -86,6 +86,9 @@ def imports(path: Path) -> set[str]:
 
 MODULES = modules()
 IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+IMPORTS["sclong_ds"] = {"importlib", "typing"}
+"""What the public package names for type checkers is imported on first use
+(tests/sclong_ds/test_public_names.py)."""
 
 
 def ours(name: str) -> set[str]:

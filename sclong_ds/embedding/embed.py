@@ -218,7 +218,7 @@ def embed_to_file(
         coverage = _coverage(cells, n_counts, n_input_counts=n_input_counts, n_genes=n_genes)
         obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
         obs = obs.assign(**measured_column(cells.measured))
-        write_elem(file, "obs", _plain_columns(obs))
+        write_elem(file, "obs", plain_columns(obs))
         record = record_of(model, model_dir) | {"pooling": POOLING, "coverage": asdict(coverage)}
         record |= input_record(cells) | measured_record(cells.measured)
         write_elem(file, "uns", {UNS_KEY: record | (origin or {})})
@@ -274,7 +274,7 @@ def _begin_anndata(
         write_elem(file, name, {})
     genes = model.genes
     var = pd.DataFrame({"symbol": genes.symbols, "class": genes.classes}, index=list(genes.ids))
-    write_elem(file, "var", _plain_columns(var))
+    write_elem(file, "var", plain_columns(var))
     if with_counts:
         nothing = csr_matrix((0, len(genes)), dtype=np.uint32)
         # 64 bits from the start: `append` cannot widen the row pointers later.
@@ -291,7 +291,7 @@ def _left_out(cells: Cells) -> str:
     return f"; cells left out: {reasons}" if reasons else ""
 
 
-def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:
+def plain_columns(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table whose text columns are categories, as AnnData stores them.
 
     Columns of mixed types, which old files and text formats bring along, become text.

@@ -148,8 +148,7 @@ def run(args: argparse.Namespace) -> int:
             )
     else:
         embedded = stored[cells.rows[scored.rows]]
-    normalised = normalise(scored.counts, target_sum=model.transform.target_sum)
-    points = {"sclong": embedded} | baselines(normalised, seed=args.seed)
+    points = represent(embedded, scored, target_sum=model.transform.target_sum, seed=args.seed)
     scores = {name: score(x, scored, seed=args.seed) for name, x in points.items()}
     table = score_table(scores)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -237,6 +236,21 @@ def choose_cells(cells: Cells, *, label: str, batch: str | None) -> ScoredCells:
         left_out=left_out,
         rare_labels=rare,
     )
+
+
+def represent(
+    embedded: np.ndarray, cells: ScoredCells, *, target_sum: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Return the representations that are scored, by name: that of the model, and the baselines.
+
+    Args:
+        embedded: (n, C) embeddings of the cells.
+        cells: The cells.
+        target_sum: Of the model's transform.
+        seed: Of the eigensolver's start.
+    """
+    values = normalise(cells.counts, target_sum=target_sum)
+    return {"sclong": embedded} | baselines(values, seed=seed)
 
 
 def normalise(counts: csr_matrix, *, target_sum: float) -> csr_matrix:

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,66 +189,16 @@ class EmbeddingModel:
         Raises:
             ValueError: Not counts of known human genes.
         """
-        import numpy as np
         from pandas import DataFrame
 
-        from sclong_ds.embedding.cells import open_cells
-        from sclong_ds.embedding.embed import embed_counts
+        from sclong_ds.embedding.in_memory import embed
 
         limits = {
-            name: self._settings[f"{name}_mapped"]
-            for name in ("min_genes", "min_share")
-            if self._settings[f"{name}_mapped"] is not None
+            name: self._settings[name]
+            for name in ("min_genes_mapped", "min_share_mapped")
+            if self._settings[name] is not None
         }
-        with tempfile.TemporaryDirectory() as folder:
-            # Through a file, so that the one reader of h5ad decides what counts and genes are.
-            file = Path(folder) / "cells.h5ad"
-            _as_anndata(cells).write_h5ad(file)
-            opened = open_cells(file, genes=self._model.genes, **limits)
-            size = int(self._settings["batch_size"])
-            parts, done = [], 0
-            for block in opened.blocks():
-                rows = slice(done, done + block.counts.shape[0])
-                measured = None if opened.measured is None else opened.measured.of(rows)
-                parts.append(
-                    embed_counts(self._model, block.counts, batch_size=size, measured=measured)
-                )
-                done = rows.stop
-        return DataFrame(np.concatenate(parts), index=opened.obs.index)
-
-
-def _as_anndata(cells: AnnData | DataFrame) -> AnnData:
-    """Return counts and genes of cells as AnnData with text names; the caller's stays as it is."""
-    import numpy as np
-    from anndata import AnnData
-    from pandas import DataFrame
-    from pandas.api.types import is_numeric_dtype
-    from scipy.sparse import csr_matrix
-
-    if isinstance(cells, AnnData):
-        # What says something about counts and genes alone: the rest may hold what no file can.
-        raw = None if cells.raw is None else {"X": cells.raw.X, "var": cells.raw.var.copy()}
-        return AnnData(
-            cells.X,
-            obs=DataFrame(index=cells.obs_names),
-            var=cells.var.copy(),
-            layers=dict(cells.layers),
-            raw=raw,
-        )
-    if not isinstance(cells, DataFrame):
-        raise ValueError(f"got {type(cells).__name__}; give AnnData, or a DataFrame of raw counts")
-    other = [str(name) for name, kind in cells.dtypes.items() if not is_numeric_dtype(kind)]
-    if other:
-        shown = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
-        raise ValueError(
-            f"{len(other)} columns do not hold numbers ({shown}): give raw counts of genes alone, "
-            f"as a numeric type"
-        )
-    table = cells.to_numpy()
-    if table.dtype == object:  # pandas' own integers, or such columns beside others
-        table = cells.to_numpy(np.float64, na_value=np.nan)
-    return AnnData(
-        csr_matrix(table),
-        obs=DataFrame(index=cells.index.astype(str)),
-        var=DataFrame(index=cells.columns.astype(str)),
-    )
+        size = int(self._settings["batch_size"])
+        found = embed(self._model, cells, batch_size=size, **limits)
+        names = cells.index.astype(str) if isinstance(cells, DataFrame) else cells.obs_names
+        return DataFrame(found, index=names)

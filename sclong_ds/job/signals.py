@@ -27,8 +27,12 @@ class StopRequest:
         self._reason: str | None = None
         self._launcher = _launcher()
         self._launched_by = self._launcher.ppid() if self._launcher else None
-        for number in _STOP_SIGNALS:
-            signal.signal(number, self._remember)
+        self._before = {n: signal.signal(n, self._remember) for n in _STOP_SIGNALS}
+
+    def release(self) -> None:
+        """Give the signals back to what handled them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def reason(self) -> str | None:
         """Return why to stop, or None."""

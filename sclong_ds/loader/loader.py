@@ -40,6 +40,8 @@ from sclong_ds.loader.batches import CellBatch, StepBatch, empty_bytes
 from sclong_ds.loader.order import CellStream, CellWeights
 from sclong_ds.loader.threads import LoaderPlan, LoaderThreads, Output
 
+_GROUP_CHUNKS = 8  # 25 MB of buffers
+
 __all__ = ["CellBatch", "CellLoader", "Output", "StepBatch", "log1p_normalise", "open_stream"]
 
 
@@ -101,13 +103,13 @@ class CellLoader:
         self,
         corpus: Corpus,
         *,
-        stream: CellStream,
-        cells_seen: int,
-        rank: int,
-        world_size: int,
         train_batch_size: int,
-        micro_batch_size: int,
-        prefetch_batches: int,
+        stream: CellStream | None = None,
+        cells_seen: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_size: int | None = None,
+        prefetch_batches: int = 4,
         output: Output = "packed",
         target_sum: float | None = None,
         on_damage: Literal["stop", "skip"] = "stop",
@@ -119,12 +121,12 @@ class CellLoader:
 
         Args:
             corpus: Where the cells are.
-            stream: Their order, see `open_stream`.
+            train_batch_size: Cells of a global batch.
+            stream: Their order, see `open_stream`; None: all training cells, shuffled with seed 0.
             cells_seen: Position: cells consumed by all ranks so far.
             rank: This rank.
             world_size: Number of ranks.
-            train_batch_size: Cells of a global batch.
-            micro_batch_size: Cells of one rank's micro-batch.
+            micro_batch_size: Cells of one rank's micro-batch; None: its whole share of a batch.
             prefetch_batches: Steps kept ready; 0: the caller of `next` assembles each step itself.
             output: What `CellBatch.counts` is.
             target_sum: Total that dense_norm scales a cell to; None for the other outputs.
@@ -138,6 +140,10 @@ class CellLoader:
         Raises:
             ValueError: Sizes that do not divide, or settings that are unknown or would be ignored.
         """
+        if stream is None:
+            stream = open_stream(corpus, seed=0, group_chunks=_GROUP_CHUNKS)
+        if micro_batch_size is None:
+            micro_batch_size = train_batch_size // max(world_size, 1)
         self._plan = LoaderPlan(
             corpus, stream, rank, world_size, train_batch_size, micro_batch_size, prefetch_batches,
             output, target_sum, on_damage, stop_at, finish, allocate,

@@ -1,0 +1,164 @@
+"""Embed and score cells from Python: `sclong_ds.embed` and `sclong_ds.evaluate`.
+
+    model = sclong_ds.load_model("MODEL_DIR")
+    adata.obsm["X_sclong"] = sclong_ds.embed(model, adata)
+    scores = sclong_ds.evaluate(model, adata, label="cell_type")
+
+The rules are those of `python -m sclong_ds embed` and `evaluate`: raw counts, human genes by
+Ensembl id or symbol, in X, raw or a layer; what is refused there is refused here, with the same
+reason. Nothing is written, and the caller's AnnData stays as it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from anndata import AnnData
+from pandas import DataFrame
+from pandas.api.types import is_numeric_dtype
+from scipy.sparse import csr_matrix
+
+from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
+from sclong_ds.embedding.cells import Cells, open_cells
+from sclong_ds.embedding.embed import embed_counts, plain_columns
+from sclong_ds.model.sclong import ScLong
+
+CellSource = AnnData | DataFrame | str | Path
+"""Raw counts: AnnData, a DataFrame of cells by genes, or the path of what `embed` reads."""
+
+
+def embed(
+    model: ScLong,
+    cells: CellSource,
+    *,
+    batch_size: int = 8,
+    min_genes_mapped: int = MIN_GENES_MAPPED,
+    min_share_mapped: float = MIN_SHARE_MAPPED,
+) -> np.ndarray:
+    """Return the embeddings of cells, a row for each, in their order.
+
+    Args:
+        model: From `load_model`.
+        cells: Raw counts of n cells: AnnData, a DataFrame with genes as columns, or a path.
+        batch_size: Cells at a time; changes memory and speed, not the result (beyond rounding).
+        min_genes_mapped: Fewest genes of the model that the input must have.
+        min_share_mapped: Smallest share (0 to 1) of the input's genes that the model must know.
+
+    Returns:
+        (n, C) float32, to be kept in `adata.obsm`; zero for a cell without counts of the model's
+        genes.
+
+    Raises:
+        FileNotFoundError: No such path.
+        ValueError: Not counts of known human genes.
+    """
+    with _opened(model, cells, (), min_genes_mapped, min_share_mapped) as opened:
+        parts, done = [np.zeros((0, model.config.base_dim), dtype=np.float32)], 0
+        for block in opened.blocks():
+            rows = slice(done, done + block.counts.shape[0])
+            measured = None if opened.measured is None else opened.measured.of(rows)
+            parts.append(
+                embed_counts(model, block.counts, batch_size=batch_size, measured=measured)
+            )
+            done = rows.stop
+        return np.concatenate(parts)
+
+
+def evaluate(
+    model: ScLong,
+    cells: CellSource,
+    *,
+    label: str,
+    batch: str | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> DataFrame:
+    """Score the embeddings of labelled cells beside baselines that need no model.
+
+    Args:
+        model: From `load_model`.
+        cells: Raw counts, as for `embed`; AnnData, or the path of a file, with annotations.
+        label: Column of `obs` with the labels, say of cell types; 5 cells a label at least.
+        batch: Column of `obs` with the batches; None: mixing of batches is not scored.
+        batch_size: Cells embedded at a time.
+        seed: Of folds and clusters.
+
+    Returns:
+        Scores (columns: see `sclong_ds.embedding.evaluate`) of the representations (rows: sclong,
+        pca, hvg_pca); NaN where a score is undefined.
+
+    Raises:
+        FileNotFoundError: No such path.
+        ValueError: No such column, too few labels or batches, or what `embed` refuses.
+    """
+    # scikit-learn and matplotlib take a second to import, which `embed` does not need.
+    from sclong_ds.embedding.evaluate import choose_cells, represent, score, score_table
+
+    columns = [label] if batch is None else [label, batch]
+    if isinstance(cells, DataFrame):
+        raise ValueError("a DataFrame of counts has no labels; give AnnData, or a path")
+    if isinstance(cells, AnnData):
+        absent = [name for name in columns if name not in cells.obs]
+        if absent:
+            there = ", ".join(map(str, cells.obs)) or "none"
+            raise ValueError(f"obs has no column {absent[0]!r}; it has {there}")
+    with _opened(model, cells, columns, MIN_GENES_MAPPED, MIN_SHARE_MAPPED) as opened:
+        scored = choose_cells(opened, label=label, batch=batch)
+        measured = None if opened.measured is None else opened.measured.of(scored.rows)
+        embedded = embed_counts(model, scored.counts, batch_size=batch_size, measured=measured)
+    points = represent(embedded, scored, target_sum=model.transform.target_sum, seed=seed)
+    return score_table({name: score(x, scored, seed=seed) for name, x in points.items()})
+
+
+@contextmanager
+def _opened(
+    model: ScLong,
+    cells: CellSource,
+    columns: tuple[str, ...] | list[str],
+    min_genes: int,
+    min_share: float,
+) -> Iterator[Cells]:
+    """Open cells as the commands do; annotations other than `columns` are left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(cells, str | Path):
+            path = Path(cells)
+        else:
+            # Through a file, so that the one reader of h5ad decides what counts and genes are.
+            path = Path(folder) / "cells.h5ad"
+            _counts_and_genes(cells, columns).write_h5ad(path)
+        yield open_cells(path, genes=model.genes, min_genes=min_genes, min_share=min_share)
+
+
+def _counts_and_genes(cells: AnnData | DataFrame, columns: tuple[str, ...] | list[str]) -> AnnData:
+    """Return counts, genes and some annotations of cells as AnnData with text names; a copy."""
+    if isinstance(cells, AnnData):
+        # What says something about counts and genes alone: the rest may hold what no file can.
+        raw = None if cells.raw is None else {"X": cells.raw.X, "var": cells.raw.var.copy()}
+        return AnnData(
+            cells.X,
+            obs=plain_columns(cells.obs[list(columns)]),
+            var=cells.var.copy(),
+            layers=dict(cells.layers),
+            raw=raw,
+        )
+    if not isinstance(cells, DataFrame):
+        raise ValueError(f"got {type(cells).__name__}; give AnnData, or a DataFrame of raw counts")
+    other = [str(name) for name, kind in cells.dtypes.items() if not is_numeric_dtype(kind)]
+    if other:
+        shown = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
+        raise ValueError(
+            f"{len(other)} columns do not hold numbers ({shown}): give raw counts of genes alone, "
+            f"as a numeric type"
+        )
+    table = cells.to_numpy()
+    if table.dtype == object:  # pandas' own integers, or such columns beside others
+        table = cells.to_numpy(np.float64, na_value=np.nan)
+    return AnnData(
+        csr_matrix(table),
+        obs=DataFrame(index=cells.index.astype(str)),
+        var=DataFrame(index=cells.columns.astype(str)),
+    )

@@ -1,0 +1,130 @@
+"""The names of `sclong_ds` itself: what they are, what importing them costs, and README's use."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from launching import ROOT, environment
+from scipy.sparse import csr_matrix
+
+import sclong_ds
+from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.embedding.in_memory import embed, evaluate
+from sclong_ds.exported.model_dir import load_model
+
+GOLDEN = ROOT / "tests" / "golden"
+MODEL = GOLDEN / "written_by" / "3_436d87b"
+
+
+def test_every_public_name_is_listed_documented_and_that_of_its_module() -> None:
+    assert set(sclong_ds.__all__) <= set(dir(sclong_ds))
+    assert list(sclong_ds.__all__) == sorted(sclong_ds.__all__)
+    for name in sclong_ds.__all__:
+        found = getattr(sclong_ds, name)
+        assert found is getattr(importlib.import_module(found.__module__), name)
+        assert found.__doc__, name
+        assert f"`{name}" in str(sclong_ds.__doc__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sclong_ds.nothing  # noqa: B018
+
+
+def test_type_checkers_see_what_is_imported_on_first_use() -> None:
+    tree = ast.parse(Path(str(sclong_ds.__file__)).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom)
+            for alias in node.names}  # fmt: skip
+    assert seen == sclong_ds._HOMES
+    assert set(seen) == set(sclong_ds.__all__)
+
+
+def test_importing_the_package_and_listing_its_names_imports_nothing_heavy() -> None:
+    code = "import sys, json, sclong_ds; dir(sclong_ds); print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, check=True
+    )
+    loaded = set(json.loads(done.stdout))
+    assert not loaded & {"torch", "numpy", "deepspeed", "anndata", "data_prep", "kernels"}
+    assert not {name for name in loaded if name.startswith("sclong_ds.")}
+
+
+@pytest.fixture(scope="module")
+def cells() -> anndata.AnnData:
+    """Cells with two labels and two batches, and what no file can hold."""
+    rng = np.random.default_rng(0)
+    ids = GeneVocabulary.read(MODEL / "model" / "genes.tsv").ids
+    rates = np.where(np.arange(24)[:, None] % 2, 1.0, 2.5) * (rng.random((24, 400)) < 0.4)
+    found = anndata.AnnData(csr_matrix(rng.poisson(rates).astype(np.float32)))
+    found.var_names, found.obs_names = ids, [f"c{i}" for i in range(24)]
+    found.obs["kind"] = ["few", "many"] * 12
+    found.obs["day"] = [1, 1, 2, 2] * 6
+    found.uns["anything"] = object()
+    return found
+
+
+def test_embed_gives_a_row_a_cell_and_leaves_the_input_as_it_is(cells: anndata.AnnData) -> None:
+    model, before = load_model(MODEL / "model"), cells.X.copy()
+    found = embed(model, cells)
+    assert (found.shape, found.dtype) == ((24, model.config.base_dim), np.float32)
+    assert (cells.X != before).nnz == 0
+    assert not cells.obsm
+    table = pd.DataFrame(before.toarray(), index=cells.obs_names, columns=cells.var_names)
+    np.testing.assert_allclose(embed(model, table, batch_size=5), found, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(embed(model, cells[3:7].copy()), found[3:7], rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="not counts"):
+        embed(model, table + 0.25)
+
+
+def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> None:
+    model = load_model(MODEL / "model")
+    scores = evaluate(model, cells, label="kind", batch="day")
+    assert list(scores.index) == ["sclong", "pca", "hvg_pca"]
+    assert scores["knn_accuracy"].between(0.5, 1).all()
+    assert "batch_mixing" in scores
+    assert "batch_mixing" not in evaluate(model, cells, label="kind")
+    with pytest.raises(ValueError, match="obs has no column 'cell_type'; it has kind, day"):
+        evaluate(model, cells, label="cell_type")
+
+
+@pytest.mark.distributed
+def test_the_examples_of_the_readme_run(cells: anndata.AnnData, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    examples = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sclong_ds" in c]
+    assert len(examples) == 2
+    shutil.copytree(MODEL / "model", tmp_path / "model")
+    shutil.copytree(GOLDEN / "corpus_version_1", tmp_path / "corpus")
+    shutil.copyfile(MODEL / "model" / "gene_graph.npz", tmp_path / "graph.npz")
+    plain = cells.copy()
+    del plain.uns["anything"]
+    plain.obs["cell_type"] = plain.obs["kind"]
+    plain.write_h5ad(tmp_path / "cells.h5ad")
+    ends = """
+assert cells.obsm["X_sclong"].shape == (24, 4), scores
+assert torch.isfinite(loss) and vectors.shape == (4, 400, 4) and position == 12
+before = (run_dir / "metrics.jsonl").read_text()
+# The same run, longer, in the same process; signals are Python's own again.
+import signal
+again = sclong_ds.load_config("sclong_tiny", [*settings, "run.max_steps=3"])
+assert sclong_ds.train(again) == run_dir
+assert (run_dir / "metrics.jsonl").read_text().startswith(before)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    # Quick forms: no tracking, a small model.
+    quick = ["tracking.enabled=false", "tracking.picture_cells=null", "model.top_seq_len=64",
+             "run.validation_cells=4", "engine.ds_config=zero1"]  # fmt: skip
+    code = "\n".join(examples).replace('"run.max_steps=2"', f'"run.max_steps=2", *{quick}') + ends
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
