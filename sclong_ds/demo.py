@@ -25,10 +25,17 @@ import torch
 from data_prep import __name__ as DATA_PREP
 from sclong_ds.command_line import local_path
 from sclong_ds.files.places import place_of
-from sclong_ds.objective.baselines import NAMES
-from sclong_ds.objective.scores import strongest, verdict
 from sclong_ds.run_folder.files import read_events, read_run_json
-from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.run_folder.metric_names import (
+    LOSS,
+    MEAN_MSE,
+    MSE,
+    PEARSON,
+    PER_GENE,
+    STRONGEST_MSE,
+    of_baseline,
+)
+from sclong_ds.run_folder.rows import read_metrics, standing, strongest
 
 ROOT = Path(__file__).parents[1]
 CELLS = place_of("data_prep") / "resources" / "demo"
@@ -149,7 +156,7 @@ def summary(out: Path, *, minutes: float) -> str:
     """Return where everything is and the table of what ran."""
     run_dir = out / "runs" / "demo"
     rows = read_metrics(run_dir)
-    train, scores = [r for r in rows if "train/loss" in r], [r for r in rows if "val/mse" in r]
+    train, scores = [r for r in rows if LOSS in r], [r for r in rows if MSE in r]
     about = read_run_json(run_dir)["summary"]
     status = command(DATA_PREP, "status", out / "corpus", "--json", capture=True)
     entries = json.loads(status)["datasets"]
@@ -157,6 +164,12 @@ def summary(out: Path, *, minutes: float) -> str:
     rate = sorted(r["perf/cells_per_s"] for r in train)[len(train) // 2]
     resumed = [e["step"] for e in read_events(run_dir) if e["event"] == "resume"]
     first, last = scores[0], scores[-1]
+    best = strongest(last)
+    if best is None:
+        raise DemoError(f"{run_dir}: the last validation has no baseline with a finite error")
+    beside = {
+        n: f"(strongest baseline {last[of_baseline(best, n)]:.3f})" for n in (PEARSON, PER_GENE)
+    }
     table = {
         "cells": f"{about['n_cells_train']} for training, {about['n_cells_validation']} held out",
         "datasets": f"{len(good)} converted, {len(entries) - len(good)} failed (the broken file)",
@@ -165,17 +178,15 @@ def summary(out: Path, *, minutes: float) -> str:
         "ranks": f"{about['world_size']} x {about['device']}, {about['ds_config']}",
         "steps": f"{train[-1]['step']:.0f}, interrupted and resumed after step "
         f"{', '.join(map(str, resumed))}",
-        "training loss": f"{train[0]['train/loss']:.3f} first, {train[-1]['train/loss']:.3f} last",
+        "training loss": f"{train[0][LOSS]:.3f} first, {train[-1][LOSS]:.3f} last",
         "variance of the masked values": f"{last['val/target_variance']:.3f}",
-        "strongest baseline, hidden values": f"MSE {last['val/strongest_mse']:.3f} "
-        f"({strongest(last, NAMES)})",
-        "model, hidden values": f"MSE {first['val/mse']:.3f} before, {last['val/mse']:.3f} after "
-        f"training: {verdict(last)} the strongest baseline",
-        "per-gene mean, hidden values": f"MSE {last['val/baseline_mse']:.3f}",
-        "Pearson, hidden values": f"{last['val/pearson']:.3f} (strongest baseline "
-        f"{last[f'val/{strongest(last, NAMES)}/pearson']:.3f})",
-        "Pearson per gene across cells": f"{last['val/pearson_per_gene']:.3f} (strongest baseline "
-        f"{last[f'val/{strongest(last, NAMES)}/pearson_per_gene']:.3f})",
+        "strongest baseline, hidden values": f"MSE {last[STRONGEST_MSE]:.3f} "
+        f"({best.replace('_', ' ')})",
+        "model, hidden values": f"MSE {first[MSE]:.3f} before, {last[MSE]:.3f} after training: "
+        f"{standing(last)}",
+        "per-gene mean, hidden values": f"MSE {last[MEAN_MSE]:.3f}",
+        "Pearson, hidden values": f"{last[PEARSON]:.3f} {beside[PEARSON]}",
+        "Pearson per gene across cells": f"{last[PER_GENE]:.3f} {beside[PER_GENE]}",
         "cells/s": f"{rate:.2f} (median)",
         "wall time": f"{minutes:.1f} minutes",
     }
@@ -190,7 +201,7 @@ def summary(out: Path, *, minutes: float) -> str:
     lines = ["", *(f"{k:<{width}}  {v}" for k, v in table.items()), ""]
     lines += [f"{k:<{width}}  {v}" for k, v in places.items()]
     lines.append(f"{'open MLflow':<{width}}  {mlflow_command(out)}")
-    if last["val/mse"] > 0.9 * last["val/baseline_mse"]:
+    if last[MSE] > 0.9 * last[MEAN_MSE]:
         raise DemoError(
             "the model did not beat the per-gene-mean predictor by 10%:" + "\n".join(lines)
         )

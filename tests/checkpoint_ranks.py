@@ -31,6 +31,7 @@ from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, qui
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.ranks import join_process_group
 from sclong_ds.job.failures import run_to_end
+from sclong_ds.run_folder.rows import Judged
 
 CONFIG = load_config("sclong_tiny")
 KEEP = dataclasses.replace(
@@ -203,9 +204,11 @@ def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
     extra = inputs(folder.parent)
     for step, val_mse in enumerate([3.0, 1.0, 2.0, None, float("nan")], start=1):
         seen["loss"] = train(engine)
-        saved = save(engine, folder, step, files=extra, val_mse=val_mse)
+        by = None if val_mse is None else Judged("val/mse", val_mse)
+        saved = save(engine, folder, step, files=extra, by=by)
     seen["saved"] = dataclasses.asdict(saved)
-    seen["kept"], seen["best"] = listing(folder), best_checkpoint(folder)
+    seen["kept"], best = listing(folder), best_checkpoint(folder)
+    seen["best"] = best and (best[0], best[1].value)
     with FullDisk():
         seen["refused"] = refused(engine, folder, 6)
     seen["after_failure"] = listing(folder)

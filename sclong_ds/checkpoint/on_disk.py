@@ -2,7 +2,7 @@
 
 A run's `checkpoints` folder holds `step_00000050` (whole), `step_00000060.partial` (being written,
 or left by a process that was killed), `step_00000070.damaged` (found broken on load), `latest`
-(name of the newest) and `best.json` (the one with the lowest validation error). A checkpoint holds
+(name of the newest) and `best.json` (the best at validation, see `judged`). A checkpoint holds
 DeepSpeed's files of every rank, the files that make it self-contained (config.yaml, genes.tsv,
 gene_graph.npz, random_features.safetensors), state.json (position of the run) and manifest.json:
 version, ranks, ZeRO stage, size in bytes and CRC-32C of every file, and a checksum of itself. It is
@@ -28,7 +28,7 @@ from sclong_ds.files.atomic import is_partial, listed, named_errors
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 from sclong_ds.files.versions import LaterVersionError, refuse_later
 from sclong_ds.run_folder.files import METRICS_FILE
-from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.run_folder.rows import Judged, judged, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -315,8 +315,8 @@ def _visible_size(path: Path) -> int | None:
         return None
 
 
-def best_checkpoint(folder: Path) -> tuple[str, float] | None:
-    """Return name and validation error of the best checkpoint, or None where there is none.
+def best_checkpoint(folder: Path) -> tuple[str, Judged] | None:
+    """Return name and figure of the best checkpoint, or None where there is none.
 
     Without a sound best.json it is found again in metrics.jsonl of the run.
 
@@ -334,8 +334,8 @@ def best_checkpoint(folder: Path) -> tuple[str, float] | None:
     return best if best is not None and (folder / best[0]).is_dir() else None
 
 
-def read_best(path: Path) -> tuple[str, float]:
-    """Return name and validation error of best.json.
+def read_best(path: Path) -> tuple[str, Judged]:
+    """Return the checkpoint that best.json names, and what it was judged by.
 
     Args:
         path: The file.
@@ -345,18 +345,22 @@ def read_best(path: Path) -> tuple[str, float]:
         ValueError: It is damaged, or of another run.
     """
     content = read_object(path)
-    keys = {"checkpoint", "step", "val_mse"}
-    # Earlier versions wrote no checksum, and then not whose figure it is.
-    if set(content) != keys and set(read_sealed(path)) - {_DIGEST} != {*keys, CHECKSUM}:
+    # Earlier versions recorded the error, of hidden values alone or not, and the first ones wrote
+    # no checksum, and then not whose figure it is.
+    earlier, keys = {"checkpoint", "step", "val_mse"}, {"checkpoint", "step", "figure", "value"}
+    if set(content) != earlier and set(read_sealed(path)) - {_DIGEST, CHECKSUM} not in (
+        earlier, keys,
+    ):  # fmt: skip
         raise ValueError(f"{path}: damaged (holds {', '.join(sorted(content))})")
-    name, val_mse = content["checkpoint"], content["val_mse"]
+    name = content["checkpoint"]
+    figure, value = content.get("figure", "val/mse"), content.get("value", content.get("val_mse"))
     if not (isinstance(name, str) and _is_name(name) and content["step"] == step_of(name)):
         raise ValueError(f"{path}: damaged ({name!r} is no checkpoint)")
-    if type(val_mse) not in (int, float) or not math.isfinite(val_mse):
-        raise ValueError(f"{path}: damaged (val_mse is {val_mse!r})")
+    if type(value) not in (int, float) or not math.isfinite(value) or not isinstance(figure, str):
+        raise ValueError(f"{path}: damaged ({figure!r} is {value!r})")
     if content.get(_DIGEST) not in (None, _digest(path.parent / name) or content.get(_DIGEST)):
         raise ValueError(f"{path}: of another run (its {name} is not the one beside it)")
-    return name, val_mse
+    return name, Judged(figure, value)
 
 
 def _digest(checkpoint: Path) -> str | None:
@@ -367,17 +371,18 @@ def _digest(checkpoint: Path) -> str | None:
         return None
 
 
-def _best_of_metrics(folder: Path) -> tuple[str, float] | None:
-    """Return the checkpoint with the lowest validation error that metrics.jsonl knows."""
+def _best_of_metrics(folder: Path) -> tuple[str, Judged] | None:
+    """Return the best checkpoint that metrics.jsonl knows, by what the latest is judged by."""
     there = {step_of(path.name) for path in complete_checkpoints(folder)}
     if not (folder.parent / METRICS_FILE).is_file():
         return None
-    errors = [
-        (row["val/mse"], row["step"])
-        for row in read_metrics(folder.parent)
-        if row["step"] in there and math.isfinite(row.get("val/mse", math.nan))
-    ]
-    return (name_of(int(min(errors)[1])), min(errors)[0]) if errors else None
+    known = [(judged(row), row["step"]) for row in read_metrics(folder.parent)]
+    found = [(by, step) for by, step in known if by and step in there and math.isfinite(by.value)]
+    alike = [(by, step) for by, step in found if by.figure == found[-1][0].figure]
+    if not alike:
+        return None
+    by, step = min(alike, key=lambda pair: (pair[0].value, pair[1]))
+    return name_of(int(step)), by
 
 
 def restore_best(folder: Path) -> None:
@@ -390,7 +395,7 @@ def restore_best(folder: Path) -> None:
     try:
         if CHECKSUM in read_object(path) and read_best(path):
             return
-        known: tuple[str, float] | None = read_best(path)
+        known: tuple[str, Judged] | None = read_best(path)
     except (FileNotFoundError, ValueError) as error:
         known = None
         if isinstance(error, FileNotFoundError):
@@ -407,23 +412,29 @@ def restore_best(folder: Path) -> None:
         _write_best(folder, *best)
 
 
-def record_best(folder: Path, name: str, val_mse: float | None) -> None:
-    """Write best.json if a checkpoint has the lowest validation error so far.
+def record_best(folder: Path, name: str, by: Judged | None) -> None:
+    """Write best.json if a checkpoint is the best so far, or the first judged by its figure.
 
     Args:
         folder: The run's `checkpoints` folder.
         name: The checkpoint.
-        val_mse: Its masked MSE on the validation cells; None: it was not validated.
+        by: What it is judged by; None: it was not validated.
     """
-    if val_mse is None or not math.isfinite(val_mse):
+    if by is None or not math.isfinite(by.value):
         return
     best = best_checkpoint(folder)
-    if best is None or best[1] > val_mse:
-        _write_best(folder, name, val_mse)
+    if best is not None and best[1].figure != by.figure:
+        log.info(
+            "the best checkpoint was %s by %s = %.4f; from now on %s decides, which does not "
+            "compare with it: the best is %s",
+            best[0], best[1].figure, best[1].value, by.figure, name,
+        )  # fmt: skip
+    if best is None or best[1].figure != by.figure or best[1].value > by.value:
+        _write_best(folder, name, by)
 
 
-def _write_best(folder: Path, name: str, val_mse: float) -> None:
-    best = {"checkpoint": name, "step": step_of(name), "val_mse": val_mse}
+def _write_best(folder: Path, name: str, by: Judged) -> None:
+    best = {"checkpoint": name, "step": step_of(name), "figure": by.figure, "value": by.value}
     write_sealed(folder / BEST, best | {_DIGEST: _digest(folder / name)})
 
 
@@ -434,7 +445,7 @@ def prune(folder: Path, *, keep_last: int, keep_every_n_steps: int | None, keep_
         folder: The run's `checkpoints` folder.
         keep_last: Newest checkpoints that stay.
         keep_every_n_steps: Those of multiples of it stay too.
-        keep_best: The one with the lowest validation error stays too.
+        keep_best: The best at validation stays too.
     """
     for old in _unwanted(folder, keep_last, keep_every_n_steps, keep_best):
         # A kill in the middle must not leave what looks like a damaged checkpoint.

@@ -39,6 +39,7 @@ from sclong_ds.checkpoint.writer import CheckpointWriter, Written
 from sclong_ds.config.sections import CheckpointConfig
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.files.atomic import listed, sync_folder, write_atomic
+from sclong_ds.run_folder.rows import Judged
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ class Saving:
     """Files to keep with the weights."""
     settings: CheckpointConfig
     """Which checkpoints stay."""
-    val_mse: float | None
-    """Masked MSE on the validation cells at this step, where it was validated."""
+    by: Judged | None
+    """What it is judged by, where this step was validated."""
     writer: CheckpointWriter
     """Writes this rank's files."""
 
@@ -89,7 +90,7 @@ def begin_save(
     *,
     files: Iterable[Path],
     settings: CheckpointConfig,
-    val_mse: float | None = None,
+    by: Judged | None = None,
     background: bool,
 ) -> Saving:
     """Begin to save a checkpoint; every rank must call it, and then `finish_save`.
@@ -100,7 +101,7 @@ def begin_save(
         state: Position of the run.
         files: Files to keep with the weights.
         settings: Which checkpoints stay.
-        val_mse: Masked MSE on the validation cells at this step, where it was validated.
+        by: What the checkpoint is judged by, where this step was validated.
         background: Return when everything is copied to host memory, and write while training goes
             on; otherwise when it is written.
 
@@ -123,7 +124,7 @@ def begin_save(
         engine.checkpoint_engine = own
         del engine._copy_recovery_script
     return Saving(
-        folder=folder, state=state, files=tuple(files), settings=settings, val_mse=val_mse,
+        folder=folder, state=state, files=tuple(files), settings=settings, by=by,
         writer=writer,
     )  # fmt: skip
 
@@ -183,15 +184,15 @@ def _finish(saving: Saving, everyone: list[Written]) -> int:
     written = {name: value for w in everyone for name, value in w.files.items()}
     n_bytes = write_manifest(partial, written)
     _rename(partial)
-    _tidy(folder, name_of(saving.state.step), saving.val_mse, settings)
+    _tidy(folder, name_of(saving.state.step), saving.by, settings)
     return n_bytes
 
 
-def _tidy(folder: Path, name: str, val_mse: float | None, settings: CheckpointConfig) -> None:
+def _tidy(folder: Path, name: str, by: Judged | None, settings: CheckpointConfig) -> None:
     """Bring what stands beside a new checkpoint up to date; the checkpoint is good without it."""
     actions: tuple[Callable[[], None], ...] = (
         lambda: restore_best(folder) if (folder / BEST).exists() else None,
-        lambda: record_best(folder, name, val_mse),
+        lambda: record_best(folder, name, by),
         lambda: prune(
             folder,
             keep_last=settings.keep_last,

@@ -254,8 +254,8 @@ class CheckpointConfig:
     keep_every_n_steps: int | None
     """Checkpoints of multiples of it stay for ever; null: none."""
     keep_best: bool
-    """The checkpoint with the lowest val/mse so far stays, of those saved at a step that was
-    validated."""
+    """The checkpoint with the lowest val/relative_mse so far stays (the error of hidden values over
+    that of the strongest baseline), of those saved at a step that was validated."""
     max_failed_saves: int
     """Checkpoints in a row that could not be written (disk full) that stop the run."""
     asynchronous: bool

@@ -34,6 +34,14 @@ from sclong_ds.model.features_file import read_features
 from sclong_ds.model.random_features import drawn_features, redraw_index
 from sclong_ds.run_folder.files import read_run_json, recorded_ids
 from sclong_ds.run_folder.identity import environment, git_commit
+from sclong_ds.run_folder.metric_names import (
+    BASELINES,
+    HEADLINE,
+    MSE,
+    N_HIDDEN,
+    SHOWN_MSE,
+    of_baseline,
+)
 from sclong_ds.run_folder.rows import read_metrics
 
 log = logging.getLogger(__name__)
@@ -145,9 +153,7 @@ def _validation(checkpoint: Path, step: int) -> dict[str, float]:
     run_dir = checkpoint.parent.parent
     if not (run_dir / "metrics.jsonl").is_file():
         return {}
-    rows = [r for r in read_metrics(run_dir) if "val/mse" in r and r["step"] <= step]
-    names = (
-        "val/strongest_mse", "val/mse", "val/baseline_mse", "val/pearson", "val/baseline_pearson",
-        "val/pearson_per_gene",
-    )  # fmt: skip
+    rows = [r for r in read_metrics(run_dir) if MSE in r and r["step"] <= step]
+    errors = (of_baseline(name, MSE) for name in BASELINES)
+    names = (*HEADLINE, SHOWN_MSE, N_HIDDEN, *errors)
     return {n: rows[-1][n] for n in names if n in rows[-1]} if rows else {}

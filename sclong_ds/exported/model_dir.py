@@ -48,6 +48,8 @@ from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
 from sclong_ds.files.versions import refuse_later
 from sclong_ds.model.features_file import read_features, write_features
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.run_folder.metric_names import MSE, N_HIDDEN
+from sclong_ds.run_folder.rows import sentence
 
 FORMAT = "sclong_ds-model"
 VERSION = 3
@@ -350,10 +352,12 @@ def _training(provenance: Mapping[str, Any]) -> str:
     """Return the part of the card on training and validation."""
     facts = {k: v for k, v in provenance.items() if not isinstance(v, dict)}
     text = f"## Training\n\n{_table(('', ''), facts.items())}"
-    scores = {k: f"{v:.4f}" for k, v in (provenance.get("validation") or {}).items()}
-    return text + (
-        f"\n## Validation\n\n{_table(('figure', 'value'), scores.items())}" * bool(scores)
-    )
+    found: Mapping[str, float] = provenance.get("validation") or {}
+    if not found:
+        return text
+    words = f"{sentence(found)}.\n\n" if MSE in found else ""
+    scores = [(n, f"{v:,.0f}" if n == N_HIDDEN else f"{v:.4f}") for n, v in found.items()]
+    return f"{text}\n## Validation\n\n{words}{_table(('figure', 'value'), scores)}"
 
 
 def _source(provenance: Mapping[str, Any]) -> str:

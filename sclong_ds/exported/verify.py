@@ -213,13 +213,15 @@ def _verify_best(checkpoints: Path, findings: Findings) -> None:
     if not path.is_file():
         return
     try:
-        name, val_mse = checkpoint_files.read_best(path)
+        name, by = checkpoint_files.read_best(path)
     except ValueError as error:
         findings.problems.append(str(error))
         return
     findings.checked.append("best.json: its own checksum, and the checkpoint that it names")
     if not (checkpoints / name).is_dir():
-        findings.problems.append(f"{path}: names {name} ({val_mse}), which is not there")
+        findings.problems.append(
+            f"{path}: names {name} ({by.figure} {by.value:.4g}), which is not there"
+        )
 
 
 def _verify_records(folder: Path, findings: Findings) -> None:

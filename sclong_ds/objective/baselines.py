@@ -23,8 +23,6 @@ from torch import Tensor
 
 from sclong_ds.corpus.corpus import GeneStats
 
-NAMES = ("gene_mean", "offset", "poisson", "linear")
-"""The baselines, weakest first as a rule."""
 N_FEATURES = 7
 _MOST_COUNTS = 64
 _LARGE_RATE = 40.0
@@ -94,7 +92,7 @@ class DepthBaselines:
             positions: (B, P) int64 genes of the targets.
 
         Returns:
-            (baselines, B, P) float64, in the order of `NAMES`.
+            (baselines, B, P) float64, in the order of `BASELINES`.
         """
         if self._weights is None:
             raise RuntimeError("predict before fit")

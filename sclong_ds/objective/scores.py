@@ -13,6 +13,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.run_folder.metric_names import (
+    DATASET_MSE,
+    MSE,
+    N_HIDDEN,
+    PEARSON,
+    PER_GENE,
+    RELATIVE_MSE,
+    SEVERAL_MSE,
+    SHOWN_MSE,
+    STRONGEST_MSE,
+    WITHIN_CELL,
+    of_baseline,
+)  # fmt: skip
+from sclong_ds.run_folder.rows import strongest
+
+MOST_DATASETS = 100
+"""Datasets with a figure of their own, those with most hidden values: a row has 1,000 figures."""
+MODEL = "model"
+"""The predictor whose figures are without a prefix."""
 LEAST_CELLS = 8
 """Hidden values of a gene in a dataset, below which it has no correlation across cells."""
 LEAST_GENES = 20
@@ -36,17 +55,6 @@ class TargetTable:
     """(n,) by predictor; `model` is one of them."""
 
 
-def strongest(figures: Mapping[str, float], names: tuple[str, ...]) -> str:
-    """Return the baseline with the smallest error on hidden values."""
-    return min(names, key=lambda name: figures[f"val/{name}/mse"])
-
-
-def verdict(figures: Mapping[str, float]) -> str:
-    """Return whether the model's error is above or below that of the strongest baseline."""
-    mse, best = figures["val/mse"], figures["val/strongest_mse"]
-    return "below" if mse < best else "above" if mse > best else "equal to"
-
-
 def scores(table: TargetTable, datasets: Mapping[int, str]) -> dict[str, float]:
     """Return the figures by name; what has no values is left out.
 
@@ -57,43 +65,56 @@ def scores(table: TargetTable, datasets: Mapping[int, str]) -> dict[str, float]:
     Returns:
         `val/mse`, `val/pearson`, `val/pearson_per_gene`, `val/pearson_within_cell` and
         `val/mse_several` (counts of 2 or more) of the model over hidden values; the same as
-        `val/BASELINE/mse` and so on; `val/shown_mse`; `val/mse/dataset/NAME`, and that of the last
-        baseline; `val/relative_mse`, the model's error over that of the strongest baseline.
+        `val/BASELINE/mse` and so on; `val/shown_mse`; `val/mse/dataset/NAME`, and that of the
+        strongest baseline; `val/relative_mse`, the model's error over that baseline's.
     """
     hidden = table.hidden
     if not hidden.any():
         return {}
-    figures: dict[str, float] = {"val/n_hidden": float(hidden.sum())}
+    figures: dict[str, float] = {N_HIDDEN: float(hidden.sum())}
     groups = table.dataset[hidden] * (table.gene.max() + 1) + table.gene[hidden]
     for name, values in table.predicted.items():
-        prefix = "val" if name == "model" else f"val/{name}"
         error = (values - table.true) ** 2
-        figures[f"{prefix}/mse"] = float(error[hidden].mean())
-        figures[f"{prefix}/pearson"] = _correlation(values[hidden], table.true[hidden])
+        figures[_name(name, MSE)] = float(error[hidden].mean())
+        figures[_name(name, PEARSON)] = _correlation(values[hidden], table.true[hidden])
         for figure, group, least in (
-            ("pearson_per_gene", groups, LEAST_CELLS),
-            ("pearson_within_cell", table.cell[hidden], LEAST_GENES),
+            (PER_GENE, groups, LEAST_CELLS),
+            (WITHIN_CELL, table.cell[hidden], LEAST_GENES),
         ):
             found = grouped_pearson(values[hidden], table.true[hidden], group, least=least)
             if found is not None:
-                figures[f"{prefix}/{figure}"] = found
+                figures[_name(name, figure)] = found
         if (several := hidden & table.several).any():
-            figures[f"{prefix}/mse_several"] = float(error[several].mean())
-        if name == "model" and not hidden.all():
-            figures["val/shown_mse"] = float(error[~hidden].mean())
-    baselines = tuple(name for name in table.predicted if name != "model")
-    if baselines:
-        best = figures[f"val/{strongest(figures, baselines)}/mse"]
-        figures["val/strongest_mse"] = best
-        if best > 0:
-            figures["val/relative_mse"] = figures["val/mse"] / best
-    for number, dataset in datasets.items():
-        if not (here := hidden & (table.dataset == number)).any():
-            continue
-        for name in {"model", *baselines[-1:]}:
-            error = (table.predicted[name][here] - table.true[here]) ** 2
-            prefix = "val" if name == "model" else f"val/{name}"
-            figures[f"{prefix}/mse/dataset/{dataset}"] = float(error.mean())
+            figures[_name(name, SEVERAL_MSE)] = float(error[several].mean())
+        if name == MODEL and not hidden.all():
+            figures[SHOWN_MSE] = float(error[~hidden].mean())
+    best = strongest(figures)
+    if best is not None:
+        figures[STRONGEST_MSE] = figures[of_baseline(best, MSE)]
+        if figures[STRONGEST_MSE] > 0:
+            figures[RELATIVE_MSE] = figures[MSE] / figures[STRONGEST_MSE]
+    return figures | _by_dataset(table, datasets, {MODEL, best} - {None})
+
+
+def _name(predictor: str, metric: str) -> str:
+    return metric if predictor == MODEL else of_baseline(predictor, metric)
+
+
+def _by_dataset(
+    table: TargetTable, datasets: Mapping[int, str], predictors: set[str | None]
+) -> dict[str, float]:
+    """Return the error of predictors on the hidden values of each dataset, of the largest ones."""
+    numbers, place = np.unique(table.dataset[table.hidden], return_inverse=True)
+    sizes = np.bincount(place)
+    largest = np.sort(np.argsort(-sizes, kind="stable")[:MOST_DATASETS])
+    figures = {}
+    for name in predictors:
+        assert name is not None
+        error = (table.predicted[name] - table.true)[table.hidden] ** 2
+        means = np.bincount(place, error) / sizes
+        for k in largest:
+            if (dataset := datasets.get(int(numbers[k]))) is not None:
+                figures[f"{_name(name, DATASET_MSE)}{dataset}"] = float(means[k])
     return figures
 
 

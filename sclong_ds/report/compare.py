@@ -20,11 +20,27 @@ from typing import Any
 
 from sclong_ds.report import words
 from sclong_ds.report.words import duration, number
+from sclong_ds.run_folder.metric_names import (
+    MEAN_MSE,
+    MEAN_PEARSON,
+    MSE,
+    PEARSON,
+    PER_GENE,
+    RELATIVE_MSE,
+    SEVERAL_MSE,
+    STRONGEST_MSE,
+    WITHIN_CELL,
+)
 from sclong_ds.run_folder.record import RunRecord
+from sclong_ds.run_folder.rows import is_hidden_only, standing
 from sclong_ds.tracking.find import find_runs
 
 SCORE_HEAD = ("MSE", "of the mean", "Pearson", "of the mean", "Spearman", "of the mean")
 """Heads of the figures of `scores_table`; each beside that of the per-gene-mean predictor."""
+TWO_KINDS = (
+    "The errors of these runs do not compare: some are of hidden values alone, those of older "
+    "versions of targets of which a tenth was shown."
+)
 _SCORES = ("mse", "pearson", "spearman")
 _FACTS = (
     "n_cells_train", "n_genes", "world_size", "device", "corpus_hash", "genes_hash", "graph_hash",
@@ -52,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
         head, settings = ["", *names_of(records)], settings_table(records)
         text = _aligned([head, *figures_table(records)]) + "\n\n"
         text += _aligned([["setting", *head[1:]], *settings]) if settings else "same settings"
+        for record in records:
+            if record.n_other_validations:
+                text += f"\n\n{record.n_other_validations} validations of {record.name} by another "
+                text += "version, with another kind of error, are left out"
+        if len({_scored(record.validation[-1]) for record in records if record.validation}) > 1:
+            text += f"\n\n{TWO_KINDS}"
     sys.stdout.write(f"{text}\n")
     return 0
 
@@ -72,21 +94,31 @@ def names_of(records: Sequence[RunRecord]) -> list[str]:
 def figures(record: RunRecord) -> dict[str, float | str | None]:
     """Return the figures that sum a run up; None for what it did not record."""
     last = record.validation[-1] if record.validation else {}
-    best = min((row["val/mse"] for row in record.validation), default=math.nan)
+    errors = [row[MSE] for row in record.validation if math.isfinite(row[MSE])]
     row = record.train[-1] if record.train else last
     found: dict[str, float | str] = {
         "status": str(record.run.get("status", "unknown")).lower(),
         "step": record.steps,
         "cells_seen": row.get("cells_seen", math.nan),
         "train/loss": record.last_mean("train/loss"),
-        "val/strongest_mse": last.get("val/strongest_mse", math.nan),
-        "val/mse, last": last.get("val/mse", math.nan),
-        "val/mse, best": best,
-        "val/baseline_mse": last.get("val/baseline_mse", math.nan),
-        "val/pearson": last.get("val/pearson", math.nan),
-        "val/baseline_pearson": last.get("val/baseline_pearson", math.nan),
-        "val/pearson_per_gene": last.get("val/pearson_per_gene", math.nan),
-        "val/spearman": last.get("val/spearman", math.nan),
+        "val/mse is of": _scored(last),
+        STRONGEST_MSE: last.get(STRONGEST_MSE, math.nan),
+        "the model is": standing(last).partition(" (")[0] or math.nan,
+        f"{MSE}, last": last.get(MSE, math.nan),
+        f"{MSE}, best": min(errors, default=math.nan),
+        **{
+            name: last.get(name, math.nan)
+            for name in (
+                RELATIVE_MSE,
+                MEAN_MSE,
+                PEARSON,
+                MEAN_PEARSON,
+                PER_GENE,
+                WITHIN_CELL,
+                SEVERAL_MSE,
+                "val/spearman",
+            )
+        },
         "perf/cells_per_s": record.median("perf/cells_per_s"),
         "perf/mfu": record.median("perf/mfu"),
         "perf/data_wait_s": record.median("perf/data_wait_s"),
@@ -98,6 +130,13 @@ def figures(record: RunRecord) -> dict[str, float | str | None]:
         "parameters": float(sum((record.summary.get("parameters") or {}).values())) or math.nan,
     }
     return {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in found.items()}
+
+
+def _scored(row: Mapping[str, float]) -> str | float:
+    """Return which targets a validation scored; NaN without one."""
+    if MSE not in row:
+        return math.nan
+    return "hidden values" if is_hidden_only(row) else "hidden and shown targets"
 
 
 def figures_table(records: Sequence[RunRecord]) -> list[list[str]]:

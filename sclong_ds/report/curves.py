@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from sclong_ds.run_folder.metric_names import LOSS, MEAN_MSE, MSE, STRONGEST_MSE
 from sclong_ds.run_folder.rows import running_mean, series
 
 Row = Mapping[str, float]
@@ -50,18 +51,18 @@ def loss_figure(
         wide: For the width of a page, or else for half of it.
     """
     figure, axes = new_figure(*((9.0, 3.9) if wide else (4.5, 2.9)))
-    x, loss = series(rows, "train/loss", against)
+    x, loss = series(rows, LOSS, against)
     _curve(axes, x, loss, color=TRAIN_COLOR, label="training")
-    val_x, val = series(rows, "val/mse", against)
+    val_x, val = series(rows, MSE, against)
     if len(val):
         axes.plot(val_x, val, "o-", color=VALIDATION_COLOR, ms=4.5, lw=1.8, label="validation")
-    base_x, base = series(rows, "val/baseline_mse", against)
+    base_x, base = series(rows, MEAN_MSE, against)
     if len(base):
         axes.plot(
             base_x, base, "--", color=BASELINE_COLOR, lw=1.5, marker="_", ms=10,
             label="validation, per-gene mean predictor",
         )  # fmt: skip
-    best_x, best = series(rows, "val/strongest_mse", against)
+    best_x, best = series(rows, STRONGEST_MSE, against)
     if len(best):
         axes.plot(
             best_x, best, "-", color=BASELINE_COLOR, lw=1.5, marker="_", ms=10,

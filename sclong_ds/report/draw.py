@@ -38,6 +38,7 @@ from sclong_ds.report import figures as validation_plots
 from sclong_ds.report.figures import bin_error_figure, bin_numbers, prediction_density_figure
 from sclong_ds.report.report import write_report
 from sclong_ds.run_folder.files import METRICS_FILE, PLOTS_DIR, REPORT_FILE, read_run_json
+from sclong_ds.run_folder.metric_names import MSE
 from sclong_ds.run_folder.pending_pictures import pending, show, take_data
 from sclong_ds.run_folder.record import read_run
 from sclong_ds.run_folder.rows import read_metrics
@@ -110,7 +111,7 @@ def validation_figures(
     predicted, true = data["predicted_true"]
     if len(true):
         yield "predicted_vs_true", prediction_density_figure(predicted, true)
-    scored = [row for row in rows if row["step"] == step and "val/mse" in row]
+    scored = [row for row in rows if row["step"] == step and MSE in row]
     if scored and bin_numbers(scored[-1]):
         yield "expression_bins", bin_error_figure(scored[-1], labels=bin_labels)
     if "embedding" in data:

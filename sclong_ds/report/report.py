@@ -23,22 +23,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.objective.scores import verdict
 from sclong_ds.report import compare, words
 from sclong_ds.report import curves as plots
 from sclong_ds.report import html as page
 from sclong_ds.report.figures import bin_error_figure, bin_numbers
-from sclong_ds.report.words import cell, clock, duration, number
+from sclong_ds.report.validation_page import other_validations, validation_section
+from sclong_ds.report.words import clock, duration, number
 from sclong_ds.run_folder.credentials import without_credentials
-from sclong_ds.run_folder.record import HOURS, LAST_STEPS, Rows, RunRecord
-from sclong_ds.run_folder.rows import series
+from sclong_ds.run_folder.metric_names import (
+    LOSS,
+    MEAN_MSE,
+    MEAN_PEARSON,
+    MSE,
+    PEARSON,
+    STRONGEST_MSE,
+    of_baseline,
+)
+from sclong_ds.run_folder.record import HOURS, LAST_STEPS, RunRecord
+from sclong_ds.run_folder.rows import is_hidden_only, series, standing, strongest, verdict
 from sclong_ds.tracking.find import find_runs
 
-_MAX_VALIDATION_ROWS = 12
 _MAX_EVENTS = 300
 _STATUS = {
     "FINISHED": ("good", "Finished"),
@@ -131,10 +138,10 @@ def build_comparison(records: Sequence[RunRecord]) -> str:
     }
     curves = []
     for metric, title, against in (
-        ("val/mse", "validation masked MSE", "step"),
-        ("val/mse", "validation masked MSE", "cells_seen"),
-        ("val/mse", "validation masked MSE", HOURS),
-        ("train/loss", "training masked MSE", "step"),
+        (MSE, "validation masked MSE", "step"),
+        (MSE, "validation masked MSE", "cells_seen"),
+        (MSE, "validation masked MSE", HOURS),
+        (LOSS, "training masked MSE", "step"),
         ("perf/cells_per_s", "cells / s", "step"),
     ):
         if any(metric in row for rows in runs.values() for row in rows):
@@ -142,6 +149,11 @@ def build_comparison(records: Sequence[RunRecord]) -> str:
             figure = plots.runs_figure(runs, metric, ylabel=title, against=against, smooth=smooth)
             caption = f"{title[0].upper()}{title[1:]} by {plots.X_AXES[against]}"
             curves.append(_figure(figure, caption, ""))
+    notes = [other_validations(record) for record in records if record.n_other_validations]
+    kinds = {is_hidden_only(record.validation[-1]) for record in records if record.validation}
+    if len(kinds) > 1:
+        notes.append(compare.TWO_KINDS)
+    curves += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
     differences = compare.settings_table(records)
     settings = (
         page.table(["setting", *names], differences)
@@ -196,20 +208,14 @@ def _cards(record: RunRecord) -> str:
     cards: list[tuple[str, str, str]] = []
     if record.validation:
         last = record.validation[-1]
-        mse, mean = last["val/mse"], last.get("val/baseline_mse", math.nan)
-        if "val/strongest_mse" in last:
-            best = last["val/strongest_mse"]
-            sub = (
-                f"{verdict(last)} the strongest baseline, {number(best)} "
-                f"(per-gene mean {number(mean)})"
-            )
+        mse, mean = last[MSE], last.get(MEAN_MSE, math.nan)
+        if STRONGEST_MSE in last:
+            sub = f"{standing(last)}; per-gene mean {number(mean)}"
             cards.append(("Validation MSE, hidden values", number(mse), sub))
         else:
             cards.append(("Validation MSE", number(mse), _against(mse, mean)))
-        if "val/pearson" in last:
-            other = last.get("val/baseline_pearson", math.nan)
-            sub = f"per-gene mean predictor {number(other)}" if math.isfinite(other) else ""
-            cards.append(("Validation Pearson", number(last["val/pearson"]), sub))
+        if PEARSON in last:
+            cards.append(("Validation Pearson", number(last[PEARSON]), _against_pearson(last)))
     if record.train:
         seen = record.train[-1].get("cells_seen")
         sub = f"{int(seen):,} cells seen" if seen is not None else ""
@@ -234,6 +240,15 @@ def _against(mse: float, mean: float) -> str:
     return f"{abs(change):.0%} {word} than the per-gene mean ({number(mean)})"
 
 
+def _against_pearson(row: Mapping[str, float]) -> str:
+    """Return the correlation of the strongest baseline, or of the gene mean in older runs."""
+    best = strongest(row)
+    if best is not None and math.isfinite(other := row.get(of_baseline(best, PEARSON), math.nan)):
+        return f"strongest baseline ({best.replace('_', ' ')}) {number(other)}"
+    other = row.get(MEAN_PEARSON, math.nan)
+    return f"per-gene mean predictor {number(other)}" if math.isfinite(other) else ""
+
+
 def _what_was_run(record: RunRecord) -> str:
     summary = record.summary
     parameters = summary.pop("parameters", None)
@@ -256,21 +271,20 @@ def _what_was_run(record: RunRecord) -> str:
 def _results(record: RunRecord) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if record.train:
-        _, loss = series(record.train, "train/loss")
+        _, loss = series(record.train, LOSS)
         if len(loss):
             rows.append(("Training masked MSE, first step", number(loss[0])))
             last = f"Training masked MSE, mean of last {min(LAST_STEPS, len(loss))} steps"
-            rows.append((last, number(record.last_mean("train/loss"))))
+            rows.append((last, number(record.last_mean(LOSS))))
     if record.validation:
         first, last_row = record.validation[0], record.validation[-1]
-        rows.append(("Validation masked MSE, first", number(first["val/mse"])))
-        rows.append(("Validation masked MSE, last", number(last_row["val/mse"])))
-        if "val/strongest_mse" in last_row:
-            rows.append(("Strongest baseline, same values", number(last_row["val/strongest_mse"])))
-        if "val/baseline_mse" in last_row:
-            rows.append(
-                ("Per-gene mean predictor, same values", number(last_row["val/baseline_mse"]))
-            )
+        if STRONGEST_MSE in last_row:
+            rows.append(("Strongest baseline, validation", number(last_row[STRONGEST_MSE])))
+            rows.append(("The model is", f"{verdict(last_row)} the strongest baseline"))
+        rows.append(("Validation masked MSE, first", number(first[MSE])))
+        rows.append(("Validation masked MSE, last", number(last_row[MSE])))
+        if MEAN_MSE in last_row:
+            rows.append(("Per-gene mean predictor, same values", number(last_row[MEAN_MSE])))
     rows.append(("Steps", f"{record.steps:,}"))
     for name, metric, scale, unit in (
         ("Step time, median", "perf/step_time_s", 1.0, "s"),
@@ -320,40 +334,13 @@ def _training(record: RunRecord) -> str:
 
 
 def _validation(record: RunRecord) -> str:
-    if not record.validation:
-        return ""
-    last = record.validation[-1]
-    final = compare.scores_table(last, record.summary.get("expression_bins"))
-    head = ["last validation", "values", *compare.SCORE_HEAD]
-    note = "Beside each figure that of the predictor that knows every gene's mean."
-    parts = [page.table(head, final, numeric=True) + f'<p class="note">{note}</p>'] if final else []
+    text = validation_section(record)
+    last = record.validation[-1] if record.validation else {}
     if bin_numbers(last) and not any(p.stem == "expression_bins" for p in record.images):
         labels = record.summary.get("expression_bins")
         title = f"By expression, step {int(last['step']):,}"
-        parts.append(
-            _figure(bin_error_figure(last, labels=labels), title, _PICTURES["expression_bins"])
-        )
-    columns = [
-        ("step", "Step"),
-        ("cells_seen", "Cells seen"),
-        ("val/strongest_mse", "MSE, strongest baseline"),
-        ("val/mse", "MSE"),
-        ("val/baseline_mse", "MSE, per-gene mean"),
-        ("val/pearson", "Pearson"),
-        ("val/baseline_pearson", "Pearson, per-gene mean"),
-        ("val/pearson_per_gene", "Pearson per gene"),
-        ("val/shown_mse", "MSE of shown targets"),
-        ("val/n_cells", "Cells"),
-        ("val/n_values", "Masked values"),
-    ]
-    columns = [(key, name) for key, name in columns if any(key in r for r in record.validation)]
-    picked = _spread(record.validation, _MAX_VALIDATION_ROWS)
-    body = [[cell(row.get(key, math.nan), key) for key, _ in columns] for row in picked]
-    parts.append(page.table([name for _, name in columns], body, numeric=True))
-    if len(picked) < len(record.validation):
-        text = f"{len(picked)} of {len(record.validation)} validations, evenly spread."
-        parts.append(f'<p class="note">{text}</p>')
-    return "<br>".join(parts)
+        text += _figure(bin_error_figure(last, labels=labels), title, _PICTURES["expression_bins"])
+    return text
 
 
 def _pictures(record: RunRecord) -> str:
@@ -457,10 +444,3 @@ def _details(record: RunRecord) -> str:
 
 def _figure(figure: Figure, title: str, text: str) -> str:
     return page.image(plots.svg_bytes(figure), "image/svg+xml", title, text)
-
-
-def _spread(rows: Rows, count: int) -> Rows:
-    """Return at most `count` rows, evenly spread, the first and the last among them."""
-    if len(rows) <= count:
-        return rows
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]

@@ -27,8 +27,8 @@ from sclong_ds.job.failures import read_failure
 from sclong_ds.job.restarts import Life, read_lives, read_verdict
 from sclong_ds.run_folder.files import METRICS_FILE, RUN_FILE, read_events, read_run_json
 from sclong_ds.run_folder.heartbeats import ENDED, HANG_FILE, SLOW_FILE, read_heartbeats, read_json
-from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
-from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.run_folder.metric_names import HEADLINE, LOSS, MSE, SKIPPED_METRIC, SPIKE_METRIC
+from sclong_ds.run_folder.rows import read_metrics, sentence
 from sclong_ds.run_folder.seal import say_changes
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,6 @@ _RECENT_STEPS, _LOSS_STEPS = 100, 10
 # File systems shared over a network show another machine's writing up to a minute late.
 _LEAST_SILENCE_S = 60.0
 _SHOWN_NODES, _SHOWN_RANKS = 16, 8
-_VALIDATION = (
-    "mse", "strongest_mse", "baseline_mse", "pearson", "baseline_pearson", "pearson_per_gene",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +110,8 @@ class RunStatus:
     """Step of the last validation."""
     validation: dict[str, float]
     """Its figures."""
+    validation_words: str | None
+    """The same as a sentence."""
     world_size: int | None
     """Ranks of the run."""
     ranks: tuple[RankStatus, ...]
@@ -157,19 +156,18 @@ def read_status(run_dir: Path) -> RunStatus:
     openings = [e for e in events if e.get("event") in ("start", "resume")]
     opening: dict[str, Any] = openings[-1] if openings else {"time": 0.0, "step": 0}
     # A resumed run repeats steps: what its earlier lives wrote says nothing about where it is now.
-    steps = [r for r in rows if "train/loss" in r and r["time"] >= opening["time"]]
+    steps = [r for r in rows if LOSS in r and r["time"] >= opening["time"]]
     step = int((steps or [opening])[-1]["step"])
     passed = [r for r in rows if r["step"] <= step]
-    validation = next((r for r in reversed(passed) if "val/mse" in r), None)
+    validation = next((r for r in reversed(passed) if MSE in r), None)
     ranks = _ranks(run_dir / "heartbeat", now)
     _say_missing(run_dir / "heartbeat", ranks, opening.get("world_size"))
     hang = read_json(run_dir / "heartbeat" / HANG_FILE).get("error")
     state, max_steps = _state(record, ranks, hang), _max_steps(run_dir)
     last = lives[-1] if lives else None
     cells_per_s, step_time_s = _speed(steps)
-    eta_s = None
-    if state == "running" and max_steps is not None and step_time_s is not None:
-        eta_s = (max_steps - step) * step_time_s
+    trains = state == "running" and max_steps is not None and step_time_s is not None
+    eta_s = (max_steps - step) * step_time_s if trains else None
     saved = _last_checkpoint(run_dir, events)
     return RunStatus(
         run_dir=str(run_dir),
@@ -177,7 +175,7 @@ def read_status(run_dir: Path) -> RunStatus:
         state=state,
         step=step,
         max_steps=max_steps,
-        loss=_mean([r["train/loss"] for r in steps[-_LOSS_STEPS:]]),
+        loss=_mean([r[LOSS] for r in steps[-_LOSS_STEPS:]]),
         cells_per_s=cells_per_s,
         step_time_s=step_time_s,
         eta_s=eta_s,
@@ -192,6 +190,7 @@ def read_status(run_dir: Path) -> RunStatus:
         spikes=sum(int(r.get(SPIKE_METRIC, 0)) for r in passed),
         validation_step=int(validation["step"]) if validation else None,
         validation=_validation_figures(validation or {}),
+        validation_words=sentence(validation) if validation else None,
         world_size=opening.get("world_size"),
         ranks=ranks,
         warning=read_json(run_dir / "heartbeat" / SLOW_FILE).get("text"),
@@ -238,9 +237,10 @@ def describe(status: RunStatus) -> str:
     if status.checkpoint is not None and status.checkpoint_age_s is not None:
         saved = f"{status.checkpoint}, {_duration(status.checkpoint_age_s)} ago"
     lines.append(_line("checkpoint", saved))
-    if status.validation:
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in status.validation.items())
-        lines.append(_line("validation", f"step {status.validation_step:,}: {figures}"))
+    if status.validation_words:
+        lines.append(
+            _line("validation", f"step {status.validation_step:,}: {status.validation_words}")
+        )
     if status.job is not None:
         lines.append(_line("job", f"{status.job}, start {status.starts}, on {status.nodes}"))
     counts = f"{status.restarts} restarts, {status.skipped_steps} skipped steps"
@@ -357,7 +357,7 @@ def _max_steps(run_dir: Path) -> int | None:
 
 
 def _validation_figures(row: dict[str, float]) -> dict[str, float]:
-    found = {name: row.get(f"val/{name}", math.nan) for name in _VALIDATION}
+    found = {name.removeprefix("val/"): row.get(name, math.nan) for name in HEADLINE}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 

@@ -27,8 +27,8 @@ from sclong_ds.run_folder.files import (
     read_run_json,
     read_samples,
 )
-from sclong_ds.run_folder.metric_names import SPIKE_METRIC
-from sclong_ds.run_folder.rows import Row, latest, read_every_row, series
+from sclong_ds.run_folder.metric_names import LOSS, MSE, SPIKE_METRIC
+from sclong_ds.run_folder.rows import Row, latest, like_the_last, read_every_row, series
 from sclong_ds.run_folder.seal import say_changes
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class RunRecord:
         folder: Run folder.
         run: run.json.
         train: Training rows by step, with `HOURS`.
-        validation: Validation rows by step, with `HOURS`.
+        validation: Validation rows by step, with `HOURS`, of the kind of the last one.
+        n_other_validations: Validations of the other kind (`rows.like_the_last`).
         events: Events in the order written.
         sessions: Lives of the run.
         texts: Name to content of the resolved configuration files.
@@ -84,6 +85,7 @@ class RunRecord:
     pictured_step: int | None
     system: dict[str, Rows]
     damage: tuple[str, ...] = ()
+    n_other_validations: int = 0
 
     @property
     def name(self) -> str:
@@ -167,8 +169,9 @@ def read_run(run_dir: Path) -> RunRecord:
     damage = say_changes(run_dir)
     every_row = read_every_row(run_dir)
     rows = latest(every_row)
-    train = [row for row in rows if "train/loss" in row]
-    validation = [row for row in rows if "val/mse" in row]
+    train = [row for row in rows if LOSS in row]
+    every_validation = [row for row in rows if MSE in row]
+    validation = like_the_last(every_validation)
     if not train and not validation:
         raise ValueError(
             f"{run_dir}: {METRICS_FILE} has no row with train/loss or val/mse; "
@@ -197,6 +200,7 @@ def read_run(run_dir: Path) -> RunRecord:
         pictured_step=pictured,
         system=nodes,
         damage=damage,
+        n_other_validations=len(every_validation) - len(validation),
     )
 
 

@@ -1,4 +1,9 @@
-"""Rows of `metrics.jsonl`: read once, 8 bytes a number, the latest value of every step."""
+"""Rows of `metrics.jsonl`: read once, 8 bytes a number, the latest value of every step.
+
+Versions before `val/n_hidden` scored targets that the model is shown among the hidden ones; their
+errors are another quantity. No curve, lowest value or choice of a checkpoint mixes both: see
+`like_the_last` and `judged`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,28 @@ import functools
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.files.json_lines import each_row
 from sclong_ds.run_folder.files import METRICS_FILE
+from sclong_ds.run_folder.metric_names import (
+    BASELINES,
+    MEAN_MSE,
+    MSE,
+    N_HIDDEN,
+    PEARSON,
+    PER_GENE,
+    RELATIVE_MSE,
+    STRONGEST_MSE,
+    of_baseline,
+)  # fmt: skip
+
+AnyRow = TypeVar("AnyRow", bound=Mapping[str, float])
 
 _WHOLE = frozenset({"step", "cells_seen"})  # columns of integers, exact in a float up to 2**53
 
@@ -89,7 +109,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def _place(row: Mapping[str, float]) -> tuple[float, bool]:
     """Return where a row belongs: by step, the training row of a step first."""
-    return row["step"], "val/mse" in row or any(name.startswith("val/") for name in row)
+    return row["step"], MSE in row or any(name.startswith("val/") for name in row)
 
 
 def read_every_row(run_dir: Path) -> list[Row]:
@@ -117,3 +137,79 @@ def running_mean(values: NDArray[np.float64], *, window: int) -> NDArray[np.floa
     start = np.maximum(at - window // 2, 0)
     end = np.minimum(at + window // 2 + 1, len(values))
     return (total[end] - total[start]) / (end - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a checkpoint is judged by, the lower the better."""
+
+    figure: str
+    """What the value is and, if relative, to which baselines; different ones do not compare."""
+    value: float
+
+
+def strongest(row: Mapping[str, float]) -> str | None:
+    """Return the baseline with the smallest finite error; None for a row without one."""
+    errors = {name: row.get(of_baseline(name, MSE), math.nan) for name in BASELINES}
+    finite = [name for name in BASELINES if math.isfinite(errors[name])]
+    return min(finite, key=errors.__getitem__, default=None)
+
+
+def verdict(row: Mapping[str, float]) -> str:
+    """Return where the model's error stands to that of the strongest baseline, in words."""
+    return compared(row[MSE], row[STRONGEST_MSE])
+
+
+def compared(error: float, other: float) -> str:
+    """Return where an error stands to another, in words that the other's name may follow."""
+    if math.isnan(error):
+        return "not a number, against"
+    if math.isnan(other):
+        return "not comparable with"
+    return "below" if error < other else "above" if error > other else "equal to"
+
+
+def standing(row: Mapping[str, float]) -> str:
+    """Return `above the strongest baseline (linear, 0.1928)`; nothing for a row without one."""
+    if STRONGEST_MSE not in row:
+        return ""
+    name, value = strongest(row), f"{row[STRONGEST_MSE]:.4f}"
+    named = value if name is None else f"{name.replace('_', ' ')}, {value}"
+    return f"{verdict(row)} the strongest baseline ({named})"
+
+
+def sentence(row: Mapping[str, float]) -> str:
+    """Return the figures of a validation on one line, the strongest baseline first."""
+    scored = "hidden values" if is_hidden_only(row) else "targets, shown ones among them,"
+    parts = [" ".join(filter(None, (f"MSE of {scored} {row[MSE]:.4f},", standing(row))))]
+    parts[0] = parts[0].rstrip(",")
+    for name, metric in (
+        ("per-gene mean", MEAN_MSE), ("Pearson", PEARSON), ("per gene across cells", PER_GENE),
+    ):  # fmt: skip
+        if metric in row:
+            parts.append(f"{name} {row[metric]:.4f}")
+    return "; ".join(parts)
+
+
+def is_hidden_only(row: Mapping[str, float]) -> bool:
+    """Tell whether `val/mse` of a row is that of hidden values alone."""
+    return N_HIDDEN in row
+
+
+def like_the_last(rows: Sequence[AnyRow]) -> list[AnyRow]:
+    """Return those validations that scored the same kind of targets as the last one."""
+    return [row for row in rows if is_hidden_only(row) == is_hidden_only(rows[-1])]
+
+
+def judged(row: Mapping[str, float]) -> Judged | None:
+    """Return what chooses the best checkpoint; None for a row without an error.
+
+    It is the error relative to the strongest baseline where there is one, else the error.
+    """
+    if RELATIVE_MSE in row:
+        known = [name for name in BASELINES if of_baseline(name, MSE) in row]
+        return Judged(f"{RELATIVE_MSE} ({', '.join(known)})", row[RELATIVE_MSE])
+    if MSE in row:
+        kind = "hidden" if is_hidden_only(row) else "hidden and shown"
+        return Judged(f"{MSE} ({kind})", row[MSE])
+    return None

@@ -24,6 +24,7 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.metrics import bin_labels
+from sclong_ds.run_folder.rows import Judged
 from sclong_ds.tracking.tracker import Tracker
 from sclong_ds.training.guards import StepGuard
 from sclong_ds.training.timing import RankTimes
@@ -60,8 +61,8 @@ class Run:
     lock: IO[str] | None = None
     last_checkpoint: str | None = None
     """Name of the newest good checkpoint."""
-    validated: tuple[int, float] | None = None
-    """Step and MSE of hidden values of the last validation."""
+    validated: tuple[int, Judged | None] | None = None
+    """Step of the last validation, and what its checkpoint is judged by."""
     saving: Saving | None = None
     """Checkpoint that is being written while training goes on."""
     stalled_s: float = 0.0

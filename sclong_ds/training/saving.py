@@ -59,7 +59,7 @@ def save(run: Run, *, must: bool) -> None:
                 run.state,
                 files=[run.run_dir / n for n in COPIED if (run.run_dir / n).is_file()],
                 settings=settings,
-                val_mse=run.validated[1] if run.validated and run.validated[0] == step else None,
+                by=run.validated[1] if run.validated and run.validated[0] == step else None,
                 background=background,
             )
         except checkpoint.SaveError as error:

@@ -26,11 +26,13 @@ from sclong_ds.loader.batches import CellBatch
 from sclong_ds.loader.threads import say_skipped
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.model.routing import unknown_genes
-from sclong_ds.objective.baselines import NAMES, DepthBaselines
+from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.objective.batch import MaskedBatch, masked_batch, unpack
 from sclong_ds.objective.metrics import MaskedMetrics, routed_large
-from sclong_ds.objective.scores import TargetTable, scores, strongest, verdict
+from sclong_ds.objective.scores import MODEL, TargetTable, scores
 from sclong_ds.objective.targets import VALIDATION_EPOCH, prepare
+from sclong_ds.run_folder.metric_names import BASELINES, MSE
+from sclong_ds.run_folder.rows import judged, sentence
 from sclong_ds.training.pictured import show
 from sclong_ds.training.run import Run
 from sclong_ds.training.timing import skew
@@ -98,7 +100,7 @@ def validate(run: Run) -> bool:
 
 def _predicted_true(tables: list[dict[str, np.ndarray]]) -> np.ndarray:
     """Return (2, n) float32: this rank's first predicted and true hidden values."""
-    pairs = [np.stack([t["model"], t["true"]])[:, t["hidden"]] for t in tables]
+    pairs = [np.stack([t[MODEL], t["true"]])[:, t["hidden"]] for t in tables]
     return np.concatenate([np.zeros((2, 0)), *pairs], axis=1)[:, :DENSITY_VALUES].astype(np.float32)
 
 
@@ -184,8 +186,8 @@ def _table(
         "several": counts.gather(1, masked.positions) >= 2,
         "cell": rows[:, None].expand_as(masked.positions),
         "gene": masked.positions,
-        "model": predicted.double(),
-        **dict(zip(NAMES, baselines, strict=True)),
+        MODEL: predicted.double(),
+        **dict(zip(BASELINES, baselines, strict=True)),
     }
     return {name: values[wanted].cpu().numpy() for name, values in columns.items()}
 
@@ -206,7 +208,7 @@ def _scores(run: Run, tables: list[dict[str, np.ndarray]]) -> dict[str, float]:
         table = TargetTable(
             **{name: column[name] for name in ("true", "hidden", "several", "cell", "gene")},
             dataset=dataset,
-            predicted={name: column[name] for name in ("model", *NAMES)},
+            predicted={name: column[name] for name in (MODEL, *BASELINES)},
         )
         return scores(table, names)
 
@@ -261,22 +263,18 @@ def _record(run: Run, figures: dict[str, float]) -> None:
     """Log the figures, and keep the error for the choice of the best checkpoint."""
     step = run.state.step
     run.tracker.log(step, figures)
-    mse = figures.get("val/mse")
-    if mse is None:
+    by = judged(figures)
+    if by is None:
         log.info("step %d validation: none of the cells has a target", step)
         return
-    run.validated = (step, mse)
+    run.validated = (step, by)
     if run.ranks.rank == 0 and run.last_checkpoint == name_of(step):
         # A run that was stopped before it validated at this step, and goes on from there.
         try:
-            record_best(run.run_dir / "checkpoints", name_of(step), mse)
+            record_best(run.run_dir / "checkpoints", name_of(step), by)
         except OSError as error:  # on this rank alone
             log.warning("the best checkpoint is not recorded: %s", error)
-    run.tracker.event("validation", step=step, mse=mse)
-    best = strongest(figures, NAMES)
+    run.tracker.event("validation", step=step, mse=figures[MSE])
     log.info(
-        "step %d validation on %d cells: MSE of hidden values %.4f, %s the strongest baseline "
-        "(%s, %.4f); per-gene mean %.4f; Pearson %.3f",
-        step, int(figures["val/n_cells"]), mse, verdict(figures), best.replace("_", " "),
-        figures["val/strongest_mse"], figures["val/baseline_mse"], figures["val/pearson"],
-    )  # fmt: skip
+        "step %d validation on %d cells: %s", step, int(figures["val/n_cells"]), sentence(figures)
+    )

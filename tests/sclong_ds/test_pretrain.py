@@ -27,9 +27,9 @@ from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 from benchmarks.random_kills import end_ranks, last_step, openings, start_ranks, train
 from sclong_ds.config.load import load_config
 from sclong_ds.model.random_features import drawn_features
-from sclong_ds.objective.baselines import NAMES
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.lock import lock_run_folder
+from sclong_ds.run_folder.metric_names import BASELINES as NAMES
 from sclong_ds.run_folder.rows import read_metrics
 
 pytestmark = pytest.mark.distributed

@@ -43,8 +43,14 @@ from sclong_ds.files import sealed_json
 from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.job.failures import passes
 from sclong_ds.run_folder.files import RunFolder
+from sclong_ds.run_folder.rows import Judged
 
 RANKS = 2
+
+
+def by(error: float | None) -> Judged | None:
+    """Return what rows with nothing but `val/mse` are judged by."""
+    return None if error is None else Judged("val/mse (hidden and shown)", error)
 
 
 def files_of(*, world_size: int, zero_stage: int, **hashes: str | None) -> dict[str, bytes]:
@@ -236,7 +242,7 @@ def test_pruning_keeps_what_the_rules_name_and_nothing_else(
     scores: dict[int, float] = {}
     for step, error in zip(steps, errors, strict=False):
         make_checkpoint(folder, step)
-        record_best(folder, name_of(step), error)
+        record_best(folder, name_of(step), by(error))
         prune(folder, keep_last=keep_last, keep_every_n_steps=every, keep_best=keep_best)
         if error is not None and error == error:
             scores[step] = error
@@ -246,7 +252,7 @@ def test_pruning_keeps_what_the_rules_name_and_nothing_else(
             # Of equals the first; later ones do not replace it.
             best = min(scores, key=lambda s: (scores[s], s))
             expected.add(best)
-            assert best_checkpoint(folder) == (name_of(best), scores[best])
+            assert best_checkpoint(folder) == (name_of(best), by(scores[best]))
         kept = [p.name for p in complete_checkpoints(folder)]
         assert kept == [name_of(s) for s in sorted(expected, reverse=True)]
         scores = {s: e for s, e in scores.items() if (folder / name_of(s)).is_dir()}
@@ -275,7 +281,7 @@ def test_a_new_checkpoint_is_good_without_what_stands_beside_it(tmp_path, monkey
     for module in (checkpoint, sealed_json):
         monkeypatch.setattr(module, "write_atomic", full)
     settings = load_config("sclong_tiny", ["checkpoint.keep_last=1"]).checkpoint
-    checkpoint._tidy(tmp_path, name_of(3), 0.5, settings)
+    checkpoint._tidy(tmp_path, name_of(3), by(0.5), settings)
     assert [p.name for p in complete_checkpoints(tmp_path)] == [name_of(3)]
     assert [record.message.partition(", but")[0] for record in caplog.records] == [
         f"{name_of(3)} is saved"
@@ -290,7 +296,7 @@ def validated(tmp_path):
         for step, error in ((2, 0.5), (4, 0.25), (6, 0.75)):
             make_checkpoint(folder, step, FILES)
             run.append_metrics(step, {"val/mse": error})
-            record_best(folder, name_of(step), error)
+            record_best(folder, name_of(step), by(error))
     return folder
 
 
@@ -310,7 +316,7 @@ def test_a_damaged_best_json_is_made_again_from_the_metrics(validated):
               b'{"checkpoint": "step_\\u0000", "step": 4, "val_mse": 0.1}']  # fmt: skip
     for content in (*flips(whole, 200), *others):
         path.write_bytes(content)
-        assert best_checkpoint(validated) == (name_of(4), 0.25)
+        assert best_checkpoint(validated) == (name_of(4), by(0.25))
         restore_best(validated)
         assert json.loads(path.read_bytes()) == json.loads(whole)
         assert (validated / "best.json.damaged").is_file() or content.strip() == whole.strip()
@@ -324,9 +330,9 @@ def test_a_best_json_of_another_run_does_not_count(validated, tmp_path, caplog):
     """Its checkpoint has the same name and other content."""
     other = tmp_path / "other" / "checkpoints"
     make_checkpoint(other, 4, FILES | {"zero_pp_rank_0_mp_rank_00_optim_states.pt": b"other"})
-    record_best(other, name_of(4), 0.0625)
+    record_best(other, name_of(4), by(0.0625))
     (validated / "best.json").write_bytes((other / "best.json").read_bytes())
-    assert best_checkpoint(validated) == (name_of(4), 0.25)
+    assert best_checkpoint(validated) == (name_of(4), by(0.25))
     assert "best.json: of another run" in caplog.text
 
 
@@ -345,7 +351,7 @@ def test_saving_goes_on_beside_a_damaged_best_json(validated, caplog):
     for content in flips((validated / "best.json").read_bytes(), 20):
         (validated / "best.json").write_bytes(content)
         checkpoint._tidy(validated, name_of(6), None, settings)
-        assert best_checkpoint(validated) == (name_of(4), 0.25)
+        assert best_checkpoint(validated) == (name_of(4), by(0.25))
     assert [p.name for p in complete_checkpoints(validated)] == [name_of(6), name_of(4)]
     assert "set aside as best.json.damaged" in caplog.text
 
@@ -354,8 +360,32 @@ def test_without_metrics_a_damaged_best_json_is_written_by_the_next_validation(t
     make_checkpoint(tmp_path, 1, FILES)
     (tmp_path / "best.json").write_text('{"checkpoint": "st')
     assert best_checkpoint(tmp_path) is None
-    record_best(tmp_path, name_of(1), 0.5)
-    assert best_checkpoint(tmp_path) == (name_of(1), 0.5)
+    record_best(tmp_path, name_of(1), by(0.5))
+    assert best_checkpoint(tmp_path) == (name_of(1), by(0.5))
+
+
+def test_figures_of_another_kind_are_not_compared(tmp_path, caplog):
+    """An earlier version's error is lower than any relative one; it does not stay the best."""
+    caplog.set_level("INFO")
+    folder = tmp_path / "checkpoints"
+    hidden = {"val/n_hidden": 9.0, "val/mse": 0.3, "val/linear/mse": 0.25}
+    with RunFolder(tmp_path) as run:
+        for step, row in enumerate(
+            ({"val/mse": 0.1}, hidden | {"val/relative_mse": 1.2}, hidden,
+             hidden | {"val/relative_mse": 1.1}, hidden | {"val/relative_mse": 1.4}), start=1,
+        ):  # fmt: skip
+            make_checkpoint(folder, step, FILES)
+            run.append_metrics(step, row)
+    write_sealed(folder / "best.json", {"checkpoint": name_of(1), "step": 1, "val_mse": 0.1})
+    assert best_checkpoint(folder) == (name_of(1), Judged("val/mse", 0.1))
+    relative = "val/relative_mse (linear)"
+    for step, value in ((2, 1.2), (4, 1.1), (5, 1.4)):
+        record_best(folder, name_of(step), Judged(relative, value))
+    assert best_checkpoint(folder) == (name_of(4), Judged(relative, 1.1))
+    assert caplog.text.count("which does not compare") == 1
+    (folder / "best.json").unlink()
+    restore_best(folder)
+    assert best_checkpoint(folder) == (name_of(4), Judged(relative, 1.1))
 
 
 def test_what_others_put_beside_the_checkpoints_is_ignored_and_stays(tmp_path):

@@ -22,6 +22,7 @@ from sclong_ds.checkpoint.on_disk import (
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.exported.verify import verify
 from sclong_ds.run_folder.files import RunFolder, update_run_json
+from sclong_ds.run_folder.rows import Judged
 
 GENES = named_genes(40)
 
@@ -58,7 +59,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             write_manifest(checkpoint, {})
             folder.append_metrics(step, {"val/mse": 1 / step})
             folder.append_event("validation", step=step)
-            record_best(run_dir / "checkpoints", name_of(step), 1 / step)
+            by = Judged("val/mse (hidden and shown)", 1 / step)
+            record_best(run_dir / "checkpoints", name_of(step), by)
     return run_dir
 
 

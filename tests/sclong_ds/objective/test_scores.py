@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sclong_ds.objective.scores import TargetTable, grouped_pearson, scores, strongest
+from sclong_ds.objective.scores import MOST_DATASETS, TargetTable, grouped_pearson, scores
+from sclong_ds.run_folder.rows import strongest
 
 
 def made_table(seed: int = 0, n: int = 4000) -> TargetTable:
@@ -56,7 +57,7 @@ def test_every_figure_is_that_of_a_loop() -> None:
         assert found[f"{prefix}/pearson_within_cell"] == pytest.approx(np.mean(within))
     model = table.predicted["model"]
     assert found["val/shown_mse"] == pytest.approx(np.mean((model - t)[~h] ** 2))
-    assert strongest(found, ("gene_mean", "offset")) == "offset"
+    assert strongest(found) == "offset"
     assert found["val/strongest_mse"] == found["val/offset/mse"]
     assert found["val/relative_mse"] == pytest.approx(found["val/mse"] / found["val/offset/mse"])
     assert found["val/n_hidden"] == h.sum()
@@ -77,6 +78,19 @@ def test_what_is_shown_changes_no_figure_but_its_own() -> None:
     before, after = scores(table, {0: "a"}), scores(other, {0: "a"})
     assert {name for name in before if before[name] != after[name]} == {"val/shown_mse"}
     assert after["val/shown_mse"] == 0
+
+
+def test_the_datasets_with_most_values_have_figures_of_their_own() -> None:
+    """A row of metrics has at most 1,000 figures."""
+    table = made_table(n=20_100)
+    table.dataset[:] = np.repeat(np.arange(200), np.arange(1, 201))
+    table.hidden[:] = True
+    found = scores(table, {d: f"d{d}" for d in range(200)})
+    named = {name for name in found if name.startswith("val/mse/dataset/")}
+    assert named == {f"val/mse/dataset/d{d}" for d in range(200 - MOST_DATASETS, 200)}
+    here = table.hidden & (table.dataset == 150)
+    wanted = np.mean((table.predicted["model"] - table.true)[here] ** 2)
+    assert found["val/mse/dataset/d150"] == pytest.approx(wanted)
 
 
 def test_without_hidden_values_there_is_no_figure() -> None:

@@ -1,0 +1,160 @@
+"""What the report shows of validations: the baselines first, then the model, then how it got there.
+
+All of it is of hidden values alone, in runs whose rows have `val/n_hidden`.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from sclong_ds.report import compare
+from sclong_ds.report import html as page
+from sclong_ds.report.words import cell, number
+from sclong_ds.run_folder.metric_names import (
+    BASELINES,
+    DATASET_MSE,
+    MEAN_MSE,
+    MEAN_PEARSON,
+    MSE,
+    N_HIDDEN,
+    PEARSON,
+    PER_GENE,
+    SEVERAL_MSE,
+    SHOWN_MSE,
+    STRONGEST_MSE,
+    WITHIN_CELL,
+    of_baseline,
+)
+from sclong_ds.run_folder.record import Rows, RunRecord
+from sclong_ds.run_folder.rows import compared, sentence, strongest
+
+_MAX_ROWS = 12
+PREDICTORS = {
+    "gene_mean": "gene's mean value",
+    "offset": "gene mean + one offset of the cell's visible values",
+    "poisson": "Poisson counts of the visible depth",
+    "linear": "linear in gene mean and visible depth",
+}
+"""What each baseline predicts with; none of them is trained for more than a few numbers."""
+_FIGURES = (
+    (MSE, "MSE"),
+    (SEVERAL_MSE, "MSE, counts ≥ 2"),
+    (PEARSON, "Pearson"),
+    (WITHIN_CELL, "within a cell"),
+    (PER_GENE, "per gene across cells"),
+)
+_COLUMNS = (
+    ("step", "Step"),
+    ("cells_seen", "Cells seen"),
+    (STRONGEST_MSE, "MSE, strongest baseline"),
+    (MSE, "MSE"),
+    (MEAN_MSE, "MSE, per-gene mean"),
+    (PEARSON, "Pearson"),
+    (MEAN_PEARSON, "Pearson, per-gene mean"),
+    (PER_GENE, "Pearson per gene"),
+    (WITHIN_CELL, "Pearson within a cell"),
+    (SHOWN_MSE, "MSE of shown targets"),
+    ("val/n_cells", "Cells"),
+    (N_HIDDEN, "Hidden values"),
+)
+
+
+def validation_section(record: RunRecord) -> str:
+    """Return the HTML on the validations of a run; nothing where there are none."""
+    if not record.validation:
+        return ""
+    last = record.validation[-1]
+    parts = [_headline(last), _predictors(last), _datasets(last)]
+    final = compare.scores_table(last, record.summary.get("expression_bins"))
+    if final:
+        head = ["last validation", "values", *compare.SCORE_HEAD]
+        note = "Beside each figure that of the predictor that knows every gene's mean."
+        parts.append(page.table(head, final, numeric=True) + _note(note))
+    parts.append(_history(record.validation))
+    if record.n_other_validations:
+        parts.append(_note(other_validations(record)))
+    return "<br>".join(part for part in parts if part)
+
+
+def other_validations(record: RunRecord) -> str:
+    """Return why earlier validations of a run are left out."""
+    return (
+        f"{record.n_other_validations} validations of {record.name} are left out: they were made "
+        "by another version, whose error is not that of hidden values alone or is only that, and "
+        "does not compare with the last one's."
+    )
+
+
+def _headline(row: Mapping[str, float]) -> str:
+    return f"<p>Step {int(row['step']):,}: {html.escape(sentence(row))}.</p>"
+
+
+def _predictors(row: Mapping[str, float]) -> str:
+    """Return the table of all predictors: the strongest baseline, the model, the others."""
+    best = strongest(row)
+    if best is None:
+        return ""
+    known = [name for name in BASELINES if of_baseline(name, MSE) in row]
+    others = sorted(
+        (name for name in known if name != best), key=lambda name: row[of_baseline(name, MSE)]
+    )
+    body = []
+    for name in (best, None, *others):
+        words = f"the model is {compared(row[MSE], row[of_baseline(name, MSE)])}" if name else ""
+        figures = (
+            row.get(metric if name is None else of_baseline(name, metric), math.nan)
+            for metric, _ in _FIGURES
+        )
+        title = "model" if name is None else PREDICTORS[name]
+        if name == best:
+            title = f"strongest baseline: {title}"
+        shown = (f"{value:.4f}" if math.isfinite(value) else "" for value in figures)
+        body.append([title, *shown, words])
+    head = ["hidden values of held-out cells", *(title for _, title in _FIGURES), "in words"]
+    note = (
+        "Half of the values of droplet data are single counts, which follow from a cell's depth: "
+        "what a model has learnt is what it predicts better than the strongest baseline. Within a "
+        "cell: which genes are high in it. Per gene: in which cells of a dataset a gene is high."
+    )
+    return page.table(head, body, numeric=True) + _note(note)
+
+
+def _datasets(row: Mapping[str, float]) -> str:
+    """Return the table of errors by dataset."""
+    best = strongest(row)
+    names = sorted(key.removeprefix(DATASET_MSE) for key in row if key.startswith(DATASET_MSE))
+    if best is None or not names:
+        return ""
+    body = []
+    for name in names:
+        ours = row[f"{DATASET_MSE}{name}"]
+        other = row.get(of_baseline(best, f"{DATASET_MSE}{name}"), math.nan)
+        body.append([name, number(other), number(ours), compared(ours, other)])
+    head = ["dataset", f"MSE, {PREDICTORS[best]}", "MSE, model", "the model is"]
+    return page.table(head, body, numeric=True)
+
+
+def _history(rows: Rows) -> str:
+    """Return the table of validations, a row each, thinned."""
+    columns = [(key, name) for key, name in _COLUMNS if any(key in row for row in rows)]
+    picked = _spread(rows, _MAX_ROWS)
+    body = [[cell(row.get(key, math.nan), key) for key, _ in columns] for row in picked]
+    text = page.table([name for _, name in columns], body, numeric=True)
+    if len(picked) < len(rows):
+        text += _note(f"{len(picked)} of {len(rows)} validations, evenly spread.")
+    return text
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _spread(rows: Rows, count: int) -> Rows:
+    """Return at most `count` rows, evenly spread, the first and the last among them."""
+    if len(rows) <= count:
+        return rows
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]

@@ -1,0 +1,55 @@
+"""Which validations compare, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from sclong_ds.run_folder.rows import (
+    Judged,
+    compared,
+    judged,
+    like_the_last,
+    sentence,
+    standing,
+    strongest,
+)
+
+HIDDEN = {"val/n_hidden": 90.0, "val/mse": 0.25}
+BESIDE = {"val/gene_mean/mse": 0.5, "val/linear/mse": 0.2, "val/strongest_mse": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (0.1, "below"), (0.2, "equal to"), (0.3, "above"), (math.inf, "above"),
+        (math.nan, "not a number, against"),
+    ],
+)  # fmt: skip
+def test_an_error_that_is_no_number_is_called_so(error: float, words: str) -> None:
+    row = HIDDEN | BESIDE | {"val/mse": error}
+    assert standing(row) == f"{words} the strongest baseline (linear, 0.2000)"
+    assert compared(0.1, math.nan) == "not comparable with"
+
+
+def test_a_baseline_that_is_no_number_is_not_the_strongest() -> None:
+    assert strongest(HIDDEN | {"val/gene_mean/mse": math.nan, "val/offset/mse": 2.0}) == "offset"
+    assert strongest(HIDDEN | {"val/gene_mean/mse": math.nan}) is None
+
+
+def test_errors_of_hidden_values_are_kept_apart_from_those_of_shown_ones_too() -> None:
+    old = [{"val/mse": 0.1}, {"val/mse": 0.2}]
+    assert like_the_last([*old, HIDDEN, HIDDEN]) == [HIDDEN, HIDDEN]
+    assert like_the_last([HIDDEN, *old]) == old
+    assert like_the_last([]) == []
+    assert "shown" in sentence(old[0])
+    assert sentence(HIDDEN) == "MSE of hidden values 0.2500"
+
+
+def test_checkpoints_are_judged_relative_to_the_baselines_that_were_there() -> None:
+    assert judged({"val/pearson": 1.0}) is None
+    assert judged({"val/mse": 0.1}) == Judged("val/mse (hidden and shown)", 0.1)
+    assert judged(HIDDEN) == Judged("val/mse (hidden)", 0.25)
+    row = HIDDEN | BESIDE | {"val/relative_mse": 1.25}
+    assert judged(row) == Judged("val/relative_mse (gene_mean, linear)", 1.25)
