@@ -18,7 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds.corpus.corpus import GeneStats
@@ -92,7 +94,7 @@ class DepthBaselines:
             positions: (B, P) int64 genes of the targets.
 
         Returns:
-            (baselines, B, P) float64, in the order of `BASELINES`.
+            (baselines, B, P) float64, in the order of `DEPTH_BASELINES`.
         """
         if self._weights is None:
             raise RuntimeError("predict before fit")
@@ -100,6 +102,28 @@ class DepthBaselines:
         mean = self._mean[positions]
         linear = self._features(depth, positions) @ self._weights
         return torch.stack([mean, mean + depth.offset, self._poisson(depth, positions), linear])
+
+    def residuals(self, x: Tensor, hidden: Tensor | None = None) -> csr_matrix:
+        """Return visible values minus what the linear baseline predicts there.
+
+        Args:
+            x: (B, G) values, hidden ones included.
+            hidden: (B, G) bool; None: all are visible.
+
+        Returns:
+            (B, G) float32 on the CPU, stored at the visible values.
+        """
+        if self._weights is None:
+            raise RuntimeError("residuals before fit")
+        unknown = torch.zeros_like(x, dtype=torch.bool) if hidden is None else hidden
+        rows, genes = torch.nonzero((x > 0) & ~unknown, as_tuple=True)
+        depth = self._depth(x, unknown)
+        own = _Depth(depth.offset[rows], depth.smallest[rows])
+        linear = self._features(own, genes[:, None]) @ self._weights
+        values = (x[rows, genes].double() - linear[:, 0]).float()
+        counts = torch.bincount(rows, minlength=len(x)).cpu().numpy()
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        return csr_matrix((values.cpu().numpy(), genes.cpu().numpy(), ends), shape=x.shape)
 
     def _depth(self, x: Tensor, hidden: Tensor) -> _Depth:
         visible = (x > 0) & ~hidden

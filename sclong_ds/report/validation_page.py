@@ -38,6 +38,7 @@ PREDICTORS = {
     "offset": "gene mean + one offset of the cell's visible values",
     "poisson": "Poisson counts of the visible depth",
     "linear": "linear in gene mean and visible depth",
+    "nearest": "the same + 30 most similar of a sample of training cells",
 }
 """What each baseline predicts with; none of them is trained for more than a few numbers."""
 _FIGURES = (

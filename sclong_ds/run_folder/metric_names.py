@@ -11,8 +11,10 @@ SKIPPED_METRIC = "train/skipped_steps"
 SPIKE_METRIC = "train/spike"
 """Column of metrics.jsonl: 1 where the loss of the step was a spike, else 0."""
 
-BASELINES = ("gene_mean", "offset", "poisson", "linear")
-"""What validation holds the model to (`sclong_ds.objective.baselines`), weakest first as a rule."""
+DEPTH_BASELINES = ("gene_mean", "offset", "poisson", "linear")
+"""Those that know a gene's mean and a cell's depth alone (`sclong_ds.objective.baselines`)."""
+BASELINES = (*DEPTH_BASELINES, "nearest")
+"""What validation holds the model to, weakest first as a rule."""
 MSE = "val/mse"
 STRONGEST_MSE = "val/strongest_mse"
 """Smallest error of a baseline."""

@@ -24,6 +24,7 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.metrics import bin_labels
+from sclong_ds.objective.nearest_cells import NearestCells
 from sclong_ds.run_folder.rows import Judged
 from sclong_ds.tracking.tracker import Tracker
 from sclong_ds.training.guards import StepGuard
@@ -56,7 +57,7 @@ class Run:
     rank_times: RankTimes
     measured: MeasuredGenes | None
     """With data.unmeasured=mask."""
-    baselines: DepthBaselines | None = None
+    baselines: tuple[DepthBaselines, NearestCells] | None = None
     """What validation holds the model to; fitted at the first one."""
     lock: IO[str] | None = None
     last_checkpoint: str | None = None

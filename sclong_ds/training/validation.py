@@ -2,7 +2,8 @@
 
 The targets that keep their value are scored apart (`val/shown_mse`). Beside the model stand the
 depth baselines (`sclong_ds.objective.baselines`), of which the linear one is fitted on the first
-FIT_CELLS training cells, under masks drawn in the same way.
+FIT_CELLS training cells, under masks drawn in the same way, and the 30 nearest of the first
+SAMPLE_CELLS training cells (`sclong_ds.objective.nearest_cells`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from sclong_ds.checkpoint.on_disk import name_of, record_best
@@ -29,6 +30,7 @@ from sclong_ds.model.routing import unknown_genes
 from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.objective.batch import MaskedBatch, masked_batch, unpack
 from sclong_ds.objective.metrics import MaskedMetrics, routed_large
+from sclong_ds.objective.nearest_cells import NearestCells
 from sclong_ds.objective.scores import MODEL, TargetTable, scores
 from sclong_ds.objective.targets import VALIDATION_EPOCH, prepare
 from sclong_ds.run_folder.metric_names import BASELINES, MSE
@@ -45,6 +47,8 @@ DENSITY_VALUES = 20_000
 FIT_CELLS = 512
 """Training cells of the fit; a corpus is shuffled, so the first ones are any. About 10^5 values for
 7 weights."""
+SAMPLE_CELLS = 2048
+"""Training cells among which neighbours are sought; every rank holds their expressed values."""
 
 
 def validation_is_due(run: Run) -> bool:
@@ -136,15 +140,13 @@ def _predictions(
             yield cells, masked, predicted
 
 
-def _fitted_baselines(run: Run) -> DepthBaselines:
-    """Fit the depth baselines on the same training cells at every start, shared by the ranks."""
+def _fitted_baselines(run: Run) -> tuple[DepthBaselines, NearestCells]:
+    """Fit the baselines on the same training cells at every start, shared by the ranks."""
     found = DepthBaselines(run.corpus.gene_stats, run.ranks.device)
     cells = run.corpus.splits["train"]
     mine = np.arange(cells.start, cells.stop)[:FIT_CELLS][run.ranks.rank :: run.ranks.world_size]
     problem = None
-    for rows in np.array_split(mine, max(1, len(mine) // 16)):
-        if len(rows) == 0:
-            continue
+    for rows in _parts(mine):
         run.watchdog.beat(run.state.step, "validation: baselines")
         batch, problem = _read(run, rows)
         if batch is None:
@@ -155,7 +157,35 @@ def _fitted_baselines(run: Run) -> DepthBaselines:
     sum_or_raise(run.ranks, 0, problem=problem)
     dist.all_reduce(found.normal)
     found.fit()
-    return found
+    return found, _sampled_cells(run, found)
+
+
+def _sampled_cells(run: Run, depth: DepthBaselines) -> NearestCells:
+    """Return the same sample of training cells on every rank; each rank reads a part of it."""
+    cells, n_genes = run.corpus.splits["train"], run.corpus.n_genes
+    rows = np.arange(cells.start, cells.stop)[:SAMPLE_CELLS]
+    parts: list[csr_matrix] = []
+    problem = None
+    for own in _parts(np.array_split(rows, run.ranks.world_size)[run.ranks.rank]):
+        run.watchdog.beat(run.state.step, "validation: baselines")
+        batch, problem = _read(run, own)
+        if batch is None:
+            break
+        assert isinstance(batch.counts, PackedCells)
+        target_sum, device = run.config.data.target_sum, run.ranks.device
+        x = unpack(batch.counts, n_genes=n_genes, target_sum=target_sum, device=device)
+        parts.append(depth.residuals(x))
+    sum_or_raise(run.ranks, 0, problem=problem)
+    everyone: list[Any] = [None] * run.ranks.world_size
+    dist.all_gather_object(everyone, parts, group=run.ranks.control)
+    empty = csr_matrix((0, n_genes), dtype=np.float32)
+    return NearestCells(vstack([empty, *(part for own in everyone for part in own)]).tocsr())
+
+
+def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield rows in parts of at most 16: dense, they are 27,874 values each."""
+    for start in range(0, len(rows), 16):
+        yield rows[start : start + 16]
 
 
 def _hidden_targets(masked: MaskedBatch) -> Tensor:
@@ -174,7 +204,11 @@ def _table(
     """Return the targets above 0 of a batch, with what each predictor says of them."""
     assert run.baselines is not None
     assert isinstance(batch.counts, PackedCells)
-    baselines = run.baselines.predict(masked.x, _unknown(masked), masked.positions)
+    depth, nearest = run.baselines
+    baselines = depth.predict(masked.x, _unknown(masked), masked.positions)
+    residuals = depth.residuals(masked.x, _unknown(masked))
+    beyond = torch.from_numpy(nearest.predict(residuals, masked.positions.cpu().numpy()))
+    neighbours = baselines[-1] + beyond.to(baselines.device)
     counts = unpack(
         batch.counts, n_genes=run.corpus.n_genes, target_sum=None, device=masked.x.device
     )
@@ -187,7 +221,7 @@ def _table(
         "cell": rows[:, None].expand_as(masked.positions),
         "gene": masked.positions,
         MODEL: predicted.double(),
-        **dict(zip(BASELINES, baselines, strict=True)),
+        **dict(zip(BASELINES, (*baselines, neighbours), strict=True)),
     }
     return {name: values[wanted].cpu().numpy() for name, values in columns.items()}
 

@@ -11,7 +11,7 @@ from scipy.stats import poisson
 
 from sclong_ds.corpus.corpus import GeneStats
 from sclong_ds.objective.baselines import DepthBaselines
-from sclong_ds.run_folder.metric_names import BASELINES as NAMES
+from sclong_ds.run_folder.metric_names import DEPTH_BASELINES as NAMES
 
 G, TARGET_SUM = 300, 1e4
 
