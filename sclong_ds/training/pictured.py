@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.engine.ranks import sum_over_ranks
+from sclong_ds.model.routing import read_genes
 from sclong_ds.training.run import Run
 
 # The messages are part of the training log.
@@ -137,7 +138,7 @@ def _embed(
                     known[:n_own] = unmeasured[start : start + size]
                     unknown = torch.from_numpy(known).to(device)
                 run.engine(values, unmeasured=unknown)
-                embedded = sums.add(values)
+                embedded = sums.add(values, unknown)
                 parts.append(embedded[:n_own].cpu().numpy())
     finally:
         run.engine.train()
@@ -183,8 +184,13 @@ class _GeneSums:
             for handle in handles:
                 handle.remove()
 
-    def add(self, x: Tensor) -> Tensor:
-        """Add the cells (B, G) that the pass read, and return their embeddings (B, C)."""
+    def add(self, x: Tensor, unmeasured: Tensor | None = None) -> Tensor:
+        """Add the cells (B, G) that the pass read, and return their embeddings (B, C).
+
+        Args:
+            x: (B, G) values.
+            unmeasured: (B, G) bool as the pass read it, or None.
+        """
         assert self._h is not None
         h, expressed = self._h.float(), (x > 0).float()
         shown = expressed[:, self._genes]
@@ -192,26 +198,50 @@ class _GeneSums:
         self._encoded[:, :-1] += weighted.sum(0)
         self._encoded[:, -1] += shown.sum(0)
         if self._qkv is not None:
-            attention = self._exact_attention(self._qkv) * shown[:, :, None]
+            attention = self._exact_attention(self._qkv, x, unmeasured) * shown[:, :, None]
             self._attention[:, :-1] += attention.sum(0)
             self._attention[:, -1] += shown.sum(0)
         # As `embed` pools: the mean over the genes that a cell expresses.
         total = torch.bmm(expressed[:, None, :], h)[:, 0]
         return total / expressed.sum(dim=1, keepdim=True).clamp(min=1.0)
 
-    def _exact_attention(self, qkv: Tensor) -> Tensor:
+    def _exact_attention(self, qkv: Tensor, x: Tensor, unmeasured: Tensor | None) -> Tensor:
         """Return (B, S, S) softmax attention among the shown genes, mean over heads, times N.
 
-        It is what the random features estimate. 1 is what a gene gets when all get the same.
+        It is what the random features estimate. 1 is what a gene gets when all get the same; a gene
+        that the model did not read gets 0.
         """
         sizes = self._run.config.model.decoder
         shares = []
-        for cell in qkv.unflatten(-1, (3, sizes.heads, sizes.dim_head)):
+        for cell, places in self._cells(qkv, x, unmeasured):
             # A cell at a time, and no values: all of a batch in float32 would be gigabytes.
-            q, k = cell[self._genes, 0].float(), cell[:, 1].float()
+            n = len(cell)
+            cell = cell.unflatten(-1, (3, sizes.heads, sizes.dim_head))
+            q, k = cell[places.clamp(max=n - 1), 0].float(), cell[:, 1].float()
             scores = torch.einsum("shk,nhk->hsn", q, k) * sizes.dim_head**-0.5
-            shares.append(torch.softmax(scores, dim=-1)[..., self._genes].mean(dim=0))
-        return torch.stack(shares) * qkv.shape[1]
+            attention = torch.softmax(scores, dim=-1)
+            share = torch.nn.functional.pad(attention, (0, 1))[..., places].mean(dim=0)
+            shares.append(share * n)
+        return torch.stack(shares)
+
+    def _cells(
+        self, qkv: Tensor, x: Tensor, unmeasured: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each cell's projections (N, 3 I), and the places (S,) of the shown genes there.
+
+        The place of a gene that the model did not read is N.
+        """
+        model = self._run.config.model
+        if model.zero_genes is None:
+            yield from ((cell, self._genes) for cell in qkv)
+            return
+        read = read_genes(
+            x, None, unmeasured, top_seq_len=model.top_seq_len, zero_genes=model.zero_genes
+        )
+        start = 0
+        for n, places in zip(read.cells.lengths, read.places[:, self._genes], strict=True):
+            yield qkv[start : start + n], (places - start).clamp(max=n)
+            start += n
 
     def means(self) -> dict[str, NDArray[Any]]:
         """Return the means over the cells of all ranks that express the gene."""

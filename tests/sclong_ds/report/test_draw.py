@@ -157,7 +157,7 @@ def test_every_waiting_validation_is_drawn_once(tmp_path: Path) -> None:
 def test_attention_is_that_of_all_genes_and_embedding_that_of_the_expressed() -> None:
     heads, width, genes = 2, 8, np.array([1, 4, 9])
     sizes = SimpleNamespace(heads=heads, dim_head=width)
-    config = SimpleNamespace(model=SimpleNamespace(base_dim=5, decoder=sizes))
+    config = SimpleNamespace(model=SimpleNamespace(base_dim=5, decoder=sizes, zero_genes=None))
     run: Any = SimpleNamespace(config=config, ranks=SimpleNamespace(device=torch.device("cpu")))
     sums = review._GeneSums(run, genes)
     torch.manual_seed(0)
@@ -165,9 +165,9 @@ def test_attention_is_that_of_all_genes_and_embedding_that_of_the_expressed() ->
     q, k, _ = qkv.unflatten(-1, (3, heads, width)).unbind(2)
     scores = torch.einsum("bshk,bnhk->bhsn", q, k) / width**0.5
     expected = torch.softmax(scores, dim=-1).mean(dim=1) * 50
-    got = sums._exact_attention(qkv)
-    torch.testing.assert_close(got, expected[:, genes][:, :, genes])
     x = (torch.rand(3, 50) > 0.5).float()
+    got = sums._exact_attention(qkv, x, None)
+    torch.testing.assert_close(got, expected[:, genes][:, :, genes])
     sums._h, sums._qkv = h, qkv
     pooled = torch.stack([h[b][x[b] > 0].mean(dim=0) for b in range(3)])
     torch.testing.assert_close(sums.add(x), pooled)
