@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test test-quick check clean
 
 help:
 	@echo "make setup   virtual environment in $(VENV) with requirements.txt"
 	@echo "make demo    real cells to a trained, exported model (about 10 minutes on 2 cores)"
 	@echo "make test    all tests"
+	@echo "make test-quick  those that start no process"
 	@echo "make check   ruff and mypy"
 
 setup: $(VENV)/.ready
@@ -35,11 +36,15 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 demo: $(VENV)/.ready
 	$(BIN)/python -m sclong_ds.demo --out demo_run
 
-# Side by side, since both mostly wait or use one core: what starts ranks or Slurm, in sight, and the
-# rest, whose output comes at the end.
 PYTEST := $(BIN)/python -m pytest --durations=25
 RANKS := distributed or slurm
 
+# Without processes: between two changes. MLflow, left in the middle of a start, takes no second one.
+test-quick: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -q --quick -n 2 --ignore tests/sclong_ds/tracking -m "not ($(RANKS))"
+
+# Side by side, since both mostly wait or use one core: what starts ranks or Slurm, in sight, and the
+# rest, whose output comes at the end.
 test: $(VENV)/.ready-dev
 	@rest=$$(mktemp); trap 'kill $$! 2>/dev/null; rm -f $$rest' EXIT; \
 	$(PYTEST) -m "not ($(RANKS))" >$$rest 2>&1 & \

@@ -4,6 +4,8 @@ runs."""
 from __future__ import annotations
 
 import logging
+import multiprocessing.process
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +17,9 @@ RESOURCES = ROOT / "data_prep" / "resources"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --golden-dir."""
+    """Add --golden-dir and --quick."""
     parser.addoption("--golden-dir", metavar="DIR", help="goldens to test (default: tests/golden)")
+    parser.addoption("--quick", action="store_true", help="skip a test when it starts a process")
 
 
 def pytest_terminal_summary(
@@ -43,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Small matrices gain nothing from threads, and lose much where other processes run.
     torch.set_num_threads(1)
     config.stash[REPORT] = []
+    if config.getoption("--quick"):
+        # A test that is left in its middle leaves its files to the garbage collector.
+        config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
 
     assert Path(kernels.__file__).is_relative_to(ROOT), f"kernels is {kernels.__file__}, not ours"
 
@@ -55,6 +61,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             bool(item.get_closest_marker("distributed")),
         )
     )
+
+
+def start_no_process(self: object, *args: object, **options: object) -> None:
+    """Skip the test that was about to start a process."""
+    pytest.skip("starts a process (--quick)")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --quick, skip whatever starts a process, in the test or in what prepares it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--quick"):
+            patch.setattr(subprocess.Popen, "__init__", start_no_process)
+            patch.setattr(multiprocessing.process.BaseProcess, "start", start_no_process)
+        yield
 
 
 @pytest.fixture(autouse=True)
