@@ -174,7 +174,10 @@ def scores_table(row: Mapping[str, float], labels: Sequence[str] | None) -> list
         A row for all values, for each expression bin and for each encoder: its name, the number of
         values, and the figures under `SCORE_HEAD`.
     """
-    groups = {"all values": "", "large encoder": "/large", "mini encoder": "/mini"}
+    groups = {"all values": ""}
+    # With model.routing top no hidden value is read by the large encoder: nothing to tell apart.
+    if f"{MSE}/large" in row and f"{MSE}/mini" in row:
+        groups |= {"large encoder": "/large", "mini encoder": "/mini"}
     groups |= {f"value {label}": f"/bin_{k}" for k, label in enumerate(labels or ())}
     return [
         [name, number(row.get(f"val/n_values{suffix}", math.nan))]

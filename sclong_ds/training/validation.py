@@ -25,6 +25,7 @@ from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.engine.ranks import on_first_rank, sum_or_raise
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.loader.threads import say_skipped
+from sclong_ds.model.attention_use import attention_figures
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.model.routing import unknown_genes
 from sclong_ds.objective.baselines import DepthBaselines
@@ -49,6 +50,11 @@ FIT_CELLS = 512
 7 weights."""
 SAMPLE_CELLS = 2048
 """Training cells among which neighbours are sought; every rank holds their expressed values."""
+
+
+ATTENTION_CELLS = 4
+"""Cells on which it is asked whether attention is used: four or five more forward passes of theirs,
+of at most this many cells a rank, per validation."""
 
 
 def validation_is_due(run: Run) -> bool:
@@ -84,10 +90,12 @@ def validate(run: Run) -> bool:
         metrics.add(predicted, masked.true, unseen, masked.positions, _in_large(run, masked))
         tables.append(_table(run, batch, masked, predicted))
     dist.all_reduce(metrics.sums)
+    attention = _attention(run, rows)
     run.engine.train()
     figures = (
         metrics.compute()
         | _scores(run, tables)
+        | attention
         | {
             "val/n_cells": float(len(rows)),
             "cells_seen": run.state.cells_seen,
@@ -129,13 +137,7 @@ def _predictions(
         if stop:
             yield cells, masked, None
             return
-        predicted = run.engine(
-            masked.x,
-            masked.hidden,
-            positions=masked.positions,
-            lengths=lengths,
-            unmeasured=masked.unmeasured,
-        )
+        predicted = _predicted(run, masked, lengths)
         if len(mine):
             yield cells, masked, predicted
 
@@ -186,6 +188,51 @@ def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
     """Yield rows in parts of at most 16: dense, they are 27,874 values each."""
     for start in range(0, len(rows), 16):
         yield rows[start : start + 16]
+
+
+def _attention(run: Run, rows: np.ndarray) -> dict[str, float]:
+    """Return the figures of attention on the first ATTENTION_CELLS validation cells.
+
+    Every rank makes the same number of forward passes, also one without cells.
+    """
+    started, ranks = time.perf_counter(), run.ranks
+    size = run.config.engine.train_micro_batch_size_per_gpu
+    mine = rows[:ATTENTION_CELLS][ranks.rank :: ranks.world_size]
+    most = -(-min(ATTENTION_CELLS, len(rows)) // ranks.world_size)
+    batches = []
+    for start in range(0, most, size):
+        run.watchdog.beat(run.state.step, "validation: attention")
+        own = mine[start : start + size]
+        cells, problem = _read(run, own if len(own) else rows[:1])
+        if sum_or_raise(ranks, run.stop.reason() is not None, problem=problem)[0]:
+            return {}
+        assert cells is not None
+        masked, lengths = _masked(run, cells)
+        unseen = masked.valid & _hidden_targets(masked) & (masked.true > 0)
+        batches.append((masked, lengths, unseen & (len(own) > 0)))
+
+    def error() -> Tensor:
+        found = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        for masked, lengths, unseen in batches:
+            run.watchdog.beat(run.state.step, "validation: attention")
+            squared = (_predicted(run, masked, lengths).double() - masked.true).square()
+            found += torch.stack([torch.where(unseen, squared, 0.0).sum(), unseen.sum()])
+        return found
+
+    found = attention_figures(run.model, error, dist.all_reduce, counts=len(mine) > 0)
+    return found | {"perf/attention_s": time.perf_counter() - started}
+
+
+def _predicted(run: Run, masked: MaskedBatch, lengths: list[int] | None) -> Tensor:
+    """Return what the model predicts at the targets (B, P)."""
+    predicted: Tensor = run.engine(
+        masked.x,
+        masked.hidden,
+        positions=masked.positions,
+        lengths=lengths,
+        unmeasured=masked.unmeasured,
+    )
+    return predicted
 
 
 def _hidden_targets(masked: MaskedBatch) -> Tensor:
