@@ -27,6 +27,7 @@ from sclong_ds.checkpoint.on_disk import best_checkpoint
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.checkpoint.writer import ChecksummedFile
 from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import OptimConfig
 from sclong_ds.engine.deepspeed_engine import build_partitioned, initialize, quiet_deepspeed
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.ranks import join_process_group
@@ -38,19 +39,28 @@ KEEP = dataclasses.replace(
     CONFIG.checkpoint, keep_last=1, keep_every_n_steps=3, keep_best=True, asynchronous=True
 )
 MICRO_STEPS = 512
+OTHERS = {"name": "adam", "lr": 0.5, "betas": (0.25, 0.75), "eps": 0.5, "weight_decay": 0.0}
+"""Settings of the optimizer that differ from those of CONFIG, all of them."""
 
 
-def make_engine(*, ds_config: str = "zero3", precision: str = "fp32", micro_steps: int = 1) -> Any:
+def make_engine(
+    *,
+    ds_config: str = "zero3",
+    precision: str = "fp32",
+    micro_steps: int = 1,
+    clipping: float = 0.0,
+    optim: OptimConfig = CONFIG.optim,
+) -> Any:
     """Make an engine of two layers, with a group that is decayed and one that is not."""
     settings = dataclasses.replace(
         CONFIG.engine, ds_config=ds_config, precision=precision,
-        train_batch_size=micro_steps * dist.get_world_size(), gradient_clipping=0.0,
+        train_batch_size=micro_steps * dist.get_world_size(), gradient_clipping=clipping,
     )  # fmt: skip
     resolved = resolve_ds_config(settings, world_size=dist.get_world_size())
     model = build_partitioned(
         lambda: nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), seed=0, ds_config=resolved
     )
-    return initialize(model, optim=CONFIG.optim, ds_config=resolved)
+    return initialize(model, optim=optim, ds_config=resolved)
 
 
 def train(engine: Any) -> float:
@@ -153,11 +163,15 @@ class Failing:
 
 
 def save_in_the_background(folder: Path, seen: dict[str, Any]) -> None:
-    """Save a state in the foreground; then in the background, and train on before it is written."""
+    """Save a state in the foreground; then in the background, and train on before it is written.
+
+    What was saved last is loaded into an engine with other settings.
+    """
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    seen["background"], seen["loaded_again"] = {}, {}
+    seen["background"], seen["loaded_again"], seen["in_force"] = {}, {}, {}
+    others = {"clipping": 0.25, "optim": dataclasses.replace(CONFIG.optim, **OTHERS)}
     for name in ("zero1 fp32", "zero2 bf16", "zero3 fp32", "zero3_offload bf16"):
         ds_config, precision = name.split()
         engine = make_engine(ds_config=ds_config, precision=precision)
@@ -177,9 +191,21 @@ def save_in_the_background(folder: Path, seen: dict[str, Any]) -> None:
             path = folder / checkpoint.finish_save(saving).name
             manifests.append(json.loads((path / "manifest.json").read_text()))
         seen["background"][name] = manifests[0] == manifests[1]
-        fresh = make_engine(ds_config=ds_config, precision=precision)
+        fresh = make_engine(ds_config=ds_config, precision=precision, **others)
+        before = in_force(fresh)
         loaded = load(fresh, folder, accept=lambda *found: None)
+        seen["in_force"][name] = [before, in_force(fresh)]
         seen["loaded_again"][name] = loaded is not None and loaded.name
+
+
+def in_force(engine: Any) -> dict[str, Any]:
+    """Return the settings that the engine's next step will use."""
+    groups = engine.optimizer.optimizer.param_groups
+    keys = sorted({key for group in groups for key in group} - {"params"})
+    return {
+        "clipping": engine.optimizer.clip_grad,
+        "groups": [[f"{key}={group.get(key)}" for key in keys] for group in groups],
+    }
 
 
 def hold(release: threading.Event) -> None:

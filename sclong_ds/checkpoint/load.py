@@ -75,6 +75,7 @@ def load(engine: Any, folder: Path, *, accept: Callable[[Path, TrainState], None
     refuse_code_on_any_rank(folder / name)
     optimizer = engine.optimizer.optimizer
     settings = [_settings(group) for group in optimizer.param_groups]
+    clipping = engine.optimizer.clip_grad
     with quiet():
         if state.world_size == dist.get_world_size():
             with plain_values_only():
@@ -85,6 +86,8 @@ def load(engine: Any, folder: Path, *, accept: Callable[[Path, TrainState], None
         raise ValueError(f"{folder / name}: DeepSpeed could not load it; see the messages above")
     # What the configuration says is in force, not what it said when the checkpoint was saved. (And
     # a converted one gives every group of ZeRO-3 the settings of the first, its name included.)
+    # Stages 1 and 2 read the clipping from the checkpoint, too.
+    engine.optimizer.clip_grad = clipping
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
     return Loaded(

@@ -24,6 +24,7 @@ from typing import Any
 
 import google_crc32c
 
+from sclong_ds.checkpoint.state import read_state
 from sclong_ds.files.atomic import is_partial, listed, named_errors
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed, write_sealed
 from sclong_ds.files.versions import LaterVersionError, refuse_later
@@ -372,8 +373,13 @@ def _digest(checkpoint: Path) -> str | None:
 
 
 def _best_of_metrics(folder: Path) -> tuple[str, Judged] | None:
-    """Return the best checkpoint that metrics.jsonl knows, by what the latest is judged by."""
-    there = {step_of(path.name) for path in complete_checkpoints(folder)}
+    """Return the best checkpoint that metrics.jsonl knows, by what the latest is judged by.
+
+    Where it changed what validation measures, of those since.
+    """
+    complete = complete_checkpoints(folder)
+    after = _compared_after(complete[0]) if complete else 0
+    there = {step for step in (step_of(path.name) for path in complete) if step > after}
     if not (folder.parent / METRICS_FILE).is_file():
         return None
     known = [(judged(row), row["step"]) for row in read_metrics(folder.parent)]
@@ -383,6 +389,14 @@ def _best_of_metrics(folder: Path) -> tuple[str, Judged] | None:
         return None
     by, step = min(alike, key=lambda pair: (pair[0].value, pair[1]))
     return name_of(int(step)), by
+
+
+def _compared_after(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint's run compares validation errors."""
+    try:
+        return read_state(checkpoint).compared_after
+    except (ValueError, FileNotFoundError):
+        return 0
 
 
 def restore_best(folder: Path) -> None:
@@ -412,15 +426,16 @@ def restore_best(folder: Path) -> None:
         _write_best(folder, *best)
 
 
-def record_best(folder: Path, name: str, by: Judged | None) -> None:
+def record_best(folder: Path, name: str, by: Judged | None, *, compared_after: int = 0) -> None:
     """Write best.json if a checkpoint is the best so far, or the first judged by its figure.
 
     Args:
         folder: The run's `checkpoints` folder.
         name: The checkpoint.
         by: What it is judged by; None: it was not validated.
+        compared_after: Figures up to this step measure something else.
     """
-    if by is None or not math.isfinite(by.value):
+    if by is None or not math.isfinite(by.value) or step_of(name) <= compared_after:
         return
     best = best_checkpoint(folder)
     if best is not None and best[1].figure != by.figure:
@@ -429,7 +444,12 @@ def record_best(folder: Path, name: str, by: Judged | None) -> None:
             "compare with it: the best is %s",
             best[0], best[1].figure, best[1].value, by.figure, name,
         )  # fmt: skip
-    if best is None or best[1].figure != by.figure or best[1].value > by.value:
+    if (
+        best is None
+        or step_of(best[0]) <= compared_after
+        or best[1].figure != by.figure
+        or best[1].value > by.value
+    ):
         _write_best(folder, name, by)
 
 

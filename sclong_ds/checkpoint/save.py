@@ -184,15 +184,23 @@ def _finish(saving: Saving, everyone: list[Written]) -> int:
     written = {name: value for w in everyone for name, value in w.files.items()}
     n_bytes = write_manifest(partial, written)
     _rename(partial)
-    _tidy(folder, name_of(saving.state.step), saving.by, settings)
+    name, after = name_of(saving.state.step), saving.state.compared_after
+    _tidy(folder, name, saving.by, settings, compared_after=after)
     return n_bytes
 
 
-def _tidy(folder: Path, name: str, by: Judged | None, settings: CheckpointConfig) -> None:
+def _tidy(
+    folder: Path,
+    name: str,
+    by: Judged | None,
+    settings: CheckpointConfig,
+    *,
+    compared_after: int = 0,
+) -> None:
     """Bring what stands beside a new checkpoint up to date; the checkpoint is good without it."""
     actions: tuple[Callable[[], None], ...] = (
         lambda: restore_best(folder) if (folder / BEST).exists() else None,
-        lambda: record_best(folder, name, by),
+        lambda: record_best(folder, name, by, compared_after=compared_after),
         lambda: prune(
             folder,
             keep_last=settings.keep_last,

@@ -41,6 +41,9 @@ class TrainState:
     """SHA-256 of `data.dataset_weights`."""
     skipped_steps: int = 0
     """Steps that were not applied because something was not finite."""
+    compared_after: int = 0
+    """Last step at which it changed what validation measures; only later figures are compared with
+    each other. 0: it never changed."""
 
 
 def read_state(checkpoint: Path) -> TrainState:

@@ -19,6 +19,7 @@ from sclong_ds.files.versions import refuse_later
 LATER_KEYS: dict[int, dict[str, Any]] = {
     2: {"data.unmeasured": "zero", "transform.unmeasured": "zero"},
     3: {"model.cell_offset": "none", "model.zero_genes": None},
+    4: {"run.accept_changes": False},
 }
 """By version, the keys that came with it: `section.key`, `section.stack.key`, or a whole section
 with all of its keys. `transform` is the section of an exported model."""

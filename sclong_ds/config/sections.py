@@ -300,6 +300,9 @@ class RunSection:
     init_from: str | None
     """MODEL_DIR of `export` or `import-reference` whose weights the run starts from; null: random
     weights. Training data, optimizer and schedule begin anew."""
+    accept_changes: bool
+    """true: a run is resumed under another objective section; losses before and after then mean
+    different things, and validation figures are not compared."""
     max_steps: int
     """Optimizer steps after which the run is done. The learning rate's schedule follows it unless
     optim.decay_steps is set."""

@@ -94,7 +94,7 @@ def names_of(records: Sequence[RunRecord]) -> list[str]:
 def figures(record: RunRecord) -> dict[str, float | str | None]:
     """Return the figures that sum a run up; None for what it did not record."""
     last = record.validation[-1] if record.validation else {}
-    errors = [row[MSE] for row in record.validation if math.isfinite(row[MSE])]
+    errors = [row[MSE] for row in record.compared if math.isfinite(row[MSE])]
     row = record.train[-1] if record.train else last
     found: dict[str, float | str] = {
         "status": str(record.run.get("status", "unknown")).lower(),

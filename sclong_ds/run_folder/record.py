@@ -129,6 +129,16 @@ class RunRecord:
         """Steps after which the run was resumed."""
         return [int(e["step"]) for e in self.events if e["event"] == "resume"]
 
+    @property
+    def compared(self) -> Rows:
+        """Validation rows that measure the same as the last one.
+
+        Those since a resume under another objective or on another number of cells, or all.
+        """
+        openings = [e for e in self.events if e["event"] in ("start", "resume")]
+        after = int(openings[-1].get("compared_after", 0)) if openings else 0
+        return [row for row in self.validation if row["step"] > after or not after]
+
     def median(self, name: str) -> float:
         """Return the median of a training metric; the first step, which warms up, is left out."""
         values = series(self.train, name)[1]

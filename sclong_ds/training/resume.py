@@ -29,6 +29,7 @@ from sclong_ds.run_folder.seal import say_changes, seal
 from sclong_ds.training.guards import history_of
 from sclong_ds.training.run import Run, summary
 from sclong_ds.training.run_checks import (
+    changed_measure,
     changed_settings,
     refuse_changes,
     refuse_other_inputs,
@@ -63,11 +64,11 @@ def hash_of(path: str | None) -> str | None:
 
 def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     """Lock the run folder, resume, write what the run consists of, start the tracker."""
-    run_dir = run.run_dir
+    run_dir, checkpoint_dir = run.run_dir, run.run_dir / "checkpoints"
     on_first_rank(lambda: claim_run_folder(run))
     found = load(
         run.engine,
-        run_dir / "checkpoints",
+        checkpoint_dir,
         accept=partial(refuse_other_run, run),
     )
     if found is not None:
@@ -78,7 +79,14 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
         )
         # The rows of the last steps may be lost with a machine; the checkpoint is not.
         run.guard.restore(replace(history, skipped=run.state.skipped_steps))
-        on_first_rank(lambda: take_over_ids(run_dir, run_dir / "checkpoints" / found.name))
+        on_first_rank(lambda: take_over_ids(run_dir, checkpoint_dir / found.name))
+        if on_first_rank(lambda: changed_measure(checkpoint_dir / found.name, run.config)):
+            run.state = replace(run.state, compared_after=step)
+            log.log(
+                logging.WARNING if run.ranks.rank == 0 else logging.DEBUG,
+                "validation measures something else from step %d on: the best checkpoint is chosen "
+                "among later ones, and figures before cannot be compared with those after", step
+            )  # fmt: skip
     config_file = run_dir / "config.yaml"
     changed = on_first_rank(lambda: changed_settings(config_file, run.config) if found else {})
     on_first_rank(lambda: write_inputs(run, ds_config))
@@ -110,9 +118,10 @@ def record_opening(run: Run, found: Loaded | None, changed: Mapping[str, tuple[A
         return
     for problem in found.damaged:
         run.tracker.event("checkpoint_damaged", step=step, problem=problem)
+    after = run.state.compared_after
     run.tracker.event(
         "resume", step=step, world_size=world_size, saved_by=found.saved_by, path=found.name,
-        seconds=round(found.seconds, 3),
+        seconds=round(found.seconds, 3), **({"compared_after": after} if after else {}),
     )  # fmt: skip
     converted = "" if found.saved_by == world_size else f", converted from {found.saved_by} ranks"
     log.info("run folder %s: resuming after step %d%s", run.run_dir, step, converted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,11 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
-    """Refuse to go on from a checkpoint under another model or data section.
+    """Refuse to go on from a checkpoint under another model, data or objective section.
 
-    Paths may change, their content may not; so may what has no influence on the weights. The
-    checkpoint's own config.yaml counts, which its manifest covers.
+    Paths may change, their content may not; so may what has no influence on the weights. Another
+    objective is taken with run.accept_changes. The checkpoint's own config.yaml counts, which its
+    manifest covers.
 
     Args:
         checkpoint: The checkpoint to go on from, in the run folder.
@@ -83,7 +85,8 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
     """
     saved, run_dir = checkpoint / "config.yaml", checkpoint.parent.parent
     before, now = read_saved(saved), to_dict(config)
-    lost = [name for name in ("model", "data") if not isinstance(before.get(name), dict)]
+    names = ("model", "data", "objective")
+    lost = [name for name in names if not isinstance(before.get(name), dict)]
     if lost:
         raise ValueError(f"{saved}: damaged (has no section {lost[0]}); use another checkpoint")
     free = {f"model.{key}" for key in ("gene_graph", "gene_vectors", "random_features_file")}
@@ -92,16 +95,44 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
         for key in ("corpus", "dataset_weights", "cache_dir", "prefetch_batches", "on_damage")
     }
     lines = [
-        f"{section}.{key}: {before[section].get(key)!r} -> {value!r}"
+        line
         for section in ("model", "data")
-        for key, value in now[section].items()
-        if before[section].get(key) != value and f"{section}.{key}" not in free
+        for line in _differences(before, now, section)
+        if line.partition(":")[0] not in free
     ]
     if lines:
         raise ValueError(
             f"run.dir={run_dir}: cannot resume with a changed configuration "
             f"({'; '.join(lines)}); undo the change or use a new run.dir"
         )
+    changed = _differences(before, now, "objective")
+    if changed and not config.run.accept_changes:
+        raise ValueError(
+            f"run.dir={run_dir}: another objective than the run's ({'; '.join(changed)}), under "
+            f"which losses mean something else: undo the change, use a new run.dir, or add "
+            f"run.accept_changes=true to go on with losses that cannot be compared"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], section: str) -> list[str]:
+    """Return the keys of a section whose values differ, with both values."""
+    return [
+        f"{section}.{key}: {before[section].get(key)!r} -> {value!r}"
+        for key, value in now[section].items()
+        if before[section].get(key) != value
+    ]
+
+
+def changed_measure(checkpoint: Path, config: RunConfig) -> list[str]:
+    """Return the settings of what validation measures that are not those of a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint that the run goes on from.
+        config: The configuration to go on with.
+    """
+    before, now = read_saved(checkpoint / "config.yaml"), to_dict(config)
+    cells = [line for line in _differences(before, now, "run") if "run.validation_cells:" in line]
+    return _differences(before, now, "objective") + cells
 
 
 def changed_settings(saved: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -124,7 +155,7 @@ def changed_settings(saved: Path, config: RunConfig) -> dict[str, tuple[Any, Any
         f"{section}.{key}": (before.get(section, {}).get(key), value)
         for section, keys in now.items()
         for key, value in keys.items()
-        if before.get(section, {}).get(key) != value
+        if before.get(section, {}).get(key) != value and key != "accept_changes"
     }
 
 

@@ -352,7 +352,10 @@ def _record(run: Run, figures: dict[str, float]) -> None:
     if run.ranks.rank == 0 and run.last_checkpoint == name_of(step):
         # A run that was stopped before it validated at this step, and goes on from there.
         try:
-            record_best(run.run_dir / "checkpoints", name_of(step), by)
+            record_best(
+                run.run_dir / "checkpoints", name_of(step), by,
+                compared_after=run.state.compared_after,
+            )  # fmt: skip
         except OSError as error:  # on this rank alone
             log.warning("the best checkpoint is not recorded: %s", error)
     run.tracker.event("validation", step=step, mse=figures[MSE])

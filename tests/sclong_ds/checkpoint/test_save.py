@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -36,6 +37,7 @@ from sclong_ds.checkpoint.on_disk import (
     restore_best,
     write_manifest,
 )
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.checkpoint.torch_files import plain_values_only
 from sclong_ds.checkpoint.writer import ChecksummedFile
 from sclong_ds.config.load import load_config
@@ -326,6 +328,39 @@ def test_a_damaged_best_json_is_made_again_from_the_metrics(validated):
     assert path.read_bytes() == whole
 
 
+def test_the_best_is_chosen_among_figures_that_measure_the_same(validated):
+    """From step 6 on validation measures something else, of which step 10 has the least."""
+    settings = load_config("sclong_tiny", ["checkpoint.keep_last=1"]).checkpoint
+    with RunFolder(validated.parent) as run:
+        for step, error in ((6, 7.0), (8, None), (10, 8.0), (12, 9.0)):
+            run.append_metrics(step, {} if error is None else {"val/mse": error})
+            if step == 6:
+                record_best(validated, name_of(6), by(error), compared_after=6)
+                continue
+            state = TrainState(
+                step=step, cells_seen=0, world_size=3, seed=0, precision="fp32", zero_stage=3,
+                corpus_hash="", genes_hash="", graph_hash=None, features_hash=None,
+                compared_after=6,
+            )  # fmt: skip
+            changed = {"state.json": json.dumps(dataclasses.asdict(state)).encode()}
+            make_checkpoint(validated, step, FILES | changed)
+            checkpoint._tidy(
+                validated,
+                name_of(step),
+                by(error),
+                settings,
+                compared_after=6,
+            )
+            kept = [p.name for p in complete_checkpoints(validated)]
+            # As long as no later one was validated, the best one before stays.
+            best = {8: (name_of(4), by(0.25))}.get(step, (name_of(10), by(8.0)))
+            assert best_checkpoint(validated) == best
+            assert kept == sorted({name_of(step), best[0]}, reverse=True)
+    (validated / "best.json").unlink()
+    restore_best(validated)
+    assert best_checkpoint(validated) == (name_of(10), by(8.0))
+
+
 def test_a_best_json_of_another_run_does_not_count(validated, tmp_path, caplog):
     """Its checkpoint has the same name and other content."""
     other = tmp_path / "other" / "checkpoints"
@@ -531,6 +566,17 @@ def test_what_is_written_in_the_background_is_the_state_when_it_began(ranks):
 def test_every_stage_and_precision_is_loaded_as_tensors_and_plain_values(ranks):
     for rank in ranks[0]:
         assert list(rank["loaded_again"].values()) == [name_of(1)] * 4
+
+
+@pytest.mark.distributed
+def test_settings_of_the_configuration_are_in_force_after_loading(ranks):
+    """Rate, betas, eps, decay, kind of optimizer and clipping, under every stage."""
+    for rank in ranks[0]:
+        assert len(rank["in_force"]) == 4
+        for name, (built, loaded) in rank["in_force"].items():
+            assert loaded == built, name
+            assert loaded["clipping"] == 0.25
+            assert {"betas=(0.25, 0.75)", "eps=0.5", "lr=0.5"} <= set(loaded["groups"][0])
 
 
 @pytest.mark.distributed

@@ -244,6 +244,16 @@ def test_a_run_named_twice_is_refused(
     assert printed.err == f"error: trial and {run_dir} are the same run; name it once\n"
 
 
+def test_the_best_figure_is_one_of_those_that_measure_the_same(run_dir: Path) -> None:
+    """From step 30 on the objective is another one."""
+    with RunFolder(run_dir) as files:
+        files.append_event("resume", step=30, compared_after=30)
+        for step, error in ((30, 2.0), (40, 3.0), (50, 4.0)):
+            files.append_metrics(step, {"val/mse": error})
+    found = compare.figures(read_run(run_dir))
+    assert (found["val/mse, last"], found["val/mse, best"]) == (4.0, 3.0)
+
+
 def test_abandoned_future_of_a_run_is_not_shown(run_dir: Path) -> None:
     """The run diverges, and goes on from step 20 once more."""
     with RunFolder(run_dir) as files:

@@ -10,7 +10,12 @@ import pytest
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.load import load_config
 from sclong_ds.config.strict_yaml import to_yaml
-from sclong_ds.training.run_checks import changed_settings, refuse_other_inputs
+from sclong_ds.training.run_checks import (
+    changed_measure,
+    changed_settings,
+    refuse_changes,
+    refuse_other_inputs,
+)
 
 SAVED = TrainState(
     step=4, cells_seen=16, world_size=2, seed=0, precision="fp32", zero_stage=3,
@@ -53,3 +58,74 @@ def test_a_schedule_counts_as_changed_if_its_steps_are_others(tmp_path: Path) ->
     assert changes(tmp_path, in_steps, [*in_steps, "run.max_steps=320"]) == {
         "run.max_steps": (160, 320)
     }
+
+
+OTHER = {
+    "optim.name": "adam", "optim.lr": "0.5", "optim.betas": "[0.5, 0.6]", "optim.eps": "0.5",
+    "optim.weight_decay": "0.0", "optim.schedule": "constant", "optim.warmup_steps": "3",
+    "optim.decay_steps": "99", "optim.min_lr_ratio": "0.3", "optim.cycle_mult": "2.0",
+    "optim.cycle_gamma": "0.5",
+    "objective.mask_prob": "0.3", "objective.mask_prob_range": "[0.1, 0.2]",
+    "objective.zero_mask_prob": "0.1", "objective.replace_prob": "0.8",
+    "objective.target_rounding": "float32",
+    "engine.ds_config": "zero3_offload", "engine.train_batch_size": "8",
+    "engine.train_micro_batch_size_per_gpu": "2", "engine.gradient_clipping": "0.5",
+    "engine.precision": "bf16", "engine.activation_checkpointing": "true",
+    "engine.attention_backend": "torch", "engine.compile_layers": "true", "engine.timeout_s": "9",
+}  # fmt: skip
+"""Another value of every key of three sections than sclong_tiny has."""
+NEEDED = {
+    "optim.name": ["optim.weight_decay=0.0"],
+    "optim.cycle_mult": ["optim.schedule=warm_restarts"],
+    "optim.cycle_gamma": ["optim.schedule=warm_restarts"],
+}
+"""What such a value demands of other keys."""
+
+
+def saved_run(tmp_path: Path) -> Path:
+    """Return the checkpoint of a run of sclong_tiny, as far as its configuration."""
+    checkpoint = tmp_path / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.yaml").write_text(to_yaml(load_config("sclong_tiny")))
+    return checkpoint
+
+
+def test_every_key_of_three_sections_has_another_value() -> None:
+    config = load_config("sclong_tiny")
+    assert {
+        f"{section}.{field.name}"
+        for section in ("optim", "objective", "engine")
+        for field in dataclasses.fields(getattr(config, section))
+    } == OTHER.keys()
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_changed_key_is_said_or_refused(tmp_path: Path, key: str) -> None:
+    """The objective needs consent; precision is refused with the state, see above."""
+    checkpoint = saved_run(tmp_path)
+    overrides = [f"{key}={OTHER[key]}", *NEEDED.get(key, [])]
+    config = load_config("sclong_tiny", overrides)
+    assert key in changed_settings(checkpoint / "config.yaml", config)
+    if not key.startswith("objective."):
+        refuse_changes(checkpoint, config)
+        assert changed_measure(checkpoint, config) == []
+        return
+    with pytest.raises(ValueError, match=rf"{key}: .* -> .*run\.accept_changes=true") as error:
+        refuse_changes(checkpoint, config)
+    accepted = load_config("sclong_tiny", [*overrides, "run.accept_changes=true"])
+    refuse_changes(checkpoint, accepted)
+    (line,) = changed_measure(checkpoint, accepted)
+    assert line in str(error.value)
+    assert "run.accept_changes" not in changed_settings(checkpoint / "config.yaml", accepted)
+
+
+def test_consent_does_not_cover_another_model_or_corpus(tmp_path: Path) -> None:
+    for change in ("model.head=linear", "data.target_sum=5.0e3"):
+        config = load_config("sclong_tiny", [change, "run.accept_changes=true"])
+        with pytest.raises(ValueError, match=change.partition("=")[0]):
+            refuse_changes(saved_run(tmp_path / change), config)
+
+
+def test_validation_on_other_cells_measures_something_else(tmp_path: Path) -> None:
+    config = load_config("sclong_tiny", ["run.validation_cells=9", "run.max_steps=9"])
+    assert changed_measure(saved_run(tmp_path), config) == ["run.validation_cells: 64 -> 9"]
