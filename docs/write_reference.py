@@ -40,8 +40,8 @@ def pages() -> dict[str, str]:
 
 def _config_page() -> str:
     lines = [
-        _NOTE,
         "# Configuration\n",
+        _NOTE,
         "A run is described by one complete YAML file: a preset (`--config sclong_tiny`) or a file "
         "of your own, and `section.key=value` on the command line. An unknown or missing key is an "
         "error. The resolved file is `config.yaml` of the run folder.\n",
@@ -112,8 +112,8 @@ def _presets(values: dict[str, str]) -> str:
 
 def _cli_page() -> str:
     lines = [
-        _NOTE,
         "# Commands\n",
+        _NOTE,
         "An installed package has the programs `sclong` and `sclong-prep`, which are "
         "`python -m sclong_ds` and `python -m data_prep` of the repository. Training is started by "
         "the `deepspeed` launcher or `sbatch slurm/pretrain.sh`.\n",
@@ -145,7 +145,7 @@ def _fixed_width(base: Any) -> Any:
 
 
 def _exit_status_page() -> str:
-    lines = [_NOTE, "# Exit statuses of training\n", "| status | meaning |", "|---|---|"]
+    lines = ["# Exit statuses of training\n", _NOTE, "| status | meaning |", "|---|---|"]
     lines += [f"| {status} | {meaning} |" for status, meaning in _statuses()]
     lines.append(
         "\nThe `deepspeed` launcher does not pass them on; `srun` and `slurm/pretrain.sh` do."
