@@ -30,7 +30,7 @@ def small_model(seed: int = 0, graph: bool = True, **changes: Any) -> ScLong:
     settings = {
         "base_dim": 16, "large_dim": 24, "top_seq_len": 12, "expression_hidden": 8,
         "large_encoder": stack, "mini_encoder": stack, "decoder": stack, "gene_bias": False,
-        "cell_offset": "none",
+        "cell_offset": "none", "routing": "top", "zero_genes": None,
     }  # fmt: skip
     config = dataclasses.replace(load_config("sclong_tiny").model, **(settings | changes))
     torch.manual_seed(seed)

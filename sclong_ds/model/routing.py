@@ -169,8 +169,11 @@ def read_genes(
     candidates = x > 0 if mask is None else (x > 0) | mask
     zeros = ~candidates if unmeasured is None else ~(candidates | unmeasured)
     # By falling key: visible values, hidden ones, zeros in hashed order, what is not measured.
-    keys = torch.where(zeros, -2.0 - _hashes(x, mask), -4.0).to(x.dtype)
-    keys = torch.where(candidates, x if mask is None else x.masked_fill(mask, -1.0), keys)
+    # In float32 at least: bfloat16 has 64 numbers for all hashes.
+    kind = torch.promote_types(x.dtype, torch.float32)
+    keys = torch.where(zeros, -2.0 - _hashes(x, mask), -4.0).to(kind)
+    values = x if mask is None else x.masked_fill(mask, -1.0)
+    keys = torch.where(candidates, values.to(kind), keys)
     order = torch.sort(keys, dim=1, descending=True, stable=True).indices
     n_candidates = candidates.sum(1)
     n_read = n_candidates + zeros.sum(1).clamp(max=zero_genes)

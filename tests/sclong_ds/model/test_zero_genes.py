@@ -58,6 +58,16 @@ def test_other_zeros_are_read_when_others_are_hidden_and_all_have_their_turn():
     assert times[100:].min() > 10
 
 
+def test_the_same_zeros_are_read_in_every_precision():
+    x = torch.zeros(1, 5000)
+    x[0, :100] = torch.arange(100) / 64 + 1
+    wanted, *others = (
+        read_genes(x.to(dtype), None, None, top_seq_len=90, zero_genes=64).rows
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    )
+    assert all(set(rows.tolist()) == set(wanted.tolist()) for rows in others)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
 @pytest.mark.parametrize("encoder", ["dual", "large", "mini"])
 def test_a_batch_equals_its_cells_one_by_one(encoder, dtype, tolerance):

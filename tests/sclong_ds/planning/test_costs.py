@@ -38,6 +38,8 @@ def small(**changes):
         "base_dim": 10,
         "large_dim": 24,
         "top_seq_len": 11,
+        "routing": "top",
+        "zero_genes": None,
         "expression_hidden": 5,
         "gene_encoder": "embedding",
         "large_encoder": stack(3, 3, 8, 13, 4),
