@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "embed": ("sclong_ds.embedding.embed", "cells to embeddings, AnnData out"),
     "evaluate": (
-        "sclong_ds.embedding.evaluate",
+        "sclong_ds.evaluation.evaluate",
         "zero-shot scores of embeddings against baselines",
     ),
     "verify": ("sclong_ds.exported.verify", "a run, checkpoint or model against its checksums"),
@@ -47,7 +47,7 @@ ARGUMENTS = {
     "export": "sclong_ds.exported.arguments",
     "import-reference": "sclong_ds.released.arguments",
     "embed": "sclong_ds.embedding.embed_arguments",
-    "evaluate": "sclong_ds.embedding.evaluate_arguments",
+    "evaluate": "sclong_ds.evaluation.evaluate_arguments",
     "report": "sclong_ds.report.arguments",
 }
 """Modules that have the add_arguments of commands whose own take long to import."""

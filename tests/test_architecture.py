@@ -21,7 +21,7 @@ FLOORS = {
         {"loader", "model", "checkpoint", "tracking"},
         {"objective", "exported", "job"},
         {"planning", "embedding", "released", "report"},
-        {"training"},
+        {"training", "evaluation"},
         {"pretrain", "demo", "__main__", "restarts", "preflight", "mlflow_model"},
     ],
     "data_prep": [
@@ -42,17 +42,20 @@ PLACES = {
     "torch": {
         "sclong_ds.engine", "sclong_ds.model", "sclong_ds.checkpoint", "sclong_ds.objective",
         "sclong_ds.exported", "sclong_ds.job", "sclong_ds.embedding", "sclong_ds.released",
-        "sclong_ds.training", "sclong_ds.pretrain", "sclong_ds.demo", "kernels",
+        "sclong_ds.evaluation", "sclong_ds.training", "sclong_ds.pretrain", "sclong_ds.demo",
+        "kernels",
     },
     "triton": {"kernels"},
     "torch_geometric": {"sclong_ds.model"},
     "deepspeed": {"sclong_ds.engine", "sclong_ds.checkpoint"},
     "mlflow": {"sclong_ds.tracking", "sclong_ds.embedding"},
     "matplotlib": {
-        "sclong_ds.report", "sclong_ds.embedding", "data_prep.graph", "data_prep.report",
+        "sclong_ds.report", "sclong_ds.evaluation", "data_prep.graph", "data_prep.report",
     },
     "kernels": {"sclong_ds.model", "sclong_ds.training"},
-    "data_prep": {"sclong_ds.embedding", "sclong_ds.__main__", "sclong_ds.demo"},
+    "data_prep": {
+        "sclong_ds.embedding", "sclong_ds.evaluation", "sclong_ds.__main__", "sclong_ds.demo",
+    },
 }  # fmt: skip
 """The only packages that import a library, or another top-level package."""
 

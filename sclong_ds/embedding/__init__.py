@@ -1,1 +1,1 @@
-"""Cells to embeddings, their evaluation, and the model as MLflow serves it."""
+"""Cells to embeddings, and the model as MLflow serves it."""

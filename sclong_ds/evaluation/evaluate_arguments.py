@@ -21,8 +21,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", metavar="KEY", help="obs column with the batches; adds the batch scores"
     )
     parser.add_argument(
+        "--group",
+        metavar="KEY",
+        help="obs column with donors, datasets or batches: each is predicted from the others, and "
+        "intervals are over them (default: 5 folds of cells)",
+    )
+    parser.add_argument(
+        "--train-batch",
+        nargs="+",
+        metavar="NAME",
+        help="batches whose labels predict those of --test-batch; adds the transfer scores",
+    )
+    parser.add_argument(
+        "--test-batch", nargs="+", metavar="NAME", help="batches that --train-batch predicts"
+    )
+    parser.add_argument(
         "--out", type=local_path, required=True, metavar="DIR", help="folder to write"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of folds, k-means and t-SNE (default %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="of folds, resamples, k-means, untrained weights and t-SNE (default %(default)s)",
     )

@@ -13,7 +13,8 @@ from exported import write_model
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.embedding import embed, embed_arguments, evaluate, evaluate_arguments
+from sclong_ds.embedding import embed, embed_arguments
+from sclong_ds.evaluation import evaluate, evaluate_arguments
 from sclong_ds.exported.model_dir import load_model
 
 N_GENES, N_PER_TYPE = 60, 20
@@ -84,7 +85,8 @@ def test_writes_scores_table_and_picture(
     }
     assert report["n_cells"] == 60
     assert report["majority_accuracy"] == pytest.approx(1 / 3)
-    assert set(report["scores"]) == {"sclong", "pca", "hvg_pca"}
+    ladder = {"sclong", "depth", "on_off", "untrained", "gene_vectors", "pca", "hvg_pca"}
+    assert set(report["scores"]) == ladder
     names = set(report["scores"]["sclong"])
     assert names == {
         "knn_accuracy",
@@ -97,13 +99,25 @@ def test_writes_scores_table_and_picture(
     }
     assert report["scores"]["pca"]["knn_accuracy"] > 0.95
     assert report["scores"]["pca"]["kmeans_ari"] > 0.9
+    assert len(report["verdict"]) == 1
+    assert "not better than" in report["verdict"][0]
+    accuracies = [scores["knn_accuracy"] for scores in report["scores"].values()]
+    assert accuracies == sorted(accuracies, reverse=True)
     table = pd.read_csv(out / "scores.tsv", sep="\t", index_col="representation")
+    assert list(table.index) == list(report["scores"])
+    for representation, bounds in report["intervals"].items():
+        assert set(bounds) == {"knn_accuracy", "knn_macro_f1", "label_asw", "batch_mixing"}
+        for name, (low, high) in bounds.items():
+            assert table.loc[representation, f"{name}_low"] == pytest.approx(low)
+            assert low <= report["scores"][representation][name] <= high
     for representation, scores in report["scores"].items():
         for name, value in scores.items():
             assert table.loc[representation, name] == pytest.approx(value)
     assert (out / "tsne.png").read_bytes().startswith(PNG)
     assert sorted(file.name for file in out.iterdir()) == ["scores.json", "scores.tsv", "tsne.png"]
-    assert "60 cells, 3 labels of cell_type" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith(report["verdict"][0])
+    assert "60 cells, 3 labels of cell_type" in printed
 
 
 def test_stored_embedding_of_the_same_model_is_taken_over(
@@ -126,7 +140,7 @@ def test_stored_embedding_of_the_same_model_is_taken_over(
 
     monkeypatch.setattr(evaluate, "embed_counts", counted)
     run(model_dir, embedded, "--label", "cell_type", "--out", tmp_path / "stored")
-    assert not calls
+    assert len(calls) == 1  # untrained weights
     fresh, stored = (
         json.loads((tmp_path / name / "scores.json").read_text())["scores"]
         for name in ("fresh", "stored")
@@ -137,7 +151,7 @@ def test_stored_embedding_of_the_same_model_is_taken_over(
     other = write_model(tmp_path / "other", genes, seed=1)
     with caplog.at_level(logging.INFO):
         run(other, embedded, "--label", "cell_type", "--out", tmp_path / "anew")
-    assert len(calls) == 1
+    assert len(calls) == 3
     assert "another model" in caplog.text
 
 
@@ -202,78 +216,53 @@ def test_stored_embedding_without_counts_is_refused(
         run(model_dir, embedded, "--label", "cell_type", "--out", tmp_path / "out")
 
 
-def test_label_scores_tell_structure_from_noise() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.repeat(["a", "b"], 50)
-    apart = rng.normal(size=(100, 3)) + 20 * (labels == "a")[:, None]
-    perfect = evaluate.label_scores(apart, labels, seed=0)
-    assert perfect["knn_accuracy"] == perfect["knn_macro_f1"] == 1.0
-    assert perfect["kmeans_ari"] == perfect["kmeans_nmi"] == pytest.approx(1.0)
-    assert perfect["label_asw"] > 0.9
-    noise = evaluate.label_scores(rng.normal(size=(100, 3)), labels, seed=0)
-    assert noise["knn_accuracy"] < 0.7
-    assert abs(noise["kmeans_ari"]) < 0.1
-    assert abs(noise["label_asw"] - 0.5) < 0.05
-    assert evaluate.label_scores(apart, labels, seed=0) == perfect
-
-
-def test_macro_f1_counts_a_small_label_as_much_as_a_large_one() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.repeat(["large", "small"], [95, 5])
-    scores = evaluate.label_scores(rng.normal(size=(100, 3)), labels, seed=0)
-    assert scores["knn_accuracy"] > 0.9
-    assert scores["knn_macro_f1"] < 0.6
-
-
-def test_batch_scores_tell_mixed_from_separated() -> None:
-    rng = np.random.default_rng(0)
-    labels, batches = np.repeat(["a", "b"], 100), np.tile(["x", "y"], 100)
-    x = rng.normal(size=(200, 3)) + 50 * (labels == "a")[:, None]
-    mixed = evaluate.batch_scores(x, labels, batches, seed=0)
-    shifted = x + np.array([0, 20, 0]) * (batches == "x")[:, None]
-    apart = evaluate.batch_scores(shifted, labels, batches, seed=0)
-    assert mixed["batch_mixing"] > 0.9
-    assert mixed["batch_asw"] > 0.9
-    assert apart["batch_mixing"] == pytest.approx(0.0)
-    assert apart["batch_asw"] < 0.2
-
-
-def test_batch_width_is_undefined_where_batches_are_the_labels() -> None:
-    labels = np.repeat(["a", "b"], 20)
-    x = np.random.default_rng(0).normal(size=(40, 3))
-    scores = evaluate.batch_scores(x, labels, labels, seed=0)
-    assert scores["batch_asw"] is None
-    assert evaluate.score_table({"sclong": scores})["batch_asw"].isna().all()
-
-
-def test_baselines_are_principal_components_of_the_variable_genes() -> None:
-    rng = np.random.default_rng(0)
-    counts = csr_matrix(rng.poisson(1.0, (30, 40)))
-    counts[counts[:, 0].nonzero()[0], 0] = 200
+def test_counts_become_the_model_input() -> None:
+    counts = csr_matrix(np.random.default_rng(0).poisson(1.0, (30, 40)))
     values = evaluate.normalise(counts, target_sum=1.0e4)
     totals = np.asarray(counts.sum(axis=1))
     np.testing.assert_allclose(
         values.toarray(), np.log1p(1.0e4 * counts.toarray() / totals), rtol=1e-5
     )
-    found = evaluate.baselines(values, seed=0)["pca"]
-    assert found.shape == (30, 29)
-    centred = values.toarray() - values.toarray().mean(axis=0)
-    singular = np.linalg.svd(centred, compute_uv=False)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=0), singular[:29], rtol=1e-3)
 
 
-def test_only_the_variable_genes_enter_the_second_baseline(
-    monkeypatch: pytest.MonkeyPatch,
+def test_groups_are_held_out_and_batches_predict_others(
+    model_dir: Path, cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "VARIABLE_GENES", 5)
-    rng = np.random.default_rng(0)
-    dense = rng.normal(scale=0.01, size=(30, 40))
-    dense[:, 10:15] *= 1000
-    found = evaluate.baselines(csr_matrix(dense), seed=0)["hvg_pca"]
-    dense[:, :10], dense[:, 15:] = 0.0, 0.0
-    expected = evaluate.baselines(csr_matrix(dense), seed=0)["hvg_pca"]
-    assert found.shape == (30, 4)
-    np.testing.assert_allclose(np.abs(found), np.abs(expected), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(evaluate, "draw", lambda *_, **__: b"")
+    data = anndata.read_h5ad(cells)
+    donors = np.array(["d1", "d2", "d3"])[np.arange(data.n_obs) % 3]
+    donors[(data.obs["cell_type"] == "T").to_numpy()] = "d1"
+    data.obs["donor"] = donors
+    data.write_h5ad(tmp_path / "donors.h5ad")
+    options = ("--label", "cell_type", "--group", "donor", "--batch", "batch")
+    transfer = ("--train-batch", "one", "--test-batch", "two", "--out", tmp_path / "out")
+    run(model_dir, tmp_path / "donors.h5ad", *options, *transfer)
+    report = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert report["left_out"]["label in one group only"] == N_PER_TYPE
+    assert report["labels"] == {"B": 20, "NK": 20}
+    assert sum(report["groups"].values()) == 40
+    assert [line.split()[1] for line in report["verdict"]] == ["knn_accuracy", "transfer_accuracy"]
+    assert report["scores"]["pca"]["transfer_accuracy"] > 0.9
+    assert (report["train_batch"], report["test_batch"]) == (["one"], ["two"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--train-batch", "one"), "go together"),
+        (("--train-batch", "one", "--test-batch", "two"), "name it with --batch"),
+        (("--batch", "batch", "--train-batch", "one", "--test-batch", "one"), "leave it out of"),
+        (("--batch", "batch", "--train-batch", "one", "--test-batch", "x"), "there are one, two"),
+        (("--group", "donor"), "--group donor: the input has no such column"),
+        (("--group", "all_one"), "0 labels have 5 cells or more in two groups of all_one"),
+    ],
+)
+def test_refuses_options_that_fit_neither_each_other_nor_the_cells(
+    model_dir: Path, cells: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(model_dir, cells, "--label", "cell_type", "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_refuses_wrong_columns_before_it_embeds(

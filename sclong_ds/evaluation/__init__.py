@@ -1,0 +1,1 @@
+"""Scores of cell embeddings beside those of representations that need no training."""

@@ -1,0 +1,320 @@
+"""Zero-shot scores of a model's cell embeddings, beside those of rows that any model must beat.
+
+    python -m sclong_ds evaluate MODEL_DIR INPUT --label KEY [--batch KEY] [--group KEY]
+        [--train-batch NAME ... --test-batch NAME ...] --out DIR
+
+Reads what `python -m sclong_ds embed` reads; INPUT may also be a file that `embed` wrote, whose
+embeddings are taken over if they are those of MODEL_DIR. Writes DIR/scores.json, DIR/scores.tsv
+and DIR/tsne.png. Nothing is fine-tuned: labels only score. Every representation gets the same
+cells, folds, resamples and distances (Euclidean): the model (`sclong`) and the rows of
+`sclong_ds.evaluation.ladder`; `sclong_ds.evaluation.scores` describes scores and intervals.
+The first line of the output is the verdict, the strongest row comes first in the table.
+
+`majority_accuracy` is what always naming the most common label would reach. With --group, labels
+that only one group has are left out: no other group can teach them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import matplotlib
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.sparse import csr_matrix, vstack
+from sklearn.manifold import TSNE
+
+from data_prep.manifest.input_options import input_dataset
+from data_prep.readers.open import detect_format
+from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.embedding.cells import Cells, open_cells
+from sclong_ds.embedding.embed import (
+    KEY,
+    choose_device,
+    embed_counts,
+)
+from sclong_ds.embedding.record import made_by
+from sclong_ds.embedding.stored import UNS_KEY
+from sclong_ds.evaluation.ladder import (
+    NO_CONTEXT,
+    corrected_rows,
+    gene_vector_means,
+    plain_rows,
+)
+from sclong_ds.evaluation.scored_cells import ScoredCells, choose_cells, layout_of, sizes_of
+from sclong_ds.evaluation.scores import Layout, Scores, sample_cells, score
+from sclong_ds.evaluation.verdict import (
+    interval_table,
+    intervals_of,
+    score_table,
+    shown_table,
+    verdict,
+)
+from sclong_ds.exported.manifest import weights_hash
+from sclong_ds.exported.model_dir import load_model, untrained_model
+from sclong_ds.files.atomic import write_atomic
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.progress import count_progress
+
+_MAX_DRAWN_CELLS = 3000
+_MAX_LEGEND = 30
+_BLOCK_CELLS = 512
+
+_log = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `python -m sclong_ds evaluate`.
+
+    Args:
+        args: Parsed arguments of `add_arguments`.
+
+    Returns:
+        0.
+
+    Raises:
+        FileNotFoundError: No such model or input.
+        ValueError: No such column, too few labels or batches, or an input that `embed` refuses too.
+    """
+    check_options(args)
+    model = load_model(args.model_dir, device=choose_device(args.device))
+    stored = stored_embedding(args.input, model=model, model_dir=args.model_dir)
+    cells = open_cells(
+        args.input,
+        genes=model.genes,
+        split=args.split,
+        min_genes=args.min_genes_mapped,
+        min_share=args.min_share_mapped,
+        dataset=input_dataset(args.input, args),
+    )
+    scored = choose_cells(cells, label=args.label, batch=args.batch, group=args.group)
+    layout = layout_of(scored, args)
+    points = representations(model, cells, scored, stored=stored, args=args)
+    scores = {name: score(x, layout) for name, x in points.items()}
+    table, intervals = score_table(scores), interval_table(scores)
+    lines = [
+        f"sclong, {verdict(scores, name=name, no_context=NO_CONTEXT)}" for name in _judged(layout)
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.out / "tsne.png", draw(points, scored, seed=args.seed))
+    written = table.join(intervals)
+    write_atomic(args.out / "scores.tsv", written.to_csv(sep="\t").encode())
+    report = {"verdict": lines} | _facts(args, cells, scored) | _score_facts(scores, table)
+    write_atomic(args.out / "scores.json", (json.dumps(report, indent=1) + "\n").encode())
+    print("\n".join(lines))
+    print(f"{len(scored.rows)} cells, {len(sizes_of(scored.labels))} labels of {args.label}")
+    print(shown_table(scores, table).to_string(na_rep="-"))
+    print(f"written to {args.out}")
+    return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ValueError: Which, and what to change.
+    """
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must be 0 or more")
+    if bool(args.train_batch) != bool(args.test_batch):
+        raise ValueError("--train-batch and --test-batch go together; give both or none")
+    if args.train_batch and not args.batch:
+        raise ValueError("--train-batch names values of a column; name it with --batch")
+    both = set(args.train_batch or ()) & set(args.test_batch or ())
+    if both:
+        raise ValueError(f"{min(both)}: in --train-batch and in --test-batch; leave it out of one")
+
+
+def representations(
+    model: ScLong,
+    cells: Cells,
+    scored: ScoredCells,
+    *,
+    stored: np.ndarray | None,
+    args: argparse.Namespace,
+) -> dict[str, np.ndarray]:
+    """Return the model's embedding and every row of the ladder, (n, width) by name.
+
+    Args:
+        model: The model.
+        cells: The input.
+        scored: Its cells that are scored.
+        stored: (cells of the input, C) embeddings by this model, or None.
+        args: Arguments of `evaluate`.
+    """
+    measured = None if cells.measured is None else cells.measured.of(scored.rows)
+    if stored is None:
+        embedded = _embed(model, scored, measured, args, what="embed")
+    else:
+        embedded = stored[cells.rows[scored.rows]]
+    untrained = untrained_model(args.model_dir, seed=args.seed, device=choose_device(args.device))
+    values = normalise(scored.counts, target_sum=model.transform.target_sum)
+    found = {
+        "sclong": embedded,
+        "untrained": _embed(untrained, scored, measured, args, what="embed, untrained weights"),
+        "gene_vectors": gene_vector_means(model, scored.counts),
+    }
+    found |= plain_rows(scored.counts, values, seed=args.seed)
+    if scored.batches is not None:
+        found |= corrected_rows(scored.counts, found["pca"], scored.batches, seed=args.seed)
+    return found
+
+
+def _embed(
+    model: ScLong,
+    scored: ScoredCells,
+    measured: MeasuredGenes | None,
+    args: argparse.Namespace,
+    *,
+    what: str,
+) -> np.ndarray:
+    with count_progress(what, len(scored.rows), "cells") as on_cells:
+        return embed_counts(
+            model, scored.counts, batch_size=args.batch_size, on_cells=on_cells, measured=measured
+        )
+
+
+def _judged(layout: Layout) -> list[str]:
+    """Return the scores that get a verdict."""
+    return ["knn_accuracy"] + ["transfer_accuracy"] * (layout.train is not None)
+
+
+def stored_embedding(path: Path, *, model: ScLong, model_dir: Path) -> np.ndarray | None:
+    """Return the embeddings that a file holds if this model made them, else None.
+
+    Args:
+        path: The input of `evaluate`.
+        model: The model.
+        model_dir: Its folder.
+
+    Returns:
+        (n, C) float32 for all cells of the file, or None.
+
+    Raises:
+        ValueError: The embeddings are there, but not the counts that the baselines need.
+    """
+    if not path.is_file() or detect_format(path) != "h5ad":
+        return None
+    with h5py.File(path) as file:
+        if f"obsm/{KEY}" not in file or f"uns/{UNS_KEY}" not in file:
+            return None
+        if not made_by(read_elem(file[f"uns/{UNS_KEY}"]), model=model, model_dir=model_dir):
+            _log.info("%s holds embeddings of another model; embedding anew", path)
+            return None
+        if "X" not in file:
+            raise ValueError(
+                f"{path} holds no counts, which the baselines need: "
+                "embed without --no-counts, or name the source file"
+            )
+        return np.asarray(file[f"obsm/{KEY}"][:], dtype=np.float32)
+
+
+def normalise(counts: csr_matrix, *, target_sum: float) -> csr_matrix:
+    """Return the model's transform of counts (n, G), log1p of scaled counts, as float32 CSR."""
+    parts = [
+        counts[start : start + _BLOCK_CELLS] for start in range(0, counts.shape[0], _BLOCK_CELLS)
+    ]
+    return vstack(
+        [csr_matrix(log1p_normalise(part, target_sum=target_sum)) for part in parts], format="csr"
+    )
+
+
+def _score_facts(scores: Mapping[str, Scores], table: pd.DataFrame) -> dict[str, object]:
+    """Return what scores.json says of the scores, the strongest row first."""
+    order = [str(name) for name in table.index]
+    return {
+        "scores": {name: scores[name].values for name in order},
+        "intervals": {name: intervals_of(scores[name]) for name in order},
+    }
+
+
+def draw(points: Mapping[str, np.ndarray], cells: ScoredCells, *, seed: int) -> bytes:
+    """Draw the t-SNE of the model's embedding beside that of the PCA baseline.
+
+    Args:
+        points: Representations; sclong and pca are drawn.
+        cells: The cells; at most 3,000 are drawn.
+        seed: Of the choice of cells and the t-SNE.
+
+    Returns:
+        A PNG: a row coloured by label, and one by batch where there are batches.
+    """
+    sample = sample_cells(len(cells.labels), _MAX_DRAWN_CELLS, seed)
+    maps = {
+        name: TSNE(
+            init="pca", perplexity=min(30.0, (len(sample) - 1) / 3), random_state=seed
+        ).fit_transform(points[name][sample])
+        for name in ("sclong", "pca")
+    }
+    colourings = {"label": cells.labels} | (
+        {} if cells.batches is None else {"batch": cells.batches}
+    )
+    figure = Figure(figsize=(11, 4.5 * len(colourings)), layout="constrained")
+    grid = figure.subplots(len(colourings), len(maps), squeeze=False)
+    for row, (kind, values) in zip(grid, colourings.items(), strict=True):
+        for axes, (name, xy) in zip(row, maps.items(), strict=True):
+            _scatter(axes, xy, values[sample])
+            axes.set_title(f"{name}, by {kind}")
+        handles, names = row[-1].get_legend_handles_labels()
+        shown = slice(0, _MAX_LEGEND)
+        row[-1].legend(
+            handles[shown],
+            names[shown],
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            frameon=False,
+            fontsize=8,
+        )
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return file.getvalue()
+
+
+def _scatter(axes: Axes, xy: np.ndarray, values: np.ndarray) -> None:
+    names = np.unique(values)
+    # The palettes with few colours are the easier ones to tell apart.
+    palette = next((n for n in (10, 20) if len(names) <= n), None)
+    colours = matplotlib.colormaps[f"tab{palette}" if palette else "gist_rainbow"]
+    for i, name in enumerate(names):
+        here = values == name
+        colour = colours(i if palette else i / len(names))
+        axes.scatter(xy[here, 0], xy[here, 1], s=8, color=colour, label=str(name), linewidths=0)
+    axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+
+
+def _facts(args: argparse.Namespace, cells: Cells, scored: ScoredCells) -> dict[str, object]:
+    """Return what scores.json says besides the scores."""
+    labels = sizes_of(scored.labels)
+    return {
+        "model_dir": str(args.model_dir.resolve()),
+        "weights_sha256": weights_hash(args.model_dir),
+        "input": str(args.input.resolve()),
+        "split": args.split,
+        "label": args.label,
+        "batch": args.batch,
+        "group": args.group,
+        "train_batch": args.train_batch,
+        "test_batch": args.test_batch,
+        "seed": args.seed,
+        "n_cells": len(scored.rows),
+        "left_out": dict(cells.left_out) | dict(scored.left_out),
+        "read": dict(cells.facts),
+        "warnings": list(cells.warnings),
+        "rare_labels": dict(scored.rare_labels),
+        "labels": labels,
+        "batches": None if scored.batches is None else sizes_of(scored.batches),
+        "groups": None if scored.groups is None else sizes_of(scored.groups),
+        "majority_accuracy": max(labels.values()) / len(scored.rows),
+    }

@@ -1,0 +1,108 @@
+"""Scores that can be checked by hand, folds of groups, transfer, and intervals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sclong_ds.evaluation.scores import Layout, Scores, interval, score
+
+
+def test_label_scores_tell_structure_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    layout = Layout(labels=np.repeat(["a", "b"], 50))
+    apart = rng.normal(size=(100, 3)) + 20 * (layout.labels == "a")[:, None]
+    perfect = score(apart, layout).values
+    assert perfect["knn_accuracy"] == perfect["knn_macro_f1"] == 1.0
+    assert perfect["kmeans_ari"] == perfect["kmeans_nmi"] == pytest.approx(1.0)
+    assert perfect["label_asw"] > 0.9
+    noise = score(rng.normal(size=(100, 3)), layout).values
+    assert noise["knn_accuracy"] < 0.7
+    assert abs(noise["kmeans_ari"]) < 0.1
+    assert abs(noise["label_asw"] - 0.5) < 0.05
+    assert score(apart, layout).values == perfect
+
+
+def test_macro_f1_counts_a_small_label_as_much_as_a_large_one() -> None:
+    rng = np.random.default_rng(0)
+    layout = Layout(labels=np.repeat(["large", "small"], [95, 5]))
+    scores = score(rng.normal(size=(100, 3)), layout).values
+    assert scores["knn_accuracy"] > 0.9
+    assert scores["knn_macro_f1"] < 0.6
+
+
+def test_batch_scores_tell_mixed_from_separated() -> None:
+    rng = np.random.default_rng(0)
+    layout = Layout(labels=np.repeat(["a", "b"], 100), batches=np.tile(["x", "y"], 100))
+    x = rng.normal(size=(200, 3)) + 50 * (layout.labels == "a")[:, None]
+    mixed = score(x, layout).values
+    shifted = x + np.array([0, 20, 0]) * (layout.batches == "x")[:, None]
+    apart = score(shifted, layout).values
+    assert mixed["batch_mixing"] > 0.9
+    assert mixed["batch_asw"] > 0.9
+    assert apart["batch_mixing"] == pytest.approx(0.0)
+    assert apart["batch_asw"] < 0.2
+
+
+def test_batch_width_is_undefined_where_batches_are_the_labels() -> None:
+    labels = np.repeat(["a", "b"], 20)
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    assert score(x, Layout(labels=labels, batches=labels)).values["batch_asw"] is None
+
+
+def donors() -> tuple[np.ndarray, Layout]:
+    """Return cells that lie by donor, and within a donor by label the other way round."""
+    labels, groups = np.tile(["a", "b"], 60), np.repeat(["d1", "d2"], 60)
+    side = np.where((labels == "a") == (groups == "d1"), 1.0, -1.0)
+    x = np.stack([100.0 * (groups == "d1"), side], axis=1)
+    x += np.random.default_rng(0).normal(scale=0.01, size=x.shape)
+    return x, Layout(labels=labels, groups=groups, batches=groups)
+
+
+def test_a_group_is_predicted_from_the_others_alone() -> None:
+    x, layout = donors()
+    assert score(x, dataclasses.replace(layout, groups=None)).values["knn_accuracy"] == 1.0
+    x[:, 0] = 0.0
+    assert score(x, layout).values["knn_accuracy"] == 0.0
+
+
+def test_transfer_learns_from_some_batches_and_leaves_out_labels_they_lack() -> None:
+    x, layout = donors()
+    labels = layout.labels.copy()
+    labels[-10:] = "only in d2"
+    x[:, 0] = 0.0
+    x[layout.groups == "d2", 1] *= -1
+    train = layout.groups == "d1"
+    found = score(x, Layout(labels=labels, train=train, test=~train))
+    assert found.values["transfer_accuracy"] == found.values["transfer_macro_f1"] == 1.0
+    x[60, 1] *= -1
+    found = score(x, Layout(labels=labels, train=train, test=~train))
+    assert found.values["transfer_accuracy"] == pytest.approx(49 / 50)
+
+
+def accuracy_draws(groups: np.ndarray | None, *, seed: int = 0) -> Scores:
+    labels = np.tile(["a", "b"], 100)
+    x = np.where(labels == "a", 1.0, -1.0)[:, None] + np.zeros((200, 2))
+    # Half of the donors are labelled the other way round: right or wrong as a whole.
+    x[:100] *= -1
+    train = np.zeros(200, dtype=bool)
+    train[100:140] = True
+    layout = Layout(labels=labels, groups=groups, train=train, test=~train, seed=seed)
+    return score(x + np.random.default_rng(0).normal(scale=0.01, size=x.shape), layout)
+
+
+def test_intervals_are_of_cells_or_of_groups() -> None:
+    cells = accuracy_draws(None)
+    p = cells.values["transfer_accuracy"]
+    assert p == pytest.approx(60 / 160)
+    low, high = cells.interval("transfer_accuracy")
+    # That of a binomial share.
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 160), rel=0.1)
+    groups = accuracy_draws(np.repeat([f"d{i}" for i in range(10)], 20))
+    low, high = groups.interval("transfer_accuracy")
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 8), rel=0.15)
+    again, other = accuracy_draws(None), accuracy_draws(None, seed=1)
+    name = "transfer_accuracy"
+    np.testing.assert_array_equal(again.draws[name], cells.draws[name])
+    assert (other.draws[name] != cells.draws[name]).any()
+    assert interval(np.arange(1001.0)) == pytest.approx((25.0, 975.0))
