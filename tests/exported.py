@@ -14,6 +14,7 @@ from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.model_dir import write_model_dir
+from sclong_ds.exported.training_cells import TrainingCells
 from sclong_ds.model.sclong import ScLong
 
 
@@ -26,7 +27,12 @@ def named_genes(count: int) -> GeneVocabulary:
 
 
 def write_model(
-    folder: Path, genes: GeneVocabulary, *, seed: int, unmeasured: Literal["zero", "mask"] = "zero"
+    folder: Path,
+    genes: GeneVocabulary,
+    *,
+    seed: int,
+    unmeasured: Literal["zero", "mask"] = "zero",
+    training_cells: TrainingCells | None = None,
 ) -> Path:
     """Export a small model with random weights."""
     genes.write(folder / "genes.tsv")
@@ -51,6 +57,8 @@ def write_model(
         genes=folder / "genes.tsv",
         graph=None,
         features=None,
-        provenance={"step": 0},
+        provenance={"step": 0}
+        | ({} if training_cells is None else {"training_cells": training_cells.facts()}),
+        training_cells=training_cells,
     )
     return folder / "exported"

@@ -8,7 +8,6 @@ cells of a corpus of 10^9 share a digest with probability 10^-21.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.corpus.buckets import BucketRuns, bucket_of, plan_runs
 from data_prep.corpus.work_folder import discard_scratch
-from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.byte_code import digest_cells
 from sclong_ds.corpus.cell_store import CellStore
 
 CELLS_PER_BUCKET = 2**21
@@ -65,19 +64,6 @@ def find_duplicates(
         repeated[cells] = True
     discard_scratch(folder)
     return np.split(repeated, first_cell[1:-1])
-
-
-def digest_cells(cells: PackedCells) -> NDArray[np.uint64]:
-    """Return a (cells, 2) array with the 128-bit digest of each cell."""
-    gap, count = memoryview(cells.gap), memoryview(cells.count)  # type: ignore[arg-type]
-    digests = bytearray()
-    start = 0
-    for stop in np.cumsum(cells.row_entries, dtype=np.int64).tolist():
-        digest = hashlib.blake2b(gap[start:stop], digest_size=16)
-        digest.update(count[start:stop])
-        digests += digest.digest()
-        start = stop
-    return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
 
 
 def write_digests(runs: BucketRuns, digests: NDArray[np.uint64], first_cell: int) -> None:

@@ -15,12 +15,13 @@ Genes come in increasing order, so a cell has one encoding and equal bytes mean 
 99.97% of the entries of UMI data need neither a continuation nor a stepping stone, hence about two
 bytes a non-zero before compression.
 
-All functions work on many cells at once and have no Python loop over cells or values. numpy only;
-`sclong_ds.corpus.corpus` puts the streams on disk.
+All functions work on many cells at once; only `digest_cells` has a Python loop over cells. numpy
+only; `sclong_ds.corpus.corpus` puts the streams on disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,6 +141,19 @@ def decode(
     result = csr_matrix((data, indices, indptr), shape=(len(row_entries), n_genes))
     result.has_canonical_format = True
     return result
+
+
+def digest_cells(cells: PackedCells) -> NDArray[np.uint64]:
+    """Return a (cells, 2) array with the 128-bit BLAKE2b digest of each cell's bytes."""
+    gap, count = memoryview(cells.gap), memoryview(cells.count)  # type: ignore[arg-type]
+    digests = bytearray()
+    start = 0
+    for stop in np.cumsum(cells.row_entries, dtype=np.int64).tolist():
+        digest = hashlib.blake2b(gap[start:stop], digest_size=16)
+        digest.update(count[start:stop])
+        digests += digest.digest()
+        start = stop
+    return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
 
 
 def slices_to_index(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -38,9 +38,14 @@ from data_prep.manifest.input_options import input_dataset
 from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
-from sclong_ds.embedding.record import input_record, origin_of, record_of
+from sclong_ds.embedding.record import input_record, origin_of, record_of, training_record
 from sclong_ds.embedding.stored import UNS_KEY, measured_column, measured_record
 from sclong_ds.exported.model_dir import load_model
+from sclong_ds.exported.training_cells import (
+    TrainingCells,
+    read_training_cells,
+    share_in_training,
+)
 from sclong_ds.files.hdf5_file import new_hdf5
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
@@ -63,6 +68,8 @@ class Coverage:
     n_cells: int
     n_cells_without_counts: int
     """Cells without a count of a gene of the model; their embedding is zero."""
+    n_cells_in_training: int
+    """Cells that the model was trained on; 0 where that is not known."""
     n_genes_input: int
     n_genes_mapped: int
     n_genes_model: int
@@ -93,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         min_share=args.min_share_mapped,
         dataset=input_dataset(args.input, args),
     )
+    training_cells = read_training_cells(args.model_dir)
     coverage = embed_to_file(
         model,
         cells,
@@ -101,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         with_counts=not args.no_counts,
         origin=origin_of(args),
+        training_cells=training_cells,
     )
+    print(share_in_training(training_cells, coverage.n_cells_in_training, coverage.n_cells))
     print(
         f"{args.out}: {coverage.n_cells} cells, {KEY} of width {model.config.base_dim}; "
         f"{coverage.n_genes_mapped} of the model's {coverage.n_genes_model} genes, "
@@ -174,6 +184,7 @@ def embed_to_file(
     batch_size: int,
     with_counts: bool,
     origin: dict[str, Any] | None = None,
+    training_cells: TrainingCells | None = None,
 ) -> Coverage:
     """Embed all cells of an input and write the h5ad; it appears whole or not at all.
 
@@ -185,6 +196,7 @@ def embed_to_file(
         batch_size: Cells at a time.
         with_counts: Whether to write the counts as X.
         origin: What the cells are, for the record.
+        training_cells: What the model was trained on; None: not known.
 
     Returns:
         What was embedded.
@@ -194,7 +206,7 @@ def embed_to_file(
     """
     n_cells, n_genes = len(cells.obs), model.n_genes
     n_genes_mapped, n_counts = np.zeros(n_cells, dtype=np.int32), np.zeros(n_cells, dtype=np.int64)
-    done, n_input_counts = 0, 0
+    done, n_input_counts, n_known = 0, 0, 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_hdf5(out) as (file, written), count_progress("embed", n_cells, "cells") as on_cells:
         embedded = _begin_anndata(file, n_cells, model, with_counts=with_counts)
@@ -211,25 +223,33 @@ def embed_to_file(
             )
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))
+            if training_cells is not None:
+                n_known += int(training_cells.hold(block.counts).sum())
             written.check()
             done, n_input_counts = part.stop, n_input_counts + block.n_input_counts
         if done != n_cells:
             raise ValueError(f"the input lists {n_cells} cells, but its matrix holds {done}")
-        coverage = _coverage(cells, n_counts, n_input_counts=n_input_counts, n_genes=n_genes)
+        coverage = _coverage(
+            cells, n_counts, n_input_counts=n_input_counts, n_genes=n_genes, n_known=n_known
+        )
         obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
         obs = obs.assign(**measured_column(cells.measured))
         write_elem(file, "obs", plain_columns(obs))
         record = record_of(model, model_dir) | {"pooling": POOLING, "coverage": asdict(coverage)}
+        record |= training_record(training_cells)
         record |= input_record(cells) | measured_record(cells.measured)
         write_elem(file, "uns", {UNS_KEY: record | (origin or {})})
     _warn(coverage, masks=model.transform.unmeasured == "mask")
     return coverage
 
 
-def _coverage(cells: Cells, n_counts: np.ndarray, *, n_input_counts: int, n_genes: int) -> Coverage:
+def _coverage(
+    cells: Cells, n_counts: np.ndarray, *, n_input_counts: int, n_genes: int, n_known: int
+) -> Coverage:
     return Coverage(
         n_cells=len(n_counts),
         n_cells_without_counts=int((n_counts == 0).sum()),
+        n_cells_in_training=n_known,
         n_genes_input=cells.n_genes_input,
         n_genes_mapped=cells.n_genes_mapped,
         n_genes_model=n_genes,

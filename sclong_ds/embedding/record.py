@@ -17,6 +17,7 @@ from data_prep.convert.source_identity import source_hash
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.exported.manifest import model_digest, weights_hash
+from sclong_ds.exported.training_cells import TrainingCells
 from sclong_ds.model.sclong import ScLong
 
 _NOT_OPTIONS = {"model_dir", "input", "out", "command"}
@@ -68,6 +69,18 @@ def input_record(cells: Cells) -> dict[str, Any]:
         "cells_left_out": dict(cells.left_out),
         "warnings": np.array(cells.warnings, dtype=str),
     }
+
+
+def training_record(known: TrainingCells | None) -> dict[str, Any]:
+    """Return what is known of the cells that the model was trained on.
+
+    Args:
+        known: Of the model; None: nothing.
+    """
+    if known is None:
+        return {"training_cells": {"known": False}}
+    datasets = np.array(known.datasets, dtype=str)
+    return {"training_cells": {"known": True, "complete": known.complete, "datasets": datasets}}
 
 
 def origin_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -61,6 +61,11 @@ from sclong_ds.evaluation.verdict import (
 )
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model, untrained_model
+from sclong_ds.exported.training_cells import (
+    TrainingCells,
+    read_training_cells,
+    share_in_training,
+)
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
@@ -105,13 +110,17 @@ def run(args: argparse.Namespace) -> int:
     lines = [
         f"sclong, {verdict(scores, name=name, no_context=NO_CONTEXT)}" for name in _judged(layout)
     ]
+    known = read_training_cells(args.model_dir)
+    n_known = 0 if known is None else int(known.hold(scored.counts).sum())
+    leak = share_in_training(known, n_known, len(scored.rows))
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "tsne.png", draw(points, scored, seed=args.seed))
     written = table.join(intervals)
     write_atomic(args.out / "scores.tsv", written.to_csv(sep="\t").encode())
-    report = {"verdict": lines} | _facts(args, cells, scored) | _score_facts(scores, table)
+    report = {"verdict": lines, "training_cells": _leak_facts(known, n_known)}
+    report |= _facts(args, cells, scored) | _score_facts(scores, table)
     write_atomic(args.out / "scores.json", (json.dumps(report, indent=1) + "\n").encode())
-    print("\n".join(lines))
+    print("\n".join([*lines, leak]))
     print(f"{len(scored.rows)} cells, {len(sizes_of(scored.labels))} labels of {args.label}")
     print(shown_table(scores, table).to_string(na_rep="-"))
     print(f"written to {args.out}")
@@ -292,6 +301,14 @@ def _scatter(axes: Axes, xy: np.ndarray, values: np.ndarray) -> None:
         colour = colours(i if palette else i / len(names))
         axes.scatter(xy[here, 0], xy[here, 1], s=8, color=colour, label=str(name), linewidths=0)
     axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+
+
+def _leak_facts(known: TrainingCells | None, n_known: int) -> dict[str, object]:
+    """Return what scores.json says of cells that the model was trained on."""
+    if known is None:
+        return {"known": False}
+    facts = {"known": True, "n_cells_in_training": n_known}
+    return facts | {"complete": known.complete, "datasets": list(known.datasets)}
 
 
 def _facts(args: argparse.Namespace, cells: Cells, scored: ScoredCells) -> dict[str, object]:

@@ -18,3 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=local_path, required=True, metavar="MODEL_DIR", help="folder to make"
     )
+    parser.add_argument(
+        "--no-training-cells",
+        action="store_true",
+        help="leave out the digests of the training cells: the corpus is not read, and nobody can "
+        "tell from the folder whether a cell was in training",
+    )

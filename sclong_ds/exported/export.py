@@ -3,8 +3,9 @@
     python -m sclong_ds export RUN_DIR/checkpoints/step_00000050 --out MODEL_DIR
 
 Reads one checkpoint, checked against its manifest; writes the folder that
-`sclong_ds.exported.model_dir` describes. The weights of all ranks are merged in memory (4 bytes a
-parameter).
+`sclong_ds.exported.model_dir` describes. Where the run's corpus is at hand, the folder gets the
+digests of the training cells, for which all of them are read. The weights of all ranks are merged
+in memory (4 bytes a parameter).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
+from sclong_ds.exported.training_cells import training_cells_of
 from sclong_ds.files.atomic import named_errors
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.random_features import drawn_features, redraw_index
@@ -75,23 +77,24 @@ def resolve(path: Path) -> Path:
     return chosen
 
 
-def export(checkpoint_dir: Path, out: Path) -> dict[str, Any]:
+def export(checkpoint_dir: Path, out: Path, *, training_cells: bool = True) -> dict[str, Any]:
     """Write the exported model of a checkpoint.
 
     Args:
         checkpoint_dir: A checkpoint, a `checkpoints` folder or a run folder (its newest
             checkpoint).
         out: Folder to make.
+        training_cells: Whether to add the digests of the training cells.
 
     Returns:
         The provenance that was written.
     """
     check_absent(out)
     with named_errors(checkpoint_dir):
-        return _export(resolve(checkpoint_dir), out)
+        return _export(resolve(checkpoint_dir), out, with_cells=training_cells)
 
 
-def _export(checkpoint: Path, out: Path) -> dict[str, Any]:
+def _export(checkpoint: Path, out: Path, *, with_cells: bool) -> dict[str, Any]:
     config = load_config(checkpoint / "config.yaml")
     state = read_state(checkpoint)
     graph, trained = checkpoint / GRAPH, read_run_json(checkpoint)
@@ -104,6 +107,11 @@ def _export(checkpoint: Path, out: Path) -> dict[str, Any]:
         "environment": trained.get("environment"),
         "exported_by": {"commit": git_commit(), "environment": environment()},
     }
+    training_cells = (
+        training_cells_of(config, corpus_hash=state.corpus_hash) if with_cells else None
+    )
+    if training_cells is not None:
+        provenance["training_cells"] = training_cells.facts()
     weights = full_weights(checkpoint)
     with named_errors(out):
         write_model_dir(
@@ -115,6 +123,7 @@ def _export(checkpoint: Path, out: Path) -> dict[str, Any]:
             graph=graph if graph.is_file() else None,
             features=features_of(checkpoint, config, state.step),
             provenance=provenance,
+            training_cells=training_cells,
         )
     return provenance
 
@@ -140,7 +149,7 @@ def transform_of(config: RunConfig) -> Transform:
 
 def run(args: argparse.Namespace) -> int:
     """Run `python -m sclong_ds export`."""
-    provenance = export(args.checkpoint, args.out)
+    provenance = export(args.checkpoint, args.out, training_cells=not args.no_training_cells)
     log.info("wrote %s from step %d of %s", args.out, provenance["step"], args.checkpoint)
     return 0
 

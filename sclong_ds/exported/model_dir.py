@@ -7,6 +7,7 @@ No DeepSpeed needed.
     MODEL_DIR/genes.tsv                     gene order of the inputs
     MODEL_DIR/gene_graph.npz                the gene graph, when the architecture has one
     MODEL_DIR/random_features.safetensors   the random features of FAVOR+
+    MODEL_DIR/training_cells.npz            digests of the cells it was trained on, where known
     MODEL_DIR/provenance.json               what the model was made from
     MODEL_DIR/README.md                     model card
     MODEL_DIR/manifest.json                 size and checksums of all of these
@@ -44,6 +45,7 @@ from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.manifest import CURE, WEIGHTS, check_files, write_manifest
+from sclong_ds.exported.training_cells import TrainingCells
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
 from sclong_ds.files.versions import refuse_later
 from sclong_ds.model.features_file import read_features, write_features
@@ -58,6 +60,7 @@ _UNCHECKED = 2
 GRAPH = "gene_graph.npz"
 FEATURES = "random_features.safetensors"
 
+_MAX_NAMED = 20  # datasets in the card; training_cells.npz names all
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +74,7 @@ def write_model_dir(
     graph: Path | None,
     features: Mapping[str, Tensor] | None,
     provenance: Mapping[str, Any],
+    training_cells: TrainingCells | None = None,
 ) -> None:
     """Write an exported model; the folder appears whole or not at all.
 
@@ -83,6 +87,7 @@ def write_model_dir(
         graph: The gene graph's npz, or None.
         features: The random features (M, K) by `stack.layer`, or None: they are drawn.
         provenance: What the model was trained or imported from.
+        training_cells: What it was trained on; None: not known.
 
     Raises:
         FileExistsError: `out` exists.
@@ -99,6 +104,8 @@ def write_model_dir(
                 shutil.copyfile(source, partial / name)
         if features is not None:
             write_features(partial / FEATURES, features)
+        if training_cells is not None:
+            training_cells.write(partial)
         config = _description(model, transform, partial)
         shapes = {n: tuple(t.shape) for n, t in _empty_model(partial, config).state_dict().items()}
         _write_weights(partial / WEIGHTS, weights, shapes)
@@ -378,13 +385,27 @@ in the large encoder, gene encoder: {model["gene_encoder"]}.
 def _training(provenance: Mapping[str, Any]) -> str:
     """Return the part of the card on training and validation."""
     facts = {k: v for k, v in provenance.items() if not isinstance(v, dict)}
-    text = f"## Training\n\n{_table(('', ''), facts.items())}"
+    text = f"## Training\n\n{_table(('', ''), facts.items())}{_trained_on(provenance)}"
     found: Mapping[str, float] = provenance.get("validation") or {}
     if not found:
         return text
     words = f"{sentence(found)}.\n\n" if MSE in found else ""
     scores = [(n, f"{v:,.0f}" if n == N_HIDDEN else f"{v:.4f}") for n, v in found.items()]
     return f"{text}\n## Validation\n\n{words}{_table(('figure', 'value'), scores)}"
+
+
+def _trained_on(provenance: Mapping[str, Any]) -> str:
+    """Return the card's sentence on the training cells."""
+    cells = provenance.get("training_cells")
+    if not cells:
+        return "\nThe folder does not tell which cells were in training.\n"
+    names = cells["datasets"]
+    more = f" and {len(names) - _MAX_NAMED} more" * (len(names) > _MAX_NAMED)
+    return (
+        f"\n{cells['n_digests']:,} distinct training cells of {len(names)} datasets: "
+        f"{', '.join(names[:_MAX_NAMED])}{more}. `embed` and `evaluate` tell how many of the cells "
+        f"that they are given are among them.\n"
+    )
 
 
 def _source(provenance: Mapping[str, Any]) -> str:

@@ -261,6 +261,7 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, m
     """The exported model scores what validation logged, and says what trained it."""
     from sclong_ds import Corpus, load_model
     from sclong_ds.exported import export
+    from sclong_ds.exported.training_cells import read_training_cells
     from sclong_ds.loader.batches import CellBatch
     from sclong_ds.objective.batch import masked_batch
     from sclong_ds.objective.metrics import MaskedMetrics
@@ -288,6 +289,10 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, m
     logged = [r for r in read_metrics(straight) if "val/mse" in r][-1]
     assert metrics.compute()["val/mse"] == pytest.approx(logged["val/mse"], rel=1e-5)
     assert (tmp_path / "model" / "README.md").read_text().startswith("# scLong")
+    assert provenance["training_cells"]["datasets"] == ["immune_a"]
+    assert read_training_cells(tmp_path / "model").hold(corpus.rows(corpus.split("train"))).all()
+    export.export(straight / "checkpoints", tmp_path / "without", training_cells=False)
+    assert read_training_cells(tmp_path / "without") is None
     again = run_module("sclong_ds", "export", straight, "--out", tmp_path / "model", check=False)
     assert again.returncode == 1
     assert "exists" in again.stderr

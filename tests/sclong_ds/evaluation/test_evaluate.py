@@ -16,6 +16,7 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding import embed, embed_arguments
 from sclong_ds.evaluation import evaluate, evaluate_arguments
 from sclong_ds.exported.model_dir import load_model
+from sclong_ds.exported.training_cells import TrainingCells, short_digests
 
 N_GENES, N_PER_TYPE = 60, 20
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -117,7 +118,35 @@ def test_writes_scores_table_and_picture(
     assert sorted(file.name for file in out.iterdir()) == ["scores.json", "scores.tsv", "tsne.png"]
     printed = capsys.readouterr().out
     assert printed.startswith(report["verdict"][0])
+    assert "in training is not known" in printed
+    assert report["training_cells"] == {"known": False}
     assert "60 cells, 3 labels of cell_type" in printed
+
+
+def test_tells_how_many_cells_were_in_training(
+    cells: Path,
+    genes: GeneVocabulary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "draw", lambda *_, **__: b"")
+    counts = csr_matrix(anndata.read_h5ad(cells).X)
+    digests = np.unique(short_digests(counts[:15]))
+    known = TrainingCells(digests=digests, datasets=("made",), complete=True)
+    folder = write_model(tmp_path, genes, seed=0, training_cells=known)
+    run(folder, cells, "--label", "cell_type", "--out", tmp_path / "out")
+    assert "15 of 60 cells were in training" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert report["training_cells"] == {
+        "known": True, "n_cells_in_training": 15, "complete": True, "datasets": ["made"],
+    }  # fmt: skip
+    embedded = anndata.read_h5ad(embed_file(folder, cells, tmp_path / "embedded.h5ad"))
+    assert "15 of 66 cells were in training" in capsys.readouterr().out
+    record = embedded.uns["sclong"]
+    assert record["training_cells"]["datasets"].tolist() == ["made"]
+    assert record["training_cells"]["known"]
+    assert record["coverage"]["n_cells_in_training"] == 15
 
 
 def test_stored_embedding_of_the_same_model_is_taken_over(

@@ -1,0 +1,188 @@
+"""Which cells a model was trained on: the digests that an exported model carries.
+
+    MODEL_DIR/training_cells.npz   digests (n,) uint64, ascending; datasets (D,) their ids;
+                                   complete () bool
+
+A cell's digest is made of its counts of the model's genes (`sclong_ds.corpus.byte_code`), cut to 8
+bytes: 8 MB for a million cells, 0.4 GB for the 48 million of scLong's data. A cell that was not
+trained on is taken for one of n training cells with probability n / 2^64. Equal counts are needed:
+a cell that was counted again, with another annotation or after a filter of genes, is another one.
+
+Written by `export`, read by `embed` and `evaluate`. Models without the file (earlier versions,
+imported ones, an export far from the corpus) leave it unknown.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.corpus.byte_code import digest_cells, encode
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.exported.manifest import CURE
+from sclong_ds.files.npz import read_npz
+from sclong_ds.loader.weights import weights_of
+from sclong_ds.progress import count_progress
+
+TRAINING_CELLS = "training_cells.npz"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingCells:
+    """The cells that a model was trained on.
+
+    Shapes: n training cells.
+    """
+
+    digests: NDArray[np.uint64]
+    """(n,) ascending, without repeats."""
+    datasets: tuple[str, ...]
+    """Ids of their datasets."""
+    complete: bool
+    """Whether these are all: not so where the model that training started from does not tell."""
+
+    def hold(self, counts: csr_matrix) -> NDArray[np.bool_]:
+        """Return (cells,) whether each of some cells is one of these.
+
+        Args:
+            counts: (cells, G) whole counts of the model's genes.
+        """
+        wanted = short_digests(counts)
+        if not len(self.digests):
+            return np.zeros(len(wanted), dtype=bool)
+        places = np.searchsorted(self.digests, wanted)
+        return np.asarray(self.digests[np.minimum(places, len(self.digests) - 1)] == wanted)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what provenance.json says of them."""
+        return {
+            "n_digests": len(self.digests),
+            "datasets": list(self.datasets),
+            "complete": self.complete,
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write the file of a model folder."""
+        np.savez(
+            folder / TRAINING_CELLS,
+            digests=self.digests.astype("<u8"),
+            datasets=np.array(self.datasets, dtype=str),
+            complete=np.array(self.complete),
+        )
+
+
+def short_digests(counts: csr_matrix) -> NDArray[np.uint64]:
+    """Return the digest (cells,) of each row of counts (cells, G)."""
+    whole = csr_matrix((counts.data.astype(np.uint32), counts.indices, counts.indptr), counts.shape)
+    if not whole.has_sorted_indices:
+        whole = whole.sorted_indices()
+    return digest_cells(encode(whole))[:, 0]
+
+
+def read_training_cells(folder: Path) -> TrainingCells | None:
+    """Return the training cells of a model; None: its folder does not tell.
+
+    Args:
+        folder: MODEL_DIR.
+
+    Raises:
+        ValueError: A damaged file.
+    """
+    path = folder / TRAINING_CELLS
+    if not path.is_file():
+        return None
+    found = read_npz(path, cure=CURE)
+    if not {"digests", "datasets", "complete"} <= found.keys() or found["digests"].ndim != 1:
+        raise ValueError(f"{path}: damaged (no digests of training cells); {CURE}")
+    return TrainingCells(
+        digests=found["digests"],
+        datasets=tuple(map(str, found["datasets"])),
+        complete=bool(found["complete"]),
+    )
+
+
+def training_cells_of(config: RunConfig, *, corpus_hash: str) -> TrainingCells | None:
+    """Return the cells that a run trains on, and those of the model it started from.
+
+    All cells of the training split count, whether the run was long enough to visit them or not;
+    datasets of weight 0 do not. Reads every cell of the split.
+
+    Args:
+        config: The run's configuration.
+        corpus_hash: Content hash of the corpus it trained on.
+
+    Returns:
+        None where the corpus is not there, or is another one by now; the log tells why.
+    """
+    if config.data.corpus is None:
+        return None
+    try:
+        corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
+        if corpus.hash != corpus_hash:
+            raise ValueError(f"{config.data.corpus} is another corpus by now")
+        digests, datasets = _of_corpus(corpus, config)
+    except (OSError, ValueError) as error:
+        # Weights must not be lost for want of their corpus.
+        _log.warning("%s (%s)", _UNKNOWN, error)
+        return None
+    complete = True
+    if config.run.init_from is not None:
+        earlier = read_training_cells(Path(config.run.init_from))
+        complete = earlier is not None and earlier.complete
+        if earlier is not None:
+            digests = np.union1d(digests, earlier.digests)
+            datasets = sorted({*datasets, *earlier.datasets})
+    return TrainingCells(digests=digests, datasets=tuple(datasets), complete=complete)
+
+
+_UNKNOWN = (
+    f"the model gets no {TRAINING_CELLS}: embed and evaluate will not tell which cells were in "
+    "training; export where the corpus is"
+)
+
+
+def _of_corpus(corpus: Corpus, config: RunConfig) -> tuple[NDArray[np.uint64], list[str]]:
+    """Return the digests, ascending, and the dataset ids of the cells that a run visits."""
+    n_cells = np.array([dataset.split_cells.get("train", 0) for dataset in corpus.datasets])
+    weights = weights_of(config.data, corpus)
+    visited = n_cells > 0
+    if weights is not None:
+        visited &= np.asarray(weights) > 0
+    split, bounds, parts = corpus.splits["train"], corpus.chunk_rows, []
+    # Chunks do not straddle splits.
+    first, last = np.searchsorted(bounds, [split.start, split.stop])
+    with count_progress("digests of training cells", len(split), "cells") as on_cells:
+        for chunk in range(int(first), int(last)):
+            rows = slice(int(bounds[chunk]), int(bounds[chunk + 1]))
+            digests = digest_cells(corpus.read_packed(chunk))[:, 0]
+            parts.append(digests[visited[corpus.row_dataset[rows]]])
+            on_cells(len(digests))
+    together = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+    ids = [d.dataset_id for d, here in zip(corpus.datasets, visited, strict=True) if here]
+    return np.unique(together), ids
+
+
+def share_in_training(known: TrainingCells | None, n_found: int, n_cells: int) -> str:
+    """Return the sentence on how many cells a model was trained on.
+
+    Args:
+        known: Of the model.
+        n_found: Cells that are among them.
+        n_cells: Cells in all.
+    """
+    if known is None:
+        return (
+            "whether cells were in training is not known: the model carries no digests of its "
+            "training cells"
+        )
+    rest = "" if known.complete else "; the model that training started from does not tell its own"
+    return f"{n_found} of {n_cells} cells were in training{rest}"
