@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from sclong_ds.config.load import load_config
     from sclong_ds.corpus.corpus import Corpus
     from sclong_ds.corpus.genes import GeneVocabulary
-    from sclong_ds.embedding.in_memory import embed, evaluate
+    from sclong_ds.embedding.in_memory import embed
+    from sclong_ds.evaluation.in_memory import evaluate
     from sclong_ds.exported.model_dir import load_model
     from sclong_ds.loader.loader import CellLoader, open_stream
     from sclong_ds.model.sclong import ScLong
@@ -47,7 +48,7 @@ _HOMES = {
     "GeneVocabulary": "sclong_ds.corpus.genes",
     "ScLong": "sclong_ds.model.sclong",
     "embed": "sclong_ds.embedding.in_memory",
-    "evaluate": "sclong_ds.embedding.in_memory",
+    "evaluate": "sclong_ds.evaluation.in_memory",
     "favor_attention": "kernels.favor_attention",
     "load_config": "sclong_ds.config.load",
     "load_model": "sclong_ds.exported.model_dir",

@@ -204,9 +204,8 @@ def embed_to_file(
     Raises:
         ValueError: Values that are not counts, found while reading.
     """
-    n_cells, n_genes = len(cells.obs), model.n_genes
+    n_cells, done, n_input_counts, n_known = len(cells.obs), 0, 0, 0
     n_genes_mapped, n_counts = np.zeros(n_cells, dtype=np.int32), np.zeros(n_cells, dtype=np.int64)
-    done, n_input_counts, n_known = 0, 0, 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_hdf5(out) as (file, written), count_progress("embed", n_cells, "cells") as on_cells:
         embedded = _begin_anndata(file, n_cells, model, with_counts=with_counts)
@@ -223,28 +222,31 @@ def embed_to_file(
             )
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))
-            if training_cells is not None:
-                n_known += int(training_cells.hold(block.counts).sum())
             written.check()
+            n_known += 0 if training_cells is None else int(training_cells.hold(block.counts).sum())
             done, n_input_counts = part.stop, n_input_counts + block.n_input_counts
         if done != n_cells:
             raise ValueError(f"the input lists {n_cells} cells, but its matrix holds {done}")
-        coverage = _coverage(
-            cells, n_counts, n_input_counts=n_input_counts, n_genes=n_genes, n_known=n_known
-        )
+        coverage = _coverage(cells, n_counts, n_input_counts, n_known, n_genes=model.n_genes)
         obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
         obs = obs.assign(**measured_column(cells.measured))
         write_elem(file, "obs", plain_columns(obs))
-        record = record_of(model, model_dir) | {"pooling": POOLING, "coverage": asdict(coverage)}
-        record |= training_record(training_cells)
-        record |= input_record(cells) | measured_record(cells.measured)
+        record = record_of(model, model_dir) | _record_of_cells(cells, coverage, training_cells)
         write_elem(file, "uns", {UNS_KEY: record | (origin or {})})
     _warn(coverage, masks=model.transform.unmeasured == "mask")
     return coverage
 
 
+def _record_of_cells(
+    cells: Cells, coverage: Coverage, training_cells: TrainingCells | None
+) -> dict[str, Any]:
+    """Return what the record says of the cells: how they were read, and what is known of them."""
+    record = {"pooling": POOLING, "coverage": asdict(coverage)} | training_record(training_cells)
+    return record | input_record(cells) | measured_record(cells.measured)
+
+
 def _coverage(
-    cells: Cells, n_counts: np.ndarray, *, n_input_counts: int, n_genes: int, n_known: int
+    cells: Cells, n_counts: np.ndarray, n_input_counts: int, n_known: int, *, n_genes: int
 ) -> Coverage:
     return Coverage(
         n_cells=len(n_counts),

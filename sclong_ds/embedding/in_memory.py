@@ -1,10 +1,9 @@
-"""Embed and score cells from Python: `sclong_ds.embed` and `sclong_ds.evaluate`.
+"""Embed cells from Python: `sclong_ds.embed`.
 
     model = sclong_ds.load_model("MODEL_DIR")
     adata.obsm["X_sclong"] = sclong_ds.embed(model, adata)
-    scores = sclong_ds.evaluate(model, adata, label="cell_type")
 
-The rules are those of `python -m sclong_ds embed` and `evaluate`: raw counts, human genes by
+The rules are those of `python -m sclong_ds embed`: raw counts, human genes by
 Ensembl id or symbol, in X, raw or a layer; what is refused there is refused here, with the same
 reason. Nothing is written, and the caller's AnnData stays as it is.
 """
@@ -56,7 +55,7 @@ def embed(
         FileNotFoundError: No such path.
         ValueError: Not counts of known human genes.
     """
-    with _opened(model, cells, (), min_genes_mapped, min_share_mapped) as opened:
+    with opened_cells(model, cells, (), min_genes_mapped, min_share_mapped) as opened:
         parts, done = [np.zeros((0, model.config.base_dim), dtype=np.float32)], 0
         for block in opened.blocks():
             rows = slice(done, done + block.counts.shape[0])
@@ -68,61 +67,23 @@ def embed(
         return np.concatenate(parts)
 
 
-def evaluate(
-    model: ScLong,
-    cells: CellSource,
-    *,
-    label: str,
-    batch: str | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> DataFrame:
-    """Score the embeddings of labelled cells beside baselines that need no model.
-
-    Args:
-        model: From `load_model`.
-        cells: Raw counts, as for `embed`; AnnData, or the path of a file, with annotations.
-        label: Column of `obs` with the labels, say of cell types; 5 cells a label at least.
-        batch: Column of `obs` with the batches; None: mixing of batches is not scored.
-        batch_size: Cells embedded at a time.
-        seed: Of folds and clusters.
-
-    Returns:
-        Scores (columns: see `sclong_ds.embedding.evaluate`) of the representations (rows: sclong,
-        pca, hvg_pca); NaN where a score is undefined.
-
-    Raises:
-        FileNotFoundError: No such path.
-        ValueError: No such column, too few labels or batches, or what `embed` refuses.
-    """
-    # scikit-learn and matplotlib take a second to import, which `embed` does not need.
-    from sclong_ds.embedding.evaluate import choose_cells, represent, score, score_table
-
-    columns = [label] if batch is None else [label, batch]
-    if isinstance(cells, DataFrame):
-        raise ValueError("a DataFrame of counts has no labels; give AnnData, or a path")
-    if isinstance(cells, AnnData):
-        absent = [name for name in columns if name not in cells.obs]
-        if absent:
-            there = ", ".join(map(str, cells.obs)) or "none"
-            raise ValueError(f"obs has no column {absent[0]!r}; it has {there}")
-    with _opened(model, cells, columns, MIN_GENES_MAPPED, MIN_SHARE_MAPPED) as opened:
-        scored = choose_cells(opened, label=label, batch=batch)
-        measured = None if opened.measured is None else opened.measured.of(scored.rows)
-        embedded = embed_counts(model, scored.counts, batch_size=batch_size, measured=measured)
-    points = represent(embedded, scored, target_sum=model.transform.target_sum, seed=seed)
-    return score_table({name: score(x, scored, seed=seed) for name, x in points.items()})
-
-
 @contextmanager
-def _opened(
+def opened_cells(
     model: ScLong,
     cells: CellSource,
     columns: tuple[str, ...] | list[str],
     min_genes: int,
     min_share: float,
 ) -> Iterator[Cells]:
-    """Open cells as the commands do; annotations other than `columns` are left out."""
+    """Open cells as the commands do, for as long as the context lasts.
+
+    Args:
+        model: Whose genes are read.
+        cells: Raw counts.
+        columns: Annotations to keep of cells that are in memory.
+        min_genes: Fewest genes of the model that the input must have.
+        min_share: Smallest share of the input's genes that the model must know.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(cells, str | Path):
             path = Path(cells)

@@ -30,28 +30,18 @@ import pandas as pd
 from anndata.io import read_elem
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.sparse import csr_matrix, vstack
 from sklearn.manifold import TSNE
 
 from data_prep.manifest.input_options import input_dataset
 from data_prep.readers.open import detect_format
-from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
-from sclong_ds.embedding.embed import (
-    KEY,
-    choose_device,
-    embed_counts,
-)
+from sclong_ds.embedding.embed import KEY, choose_device
 from sclong_ds.embedding.record import made_by
 from sclong_ds.embedding.stored import UNS_KEY
-from sclong_ds.evaluation.ladder import (
-    NO_CONTEXT,
-    corrected_rows,
-    gene_vector_means,
-    plain_rows,
-)
+from sclong_ds.evaluation.ladder import NO_CONTEXT
+from sclong_ds.evaluation.representations import embed_scored, representations
 from sclong_ds.evaluation.scored_cells import ScoredCells, choose_cells, layout_of, sizes_of
-from sclong_ds.evaluation.scores import Layout, Scores, sample_cells, score
+from sclong_ds.evaluation.scores import Scores, sample_cells, score
 from sclong_ds.evaluation.verdict import (
     interval_table,
     intervals_of,
@@ -60,7 +50,7 @@ from sclong_ds.evaluation.verdict import (
     verdict,
 )
 from sclong_ds.exported.manifest import weights_hash
-from sclong_ds.exported.model_dir import load_model, untrained_model
+from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import (
     TrainingCells,
     read_training_cells,
@@ -68,12 +58,9 @@ from sclong_ds.exported.training_cells import (
 )
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.objective.measured import MeasuredGenes
-from sclong_ds.progress import count_progress
 
 _MAX_DRAWN_CELLS = 3000
 _MAX_LEGEND = 30
-_BLOCK_CELLS = 512
 
 _log = logging.getLogger(__name__)
 
@@ -104,12 +91,17 @@ def run(args: argparse.Namespace) -> int:
     )
     scored = choose_cells(cells, label=args.label, batch=args.batch, group=args.group)
     layout = layout_of(scored, args)
-    points = representations(model, cells, scored, stored=stored, args=args)
+    if stored is None:
+        embedded = embed_scored(model, scored, batch_size=args.batch_size, what="embed")
+    else:
+        embedded = stored[cells.rows[scored.rows]]
+    points = representations(
+        model, scored, embedded=embedded, batch_size=args.batch_size, seed=args.seed
+    )
     scores = {name: score(x, layout) for name, x in points.items()}
     table, intervals = score_table(scores), interval_table(scores)
-    lines = [
-        f"sclong, {verdict(scores, name=name, no_context=NO_CONTEXT)}" for name in _judged(layout)
-    ]
+    judged = ["knn_accuracy"] + ["transfer_accuracy"] * (layout.train is not None)
+    lines = [f"sclong, {verdict(scores, name=name, no_context=NO_CONTEXT)}" for name in judged]
     known = read_training_cells(args.model_dir)
     n_known = 0 if known is None else int(known.hold(scored.counts).sum())
     leak = share_in_training(known, n_known, len(scored.rows))
@@ -146,60 +138,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"{min(both)}: in --train-batch and in --test-batch; leave it out of one")
 
 
-def representations(
-    model: ScLong,
-    cells: Cells,
-    scored: ScoredCells,
-    *,
-    stored: np.ndarray | None,
-    args: argparse.Namespace,
-) -> dict[str, np.ndarray]:
-    """Return the model's embedding and every row of the ladder, (n, width) by name.
-
-    Args:
-        model: The model.
-        cells: The input.
-        scored: Its cells that are scored.
-        stored: (cells of the input, C) embeddings by this model, or None.
-        args: Arguments of `evaluate`.
-    """
-    measured = None if cells.measured is None else cells.measured.of(scored.rows)
-    if stored is None:
-        embedded = _embed(model, scored, measured, args, what="embed")
-    else:
-        embedded = stored[cells.rows[scored.rows]]
-    untrained = untrained_model(args.model_dir, seed=args.seed, device=choose_device(args.device))
-    values = normalise(scored.counts, target_sum=model.transform.target_sum)
-    found = {
-        "sclong": embedded,
-        "untrained": _embed(untrained, scored, measured, args, what="embed, untrained weights"),
-        "gene_vectors": gene_vector_means(model, scored.counts),
-    }
-    found |= plain_rows(scored.counts, values, seed=args.seed)
-    if scored.batches is not None:
-        found |= corrected_rows(scored.counts, found["pca"], scored.batches, seed=args.seed)
-    return found
-
-
-def _embed(
-    model: ScLong,
-    scored: ScoredCells,
-    measured: MeasuredGenes | None,
-    args: argparse.Namespace,
-    *,
-    what: str,
-) -> np.ndarray:
-    with count_progress(what, len(scored.rows), "cells") as on_cells:
-        return embed_counts(
-            model, scored.counts, batch_size=args.batch_size, on_cells=on_cells, measured=measured
-        )
-
-
-def _judged(layout: Layout) -> list[str]:
-    """Return the scores that get a verdict."""
-    return ["knn_accuracy"] + ["transfer_accuracy"] * (layout.train is not None)
-
-
 def stored_embedding(path: Path, *, model: ScLong, model_dir: Path) -> np.ndarray | None:
     """Return the embeddings that a file holds if this model made them, else None.
 
@@ -228,16 +166,6 @@ def stored_embedding(path: Path, *, model: ScLong, model_dir: Path) -> np.ndarra
                 "embed without --no-counts, or name the source file"
             )
         return np.asarray(file[f"obsm/{KEY}"][:], dtype=np.float32)
-
-
-def normalise(counts: csr_matrix, *, target_sum: float) -> csr_matrix:
-    """Return the model's transform of counts (n, G), log1p of scaled counts, as float32 CSR."""
-    parts = [
-        counts[start : start + _BLOCK_CELLS] for start in range(0, counts.shape[0], _BLOCK_CELLS)
-    ]
-    return vstack(
-        [csr_matrix(log1p_normalise(part, target_sum=target_sum)) for part in parts], format="csr"
-    )
 
 
 def _score_facts(scores: Mapping[str, Scores], table: pd.DataFrame) -> dict[str, object]:

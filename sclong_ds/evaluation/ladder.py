@@ -75,6 +75,33 @@ def on_off(counts: csr_matrix, *, seed: int) -> np.ndarray:
     return np.asarray((counts > 0).astype(np.float64) @ directions) / np.sqrt(_PROJECTED)
 
 
+def untrained_model(model: ScLong, *, seed: int) -> ScLong:
+    """Return a model of the same architecture with fresh weights, in evaluation mode.
+
+    Genes, graph, transform and random features are those of the model. Gene vectors that its
+    training started from are not kept in a model, and are drawn.
+
+    Args:
+        model: From `load_model`; its device is taken.
+        seed: Of the weights; torch's own generator is left as it was.
+    """
+    features = {
+        f"{name}.{layer}": drawn
+        for name, performer in model.performers().items()
+        for layer, drawn in enumerate(performer.first_features or ())
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = ScLong(
+            model.config,
+            n_genes=model.n_genes,
+            graph=model.gene_encoder.graph,
+            features=features or None,
+        )
+    fresh.genes, fresh.transform = model.genes, model.transform
+    return fresh.to(next(model.parameters()).device).eval()
+
+
 def gene_vector_means(model: ScLong, counts: csr_matrix) -> np.ndarray:
     """Return (n, C): the mean of the model's gene vectors over the genes with a count."""
     with torch.inference_mode():

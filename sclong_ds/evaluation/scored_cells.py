@@ -13,6 +13,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.evaluation.scores import FOLDS, Layout
+from sclong_ds.objective.measured import MeasuredGenes
 
 MIN_CELLS_PER_LABEL = FOLDS
 """Labels with fewer cells are left out: every fold needs one of each."""
@@ -37,6 +38,8 @@ class ScoredCells:
     """(n,) str, or None when no batch column was named."""
     groups: np.ndarray | None = None
     """(n,) str, or None when no group column was named."""
+    measured: MeasuredGenes | None = None
+    """Genes that the inputs of the n cells name; None: not known."""
     left_out: Mapping[str, int]
     """Cells of the input that are not scored, by reason."""
     rare_labels: Mapping[str, int]
@@ -96,6 +99,7 @@ def choose_cells(
         labels=labels[rows],
         batches=None if batches is None else batches[rows],
         groups=None if groups is None else groups[rows],
+        measured=None if cells.measured is None else cells.measured.of(rows),
         left_out=left_out,
         rare_labels=rare,
     )

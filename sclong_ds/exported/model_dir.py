@@ -215,11 +215,8 @@ def _with_progress(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
                 _log.info("wrote %.1f of %.1f GB of weights", done / 1e9, total / 1e9)
 
 
-def _empty_model(folder: Path, config: Mapping[str, Any], *, device: str = "meta") -> ScLong:
-    """Return the model of a folder that holds genes, graph and features, without its weights.
-
-    Elsewhere than on "meta" it has the weights that training would start from.
-    """
+def _empty_model(folder: Path, config: Mapping[str, Any]) -> ScLong:
+    """Return the model of a folder that holds genes, graph and features, without weights."""
     where = f"{folder}/config.yaml"
     genes = GeneVocabulary.read(folder / "genes.tsv")
     if genes.hash != config["genes_hash"]:
@@ -232,7 +229,7 @@ def _empty_model(folder: Path, config: Mapping[str, Any], *, device: str = "meta
         graph = read_gene_graph(folder / architecture.gene_graph, genes_hash=genes.hash)
     if architecture.random_features_file is not None:
         features = read_features(folder / architecture.random_features_file)
-    with torch.device(device):
+    with torch.device("meta"):
         model = ScLong(architecture, n_genes=len(genes), graph=graph, features=features)
     model.genes = genes
     model.transform = section_from_dict(Transform, config["transform"], where)
@@ -303,30 +300,6 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder / WEIGHTS} does not fit its config.yaml: {reason}") from None
-    return model.to(device).eval()
-
-
-def untrained_model(
-    model_dir: str | Path, *, seed: int, device: str | torch.device = "cpu"
-) -> ScLong:
-    """Return a model of the same architecture with fresh weights, in evaluation mode.
-
-    Genes, graph, transform and random features are those of the folder; gene vectors that training
-    started from are in no folder and are drawn.
-
-    Args:
-        model_dir: Folder of the model.
-        seed: Of the weights; torch's own generator is left as it was.
-        device: Where the model goes.
-
-    Raises:
-        FileNotFoundError, ValueError: As `load_model`.
-    """
-    folder = Path(model_dir)
-    description = read_description(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _empty_model(folder, description, device="cpu")
     return model.to(device).eval()
 
 

@@ -133,6 +133,11 @@ class GeneEncoder(nn.Module):
         self._adjacency: tuple[SparseRows, SparseRows] | None = None
 
     @property
+    def graph(self) -> GeneGraph | None:
+        """The gene graph that it was made with."""
+        return self._graph
+
+    @property
     def n_edges(self) -> int:
         """Edges of the gene graph; 0 without one."""
         return 0 if self._graph is None else self._graph[0].shape[1]

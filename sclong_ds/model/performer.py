@@ -205,7 +205,7 @@ class Performer(nn.Module):
             PerformerLayer(dim, config, qkv_bias=model.qkv_bias, scope=model.stabiliser_scope)
             for _ in range(config.depth)
         )
-        self._first_features = first_features
+        self.first_features = first_features
         self._drawn: tuple[int, torch.device, list[Tensor]] | None = None
 
     def forward(
@@ -235,7 +235,7 @@ class Performer(nn.Module):
     def features(self, device: torch.device) -> list[Tensor]:
         """Return the layers' random features (M, K) on `device`, drawing them after a redraw."""
         if self._drawn is None or self._drawn[:2] != (self.redraw_index, device):
-            features = self._first_features if self.redraw_index == 0 else None
+            features = self.first_features if self.redraw_index == 0 else None
             if features is None:
                 features = [
                     layer_features(

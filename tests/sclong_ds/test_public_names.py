@@ -20,7 +20,8 @@ from scipy.sparse import csr_matrix
 
 import sclong_ds
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.embedding.in_memory import embed, evaluate
+from sclong_ds.embedding.in_memory import embed
+from sclong_ds.evaluation.in_memory import evaluate
 from sclong_ds.exported.model_dir import load_model
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -88,9 +89,13 @@ def test_embed_gives_a_row_a_cell_and_leaves_the_input_as_it_is(cells: anndata.A
 def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> None:
     model = load_model(MODEL / "model")
     scores = evaluate(model, cells, label="kind", batch="day")
-    assert list(scores.index) == ["sclong", "pca", "hvg_pca"]
-    assert scores["knn_accuracy"].between(0.5, 1).all()
+    ladder = {"depth", "on_off", "untrained", "gene_vectors", "pca", "hvg_pca"}
+    assert ladder | {"sclong"} <= set(scores.index)
+    assert scores["knn_accuracy"].is_monotonic_decreasing
+    assert scores.loc["pca", "knn_accuracy"] > 0.5
     assert "batch_mixing" in scores
+    assert scores.attrs["verdict"][0].startswith("knn_accuracy")
+    assert "knn_accuracy" in scores.attrs["intervals"]["untrained"]
     assert "batch_mixing" not in evaluate(model, cells, label="kind")
     with pytest.raises(ValueError, match="obs has no column 'cell_type'; it has kind, day"):
         evaluate(model, cells, label="cell_type")

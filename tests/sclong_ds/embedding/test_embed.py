@@ -237,7 +237,7 @@ def test_refuses_an_unknown_split_and_a_corpus_of_other_genes(
 
 def test_text_columns_of_mixed_types_become_categories() -> None:
     table = pd.DataFrame({"mixed": ["a", 1, None], "number": [1.5, 2.0, 3.0]})
-    plain = embed._plain_columns(table)
+    plain = embed.plain_columns(table)
     assert plain["mixed"].cat.categories.tolist() == ["1", "a"]
     assert plain["mixed"].isna().tolist() == [False, False, True]
     assert plain["number"].dtype == np.float64

@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding import embed, embed_arguments
-from sclong_ds.evaluation import evaluate, evaluate_arguments
+from sclong_ds.evaluation import evaluate, evaluate_arguments, representations
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import TrainingCells, short_digests
 
@@ -161,13 +161,13 @@ def test_stored_embedding_of_the_same_model_is_taken_over(
     monkeypatch.setattr(evaluate, "draw", lambda *_, **__: b"")
     run(model_dir, cells, "--label", "cell_type", "--out", tmp_path / "fresh")
     calls = []
-    real = evaluate.embed_counts
+    real = representations.embed_counts
 
     def counted(*args: object, **kwargs: object) -> np.ndarray:
         calls.append(args)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "embed_counts", counted)
+    monkeypatch.setattr(representations, "embed_counts", counted)
     run(model_dir, embedded, "--label", "cell_type", "--out", tmp_path / "stored")
     assert len(calls) == 1  # untrained weights
     fresh, stored = (
@@ -247,7 +247,7 @@ def test_stored_embedding_without_counts_is_refused(
 
 def test_counts_become_the_model_input() -> None:
     counts = csr_matrix(np.random.default_rng(0).poisson(1.0, (30, 40)))
-    values = evaluate.normalise(counts, target_sum=1.0e4)
+    values = representations.normalise(counts, target_sum=1.0e4)
     totals = np.asarray(counts.sum(axis=1))
     np.testing.assert_allclose(
         values.toarray(), np.log1p(1.0e4 * counts.toarray() / totals), rtol=1e-5
@@ -300,7 +300,7 @@ def test_refuses_wrong_columns_before_it_embeds(
     def never(*_: object, **__: object) -> np.ndarray:
         raise AssertionError("embedded before the columns were checked")
 
-    monkeypatch.setattr(evaluate, "embed_counts", never)
+    monkeypatch.setattr(representations, "embed_counts", never)
     with pytest.raises(ValueError, match=r"--label type: .* has cell_type, batch, all_one"):
         run(model_dir, cells, "--label", "type", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match=r"--batch donor: .* has cell_type, batch, all_one"):

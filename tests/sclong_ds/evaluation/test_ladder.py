@@ -9,7 +9,7 @@ from exported import named_genes, write_model
 from scipy.sparse import csr_matrix
 
 from sclong_ds.evaluation import ladder
-from sclong_ds.exported.model_dir import load_model, untrained_model
+from sclong_ds.exported.model_dir import load_model
 
 
 @pytest.fixture
@@ -56,14 +56,14 @@ def test_untrained_weights_are_of_the_same_model_and_leave_torch_alone(tmp_path:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    fresh = untrained_model(folder, seed=1)
+    fresh = ladder.untrained_model(trained, seed=1)
     assert torch.equal(torch.rand(3), expected)
     assert (fresh.config, fresh.genes.hash) == (trained.config, trained.genes.hash)
     assert fresh.transform == trained.transform
     ours, theirs = trained.state_dict(), fresh.state_dict()
     assert {n: w.shape for n, w in ours.items()} == {n: w.shape for n, w in theirs.items()}
     assert any((ours[name] != theirs[name]).any() for name in ours)
-    again = untrained_model(folder, seed=1).state_dict()
+    again = ladder.untrained_model(trained, seed=1).state_dict()
     assert all(torch.equal(again[name], theirs[name]) for name in theirs)
 
 

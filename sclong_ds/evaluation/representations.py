@@ -1,0 +1,80 @@
+"""The ladder of a model: its embedding of the scored cells, and every row beside it.
+
+Used by `python -m sclong_ds evaluate` and by `sclong_ds.evaluate`.
+
+Shapes: n cells, C base width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import csr_matrix, vstack
+
+from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.embedding.embed import embed_counts
+from sclong_ds.evaluation.ladder import (
+    corrected_rows,
+    gene_vector_means,
+    plain_rows,
+    untrained_model,
+)
+from sclong_ds.evaluation.scored_cells import ScoredCells
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.progress import count_progress
+
+_BLOCK_CELLS = 512
+
+
+def representations(
+    model: ScLong, scored: ScoredCells, *, embedded: np.ndarray, batch_size: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Return the model's embedding and every row of the ladder, (n, width) by name.
+
+    Args:
+        model: The model.
+        scored: The cells that are scored.
+        embedded: (n, C) their embeddings by the model.
+        batch_size: Cells embedded at a time.
+        seed: Of the untrained weights, the projection and the eigensolver's start.
+    """
+    fresh = untrained_model(model, seed=seed)
+    what = "embed, untrained weights"
+    values = normalise(scored.counts, target_sum=model.transform.target_sum)
+    found = {
+        "sclong": embedded,
+        "untrained": embed_scored(fresh, scored, batch_size=batch_size, what=what),
+        "gene_vectors": gene_vector_means(model, scored.counts),
+    }
+    found |= plain_rows(scored.counts, values, seed=seed)
+    if scored.batches is not None:
+        found |= corrected_rows(scored.counts, found["pca"], scored.batches, seed=seed)
+    return found
+
+
+def embed_scored(model: ScLong, scored: ScoredCells, *, batch_size: int, what: str) -> np.ndarray:
+    """Return the embeddings (n, C) of the scored cells.
+
+    Args:
+        model: The model.
+        scored: The cells.
+        batch_size: Cells embedded at a time.
+        what: Name of the work, for the progress.
+    """
+    with count_progress(what, len(scored.rows), "cells") as on_cells:
+        return embed_counts(
+            model,
+            scored.counts,
+            batch_size=batch_size,
+            on_cells=on_cells,
+            measured=scored.measured,
+        )
+
+
+def normalise(counts: csr_matrix, *, target_sum: float) -> csr_matrix:
+    """Return the model's transform of counts (n, G), log1p of scaled counts, as float32 CSR."""
+    parts = [
+        counts[start : start + _BLOCK_CELLS] for start in range(0, counts.shape[0], _BLOCK_CELLS)
+    ]
+    return vstack(
+        [csr_matrix(log1p_normalise(part, target_sum=target_sum)) for part in parts], format="csr"
+    )
