@@ -80,6 +80,8 @@ def gene_figure(
 ) -> Figure:
     """Draw how alike the shown genes are to the model, and which ones the decoder attends to.
 
+    What all genes attend to alike, the mean of a column, is removed: it would hide the rest.
+
     Args:
         encodings: (S, C) mean encodings over the cells that express the gene.
         attention: (S, S) attention of gene (row) to gene (column), 1 where all get the same.
@@ -92,15 +94,20 @@ def gene_figure(
     panels_of = [likeness[np.ix_(order, order)]]
     if attention is not None:
         attention = attention[np.ix_(expressed, expressed)]
-        panels_of.append(np.log2(np.maximum(attention[np.ix_(order, order)], 2.0**-16)))
+        logs = np.log2(np.maximum(attention[np.ix_(order, order)], 2.0**-16))
+        panels_of.append(logs - logs.mean(axis=0))
     figure = Figure(figsize=(8.4 * len(panels_of), 7.4), layout="constrained", facecolor="white")
     titles = (
         ("likeness of genes: cosine of their mean encodings", "cosine", 1.0),
-        ("attention in the decoder's last layer: row attends to column", "log2 of even share", 3.0),
+        (
+            "computed attention, decoder's last layer: row to column, mean of columns removed",
+            "log2 of the column's mean",
+            3.0,
+        ),
     )
     panels = figure.subplots(1, len(panels_of), squeeze=False)[0]
     for axes, values, (title, unit, limit) in zip(panels, panels_of, titles, strict=False):
-        top = limit if unit == "cosine" else max(0.5, float(np.percentile(np.abs(values), 98)))
+        top = limit if unit == "cosine" else max(0.05, float(np.percentile(np.abs(values), 98)))
         image = axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
         at = np.arange(len(order))
         axes.set_xticks(at, names[order], rotation=90, fontsize=8, color=INK)

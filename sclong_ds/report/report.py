@@ -30,7 +30,11 @@ from sclong_ds.report import compare, words
 from sclong_ds.report import curves as plots
 from sclong_ds.report import html as page
 from sclong_ds.report.figures import bin_error_figure, bin_numbers
-from sclong_ds.report.validation_page import other_validations, validation_section
+from sclong_ds.report.validation_page import (
+    attention_section,
+    other_validations,
+    validation_section,
+)
 from sclong_ds.report.words import clock, duration, number
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.metric_names import (
@@ -76,7 +80,8 @@ _PICTURES = {
     "expression_bins": "Hidden values grouped by their true size, the model beside the predictor "
     "that knows every gene's mean.",
     "cells": "Each dot is a held-out cell. Kinds of cells should lie apart, datasets mixed.",
-    "genes": "Left: red genes are alike to the model. Right: red is attended to more than others.",
+    "genes": "Left: red genes are alike to the model. Right, of the weights "
+    "that the layer computes: red, the row attends to the column more than other rows do.",
     "gradient_norms": "A part far below the others hardly learns; one that jumps is unstable.",
     "ranks": "The ranks should look alike. The slow one waits least for the others.",
 }
@@ -114,6 +119,7 @@ def build_page(record: RunRecord) -> str:
             page.section("What was run", _what_was_run(record)),
             page.section("Training", _training(record)),
             page.section("Validation", _validation(record)),
+            page.section("Is attention used?", attention_section(record)),
             page.section("Pictures", _pictures(record)),
             page.section("Nodes", _nodes(record)),
             page.section("Restarts and events", _sessions_table(record) + _events_table(record)),

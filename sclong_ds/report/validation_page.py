@@ -48,6 +48,15 @@ _FIGURES = (
     (WITHIN_CELL, "within a cell"),
     (PER_GENE, "per gene across cells"),
 )
+ATTENTION_MSE, SOFTMAX_MSE = "attention/mse", "attention/softmax_mse"
+MEAN_OF_VALUES = "/mean_mse"
+_LAYER_FIGURES = (
+    ("eps_share", "eps share of the denominator"),
+    ("effective_keys", "effective keys / all keys"),
+    ("beyond_mean", "|out - mean of values| / |mean of values|"),
+)
+_UNUSED = 0.01
+"""Least relative rise of the error by which an attention counts as used."""
 _COLUMNS = (
     ("step", "Step"),
     ("cells_seen", "Cells seen"),
@@ -88,6 +97,62 @@ def other_validations(record: RunRecord) -> str:
         "by another version, whose error is not that of hidden values alone or is only that, and "
         "does not compare with the last one's."
     )
+
+
+def attention_section(record: RunRecord) -> str:
+    """Return the HTML on what attention does; nothing where no validation measured it."""
+    rows = [row for row in record.validation if ATTENTION_MSE in row]
+    if not rows:
+        return ""
+    row = rows[-1]
+    whole, names = row[ATTENTION_MSE], list(row)
+    body = [["as it is", f"{whole:.4f}", ""]]
+    for key in names:
+        stack, is_mean = key.removeprefix("attention/"), key.endswith(MEAN_OF_VALUES)
+        if is_mean or key == SOFTMAX_MSE:
+            what = "all attention by exact softmax"
+            if is_mean:
+                name = stack.removesuffix(MEAN_OF_VALUES).replace("_", " ")
+                what = f"attention of the {name} by the mean of values"
+            body.append([what, f"{row[key]:.4f}", _change(row[key], whole, unused=is_mean)])
+    head = ["replaced", "MSE of hidden values", "in words"]
+    text = f"<p>Step {int(row['step']):,}, on a few validation cells.</p>"
+    text += page.table(head, body, numeric=True)
+    layers = dict.fromkeys(
+        key.split("/")[1] for key in names if key.startswith("attention/") and key.count("/") == 2
+    )
+    figures = [(figure, title) for figure, title in _LAYER_FIGURES]
+    lines = [
+        [layer.replace("_", " ").replace(".", ", layer "), *values]
+        for layer in layers
+        if any(
+            values := [
+                _four_digits(row.get(f"attention/{layer}/{figure}")) for figure, _ in figures
+            ]
+        )
+    ]
+    text += "<br>" + page.table(["layer", *(title for _, title in figures)], lines, numeric=True)
+    return text + _note(
+        "FAVOR+ adds a constant, eps, to all its features: the part of the denominator that it "
+        "makes gives every key the same weight. Effective keys: 1 means that every key gets the "
+        "same weight, which is the mean of values. A stack whose attention can be replaced by the "
+        "mean of values at no cost does not use it, whatever computing it costs."
+    )
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def _change(error: float, whole: float, *, unused: bool) -> str:
+    """Return what a replacement does to the error, in words."""
+    if not (math.isfinite(error) and math.isfinite(whole) and whole > 0):
+        return "not comparable"
+    share = (error - whole) / whole
+    words = f"{abs(share):.1%} {'higher' if share > 0 else 'lower'}"
+    if unused and share < _UNUSED:
+        return f"{words}: this attention is not used"
+    return words
 
 
 def _headline(row: Mapping[str, float]) -> str:

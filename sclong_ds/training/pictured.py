@@ -25,6 +25,8 @@ from torch import Tensor
 
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.engine.ranks import sum_over_ranks
+from sclong_ds.model.attention_use import cells_of, computed_weights
+from sclong_ds.model.performer import SelfAttention
 from sclong_ds.model.routing import read_genes
 from sclong_ds.training.run import Run
 
@@ -198,29 +200,30 @@ class _GeneSums:
         self._encoded[:, :-1] += weighted.sum(0)
         self._encoded[:, -1] += shown.sum(0)
         if self._qkv is not None:
-            attention = self._exact_attention(self._qkv, x, unmeasured) * shown[:, :, None]
+            attention = self._computed_attention(self._qkv, x, unmeasured) * shown[:, :, None]
             self._attention[:, :-1] += attention.sum(0)
             self._attention[:, -1] += shown.sum(0)
         # As `embed` pools: the mean over the genes that a cell expresses.
         total = torch.bmm(expressed[:, None, :], h)[:, 0]
         return total / expressed.sum(dim=1, keepdim=True).clamp(min=1.0)
 
-    def _exact_attention(self, qkv: Tensor, x: Tensor, unmeasured: Tensor | None) -> Tensor:
-        """Return (B, S, S) softmax attention among the shown genes, mean over heads, times N.
+    def _computed_attention(self, qkv: Tensor, x: Tensor, unmeasured: Tensor | None) -> Tensor:
+        """Return (B, S, S) the weights that the layer gives the shown genes, times N.
 
-        It is what the random features estimate. 1 is what a gene gets when all get the same; a gene
-        that the model did not read gets 0.
+        Mean over heads, of the queries of shown genes. 1 is what a gene gets when all get the same;
+        a gene that the model did not read gets 0.
         """
-        sizes = self._run.config.model.decoder
+        model = self._run.model
+        layer: SelfAttention = model.decoder.layers[-1].attention  # type: ignore[assignment]
+        favor = model.config.attention == "favor"
+        features = model.decoder.features(qkv.device)[-1] if favor else None
         shares = []
         for cell, places in self._cells(qkv, x, unmeasured):
-            # A cell at a time, and no values: all of a batch in float32 would be gigabytes.
+            # A cell at a time: all of a batch in float32 would be gigabytes.
             n = len(cell)
-            cell = cell.unflatten(-1, (3, sizes.heads, sizes.dim_head))
-            q, k = cell[places.clamp(max=n - 1), 0].float(), cell[:, 1].float()
-            scores = torch.einsum("shk,nhk->hsn", q, k) * sizes.dim_head**-0.5
-            attention = torch.softmax(scores, dim=-1)
-            share = torch.nn.functional.pad(attention, (0, 1))[..., places].mean(dim=0)
+            ((q, k, _),) = cells_of(cell[None], layer, None)
+            found = computed_weights(q[places.clamp(max=n - 1)], k, features, layer)
+            share = torch.nn.functional.pad(found.weights, (0, 1))[..., places].mean(dim=0)
             shares.append(share * n)
         return torch.stack(shares)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from kernels.reference import favor_attention_oracle
 from sclong_ds.report import draw
 from sclong_ds.report import figures as validation_plots
 from sclong_ds.report.curves import png_bytes
@@ -114,7 +115,7 @@ def test_alike_genes_stand_side_by_side_and_unexpressed_ones_are_left_out() -> N
     likeness, attention = (figure.axes[i].images[0].get_array() for i in (0, 1))
     assert likeness[names.index("A"), names.index("C")] > 0.9
     assert likeness[names.index("A"), names.index("B")] < 0
-    assert np.allclose(attention, 1.0), "twice the even share"
+    assert np.allclose(attention, 0.0), "what all rows attend to alike is removed"
 
 
 def test_many_groups_share_the_last_colour() -> None:
@@ -158,16 +159,26 @@ def test_attention_is_that_of_all_genes_and_embedding_that_of_the_expressed() ->
     heads, width, genes = 2, 8, np.array([1, 4, 9])
     sizes = SimpleNamespace(heads=heads, dim_head=width)
     config = SimpleNamespace(model=SimpleNamespace(base_dim=5, decoder=sizes, zero_genes=None))
-    run: Any = SimpleNamespace(config=config, ranks=SimpleNamespace(device=torch.device("cpu")))
-    sums = review._GeneSums(run, genes)
     torch.manual_seed(0)
+    features = torch.randn(12, width)
+    layer = SimpleNamespace(attention=SimpleNamespace(heads=heads, dim_head=width, scope="sample"))
+    decoder = SimpleNamespace(layers=[layer], features=lambda device: [features])
+    model = SimpleNamespace(decoder=decoder, config=SimpleNamespace(attention="favor"))
+    run: Any = SimpleNamespace(
+        config=config, model=model, ranks=SimpleNamespace(device=torch.device("cpu"))
+    )
+    sums = review._GeneSums(run, genes)
     qkv, h = torch.randn(3, 50, 3 * heads * width), torch.randn(3, 50, 5)
     q, k, _ = qkv.unflatten(-1, (3, heads, width)).unbind(2)
-    scores = torch.einsum("bshk,bnhk->bhsn", q, k) / width**0.5
-    expected = torch.softmax(scores, dim=-1).mean(dim=1) * 50
+    # Values that are the keys' own places make the output the weights.
+    places = torch.eye(50)[None, :, None].expand(3, 50, heads, 50)
     x = (torch.rand(3, 50) > 0.5).float()
-    got = sums._exact_attention(qkv, x, None)
-    torch.testing.assert_close(got, expected[:, genes][:, :, genes])
+    x[0, genes] = 1.0
+    got = sums._computed_attention(qkv, x, None)
+    for column, gene in enumerate(genes):
+        v = places[..., gene : gene + 1].expand(3, 50, heads, width).contiguous()
+        weights = favor_attention_oracle(q, k, v, features)[..., 0].mean(dim=2) * 50
+        torch.testing.assert_close(got[:, :, column], weights[:, genes], rtol=1e-4, atol=1e-4)
     sums._h, sums._qkv = h, qkv
     pooled = torch.stack([h[b][x[b] > 0].mean(dim=0) for b in range(3)])
     torch.testing.assert_close(sums.add(x), pooled)

@@ -2,6 +2,7 @@ import argparse
 import base64
 import html.parser
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from sclong_ds.report import arguments, compare, report
 from sclong_ds.report import curves as plots
 from sclong_ds.report.figures import prediction_density_figure
 from sclong_ds.run_folder.files import RunFolder, update_run_json
-from sclong_ds.run_folder.record import read_run
+from sclong_ds.run_folder.record import RunRecord, read_run
 
 NASTY = '<script>alert("x")</script>&'
 
@@ -306,6 +307,53 @@ def test_scores_stand_beside_those_of_the_mean() -> None:
         ["all values", "12", "0.5000", "0.7500", "0.9000", "", "", ""],
         ["value high", "4", "0.2500", "", "", "", "", ""],
     ]
+
+
+def validated(folder: Path, **changes: float) -> RunRecord:
+    """Return a run with one validation, whose strongest baseline is `linear`."""
+    row = {
+        "val/n_hidden": 90.0, "val/mse": 0.25, "val/strongest_mse": 0.2, "val/gene_mean/mse": 0.4,
+        "val/linear/mse": 0.2, "val/linear/mse_several": 0.125, "val/mse/dataset/pbmc": 0.5,
+        "val/linear/mse/dataset/pbmc": 0.75, "attention/mse": 0.4,
+        "attention/decoder/mean_mse": 0.6, "attention/large_encoder/mean_mse": 0.402,
+        "attention/large_encoder.1/eps_share": 0.9531, "attention/softmax_mse": 0.3,
+    }  # fmt: skip
+    with RunFolder(folder) as files:
+        files.append_metrics(5, {"val/mse": 0.1, "val/baseline_mse": 0.5})
+        files.append_metrics(10, row | changes)
+    return read_run(folder)
+
+
+def test_validation_names_the_strongest_baseline_first_and_says_below_or_above(
+    tmp_path: Path,
+) -> None:
+    page = Page(report.build_page(validated(tmp_path / "run")))
+    cells = page.cells
+    first = cells.index("strongest baseline: linear in gene mean and visible depth")
+    assert cells[first + 1 : first + 3] == ["0.2000", "0.1250"]
+    assert cells[first + 6] == "the model is above"
+    assert cells.index("model") == first + 7
+    assert cells[cells.index("gene's mean value") + 6] == "the model is below"
+    at = cells.index("pbmc")
+    assert cells[at : at + 4] == ["pbmc", "0.75", "0.5", "below"]
+    assert "1 validations of run are left out" in page.text
+    assert "above the strongest baseline (linear, 0.2000)" in page.text
+
+
+def test_an_error_that_is_no_number_is_not_called_equal(tmp_path: Path) -> None:
+    text = report.build_page(validated(tmp_path / "run", **{"val/mse": math.nan}))
+    assert "not a number, against the strongest baseline" in text
+    assert "equal to" not in text
+
+
+def test_the_page_tells_whether_attention_is_used(tmp_path: Path) -> None:
+    cells = Page(report.build_page(validated(tmp_path / "run"))).cells
+    at = cells.index("attention of the large encoder by the mean of values")
+    assert cells[at + 1 : at + 3] == ["0.4020", "0.5% higher: this attention is not used"]
+    at = cells.index("attention of the decoder by the mean of values")
+    assert cells[at + 2] == "50.0% higher"
+    assert cells[cells.index("all attention by exact softmax") + 2] == "25.0% lower"
+    assert cells[cells.index("large encoder, layer 1") + 1] == "0.9531"
 
 
 def test_every_text_of_the_run_is_escaped(run_dir: Path) -> None:
