@@ -12,8 +12,9 @@ from torch import Tensor
 
 from benchmarks.recipe.panel import Cells, Panel
 from sclong_ds.config.sections import ObjectiveConfig
-from sclong_ds.objective.baselines import NAMES, DepthBaselines
+from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.objective.targets import Targets
+from sclong_ds.run_folder.metric_names import DEPTH_BASELINES
 
 FITTED_CELLS = 1500
 NEIGHBOURS = 30
@@ -43,7 +44,7 @@ def baseline_predictions(
     depth.fit()
     x = panel.held_out.values(np.arange(len(panel.held_out.rows)))
     hidden, positions = hidden_mask(x.shape, targets), torch.from_numpy(targets.positions)
-    found = dict(zip(NAMES, depth.predict(x, hidden, positions).numpy(), strict=True))
+    found = dict(zip(DEPTH_BASELINES, depth.predict(x, hidden, positions).numpy(), strict=True))
     residual = nearest_residual(panel.train, x.masked_fill(hidden, 0.0), depth)
     linear = found["linear"]
     found["30 nearest cells"] = linear + np.take_along_axis(residual, targets.positions, 1)

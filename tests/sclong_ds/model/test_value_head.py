@@ -10,7 +10,8 @@ from small_model import cells as small_cells
 
 from sclong_ds.corpus.corpus import GeneStats
 from sclong_ds.model.value_head import expected_value, one_count, pairwise_sum
-from sclong_ds.objective.baselines import NAMES, DepthBaselines
+from sclong_ds.objective.baselines import DepthBaselines
+from sclong_ds.run_folder.metric_names import DEPTH_BASELINES
 from sclong_ds.training.build import first_output
 
 
@@ -79,7 +80,7 @@ def test_an_untrained_poisson_head_predicts_the_poisson_baseline():
     depth = DepthBaselines(stats, torch.device("cpu"))
     depth.fit()
     positions = torch.arange(G).expand(4, -1)
-    expected = depth.predict(x, mask, positions)[NAMES.index("poisson")]
+    expected = depth.predict(x, mask, positions)[DEPTH_BASELINES.index("poisson")]
     predicted = model(x, mask)
     few = torch.as_tensor(first) - one_count(x, (x > 0) & ~mask).log() < np.log(40)
     assert few.any()
