@@ -334,11 +334,16 @@ def model_card(
 ```python
 import sclong_ds
 model = sclong_ds.load_model("MODEL_DIR")
-predicted = model(x)        # (B, {config["n_genes"]}) values
+predicted = model(x)        # (B, {config["n_genes"]}) values, if the gene is expressed
 vectors = model.encode(x)   # (B, {config["n_genes"]}, {model["base_dim"]})
 ```
 
 or `python -m sclong_ds embed MODEL_DIR cells.h5ad --out embedded.h5ad`.
+
+`model(x)` is, for each gene, the value to expect given that the gene is expressed in the cell: only
+expressed values were hidden and predicted in training. For a gene without counts it is not the
+value of the cell, which is 0, and does not say whether the gene is expressed: do not use it as a
+profile, to fill in zeros, or as the response to a perturbation.
 
 Input: raw counts in the order of genes.tsv, transformed by log1p({target_sum:g} * count / total),
 where the total is over these genes. `embed` takes raw counts and does this itself.

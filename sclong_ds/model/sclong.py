@@ -3,8 +3,8 @@
 Per gene, a gene vector (gene encoder) and an expression vector (expression encoder) are added. The
 top_seq_len highest-expressed genes go through the large encoder, the others through the mini
 encoder; both are merged in gene order, the gene vectors are added again, and the decoder reads all
-genes. A head predicts every gene's value. Source: the scLong paper; `README.md` lists the
-differences.
+genes. A head predicts every gene's value, given that the gene is expressed. Source: the scLong
+paper; `README.md` lists the differences.
 
 Which genes the large encoder reads: with `model.routing: top` hidden values count as lowest, ties
 (the many zeros) go to the lower gene index; `expressed` sends expressed and hidden genes alone
@@ -114,7 +114,11 @@ class ScLong(nn.Module):
         lengths: Sequence[int] | None = None,
         unmeasured: Tensor | None = None,
     ) -> Tensor:
-        """Predict the value of every gene, or of some.
+        """Predict the value of every gene, or of some, given that the gene is expressed.
+
+        Training hides expressed values alone, unless `objective.zero_mask_prob` is above 0. For a
+        gene with zero counts the prediction is the value that it would have were it expressed,
+        not what to expect of the cell.
 
         Args:
             x: Transformed expression (B, G), >= 0, in the model's gene order.

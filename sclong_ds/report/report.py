@@ -320,7 +320,8 @@ def _training(record: RunRecord) -> str:
             plots.loss_figure(rows, restarts=record.restart_steps),
             "Masked MSE",
             "Mean squared error of the hidden expression values. The dashed line predicts every "
-            "gene's mean over the training cells: a model that learned nothing more ends there.",
+            "gene's mean over the training cells, the solid grey one is the strongest baseline: a "
+            "model that learned nothing more ends there.",
         )
     ]
     small = [
