@@ -7,7 +7,8 @@ Reads what `python -m sclong_ds embed` reads; INPUT may also be a file that `emb
 embeddings are taken over if they are those of MODEL_DIR. Writes DIR/scores.json, DIR/scores.tsv
 and DIR/tsne.png. Nothing is fine-tuned: labels only score. Every representation gets the same
 cells, folds, resamples and distances (Euclidean): the model (`sclong`) and the rows of
-`sclong_ds.evaluation.ladder`; `sclong_ds.evaluation.scores` describes scores and intervals.
+`sclong_ds.evaluation.ladder`; `sclong_ds.evaluation.scores` describes scores and intervals, and
+`sclong_ds.evaluation.scib` those of scib-metrics, added where it is installed.
 The first line of the output is the verdict, the strongest row comes first in the table.
 
 `majority_accuracy` is what always naming the most common label would reach. With --group, labels
@@ -40,6 +41,7 @@ from sclong_ds.embedding.record import made_by
 from sclong_ds.embedding.stored import UNS_KEY
 from sclong_ds.evaluation.ladder import NO_CONTEXT
 from sclong_ds.evaluation.representations import embed_scored, representations
+from sclong_ds.evaluation.scib import add_scib_scores
 from sclong_ds.evaluation.scored_cells import ScoredCells, choose_cells, layout_of, sizes_of
 from sclong_ds.evaluation.scores import Scores, sample_cells, score
 from sclong_ds.evaluation.verdict import (
@@ -99,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         model, scored, embedded=embedded, batch_size=args.batch_size, seed=args.seed
     )
     scores = {name: score(x, layout) for name, x in points.items()}
+    missing = add_scib_scores(scores, points, layout)
     table, intervals = score_table(scores), interval_table(scores)
     judged = ["knn_accuracy"] + ["transfer_accuracy"] * (layout.train is not None)
     lines = [f"sclong, {verdict(scores, name=name, no_context=NO_CONTEXT)}" for name in judged]
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     report = {"verdict": lines, "training_cells": _leak_facts(known, n_known)}
     report |= _facts(args, cells, scored) | _score_facts(scores, table)
     write_atomic(args.out / "scores.json", (json.dumps(report, indent=1) + "\n").encode())
-    print("\n".join([*lines, leak]))
+    print("\n".join([*lines, leak, *([] if missing is None else [missing])]))
     print(f"{len(scored.rows)} cells, {len(sizes_of(scored.labels))} labels of {args.label}")
     print(shown_table(scores, table).to_string(na_rep="-"))
     print(f"written to {args.out}")
