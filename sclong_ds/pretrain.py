@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 import time
 import zlib
@@ -48,12 +49,14 @@ from sclong_ds.engine.ranks import (
 from sclong_ds.job import failures
 from sclong_ds.job.exit_status import STOP_STATUS
 from sclong_ds.job.signals import StopRequest
+from sclong_ds.job.starting import Starting
 from sclong_ds.loader.batches import CellBatch, StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.loader.weights import weights_of
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_error
 from sclong_ds.objective.targets import prepare
+from sclong_ds.run_folder.identity import node_name
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
 from sclong_ds.training.build import build
 from sclong_ds.training.run import Run
@@ -91,12 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_dir = Path(config.run.dir)
         check_inputs(config)
         stop = StopRequest()
-        ranks = join(config)
-        level = logging.INFO if ranks.rank == 0 else logging.WARNING
+        rank = int(os.environ.get("RANK", "0"))
         logging.basicConfig(
-            level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-        )
-        status = train_as_rank(config, ranks, stop, dry_run=args.dry_run)
+            level=logging.INFO if rank == 0 else logging.WARNING,
+            format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True,
+        )  # fmt: skip
+        with starting_of(config, run_dir, stop) as starting:
+            ranks = join(config, starting)
+            status = train_as_rank(config, ranks, stop, starting, dry_run=args.dry_run)
         dist.destroy_process_group()
         return status
     except (ValueError, OSError, RuntimeError) as error:
@@ -126,7 +131,10 @@ def train(config: RunConfig) -> Path:
     stop = StopRequest()
     try:
         # The group stays: DeepSpeed cannot join a second one in the same process.
-        status = train_as_rank(config, join(config), stop, dry_run=False)
+        # Not entered: a hang or Ctrl-C of a start must not end the caller's process.
+        starting = starting_of(config, None, stop)
+        ranks = join(config, starting)
+        status = train_as_rank(config, ranks, stop, starting, dry_run=False)
     finally:
         stop.release()
     run_dir = Path(str(config.run.dir))
@@ -138,15 +146,26 @@ def train(config: RunConfig) -> Path:
     return run_dir
 
 
-def join(config: RunConfig) -> Ranks:
+def starting_of(config: RunConfig, run_dir: Path | None, stop: StopRequest) -> Starting:
+    """Return the watch over this rank's start."""
+    return Starting(
+        run_dir, stop, rank=int(os.environ.get("RANK", "0")), node=node_name(),
+        timeout_s=config.engine.timeout_s,
+    )  # fmt: skip
+
+
+def join(config: RunConfig, starting: Starting) -> Ranks:
     """Join the ranks of the run."""
     quiet_deepspeed()
-    return join_process_group(timeout_s=2 * PATIENCE * config.engine.timeout_s)
+    timeout_s = 2 * PATIENCE * config.engine.timeout_s
+    return join_process_group(timeout_s=timeout_s, watch=starting)
 
 
-def train_as_rank(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> int:
+def train_as_rank(
+    config: RunConfig, ranks: Ranks, stop: StopRequest, starting: Starting, *, dry_run: bool
+) -> int:
     """Build the run, go through the optimizer steps, return the exit status."""
-    run = build(config, ranks, stop, dry_run=dry_run)
+    run = build(config, ranks, stop, starting, dry_run=dry_run)
     if dry_run:
         log.info("dry run: everything fits together, nothing was trained")
         return 0

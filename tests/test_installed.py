@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from sclong_ds.engine.extensions import extensions_folder
+
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = (
     "sclong_ds", "kernels", "data_prep", "ds_configs", "slurm", "setup.py", "pyproject.toml",
@@ -23,7 +25,7 @@ def run(*command: object, cwd: Path) -> str:
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "DS_ACCELERATOR": "cpu",
         # Built once for all tests.
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+        "TORCH_EXTENSIONS_DIR": str(extensions_folder()),
     }
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=clean, capture_output=True, text=True

@@ -240,7 +240,7 @@ class EngineConfig:
     ZeRO stages 1 and 2 only."""
     timeout_s: int
     """Longest time without progress before the run stops and says which rank it waits for; saving
-    may take four times as long."""
+    may take four times as long, and each phase of a start 600 s at least."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

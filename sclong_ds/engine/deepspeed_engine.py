@@ -22,9 +22,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from sclong_ds.config.sections import OptimConfig, RunConfig
+from sclong_ds.engine.extensions import Waits, load_extension
 from sclong_ds.engine.schedule import learning_rate
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def build_partitioned(
@@ -100,13 +103,16 @@ def count_parameters(module: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
-def initialize(model: nn.Module, *, optim: OptimConfig, ds_config: dict[str, Any]) -> Any:
+def initialize(
+    model: nn.Module, *, optim: OptimConfig, ds_config: dict[str, Any], waits: Waits = log.debug
+) -> Any:
     """Wrap the model in a DeepSpeed engine with its optimizer.
 
     Args:
         model: The model.
         optim: The `optim` section.
         ds_config: The resolved DeepSpeed configuration.
+        waits: Told what this process waits for.
 
     Returns:
         The DeepSpeed engine.
@@ -115,6 +121,7 @@ def initialize(model: nn.Module, *, optim: OptimConfig, ds_config: dict[str, Any
     settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         # Offloaded states are updated on the CPU; this optimizer is compiled with g++ at first use.
+        load_extension("CPUAdamBuilder", waits=waits)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from sclong_ds.engine.deepspeed_engine import T
+from sclong_ds.engine.extensions import extensions_folder, load_extension
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +35,36 @@ class Ranks:
     """Process group for what the hosts tell each other; None: the default one."""
 
 
-def join_process_group(*, timeout_s: int) -> Ranks:
+class Watch(Protocol):
+    """Who is told what a start waits for."""
+
+    def phase(self, name: str, waits_for: str) -> None:
+        """Tell what begins, and what it waits for."""
+
+    def waits(self, what: str) -> None:
+        """Tell what the phase waits for now."""
+
+
+class NoWatch:
+    """Nobody is told."""
+
+    def phase(self, name: str, waits_for: str) -> None:
+        """Do nothing."""
+
+    def waits(self, what: str) -> None:
+        """Do nothing."""
+
+
+def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
     """Join the ranks named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Alone when unset.
 
     Args:
         timeout_s: Longest wait in a collective.
+        watch: Told which phase of the start begins, and what it waits for.
     """
+    watch = watch or NoWatch()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -51,9 +74,7 @@ def join_process_group(*, timeout_s: int) -> Ranks:
     # DeepSpeed compiles with ninja; in an environment that was not activated it is beside the
     # interpreter, not on PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    # One folder of compiled extensions per environment: two that share one rebuild it in turns.
-    if os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -68,6 +89,12 @@ def join_process_group(*, timeout_s: int) -> Ranks:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(), local_rank)
     timeout = timedelta(seconds=timeout_s)
+    watch.phase("extensions", "the extension of DeepSpeed's communication")
+    if accelerator.device_name() == "cpu":
+        load_extension("ShareMemCommBuilder", waits=watch.waits)
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    others = int(os.environ["WORLD_SIZE"]) - 1
+    watch.phase("rendezvous", f"{others} other ranks to join rank {rank} at {place}")
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     # A collective of the GPUs would make the host wait for all work before it.
     control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)

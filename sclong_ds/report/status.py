@@ -26,15 +26,23 @@ from sclong_ds.config.strict_yaml import read_yaml
 from sclong_ds.job.failures import read_failure
 from sclong_ds.job.restarts import Life, read_lives, read_verdict
 from sclong_ds.run_folder.files import METRICS_FILE, RUN_FILE, read_events, read_run_json
-from sclong_ds.run_folder.heartbeats import ENDED, HANG_FILE, SLOW_FILE, read_heartbeats, read_json
+from sclong_ds.run_folder.heartbeats import (
+    ENDED,
+    HANG_FILE,
+    SLOW_FILE,
+    STARTING,
+    read_heartbeats,
+    read_json,
+)
 from sclong_ds.run_folder.metric_names import HEADLINE, LOSS, MSE, SKIPPED_METRIC, SPIKE_METRIC
 from sclong_ds.run_folder.rows import read_metrics, sentence
 from sclong_ds.run_folder.seal import say_changes
 
 log = logging.getLogger(__name__)
 
-State = Literal["running", "finished", "interrupted", "failed", "hung", "lost"]
-"""lost: on record as running, but no rank has written for a while: killed without notice."""
+State = Literal["starting", "running", "finished", "interrupted", "failed", "hung", "lost"]
+"""starting: its ranks do not train yet. lost: on record as running, but no rank has written for a
+while: killed without notice."""
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -62,6 +70,8 @@ class RankStatus:
     """What it does there."""
     phase_s: float
     """Seconds it had been doing that when it wrote."""
+    waits_for: str | None
+    """File that it reads, or what its start waits for."""
     age_s: float
     """Seconds since it wrote."""
 
@@ -147,9 +157,10 @@ def read_status(run_dir: Path) -> RunStatus:
         ValueError: A file of the run is damaged.
     """
     lives = read_lives(run_dir)
-    if not (run_dir / RUN_FILE).is_file():
-        raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {_no_run_yet(run_dir, lives)}")
     now = time.time()
+    ranks = _ranks(run_dir / "heartbeat", now)
+    if not (run_dir / RUN_FILE).is_file() and not _starting(ranks):
+        raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {_no_run_yet(run_dir, lives)}")
     say_changes(run_dir)
     record, events = read_run_json(run_dir), read_events(run_dir)
     rows = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
@@ -160,7 +171,6 @@ def read_status(run_dir: Path) -> RunStatus:
     step = int((steps or [opening])[-1]["step"])
     passed = [r for r in rows if r["step"] <= step]
     validation = next((r for r in reversed(passed) if MSE in r), None)
-    ranks = _ranks(run_dir / "heartbeat", now)
     _say_missing(run_dir / "heartbeat", ranks, opening.get("world_size"))
     hang = read_json(run_dir / "heartbeat" / HANG_FILE).get("error")
     state, max_steps = _state(record, ranks, hang), _max_steps(run_dir)
@@ -221,6 +231,12 @@ def describe(status: RunStatus) -> str:
     of = "" if status.max_steps is None else f" of {status.max_steps:,}"
     share = f" ({status.step / status.max_steps:.1%})" if status.max_steps else ""
     lines = [f"{status.run_dir}: {status.state}, step {status.step:,}{of}{share}"]
+    starting = _starting(status.ranks)
+    if starting:
+        first = starting[0]
+        since = _duration(first.phase_s + first.age_s)
+        where = f"rank {first.rank} on {first.node}, {first.phase.removeprefix(STARTING)}"
+        lines.append(_line("starting", f"waits for {first.waits_for} since {since} ({where})"))
     if status.error:
         lines.append(_line("error", status.error))
     elif status.warning:
@@ -311,6 +327,7 @@ def _ranks(folder: Path, now: float) -> tuple[RankStatus, ...]:
                 step=heartbeat.step,
                 phase=heartbeat.phase,
                 phase_s=heartbeat.phase_s,
+                waits_for=heartbeat.reading,
                 age_s=age_s,
             )
         )
@@ -318,12 +335,20 @@ def _ranks(folder: Path, now: float) -> tuple[RankStatus, ...]:
 
 
 def _state(record: dict[str, Any], ranks: tuple[RankStatus, ...], error: str | None) -> State:
+    if _starting(ranks):
+        return "starting"
     if error:
         return "hung"
     state = _STATES.get(str(record.get("status")), "running")
     if state == "running" and ranks and all(rank.state == "silent" for rank in ranks):
         return "lost"
     return state
+
+
+def _starting(ranks: Sequence[RankStatus]) -> list[RankStatus]:
+    """Return the ranks that live and do not train yet, the one that has waited longest first."""
+    found = [r for r in ranks if r.state == "alive" and r.phase.startswith(STARTING)]
+    return sorted(found, key=lambda r: -r.phase_s)
 
 
 def _speed(steps: Rows) -> tuple[float | None, float | None]:

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 ENDED = "ended"
 """Phase of a rank whose training loop is over, in whichever way."""
 
+STARTING = "start: "
+"""What the phases of a rank begin with that does not train yet."""
+
 SLOW_FILE, HANG_FILE = "slow.json", "hang.json"
 
 _NAMED_RANKS = 8

@@ -30,6 +30,7 @@ from sclong_ds.engine.gradient_norms import GradientNorms
 from sclong_ds.engine.ranks import Ranks, on_first_rank
 from sclong_ds.exported.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.job.signals import StopRequest
+from sclong_ds.job.starting import Starting
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
@@ -45,6 +46,7 @@ from sclong_ds.training.run_checks import (
     check_run_folder,
     check_same_on_all_ranks,
 )
+from sclong_ds.training.saving import PATIENCE
 from sclong_ds.training.timing import RankTimes
 from sclong_ds.training.watchdog import Watchdog
 
@@ -55,10 +57,14 @@ LEAST_SHARE = 1e-9
 log = logging.getLogger("sclong_ds.pretrain")
 
 
-def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) -> Run:
+def build(
+    config: RunConfig, ranks: Ranks, stop: StopRequest, starting: Starting, *, dry_run: bool
+) -> Run:
     """Build the model, the engine and the tracker, and go back to the newest checkpoint."""
     assert config.run.dir is not None
+    starting.phase("corpus", f"the corpus at {config.data.corpus}")
     run_dir, corpus = Path(config.run.dir), open_corpus(config)
+    starting.phase("model", "the model and its optimizer, or another rank that makes them")
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
     model = build_partitioned(
         lambda: make_model(config, corpus), seed=config.run.seed, ds_config=ds_config
@@ -70,7 +76,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
     state = first_state(config, ranks, corpus, ds_config)
     check_same_on_all_ranks(config, state, model)
     describe(config, ranks, corpus, model, ds_config)
-    engine = initialize(model, optim=config.optim, ds_config=ds_config)
+    engine = initialize(model, optim=config.optim, ds_config=ds_config, waits=starting.waits)
     if weights is not None and config.engine.precision == "bf16":
         fill_master_weights(model, weights)
     run = Run(
@@ -106,7 +112,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest, *, dry_run: bool) 
     if dry_run:
         on_first_rank(lambda: check_run_folder(run_dir, config, state))
     else:
-        open_run_folder(run, ds_config)
+        starting.phase("checkpoint", f"the newest checkpoint in {run_dir}", patience=PATIENCE)
+        open_run_folder(run, ds_config, starting)
     return run
 
 

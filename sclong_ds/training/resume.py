@@ -21,6 +21,7 @@ from sclong_ds.engine.deepspeed_engine import count_parameters
 from sclong_ds.engine.ranks import Ranks, on_first_rank
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
 from sclong_ds.files.atomic import file_sha256, remove_partials, write_atomic
+from sclong_ds.job.starting import Starting
 from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.run_folder.identity import take_over_ids
 from sclong_ds.run_folder.lock import lock_run_folder
@@ -62,7 +63,7 @@ def hash_of(path: str | None) -> str | None:
     return file_sha256(path) if path else None
 
 
-def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
+def open_run_folder(run: Run, ds_config: dict[str, Any], starting: Starting) -> None:
     """Lock the run folder, resume, write what the run consists of, start the tracker."""
     run_dir, checkpoint_dir = run.run_dir, run.run_dir / "checkpoints"
     on_first_rank(lambda: claim_run_folder(run))
@@ -90,6 +91,7 @@ def open_run_folder(run: Run, ds_config: dict[str, Any]) -> None:
     config_file = run_dir / "config.yaml"
     changed = on_first_rank(lambda: changed_settings(config_file, run.config) if found else {})
     on_first_rank(lambda: write_inputs(run, ds_config))
+    starting.done()
     run.tracker.start(
         params={
             "world_size": run.ranks.world_size,

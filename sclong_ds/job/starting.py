@@ -1,0 +1,192 @@
+"""The start of a run: phases that are shown, have an end, and can be stopped.
+
+    with Starting(run_dir, stop, rank=0, node="n1", timeout_s=1800) as starting:
+        starting.phase("corpus", "the corpus at /data/corpus")
+
+Until the training loop takes over, the main thread may hang where nothing can interrupt it: in a
+collective, in a lock of another process, in a file system. A daemon thread logs what it waits for,
+after half a minute and then ever more rarely; it writes the rank's heartbeat file, which `status`
+reads, after the first seconds; it ends the process at the phase's time-out with status 71, and at
+SIGTERM, SIGINT or when the launcher is gone, with status 75: nothing was trained that could be
+lost. SIGUSR1, which batch systems send in advance, is left to the training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+import psutil
+
+from sclong_ds.files.sealed_json import CHECKSUM, checksum_of
+from sclong_ds.job.exit_status import PASSING_STATUS, STOP_STATUS
+from sclong_ds.job.signals import StopRequest
+from sclong_ds.run_folder.heartbeats import STARTING, Heartbeat
+
+log = logging.getLogger("sclong_ds.pretrain")
+
+_ENDS = frozenset({signal.SIGTERM, signal.SIGINT})
+_LOOK_S, _WRITE_S = 0.5, 5.0
+_FIRST_NOTICE_S = 30.0
+LEAST_TIMEOUT_S = 600.0
+"""Compilers take minutes, whatever a run's own time-out is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    name: str
+    waits_for: str
+    since: float
+    limit_s: float
+
+
+class Starting:
+    """Watches the start of a rank; a context manager, which `done` ends early.
+
+    Args:
+        run_dir: Run folder, for the heartbeat; None: no heartbeat.
+        stop: The request to stop.
+        rank: This rank.
+        node: Name of this node.
+        timeout_s: Longest time of a phase, at least LEAST_TIMEOUT_S.
+    """
+
+    def __init__(
+        self, run_dir: Path | None, stop: StopRequest, *, rank: int, node: str, timeout_s: float
+    ) -> None:
+        self._run_dir, self._stop, self._rank, self._node = run_dir, stop, rank, node
+        self._timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
+        self._made_folder = run_dir is not None and not run_dir.exists()
+        self._begun = time.monotonic()
+        self._phase = _Phase("settings", "the settings", self._begun, self._timeout_s)
+        self._notice_s, self._written, self._next_write_s = _FIRST_NOTICE_S, 0, _WRITE_S
+        self._ended = threading.Event()
+        self._pipe: tuple[int, ...] = ()
+        self._thread = threading.Thread(target=self._watch, name="starting", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        # Python's own handlers wait until the main thread is back from what it hangs in.
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        trains = self._ended.is_set()
+        self.done()
+        if kind is not None and not trains:
+            self._leave_nothing()
+
+    def phase(self, name: str, waits_for: str, *, patience: float = 1.0) -> None:
+        """Tell what begins.
+
+        Args:
+            name: The phase: extensions, rendezvous, corpus, model or checkpoint.
+            waits_for: What it waits for, in words.
+            patience: It may take so many times the time-out.
+        """
+        self._notice_s = _FIRST_NOTICE_S
+        self._phase = _Phase(name, waits_for, time.monotonic(), patience * self._timeout_s)
+
+    def waits(self, what: str) -> None:
+        """Tell what the phase waits for now."""
+        phase = self._phase
+        self._phase = _Phase(phase.name, what, phase.since, phase.limit_s)
+
+    def done(self) -> None:
+        """End the watch: from here on the training loop sees signals and hangs."""
+        if self._ended.is_set() or not self._pipe:
+            return
+        self._ended.set()
+        signal.set_wakeup_fd(-1)
+        self._thread.join()
+        for end in self._pipe:
+            os.close(end)
+
+    def _watch(self) -> None:
+        """Look twice a second, and at once when there is a signal; runs on the daemon thread."""
+        while not self._ended.is_set():
+            if select.select([self._pipe[0]], [], [], _LOOK_S)[0]:
+                for number in _ENDS.intersection(os.read(self._pipe[0], 64)):
+                    self._end(f"stopped by {signal.Signals(number).name}", STOP_STATUS)
+            if self._stop.reason() == "the launcher is gone":
+                self._end("the launcher is gone", STOP_STATUS)
+            phase, now = self._phase, time.monotonic()
+            if now - phase.since >= phase.limit_s:
+                self._end(f"no progress for {phase.limit_s:.0f} s", PASSING_STATUS)
+            if now - phase.since >= self._notice_s:
+                self._notice_s *= 2
+                # Rank 0 tells what all wait for; a thousand others only what is their own.
+                if self._rank == 0 or phase.name == "extensions":
+                    log.warning("rank %d (%s): %s", self._rank, self._node, self._words())
+            if now - self._begun >= self._next_write_s:
+                self._next_write_s = now - self._begun + _WRITE_S
+                self._write_heartbeat()
+
+    def _words(self) -> str:
+        phase = self._phase
+        taken = time.monotonic() - phase.since
+        return f"starting, phase '{phase.name}': waits for {phase.waits_for} since {taken:.0f} s"
+
+    def _end(self, why: str, status: int) -> NoReturn:
+        """End the process, whatever its main thread hangs in, with the children that it waits for.
+
+        Straight to the descriptor: the main thread may hang with the lock of sys.stderr.
+        """
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: rank {self._rank} ({self._node}): {why} while {self._words()}; "
+                        f"nothing is lost: start the same command again\n".encode())  # fmt: skip
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+        self._leave_nothing()
+        os._exit(status)
+
+    def _path(self, run_dir: Path) -> Path:
+        return run_dir / "heartbeat" / f"rank_{self._rank:05d}.json"
+
+    def _write_heartbeat(self) -> None:
+        """Write the rank's heartbeat; a file system that fails does not end a start."""
+        if self._run_dir is None:
+            return
+        phase, self._written = self._phase, self._written + 1
+        content = asdict(
+            Heartbeat(
+                rank=self._rank, node=self._node, pid=os.getpid(), step=0,
+                phase=f"{STARTING}{phase.name}", phase_s=round(time.monotonic() - phase.since, 1),
+                beats=0, reading=phase.waits_for, written=self._written, interval_s=_WRITE_S,
+            )
+        )  # fmt: skip
+        path = self._path(self._run_dir)
+        partial = path.with_name(f".{path.name}.{self._rank}")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = content | {CHECKSUM: checksum_of(content)}
+            partial.write_text(json.dumps(whole) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+
+    def _leave_nothing(self) -> None:
+        """Remove the heartbeat of a start that failed, and the folders made for it."""
+        if self._run_dir is None or not self._written:
+            return
+        with contextlib.suppress(OSError):
+            self._path(self._run_dir).unlink(missing_ok=True)
+            if self._made_folder:
+                (self._run_dir / "heartbeat").rmdir()
+                self._run_dir.rmdir()

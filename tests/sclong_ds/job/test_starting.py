@@ -1,0 +1,100 @@
+"""A start says what it waits for, ends in time, and ends when it is asked to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+
+from sclong_ds.report.status import describe, read_status
+from sclong_ds.run_folder.heartbeats import read_heartbeats
+
+HANGS = """
+import sys, threading
+from pathlib import Path
+from sclong_ds.job.signals import StopRequest
+from sclong_ds.job import starting
+
+starting._WRITE_S = starting._FIRST_NOTICE_S = 0.1
+starting.LEAST_TIMEOUT_S = 0.0
+how, folder, timeout_s = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+run = starting.Starting(folder, StopRequest(), rank=0, node="n1", timeout_s=timeout_s)
+with run:
+    run.phase("rendezvous", "3 other ranks")
+    run.waits("nobody")
+    if how == "fails":
+        import time
+        while not list(folder.glob("heartbeat/*.json")):
+            time.sleep(0.01)
+        raise ValueError("no")
+    # A lock that is held by its own thread: python waits in C, and its own handlers never run.
+    lock = threading.Lock()
+    lock.acquire()
+    import ctypes, os
+    print("hangs", flush=True)
+    libc = ctypes.CDLL(None)
+    while True:
+        libc.sem_wait(ctypes.create_string_buffer(64)) if how == "in C" else lock.acquire()
+"""
+
+
+def start(how: str, folder: Path, *, timeout_s: float = 300.0) -> subprocess.Popen[str]:
+    """Start a process that hangs in the middle of its start."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HANGS, how, folder, str(timeout_s)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", ["in C", "in python"])
+def test_a_signal_ends_a_start_that_hangs(tmp_path: Path, how: str, number: signal.Signals) -> None:
+    process = start(how, tmp_path / "run")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "hangs\n"
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert f"error: rank 0 (n1): stopped by {number.name} while starting" in said
+    assert "phase 'rendezvous': waits for nobody since" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_hangs_is_said_shown_and_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start("in C", folder, timeout_s=3.0)
+    while not list(folder.glob("heartbeat/rank_*.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    (beat,) = read_heartbeats(folder / "heartbeat").values()
+    assert (beat.rank, beat.phase, beat.reading) == (0, "start: rendezvous", "nobody")
+    status = read_status(folder)
+    assert status.state == "starting"
+    text = describe(status)
+    assert "waits for nobody since " in text
+    assert "(rank 0 on n1, rendezvous)" in text
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 71
+    assert said.startswith("rank 0 (n1): starting, phase 'rendezvous': waits for nobody since")
+    assert "no progress for 3 s while starting, phase 'rendezvous'" in said
+    assert not folder.exists()
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    process = start("fails", tmp_path / "run")
+    assert "ValueError: no" in process.communicate(timeout=60)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text(json.dumps(1))
+    start("fails", tmp_path / "run").communicate(timeout=60)
+    assert (tmp_path / "run" / "mine").is_file()
+    assert not list(tmp_path.glob("run/heartbeat/*"))
