@@ -150,7 +150,7 @@ def build_comparison(records: Sequence[RunRecord]) -> str:
         (LOSS, "training masked MSE", "step"),
         ("perf/cells_per_s", "cells / s", "step"),
     ):
-        if any(metric in row for rows in runs.values() for row in rows):
+        if any(metric in row and against in row for rows in runs.values() for row in rows):
             smooth = not metric.startswith("val/")  # a validation is a mean already
             figure = plots.runs_figure(runs, metric, ylabel=title, against=against, smooth=smooth)
             caption = f"{title[0].upper()}{title[1:]} by {plots.X_AXES[against]}"

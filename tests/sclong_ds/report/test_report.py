@@ -436,3 +436,20 @@ def test_a_damaged_file_beside_the_metrics_does_not_stop_a_report(
     if name in ("run.json", "events.jsonl", "system"):
         assert str(path) in caplog.text
     assert path.read_bytes() == before, "reading changes nothing"
+
+
+def test_runs_whose_errors_are_of_another_kind_are_not_compared_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validated(tmp_path / "new")
+    with RunFolder(tmp_path / "old") as files:
+        files.append_metrics(10, {"val/mse": 0.25})
+    assert main(["compare", str(tmp_path / "new"), str(tmp_path / "old")]) == 0
+    printed = capsys.readouterr().out
+    assert "The errors of these runs do not compare" in printed
+    assert "1 validations of new by another version" in printed
+    figures = compare.figures(read_run(tmp_path / "new"))
+    assert figures["val/mse, best"] == 0.25, "not the 0.1 of the older version"
+    assert figures["the model is"] == "above the strongest baseline"
+    text = report.build_comparison([read_run(tmp_path / name) for name in ("new", "old")])
+    assert compare.TWO_KINDS in text
