@@ -27,6 +27,7 @@ from benchmarks.fault_products import (
 )
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.ranks import join_process_group
+from sclong_ds.run_folder.rows import Judged
 
 ABSENT: Mapping[str, Any] = {}
 """Content of a unit that is not there."""
@@ -201,7 +202,7 @@ def _save(place: Path, step: int) -> int:
     try:
         saving = checkpoint.begin_save(
             _engine(), place / "checkpoints", state, files=[place / name for name in _BESIDE],
-            settings=keep, val_mse=1.0 / step, background=True,
+            settings=keep, by=Judged("val/mse", 1.0 / step), background=True,
         )  # fmt: skip
         checkpoint.finish_save(saving)
     except OSError as error:
