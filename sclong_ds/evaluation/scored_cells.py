@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix, vstack
 
 from sclong_ds.embedding.cells import Cells
-from sclong_ds.evaluation.scores import FOLDS, Layout
+from sclong_ds.evaluation.scores import FOLDS, MIN_GROUPS, Layout
 from sclong_ds.objective.measured import MeasuredGenes
 
 MIN_CELLS_PER_LABEL = FOLDS
@@ -115,6 +115,11 @@ def layout_of(scored: ScoredCells, args: argparse.Namespace) -> Layout:
     Raises:
         ValueError: A batch to learn from or to predict has no scored cells, or no label is in both.
     """
+    if scored.groups is not None and len(np.unique(scored.groups)) < MIN_GROUPS:
+        _log.warning(
+            "fewer than %d groups: intervals are over cells, and too narrow for another group",
+            MIN_GROUPS,
+        )
     if not args.train_batch:
         return Layout(
             labels=scored.labels, batches=scored.batches, groups=scored.groups, seed=args.seed

@@ -10,7 +10,7 @@
 | batch_mixing | entropy of the batches among the 15 nearest cells / entropy over all cells; 1 |
 
 Folds are 5 of cells, or one per group (donor, dataset) where cells have groups. Intervals hold 95%
-of 1,000 resamples of cells, or of groups where there are any: cells of a donor are not independent.
+of 1,000 resamples of cells, or of groups where there are 5: cells of a donor are not independent.
 All representations get the same resamples, so differences between them have intervals too. Source
 of the silhouette scales: scIB, https://doi.org/10.1038/s41592-021-01336-8; of the entropy of
 mixing: https://doi.org/10.1038/nbt.4091
@@ -33,6 +33,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 FOLDS = 5
 NEIGHBOURS = 15
 RESAMPLES = 1000
+MIN_GROUPS = 5
+"""With fewer groups among the cells of a score, cells are resampled: of one group, every resample
+would be the same and its interval a point."""
 _LEVEL = 0.95
 _MAX_SILHOUETTE_CELLS = 10_000  # quadratic in the cells
 _BLOCK = 20_000_000  # numbers of resampled weights in memory at once
@@ -194,7 +197,8 @@ def _resampled(values: np.ndarray, layout: Layout, cells: np.ndarray) -> np.ndar
     """
     units = np.arange(len(cells))
     if layout.groups is not None:
-        units = np.unique(layout.groups[cells], return_inverse=True)[1]
+        names, codes = np.unique(layout.groups[cells], return_inverse=True)
+        units = codes if len(names) >= MIN_GROUPS else units
     n = int(units.max()) + 1
     member = csr_matrix((np.ones(len(units)), (units, np.arange(len(units)))))
     per_unit = np.asarray(member @ values)

@@ -101,6 +101,8 @@ def test_intervals_are_of_cells_or_of_groups() -> None:
     groups = accuracy_draws(np.repeat([f"d{i}" for i in range(10)], 20))
     low, high = groups.interval("transfer_accuracy")
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 8), rel=0.15)
+    few = accuracy_draws(np.repeat(["d1", "d2"], 100))
+    np.testing.assert_array_equal(few.draws["transfer_accuracy"], cells.draws["transfer_accuracy"])
     again, other = accuracy_draws(None), accuracy_draws(None, seed=1)
     name = "transfer_accuracy"
     np.testing.assert_array_equal(again.draws[name], cells.draws[name])
