@@ -210,9 +210,9 @@ def test_named_paths_modules_and_targets_exist(path):
     for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.MULTILINE):
         assert target in targets, f"{path.name} names `make {target}`"
     for module in re.findall(r"(?:-m|--module) ((?:sclong_ds|data_prep|benchmarks)[\w.]*)", text):
-        assert module in MODULES or (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), (
-            module
-        )
+        place = ROOT / module.replace(".", "/")
+        runs = place.with_suffix(".py").exists() or (place / "__main__.py").exists()
+        assert module in MODULES or runs, module
     folders = "sclong_ds|kernels|data_prep|ds_configs|slurm|tests|benchmarks"
     for named in re.findall(rf"(?<![\w/.$\"{{}}])((?:{folders})/[\w./-]*\w)", text):
         assert (ROOT / named).exists(), f"{path.name} names {named}"
