@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: help setup demo test test-quick check clean
+.PHONY: help setup demo test test-quick check docs clean
 
 help:
 	@echo "make setup   virtual environment in $(VENV) with requirements.txt"
 	@echo "make demo    real cells to a trained, exported model (about 10 minutes on 2 cores)"
 	@echo "make test    all tests"
 	@echo "make test-quick  those that start no process"
-	@echo "make check   ruff and mypy"
+	@echo "make check   ruff, mypy, links of the documentation"
+	@echo "make docs    the documentation as a site, below site/"
 
 setup: $(VENV)/.ready
 
@@ -56,6 +57,11 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir .mypy_cache/site
+
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html"
 
 clean:
-	rm -rf demo_run .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo_run site .pytest_cache .mypy_cache .ruff_cache

@@ -200,7 +200,8 @@ def test_files_and_functions_stay_small():
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "slurm").glob("*.sh"))]
+    pages = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+    return [ROOT / "README.md", *pages, *sorted((ROOT / "slurm").glob("*.sh"))]
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda p: p.name)
@@ -273,8 +274,9 @@ def subcommands(parser) -> list[str]:
 
 
 def shown_commands() -> list[list[str]]:
-    """Return the commands of README.md's shell blocks, split into words."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """Return the commands of the shell blocks of README.md and docs/, split into words."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     return [
         shlex.split(line, comments=True)

@@ -103,7 +103,7 @@ def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> 
 
 @pytest.mark.distributed
 def test_the_examples_of_the_readme_run(cells: anndata.AnnData, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/reference/python-api.md").read_text()
     examples = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sclong_ds" in c]
     assert len(examples) == 2
     shutil.copytree(MODEL / "model", tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The other way to launch that README shows: one `deepspeed` launcher per node, without ssh."""
+"""The other way to launch, as docs/operate/job.md shows: a `deepspeed` launcher a node, no ssh."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = (
 def test_one_launcher_per_node_trains_as_readme_says(
     slurm: Any, small_corpus: Path, small_graph: Path, tmp_path: Path
 ) -> None:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/operate/job.md").read_text(), re.DOTALL)
     (block,) = (b for b in blocks if "--no_ssh" in b)
     run_dir = tmp_path / "run"
     inputs = f"run.dir={run_dir} data.corpus={small_corpus} model.gene_graph={small_graph}"
