@@ -120,7 +120,8 @@ def settings(run_dir: Path, corpus: Path, **overrides: object) -> list[str]:
     base: dict[str, object] = {
         "run.dir": run_dir, "data.corpus": corpus, "data.shuffle_group_chunks": 2,
         "model.gene_encoder": "embedding", "model.top_seq_len": 64, "model.routing": "top",
-        "model.zero_genes": "null", "run.max_steps": 160,
+        "model.zero_genes": "null", "run.max_steps": 160, "optim.warmup_steps": 10,
+        "optim.decay_steps": 160,
         "run.validate_every_n_steps": 10, "run.validation_cells": 8,
         "checkpoint.every_n_steps": 5, "checkpoint.keep_last": 3, "tracking.enabled": "false",
         "tracking.picture_cells": "null",

@@ -470,8 +470,9 @@ def test_released_choices_train(small_corpus, small_graph, tmp_path):
     """The choices of sclong_reference at a small size: features are redrawn, the mask is cut."""
     tiny, released = (load_config(name).model for name in ("sclong_tiny", "sclong_reference"))
     sizes = {"base_dim", "large_dim", "top_seq_len", "expression_hidden", "gene_graph"}
+    values = {field.name: getattr(released, field.name) for field in dataclasses.fields(tiny)}
     choices = {
-        f"model.{field.name}": getattr(released, field.name)
+        f"model.{field.name}": "null" if values[field.name] is None else values[field.name]
         for field in dataclasses.fields(tiny)
         if getattr(released, field.name) != getattr(tiny, field.name)
         and field.name not in sizes | {"large_encoder", "mini_encoder", "decoder"}
