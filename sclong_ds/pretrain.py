@@ -8,7 +8,7 @@ r"""Pretrain scLong: the story from the command to the training step.
 optimizer step; `train` is for callers in Python. Starting the same command again on the same
 run.dir resumes. Exit status: 0 done, 1 failed, 2 bad usage, 71 a device, network or disk failed, 75
 stopped by a signal after saving (start again to go on). Reads the corpus and the gene graph; writes
-the run folder (README: "What a run folder holds") and MLflow.
+the run folder (docs/reference/run-folder.md) and MLflow.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@
 # All sbatch options above can be overridden on the command line.
 #
 # First the nodes are checked (sclong_ds/job/preflight.py): a bad one is named and nothing is trained.
-# Then one srun starts one process per GPU, or one per node without GPUs (README: one `deepspeed`
+# Then one srun starts one process per GPU, or one per node without GPUs (docs/operate/job.md: one `deepspeed`
 # launcher per node instead).
 #
 # Before the time limit (USR1, 120 s ahead or as much as the last checkpoints took) and on preemption

@@ -4,7 +4,7 @@ Per gene, a gene vector (gene encoder) and an expression vector (expression enco
 top_seq_len highest-expressed genes go through the large encoder, the others through the mini
 encoder; both are merged in gene order, the gene vectors are added again, and the decoder reads all
 genes. A head predicts every gene's value, given that the gene is expressed. Source: the scLong
-paper; `README.md` lists the differences.
+paper; `docs/explain/released-code.md` lists the differences.
 
 Which genes the large encoder reads: with `model.routing: top` hidden values count as lowest, ties
 (the many zeros) go to the lower gene index; `expressed` sends expressed and hidden genes alone
@@ -30,7 +30,7 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.model.expression_encoder import ExpressionEncoder
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
-from sclong_ds.model.performer import Performer, select_tokens
+from sclong_ds.model.performer import CellSpans, Performer, select_tokens
 from sclong_ds.model.routing import (
     ReadGenes,
     expression_order,
@@ -212,13 +212,8 @@ class ScLong(nn.Module):
         """Return the tokens (T, C), in the order given, after the large and the mini encoder."""
         if self.config.contextual_encoder == "mini":
             return self.mini_encoder(tokens, read.cells)
-        split = sum(read.high.lengths)
-        ordered = tokens.index_select(0, read.order)
-        high = self.from_large(self.large_encoder(self.to_large(ordered[:split]), read.high))
-        low = ordered[split:]
-        if self.config.contextual_encoder == "dual":
-            low = self.mini_encoder(low, read.low)
-        return torch.cat([high, low]).index_select(0, torch.argsort(read.order))
+        merged = self._encoded(tokens.index_select(0, read.order), read.high, read.low)
+        return merged.index_select(0, torch.argsort(read.order))
 
     def _contextual(
         self, tokens: Tensor, x: Tensor, mask: Tensor | None, lengths: Sequence[int] | None
@@ -243,13 +238,17 @@ class ScLong(nn.Module):
         """Return the same with each cell's own number of tokens in the large encoder."""
         routes = route(x, mask, top_seq_len=self.config.top_seq_len, lengths=lengths)
         ordered = tokens.flatten(0, 1).index_select(0, routes.order)
-        split = sum(routes.high.lengths)
-        high = self.large_encoder(self.to_large(ordered[:split]), routes.high)
-        low = ordered[split:]
-        if self.config.contextual_encoder == "dual":
-            low = self.mini_encoder(low, routes.low)
-        merged = torch.cat([self.from_large(high), low])
+        merged = self._encoded(ordered, routes.high, routes.low)
         return merged.index_select(0, routes.places).view(tokens.shape)
+
+    def _encoded(self, ordered: Tensor, high: CellSpans, low: CellSpans) -> Tensor:
+        """Return packed tokens (T, C) after the encoders: first the large one's, then the rest."""
+        split = sum(high.lengths)
+        first = self.from_large(self.large_encoder(self.to_large(ordered[:split]), high))
+        rest = ordered[split:]
+        if self.config.contextual_encoder == "dual":
+            rest = self.mini_encoder(rest, low)
+        return torch.cat([first, rest])
 
     def performers(self) -> dict[str, Performer]:
         """Return the Performer stacks by name."""

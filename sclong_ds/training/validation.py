@@ -50,8 +50,6 @@ FIT_CELLS = 512
 7 weights."""
 SAMPLE_CELLS = 2048
 """Training cells among which neighbours are sought; every rank holds their expressed values."""
-
-
 ATTENTION_CELLS = 4
 """Cells on which it is asked whether attention is used: four or five more forward passes of theirs,
 of at most this many cells a rank, per validation."""
