@@ -34,13 +34,12 @@ import torch
 from anndata.io import sparse_dataset, write_elem
 from scipy.sparse import csr_matrix
 
-from data_prep.manifest.input_options import input_dataset
 from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.embedding.cells import Cells, open_cells
+from sclong_ds.embedding.cells import Cells
+from sclong_ds.embedding.opening import cells_of, model_of
 from sclong_ds.embedding.record import input_record, origin_of, record_of, training_record
 from sclong_ds.embedding.stored import UNS_KEY, measured_column, measured_record
-from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import (
     TrainingCells,
     read_training_cells,
@@ -91,15 +90,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: An input that is not counts of known human genes, or a wrong option.
     """
     check_out(args.out, input=args.input)
-    model = load_model(args.model_dir, device=choose_device(args.device))
-    cells = open_cells(
-        args.input,
-        genes=model.genes,
-        split=args.split,
-        min_genes=args.min_genes_mapped,
-        min_share=args.min_share_mapped,
-        dataset=input_dataset(args.input, args),
-    )
+    model = model_of(args)
+    cells = cells_of(args, model)
     training_cells = read_training_cells(args.model_dir)
     coverage = embed_to_file(
         model,
@@ -257,19 +249,6 @@ def _coverage(
         n_genes_model=n_genes,
         counts_kept=float(n_counts.sum() / max(n_input_counts, 1)),
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device for `auto`, `cpu` or `cuda`.
-
-    Raises:
-        ValueError: cuda is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def check_out(out: Path, *, input: Path) -> None:

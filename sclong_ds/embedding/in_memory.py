@@ -11,9 +11,11 @@ reason. Nothing is written, and the caller's AnnData stays as it is.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -22,6 +24,7 @@ from pandas.api.types import is_numeric_dtype
 from scipy.sparse import csr_matrix
 
 from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
+from data_prep.manifest.input_options import input_dataset
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.embedding.embed import embed_counts, plain_columns
 from sclong_ds.model.sclong import ScLong
@@ -37,6 +40,11 @@ def embed(
     batch_size: int = 8,
     min_genes_mapped: int = MIN_GENES_MAPPED,
     min_share_mapped: float = MIN_SHARE_MAPPED,
+    counts: str = "auto",
+    gene_column: str = "auto",
+    id_type: str = "auto",
+    gene_list: Path | None = None,
+    genome: str = "auto",
 ) -> np.ndarray:
     """Return the embeddings of cells, a row for each, in their order.
 
@@ -46,6 +54,11 @@ def embed(
         batch_size: Cells at a time; changes memory and speed, not the result (beyond rounding).
         min_genes_mapped: Fewest genes of the model that the input must have.
         min_share_mapped: Smallest share (0 to 1) of the input's genes that the model must know.
+        counts: Where the raw counts are: X, raw.X, layers/NAME; `auto` finds them.
+        gene_column: Column of `var` with the gene names; `auto`: the best one.
+        id_type: What the genes are named by: ensembl, symbol; `auto` looks at them.
+        gene_list: File with the names of the genes where `cells` holds none.
+        genome: The genome to read where `cells` holds several.
 
     Returns:
         (n, C) float32, to be kept in `adata.obsm`; zero for a cell without counts of the model's
@@ -55,7 +68,14 @@ def embed(
         FileNotFoundError: No such path.
         ValueError: Not counts of known human genes.
     """
-    with opened_cells(model, cells, (), min_genes_mapped, min_share_mapped) as opened:
+    how = {
+        "counts": counts,
+        "gene_column": gene_column,
+        "id_type": id_type,
+        "gene_list": gene_list,
+        "genome": genome,
+    }
+    with opened_cells(model, cells, (), min_genes_mapped, min_share_mapped, how) as opened:
         parts, done = [np.zeros((0, model.config.base_dim), dtype=np.float32)], 0
         for block in opened.blocks():
             rows = slice(done, done + block.counts.shape[0])
@@ -74,6 +94,7 @@ def opened_cells(
     columns: tuple[str, ...] | list[str],
     min_genes: int,
     min_share: float,
+    how: Mapping[str, Any] | None = None,
 ) -> Iterator[Cells]:
     """Open cells as the commands do, for as long as the context lasts.
 
@@ -83,6 +104,7 @@ def opened_cells(
         columns: Annotations to keep of cells that are in memory.
         min_genes: Fewest genes of the model that the input must have.
         min_share: Smallest share of the input's genes that the model must know.
+        how: How to read them, columns of a manifest; None takes the defaults.
     """
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(cells, str | Path):
@@ -91,7 +113,13 @@ def opened_cells(
             # Through a file, so that the one reader of h5ad decides what counts and genes are.
             path = Path(folder) / "cells.h5ad"
             _counts_and_genes(cells, columns).write_h5ad(path)
-        yield open_cells(path, genes=model.genes, min_genes=min_genes, min_share=min_share)
+        yield open_cells(
+            path,
+            genes=model.genes,
+            min_genes=min_genes,
+            min_share=min_share,
+            dataset=replace(input_dataset(path), **(how or {})),
+        )
 
 
 def _counts_and_genes(cells: AnnData | DataFrame, columns: tuple[str, ...] | list[str]) -> AnnData:

@@ -42,6 +42,11 @@ SETTINGS: dict[str, Any] = {
     "device": "auto",
     "min_genes_mapped": None,
     "min_share_mapped": None,
+    "counts": None,
+    "gene_column": None,
+    "id_type": None,
+    "gene_list": None,
+    "genome": None,
 }
 """What `mlflow.pyfunc.load_model(..., model_config=...)` may set; null: as `embed` does."""
 # What the code of the three packages imports to embed cells.
@@ -156,7 +161,7 @@ def _load_pyfunc(data_path: str, model_config: Mapping[str, Any] | None = None) 
         raise ValueError(
             f"model_config: unknown {', '.join(sorted(unknown))}; allowed: {', '.join(SETTINGS)}"
         )
-    from sclong_ds.embedding.embed import choose_device
+    from sclong_ds.embedding.opening import choose_device
     from sclong_ds.exported.model_dir import load_model
 
     model = load_model(data_path, device=choose_device(settings["device"]))
@@ -193,12 +198,14 @@ class EmbeddingModel:
 
         from sclong_ds.embedding.in_memory import embed
 
-        limits = {
-            name: self._settings[name]
-            for name in ("min_genes_mapped", "min_share_mapped")
-            if self._settings[name] is not None
+        given = {
+            name: value
+            for name, value in self._settings.items()
+            if name not in ("batch_size", "device") and value is not None
         }
+        if "gene_list" in given:
+            given["gene_list"] = Path(given["gene_list"])
         size = int(self._settings["batch_size"])
-        found = embed(self._model, cells, batch_size=size, **limits)
+        found = embed(self._model, cells, batch_size=size, **given)
         names = cells.index.astype(str) if isinstance(cells, DataFrame) else cells.obs_names
         return DataFrame(found, index=names)

@@ -33,10 +33,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from data_prep.manifest.input_options import input_dataset
 from data_prep.readers.open import detect_format
-from sclong_ds.embedding.cells import Cells, open_cells
-from sclong_ds.embedding.embed import KEY, choose_device
+from sclong_ds.embedding.cells import Cells
+from sclong_ds.embedding.embed import KEY
+from sclong_ds.embedding.opening import cells_of, model_of
 from sclong_ds.embedding.record import made_by
 from sclong_ds.embedding.stored import UNS_KEY
 from sclong_ds.evaluation.ladder import NO_CONTEXT
@@ -52,7 +52,6 @@ from sclong_ds.evaluation.verdict import (
     verdict,
 )
 from sclong_ds.exported.manifest import weights_hash
-from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import (
     TrainingCells,
     read_training_cells,
@@ -81,16 +80,9 @@ def run(args: argparse.Namespace) -> int:
         ValueError: No such column, too few labels or batches, or an input that `embed` refuses too.
     """
     check_options(args)
-    model = load_model(args.model_dir, device=choose_device(args.device))
+    model = model_of(args)
     stored = stored_embedding(args.input, model=model, model_dir=args.model_dir)
-    cells = open_cells(
-        args.input,
-        genes=model.genes,
-        split=args.split,
-        min_genes=args.min_genes_mapped,
-        min_share=args.min_share_mapped,
-        dataset=input_dataset(args.input, args),
-    )
+    cells = cells_of(args, model)
     scored = choose_cells(cells, label=args.label, batch=args.batch, group=args.group)
     layout = layout_of(scored, args)
     if stored is None:

@@ -24,7 +24,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding import cells as input_cells
-from sclong_ds.embedding import embed, embed_arguments, stored
+from sclong_ds.embedding import embed, embed_arguments, opening, stored
 from sclong_ds.exported.manifest import model_digest
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.objective.measured import MeasuredGenes
@@ -365,9 +365,9 @@ def test_a_corpus_takes_no_options_of_a_file(model_dir: Path, corpus: Path, tmp_
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_refuses_a_gpu_that_is_not_there() -> None:
-    assert embed.choose_device("auto") == torch.device("cpu")
+    assert opening.choose_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="no CUDA GPU"):
-        embed.choose_device("cuda")
+        opening.choose_device("cuda")
 
 
 @pytest.mark.parametrize("option", [("--batch-size", "0"), ("--min-share-mapped", "1.5")])
@@ -433,7 +433,7 @@ def test_what_was_not_measured_stays_unknown_when_the_output_is_read_again(
     run(mask_model, tmp_path / "some.h5ad", "--out", tmp_path / "two.h5ad", "--device", "cpu")
     twice = anndata.read_h5ad(tmp_path / "two.h5ad")
     np.testing.assert_array_equal(twice.obsm[embed.KEY], once.obsm[embed.KEY][[4, 1, 7]])
-    opened = embed.open_cells(tmp_path / "two.h5ad", genes=genes, min_genes=10)
+    opened = input_cells.open_cells(tmp_path / "two.h5ad", genes=genes, min_genes=10)
     assert opened.measured is not None
     assert opened.measured.table.sum() == panel.n_vars
 
@@ -469,6 +469,6 @@ def test_a_corpus_says_which_genes_its_datasets_measure(
     np.testing.assert_allclose(
         everything.obsm[embed.KEY], source.obsm[embed.KEY][rows], rtol=1e-4, atol=1e-5
     )
-    opened = embed.open_cells(corpus, genes=Corpus(corpus).genes)
+    opened = input_cells.open_cells(corpus, genes=Corpus(corpus).genes)
     assert opened.measured is not None
     assert opened.measured.unmeasured().sum() == 0

@@ -133,6 +133,21 @@ def test_only_counts_and_genes_matter_and_the_callers_cells_stay_as_they_are(
     pd.testing.assert_frame_equal(opened.predict(layered), opened.predict(cells))
 
 
+def test_settings_say_how_cells_are_read_as_the_command_does(
+    model_dir: Path, opened: EmbeddingModel, cells: anndata.AnnData
+) -> None:
+    several = cells.copy()
+    several.layers["first"], several.layers["second"] = cells.X, cells.X * 2
+    several.var["names"], several.var_names = several.var_names, [f"g{i}" for i in range(N_GENES)]
+    how = {"counts": "layers/second", "gene_column": "names", "id_type": "symbol"}
+    found = _load_pyfunc(str(model_dir), SETTINGS | how).predict(several)
+    plain = cells.copy()
+    plain.X = several.layers["second"]
+    pd.testing.assert_frame_equal(found, opened.predict(plain))
+    with pytest.raises(ValueError, match="layers/no"):
+        _load_pyfunc(str(model_dir), SETTINGS | how | {"counts": "layers/no"}).predict(several)
+
+
 def test_a_large_model_may_take_longer_than_a_metric(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
