@@ -165,7 +165,9 @@ def favor_attention_kv(
     keys = kv.select(-3, 0)
     longest = _check(keys, features, cu_seqlens, max_seqlen)
     most = _check(q, features, query_cu_seqlens, max_queries)
-    ends = (q, keys) if cu_seqlens is None else (query_cu_seqlens, cu_seqlens)
+    ends = q, keys
+    if cu_seqlens is not None and query_cu_seqlens is not None:
+        ends = query_cu_seqlens, cu_seqlens
     if len(ends[0]) != len(ends[1]):
         raise ValueError(
             f"queries and keys must be of the same cells: got {tuple(ends[0].shape)} and "
@@ -300,10 +302,10 @@ def _operator(
 
 
 @_operator.register_fake
-def _(q, k, v, features, cu_seqlens, query_cu_seqlens, *setting):
-    *setting, save = setting
-    tensors = (q, k, v, features, cu_seqlens, query_cu_seqlens)
-    return _forward(*tensors, _setting(*setting), save=save, run=_skip)
+def _(*arguments: Any) -> Outputs:
+    q, k, v, features, cells, query_cells, *setting, save = arguments
+    setting = _setting(*setting)
+    return _forward(q, k, v, features, cells, query_cells, setting, save=save, run=_skip)
 
 
 @torch.library.custom_op("sclong_ds::favor_attention_backward", mutates_args=())
@@ -327,8 +329,9 @@ def _backward_operator(
 
 
 @_backward_operator.register_fake
-def _(grad, q, k, v, features, cu_seqlens, query_cu_seqlens, residuals, *setting):
-    tensors = (grad, q, k, v, features, cu_seqlens, query_cu_seqlens, residuals)
+def _(*arguments: Any) -> list[Tensor]:
+    grad, q, k, v, features, cells, query_cells, residuals, *setting = arguments
+    tensors = (grad, q, k, v, features, cells, query_cells, residuals)
     return _backward(*tensors, _setting(*setting), run=_skip)
 
 
@@ -370,7 +373,7 @@ def _torch_operator(
 
 
 @_torch_operator.register_fake
-def _(q, k, v, *_):
+def _(q: Tensor, k: Tensor | None, v: Tensor | None, *_: Any) -> Tensor:
     return q.new_empty(favor_torch.separate(q, k, v)[0].shape)
 
 
@@ -392,7 +395,7 @@ def _torch_backward_operator(
 
 
 @_torch_backward_operator.register_fake
-def _(grad, q, k, v, *_):
+def _(grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, *_: Any) -> list[Tensor]:
     return favor_torch.new_gradients(q, k, v)
 
 
@@ -459,9 +462,9 @@ def _backward(
     parts = _unpacked(q, k, v)
     plan, saved = _plan(parts[0], features), Residuals(*residuals)
     options |= {"query_cu_seqlens": query_cu_seqlens, "apart": k is not None and v is None}
-    of_call = (features.shape[0], cu_seqlens, saved, setting, plan)
+    m, grad = features.shape[0], _readable(grad)
     with torch.cuda.device_of(q):
-        return backward(_readable(grad), *parts, *of_call, **options)
+        return backward(grad, *parts, m, cu_seqlens, saved, setting, plan, **options)
 
 
 def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

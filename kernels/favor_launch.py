@@ -136,13 +136,13 @@ def default_plan(m: int, head_width: int, dtype: torch.dtype, capability: tuple[
     if dtype == torch.float32:
         main, tail = feature_split(m, 64, tails=(0,))
         wide = Block(rows=32, features=main, tail=tail, warps=4, stages=2)
-        tile = Block(rows=32, features=32, warps=4, stages=2)
+        small = Block(rows=32, features=32, warps=4, stages=2)
         return Plan(
             key_pass=wide,
-            query_pass=tile,
-            query_gradient=tile,
+            query_pass=small,
+            query_gradient=small,
             summary_gradient=wide,
-            key_gradient=tile,
+            key_gradient=small,
         )
     hopper = capability >= (9, 0)
     # Before Hopper the accumulators of 256 features and of a tail do not fit in the registers.
@@ -375,7 +375,7 @@ class _Sizes:
     def of(q: Tensor, k: Tensor, m: int, cu_seqlens: Tensor | None, setting: Setting) -> _Sizes:
         heads, width = q.shape[-2:]
         packed, most = cu_seqlens is not None, setting.max_queries
-        cells = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
+        cells = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         n, n_queries = (0, 0) if packed else (k.shape[1], q.shape[1])
         return _Sizes(
             n=n,
@@ -403,7 +403,7 @@ class _Sizes:
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """Return stride_Xb, stride_Xn and stride_Xh of each tensor X, (B, N, H, K) or (T, H, K)."""
-    found = {}
+    found: dict[str, int] = {}
     for name, tensor in tensors.items():
         strides = tensor.stride()[:-1] if tensor.dim() == 4 else (0, *tensor.stride()[:-1])
         found |= {f"stride_{name}{axis}": s for axis, s in zip("bnh", strides, strict=True)}

@@ -137,9 +137,13 @@ def new_gradients(q: Tensor, k: Tensor | None, v: Tensor | None) -> list[Tensor]
 
 def separate(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values from the arguments of `forward`."""
-    if v is not None:
-        return q, k, v
-    return q.unbind(-3) if k is None else (q, *k.unbind(-3))
+    if k is None:
+        queries, keys, values = q.unbind(-3)
+        return queries, keys, values
+    if v is None:
+        keys, values = k.unbind(-3)
+        return q, keys, values
+    return q, k, v
 
 
 def _scaled(features: Tensor, q: Tensor) -> Tensor:

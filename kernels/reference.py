@@ -227,13 +227,13 @@ class _FavorAttention(torch.autograd.Function):
     """`kernels/favor_torch.py` for autograd; keeps the inputs alone."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         ctx.save_for_backward(*arguments[:6])
         ctx.setting = arguments[6:]
         return favor_torch.forward(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once only: checkpointing computes them when they are read
         gradients = favor_torch.backward(grad, *saved, *ctx.setting)
         return *favor_torch.by_argument(gradients, *saved[:3]), *(None,) * 6

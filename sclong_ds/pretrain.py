@@ -58,6 +58,7 @@ from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_
 from sclong_ds.objective.targets import prepare
 from sclong_ds.run_folder.identity import node_name
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
+from sclong_ds.tracking.client import Status
 from sclong_ds.training.build import build
 from sclong_ds.training.run import Run
 from sclong_ds.training.run_checks import check_inputs
@@ -169,7 +170,7 @@ def train_as_rank(
     if dry_run:
         log.info("dry run: everything fits together, nothing was trained")
         return 0
-    outcome = "FAILED"
+    outcome: Status = "FAILED"
     progress = Progress(run)
     try:
         with run.watchdog, open_loader(run) as loader:
@@ -356,7 +357,7 @@ def stop_early(run: Run) -> int:
 def to_device(run: Run, batch: CellBatch) -> MaskedBatch:
     """Bring a micro-batch and its targets to the rank's device."""
     return masked_batch(
-        batch.counts,
+        batch.packed,
         batch.extra.targets,
         n_genes=run.corpus.n_genes,
         target_sum=run.config.data.target_sum,

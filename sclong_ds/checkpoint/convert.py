@@ -23,19 +23,19 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sclong_ds.checkpoint.torch_files import plain_values_only
+from sclong_ds.engine.deepspeed_engine import Engine
 from sclong_ds.engine.ranks import on_first_rank
 
 log = logging.getLogger(__name__)
 _WORKERS = 4
 
 
-def load_converted(engine: Any, checkpoint: Path) -> str | None:
+def load_converted(engine: Engine, checkpoint: Path) -> str | None:
     """Load a checkpoint of another number of ranks; every rank must call it.
 
     Args:

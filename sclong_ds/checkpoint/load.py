@@ -27,6 +27,7 @@ from sclong_ds.checkpoint.on_disk import (
 from sclong_ds.checkpoint.save import quiet, refuse_code_on_any_rank
 from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.checkpoint.torch_files import plain_values_only, refuse_code
+from sclong_ds.engine.deepspeed_engine import Engine
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.files.atomic import listed
 
@@ -49,7 +50,9 @@ class Loaded:
     """Time to check, convert and load it."""
 
 
-def load(engine: Any, folder: Path, *, accept: Callable[[Path, TrainState], None]) -> Loaded | None:
+def load(
+    engine: Engine, folder: Path, *, accept: Callable[[Path, TrainState], None]
+) -> Loaded | None:
     """Load the newest good checkpoint of a run; every rank must call it.
 
     One that another number of ranks saved is converted.
@@ -138,6 +141,7 @@ def _damage_on_any_rank(checkpoint: Path) -> str | None:
         ValueError: A rank could not read it, on all ranks: it may be good.
     """
     everyone: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    mine: tuple[str | None, str | None]
     try:
         mine = damage(checkpoint, part=dist.get_rank(), parts=dist.get_world_size()), None
     except OSError as error:

@@ -324,6 +324,7 @@ def best_checkpoint(folder: Path) -> tuple[str, Judged] | None:
     Args:
         folder: The run's `checkpoints` folder.
     """
+    best: tuple[str, Judged] | None
     try:
         best = read_best(folder / BEST)
     except FileNotFoundError:
@@ -357,7 +358,9 @@ def read_best(path: Path) -> tuple[str, Judged]:
     figure, value = content.get("figure", "val/mse"), content.get("value", content.get("val_mse"))
     if not (isinstance(name, str) and _is_name(name) and content["step"] == step_of(name)):
         raise ValueError(f"{path}: damaged ({name!r} is no checkpoint)")
-    if type(value) not in (int, float) or not math.isfinite(value) or not isinstance(figure, str):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{path}: damaged ({figure!r} is {value!r})")
+    if not isinstance(figure, str):
         raise ValueError(f"{path}: damaged ({figure!r} is {value!r})")
     if content.get(_DIGEST) not in (None, _digest(path.parent / name) or content.get(_DIGEST)):
         raise ValueError(f"{path}: of another run (its {name} is not the one beside it)")

@@ -37,6 +37,7 @@ from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.checkpoint.torch_files import refuse_code
 from sclong_ds.checkpoint.writer import CheckpointWriter, Written
 from sclong_ds.config.sections import CheckpointConfig
+from sclong_ds.engine.deepspeed_engine import Engine
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.files.atomic import listed, sync_folder, write_atomic
 from sclong_ds.run_folder.rows import Judged
@@ -84,7 +85,7 @@ class Saved:
 
 
 def begin_save(
-    engine: Any,
+    engine: Engine,
     folder: Path,
     state: TrainState,
     *,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from anndata import AnnData
@@ -29,7 +29,7 @@ from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.embedding.embed import embed_counts, plain_columns
 from sclong_ds.model.sclong import ScLong
 
-CellSource = AnnData | DataFrame | str | Path
+CellSource: TypeAlias = AnnData | DataFrame | str | Path
 """Raw counts: AnnData, a DataFrame of cells by genes, or the path of what `embed` reads."""
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import deepspeed
 import torch
@@ -25,14 +25,14 @@ from sclong_ds.config.sections import OptimConfig, RunConfig
 from sclong_ds.engine.extensions import Waits, load_extension
 from sclong_ds.engine.schedule import learning_rate
 
-T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
+Engine: TypeAlias = Any
+"""An engine of DeepSpeed, which has no types; so are its optimizer and its sub-modules."""
 
 log = logging.getLogger(__name__)
 
 
-def build_partitioned(
-    make: Callable[[], nn.Module], *, seed: int, ds_config: dict[str, Any]
-) -> nn.Module:
+def build_partitioned(make: Callable[[], Model], *, seed: int, ds_config: dict[str, Any]) -> Model:
     """Build the model with the same weights on every rank.
 
     Under ZeRO-3 no rank ever holds all of them.
@@ -105,7 +105,7 @@ def count_parameters(module: nn.Module) -> int:
 
 def initialize(
     model: nn.Module, *, optim: OptimConfig, ds_config: dict[str, Any], waits: Waits = log.debug
-) -> Any:
+) -> Engine:
     """Wrap the model in a DeepSpeed engine with its optimizer.
 
     Args:
@@ -118,7 +118,7 @@ def initialize(
         The DeepSpeed engine.
     """
     groups = parameter_groups(model, optim)
-    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         # Offloaded states are updated on the CPU; this optimizer is compiled with g++ at first use.
         load_extension("CPUAdamBuilder", waits=waits)
@@ -154,7 +154,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     return [{"params": p, "weight_decay": decay[name], "name": name} for name, p in groups.items()]
 
 
-def set_hyper_parameters(engine: Any, config: RunConfig, step: int) -> float:
+def set_hyper_parameters(engine: Engine, config: RunConfig, step: int) -> float:
     """Set the step's learning rate and each group's decay; returns the learning rate.
 
     Both are set before every step, so that neither depends on what a checkpoint's optimizer state

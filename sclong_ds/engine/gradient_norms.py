@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sclong_ds.engine.deepspeed_engine import Engine
+
 PARTS = {
     "gene_encoder": ("gene_encoder",),
     "expression_encoder": ("expression_encoder",),
@@ -35,7 +37,7 @@ class GradientNorms:
         model: Its model; a part that a model has not has no figure.
     """
 
-    def __init__(self, engine: Any, model: nn.Module) -> None:
+    def __init__(self, engine: Engine, model: nn.Module) -> None:
         children = dict(model.named_children())
         self.names = [n for n, parts in PARTS.items() if any(p in children for p in parts)]
         self._engine = engine

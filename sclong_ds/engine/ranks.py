@@ -12,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from sclong_ds.engine.deepspeed_engine import T
 from sclong_ds.engine.extensions import extensions_folder, load_extension
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)

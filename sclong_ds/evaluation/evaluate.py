@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     write_atomic(args.out / "tsne.png", draw(points, scored, seed=args.seed))
     written = table.join(intervals)
     write_atomic(args.out / "scores.tsv", written.to_csv(sep="\t").encode())
-    report = {"verdict": lines, "training_cells": _leak_facts(known, n_known)}
+    report: dict[str, object] = {"verdict": lines, "training_cells": _leak_facts(known, n_known)}
     report |= _facts(args, cells, scored) | _score_facts(scores, table)
     write_atomic(args.out / "scores.json", (json.dumps(report, indent=1) + "\n").encode())
     print("\n".join([*lines, leak, *([] if missing is None else [missing])]))

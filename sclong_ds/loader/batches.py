@@ -38,6 +38,12 @@ class CellBatch:
     extra: Any = None
     """What `finish` returned."""
 
+    @property
+    def packed(self) -> PackedCells:
+        """The cells of a loader whose output is `packed`."""
+        assert isinstance(self.counts, PackedCells)
+        return self.counts
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBatch:

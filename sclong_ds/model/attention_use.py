@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -127,8 +128,7 @@ def attention_figures(
     passes: dict[str, Callable[[], Any]] = {"attention/mse": lambda: _layer_sums(model, layers)}
     layers: dict[str, Tensor] = {}
     passes |= {
-        f"attention/{name}/mean_mse": lambda name=name: _mean_of_values(model, name)
-        for name in stacks
+        f"attention/{name}/mean_mse": partial(_mean_of_values, model, name) for name in stacks
     }
     small = model.n_genes <= SOFTMAX_TOKENS or model.config.zero_genes is not None
     if favor and small:

@@ -81,14 +81,12 @@ class _NeighbourSum(torch.autograd.Function):
     """Product of a fixed sparse matrix with a dense one."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, h: Tensor, matrix: SparseRows, transposed: SparseRows
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, matrix: SparseRows, transposed: SparseRows) -> Tensor:
         ctx.transposed = transposed
         return matrix.times(h)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.transposed.times(grad.contiguous()), None, None
 
 
@@ -147,7 +145,7 @@ class GeneEncoder(nn.Module):
         if self.table is None:
             assert self.vectors is not None
             return self.vectors
-        h = self.table
+        h: Tensor = self.table
         for i, linear in enumerate(self.linears):
             if i:
                 h = h.relu()
@@ -159,8 +157,12 @@ class GeneEncoder(nn.Module):
             return h
         kind = torch.promote_types(h.dtype, torch.float32)
         adjacency = self._adjacency
-        found = None if adjacency is None else adjacency[0].weights
-        if adjacency is None or found.device != h.device or found.dtype != kind:
+        weights = None if adjacency is None else adjacency[0].weights
+        if (
+            adjacency is None
+            or weights is None
+            or (weights.device, weights.dtype) != (h.device, kind)
+        ):
             matrix, transposed = normalised_adjacency(self._graph, len(h))
             adjacency = matrix.to(h.device, kind), transposed.to(h.device, kind)
             self._adjacency = adjacency

@@ -55,7 +55,7 @@ class ValueHead(nn.Module):
         cell's offset needs the cells' values x (B, G) and which of them count, `visible` (B, G);
         predictions are float32 at least then.
         """
-        bias = self.bias
+        bias: Tensor = self.bias
         if positions is not None and len(bias) > 1:
             # By indexing: its backward pass adds up in a fixed order on a GPU too.
             bias = bias[positions]

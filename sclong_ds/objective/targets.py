@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.config.sections import ObjectiveConfig, RunConfig
-from sclong_ds.corpus.byte_code import PackedCells, decode
+from sclong_ds.corpus.byte_code import decode
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.objective.measured import MeasuredGenes
 
@@ -176,8 +176,7 @@ def prepare(
     Raises:
         ValueError: A cell has counts of a gene that its dataset does not measure.
     """
-    cells = batch.counts
-    assert isinstance(cells, PackedCells)
+    cells = batch.packed
     counts = decode(cells.gap, cells.count, cells.row_entries, n_genes)
     unmeasured = None if measured is None else measured.of(batch.cell_ids).unmeasured()
     if unmeasured is not None:

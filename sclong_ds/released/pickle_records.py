@@ -90,7 +90,11 @@ class Numbers:
         return torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=self.start)
 
 
-class Unpickler(pickle._Unpickler):
+# The stubs of pickle know nothing of its parts.
+_PythonUnpickler: Any = vars(pickle)["_Unpickler"]
+
+
+class Unpickler(_PythonUnpickler):
     """Unpickler that makes plain containers and records, and calls nothing.
 
     The one in Python, as its steps can be replaced: that in C hashes nested tuples in exponential
@@ -107,7 +111,7 @@ class Unpickler(pickle._Unpickler):
     # Gone are the steps that make objects of classes, use copyreg's registry or foreign buffers.
     dispatch: ClassVar = {
         code: step
-        for code, step in pickle._Unpickler.dispatch.items()
+        for code, step in _PythonUnpickler.dispatch.items()
         if bytes([code]) not in b"io\x81\x82\x83\x84\x92\x97\x98P"
     }
 

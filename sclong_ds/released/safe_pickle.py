@@ -209,7 +209,9 @@ class _Conversion:
         if type(arg) is Call and arg.name == _LOAD:
             if id(arg) not in self._done:
                 self._done[id(arg)] = self._called(arg)
-            return self._done[id(arg)].value
+            part = self._done[id(arg)]
+            assert part is not None  # None: not finished, and it would be inside itself
+            return part.value
         return self._part(arg).value
 
 

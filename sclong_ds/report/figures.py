@@ -146,8 +146,8 @@ def gradient_figure(rows: Sequence[Row]) -> Figure:
             window = max(window, plots.smooth_curve(axes, steps, values, color, label, width))
     spikes = [row["step"] for row in rows if row.get(SPIKE_METRIC)]
     for number, step in enumerate(spikes):
-        label = "loss spike" if number == 0 else None
-        axes.axvline(step, color="#B91C1C", lw=1.0, ls=":", label=label, zorder=1)
+        named = "loss spike" if number == 0 else None
+        axes.axvline(step, color="#B91C1C", lw=1.0, ls=":", label=named, zorder=1)
     skipped = max((row.get("train/skipped_steps", 0) for row in rows), default=0)
     axes.set_yscale("log")
     shown = f"\nmean of {window} steps" if window > 1 else ""

@@ -168,7 +168,7 @@ def read_status(run_dir: Path) -> RunStatus:
     opening: dict[str, Any] = openings[-1] if openings else {"time": 0.0, "step": 0}
     # A resumed run repeats steps: what its earlier lives wrote says nothing about where it is now.
     steps = [r for r in rows if LOSS in r and r["time"] >= opening["time"]]
-    step = int((steps or [opening])[-1]["step"])
+    step = int((steps[-1] if steps else opening)["step"])
     passed = [r for r in rows if r["step"] <= step]
     validation = next((r for r in reversed(passed) if MSE in r), None)
     _say_missing(run_dir / "heartbeat", ranks, opening.get("world_size"))
@@ -176,8 +176,7 @@ def read_status(run_dir: Path) -> RunStatus:
     state, max_steps = _state(record, ranks, hang), _max_steps(run_dir)
     last = lives[-1] if lives else None
     cells_per_s, step_time_s = _speed(steps)
-    trains = state == "running" and max_steps is not None and step_time_s is not None
-    eta_s = (max_steps - step) * step_time_s if trains else None
+    left = None if state != "running" or max_steps is None else max_steps - step
     saved = _last_checkpoint(run_dir, events)
     return RunStatus(
         run_dir=str(run_dir),
@@ -188,7 +187,7 @@ def read_status(run_dir: Path) -> RunStatus:
         loss=_mean([r[LOSS] for r in steps[-_LOSS_STEPS:]]),
         cells_per_s=cells_per_s,
         step_time_s=step_time_s,
-        eta_s=eta_s,
+        eta_s=None if left is None or step_time_s is None else left * step_time_s,
         last_row_age_s=now - rows[-1]["time"] if rows else None,
         checkpoint=saved["path"] if saved else None,
         checkpoint_age_s=now - saved["time"] if saved else None,
@@ -381,7 +380,7 @@ def _max_steps(run_dir: Path) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _validation_figures(row: dict[str, float]) -> dict[str, float]:
+def _validation_figures(row: Mapping[str, float]) -> dict[str, float]:
     found = {name.removeprefix("val/"): row.get(name, math.nan) for name in HEADLINE}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 

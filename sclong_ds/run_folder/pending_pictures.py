@@ -47,7 +47,8 @@ def write_data(run_dir: Path, step: int, data: Data) -> None:
     folder = run_dir / PLOTS_DIR
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    np.savez(buffer, **data)
+    arrays: dict[str, Any] = dict(data)
+    np.savez(buffer, **arrays)
     write_atomic(folder / f"step_{step:08d}.npz", buffer.getvalue())
 
 

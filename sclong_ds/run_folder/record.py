@@ -83,7 +83,7 @@ class RunRecord:
     texts: dict[str, str]
     images: tuple[Path, ...]
     pictured_step: int | None
-    system: dict[str, Rows]
+    system: Mapping[str, Rows]
     damage: tuple[str, ...] = ()
     n_other_validations: int = 0
 
@@ -190,8 +190,9 @@ def read_run(run_dir: Path) -> RunRecord:
     events = read_events(run_dir)
     sessions = _sessions(events, every_row)
     nodes = {f.stem: read_samples(f) for f in sorted((run_dir / SYSTEM_DIR).glob("*.jsonl"))}
-    for timed in (rows, *nodes.values()):
-        _add_hours(timed, sessions)
+    _add_hours(rows, sessions)
+    for samples in nodes.values():
+        _add_hours(samples, sessions)
     files = (run_dir / name for name in ("config.yaml", "ds_config.json"))
     pictured, folder = max(picture_steps(run_dir).items(), default=(None, None))
     return RunRecord(

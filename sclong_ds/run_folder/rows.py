@@ -121,7 +121,7 @@ def read_every_row(run_dir: Path) -> list[Row]:
 
 
 def series(
-    rows: Sequence[Row], name: str, against: str = "step"
+    rows: Sequence[Mapping[str, float]], name: str, against: str = "step"
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the steps, or another column, and the finite values of one metric, each (N,)."""
     pairs = [(row[against], row[name]) for row in rows if name in row and against in row]

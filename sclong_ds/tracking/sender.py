@@ -243,6 +243,7 @@ class Sender:
 
         The same picture twice is the same file: an attempt that was cut short is made again.
         """
+        assert self.mlflow_run_id is not None
         done = int(read_run_json(self.run_dir).get("mlflow_pictures", -1))
         for step, folder in picture_steps(self.run_dir).items():
             if step > done and not self.stop.is_set():

@@ -32,6 +32,7 @@ from sclong_ds.exported.initial_weights import InitialWeights, check_initial_mod
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
 from sclong_ds.model.features_file import read_features
+from sclong_ds.model.performer import PerformerLayer
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.targets import target_count
@@ -161,6 +162,7 @@ def set_options(model: ScLong, config: RunConfig, ds_config: dict[str, Any]) -> 
         performer.recompute = config.engine.activation_checkpointing
         performer.compile_layers = config.engine.compile_layers
         for layer in performer.layers:
+            assert isinstance(layer, PerformerLayer)
             layer.attention.backend = config.engine.attention_backend
 
 

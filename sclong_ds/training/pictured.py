@@ -26,7 +26,7 @@ from torch import Tensor
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.engine.ranks import sum_over_ranks
 from sclong_ds.model.attention_use import cells_of, computed_weights
-from sclong_ds.model.performer import SelfAttention
+from sclong_ds.model.performer import PerformerLayer, SelfAttention
 from sclong_ds.model.routing import read_genes
 from sclong_ds.training.run import Run
 
@@ -178,8 +178,9 @@ class _GeneSums:
         handles = [model.head.register_forward_pre_hook(keep_encodings)]
         # A compiled layer does not call the hooks of what it consists of.
         if not self._run.config.engine.compile_layers:
-            last = model.decoder.layers[-1].attention.to_qkv
-            handles.append(last.register_forward_hook(keep_projections))
+            last = model.decoder.layers[-1]
+            assert isinstance(last, PerformerLayer)
+            handles.append(last.attention.to_qkv.register_forward_hook(keep_projections))
         try:
             yield
         finally:

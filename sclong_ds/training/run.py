@@ -15,7 +15,7 @@ from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
-from sclong_ds.engine.deepspeed_engine import count_parameters
+from sclong_ds.engine.deepspeed_engine import Engine, count_parameters
 from sclong_ds.engine.gradient_norms import GradientNorms
 from sclong_ds.engine.ranks import Ranks
 from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
@@ -42,7 +42,7 @@ class Run:
     ranks: Ranks
     corpus: Corpus
     model: ScLong
-    engine: Any
+    engine: Engine
     tracker: Tracker
     stop: StopRequest
     state: TrainState

@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from sclong_ds.checkpoint.on_disk import name_of, record_best
-from sclong_ds.corpus.byte_code import PackedCells, encode
+from sclong_ds.corpus.byte_code import encode
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.engine.ranks import on_first_rank, sum_or_raise
 from sclong_ds.loader.batches import CellBatch
@@ -171,9 +171,8 @@ def _sampled_cells(run: Run, depth: DepthBaselines) -> NearestCells:
         batch, problem = _read(run, own)
         if batch is None:
             break
-        assert isinstance(batch.counts, PackedCells)
         target_sum, device = run.config.data.target_sum, run.ranks.device
-        x = unpack(batch.counts, n_genes=n_genes, target_sum=target_sum, device=device)
+        x = unpack(batch.packed, n_genes=n_genes, target_sum=target_sum, device=device)
         parts.append(depth.residuals(x))
     sum_or_raise(run.ranks, 0, problem=problem)
     everyone: list[Any] = [None] * run.ranks.world_size
@@ -248,14 +247,13 @@ def _table(
 ) -> dict[str, np.ndarray]:
     """Return the targets above 0 of a batch, with what each predictor says of them."""
     assert run.baselines is not None
-    assert isinstance(batch.counts, PackedCells)
     depth, nearest = run.baselines
     baselines = depth.predict(masked.x, _unknown(masked), masked.positions)
     residuals = depth.residuals(masked.x, _unknown(masked))
     beyond = torch.from_numpy(nearest.predict(residuals, masked.positions.cpu().numpy()))
     neighbours = baselines[-1] + beyond.to(baselines.device)
     counts = unpack(
-        batch.counts, n_genes=run.corpus.n_genes, target_sum=None, device=masked.x.device
+        batch.packed, n_genes=run.corpus.n_genes, target_sum=None, device=masked.x.device
     )
     rows = torch.from_numpy(batch.cell_ids).to(masked.positions.device)
     wanted = masked.valid & (masked.true > 0)
@@ -313,7 +311,7 @@ def _masked(run: Run, batch: CellBatch) -> tuple[MaskedBatch, list[int] | None]:
     """Draw the targets of cells and bring both to the device."""
     prepared = prepare(batch, config=run.config, n_genes=run.corpus.n_genes, measured=run.measured)
     masked = masked_batch(
-        batch.counts,
+        batch.packed,
         prepared.targets,
         n_genes=run.corpus.n_genes,
         target_sum=run.config.data.target_sum,
@@ -328,9 +326,11 @@ def _in_large(run: Run, masked: MaskedBatch) -> Tensor:
     model = run.config.model
     if model.contextual_encoder == "mini":
         return torch.zeros_like(masked.valid)
+    unknown = unknown_genes(masked.hidden, masked.unmeasured, routing=model.routing)
+    assert unknown is not None
     return routed_large(
         masked.x,
-        unknown_genes(masked.hidden, masked.unmeasured, routing=model.routing),
+        unknown,
         masked.positions,
         top_seq_len=model.top_seq_len,
         routing=model.routing,
