@@ -29,7 +29,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from data_prep.arguments import add_codec, add_genes, add_json, chosen_genes
+from data_prep.arguments import (
+    DEFAULT_VALIDATION_FRACTION,
+    SPLIT_BY,
+    add_codec,
+    add_genes,
+    add_json,
+    chosen_genes,
+)
 from sclong_ds import __version__
 from sclong_ds.command_line import local_path, share, whole
 
@@ -114,8 +121,12 @@ def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "finalize": _add_finalize,
         "verify": _add_verify,
         "report": _delegate("data_prep.report.qc_report", "data_prep.report.arguments"),
-        "gene-graph": _delegate("data_prep.graph.gene_graph"),
-        "gene-vectors": _delegate("data_prep.graph.gene_vectors"),
+        "gene-graph": _delegate(
+            "data_prep.graph.gene_graph", "data_prep.graph.gene_graph_arguments"
+        ),
+        "gene-vectors": _delegate(
+            "data_prep.graph.gene_vectors", "data_prep.graph.gene_vectors_arguments"
+        ),
     }
     # Only the command that runs imports its libraries: `status` should not wait for goatools.
     chosen = next((word for word in arguments if word in COMMANDS), None)
@@ -232,8 +243,6 @@ def _run_forget(args: argparse.Namespace) -> int:
 
 
 def _add_finalize(parser: argparse.ArgumentParser) -> None:
-    from data_prep.corpus.splits import DEFAULT_VALIDATION_FRACTION, SPLIT_BY
-
     _add_corpus(parser)
     parser.add_argument(
         "--seed", type=whole(0), default=0, help="of the split and the order of cells (default: 0)"

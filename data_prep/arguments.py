@@ -7,6 +7,10 @@ import argparse
 from sclong_ds.command_line import local_path
 from sclong_ds.corpus.genes import GeneVocabulary
 
+SPLIT_BY = ("auto", "dataset", "donor", "cell")
+"""What a split holds out as a whole."""
+DEFAULT_VALIDATION_FRACTION = 0.05
+
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`.

@@ -9,6 +9,7 @@ cells, and a report is written. Everything goes below --out.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -20,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-import torch
 
 from data_prep import __name__ as DATA_PREP
 from sclong_ds.command_line import local_path
@@ -115,7 +115,7 @@ def pretrain(out: Path) -> None:
         f"run.dir={run_dir}", f"data.corpus={out / 'corpus'}",
         f"model.gene_graph={out / 'graph.npz'}",
     ]  # fmt: skip
-    devices = "GPU(s)" if torch.cuda.is_available() else "CPU processes"
+    devices = "GPU(s)" if n_gpus() else "CPU processes"
     say(f"pretrain sclong_tiny with ZeRO-3 on {ranks()} {devices}")
     process = subprocess.Popen(
         list(map(str, launch)), cwd=ROOT, env=environment(), start_new_session=True
@@ -217,19 +217,27 @@ def mlflow_command(out: Path) -> str:
     return f"{program} ui --backend-store-uri sqlite:///{out / 'runs' / 'mlflow.db'}"
 
 
+@functools.cache
+def n_gpus() -> int:
+    """Return the number of GPUs that can be used."""
+    import torch  # late, for --help
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def ranks() -> int:
     """Return how many processes to train with.
 
     The GPUs found (a divisor of the batch of 4), or 2 on a CPU.
     """
-    gpus = torch.cuda.device_count()
+    gpus = n_gpus()
     return max(n for n in (1, 2, 4) if n <= gpus) if gpus else 2
 
 
 def where() -> list[str]:
     """Return the launcher's options for these processes; it would ignore CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible and torch.cuda.is_available():
+    if visible and n_gpus():
         return ["--include", f"localhost:{','.join(visible.split(',')[: ranks()])}"]
     return ["--num_gpus", str(ranks())]
 
@@ -251,7 +259,7 @@ def last_step(run_dir: Path) -> int:
 def environment() -> dict[str, str]:
     """Return the environment of the commands; without a GPU, DeepSpeed is told so."""
     found = dict(os.environ)
-    return found if torch.cuda.is_available() else found | {"DS_ACCELERATOR": "cpu"}
+    return found if n_gpus() else found | {"DS_ACCELERATOR": "cpu"}
 
 
 def command(*args: object, expected: int = 0, capture: bool = False) -> str:

@@ -26,11 +26,31 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from sclong_ds.command_line import parse_arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sclong_ds.pretrain",
+        description="Pretrain scLong. Starting again on the same run.dir resumes.",
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE|PRESET", help="complete YAML or name of a preset")
+    add("--dry-run", action="store_true", help="check everything, build the model, do not train")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    add("overrides", nargs="*", metavar="key=value", help="for instance run.max_steps=100")
+    return parser
+
+
+if __name__ == "__main__":
+    # --help and a wrong command line need not wait for the imports below, which take seconds.
+    parse_arguments(parser(), None)
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.engine.deepspeed_engine import (
@@ -71,23 +91,7 @@ log = logging.getLogger("sclong_ds.pretrain")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sclong_ds.pretrain",
-        description="Pretrain scLong. Starting again on the same run.dir resumes.",
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE|PRESET", help="complete YAML or name of a preset"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, build the model, do not train"
-    )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for instance run.max_steps=100"
-    )
-    args = parse_arguments(parser, argv)
+    args = parse_arguments(parser(), argv)
     run_dir = None
     try:
         config = load_config(args.config, args.overrides)

@@ -240,8 +240,16 @@ for name in COMMANDS:
 for name in PREPARE:
     prepare([name])
 slow = {"torch", "deepspeed", "matplotlib", "mlflow", "pandas", "anndata", "h5py", "sklearn",
-        "numba", "goatools"}
+        "numba", "goatools", "scipy", "zarr"}
 print(*sorted(slow & set(sys.modules)))
+"""
+MODULE = """
+import contextlib, io, runpy, sys
+module, *sys.argv[1:] = sys.argv[1:]
+with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+assert text.getvalue(), "no output"
+print(*sorted({"torch", "deepspeed", "matplotlib", "mlflow"} & set(sys.modules)))
 """
 
 
@@ -249,6 +257,23 @@ def test_help_waits_for_no_library_that_a_command_works_with():
     done = subprocess.run(
         [sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True
     )
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sclong_ds.pretrain --help",
+        "sclong_ds.demo --help",
+        "sclong_ds.job.restarts --help",
+        "sclong_ds plan --config sclong_tiny --nodes 1 --gpus-per-node 2",
+    ],
+)
+def test_programs_answer_without_torch_and_deepspeed(command):
+    done = subprocess.run(
+        [sys.executable, "-c", MODULE, *command.split()],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     assert done.stdout.split() == []
 
 

@@ -16,12 +16,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.arguments import DEFAULT_VALIDATION_FRACTION, SPLIT_BY
 from sclong_ds.corpus.catalogue import SPLITS
 from sclong_ds.files.obs_table import read_obs
 
 SplitBy = Literal["auto", "dataset", "donor", "cell"]
-SPLIT_BY = ("auto", "dataset", "donor", "cell")
-DEFAULT_VALIDATION_FRACTION = 0.05
 _DONOR_COLUMNS = ("donor", "donor_id")
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.graph.gene_graph_arguments import NEIGHBOURS, THRESHOLD
 from data_prep.graph.gene_ontology import (
     GENE_TABLE,
     GO_FOLDER,
@@ -43,7 +44,7 @@ from data_prep.graph.gene_ontology import (
     read_gene_keys,
     read_ontology,
 )
-from data_prep.graph.jaccard import NEIGHBOURS, THRESHOLD, GeneGraph, degrees, jaccard_graph
+from data_prep.graph.jaccard import GeneGraph, degrees, jaccard_graph
 from sclong_ds.corpus.gene_graph import write_gene_graph
 from sclong_ds.files.atomic import file_sha256, write_atomic
 
@@ -222,79 +223,6 @@ def _check_filters(namespaces: Collection[str], evidence_exclude: Collection[str
             raise ValueError(f"{option}: unknown '{unknown[0]}', allowed: {', '.join(allowed)}")
     if not namespaces:
         raise ValueError(f"--namespace: none given, allowed: {', '.join(branches)}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options of `python -m data_prep gene-graph`."""
-    _add_files(parser)
-    _add_rules(parser)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
-
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", required=True, help="graph to write (.npz); a .png of the degrees goes beside it"
-    )
-    parser.add_argument(
-        "--obo",
-        default=GO_FOLDER / "go-basic.obo.gz",
-        help="Gene Ontology, go-basic.obo, .gz or not (default: the bundled release 2022-07-01)",
-    )
-    parser.add_argument(
-        "--associations",
-        default=GO_FOLDER / "gene2go.gz",
-        help="NCBI gene2go or GAF 2.x, .gz or not (default: the bundled human gene2go, 2022-09-12)",
-    )
-    parser.add_argument(
-        "--genes",
-        default=GENE_TABLE,
-        help="genes and their order: a CORPUS/genes.tsv, a table with ensembl_id, symbol, class "
-        "and optionally entrez_ids, or one id a line (default: the bundled 27,874 genes, which "
-        "also supply missing Entrez ids)",
-    )
-
-
-def _add_rules(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--taxid",
-        type=int,
-        default=HUMAN,
-        help="organism of the associations (default: %(default)s, human)",
-    )
-    parser.add_argument(
-        "--namespace",
-        nargs="+",
-        default=sorted(NAMESPACES.values()),
-        metavar="NS",
-        help="branches of GO to use: BP MF CC (default: all three)",
-    )
-    parser.add_argument(
-        "--evidence-exclude",
-        nargs="*",
-        default=["ND"],
-        metavar="CODE",
-        help="evidence codes to leave out (default: ND, 'no data', which only names the root "
-        "terms); no code: use all",
-    )
-    parser.add_argument(
-        "--propagate",
-        choices=("none", "is_a", "all"),
-        default="none",
-        help="add the ancestors of each term, through is_a or all relationships "
-        "(default: none, as in scLong)",
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=THRESHOLD,
-        help="keep edges with a Jaccard index above it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--neighbours",
-        type=int,
-        default=NEIGHBOURS,
-        help="best sources per gene, besides itself (default: %(default)s)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,12 +38,11 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.graph.gene_vectors_arguments import MAX_CELLS, MIN_CELLS
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import named_errors, partial_name, remove_partials_of, write_atomic
 
 SPLIT = "train"
-MAX_CELLS = 20_000
-MIN_CELLS = 3
 _CELLS_PER_READ = 1024  # a multiple of 8; 28 MB of flags for 27,874 genes
 _GENES_PER_BLOCK = 1024
 # With these the 200th singular value of a PPMI of 400 cells is exact to 0.4 %, the 100th to 1e-6.
@@ -297,33 +296,6 @@ def _progress(items: Sequence[T], what: str) -> Iterator[T]:
             logger.info("%s: %d of %d", what, done, len(items))
             logged = time.monotonic()
         yield item
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options of `python -m data_prep gene-vectors`."""
-    parser.add_argument("corpus", metavar="CORPUS", help="folder of a finalized corpus")
-    parser.add_argument(
-        "--out", required=True, help="vectors to write (.npy); a .json goes beside it"
-    )
-    parser.add_argument(
-        "--dim", type=int, default=200, help="width, the model's base_dim (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-cells",
-        type=int,
-        default=MAX_CELLS,
-        help="most training cells to read (default: %(default)s; time grows with it)",
-    )
-    parser.add_argument(
-        "--min-cells",
-        type=int,
-        default=MIN_CELLS,
-        help="genes in fewer cells get zeros (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the random start (default: %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ import numpy as np
 import scipy.sparse as sp
 from tqdm import tqdm
 
-THRESHOLD = 0.1
-NEIGHBOURS = 20
+from data_prep.graph.gene_graph_arguments import NEIGHBOURS, THRESHOLD
+
 # Genes per block of the term overlap: about 30 MB of counts for 20,000 annotated genes, most of
 # them sharing "protein binding" with half of all others.
 _BLOCK = 256

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
 from sclong_ds.config.sections import EngineConfig
 from sclong_ds.files.places import place_of
 
@@ -27,6 +25,13 @@ KNOWN_KEYS = frozenset(
 )
 """Top-level keys of a DeepSpeed JSON that mean something here; optimizer and scheduler live in the
 YAML."""
+SHIPPED_ZERO_KEYS = frozenset(
+    "stage overlap_comm contiguous_gradients reduce_bucket_size allgather_bucket_size "
+    "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_max_live_parameters "
+    "stage3_max_reuse_distance offload_optimizer offload_param".split()
+)
+"""Keys of `zero_optimization` in ds_configs/, known without DeepSpeed, whose import takes
+seconds."""
 
 
 def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any]:
@@ -106,6 +111,14 @@ def _walk(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
+def zero_keys() -> frozenset[str]:
+    """Return the keys of `zero_optimization` that the installed DeepSpeed knows."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    return frozenset(fields) | {field.alias for field in fields.values() if field.alias}
+
+
 def _check_shape(config: Any, where: str) -> None:
     """Refuse a JSON that is no mapping of sections or does not name its ZeRO stage."""
     if not isinstance(config, dict):
@@ -120,11 +133,11 @@ def _check_shape(config: Any, where: str) -> None:
 
 def _check_keys(config: dict[str, Any], where: str) -> None:
     """Refuse keys that DeepSpeed would ignore."""
-    zero_keys = set(DeepSpeedZeroConfig.model_fields)
-    zero_keys |= {f.alias for f in DeepSpeedZeroConfig.model_fields.values() if f.alias}
+    zero = config.get("zero_optimization", {})
+    shipped = zero.keys() <= SHIPPED_ZERO_KEYS
     levels = [
         ("", config, KNOWN_KEYS),
-        ("zero_optimization.", config.get("zero_optimization", {}), zero_keys),
+        ("zero_optimization.", zero, SHIPPED_ZERO_KEYS if shipped else zero_keys()),
     ]
     for prefix, tree, allowed in levels:
         for key in tree:

@@ -23,6 +23,7 @@ from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.objective.targets import target_count
 from sclong_ds.planning.arguments import SCLONG_CELLS
 from sclong_ds.planning.costs import (
@@ -368,11 +369,9 @@ def run(args: argparse.Namespace) -> int:
     )
     find_device(site.device, ranks_per_node=site.gpus_per_node)
     work = _workload(config, args.cells)
-    # Imported late: deepspeed takes seconds, and says on stdout which accelerator it found.
+    # DeepSpeed, imported for keys that no shipped JSON has, prints which accelerator it found.
     with contextlib.redirect_stdout(sys.stderr):
-        from sclong_ds.engine.ds_config import resolve_ds_config
-
-    ds_config = resolve_ds_config(config.engine, world_size=site.nodes * site.gpus_per_node)
+        ds_config = resolve_ds_config(config.engine, world_size=site.nodes * site.gpus_per_node)
     plan = {"config": args.config} | make_plan(config, ds_config, site=site, work=work)
     print(json.dumps(plan, indent=2) if args.json else format_plan(plan))
     return 0

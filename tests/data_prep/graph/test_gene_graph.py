@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ontology import OBO
 
-from data_prep.graph import gene_graph, jaccard
+from data_prep.graph import gene_graph, gene_graph_arguments, jaccard
 from data_prep.graph.jaccard import degrees, jaccard_graph
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -183,7 +183,7 @@ def test_command_prints_one_json_document(
 ) -> None:
     inputs = write_inputs(tmp_path, ROWS)
     parser = argparse.ArgumentParser()
-    gene_graph.add_arguments(parser)
+    gene_graph_arguments.add_arguments(parser)
     options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
     options += ["--out", str(tmp_path / "g.npz"), "--evidence-exclude", "--json"]
     assert gene_graph.run(parser.parse_args(options)) == 0

@@ -10,7 +10,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from data_prep.corpus.finalize import finalize
-from data_prep.graph import gene_vectors
+from data_prep.graph import gene_vectors, gene_vectors_arguments
 from data_prep.graph.gene_vectors import build_gene_vectors, read_presence
 from data_prep.ledger.ledger import empty_entry, staged_files, write_entry
 from sclong_ds.corpus.cell_writer import CellWriter
@@ -170,7 +170,7 @@ def test_command_prints_one_json_document(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = argparse.ArgumentParser()
-    gene_vectors.add_arguments(parser)
+    gene_vectors_arguments.add_arguments(parser)
     options = [str(corpus), "--dim", "4", "--out", str(tmp_path / "v.npy")]
     assert gene_vectors.run(parser.parse_args([*options, "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["dim"] == 4

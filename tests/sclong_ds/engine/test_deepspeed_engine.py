@@ -9,7 +9,12 @@ from small_model import small_model
 
 from sclong_ds.config.load import load_config
 from sclong_ds.engine.deepspeed_engine import parameter_groups
-from sclong_ds.engine.ds_config import DS_CONFIGS_DIR, resolve_ds_config
+from sclong_ds.engine.ds_config import (
+    DS_CONFIGS_DIR,
+    SHIPPED_ZERO_KEYS,
+    resolve_ds_config,
+    zero_keys,
+)
 from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.training.build import set_options
 
@@ -74,6 +79,16 @@ def test_learning_rate_warms_up_and_falls():
     assert rates[12:] == pytest.approx([0.1, 0.1, 0.1])
     constant = dataclasses.replace(optim, schedule="constant")
     assert [learning_rate(constant, step) for step in (0, 4, 99)] == [0.25, 1.0, 1.0]
+
+
+def test_keys_of_shipped_files_are_deepspeeds():
+    assert zero_keys() >= SHIPPED_ZERO_KEYS
+    used = {
+        key
+        for path in DS_CONFIGS_DIR.glob("*.json")
+        for key in json.loads(path.read_text())["zero_optimization"]
+    }
+    assert used <= SHIPPED_ZERO_KEYS
 
 
 def test_layers_are_compiled_where_their_weights_are_whole():
