@@ -3,8 +3,8 @@
     python -m benchmarks.elastic_runs [--stages zero1 zero2 zero3] [--precision fp32] [--work DIR]
 
 Trains a small model on a corpus below DIR (the system's folder for temporary files unless told
-otherwise) on one number of ranks, goes on with another, saves there, and goes back to the first.
-Cells are drawn by dataset, masks of every ratio, and the random features anew every few steps; the
+otherwise) on one number of ranks, continues with another, saves there, and goes back to the first.
+Cells are drawn by dataset, masks of every ratio, and the random features again every few steps; the
 learning rate falls along a cosine and matrices alone are decayed. Prints, for every path, the
 largest relative difference of a step's loss and of the gradient norm from a run that kept its 2
 ranks, the largest difference of a weight after the last step, whether cells, targets and learning
@@ -30,21 +30,21 @@ from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.rows import read_metrics
 
 PATHS = ((2, 1, 2), (2, 4, 2), (4, 2, 4))
-STEPS_A_LIFE = 4
+STEPS_A_START = 4
 DECAY = 0.5
 EXACT = ("data/cells_crc32", "train/n_targets", "train/lr")
 """What a step must have in common with the same step on other ranks."""
 CHANGES = {
     "data.balance_by": "dataset", "data.balance_exponent": 0.0, "data.max_repeats": 3,
     "objective.mask_prob_range": "[0.1, 0.4]", "model.feature_redraw_interval": 3,
-    "checkpoint.every_n_steps": STEPS_A_LIFE, "checkpoint.keep_last": 9,
+    "checkpoint.every_n_steps": STEPS_A_START, "checkpoint.keep_last": 9,
     "run.validate_every_n_steps": 0, "optim.weight_decay": DECAY, "optim.warmup_steps": 2,
     "optim.decay_steps": 20,
 }  # fmt: skip
 
 
 def run_path(ranks: tuple[int, ...], run_dir: Path, corpus: Path, **changes: object) -> Path:
-    """Train a life of STEPS_A_LIFE steps on each number of ranks; returns the run folder.
+    """Train one start of STEPS_A_START steps on each number of ranks; returns the run folder.
 
     Args:
         ranks: Numbers of ranks, one after the other.
@@ -52,8 +52,8 @@ def run_path(ranks: tuple[int, ...], run_dir: Path, corpus: Path, **changes: obj
         corpus: Corpus of `make_corpus`.
         changes: Further settings.
     """
-    for life, n_ranks in enumerate(ranks, start=1):
-        end = {"run.max_steps": life * STEPS_A_LIFE}
+    for start, n_ranks in enumerate(ranks, start=1):
+        end = {"run.max_steps": start * STEPS_A_START}
         args = settings(run_dir, corpus, **CHANGES | changes | end)
         train(["-m", "sclong_ds.pretrain", *args], n_ranks=n_ranks, log=run_dir.with_suffix(".log"))
     return run_dir

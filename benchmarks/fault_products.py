@@ -74,7 +74,7 @@ def data_prep(*arguments: object) -> int:
     """Run `python -m data_prep` in this process; its workers are forked, not started."""
     from data_prep.__main__ import main
 
-    # A worker that is started anew does not have the handler of the command.
+    # A worker that is started again does not have the handler of the command.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     fork = multiprocessing.get_context("fork")
     with mock.patch.object(multiprocessing, "get_context", return_value=fork):

@@ -55,7 +55,7 @@ class Case:
     """Whether queries and keys differ in number."""
 
     def __str__(self) -> str:
-        """Return the case for people."""
+        """Return the case as readable text."""
         forms = {"packed cells": self.packed_cells, "queries apart": self.apart}
         sizes = f"sm_{self.capability} {self.dtype} m={self.m} k={self.k}"
         return " ".join([sizes, *(name for name, is_on in forms.items() if is_on)])

@@ -123,7 +123,7 @@ class Call:
     """Block sizes; None: those that the operator takes."""
 
     def __str__(self) -> str:
-        """Return the call for people."""
+        """Return the call as readable text."""
         names = {"detached maxima": not self.exact, "packed cells": self.packed_cells}
         sizes = f"{self.dtype} m={self.m} k={self.k}"
         return " ".join([sizes, *(name for name, is_on in names.items() if is_on)])

@@ -119,7 +119,7 @@ class Case:
     """`engine.compile_layers`."""
 
     def __str__(self) -> str:
-        """Return the case for people."""
+        """Return the case as readable text."""
         extras = {"all genes": self.all_genes, "compiled layers": self.compiled}
         extras["expressed genes only"] = self.routing == "expressed"
         return " ".join(

@@ -52,7 +52,7 @@ class Target:
         return asdict(self) | {"reached": self.miss <= 1}
 
     def __str__(self) -> str:
-        """Return one line for people."""
+        """Return one readable line."""
         bound = "at least" if self.at_least else "at most"
         if self.got is None:
             return f"{self.figure:62} {'-':>9}  {bound} {self.target:g}: NOT MEASURED"

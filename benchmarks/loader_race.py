@@ -124,7 +124,7 @@ def _own_contents(store: OwnStore, batches: Iterator[Any]) -> list[tuple[list[in
 
 
 def resume(store: OwnStore) -> dict[str, Any]:
-    """Stop at several batches, go on with a fresh loader, and compare with an unbroken run.
+    """Stop at several batches, continue with a fresh loader, and compare with an unbroken run.
 
     Args:
         store: Our store.

@@ -5,7 +5,7 @@
 Makes a small corpus below DIR (the system's folder for temporary files unless told otherwise),
 trains once without interruption, then again with SIGKILL to a random rank at a random moment: while
 it starts, in the middle of a step, or while it saves. The same command is started again until the
-run is done. Prints a table of the kills, and whether every step of every life has the loss and the
+run is done. Prints a table of the kills, and whether every step of every start has the loss and the
 cells of the uninterrupted run, and the last checkpoint the same bytes, weights and optimizer
 moments. Exit status 1: they differ.
 """
@@ -43,13 +43,13 @@ MOMENTS: tuple[Moment, ...] = ("starting", "training", "saving")
 START_S = 12.0
 """Longest wait before a kill during the start, seconds."""
 AHEAD_STEPS = 14
-"""A life is killed at most so many steps after it began."""
+"""A start is killed at most so many steps after it began."""
 PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """One life of a run that was killed."""
+    """One start of a run that was killed."""
 
     moment: Moment
     """What the run was doing."""
@@ -58,7 +58,7 @@ class Kill:
     after_s: float
     """Seconds after the start of the command."""
     resumed_from: int | None
-    """Step that this life went on from; None: it was killed before that."""
+    """Step that this start continued from; None: it was killed before that."""
     last_step: int
     """Last step in metrics.jsonl at the kill."""
 
@@ -169,14 +169,14 @@ def end_ranks(ranks: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 def last_step(run_dir: Path) -> int:
-    """Return the last step in metrics.jsonl, whatever life wrote it; 0: none."""
+    """Return the last step in metrics.jsonl, whatever start wrote it; 0: none."""
     rows = read_every_row(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     steps = [int(row["step"]) for row in rows if "train/loss" in row]
     return steps[-1] if steps else 0
 
 
 def openings(run_dir: Path) -> list[int]:
-    """Return the steps that the lives of a run have gone on from; 0 for a new one."""
+    """Return the steps that the starts of a run have continued from; 0 for a new one."""
     return [e["step"] for e in read_events(run_dir) if e["event"] in ("start", "resume")]
 
 
@@ -193,16 +193,16 @@ def kill_at_random(
         moment: What the run must be doing.
         rng: Decides when, and which rank.
         log: File for the output of the ranks.
-        ahead_steps: "training" is at most as many steps after the life's first.
+        ahead_steps: "training" is at most as many steps after the start's first.
     """
-    victim, lives = rng.randrange(n_ranks), len(openings(run_dir))
+    victim, starts = rng.randrange(n_ranks), len(openings(run_dir))
     after_s, steps = rng.uniform(0, START_S), rng.randint(1, ahead_steps)
     within_step_s = rng.uniform(0, 0.3)
     started = time.monotonic()
     ranks = start_ranks(n_ranks, command, log=log)
 
     def opened() -> list[int]:
-        return openings(run_dir)[lives:]
+        return openings(run_dir)[starts:]
 
     def reached() -> bool:
         if moment == "starting":
@@ -276,7 +276,7 @@ def train(command: Sequence[str], *, n_ranks: int, log: Path) -> None:
 def wrong_steps(run_dir: Path, straight: Path) -> list[str]:
     """Say in which steps a run differs from an uninterrupted one.
 
-    Every row of every life counts, those too that were written again after a kill.
+    Every row of every start counts, those too that were written again after a kill.
 
     Args:
         run_dir: The run that was killed.

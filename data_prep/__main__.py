@@ -273,7 +273,7 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-missing",
         action="store_true",
-        help="go on without datasets that convert has not done yet",
+        help="continue without datasets that convert has not done yet",
     )
     add_codec(parser)
     add_json(parser)

@@ -1,7 +1,7 @@
 """How the Triton kernels of FAVOR+ attention are called: block sizes, workspaces, grids.
 
 `forward` and `backward` are plain functions on tensors; `kernels/favor_attention.py` makes an
-operator of them. Between the two passes lives a `Residuals`; all other workspaces are freed at
+operator of them. A `Residuals` is kept between the two passes; all other workspaces are freed at
 once. Block sizes were chosen from the compiled code (no spilled registers, wgmma on sm_90).
 
 Shapes as in `kernels/favor_forward.py`; WIDTH is M padded to whole tiles.

@@ -75,7 +75,7 @@ def forward(
         query_cu_seqlens: Where its queries do; None: like the keys.
         scope: As in `favor_attention`.
         eps: As in `favor_attention`.
-        exact: Whether gradients flow through the maxima; of no effect here.
+        exact: Whether gradients flow through the maxima; ignored here.
 
     Returns:
         Shaped like the queries.

@@ -7,8 +7,8 @@ r"""Pretrain scLong: the story from the command to the training step.
 `main` reads the configuration, `train_as_rank` builds the run and loops, `train_step` is one
 optimizer step; `train` is for callers in Python. Starting the same command again on the same
 run.dir resumes. Exit status: 0 done, 1 failed, 2 bad usage, 71 a device, network or disk failed, 75
-stopped by a signal after saving (start again to go on). Reads the corpus and the gene graph; writes
-the run folder (docs/reference/run-folder.md) and MLflow.
+stopped by a signal after saving (start again to continue). Reads the corpus and the gene graph;
+writes the run folder (docs/reference/run-folder.md) and MLflow.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ def stop_early(run: Run) -> int:
     if step:
         save(run, must=True)
     run.tracker.event("signal", step=step, reason=run.stop.reason() or "another rank")
-    log.info("stopped after step %d; start the same command again to go on", step)
+    log.info("stopped after step %d; start the same command again to continue", step)
     return STOP_STATUS
 
 

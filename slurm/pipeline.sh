@@ -11,7 +11,7 @@
 #   --manifest FILE     datasets, as for `python -m data_prep convert`
 #   --out DIR           folder to make: DIR/corpus, DIR/graph.npz and the run folder DIR/run
 #   --tasks N           tasks of the array that converts (1)
-#   --keep-going        go on without datasets that cannot be converted; without it the chain ends
+#   --keep-going        continue without datasets that cannot be converted; without it the chain ends
 #   --convert "..."     more options of `python -m data_prep convert`
 #   --finalize "..."    more options of `python -m data_prep finalize`
 #   --graph "..."       more options of `python -m data_prep gene-graph`

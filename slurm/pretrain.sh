@@ -21,7 +21,7 @@
 #
 # Before the time limit (USR1, 120 s ahead or as much as the last checkpoints took) and on preemption
 # (TERM) every rank finishes its micro-batch, the run is saved and the job queues itself again; the
-# next life of the job continues from there, in the same run folder and the same log, on as many nodes
+# next start of the job continues from there, in the same run folder and the same log, on as many nodes
 # as it then gets: submit with --nodes=MIN-MAX, or `scontrol update JobId=J NumNodes=N` while it waits.
 # Of nodes among whose ranks the batch cannot be shared out evenly it leaves the last ones idle.
 #
@@ -128,7 +128,7 @@ sum_of_counts() {
 }
 
 # Sets SCLONG_NODES (the nodes to use), MASTER_ADDR (the first) and MASTER_PORT (from the job id, new in
-# each life of the job).
+# each start of the job).
 set_rendezvous() {
   local hosts
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -289,14 +289,14 @@ wait_for_step() {
 # Ends the job with the training's exit status, or queues it again. Where it is to be started again but
 # cannot queue itself, it ends with 75.
 finish() {
-  local ended=$1 job state lives
+  local ended=$1 job state starts
   shift
   if ((ended == 0)); then exit 0; fi
   restarts end --status "$ended" "$@" || exit "$ended"
   job=$(patient show_job) || job=""
   state=$(field JobState "$job") || state=unknown
-  lives=$(field Restarts "$job") || lives=0
-  if ((lives > ${SLURM_RESTART_COUNT:-0})); then
+  starts=$(field Restarts "$job") || starts=0
+  if ((starts > ${SLURM_RESTART_COUNT:-0})); then
     echo "Slurm queues job $SLURM_JOB_ID again"
   elif [[ $state =~ CANCELLED|COMPLET|PREEMPTED|TIMEOUT|DEADLINE|FAIL|OUT_OF_MEMORY|REVOKED ]]; then
     # A user's scancel also reaches the ranks as TERM: it must not bring the job back.

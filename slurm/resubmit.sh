@@ -18,7 +18,7 @@ main() {
     echo "error: no job: bash slurm/resubmit.sh [sbatch options] slurm/pretrain.sh --config ..." >&2
     exit 2
   fi
-  # Tells sclong_ds.job.restarts that these jobs are lives of one training.
+  # Tells sclong_ds.job.restarts that these jobs are starts of one training.
   SCLONG_CHAIN="$(date +%Y%m%d-%H%M%S)-$$"
   export SCLONG_CHAIN SCLONG_REQUEUE=0
   while true; do

@@ -221,7 +221,7 @@ def hold(release: threading.Event) -> None:
 
 
 def keep_and_fail(folder: Path, seen: dict[str, Any]) -> None:
-    """Save under the rules, fail, go on; then find the newest damaged and load the one before."""
+    """Save under the rules, fail, continue; find the newest damaged and load the one before."""
     engine, rank = make_engine(), dist.get_rank()
     dist.barrier()
     if rank == 0:

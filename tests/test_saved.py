@@ -103,7 +103,7 @@ def check_embedding(model_dir: Path, stored: Path) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden runs, each gone on with by one rank of this version."""
+    """The golden runs, each continued with by one rank of this version."""
     folder = tmp_path_factory.mktemp("resumed")
     runs = [shutil.copytree(GOLDEN / "written_by" / w / "run", folder / w) for w in WRITERS]
     script, corpus = ROOT / "tests" / "resume_each.py", GOLDEN / "corpus_version_1"

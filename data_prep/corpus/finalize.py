@@ -9,7 +9,7 @@ meanwhile. Writes genes.tsv, cells.zarr, obs/, gene_stats.npz, measured_genes.np
 and, last, corpus.json; `sclong_ds.corpus.corpus` describes them. Everything is built in
 `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the corpus that was there, or
 none. The same staging and options give the same bytes, and the same KEY: started again, the command
-goes on after the last finished run, bucket or stage. Memory: about a GB plus ten bytes a cell.
+continues after the last finished run, bucket or stage. Memory: about a GB plus ten bytes a cell.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def finalize(
         split_by: donor, dataset or cell; auto takes the first that gives enough groups.
         validation_datasets: Datasets to validate on, instead of a share.
         codec: zstd or none (twice the size, for fast local disks).
-        allow_missing: Go on without datasets that were to be converted and never were.
+        allow_missing: Continue without datasets that were to be converted and never were.
         progress: Called with (stage, cells done, cells in all).
 
     Returns:
@@ -188,7 +188,7 @@ def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool
         raise ValueError(
             f"{corpus}: {len(pending)} of {len(ledger) + len(pending)} datasets were not converted "
             f"yet ({names}{', ...' if len(pending) > 3 else ''}): {tasks_to_run(pending)}, or "
-            "finalize with --allow-missing to go on without them"
+            "finalize with --allow-missing to continue without them"
         )
     return pending
 
@@ -442,7 +442,7 @@ def _publish(corpus: Path, work: Path) -> dict[str, Any]:
     """Move the products to their names; return the catalogue.
 
     corpus.json goes first and comes last: a run killed in between leaves no corpus, never a mix,
-    and the next one goes on with what it has moved. What fails puts the corpus before it back.
+    and the next one continues with what it has moved. What fails puts the corpus before it back.
     """
     asides: dict[str, Path] = {}
     tried: list[str] = []

@@ -71,7 +71,7 @@ def write_permuted(
     Args:
         datasets: The cells, in the order that numbers the table `dataset`.
         writer: Where they go, with the tables dataset, obs_row (row in the staged dataset) and
-            source_row (row in the source file). A resumable one goes on after the buckets that it
+            source_row (row in the source file). A resumable one continues after the buckets that it
             holds.
         seed: Seed of the permutation.
         scratch: Folder for the scattered cells (as large as the corpus without compression); it is

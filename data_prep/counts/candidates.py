@@ -66,7 +66,7 @@ class _Look:
     """What the first values of a matrix say."""
 
     matrix: Matrix
-    """Its next pass goes on from where the look ended."""
+    """Its next pass continues from where the look ended."""
     n_genes: int
     first: int = 0
     """Number of the first cell of `head`: cells before it are empty."""
@@ -275,9 +275,9 @@ def _restored(looks: Sequence[_Look]) -> tuple[_Look, float]:
 def _first_values(
     matrix: Matrix,
 ) -> tuple[Matrix, sparse.csr_matrix, int, Iterator[sparse.csr_matrix]]:
-    """Return the first block that holds a value, its first cell, and the pass that goes on from it.
+    """Return the first block that holds a value, its first cell, and the pass continuing from it.
 
-    Empty cells prove nothing. The matrix returned is the same one, but its next pass goes on from
+    Empty cells prove nothing. The matrix returned is the same one, but its next pass continues from
     here: a small table or file is one block, and would be read twice.
     """
     running = matrix.blocks()

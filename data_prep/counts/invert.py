@@ -57,7 +57,7 @@ class Restored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Multiples:
-    """A block as multiples of one count per cell; arrays are (cells,) but for those of values."""
+    """A block as multiples of one count per cell; arrays are (cells,) except those of values."""
 
     whole: npt.NDArray[np.float64]
     """(values,) nearest whole numbers."""

@@ -169,7 +169,7 @@ def species_of_id(text: str) -> str | None:
 def _by_writing(
     unknown: list[str], n_names: int, known: Callable[[str], bool]
 ) -> OtherSpecies | None:
-    """Name the species whose symbols are human ones but for their case."""
+    """Name the species whose symbols differ from human ones only in case."""
     human_but_for_case = [text for text in unknown if text != text.upper() and known(text.upper())]
     title = [text for text in human_but_for_case if text == text.capitalize()]
     lower = [text for text in human_but_for_case if text == text.lower()]

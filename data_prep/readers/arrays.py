@@ -28,7 +28,7 @@ MAX_CHUNK_BYTES = 2**32
 """Of one chunk, unpacked: HDF5 has none above 4 GiB, Blosc none above 2."""
 
 Open = Callable[[], AbstractContextManager[Any]]
-"""Opens the root group (h5py or zarr); each pass over a matrix opens the file anew."""
+"""Opens the root group (h5py or zarr); each pass over a matrix opens the file again."""
 Blocks = Callable[[], Iterator[sparse.csr_matrix]]
 
 

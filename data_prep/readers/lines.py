@@ -105,7 +105,7 @@ def require_whole_end(path: Path, separator: str | None = None) -> None:
 
     Args:
         path: The file.
-        separator: Of a table: no count goes on behind 0 or .0, which need no line break.
+        separator: Of a table: no count continues behind 0 or .0, which need no line break.
 
     Raises:
         ValueError: The file does not end in a line break.

@@ -236,7 +236,7 @@ def _guarded_obs(obs: Annotations, path: Path) -> Annotations:
 def _repaired_names(matrices: Sequence[Matrix], notes: dict[str, str]) -> list[Matrix]:
     """Return matrices whose names of genes are valid UTF-8, and note what was repaired.
 
-    X and its layers go on to share their mapping of gene columns.
+    X and its layers continue to share their mapping of gene columns.
     """
     tables = {}
     for matrix in matrices:

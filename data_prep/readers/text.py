@@ -267,7 +267,7 @@ def _check_names(
             )
         if is_gene and _are_numbers(columns):
             raise ValueError(
-                f"the first line begins with the gene '{corner}' and goes on with numbers, not "
+                f"the first line begins with the gene '{corner}' and continues with numbers, not "
                 "cell names; write the table with column names"
             )
     for place, names in (("column", columns), ("row", rows)):

@@ -39,7 +39,7 @@ class Loaded:
     """A checkpoint that was loaded."""
 
     state: TrainState
-    """The position to go on from, with this run's number of ranks."""
+    """The position to continue from, with this run's number of ranks."""
     name: str
     """Its folder's name."""
     saved_by: int
@@ -61,7 +61,7 @@ def load(
         engine: The DeepSpeed engine, freshly initialised.
         folder: The run's `checkpoints` folder.
         accept: Called with the checkpoint and its state before anything is loaded; it raises
-            ValueError when the run cannot go on from there.
+            ValueError when the run cannot continue from there.
 
     Returns:
         What was loaded, or None when there is no checkpoint.

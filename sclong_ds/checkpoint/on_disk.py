@@ -262,7 +262,7 @@ def write_manifest(checkpoint: Path, written: dict[str, list[int]]) -> int:
     """Write a checkpoint's manifest; small files that only this process wrote are read for it.
 
     Args:
-        checkpoint: The folder, complete but for the manifest.
+        checkpoint: The folder, complete except for the manifest.
         written: Size in bytes and CRC-32C, by name, of what the ranks wrote.
 
     Returns:

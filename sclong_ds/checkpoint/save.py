@@ -1,7 +1,7 @@
 """Checkpoints of a running job: save as a whole or not at all, find the newest good one, load it.
 
 Every rank writes its own files under a temporary name, with checksums, and syncs them, while
-training goes on if it may (`sclong_ds.checkpoint.writer`); then rank 0 sees that all of them are
+training continues if it may (`sclong_ds.checkpoint.writer`); then rank 0 sees that all of them are
 there and renames the folder. When a rank cannot write (the disk is full), all ranks learn of it,
 nothing of the attempt stays and the checkpoints before it are untouched. On load every rank checks
 a share of the files; a damaged checkpoint is set aside, loudly, and the one before it is used. What
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; raised on every rank, the run can go on."""
+    """A checkpoint could not be written; raised on every rank, the run can continue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""state.json of a checkpoint: what training goes on from, beside weights and optimizer moments."""
+"""state.json of a checkpoint: training state other than weights and optimizer moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a rank's files of a checkpoint, in a thread of its own while training goes on.
+"""Writes a rank's files of a checkpoint, in a thread of its own while training continues.
 
 DeepSpeed hands a `CheckpointWriter` what is to be saved. In the background that is copied to host
 memory first (page-locked where it comes from a GPU), which is all that training waits for.

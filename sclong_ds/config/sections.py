@@ -259,7 +259,7 @@ class CheckpointConfig:
     max_failed_saves: int
     """Checkpoints in a row that could not be written (disk full) that stop the run."""
     asynchronous: bool
-    """Write while training goes on, from a copy in host memory (12 bytes a parameter, divided by
+    """Write while training continues, from a copy in host memory (12 bytes a parameter, divided by
     the ranks); false: training waits, without a copy. The last checkpoint is always waited for."""
 
 
@@ -299,7 +299,8 @@ class RunSection:
     """Seeds weights, cell order and masks."""
     init_from: str | None
     """MODEL_DIR of `export` or `import-reference` whose weights the run starts from; null: random
-    weights. Training data, optimizer and schedule begin anew."""
+    weights. Training data, optimizer and schedule start from the
+    beginning."""
     accept_changes: bool
     """true: a run is resumed under another objective section; losses before and after then mean
     different things, and validation figures are not compared."""

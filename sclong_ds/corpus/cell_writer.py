@@ -6,7 +6,7 @@
 Reads and writes a temporary folder beside the store, which gets its name when it is whole. Each
 shard is read back from there, which garbled bytes do not survive, and gives the tables of chunk
 checksums. Whatever else lies in the temporary folder, left by a kill, is removed before the store
-gets its name, and before a resumed writer goes on.
+gets its name, and before a resumed writer continues.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CellWriter:
 
     Cells are kept in the order given. Memory is one shard (2 x chunk_entries x chunks_per_shard
     bytes). A resumable writer that was killed or failed leaves `.NAME.part` beside `path`, and the
-    next one goes on at its last checkpoint; the store has the same bytes.
+    next one continues at its last checkpoint; the store has the same bytes.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class CellWriter:
             codec: zstd (about half the bytes) or none (for fast local disks).
             chunk_entries: Entries of a chunk; about one entry per non-zero count.
             chunks_per_shard: Chunks in one file.
-            resumable: Go on at the last `checkpoint` of a writer with the same arguments, if any;
-                its number is `mark`.
+            resumable: Continue at the last `checkpoint` of a writer with the same arguments, if
+                any; its number is `mark`.
 
         Raises:
             ValueError: Unknown codec, or sizes below 1.
@@ -214,7 +214,7 @@ class CellWriter:
         """Make what was appended survive a kill.
 
         Args:
-            mark: Tells the caller of the next writer where to go on.
+            mark: Tells the caller of the next writer where to continue.
         """
         assert self.resumable
         for number in range(self._shards_synced, self._shards_written):

@@ -23,8 +23,8 @@ KNOWN_KEYS = frozenset(
     "data_types activation_checkpointing aio comms_logger flops_profiler wall_clock_breakdown "
     "memory_breakdown dump_state steps_per_print torch_autocast".split()
 )
-"""Top-level keys of a DeepSpeed JSON that mean something here; optimizer and scheduler live in the
-YAML."""
+"""Top-level keys of a DeepSpeed JSON that mean something here; optimizer and scheduler are set in
+the YAML."""
 SHIPPED_ZERO_KEYS = frozenset(
     "stage overlap_comm contiguous_gradients reduce_bucket_size allgather_bucket_size "
     "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_max_live_parameters "
@@ -97,7 +97,7 @@ def _fill(config: dict[str, Any], name: str, value: Any, where: str) -> None:
         node = node.setdefault(parent, {})
     if node.get(last, "auto") != "auto":
         raise ValueError(
-            f"{where}: {name} is {node[last]!r}; this number lives in the run's YAML, "
+            f"{where}: {name} is {node[last]!r}; this number is set in the run's YAML, "
             f'write "auto" here'
         )
     node[last] = value

@@ -153,7 +153,7 @@ def stored_embedding(path: Path, *, model: ScLong, model_dir: Path) -> np.ndarra
         if f"obsm/{KEY}" not in file or f"uns/{UNS_KEY}" not in file:
             return None
         if not made_by(read_elem(file[f"uns/{UNS_KEY}"]), model=model, model_dir=model_dir):
-            _log.info("%s holds embeddings of another model; embedding anew", path)
+            _log.info("%s holds embeddings of another model; embedding again", path)
             return None
         if "X" not in file:
             raise ValueError(

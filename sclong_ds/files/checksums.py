@@ -25,7 +25,7 @@ def crc32c(values: NDArray[Any], before: int = 0) -> int:
 
     Args:
         values: A contiguous array.
-        before: CRC-32C of the bytes before them, to go on from.
+        before: CRC-32C of the bytes before them, to continue from.
     """
     content = values.view(np.uint8)
     # The library takes no buffer that could change.

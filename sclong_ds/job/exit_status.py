@@ -15,4 +15,4 @@ OWN_STATUS, PASSING_STATUS = 1, 71
 
 
 STOP_STATUS = 75
-"""Exit status of a run that was asked to stop and saved: EX_TEMPFAIL, start it again to go on."""
+"""Exit status of a run that saved and stopped when asked: EX_TEMPFAIL; start again to continue."""

@@ -1,7 +1,7 @@
 """What ended a training: something that it says is wrong, or something that may be well again.
 
 `sclong_ds.pretrain` ends with `report` and `run_to_end`. A wrong setting, a damaged file or bad
-numbers would come again in another life of the job: status 1, and FAILURE_FILE in the run folder,
+numbers would come again in another start of the job: status 1, and FAILURE_FILE in the run folder,
 for the ranks that merely lose a peer end with statuses of their own. A device, a network or a file
 system that gave up may be well again, or another node may be better: status 71.
 `sclong_ds.job.restarts` reads both.
@@ -37,8 +37,8 @@ _PASSING_ERRORS = frozenset(
 log = logging.getLogger(__name__)
 
 
-def life_id() -> str | None:
-    """Return which life of which Slurm job this is, or None outside of Slurm."""
+def start_id() -> str | None:
+    """Return which start of which Slurm job this is, or None outside of Slurm."""
     job = os.environ.get("SLURM_JOB_ID")
     return None if job is None else f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
@@ -81,7 +81,7 @@ def report(error: Exception, run_dir: Path | None) -> int:
         log.warning("rank %d: %s", rank, message)
     if passes(error):
         return PASSING_STATUS
-    if run_dir is not None and run_dir.is_dir() and life_id() is not None:
+    if run_dir is not None and run_dir.is_dir() and start_id() is not None:
         record(run_dir, f"rank {rank} ({node_name()}): {message}")
     return OWN_STATUS
 
@@ -110,20 +110,20 @@ def run_to_end(main: Callable[[], int]) -> NoReturn:
 
 
 def record(run_dir: Path, text: str) -> None:
-    """Write what is wrong into the run folder, with the life that it ended."""
-    row = {"time": time.time(), "life": life_id(), "error": text}
+    """Write what is wrong into the run folder, with the start that it ended."""
+    row = {"time": time.time(), "life": start_id(), "error": text}
     try:
         write_sealed(run_dir / FAILURE_FILE, row)
     except OSError as error:
         log.warning("%s: %s", run_dir / FAILURE_FILE, error)
 
 
-def read_failure(run_dir: Path, *, life: str | None) -> str | None:
-    """Return what a life of a Slurm job said was wrong, or None.
+def read_failure(run_dir: Path, *, start: str | None) -> str | None:
+    """Return what a start of a Slurm job said was wrong, or None.
 
     Args:
         run_dir: Run folder.
-        life: A `life_id`.
+        start: A `start_id`.
     """
     row = read_sound(run_dir / FAILURE_FILE)
-    return row.get("error") if life is not None and row.get("life") == life else None
+    return row.get("error") if start is not None and row.get("life") == start else None

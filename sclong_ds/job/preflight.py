@@ -36,7 +36,7 @@ import torch.distributed as dist
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.files.sealed_json import write_sealed
-from sclong_ds.job.failures import life_id, run_to_end
+from sclong_ds.job.failures import run_to_end, start_id
 from sclong_ds.job.node_report import GIB, Place, Report, examine, on_gpus
 from sclong_ds.job.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
 from sclong_ds.run_folder.files import now
@@ -222,7 +222,7 @@ def by_text(problems: Sequence[Problem]) -> dict[str, list[str]]:
 
 
 def table(reports: Mapping[int, Report], place: Place) -> list[str]:
-    """Return lines about the nodes that have reported, for people."""
+    """Return lines about the nodes that have reported, as readable text."""
     rows = [("node", "GPUs", "free GPU GiB", "free disk GiB", "write MB/s")]
     for rank in range(0, place.world_size, place.local_size):
         ranks = [reports[r] for r in range(rank, rank + place.local_size) if r in reports]
@@ -350,7 +350,7 @@ def verdict_of(
     return {
         "ok": not problems,
         "time": now(),
-        "life": life_id(),
+        "life": start_id(),
         "problems": [{"nodes": n, "text": text} for text, n in by_text(problems).items()],
         "bad_nodes": bad if len(bad) < len(set(place.nodes)) else [],
         "all_reduce": {
@@ -380,7 +380,7 @@ def stand_in(place: Place, run_dir: Path | None, text: str) -> None:
     if place.rank not in turns:
         return
     time.sleep(_TURN_S * turns.index(place.rank))
-    if run_dir is None or read_verdict(run_dir, life=life_id()) is None:
+    if run_dir is None or read_verdict(run_dir, start=start_id()) is None:
         problem = Problem(place.node_of(0), text)
         publish(verdict_of([problem], place, reports={}, seconds=None), place, run_dir)
 

@@ -12,16 +12,16 @@ before slurm/pipeline.sh submits a chain of jobs that ends with them; `nodes` pr
 the job's nodes the training can run; `begin` records the start in
 RUN_DIR/restarts.json; `seconds-to-save` prints how long before the time limit the run must be asked
 to save; `end` says what a training that ended with STATUS means; `bad-nodes` prints the nodes that
-this life's preflight named. Exit status: 0 go on (start, start again), 1 do not, with a line that
-says why.
+this start's preflight named. Exit status: 0 continue (start, start again), 1 do not, with the
+reason.
 
 Progress is a newer checkpoint: what is trained after the last one is lost with a crash. What asks
-for another life: 75 (saved after a signal); a hang that the watchdog ended; 71, a device, network
+for another start: 75 (saved after a signal); a hang that the watchdog ended; 71, a device, network
 or file system that failed; a rank that was killed (137: SIGKILL, as by the kernel when memory runs
 out); and 69, an error of srun itself, as when Slurm's controller does not answer. A training that
 says what is wrong with it would say so again, whatever the ranks end with that lose it as a peer;
 and a run whose ranks crashed before its first step ever is set up wrongly.
-The lives of a training are those of a job, or of the jobs that slurm/resubmit.sh submits.
+All starts of one Slurm job, or of a chain submitted by resubmit.sh, count together.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from sclong_ds.config.sections import EngineConfig
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.sealed_json import CHECKSUM, checksum_of, read_sound
 from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS, SRUN_STATUS, STOP_STATUS
-from sclong_ds.job.failures import life_id, read_failure
+from sclong_ds.job.failures import read_failure, start_id
 from sclong_ds.run_folder.files import METRICS_FILE, now, read_events
 from sclong_ds.run_folder.rows import read_every_row
 
 RESTARTS_FILE = "restarts.json"
 PREFLIGHT_FILE = "preflight.json"
 _OWN_STATUSES = (OWN_STATUS, 2)
-_KEPT_LIVES = 200
+_KEPT_STARTS = 200
 # Until every rank has the signal (10 s), has ended its micro-batch, and Slurm has seen the job end.
 _BEYOND_SAVING_S = 30
 
@@ -60,11 +60,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Life:
+class Start:
     """One start of a job."""
 
     job: str
-    """Slurm's job id, the same in all lives of a job; of resubmitted jobs the chain's name."""
+    """Slurm's job id, the same in all starts of a job; of resubmitted jobs the chain's name."""
     id: str | None
     """Slurm's job id and restart count."""
     started: str
@@ -89,22 +89,22 @@ def begin(run_dir: Path, *, job: str, nodes: str, max_stalled: int) -> None:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     refuse_stalled(run_dir, job=job, max_stalled=max_stalled)
-    life = Life(job=job, id=life_id(), started=now(), nodes=nodes, step=newest_step(run_dir))
-    lives = [*read_lives(run_dir), life][-_KEPT_LIVES:]
-    rows = [asdict(life) for life in lives]
+    start = Start(job=job, id=start_id(), started=now(), nodes=nodes, step=newest_step(run_dir))
+    starts = [*read_starts(run_dir), start][-_KEPT_STARTS:]
+    rows = [asdict(start) for start in starts]
     text = json.dumps([row | {CHECKSUM: checksum_of(row)} for row in rows], indent=2)
     write_atomic(run_dir / RESTARTS_FILE, f"{text}\n".encode())
 
 
 def refuse_stalled(run_dir: Path, *, job: str, max_stalled: int) -> None:
-    """Refuse another life to a job whose last ones brought no new checkpoint; args as `begin`.
+    """Refuse another start to a job whose last ones brought no new checkpoint; args as `begin`.
 
     Raises:
         ValueError: There were too many of them.
     """
     step = newest_step(run_dir)
     stalled = takewhile(
-        lambda life: life.job == job and life.step == step, read_lives(run_dir)[::-1]
+        lambda start: start.job == job and start.step == step, read_starts(run_dir)[::-1]
     )
     n_stalled = len(list(stalled))
     if n_stalled >= max_stalled:
@@ -143,7 +143,7 @@ def _reason(run_dir: Path, status: int) -> str:
     """Return what ended a training that did not save; raises as `end`."""
     if _hung(run_dir):
         return "a rank hung"
-    said = read_failure(run_dir, life=life_id())
+    said = read_failure(run_dir, start=start_id())
     if said is not None or status in _OWN_STATUSES:
         raise ValueError(
             f"the training ended by itself with status {status} and is not started again: "
@@ -193,7 +193,7 @@ def newest_step(run_dir: Path) -> int:
     return max((step_of(p.name) for p in complete_checkpoints(run_dir / "checkpoints")), default=0)
 
 
-def read_lives(run_dir: Path) -> list[Life]:
+def read_starts(run_dir: Path) -> list[Start]:
     """Return the recorded starts of a run, oldest first; of a damaged record none."""
     path = run_dir / RESTARTS_FILE
     if not path.exists():
@@ -203,7 +203,7 @@ def read_lives(run_dir: Path) -> list[Life]:
         # Earlier versions wrote no checksums.
         if any(CHECKSUM in row and row[CHECKSUM] != checksum_of(row) for row in rows):
             raise ValueError("a start does not have its checksum")
-        return [Life(**{k: v for k, v in row.items() if k != CHECKSUM}) for row in rows]
+        return [Start(**{k: v for k, v in row.items() if k != CHECKSUM}) for row in rows]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         log.error(
             "%s: not a record of starts (%s); ignored, starts are counted from 0", path, error
@@ -212,24 +212,24 @@ def read_lives(run_dir: Path) -> list[Life]:
 
 
 def bad_nodes(run_dir: Path) -> list[str]:
-    """Return the nodes that this life's preflight named, or none when all of them are bad."""
-    verdict = read_verdict(run_dir, life=life_id())
+    """Return the nodes that this start's preflight named, or none when all of them are bad."""
+    verdict = read_verdict(run_dir, start=start_id())
     return verdict["bad_nodes"] if verdict else []
 
 
-def read_verdict(run_dir: Path, *, life: str | None) -> dict[str, Any] | None:
-    """Return what the preflight of a life found (preflight.json), or None when it has not ended.
+def read_verdict(run_dir: Path, *, start: str | None) -> dict[str, Any] | None:
+    """Return what the preflight of a start found (preflight.json), or None when it has not ended.
 
     Args:
         run_dir: Run folder.
-        life: A `life_id`.
+        start: A `start_id`.
     """
     verdict = read_sound(run_dir / PREFLIGHT_FILE)
-    return verdict if life is not None and verdict.get("life") == life else None
+    return verdict if start is not None and verdict.get("life") == start else None
 
 
 def _hung(run_dir: Path) -> bool:
-    """Tell whether the watchdog has ended this life; both times are the file server's."""
+    """Tell whether the watchdog has ended this start; both times are the file server's."""
     hang, started = run_dir / "heartbeat" / "hang.json", run_dir / RESTARTS_FILE
     return hang.exists() and hang.stat().st_mtime >= started.stat().st_mtime
 

@@ -6,9 +6,9 @@ is one integer, the number of visits so far, valid for any number of ranks.
 Uniform. An epoch visits every cell of the split once: its chunks are permuted, taken in groups of
 `group_chunks`, and the cells of a group are permuted. Epochs follow each other without a gap.
 
-Weighted. A cell of weight w is visited floor(w) or ceil(w) times an epoch, but for the piece that
-an epoch leaves out (below). An epoch is P passes, P = ceil(largest w), each ordered as above; a
-pass visits a cell at most once. The cells of the
+Weighted. A cell of weight w is visited floor(w) or ceil(w) times an epoch, except for the piece
+that an epoch leaves out (below). An epoch is P passes, P = ceil(largest w), each ordered as above;
+a pass visits a cell at most once. The cells of the
 split lie end to end on a ring, each as long as its weight; a pass visits those that one of its L
 points falls on. Points of a pass are P weights of 1 apart, L = floor(length of the ring / P). Where
 the first one lies is drawn for the epoch, and the passes are shifted against each other by a weight

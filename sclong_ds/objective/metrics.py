@@ -149,7 +149,7 @@ def routed_large(
 
 
 def bin_labels() -> list[str]:
-    """Return the expression bins for people, lowest first."""
+    """Return readable names of the expression bins, lowest first."""
     edges = [f"{e:g}" for e in BIN_EDGES]
     inner = [f"{a} to {b}" for a, b in itertools.pairwise(edges)]
     return [f"< {edges[0]}", *inner, f"≥ {edges[-1]}"]

@@ -10,9 +10,9 @@ are exact for what autograd keeps, and a prediction for the working memory of th
 With `model.zero_genes` a cell has n_expressed + zero_genes tokens, and the last decoder layer runs
 at all of them; None stands for all genes, an upper bound. With `model.routing: expressed` the large
 encoder reads n_expressed genes of a cell, the expected number of expressed ones, and top_seq_len at
-most; None stands for top_seq_len, an upper bound. FLOPs are linear in it but for softmax attention
-and for cells above top_seq_len, so that those of a mean are the mean. n_wanted is the number of
-genes that are predicted (`positions` of `ScLong.forward`); None: all.
+most; None stands for top_seq_len, an upper bound. FLOPs are linear in it except for softmax
+attention and cells above top_seq_len, so that those of a mean are the mean. n_wanted is the number
+of genes that are predicted (`positions` of `ScLong.forward`); None: all.
 
 A part that the configuration leaves out is in none of the results.
 
@@ -371,7 +371,7 @@ def peak_activation_bytes(
     peak = micro_batch * (stored + n_genes * (4 + model.base_dim * e))
     for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
         inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
-        # Freed before: the head. Counted anew: what this layer itself keeps, but for its input.
+        # Freed before: the head. Counted again: what this layer itself keeps, except its input.
         joined = _joined_width(model, name, stack)
         layer = _layer_bytes(model, stack, width, e) + joined * e
         own = 0 if recompute else tokens * (layer - width * e)

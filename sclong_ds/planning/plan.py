@@ -341,7 +341,7 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"those of all ranks, and decode {time['decoded_cells_per_s_per_rank']:,.4g} of them",
         "",
         f"Checkpoint {_gib(saved['bytes'])} GiB every {saved['every_n_steps']} steps; disk for "
-        f"those kept and the next {_gib(saved['disk_bytes'])} GiB, to go on with other ranks "
+        f"those kept and the next {_gib(saved['disk_bytes'])} GiB, to continue with other ranks "
         f"{_gib(saved['conversion_bytes'])} GiB more; exported model "
         f"{_gib(saved['exported_bytes'])} GiB",
     ]

@@ -83,7 +83,7 @@ class Numbers:
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """Return all of them as one row, without a copy."""
         if self.start % dtype.itemsize:
-            raise ValueError("its numbers are not aligned; save it anew with a current torch")
+            raise ValueError("its numbers are not aligned; save it again with a current torch")
         count = self.n_bytes // dtype.itemsize
         if count == 0:
             return torch.empty(0, dtype=dtype)

@@ -102,7 +102,7 @@ def load_tensors(path: str | Path) -> Any:
             raise ValueError(f"{path}: the file is incomplete (its end is missing); copy it again")
         raise ValueError(
             f"{path}: not in the zip format of torch.save (torch >= 1.6), which alone can be read "
-            f"piece by piece; save it anew with a current torch"
+            f"piece by piece; save it again with a current torch"
         )
     try:
         data, storages = zip_parts(path)

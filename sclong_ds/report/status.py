@@ -24,7 +24,7 @@ from typing import Any, Literal
 from sclong_ds.command_line import local_path
 from sclong_ds.config.strict_yaml import read_yaml
 from sclong_ds.job.failures import read_failure
-from sclong_ds.job.restarts import Life, read_lives, read_verdict
+from sclong_ds.job.restarts import Start, read_starts, read_verdict
 from sclong_ds.run_folder.files import METRICS_FILE, RUN_FILE, read_events, read_run_json
 from sclong_ds.run_folder.heartbeats import (
     ENDED,
@@ -129,7 +129,7 @@ class RunStatus:
     warning: str | None
     """Who holds up the others, while they wait."""
     error: str | None
-    """Why the last life ended: what the watchdog, the training or the preflight said."""
+    """Why the last start ended: what the watchdog, the training or the preflight said."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,17 +156,17 @@ def read_status(run_dir: Path) -> RunStatus:
         FileNotFoundError: The folder is no run.
         ValueError: A file of the run is damaged.
     """
-    lives = read_lives(run_dir)
+    starts = read_starts(run_dir)
     now = time.time()
     ranks = _ranks(run_dir / "heartbeat", now)
     if not (run_dir / RUN_FILE).is_file() and not _starting(ranks):
-        raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {_no_run_yet(run_dir, lives)}")
+        raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {_no_run_yet(run_dir, starts)}")
     say_changes(run_dir)
     record, events = read_run_json(run_dir), read_events(run_dir)
     rows = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
     openings = [e for e in events if e.get("event") in ("start", "resume")]
     opening: dict[str, Any] = openings[-1] if openings else {"time": 0.0, "step": 0}
-    # A resumed run repeats steps: what its earlier lives wrote says nothing about where it is now.
+    # A resumed run repeats steps: what its earlier starts wrote says nothing about where it is now.
     steps = [r for r in rows if LOSS in r and r["time"] >= opening["time"]]
     step = int((steps[-1] if steps else opening)["step"])
     passed = [r for r in rows if r["step"] <= step]
@@ -174,7 +174,7 @@ def read_status(run_dir: Path) -> RunStatus:
     _say_missing(run_dir / "heartbeat", ranks, opening.get("world_size"))
     hang = read_json(run_dir / "heartbeat" / HANG_FILE).get("error")
     state, max_steps = _state(record, ranks, hang), _max_steps(run_dir)
-    last = lives[-1] if lives else None
+    last = starts[-1] if starts else None
     cells_per_s, step_time_s = _speed(steps)
     left = None if state != "running" or max_steps is None else max_steps - step
     saved = _last_checkpoint(run_dir, events)
@@ -193,7 +193,7 @@ def read_status(run_dir: Path) -> RunStatus:
         checkpoint_age_s=now - saved["time"] if saved else None,
         restarts=int(record.get("restarts", 0)),
         job=last.job if last else None,
-        starts=sum(life.job == last.job for life in lives) if last else 0,
+        starts=sum(start.job == last.job for start in starts) if last else 0,
         nodes=last.nodes if last else None,
         skipped_steps=int(steps[-1].get(SKIPPED_METRIC, 0)) if steps else 0,
         spikes=sum(int(r.get(SPIKE_METRIC, 0)) for r in passed),
@@ -207,22 +207,22 @@ def read_status(run_dir: Path) -> RunStatus:
     )
 
 
-def _no_run_yet(run_dir: Path, lives: list[Life]) -> str:
+def _no_run_yet(run_dir: Path, starts: list[Start]) -> str:
     """Say why a folder is no run, or not yet one."""
-    if not lives:
+    if not starts:
         return "so this is no run; give the folder that training writes to (run.dir)"
-    last = lives[-1]
+    last = starts[-1]
     why = _ended_by(run_dir, last) or "see the log of the job"
     return f"so the training of job {last.job} ({last.nodes}) has not begun: {why}"
 
 
-def _ended_by(run_dir: Path, life: Life | None) -> str | None:
-    """Return what a Slurm job's training or preflight said was wrong in a life."""
-    if life is None:
+def _ended_by(run_dir: Path, start: Start | None) -> str | None:
+    """Return what a Slurm job's training or preflight said was wrong in a start."""
+    if start is None:
         return None
-    verdict = read_verdict(run_dir, life=life.id) or {"problems": []}
+    verdict = read_verdict(run_dir, start=start.id) or {"problems": []}
     found = [f"preflight: {', '.join(p['nodes'])}: {p['text']}" for p in verdict["problems"]]
-    return read_failure(run_dir, life=life.id) or "; ".join(found) or None
+    return read_failure(run_dir, start=start.id) or "; ".join(found) or None
 
 
 def describe(status: RunStatus) -> str:

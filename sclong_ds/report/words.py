@@ -7,7 +7,7 @@ import math
 
 
 def text(value: object) -> str:
-    """Return any value for people."""
+    """Return any value as readable text."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return number(value) if is_number else str(value)  # type: ignore[arg-type]
 
@@ -28,7 +28,7 @@ def cell(value: float, key: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span for people."""
+    """Return a time span as readable text."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

@@ -9,7 +9,7 @@ reader. `plots/step_N` holds the pictures of the validation at a step.
 
 JSON has no NaN: a non-finite metric is `null` in metrics.jsonl, with a `non_finite` event that says
 which of nan, inf, -inf it was; `read_metrics` gives NaN for it. A resumed run goes back to its
-checkpoint: `read_metrics` leaves out what an earlier life wrote beyond it.
+checkpoint: `read_metrics` leaves out what an earlier start wrote beyond it.
 """
 
 from __future__ import annotations

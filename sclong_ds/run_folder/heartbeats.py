@@ -45,7 +45,7 @@ class Heartbeat:
     reading: str | None
     """File it is reading, if it said so."""
     written: int
-    """How often the file was written: it changes as long as the process lives."""
+    """How often the file was written: it changes as long as the process runs."""
     interval_s: float
     """Seconds from one writing to the next."""
 

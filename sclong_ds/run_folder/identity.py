@@ -37,7 +37,7 @@ def record_start(
     Args:
         run_dir: Run folder; `run_id` and `created` of an existing run.json are kept.
         resumed: Whether training continues from a checkpoint; adds one to `restarts`.
-        step: Step that this start goes on from.
+        step: Step that this start continues from.
         world_size: Number of ranks.
     """
     old, job = read_run_json(run_dir), os.environ.get("SLURM_JOB_ID")

@@ -89,7 +89,7 @@ def drop_after(run_dir: Path, step: int) -> None:
 
     Args:
         run_dir: Run folder.
-        step: Step that the run goes on from.
+        step: Step that the run continues from.
     """
     folder = run_dir / PLOTS_DIR
     for file in pending(run_dir):

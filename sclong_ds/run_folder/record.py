@@ -42,7 +42,7 @@ HOURS = "hours"
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One process's life: from a start to the last sign before the next one."""
+    """One process: from a start to the last sign before the next one."""
 
     start: float
     end: float
@@ -66,7 +66,7 @@ class RunRecord:
         validation: Validation rows by step, with `HOURS`, of the kind of the last one.
         n_other_validations: Validations of the other kind (`rows.like_the_last`).
         events: Events in the order written.
-        sessions: Lives of the run.
+        sessions: Starts of the run.
         texts: Name to content of the resolved configuration files.
         images: PNG files of the newest pictures, sorted by name.
         pictured_step: Step of the validation that they show; None without pictures.
@@ -89,7 +89,7 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """Name for people."""
+        """Human-readable name."""
         return self.folder.name
 
     @property
@@ -164,7 +164,7 @@ class RunRecord:
 def read_run(run_dir: Path) -> RunRecord:
     """Read a run folder.
 
-    Rows get `HOURS`: hours of training before them, pauses between two lives left out.
+    Rows get `HOURS`: hours of training before them, pauses between two starts left out.
 
     Raises:
         FileNotFoundError: The folder or its metrics.jsonl does not exist.
@@ -216,7 +216,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def _sessions(events: list[dict[str, Any]], rows: Sequence[Row]) -> tuple[Session, ...]:
-    """Return the lives of a run from its events and every row ever written."""
+    """Return the starts of a run from its events and every row ever written."""
     starts = [e for e in events if e["event"] in ("start", "resume")]
     marks = np.array([(m["time"], m["step"]) for m in itertools.chain(events, rows)])
     marks = marks[np.argsort(marks[:, 0], kind="stable")]

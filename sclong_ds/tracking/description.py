@@ -120,7 +120,7 @@ class Dataset:
     """The corpus of a run, for the dataset column of MLflow."""
 
     name: str
-    """Its name for people."""
+    """Its human-readable name."""
     hash: str
     """Content hash."""
     url: str

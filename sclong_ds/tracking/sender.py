@@ -1,4 +1,4 @@
-"""The MLflow side of a run: one run for its whole life, fed from the files of the run folder.
+"""The MLflow side of a run: one run for all its starts, fed from the files of the run folder.
 
 `sclong_ds.tracking.tracker` calls a `Sender` on a background thread; nothing here is run by hand.
 What MLflow gets lies on disk first, and what it has got is written down in run.json, so that any

@@ -94,7 +94,7 @@ class Tracker:
             tags: Further tags, for instance corpus, gene and graph hashes.
             artifacts: Files to attach, for instance config.yaml and ds_config.json.
             resumed: Whether training continues from a checkpoint; counted in run.json as a restart.
-            step: Step that it goes on from.
+            step: Step that it continues from.
             summary: What is trained on what, for run.json, the report and MLflow's dataset.
 
         Returns:
@@ -165,7 +165,7 @@ class Tracker:
             self._sender.queue([(self._run_dir / EVENTS_FILE, None)])
 
     def draw(self, step: int, data: Data) -> None:
-        """Have the pictures of a validation drawn while training goes on; MLflow gets them too.
+        """Have the pictures of a validation drawn while training continues; MLflow gets them too.
 
         Args:
             step: Optimizer step.
@@ -244,7 +244,7 @@ class Tracker:
             # Once, loudly: a server that is down for a day must not fill the log of the run.
             log.log(
                 logging.DEBUG if self._in_trouble else logging.ERROR,
-                "MLFLOW DOES NOT RECORD (%s): %s. Training goes on; everything is kept in %s and "
+                "MLFLOW DOES NOT RECORD (%s): %s. Training continues; everything is kept in %s and "
                 "sent once MLflow answers.", self._sender.shown_uri, one_line(error), self._run_dir,
             )  # fmt: skip
         elif self._in_trouble:

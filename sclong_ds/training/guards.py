@@ -59,7 +59,7 @@ def history_of(rows: Iterable[Mapping[str, float]], *, step: int, spike_window: 
     Args:
         rows: Rows of `run_folder.read_metrics`, by step; other rows than those of steps are passed
             over.
-        step: The step that the run goes on from; later rows are of a life that was cut off.
+        step: The step that the run continues from; later rows are of a start that was cut off.
         spike_window: As the guard's.
     """
     losses: deque[float] = deque(maxlen=_memory(spike_window))
@@ -112,7 +112,7 @@ class StepGuard:
         return History(tuple(self._losses), self._skipped, self._skipped_in_a_row)
 
     def restore(self, history: History) -> None:
-        """Go on from what the guard of an earlier life remembered."""
+        """Continue from what the guard of an earlier start remembered."""
         self._losses = deque(history.losses, maxlen=_memory(self._window))
         self._skipped = history.skipped
         self._skipped_in_a_row = history.skipped_in_a_row

@@ -63,7 +63,7 @@ def show(run: Run, *, predicted_true: NDArray[np.float32], times: NDArray[Any] |
 
 
 def _encoded(run: Run, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Return what the model makes of cells, on rank 0; nothing when some rank cannot go on."""
+    """Return what the model makes of cells, on rank 0; nothing when some rank cannot continue."""
     ranks = run.ranks
     mine, problem = rows[ranks.rank :: ranks.world_size], None
     try:

@@ -112,7 +112,7 @@ def open_run_folder(run: Run, ds_config: dict[str, Any], starting: Starting) -> 
 
 
 def record_opening(run: Run, found: Loaded | None, changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Log and record whether the run is new, and if not, what it goes on from and under what."""
+    """Log and record whether the run is new, and if not, what it continues from and under what."""
     step, world_size = run.state.step, run.ranks.world_size
     if found is None:
         run.tracker.event("start", step=step, world_size=world_size)
@@ -148,7 +148,7 @@ def claim_run_folder(run: Run) -> None:
 
 
 def refuse_other_run(run: Run, checkpoint: Path, found: TrainState) -> None:
-    """Refuse to go on from a checkpoint with another configuration or other inputs.
+    """Refuse to continue from a checkpoint with another configuration or other inputs.
 
     Raises:
         ValueError: What differs.

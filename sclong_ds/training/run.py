@@ -65,7 +65,7 @@ class Run:
     validated: tuple[int, Judged | None] | None = None
     """Step of the last validation, and what its checkpoint is judged by."""
     saving: Saving | None = None
-    """Checkpoint that is being written while training goes on."""
+    """Checkpoint that is being written while training continues."""
     stalled_s: float = 0.0
     """Time that training stood still for checkpoints since the last row of metrics."""
     failed_saves: int = 0
@@ -101,7 +101,7 @@ def parameters_by_part(model: ScLong) -> dict[str, int]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a device for people."""
+    """Return the human-readable name of a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -155,7 +155,7 @@ def describe_schedule(config: RunConfig, *, warns: bool) -> None:
 
 
 def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:
-    """Return what computes the attention of this run, for people.
+    """Return what computes the attention of this run, as readable text.
 
     Raises:
         ValueError: The backend that was asked for cannot run here.

@@ -70,15 +70,15 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
-    """Refuse to go on from a checkpoint under another model, data or objective section.
+    """Refuse to continue from a checkpoint under another model, data or objective section.
 
     Paths may change, their content may not; so may what has no influence on the weights. Another
     objective is taken with run.accept_changes. The checkpoint's own config.yaml counts, which its
     manifest covers.
 
     Args:
-        checkpoint: The checkpoint to go on from, in the run folder.
-        config: The configuration to go on with.
+        checkpoint: The checkpoint to continue from, in the run folder.
+        config: The configuration to continue with.
 
     Raises:
         ValueError: What differs.
@@ -110,7 +110,7 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
         raise ValueError(
             f"run.dir={run_dir}: another objective than the run's ({'; '.join(changed)}), under "
             f"which losses mean something else: undo the change, use a new run.dir, or add "
-            f"run.accept_changes=true to go on with losses that cannot be compared"
+            f"run.accept_changes=true to continue with losses that cannot be compared"
         )
 
 
@@ -127,8 +127,8 @@ def changed_measure(checkpoint: Path, config: RunConfig) -> list[str]:
     """Return the settings of what validation measures that are not those of a checkpoint.
 
     Args:
-        checkpoint: The checkpoint that the run goes on from.
-        config: The configuration to go on with.
+        checkpoint: The checkpoint that the run continues from.
+        config: The configuration to continue with.
     """
     before, now = read_saved(checkpoint / "config.yaml"), to_dict(config)
     cells = [line for line in _differences(before, now, "run") if "run.validation_cells:" in line]
@@ -222,7 +222,7 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
 
 
 def check_run_folder(run_dir: Path, config: RunConfig, now: TrainState) -> None:
-    """Check, without a change, that a run could begin or go on in a folder.
+    """Check, without a change, that a run could begin or continue in a folder.
 
     Args:
         run_dir: Run folder.

@@ -1,4 +1,4 @@
-"""When a run saves: checkpoints begin here, are written while training goes on, and are finished.
+"""When a run saves: checkpoints begin here, are written while training continues, and are finished.
 
 Every rank calls these functions at the same places of the training loop.
 """
@@ -30,7 +30,7 @@ COPIED = ("config.yaml", "genes.tsv", GRAPH, FEATURES, RUN_FILE)
 def save(run: Run, *, must: bool) -> None:
     """Begin to write a checkpoint of the current state; finish it where training has to wait.
 
-    A failure, for instance a full disk, is logged and the run goes on from memory, unless the
+    A failure, for instance a full disk, is logged and the run continues from memory, unless the
     checkpoint must be there or checkpoint.max_failed_saves failed in a row.
 
     Args:
@@ -39,7 +39,7 @@ def save(run: Run, *, must: bool) -> None:
             to do if it is there. One before it that could not be written is only logged.
 
     Raises:
-        SaveError: The run cannot go on without the checkpoint.
+        SaveError: The run cannot continue without the checkpoint.
     """
     try:
         settle(run)
@@ -69,7 +69,7 @@ def save(run: Run, *, must: bool) -> None:
 
 
 def save_before_failing(run: Run) -> None:
-    """Save the last finished step of a run that cannot go on, unless that fails too."""
+    """Save the last finished step of a run that cannot continue, unless that fails too."""
     if run.state.step:
         try:
             save(run, must=True)
@@ -90,7 +90,7 @@ def settle(run: Run, *, must: bool = False) -> None:
 
     Args:
         run: The run.
-        must: The run cannot go on without it.
+        must: The run cannot continue without it.
 
     Raises:
         SaveError: It could not be written, and must be there or was not the first.
@@ -114,7 +114,7 @@ def settle(run: Run, *, must: bool = False) -> None:
 
 
 def _failed(run: Run, error: checkpoint.SaveError, *, step: int, must: bool) -> None:
-    """Record a checkpoint that could not be written; raise if the run cannot go on without."""
+    """Record a checkpoint that could not be written; raise if the run cannot continue without."""
     run.failed_saves += 1
     run.tracker.event("checkpoint_failed", step=step, error=str(error))
     if must or run.failed_saves >= run.config.checkpoint.max_failed_saves:

@@ -66,7 +66,7 @@ class RankTimes:
         self._steps += 1
 
     def gather(self, ranks: Ranks) -> NDArray[np.float64] | None:
-        """Return the means of all ranks and begin anew; every rank must call it.
+        """Return the means of all ranks and start again; every rank must call it.
 
         Args:
             ranks: The ranks.

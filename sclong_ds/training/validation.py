@@ -348,7 +348,7 @@ def _record(run: Run, figures: dict[str, float]) -> None:
         return
     run.validated = (step, by)
     if run.ranks.rank == 0 and run.last_checkpoint == name_of(step):
-        # A run that was stopped before it validated at this step, and goes on from there.
+        # A run that was stopped before it validated at this step, and continues from there.
         try:
             record_best(
                 run.run_dir / "checkpoints", name_of(step), by,

@@ -72,7 +72,7 @@ class Watchdog:
         self._folder, self._rank, self._world_size = folder, rank, world_size
         self._timeout_s, self._node = timeout_s, node
         # 1,000 ranks write 50 small files a second between them; within a time-out of minutes this
-        # is often enough to see who lives.
+        # is often enough to see which ranks run.
         self._interval_s = min(timeout_s / 8, max(10.0, world_size / 50))
         self._beat = _Beat(0, "start", None, 0, time.monotonic(), timeout_s)
         self._written = 0
@@ -82,7 +82,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        # What an earlier life left would be taken for this one's.
+        # What an earlier start left would be taken for this one's.
         for name in (SLOW_FILE, HANG_FILE, self._stack_name()):
             (self._folder / name).unlink(missing_ok=True)
         if self._rank == 0:
@@ -247,7 +247,7 @@ class Watchdog:
             (self._folder / name).unlink()
 
     def _complain(self, error: OSError) -> None:
-        """Log the first failure: training goes on without heartbeats."""
+        """Log the first failure: training continues without heartbeats."""
         if not self._files_fail:
             self._files_fail = True
             log.warning("rank %d: no heartbeat, hangs are not seen: %s", self._rank, error)

@@ -222,7 +222,7 @@ def test_stopped_in_every_way_and_resumed_equals_straight_through(
             assert status == 75
         stops.append(stopped)
     run_ranks(2, args, run_dir)
-    # After the kill it goes on from the last checkpoint, which that of step 12 may be.
+    # After the kill it continues from the last checkpoint, which that of step 12 may be.
     *before, last = openings(run_dir)
     assert before == [0, *stops]
     assert last in (stops[-1], 12)

@@ -289,7 +289,7 @@ def test_a_damaged_shard_stops_the_run_or_is_skipped(corpus, tmp_path):
     # A rank whose own cells were whole stops with the other one, and says nothing.
     line = error_line(log.read_text())
     assert line.startswith(f"error: rank 1: {shard}: chunk 2 ")
-    # What was trained is saved, and goes on when the shard is there again.
+    # What was trained is saved, and continues when the shard is there again.
     done = last_step(tmp_path / "stop")
     assert done > 0
     newest = complete_checkpoints(tmp_path / "stop" / "checkpoints")[0]

@@ -88,7 +88,7 @@ def test_unknown_genes_are_neither_read_nor_targets(corpus: Path, tmp_path: Path
     # A tenth of the zero genes are targets: of a panel, of the genes that it names alone.
     assert figures(straight, "train/n_targets")[0] < figures(zero, "train/n_targets")[0]
     assert figures(straight, "val/n_values/zeros")[0] < figures(zero, "val/n_values/zeros")[0]
-    # Stopped in the middle, it goes on bit for bit.
+    # Stopped in the middle, it continues bit for bit.
     run(corpus, tmp_path / "parts", **changes | {"run.max_steps": 2})
     parts = run(corpus, tmp_path / "parts", **changes)
     assert figures(parts, "train/loss") == losses
@@ -118,6 +118,6 @@ def test_a_run_cannot_change_what_unmeasured_genes_are(corpus: Path, tmp_path: P
     with pytest.raises(RuntimeError, match=r"data\.unmeasured: 'zero' -> 'mask'"):
         run(corpus, tmp_path / "run", **{"data.unmeasured": "mask"})
     saved = (tmp_path / "run" / "config.yaml").read_text()
-    # A run folder of an earlier version, which had no such key, goes on.
+    # A run folder of an earlier version, which had no such key, continues.
     (tmp_path / "run" / "config.yaml").write_text(saved.replace("  unmeasured: zero\n", ""))
     assert len(figures(run(corpus, tmp_path / "run"), "train/loss")) == STEPS

@@ -198,9 +198,9 @@ class SlurmCluster:
         return not [s for s in states if s.startswith(("alloc", "mixed", "compl", "draining"))]
 
     def wait_until_requeued(self, job_id: str) -> None:
-        """Wait until a job may begin its next life; Slurm holds it back for two minutes.
+        """Wait until a job may begin its next start; Slurm holds it back for two minutes.
 
-        A life that begins while a node still ends the one before, or in the same second, fails
+        A start that begins while a node still ends the one before, or in the same second, fails
         without a word ("Job credential revoked" in slurmctld.log): the node then refuses all that
         was issued to the job so far.
         """

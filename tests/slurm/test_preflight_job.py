@@ -1,4 +1,4 @@
-"""pretrain.sh names the node that preflight finds bad, and can go on without it."""
+"""pretrain.sh names the node that preflight finds bad, and can continue without it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import anndata
 import pytest
 
-from sclong_ds.job.restarts import newest_step, read_lives
+from sclong_ds.job.restarts import newest_step, read_starts
 from sclong_ds.report.status import RunStatus, read_status
 from sclong_ds.run_folder.files import read_events, read_run_json
 from sclong_ds.run_folder.rows import read_every_row, read_metrics
@@ -84,7 +84,7 @@ def test_the_nodes_are_checked_before_the_training(straight_run: tuple[Path, Any
 
 
 def _wait_for_steps(slurm: Any, job_id: str, run_dir: Path, count: int) -> None:
-    """Wait until this life of a job has made some steps."""
+    """Wait until this start of a job has made some steps."""
     metrics = run_dir / "metrics.jsonl"
     before = len(read_every_row(run_dir)) if metrics.exists() else 0
     slurm.wait_until(
@@ -98,7 +98,7 @@ def troubled_run(
 ) -> tuple[Path, Any, RunStatus]:
     """Train on two nodes through all that a job may meet; returns run folder, job and a status.
 
-    Lives: two nodes until the ranks of one are killed, two until a job that goes first takes the
+    Starts: two nodes until the ranks of one are killed, two until a job that goes first takes the
     nodes, two until one has a power failure, one until a signal, two to the end.
     """
     run_dir = tmp_path_factory.mktemp("pretrain_job") / "troubled"
@@ -131,10 +131,10 @@ def test_a_job_comes_back_after_every_trouble_on_fewer_and_more_nodes(
 ) -> None:
     run_dir, job, _ = troubled_run
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 4), job.log
-    assert all(f"start {life}:" in job.log for life in range(1, 6)), "one log for all lives"
+    assert all(f"start {start}:" in job.log for start in range(1, 6)), "one log for all starts"
     assert "a rank died (status 137)" in job.log
     assert job.log.count("saved after a signal") == 2
-    assert [life.nodes for life in read_lives(run_dir)] == ["n[1-2]"] * 3 + ["n1", "n[1-2]"]
+    assert [start.nodes for start in read_starts(run_dir)] == ["n[1-2]"] * 3 + ["n1", "n[1-2]"]
     resumes = [e for e in read_events(run_dir) if e["event"] == "resume"]
     assert [(e["saved_by"], e["world_size"]) for e in resumes] == [(2, 2)] * 2 + [(2, 1), (1, 2)]
 

@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks: the same losses, weights and optimizer state."""
+"""A run continues with another number of ranks: the same losses, weights and optimizer state."""
 
 from __future__ import annotations
 

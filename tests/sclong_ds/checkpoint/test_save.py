@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, checked, pruned by rule, and survive a full disk."""
+"""Checkpoints are atomic, checked, pruned by rule, and survive a full disk."""
 
 from __future__ import annotations
 
@@ -556,7 +556,7 @@ def test_a_rank_that_cannot_write_costs_this_checkpoint_alone(ranks):
 
 @pytest.mark.distributed
 def test_what_is_written_in_the_background_is_the_state_when_it_began(ranks):
-    """The bytes are those of a save that training waits for, though it went on meanwhile."""
+    """The bytes are those of a save that training waits for, though it continued meanwhile."""
     for rank in ranks[0]:
         assert len(rank["background"]) == 4
         assert all(rank["background"].values()), rank["background"]

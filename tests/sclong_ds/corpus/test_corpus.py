@@ -243,7 +243,7 @@ def test_file_sizes(tmp_path: Path) -> None:
 def test_resumed_store_has_the_same_bytes(
     tmp_path: Path, ended: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writer stops somewhere after its last checkpoint; the next one goes on from there."""
+    """A writer stops somewhere after its last checkpoint; the next one continues from there."""
     matrix = random_counts(12)
     options: dict[str, int] = {"n_genes": 2_000, "chunk_entries": 1024, "chunks_per_shard": 4}
 

@@ -37,7 +37,7 @@ def test_every_shipped_json_resolves(path, precision):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"train_batch_size": 8}, "lives in the run's YAML"),
+        ({"train_batch_size": 8}, "is set in the run's YAML"),
         ({"zero_optimisation": {"stage": 3}}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "did you mean 'overlap_comm'"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "has no source here"),

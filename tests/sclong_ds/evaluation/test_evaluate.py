@@ -179,7 +179,7 @@ def test_stored_embedding_of_the_same_model_is_taken_over(
     (tmp_path / "other").mkdir()
     other = write_model(tmp_path / "other", genes, seed=1)
     with caplog.at_level(logging.INFO):
-        run(other, embedded, "--label", "cell_type", "--out", tmp_path / "anew")
+        run(other, embedded, "--label", "cell_type", "--out", tmp_path / "again")
     assert len(calls) == 3
     assert "another model" in caplog.text
 

@@ -48,10 +48,10 @@ def test_a_rank_that_says_what_is_wrong_is_on_record_for_its_life(
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
     monkeypatch.setenv("RANK", "1")
     assert report(RuntimeError("connection closed by peer"), tmp_path) == 71
-    assert read_failure(tmp_path, life="7.0") is None
+    assert read_failure(tmp_path, start="7.0") is None
     assert report(ValueError("no such\n  shard"), tmp_path) == 1
-    assert read_failure(tmp_path, life="7.0") == "rank 1 (n2): no such shard"
-    assert read_failure(tmp_path, life="7.1") is None
+    assert read_failure(tmp_path, start="7.0") == "rank 1 (n2): no such shard"
+    assert read_failure(tmp_path, start="7.1") is None
     assert "error: " not in capsys.readouterr().err, "rank 0 speaks for all"
     monkeypatch.setenv("RANK", "0")
     assert report(ValueError("no such shard"), None) == 1

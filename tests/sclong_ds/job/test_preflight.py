@@ -1,4 +1,4 @@
-"""Preflight: every bad node is named with what is wrong with it; good ones let the job go on."""
+"""Preflight: every bad node is named with what is wrong with it; good ones let the job continue."""
 
 from __future__ import annotations
 

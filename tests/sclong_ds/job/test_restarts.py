@@ -1,4 +1,4 @@
-"""What asks for another life of a job, and when it is refused."""
+"""What asks for another start of a job, and when it is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sclong_ds.job.restarts import (
     end,
     main,
     newest_step,
-    read_lives,
+    read_starts,
     seconds_to_save,
 )
 
@@ -43,7 +43,7 @@ def test_starts_without_a_new_checkpoint_end_the_job(tmp_path: Path) -> None:
         _begin(tmp_path)
     with pytest.raises(ValueError, match=r"no new checkpoint in 3 starts .* at step 40"):
         _begin(tmp_path)
-    assert [life.step for life in read_lives(tmp_path)] == [40, 40, 40]
+    assert [start.step for start in read_starts(tmp_path)] == [40, 40, 40]
 
 
 def test_a_new_checkpoint_or_a_new_job_begins_the_count_again(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_new_checkpoint_or_a_new_job_begins_the_count_again(tmp_path: Path) ->
     _checkpoint(tmp_path, 10)
     _begin(tmp_path)
     _begin(tmp_path)
-    assert [life.step for life in read_lives(tmp_path)] == [0, 0, 0, 10, 10]
+    assert [start.step for start in read_starts(tmp_path)] == [0, 0, 0, 10, 10]
     _begin(tmp_path, job="8", max_stalled=1)
     with pytest.raises(ValueError, match="job 8"):
         _begin(tmp_path, job="8", max_stalled=1)
@@ -128,7 +128,7 @@ def test_what_one_rank_says_outweighs_how_the_others_die(
     for status in (1, 71, 137):
         with pytest.raises(ValueError, match=r"by itself .*: rank 1 \(n2\): no such shard"):
             _end(tmp_path, status)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the record is of an earlier life
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the record is of an earlier start
     assert _end(tmp_path, 71).startswith("a device, network or disk failed a rank")
     assert _end(tmp_path, 137) == "a rank died (status 137)"
 
@@ -172,7 +172,7 @@ def test_a_damaged_record_counts_starts_from_0(
     (tmp_path / RESTARTS_FILE).write_text(text)
     _begin(tmp_path)
     assert "restarts.json: not a record of starts" in caplog.text
-    assert len(read_lives(tmp_path)) == 1
+    assert len(read_starts(tmp_path)) == 1
 
 
 def test_a_changed_start_is_not_one_and_those_of_earlier_versions_count(tmp_path: Path) -> None:
@@ -180,10 +180,10 @@ def test_a_changed_start_is_not_one_and_those_of_earlier_versions_count(tmp_path
     path = tmp_path / RESTARTS_FILE
     whole = path.read_text()
     path.write_text(whole.replace('"step": 0', '"step": 8'))
-    assert read_lives(tmp_path) == []
+    assert read_starts(tmp_path) == []
     rows = [{k: v for k, v in row.items() if k != "checksum"} for row in json.loads(whole)]
     path.write_text(json.dumps(rows))
-    assert len(read_lives(tmp_path)) == 1
+    assert len(read_starts(tmp_path)) == 1
 
 
 def test_commands(

@@ -290,7 +290,7 @@ def test_errors_of_finish_reach_the_training_loop(corpus):
 
 
 def go_on(loader, results):
-    """In another process: go on for four steps."""
+    """In another process: continue for four steps."""
     with loader:
         results.send([visits(b) for _ in range(4) for b in next(loader).micro_batches])
 

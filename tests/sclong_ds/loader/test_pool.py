@@ -292,7 +292,7 @@ def test_bytes_that_cannot_be_written_to():
 
 
 def test_the_gil_is_released():
-    """Another thread goes on while a call decodes; holding the GIL, it would get a turn at most."""
+    """Another thread runs while a call decodes; if that held the GIL, it would get one turn."""
     # Few large cells: numpy itself lets others run while it works on many.
     size, cells = 200_000, np.zeros(300, np.int64)
     pool = raw_pool([1] * size, [1] * size)

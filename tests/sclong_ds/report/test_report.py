@@ -256,7 +256,7 @@ def test_the_best_figure_is_one_of_those_that_measure_the_same(run_dir: Path) ->
 
 
 def test_abandoned_future_of_a_run_is_not_shown(run_dir: Path) -> None:
-    """The run diverges, and goes on from step 20 once more."""
+    """The run diverges, and continues from step 20 once more."""
     with RunFolder(run_dir) as files:
         for step in range(31, 41):
             files.append_metrics(

@@ -177,8 +177,8 @@ def test_a_slurm_job_is_shown_with_what_ended_its_last_life(
 ):
     assert read_status(run_dir).job is None
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    for life in range(2):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(life))
+    for start in range(2):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
         begin(run_dir, job="7", nodes="n[1-2]", max_stalled=3)
     failures.record(run_dir, "rank 1 (n2): no such shard")
     status = read_status(run_dir)

@@ -30,7 +30,7 @@ def test_rows_come_back_by_step_with_full_precision(tmp_path: Path) -> None:
 
 
 def test_what_a_run_went_back_behind_is_left_out(tmp_path: Path) -> None:
-    """Its first life came to step 9 and was resumed after step 2 and its validation."""
+    """Its first start came to step 9 and was resumed after step 2 and its validation."""
     with RunFolder(tmp_path) as folder:
         for step in range(1, 10):
             folder.append_metrics(step, {"train/loss": 9.0})

@@ -529,7 +529,7 @@ def test_credentials_of_a_store_are_refused_in_the_configuration(
 
 
 def test_run_json_of_a_checkpoint_keeps_the_run(store: str, tmp_path: Path) -> None:
-    """A run folder that lost its run.json goes on as the run its checkpoint belongs to."""
+    """A run folder that lost its run.json continues as the run its checkpoint belongs to."""
     tracker, run_id = start(make_config(uri=store), tmp_path / "run")
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish("KILLED")

@@ -126,7 +126,7 @@ steps = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(losses=steps, data=st.data())
 def test_a_resumed_run_judges_as_an_uninterrupted_one(losses, data, tmp_path_factory):
-    """None stands for a skipped step; the cut-off life has gone on after the checkpoint."""
+    """None stands for a skipped step; the cut-off start has continued after the checkpoint."""
     folder: Path = tmp_path_factory.mktemp("run")
     cut = data.draw(st.integers(1, len(losses)))
     straight, resumed = (guard_of(window=20, most=1000) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A run goes on with the inputs that it was saved with, or not at all."""
+"""A run continues with the inputs that it was saved with, or not at all."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ if "sclong_ds.job.preflight" in sys.argv:
 if "sclong_ds.pretrain" not in sys.argv:
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 folder, start_s, behaviour = Path({folder!r}), {start_s}, {behaviour!r}
-rank, life = os.environ["RANK"], len(json.loads((folder / "run" / "restarts.json").read_text()))
-if behaviour == f"done in life {{life}}":
+rank, start = os.environ["RANK"], len(json.loads((folder / "run" / "restarts.json").read_text()))
+if behaviour == f"done in start {{start}}":
     sys.exit(0)
 if behaviour == "error":
     sys.exit(1)
@@ -40,14 +40,14 @@ time.sleep(start_s)
 asked = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda *_: asked.append(1))
-(folder / f"ready-{{rank}}-{{life}}").touch()
+(folder / f"ready-{{rank}}-{{start}}").touch()
 if behaviour == "slow checkpoint" and rank == "0":
     time.sleep(5)  # the script has looked for checkpoints before
     with (folder / "run" / "events.jsonl").open("a") as events:
         row = {{"time": time.time(), "event": "checkpoint", "step": 20, "seconds": 50.0}}
         events.write(json.dumps(row) + "\\n")
 if behaviour == "crash" and rank == "1":
-    if life == 1:
+    if start == 1:
         (folder / "run" / "checkpoints" / "step_00000020").mkdir()
     os.kill(os.getpid(), signal.SIGKILL)
 while not asked:
@@ -95,7 +95,7 @@ def _wait_for(slurm: Any, job_id: str, folder: Path, mark: str) -> None:
 def test_a_signal_lets_all_ranks_save_before_the_job_is_queued_again(
     slurm: Any, tmp_path: Path, name: str
 ) -> None:
-    job_id = _submit(slurm, tmp_path, behaviour="done in life 2")
+    job_id = _submit(slurm, tmp_path, behaviour="done in start 2")
     _wait_for(slurm, job_id, tmp_path, "ready-{rank}-1")
     if name == "preemption":
         slurm.preempt()  # the ranks get TERM, the script nothing
@@ -106,7 +106,7 @@ def test_a_signal_lets_all_ranks_save_before_the_job_is_queued_again(
     assert job.log.index("saved by rank 0") < job.log.index(f"job {job_id} is queued again")
     ports = [line.rsplit(":", 1)[1] for line in job.log.splitlines() if "rendezvous" in line]
     assert len(ports) == 2, job.log
-    assert len(set(ports)) == 2, "a new life has a new port: the old one may still be taken"
+    assert len(set(ports)) == 2, "a new start has a new port: the old one may still be taken"
 
 
 def test_signals_before_the_ranks_listen_end_no_rank_and_are_not_lost(
@@ -139,7 +139,7 @@ def test_a_run_is_asked_to_save_as_early_as_its_first_checkpoints_need_it(
 def test_where_a_job_may_not_queue_itself_it_is_submitted_again_until_it_is_done(
     slurm: Any, tmp_path: Path
 ) -> None:
-    ranks = _make_ranks(tmp_path, behaviour="done in life 3")
+    ranks = _make_ranks(tmp_path, behaviour="done in start 3")
     settings = {"SCLONG_CONTAINER": str(ranks), "SCLONG_PREFLIGHT": "0"}
     log = tmp_path / "log"
     command = ["bash", "slurm/resubmit.sh", "--nodes=2", f"--output={log}", "slurm/pretrain.sh"]
@@ -161,9 +161,9 @@ def test_where_a_job_may_not_queue_itself_it_is_submitted_again_until_it_is_done
     assert f"job {second}: NODE_FAIL" in rest
     assert loop.returncode == 0, rest
     assert rest.splitlines()[-1].endswith(": COMPLETED, status 0")
-    lives = json.loads((tmp_path / "run" / "restarts.json").read_text())
-    assert [life["id"].split(".")[0] for life in lives][:2] == [first, second]
-    assert len({life["job"] for life in lives}) == 1, "the guard counts them as one training"
+    starts = json.loads((tmp_path / "run" / "restarts.json").read_text())
+    assert [start["id"].split(".")[0] for start in starts][:2] == [first, second]
+    assert len({start["job"] for start in starts}) == 1, "the guard counts them as one training"
     assert log.read_text().count("start 1: ") == 3
 
 
@@ -189,7 +189,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Any, tmp_path: Path
 def test_a_killed_rank_brings_the_job_back_until_no_life_makes_a_new_checkpoint(
     slurm: Any, tmp_path: Path
 ) -> None:
-    # Rank 0 would wait for ever, as in a collective. The first life makes a checkpoint.
+    # Rank 0 would wait for ever, as in a collective. The first start makes a checkpoint.
     job_id = _submit(
         slurm, tmp_path, behaviour="crash",
         settings={"SCLONG_STRAGGLER_S": "1", "SCLONG_MAX_STALLED": "2"},
@@ -199,8 +199,8 @@ def test_a_killed_rank_brings_the_job_back_until_no_life_makes_a_new_checkpoint(
     assert job.exit_code not in (0, 75)
     assert job.log.count(f"job {job_id} is queued again") == 2
     assert f"error: job {job_id} made no new checkpoint in 2 starts in a row" in job.log
-    lives = json.loads((tmp_path / "run" / "restarts.json").read_text())
-    assert [(life["job"], life["step"]) for life in lives] == [
+    starts = json.loads((tmp_path / "run" / "restarts.json").read_text())
+    assert [(start["job"], start["step"]) for start in starts] == [
         (job_id, 10),
         (job_id, 20),
         (job_id, 20),
@@ -218,7 +218,7 @@ def test_a_training_that_ends_with_an_error_is_not_started_again(
 def test_an_error_of_srun_itself_brings_a_job_back_even_before_its_first_step(
     slurm: Any, tmp_path: Path
 ) -> None:
-    # Slurm's srun, which the first life's check and the second one's training send to no job.
+    # Slurm's srun, which the first start's check and the second one's training send to no job.
     srun = tmp_path / "srun"
     srun.write_text(
         f"#!/bin/bash\necho x >> {tmp_path}/calls\n"
@@ -227,7 +227,7 @@ def test_an_error_of_srun_itself_brings_a_job_back_even_before_its_first_step(
     )
     srun.chmod(0o755)
     job_id = _submit(
-        slurm, tmp_path, behaviour="done in life 3", new=True,
+        slurm, tmp_path, behaviour="done in start 3", new=True,
         settings={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SCLONG_PREFLIGHT": "60"},
     )  # fmt: skip
     job = slurm.wait(job_id)
