@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"manifest columns (tab-separated with a header line, or a YAML list):\n{columns}\n\n"
         "A dataset that is done is skipped, one that failed is tried again. Exit status 1 if any\n"
         "dataset failed; the others are converted all the same. A dataset that is staged and\n"
-        "whose source cannot be reached is kept as it is, with a warning."
+        "whose source cannot be reached is kept as it is, with a warning; so it is where its\n"
+        "changed source, or other options, fail."
     )
     parser.add_argument("manifest", type=local_path, metavar="MANIFEST", help="list of datasets")
     parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")

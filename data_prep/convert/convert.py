@@ -7,8 +7,8 @@ every dataset), and per dataset `CORPUS/staging/DATASET/` (`cells.zarr`, a cell 
 `sclong_ds.corpus.corpus` with the row table `source_row`, and `obs.parquet`, whose first column is
 `barcode`) and `CORPUS/ledger/DATASET.json`. A dataset appears whole or not at all; one that is done
 is skipped unless its files or options changed, and one that failed is tried again. What is staged
-stays as long as its source cannot be reached, and makes way for other files under the same name
-only with `--replace`; `python -m data_prep forget` takes a dataset out.
+stays as long as its source cannot be reached, or what took its place fails, and makes way for other
+files under the same name only with `--replace`; `python -m data_prep forget` takes a dataset out.
 
 Datasets run in worker processes, one after the other in each: a damaged file, or a worker killed
 for its memory, costs the dataset it was at and no other. Which datasets are to be done is kept in

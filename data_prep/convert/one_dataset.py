@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from data_prep.ledger.ledger import (
 from data_prep.manifest.manifest import Dataset
 from data_prep.source.source import UnusableError
 from data_prep.staging.dataset import stage
-from data_prep.staging.forget import clear
+from data_prep.staging.forget import clear, part_folder
 from data_prep.staging.settings import Settings
 from sclong_ds.files.atomic import named_errors
 
@@ -80,18 +81,25 @@ def convert_dataset(
             return previous
         if staged is not None and not replace and is_taken(staged, dataset, entry["source_hash"]):
             return _keep_or_fail(corpus, entry, staged, taken(staged))
-        clear(corpus, dataset.dataset_id)
+        if staged is None:
+            clear(corpus, dataset.dataset_id)
+        else:
+            shutil.rmtree(part_folder(_folder(corpus, dataset)), ignore_errors=True)
         unchanged = partial(_require_unchanged, dataset, state, entry["source_hash"])
         _stage_or_explain(
             dataset,
             entry,
+            staged,
             corpus=corpus,
             settings=settings,
             resolver=resolver,
             unchanged=unchanged,
         )
-        write_entry(corpus, entry)
         return entry
+
+
+def _folder(corpus: Path, dataset: Dataset) -> Path:
+    return corpus / "staging" / dataset.dataset_id
 
 
 def _source_state(dataset: Dataset) -> list[_State]:
@@ -118,14 +126,19 @@ def _require_unchanged(dataset: Dataset, state: list[_State], found_hash: str | 
 def _stage_or_explain(
     dataset: Dataset,
     entry: LedgerEntry,
+    staged: LedgerEntry | None,
     *,
     corpus: Path,
     settings: Settings,
     resolver: GeneResolver,
     unchanged: Callable[[], None],
 ) -> None:
-    """Stage a dataset, or say in its entry why it cannot be and leave nothing of it."""
-    folder = corpus / "staging" / dataset.dataset_id
+    """Stage a dataset and write its entry, which says why where it cannot be.
+
+    What an earlier run has staged (`staged`) outlives a failure, and then its entry stays, too. A
+    verdict on the dataset, excluded, takes it away.
+    """
+    folder = _folder(corpus, dataset)
     try:
         with named_errors(f"{dataset.path} -> {folder}"):
             stage(
@@ -135,8 +148,8 @@ def _stage_or_explain(
                 settings=settings,
                 resolver=resolver,
                 unchanged=unchanged,
+                record=lambda: write_entry(corpus, entry),
             )
-        entry["status"] = "ok"
         return
     except UnusableError as error:
         entry["status"], entry["reason"] = "excluded", str(error)
@@ -147,7 +160,20 @@ def _stage_or_explain(
     # Of a dataset that is not used nothing is staged, and what was dropped on the way is no loss.
     entry["n_cells"], entry["dropped_cells"], entry["obs_columns"] = 0, {}, []
     entry["texts_repaired"], entry["files"] = 0, {}
+    if entry["status"] == "failed" and staged is not None and _holds(corpus, staged):
+        entry["reason"] += "; what was staged before stays"
+        return
     clear(corpus, dataset.dataset_id)
+    write_entry(corpus, entry)
+
+
+def _holds(corpus: Path, staged: LedgerEntry) -> bool:
+    """Tell whether what is staged is still what its entry says."""
+    try:
+        check_staged(corpus, staged)
+    except ValueError:
+        return is_older(staged)
+    return True
 
 
 def _keep_or_fail(

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.genes.harmonize import harmonize
-from data_prep.ledger.ledger import LedgerEntry, staged_files
+from data_prep.ledger.ledger import LedgerEntry, ledger_path, staged_files
 from data_prep.manifest.manifest import Dataset
 from data_prep.readers.open import open_source
 from data_prep.source.source import UnusableError
@@ -43,14 +43,19 @@ def stage(
     settings: Settings,
     resolver: GeneResolver,
     unchanged: Callable[[], None],
+    record: Callable[[], None],
 ) -> None:
     """Read a dataset and write its staging folder, atomically.
+
+    What was staged before stays until the new files are complete and on disk.
 
     Args:
         dataset: The dataset.
         entry: Its ledger entry; everything that is learnt is filled in, also when staging fails.
-        folder: CORPUS/staging/DATASET; neither it nor `part_folder` of it may exist.
+        folder: CORPUS/staging/DATASET; `part_folder` of it may not exist.
         unchanged: Called when all is read; raises where the source is no longer what it was.
+        record: Writes the entry, once the files have their place; where it raises, they lose it to
+            what was staged before.
         settings: Those of the corpus folder.
         resolver: Of its vocabulary.
 
@@ -71,10 +76,31 @@ def stage(
         unchanged()
         entry["files"] = staged_files(part / "staged")
         sync_tree(part / "staged")
-        os.rename(part / "staged", folder)
-        sync_folder(folder.parent)
+        entry["status"] = "ok"
+        _put_in_place(part, folder, record)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _put_in_place(part: Path, folder: Path, record: Callable[[], None]) -> None:
+    """Give PART/staged its name and record it, or leave what has that name, with its entry.
+
+    The old entry goes first, so that a kill in between leaves none without its files.
+    """
+    entry = ledger_path(folder.parents[1], folder.name)
+    moves = [(entry, part / entry.name), (folder, part / "before"), (part / "staged", folder)]
+    done = []
+    try:
+        for source, target in moves:
+            if source.exists():
+                os.rename(source, target)
+                done.append((source, target))
+        sync_folder(folder.parent)
+        record()
+    except BaseException:
+        for source, target in reversed(done):
+            os.rename(target, source)
+        raise
 
 
 def _write(

@@ -15,8 +15,6 @@ whether a file changed is told by the hash of convert; nothing else is shared.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,17 +33,22 @@ from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.manifest.manifest import OBS_ROLES, Dataset
 from data_prep.source.source import Matrix
+from data_prep.staging.outcome import UNPROVEN
 from data_prep.staging.quality import MITOCHONDRIAL_IDS
 from data_prep.verify.drawn_cells import draw_cells, draw_dropped
 from data_prep.verify.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx
+from data_prep.verify.plain_proof import is_proven, restored
 from data_prep.verify.plain_text import plain_matrix_market, plain_npz, plain_table
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.files.atomic import read_json
 
 DEFAULT_SEED = 0
 BATCH = 256
 """Cells of a dataset that are read together; a cell takes about 130 bytes a value."""
 _EXPRESSION = "Gene Expression"
 _LEAST = ("min_genes", "min_counts")
+_THRESHOLDS = ("min_counts", "max_counts", "max_mito_fraction")
+_INVERT = "invert_log1p"
 _WHOLE = 1e-6
 _MOST_ALIKE = 10_000
 """Cells of the same total and number of genes that are looked at for a repeated one."""
@@ -123,10 +126,14 @@ def check_sources(
         number: Cells to draw; all where there are fewer.
         seed: Of the draw.
         progress: Called with ("sources", done, all), in cells.
+
+    Raises:
+        FileNotFoundError: No settings.json, which holds the thresholds of cells.
+        ValueError: It is damaged.
     """
     report = SourceReport()
     entries = {entry["dataset_id"]: entry for entry in read_ledger(corpus.path)}
-    settings = json.loads((corpus.path / "settings.json").read_bytes())
+    settings = _settings(corpus.path)
     resolver = GeneResolver(corpus.genes)
     rng = np.random.default_rng(seed)
     places = draw_cells(corpus, number, rng)
@@ -158,6 +165,18 @@ def check_sources(
         if progress:
             progress("sources", done, n_all)
     return report
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """Return the thresholds that convert was given."""
+    path, cure = folder / "settings.json", "restore it, or convert into a new folder"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; the thresholds of cells are in it; {cure}")
+    found = read_json(path, cure=cure)
+    missing = [name for name in _THRESHOLDS if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ValueError(f"{path}: damaged (no {missing[0]}); {cure}")
+    return dict(found)
 
 
 def sources_line(summary: Mapping[str, Any]) -> str:
@@ -231,6 +250,10 @@ def _compare(
     problems += _annotations(corpus, drawn.cells, rows, source, dataset, entry)
     mitochondrial = _mitochondrial(source, kept, target, resolver)
     for row in drawn.dropped.tolist():
+        # Convert drops cells that it cannot restore, and counts them.
+        unproven = entry["dropped_cells"].get(UNPROVEN) and dataset.counts.startswith(_INVERT)
+        if unproven and not is_proven(source.stored[matrices[0]][row], entry["restored"] or ""):
+            continue
         inside = {feature: n for feature, n in counted[row].items() if feature in kept}
         share = _share(inside, mitochondrial)
         if not _left_out_rightly(corpus, found[row], share, entry, settings):
@@ -331,8 +354,8 @@ def _counts(stored: Sequence[list[tuple[int, Any]]], option: str) -> dict[int, i
     Raises:
         ValueError: A value that is no count.
     """
-    if option.startswith("invert_log1p"):
-        return _restored(stored[0])
+    if option.startswith(_INVERT):
+        return restored(stored[0])
     if option.startswith("round:"):
         sums: Counter[int] = Counter()
         for feature, value in chain.from_iterable(stored):
@@ -346,20 +369,6 @@ def _counts(stored: Sequence[list[tuple[int, Any]]], option: str) -> dict[int, i
                 raise ValueError(f"{value} is not a count")
             counts[feature] += whole
     return {feature: number for feature, number in counts.items() if number}
-
-
-def _restored(stored: list[tuple[int, Any]]) -> dict[int, int]:
-    """Return the counts of log1p values of one cell: multiples of the smallest."""
-    values: Counter[int] = Counter()
-    for feature, value in stored:
-        values[feature] += float(value)  # type: ignore[assignment]
-    scaled = {feature: math.expm1(value) for feature, value in values.items() if value}
-    if not scaled:
-        return {}
-    one = min(scaled.values())
-    # All values together tell more precisely than the smallest what one count became.
-    one = sum(scaled.values()) / sum(round(value / one) for value in scaled.values())
-    return {feature: round(value / one) for feature, value in scaled.items()}
 
 
 def _mapped(counts: Mapping[int, int], target: Mapping[int, int]) -> dict[int, int]:
@@ -456,8 +465,6 @@ def _left_out_rightly(
         return True
     limit = settings["max_mito_fraction"]
     if limit is not None and mitochondrial_share > limit:
-        return True
-    if entry["dropped_cells"].get("counts not proven"):
         return True
     alike = np.flatnonzero((corpus.row_total == total) & (corpus.row_nnz == n_genes))
     stored = corpus.rows(alike[:_MOST_ALIKE])

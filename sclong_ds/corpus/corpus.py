@@ -276,7 +276,8 @@ class Corpus:
 
         Returns:
             Counts in X; obs with dataset_id, barcode and the kept columns, named by position; genes
-            in var.
+            in var; in varm["measured"], by dataset of the cells, which genes it measured: a zero in
+            X of any other is not a count of zero. Version 1 has no varm.
         """
         import anndata
         import pandas as pd
@@ -284,7 +285,13 @@ class Corpus:
         var = pd.DataFrame(
             {"symbol": self.genes.symbols, "class": self.genes.classes}, index=list(self.genes.ids)
         )
-        return anndata.AnnData(self.rows(indices), obs=self.obs(indices), var=var)
+        varm = {}
+        if self.measured_genes is not None:
+            codes = np.unique(self.row_dataset[np.asarray(indices, dtype=np.int64)])
+            names = [self.datasets[code].dataset_id for code in codes]
+            measured = self.measured_genes[codes].T
+            varm["measured"] = pd.DataFrame(measured, index=var.index, columns=names)
+        return anndata.AnnData(self.rows(indices), obs=self.obs(indices), var=var, varm=varm)
 
     def obs_path(self, dataset_id: str) -> Path:
         """Return the annotations of the staged cells of a dataset, for `read_obs`.

@@ -68,16 +68,22 @@ def test_a_done_dataset_is_skipped_until_its_file_or_options_change(
     )
 
 
-def test_a_failed_dataset_is_tried_again_and_leaves_nothing(
+def test_a_failed_dataset_is_tried_again_and_leaves_nothing_new(
     tmp_path: Path, corpus: Path, resolver: GeneResolver
 ) -> None:
     dataset = write(tmp_path / "a.h5ad", counts())
-    assert run(dataset, corpus, resolver)["status"] == "ok"
     whole = dataset.path.read_bytes()
+    dataset.path.write_bytes(whole[: len(whole) // 2])
+    assert run(dataset, corpus, resolver)["status"] == "failed"
+    assert list((corpus / "staging").iterdir()) == []
+    dataset.path.write_bytes(whole)
+    assert run(dataset, corpus, resolver)["status"] == "ok"
+    before = content(corpus)
     dataset.path.write_bytes(whole[: len(whole) // 2])
     entry = run(dataset, corpus, resolver)
     assert (entry["status"], entry["n_cells"]) == ("failed", 0)
-    assert list((corpus / "staging").iterdir()) == []
+    assert entry["reason"].endswith("; what was staged before stays")
+    assert content(corpus) == before
     dataset.path.write_bytes(whole)
     assert run(dataset, corpus, resolver)["status"] == "ok"
     entry = run(Dataset(dataset_id="b", path=tmp_path / "b.h5ad"), corpus, resolver)

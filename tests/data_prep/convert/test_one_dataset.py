@@ -1,5 +1,6 @@
 """From a source to a ledger entry: exact texts, proven files, one dataset at a time."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.convert import entry as entry_module
+from data_prep.convert import one_dataset
 from data_prep.convert.convert import convert, prepare_corpus
 from data_prep.convert.one_dataset import convert_dataset
 from data_prep.genes.gene_names import GeneResolver
@@ -143,6 +145,57 @@ def test_what_reads_back_otherwise_fails_alone(
     entry = run(write(tmp_path / "a.h5ad"), corpus, resolver)
     assert (entry["status"], entry["n_cells"], entry["files"]) == ("failed", 0, {})
     assert "obs.parquet: reads back other than it was written" in entry["reason"]
+    assert list((corpus / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize("fails", ["rename", "sync_folder", "write_entry", "killed"])
+def test_what_is_staged_outlives_a_conversion_that_fails(
+    tmp_path: Path,
+    corpus: Path,
+    resolver: GeneResolver,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: str,
+) -> None:
+    dataset = write(tmp_path / "a.h5ad")
+    before = run(dataset, corpus, resolver)
+    write(dataset.path, sex=["f"] * N_CELLS)
+
+    def failing(*arguments: object, **options: object) -> None:
+        raise (KeyboardInterrupt if fails == "killed" else OSError(28, "No space left", "x"))
+
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        failing() if source.name == "staged" else real(source, target)
+
+    with monkeypatch.context() as patch:
+        if fails == "rename":
+            patch.setattr(staging.os, "rename", rename)
+        elif fails == "sync_folder":
+            patch.setattr(staging, "sync_folder", failing)
+        else:
+            patch.setattr(one_dataset, "write_entry", failing)
+        if fails == "killed":
+            with pytest.raises(KeyboardInterrupt):
+                run(dataset, corpus, resolver)
+        else:
+            reason = run(dataset, corpus, resolver)["reason"]
+            assert "No space left" in reason
+            assert reason.endswith("; what was staged before stays")
+    assert read_ledger(corpus) == [before]
+    check_staged(corpus, before)
+    assert [path.name for path in (corpus / "staging").iterdir()] == ["a"]
+    assert run(dataset, corpus, resolver)["obs_columns"] == ["sex"]
+
+
+def test_a_verdict_takes_what_is_staged_away(
+    tmp_path: Path, corpus: Path, resolver: GeneResolver
+) -> None:
+    dataset = write(tmp_path / "a.h5ad")
+    run(dataset, corpus, resolver)
+    entry = run(dataclasses.replace(dataset, organism="mouse"), corpus, resolver)
+    assert entry["status"] == "excluded"
+    assert read_ledger(corpus) == [entry]
     assert list((corpus / "staging").iterdir()) == []
 
 

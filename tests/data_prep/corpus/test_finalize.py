@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 from cell_values import as_tuples
@@ -101,6 +102,12 @@ def test_anndata_has_the_annotation_of_each_cell(
         assert (obs["dataset_id"], obs["barcode"]) == (dataset, f"{dataset}-{staged}")
         assert obs["donor"] == (f"p{staged}" if dataset == "a" else "")
     assert corpus.to_anndata([]).shape == (0, 600)
+    here = wanted[corpus.row_dataset[wanted] == 1]
+    corpus.to_anndata(here).write_h5ad(folder / "b.h5ad")
+    measured = anndata.read_h5ad(folder / "b.h5ad").varm["measured"]
+    assert list(measured.columns) == [corpus.datasets[1].dataset_id]
+    assert measured.to_numpy().ravel().tolist() == corpus.measured_genes[1].tolist()
+    assert list(corpus.to_anndata(wanted).varm["measured"].columns) == list("abc")
 
 
 def test_folders_that_cannot_be_finalized(

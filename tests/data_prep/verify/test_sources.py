@@ -251,6 +251,41 @@ def test_restored_counts(tmp_path: Path) -> None:
     assert (found.problems, found.cells) == ([], 12)
 
 
+def test_a_cell_that_cannot_be_restored_excuses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 210 cells one is no multiple of a count, another one is lost."""
+    source = made(14, n_cells=210)
+    counts = source.dense().astype(np.float64)
+    counts[5] *= np.linspace(1, 1.4, N_GENES)
+    scaled = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    places = zip(*np.nonzero(scaled), strict=True)
+    values = [(int(cell), int(gene), float(scaled[cell, gene])) for cell, gene in places]
+    source = dataclasses.replace(source, triples=values, dtype="<f4")
+    right = outcome.failing_cells
+
+    def wrong(cells: sparse.csr_matrix, limits: CellLimits) -> dict[str, np.ndarray]:
+        reasons = right(cells, limits)
+        next(iter(reasons.values()))[3] = True
+        return reasons
+
+    monkeypatch.setattr(outcome, "failing_cells", wrong)
+    corpus = finalized(tmp_path, "h5ad_csr", source, {"counts": "invert_log1p"})
+    assert read_ledger(corpus)[0]["dropped_cells"]["counts not proven"] == 1
+    assert check_sources(Corpus(corpus), 210).problems == [
+        "one: cell 3 of the source is missing, for no reason to be seen"
+    ]
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{}", "{"])
+def test_settings_that_are_gone_or_damaged_are_named(tmp_path: Path, content: str | None) -> None:
+    corpus = finalized(tmp_path, "mtx", made(15))
+    path = corpus / "settings.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises((ValueError, OSError), match=r"settings\.json: (missing|damaged)"):
+        check_sources(Corpus(corpus), 3)
+
+
 def test_rounded_counts(tmp_path: Path) -> None:
     source = made(7)
     values = [(cell, gene, 0.93 * count - 0.01) for cell, gene, count in source.triples if count]
