@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--genes", type=int, default=1200, help="most expressed genes to keep")
     parser.add_argument("--top", type=int, default=256, help="model.top_seq_len")
     parser.add_argument("--validation-cells", type=int, default=60, help="of each held-out dataset")
+    parser.add_argument(
+        "--held-out", nargs="+", default=[], metavar="DATASET", help="instead of the corpus's own"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--table", action="store_true", help="print the table alone")
     args = parser.parse_args(argv)
@@ -43,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.table:
         base = load_config("sclong_tiny")
         panel = read_panel(
-            args.corpus, args.graph, genes=args.genes, validation_cells=args.validation_cells
+            args.corpus,
+            args.graph,
+            genes=args.genes,
+            validation_cells=args.validation_cells,
+            held_out=args.held_out,
         )
         study = Study(panel, base.objective)
         for seed in args.seeds:

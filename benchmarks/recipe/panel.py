@@ -5,6 +5,7 @@ Shapes: n cells, G genes of the panel, P target places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,27 +66,39 @@ class Panel:
     """The gene graph among the panel's genes."""
 
 
-def read_panel(corpus_dir: str, graph: str | None, *, genes: int, validation_cells: int) -> Panel:
+def read_panel(
+    corpus_dir: str,
+    graph: str | None,
+    *,
+    genes: int,
+    validation_cells: int,
+    held_out: Sequence[str] = (),
+) -> Panel:
     """Read the study's cells.
 
     Args:
-        corpus_dir: A finalized corpus with validation datasets held out whole.
+        corpus_dir: A finalized corpus.
         graph: Gene graph of its vocabulary, or None.
         genes: Genes G: those that most training cells express.
         validation_cells: Most cells of each held-out dataset.
+        held_out: Datasets to hold out whole; without any, those of the corpus's own split.
+
+    Raises:
+        ValueError: A dataset to hold out is not in the corpus.
     """
     corpus = Corpus(corpus_dir)
-    n_expressing = corpus.gene_stats.n_expressing
+    train_rows, rows = _split(corpus, held_out)
+    n_expressing = np.asarray((corpus.rows(train_rows) > 0).sum(0)).ravel()
     chosen = np.sort(np.argsort(-n_expressing, kind="stable")[:genes])
-    train = _cells(corpus, corpus.split("train"), chosen)
-    rng, rows = np.random.default_rng(7), corpus.split("validation")
+    train = _cells(corpus, train_rows, chosen)
+    rng = np.random.default_rng(7)
     numbers, picked = corpus.row_dataset[rows], []
     for number in np.unique(numbers):
         own = rows[numbers == number]
         picked.append(rng.choice(own, min(validation_cells, len(own)), replace=False))
-    held_out = _cells(corpus, np.sort(np.concatenate(picked)), chosen)
-    names = corpus.obs(held_out.rows)["dataset_id"].astype(str).to_numpy()
-    datasets = {int(n): str(s) for n, s in zip(held_out.dataset, names, strict=True)}
+    out = _cells(corpus, np.sort(np.concatenate(picked)), chosen)
+    names = corpus.obs(out.rows)["dataset_id"].astype(str).to_numpy()
+    datasets = {int(n): str(s) for n, s in zip(out.dataset, names, strict=True)}
     edges = None
     if graph is not None:
         (ends, weights) = read_gene_graph(graph, genes_hash=corpus.genes.hash)
@@ -93,7 +106,21 @@ def read_panel(corpus_dir: str, graph: str | None, *, genes: int, validation_cel
         place[chosen] = np.arange(genes)
         inside = (place[ends] >= 0).all(0)
         edges = place[ends][:, inside], weights[inside]
-    return Panel(train, held_out, datasets, _statistics(train), edges)
+    return Panel(train, out, datasets, _statistics(train), edges)
+
+
+def _split(corpus: Corpus, held_out: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows of training and of held-out cells; raises as `read_panel`."""
+    train, validation = corpus.split("train"), corpus.split("validation")
+    if not held_out:
+        return train, validation
+    rows = np.sort(np.concatenate([train, validation]))
+    names = corpus.obs(rows)["dataset_id"].astype(str).to_numpy()
+    if unknown := sorted(set(held_out) - set(names)):
+        known = ", ".join(sorted(set(names)))
+        raise ValueError(f"--held-out: got {', '.join(unknown)}; the corpus has {known}")
+    out = np.isin(names, held_out)
+    return rows[~out], rows[out]
 
 
 def _cells(corpus: Corpus, rows: NDArray[np.int64], genes: NDArray[np.int64]) -> Cells:

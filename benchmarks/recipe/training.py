@@ -33,6 +33,7 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.batch import masked_squared_error
 from sclong_ds.objective.scores import TargetTable, scores
 from sclong_ds.objective.targets import Targets
+from sclong_ds.planning.costs import training_flops_per_cell
 from sclong_ds.training.build import first_output
 
 PREFIX = "study."
@@ -67,6 +68,18 @@ class Study:
         )
         return scores(table, self.panel.datasets)
 
+    def cell_errors(self, predicted: NDArray[np.floating]) -> dict[str, list[float]]:
+        """Return sums of squared errors of hidden values, a number per held-out cell.
+
+        By predictor: `model`, and each baseline; `n_hidden` is how many values each cell has.
+        """
+        wanted = self.targets.valid & self.targets.hidden
+        true = np.take_along_axis(self.x.numpy(), self.targets.positions, 1)
+        found = {"n_hidden": wanted.sum(1).astype(float).tolist()}
+        for name, values in {"model": predicted, **self.baselines}.items():
+            found[name] = np.where(wanted, (values - true) ** 2, 0.0).sum(1).round(5).tolist()
+        return found
+
 
 def run(study: Study, overrides: list[str], *, seed: int) -> dict[str, Any]:
     """Train one candidate and return its figures, CPU seconds and number of parameters."""
@@ -78,13 +91,31 @@ def run(study: Study, overrides: list[str], *, seed: int) -> dict[str, Any]:
         started = time.process_time()
         train(net, study.panel, config, seed=seed)
         seconds = time.process_time() - started
-        figures = study.figures(predict(net, study))
+        predicted = predict(net, study)
+        figures = study.figures(predicted)
+        errors = study.cell_errors(predicted)
         if hasattr(net, "large_encoder"):
             with uniform_attention(net.large_encoder):
                 figures["uniform_large_mse"] = study.figures(predict(net, study))["val/mse"]
     visits = config.run.max_steps * config.engine.train_batch_size
     parameters = sum(p.numel() for p in net.parameters())
-    return {"seed": seed, "visits": visits, "cpu_s": seconds, "parameters": parameters} | figures
+    about = {"seed": seed, "visits": visits, "cpu_s": seconds, "parameters": parameters}
+    cells = {"cell_dataset": study.panel.held_out.dataset.tolist(), "cell_errors": errors}
+    return about | {"flops": visits * visit_flops(study.panel, config)} | figures | cells
+
+
+def visit_flops(panel: Panel, config: RunConfig) -> float:
+    """Return FLOPs of training with one cell, forward and backward, of the mean training cell."""
+    n_expressed = panel.train.counts.nnz / len(panel.train.rows)
+    n_edges = 0 if panel.graph is None else panel.graph[0].shape[1]
+    return training_flops_per_cell(
+        config.model,
+        len(panel.stats.n_expressing),
+        n_edges,
+        micro_batch=config.engine.train_batch_size,
+        n_expressed=round(n_expressed),
+        n_wanted=round(config.objective.mask_prob * n_expressed),
+    )
 
 
 def build(panel: Panel, config: RunConfig, extra: dict[str, str], *, seed: int) -> ScLong:

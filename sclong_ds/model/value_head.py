@@ -93,13 +93,14 @@ def one_count(x: Tensor, visible: Tensor) -> Tensor:
 def expected_value(log_level: Tensor, one: Tensor) -> Tensor:
     """Return the expected log1p value of a Poisson count that is known to be 1 or more.
 
-    Rates above `_LARGE_RATE` counts have the expansion to second order of the mean.
+    Rates above `_LARGE_RATE` counts have the expansion to second order of the mean. float32 at
+    least.
 
     Args:
         log_level: (B, P) log of the mean, in units of the values before log1p.
         one: (B, 1) what a single count is in these units; 0: as if counts had no noise.
     """
-    log_level = log_level.float()
+    log_level = log_level.to(torch.promote_types(log_level.dtype, torch.float32))
     log_rate = log_level - one.clamp(min=1e-6).log()
     up = log_level.sigmoid()
     large = nn.functional.softplus(log_level) - 0.5 * one * up * (1 - up)

@@ -24,11 +24,9 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds.corpus.corpus import GeneStats
+from sclong_ds.model.value_head import expected_value
 
 N_FEATURES = 7
-_MOST_COUNTS = 64
-_LARGE_RATE = 40.0
-"""Above it the value of the expected count is the expected value to 0.01."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +140,6 @@ class DepthBaselines:
         """Return (B, P); the gene mean in cells without a visible value."""
         share = self._share[positions]
         one_count = torch.expm1(depth.smallest)
-        rate = self._target_sum / one_count.clamp(min=1e-12) * share
-        k = torch.arange(1, _MOST_COUNTS + 1, dtype=torch.float64, device=share.device)
-        small = rate.clamp(max=_LARGE_RATE)[..., None]
-        chance = torch.exp(k * small.log() - small - torch.lgamma(k + 1))
-        value = torch.log1p(k * one_count[..., None])
-        expected = (chance * value).sum(-1) / chance.sum(-1).clamp(min=1e-300)
-        large = torch.log1p(self._target_sum * share)
-        found = torch.where(rate > _LARGE_RATE, large, expected)
+        log_level = torch.log(self._target_sum * share)
+        found = expected_value(log_level, one_count)
         return torch.where(depth.smallest > 0, found, self._mean[positions])

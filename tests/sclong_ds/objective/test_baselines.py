@@ -72,7 +72,7 @@ def test_predictions_are_those_of_plain_numpy() -> None:
         for gene in range(0, G, 17):
             chance = poisson.pmf(k, TARGET_SUM / one * share[gene])
             expected = (chance * np.log1p(k * one)).sum() / chance.sum()
-            assert found[2, cell, gene] == pytest.approx(expected, abs=0.02)
+            assert found[2, cell, gene] == pytest.approx(expected, abs=0.002)
 
 
 def test_the_linear_weights_are_those_of_numpys_least_squares() -> None:
