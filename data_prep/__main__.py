@@ -89,7 +89,7 @@ class _Stopped(BaseException):
 
 
 def _stop(signal_number: int, frame: object) -> NoReturn:
-    # One is enough: a second one would break off the clean-up.
+    # Handle the first signal, ignore repeats: a second one would break off the clean-up.
     signal.signal(signal_number, signal.SIG_IGN)
     raise _Stopped
 

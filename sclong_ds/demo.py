@@ -47,7 +47,7 @@ MARK = ".sclong_ds_demo"
 
 
 class DemoError(Exception):
-    """A step of the demo did not do what it must; the message says which."""
+    """A step of the demo did not do what it must; the message states which."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@
 #   srun itself failed (69), here or in the check     yes
 #   a rank hung and the watchdog ended the run        yes, when the run has made a step before
 #   a node failed                                     yes, Slurm does it by itself (--requeue)
-#   the training says what is wrong (1, 2)            no
+#   the training reports its own error (1, 2)            no
 #   preflight names bad nodes                         no; with SCLONG_EXCLUDE_BAD=1 yes, without them
 # and none of it after SCLONG_MAX_STALLED starts in a row that made no new checkpoint. Where the job
 # may not queue itself it ends with 75 instead, and slurm/resubmit.sh submits it again.
@@ -206,7 +206,7 @@ this_job() {
   fi
 }
 
-# Prints what Slurm says about this job.
+# Prints Slurm's record of this job.
 show_job() {
   scontrol show job --oneliner "$(this_job)"
 }

@@ -25,7 +25,7 @@ main() {
     status=0
     id=$(sbatch --parsable --wait --no-requeue --open-mode=append \
       --output="sclong-pretrain-$SCLONG_CHAIN.out" "$@" | tee /dev/stderr) || status=$?
-    if [[ -z $id ]]; then exit "$status"; fi # sbatch has said why
+    if [[ -z $id ]]; then exit "$status"; fi # sbatch has printed why
     until state=$(job_state "${id%%;*}") && [[ $state != COMPLETING ]]; do
       sleep 2 # a node still ends what the job has left there
     done

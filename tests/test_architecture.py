@@ -289,6 +289,49 @@ def test_the_parent_of_the_workers_of_convert_needs_no_reader():
     assert done.stdout.split() == []
 
 
+PLAINER = {
+    r"for people": "human-readable",
+    r"anew": "again",
+    r"of no effect": "ignored",
+    r"but for": "except",
+    r"go(?:es)? on|going on|gone on": "continue",
+    r"whole or absent": "atomic",
+    r"(?<!\")life(?!\")|lives": "start, or a verb of what is meant",
+    r"(?:log|message|warning) says": "states, names, gives",
+}
+"""Expression to what is written instead; `"life"` is a key of written files."""
+
+
+def lines_with(expression: str, text: str) -> list[int]:
+    """Return the lines where an expression begins; its words may be on two lines."""
+    words = expression.replace(" ", r"[\s#\"]+")
+    pattern = re.compile(rf"\b(?:{words})\b", re.IGNORECASE)
+    return [text.count("\n", 0, match.start()) + 1 for match in pattern.finditer(text)]
+
+
+@pytest.mark.parametrize("expression", PLAINER)
+def test_words_of_the_field_are_used(expression):
+    folders = (*PACKAGES, "benchmarks", "docs", "slurm", "tests")
+    files = [p for name in folders for p in (ROOT / name).rglob("*")]
+    files += [
+        ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")
+    ]
+    places = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in files
+        if path.suffix in (".py", ".sh", ".md", ".toml", "") and path.is_file()
+        if not {"golden", "resources"} & set(path.parts) and path != Path(__file__)
+        for line in lines_with(expression, path.read_text(encoding="utf-8", errors="replace"))
+    ]
+    assert not places, f"write: {PLAINER[expression]}"
+
+
+def test_words_are_found_over_the_end_of_a_line_and_as_words_alone():
+    assert lines_with("but for", "all\n    # but\n    # for one; a rebut form") == [2]
+    kept = 'row["life"], livestock, lifetime'
+    assert lines_with(r"(?<!\")life(?!\")|lives", f"{kept}\nits life") == [2]
+
+
 def subcommands(parser) -> list[str]:
     return [
         name

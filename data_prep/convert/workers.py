@@ -83,7 +83,7 @@ class Worker:
         try:
             self._pipe.send((dataset, self.replace))
         except OSError:
-            _log.debug("the worker for %s is gone; collect() says so", dataset.dataset_id)
+            _log.debug("the worker for %s is gone; collect() reports it", dataset.dataset_id)
 
     def _preloaded(self) -> list[str]:
         """Return modules that the process imports from which the workers are forked."""

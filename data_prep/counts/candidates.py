@@ -37,8 +37,8 @@ from data_prep.ledger.ledger import MatrixFinding
 from data_prep.source.source import Matrix, UnusableError
 
 COUNT_LAYERS = ("counts", "raw_counts", "count", "raw", "umi", "umis", "umi_counts")
-"""Layer names tried for raw counts when the manifest says `auto`, in this order and any case. Other
-layers are not guessed: the spliced counts of a velocity file are whole numbers too."""
+"""Layer names tried for raw counts when the manifest states `auto`, in this order and any case.
+Other layers are not guessed: the spliced counts of a velocity file are whole numbers too."""
 VELOCITY_LAYERS = ("spliced", "unspliced", "ambiguous", "spanning", "mature", "nascent")
 """Layers that hold parts of the counts."""
 FEW_GENES = 0.5
@@ -63,7 +63,7 @@ class Choice:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Look:
-    """What the first values of a matrix say."""
+    """What the first values of a matrix show."""
 
     matrix: Matrix
     """Its next pass continues from where the look ended."""
@@ -123,8 +123,8 @@ def choose_counts(
         findings: Takes what each matrix of the dataset holds, also where none can be taken.
 
     Raises:
-        UnusableError: None holds counts, and the message says what each one looks like; two hold
-            different ones, and the message says how to choose; or the values are not log1p of
+        UnusableError: None holds counts, and the message states what each one looks like; two hold
+            different ones, and the message states how to choose; or the values are not log1p of
             counts where they are to be restored.
         ValueError: There is no matrix of that name, it is damaged or without any count, or the
             matrices to add up have different genes.

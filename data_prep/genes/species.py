@@ -86,7 +86,7 @@ class OtherSpecies:
     name: str
     """Such as mouse; two names where the writing fits both."""
     n_genes: int
-    """Names that say so."""
+    """Names that show it."""
     example: str
     """The first of them."""
     kind: str

@@ -6,7 +6,7 @@ Reads the first block of every data file below FOLDER (text tables and Matrix Ma
 further). Writes a tab-separated manifest that `convert` takes as it is: one line per dataset, and a
 comment line for every file that cannot be read or may be data in a format that is not read, with
 the reason. Linked folders are followed, each folder is read once. A dataset that `convert` would
-exclude is listed too; its note says why. The same tree gives the same manifest.
+exclude is listed too; its note gives the reason. The same tree gives the same manifest.
 """
 
 from __future__ import annotations
@@ -102,13 +102,11 @@ def write_draft(draft: Draft, path: Path) -> None:
         path: The manifest.
 
     Raises:
-        ValueError: It exists and says something else: somebody may have worked on it.
+        ValueError: It exists with other content: somebody may have worked on it.
     """
     data = format_manifest(draft).encode()
     if path.exists() and path.read_bytes() != data:
-        raise ValueError(
-            f"{path} exists and says something else; delete it or choose another --out"
-        )
+        raise ValueError(f"{path} exists with other content; delete it or choose another --out")
     write_atomic(path, data)
 
 

@@ -165,7 +165,7 @@ def anndata_place(root: Any) -> tuple[str, dict[str, str]]:
         root: The root group.
 
     Raises:
-        ValueError: Nowhere, or in several places; the message says what the file holds.
+        ValueError: Nowhere, or in several places; the message states what the file holds.
     """
     names = set(root)
     if "mod" in names and "X" not in names:

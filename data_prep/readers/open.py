@@ -107,7 +107,7 @@ def open_source(
         found = detect_format(path)
         if format not in ("auto", found):
             raise ValueError(
-                f"the manifest says {format}, the content is {found}; "
+                f"the manifest states {format}, the content is {found}; "
                 "correct the format or write auto"
             )
         if gene_list is not None and found != "scipy_npz":
@@ -155,7 +155,7 @@ def detect_format(path: Path) -> str:
 
     Raises:
         FileNotFoundError: No such file or folder.
-        ValueError: None of FORMATS; the message says what it is instead.
+        ValueError: None of FORMATS; the message states what it is instead.
     """
     if path.is_dir():
         return _folder_format(path)

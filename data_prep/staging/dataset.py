@@ -65,7 +65,7 @@ def stage(
     """
     if not dataset.is_of(resolver.species):
         raise UnusableError(
-            f"the manifest says organism {dataset.organism}; the vocabulary is {resolver.species}"
+            f"the manifest states organism {dataset.organism}; the vocabulary is {resolver.species}"
         )
     entry["organism"] = resolver.species
     part = part_folder(folder)

@@ -32,7 +32,7 @@ from sclong_ds.corpus.genes import GeneVocabulary
 UNPROVEN = "counts not proven"
 """Why a cell is dropped whose counts cannot be restored."""
 FEWEST_BARCODES = 100
-"""Of fewer columns it is not said that they are unfiltered, unless their name says so."""
+"""Of fewer columns it is not said that they are unfiltered, unless their name does."""
 MOST_EMPTY = 0.5
 """Largest share of columns with next to no counts; cells of a filtered matrix have hundreds."""
 _RAW_NAME = re.compile(r"(?i)raw_(feature|gene)_bc_matri|unfiltered|solo\.out/.*/raw(/|$)")

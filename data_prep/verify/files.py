@@ -71,7 +71,7 @@ class Links:
 
 
 def links_text(links: list[dict[str, Any]]) -> str:
-    """Return what `Links.report` says, a line each.
+    """Return what `Links.report` records, a line each.
 
     Args:
         links: The report.

@@ -180,7 +180,7 @@ def _settings(folder: Path) -> Mapping[str, Any]:
 
 
 def sources_line(summary: Mapping[str, Any]) -> str:
-    """Return what `SourceReport.summary` says, in one line.
+    """Return what `SourceReport.summary` records, in one line.
 
     Args:
         summary: The summary.
@@ -234,11 +234,11 @@ def _compare(
     source = _read(dataset, entry, rows + drawn.dropped.tolist(), matrices, resolver)
     problems = []
     if source.n_cells != entry["n_cells_input"]:
-        problems.append(f"{source.n_cells} cells, the ledger says {entry['n_cells_input']}")
+        problems.append(f"{source.n_cells} cells, the ledger records {entry['n_cells_input']}")
     kept, wrong = _genes_read(source.features, entry)
     problems += wrong
     if len(kept) != entry["n_genes_input"]:
-        problems.append(f"{len(kept)} genes, the ledger says {entry['n_genes_input']}")
+        problems.append(f"{len(kept)} genes, the ledger records {entry['n_genes_input']}")
         return problems
     target = _targets(source, kept, dataset, resolver)
     counted = {
@@ -397,12 +397,12 @@ def _differences(
             gene = genes[0]
             problems.append(
                 f"cell {cell} (row {row} of the source) differs in {len(genes)} genes: "
-                f"{corpus.genes.ids[gene]} is {held.get(gene, 0)}, the source says "
+                f"{corpus.genes.ids[gene]} is {held.get(gene, 0)}, the source has "
                 f"{true.get(gene, 0)}"
             )
         elif int(corpus.row_total[cell]) != sum(true.values()):
             problems.append(
-                f"cell {cell}: its total is {corpus.row_total[cell]}, the source says "
+                f"cell {cell}: its total is {corpus.row_total[cell]}, the source has "
                 f"{sum(true.values())}"
             )
     return problems
@@ -427,7 +427,7 @@ def _annotations(
             held = str(obs[name].iloc[place])
             # What UTF-8 cannot hold was repaired.
             if held != text.encode("utf-8", "replace").decode() and "\ufffd" not in held:
-                problems.append(f"cell {cell}: {name} is {held!r}, the source says {text!r}")
+                problems.append(f"cell {cell}: {name} is {held!r}, the source has {text!r}")
     return problems
 
 

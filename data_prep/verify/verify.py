@@ -187,7 +187,7 @@ def _check_cells(
         if progress:
             progress("cells", last, len(cells))
     if readable and n_values != cells.n_values:
-        problems.append(f"cells.zarr: {n_values} values, its attributes say {cells.n_values}")
+        problems.append(f"cells.zarr: {n_values} values, its attributes record {cells.n_values}")
     if unmeasured >= 0:
         problems.append(f"measured_genes.npy: cell {unmeasured} has counts of a gene not measured")
     _note_cells(corpus, links)
@@ -228,7 +228,7 @@ def _check_rows(corpus: Corpus, problems: list[str]) -> None:
         for info, n_cells in zip(corpus.datasets, found.tolist(), strict=True):
             if info.split_cells[name] != n_cells:
                 problems.append(f"{info.dataset_id}: {n_cells} cells in {name}, "
-                                f"corpus.json says {info.split_cells[name]}")  # fmt: skip
+                                f"corpus.json records {info.split_cells[name]}")  # fmt: skip
     splits_of: dict[str, set[str]] = {}
     ends = [corpus.splits[name].stop for name in SPLITS]
     # One sort instead of a look at all cells for each of a thousand datasets.

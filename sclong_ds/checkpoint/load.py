@@ -103,7 +103,7 @@ def load(
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """Return what a parameter group says of its updates: learning rate, betas, eps, decay."""
+    """Return what a parameter group records of its updates: learning rate, betas, eps, decay."""
     return {key: value for key, value in group.items() if key != "params"}
 
 

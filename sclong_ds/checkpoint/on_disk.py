@@ -136,7 +136,7 @@ def damage(checkpoint: Path, *, part: int = 0, parts: int = 1) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a checkpoint's manifest.json says."""
+    """What a checkpoint's manifest.json records."""
 
     files: dict[str, list[int]]
     """Size in bytes and checksum by name."""
@@ -368,7 +368,7 @@ def read_best(path: Path) -> tuple[str, Judged]:
 
 
 def _digest(checkpoint: Path) -> str | None:
-    """Return what names a checkpoint's content; None where its manifest does not say."""
+    """Return what names a checkpoint's content; None where its manifest does not record it."""
     try:
         return read_manifest(checkpoint).digest
     except (ValueError, FileNotFoundError):

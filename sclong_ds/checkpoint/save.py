@@ -103,8 +103,8 @@ def begin_save(
         files: Files to keep with the weights.
         settings: Which checkpoints stay.
         by: What the checkpoint is judged by, where this step was validated.
-        background: Return when everything is copied to host memory, and write while training goes
-            on; otherwise when it is written.
+        background: Return when everything is copied to host memory, and write while training
+            continues; otherwise when it is written.
 
     Raises:
         SaveError: Rank 0 could not make the folder; nothing of the attempt is left.

@@ -146,7 +146,7 @@ def on_host(state: dict[str, Any]) -> dict[str, Any]:
     copies: dict[int, Any] = {id(t): _on_host(t, storages) for t in _tensors(state)}
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
-    # It takes the copies for the tensors, and copies all that is no tensor.
+    # deepcopy reuses the copied tensors through its memo and copies the rest.
     return copy.deepcopy(state, copies)
 
 

@@ -47,7 +47,7 @@ def check_version(version: object, *, where: str) -> None:
     """Refuse a configuration that a later version wrote.
 
     Args:
-        version: What the file says.
+        version: What the file states.
         where: The file, for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What must hold between the values of a configuration, and what to say if it does not."""
+"""What must hold between the values of a configuration, and the message if it does not."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check(config: RunConfig, where: str) -> None:
 
 
 def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
-    """Return what must hold in the data section, and what to say if it does not."""
+    """Return what must hold in the data section, and the message if it does not."""
     uniform = d.balance_by == "none"
     return [
         (
@@ -95,7 +95,7 @@ def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
 
 
 def _objective_rules(o: ObjectiveConfig) -> list[tuple[bool, str]]:
-    """Return what must hold in the objective section, and what to say if it does not."""
+    """Return what must hold in the objective section, and the message if it does not."""
     share, hidden, zeros = o.mask_prob, o.replace_prob, o.zero_mask_prob
     low, high = o.mask_prob_range or (share, share)
     return [
@@ -111,7 +111,7 @@ def _objective_rules(o: ObjectiveConfig) -> list[tuple[bool, str]]:
 
 
 def _checkpoint_rules(c: CheckpointConfig) -> list[tuple[bool, str]]:
-    """Return what must hold in the checkpoint section, and what to say if it does not."""
+    """Return what must hold in the checkpoint section, and the message if it does not."""
     every, kept = c.every_n_steps, c.keep_every_n_steps
     return [
         (
@@ -123,7 +123,7 @@ def _checkpoint_rules(c: CheckpointConfig) -> list[tuple[bool, str]]:
 
 
 def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
-    """Return what must hold in the model section, and what to say if it does not."""
+    """Return what must hold in the model section, and the message if it does not."""
     norm = m.mask_vector_max_norm
     rules = [
         (
@@ -173,7 +173,7 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
 
 
 def _optim_rules(p: OptimConfig) -> list[tuple[bool, str]]:
-    """Return what must hold in the optim section, and what to say if it does not."""
+    """Return what must hold in the optim section, and the message if it does not."""
     betas, warmup, decay = list(p.betas), p.warmup_steps, p.decay_steps
     return [
         (p.lr > 0, f"optim.lr: got {p.lr}, must be > 0"),

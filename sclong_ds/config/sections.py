@@ -217,7 +217,7 @@ class OptimConfig:
 class EngineConfig:
     """DeepSpeed: names are DeepSpeed's own.
 
-    The JSON of ds_config says "auto" for the numbers that live here.
+    The JSON of ds_config has "auto" for the numbers that are set here.
     """
 
     ds_config: str
@@ -239,7 +239,7 @@ class EngineConfig:
     """Compile each Performer layer with torch.compile, which fuses LayerNorm, GELU and residual;
     ZeRO stages 1 and 2 only."""
     timeout_s: int
-    """Longest time without progress before the run stops and says which rank it waits for; saving
+    """Longest time without progress before the run stops and names the rank it waits for; saving
     may take four times as long, and each phase of a start 600 s at least."""
 
 

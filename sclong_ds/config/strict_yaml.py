@@ -165,7 +165,7 @@ def _load(text: str) -> Any:
 
 
 def unknown_key(name: str, allowed: Iterable[str]) -> str:
-    """Return what to say about a key that is not allowed: the nearest one, or all."""
+    """Return the message about a key that is not allowed: the nearest one, or all."""
     allowed = list(allowed)
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(allowed)}"

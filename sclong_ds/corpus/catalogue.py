@@ -49,7 +49,7 @@ class DatasetInfo:
     split_cells: Mapping[str, int]
     """Cells in each split."""
     n_genes_mapped: int | None
-    """Genes of the vocabulary that the source names; None where the ledger does not say."""
+    """Genes of the vocabulary that the source names; None where the ledger does not record it."""
     counts_kept: float | None
     """Share of the source's counts that fell on mapped genes; None where the ledger does not
     say."""
@@ -72,7 +72,7 @@ class DatasetInfo:
     restored: str | None = None
     """How counts were restored from other values; empty for raw counts taken as they are."""
     warnings: tuple[str, ...] | None = None
-    """What to know about the dataset before training on it; None where the ledger does not say."""
+    """What to know about the dataset before training on it; None where no ledger records it."""
 
     def __post_init__(self) -> None:
         """Take the list that JSON gives."""

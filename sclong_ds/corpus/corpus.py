@@ -127,7 +127,7 @@ class Corpus:
         self.datasets = tuple(DatasetInfo(**dataset) for dataset in self.catalogue["datasets"])
         if len(self.cells) != self.catalogue["n_cells"]:
             raise ValueError(
-                f"{path}: corpus.json says {self.catalogue['n_cells']} cells, cells.zarr has "
+                f"{path}: corpus.json records {self.catalogue['n_cells']} cells, cells.zarr has "
                 f"{len(self.cells)}; run: python -m data_prep finalize {path}"
             )
 

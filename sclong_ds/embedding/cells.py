@@ -67,7 +67,7 @@ class Cells:
     rows: np.ndarray
     """(B,) positions of the cells in the input."""
     measured: MeasuredGenes | None
-    """Genes of the model that the input of each cell names; None for a corpus that does not say."""
+    """Genes of the model that the input of each cell names; None where a corpus records none."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """How the input was read, for the record: texts, numbers and mappings of them."""
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -206,7 +206,7 @@ def _blocks(opened: HarmonizedSource, kept: np.ndarray) -> Iterator[CountBlock]:
 
 
 def _facts_of_input(entry: LedgerEntry, dataset: Dataset) -> dict[str, Any]:
-    """Return what the record of an output says of its input."""
+    """Return the facts about the input for an output's record."""
     names = ("format", "matrix", "matrix_reason", "gene_column", "restored")
     facts: dict[str, Any] = {name: entry[name] or "" for name in names}  # type: ignore[literal-required]
     facts["options"] = {name: str(value) for name, value in given_options(dataset).items()}

@@ -13,7 +13,7 @@ annotation of the input with `n_genes_mapped` and `n_counts_mapped` in `obs`, an
 The embedding of a cell is the mean of its contextual representations (`ScLong.encode`) over the
 genes it expresses, so that the many zeros, which differ between panels and depths, do not outweigh
 them. A cell without a count of a gene of the model has nothing to average: its row is zero, and a
-warning says how many there are.
+warning gives their number.
 
 Shapes: B cells, G genes, C base width.
 """
@@ -142,8 +142,8 @@ def embed_counts(
     if masks and measured is None:
         raise ValueError(
             "the model was trained with data.unmeasured=mask: it needs to know which genes the "
-            "input measures, which a corpus of version 1 does not say; embed the source files, or "
-            "finalize the corpus again"
+            "input measures, which a corpus of version 1 does not record; embed the source files, "
+            "or finalize the corpus again"
         )
     device = next(model.parameters()).device
     embedded = np.zeros((counts.shape[0], model.config.base_dim), dtype=np.float32)
@@ -232,7 +232,7 @@ def embed_to_file(
 def _record_of_cells(
     cells: Cells, coverage: Coverage, training_cells: TrainingCells | None
 ) -> dict[str, Any]:
-    """Return what the record says of the cells: how they were read, and what is known of them."""
+    """Return the record of the cells: how they were read, and what is known of them."""
     record = {"pooling": POOLING, "coverage": asdict(coverage)} | training_record(training_cells)
     return record | input_record(cells) | measured_record(cells.measured)
 

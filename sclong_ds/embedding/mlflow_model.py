@@ -186,7 +186,7 @@ class EmbeddingModel:
 
         Args:
             cells: Raw counts of n cells: AnnData, or a DataFrame with genes as columns.
-            params: Of no effect; MLflow passes it.
+            params: Ignored; MLflow passes it.
 
         Returns:
             (n, C) float32; zero for a cell without counts of the model's genes.

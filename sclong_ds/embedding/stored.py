@@ -60,7 +60,7 @@ def measured_again(path: Path, obs: DataFrame, genes: GeneVocabulary) -> Measure
         genes: Genes of the model that reads it.
 
     Returns:
-        None: not such a file, or one that does not say.
+        None: not such a file, or one that does not record it.
 
     Raises:
         ValueError: The record does not fit the file, or was made for other genes.
@@ -72,8 +72,8 @@ def measured_again(path: Path, obs: DataFrame, genes: GeneVocabulary) -> Measure
             return None
         if f"uns/{UNS_KEY}/measured" not in file:
             _log.warning(
-                "%s was written by an earlier version of embed, which did not say which genes were "
-                "measured: all that it names are taken for measured", path,
+                "%s was written by an earlier version of embed, which did not record which genes "
+                "were measured: all that it names are taken for measured", path,
             )  # fmt: skip
             return None
         record = read_elem(file[f"uns/{UNS_KEY}"])

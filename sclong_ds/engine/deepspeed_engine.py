@@ -1,6 +1,6 @@
 """DeepSpeed: ds_configs/*.json, process group, partitioned model, optimizer and schedule.
 
-The JSON says "auto" for every number that is set in the run's YAML; a literal there is an error,
+The JSON has "auto" for every number that is set in the run's YAML; a literal there is an error,
 and so is an unknown key: DeepSpeed itself ignores both. Sources: DeepSpeed configuration
 reference; `docs` of deepspeed.zero.Init.
 """

@@ -164,7 +164,7 @@ def stored_embedding(path: Path, *, model: ScLong, model_dir: Path) -> np.ndarra
 
 
 def _score_facts(scores: Mapping[str, Scores], table: pd.DataFrame) -> dict[str, object]:
-    """Return what scores.json says of the scores, the strongest row first."""
+    """Return what scores.json records of the scores, the strongest row first."""
     order = [str(name) for name in table.index]
     return {
         "scores": {name: scores[name].values for name in order},
@@ -227,7 +227,7 @@ def _scatter(axes: Axes, xy: np.ndarray, values: np.ndarray) -> None:
 
 
 def _leak_facts(known: TrainingCells | None, n_known: int) -> dict[str, object]:
-    """Return what scores.json says of cells that the model was trained on."""
+    """Return what scores.json records of cells that the model was trained on."""
     if known is None:
         return {"known": False}
     facts = {"known": True, "n_cells_in_training": n_known}
@@ -235,7 +235,7 @@ def _leak_facts(known: TrainingCells | None, n_known: int) -> dict[str, object]:
 
 
 def _facts(args: argparse.Namespace, cells: Cells, scored: ScoredCells) -> dict[str, object]:
-    """Return what scores.json says besides the scores."""
+    """Return what scores.json records besides the scores."""
     labels = sizes_of(scored.labels)
     return {
         "model_dir": str(args.model_dir.resolve()),

@@ -5,7 +5,7 @@
 Loading compares size and CRC-32C of all files except the model card, which people edit: 4 GB of
 weights cost about a second. `python -m sclong_ds verify MODEL_DIR` compares the SHA-256, too. The
 manifest's checksum is the digest of the model: it covers every byte of it. Folders of format
-version 2 have no manifest; they are read, and the log says that nothing is compared.
+version 2 have no manifest; they are read, and a log line states that nothing is compared.
 """
 
 from __future__ import annotations

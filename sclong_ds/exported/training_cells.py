@@ -63,7 +63,7 @@ class TrainingCells:
         return np.asarray(self.digests[np.minimum(places, len(self.digests) - 1)] == wanted)
 
     def facts(self) -> dict[str, Any]:
-        """Return what provenance.json says of them."""
+        """Return what provenance.json records of them."""
         return {
             "n_digests": len(self.digests),
             "datasets": list(self.datasets),

@@ -3,7 +3,7 @@
     {"step": 3, "train/loss": 0.51, "time": 1760000000.0, "crc32": "9b1c03de"}
 
 Every row has `step` and `time`; `crc32` is the CRC-32 of the line before it. A line that is no row,
-or not the one that was written, is left out, and the log says how many were. Rows of earlier
+or not the one that was written, is left out, and the log gives their number. Rows of earlier
 versions have no checksum: they are taken as they are, up to the first row that has one. Standard
 library only.
 """
@@ -87,7 +87,7 @@ def parse_line(line: bytes) -> tuple[dict[str, Any] | None, bool]:
 
 
 def each_row(path: Path, *, numbers: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file; what is damaged is left out, and the log says so at the end.
+    """Yield the rows of a file; what is damaged is left out, which is logged at the end.
 
     Args:
         path: The file; an unfinished last line is no damage.

@@ -11,7 +11,7 @@ def refuse_later(version: object, *, newest: int, what: str, where: object) -> N
     """Refuse a file of a later version.
 
     Args:
-        version: What the file says; what is no number is left to the caller.
+        version: What the file states; what is no number is left to the caller.
         newest: The last version that this program reads.
         what: What has this version, for the message.
         where: The file, for the message.

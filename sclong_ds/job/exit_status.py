@@ -1,4 +1,4 @@
-"""Exit statuses of the training program and of srun, and what they say about a restart.
+"""Exit statuses of the training program and of srun, and what they mean for a restart.
 
 0 done; 1 the run reported an error; 2 wrong usage; 71 a device, network or disk failed; 75 stopped
 after saving.
@@ -11,7 +11,7 @@ SRUN_STATUS = 69
 
 
 OWN_STATUS, PASSING_STATUS = 1, 71
-"""Exit statuses: the training says what is wrong; EX_OSERR, a device, network or disk gave up."""
+"""Exit statuses: an error of the training itself; EX_OSERR, a device, network or disk gave up."""
 
 
 STOP_STATUS = 75

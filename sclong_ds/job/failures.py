@@ -1,9 +1,9 @@
-"""What ended a training: something that it says is wrong, or something that may be well again.
+"""Classifies why a run ended: a permanent error (setting, data) or a transient one (device, disk).
 
 `sclong_ds.pretrain` ends with `report` and `run_to_end`. A wrong setting, a damaged file or bad
 numbers would come again in another start of the job: status 1, and FAILURE_FILE in the run folder,
 for the ranks that merely lose a peer end with statuses of their own. A device, a network or a file
-system that gave up may be well again, or another node may be better: status 71.
+system that gave up may recover, or another node may be better: status 71.
 `sclong_ds.job.restarts` reads both.
 """
 
@@ -75,8 +75,8 @@ def report(error: Exception, run_dir: Path | None) -> int:
         if rank == 0:
             sys.stderr.write(f"error: {message}\n")
     if rank != 0:
-        # Rank 0 says what all ranks run into; the others give it the time to, and speak only for
-        # what they alone ran into.
+        # Rank 0 reports errors common to all ranks; other ranks wait a second and report only
+        # their own.
         time.sleep(1)
         log.warning("rank %d: %s", rank, message)
     if passes(error):
@@ -119,7 +119,7 @@ def record(run_dir: Path, text: str) -> None:
 
 
 def read_failure(run_dir: Path, *, start: str | None) -> str | None:
-    """Return what a start of a Slurm job said was wrong, or None.
+    """Return what a start of a Slurm job reported as its error, or None.
 
     Args:
         run_dir: Run folder.

@@ -11,16 +11,16 @@ slurm/pretrain.sh runs it with the training's own arguments, once for all ranks.
 before slurm/pipeline.sh submits a chain of jobs that ends with them; `nodes` prints on how many of
 the job's nodes the training can run; `begin` records the start in
 RUN_DIR/restarts.json; `seconds-to-save` prints how long before the time limit the run must be asked
-to save; `end` says what a training that ended with STATUS means; `bad-nodes` prints the nodes that
+to save; `end` tells what STATUS of a training means; `bad-nodes` prints the nodes that
 this start's preflight named. Exit status: 0 continue (start, start again), 1 do not, with the
 reason.
 
 Progress is a newer checkpoint: what is trained after the last one is lost with a crash. What asks
 for another start: 75 (saved after a signal); a hang that the watchdog ended; 71, a device, network
 or file system that failed; a rank that was killed (137: SIGKILL, as by the kernel when memory runs
-out); and 69, an error of srun itself, as when Slurm's controller does not answer. A training that
-says what is wrong with it would say so again, whatever the ranks end with that lose it as a peer;
-and a run whose ranks crashed before its first step ever is set up wrongly.
+out); and 69, an error of srun itself, as when Slurm's controller does not answer. A run that
+reported its own error would fail the same way again, whatever its peers exit with; and a run whose
+ranks crashed before its first step ever is set up wrongly.
 All starts of one Slurm job, or of a chain submitted by resubmit.sh, count together.
 """
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the scripts and say what to do with them."""
+    """Write the scripts and print what to do with them."""
     written = write_scripts(args.folder)
     print(f"{written}: edit env.sh for your cluster, then submit from {written.parent}")
     return 0

@@ -47,8 +47,8 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._reason = signal.Signals(number).name
-        # One is enough. Of signals that are sent again and again, one may meet the end of python,
-        # which gives handled signals, but not ignored ones, back their default: to kill.
+        # Handle the first signal, ignore repeats: at interpreter shutdown Python restores default
+        # handlers, and a repeated signal would kill the rank.
         for again in _STOP_SIGNALS:
             signal.signal(again, signal.SIG_IGN)
 

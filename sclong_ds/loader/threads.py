@@ -1,6 +1,6 @@
 """The threads behind a `CellLoader`: one reads groups of chunks ahead, one assembles batches.
 
-Buffers go round: a group's buffers from the assembling thread back to the reading one, a step's
+Buffers are reused: a group's buffers from the assembling thread back to the reading one, a step's
 buffers from the training loop back to the assembling thread. There are three of the former and
 `prefetch_batches` + 2 of the latter, which bounds what is read ahead. Without prefetching nothing
 can overlap: the caller assembles its batches itself, in one buffer that stays in the cache.
@@ -128,7 +128,7 @@ class LoaderThreads:
         self.reading: str | None = None
         self._plan, self._start, self._stopped = plan, start, False
         self._chunk_rows = np.asarray(plan.corpus.chunk_rows)
-        # Each has one thread that waits for it. Their bound is the number of buffers that go round.
+        # Each has one thread that waits for it. The number of buffers bounds these queues.
         self._free_groups: queue.SimpleQueue[_GroupBuffers | None] = queue.SimpleQueue()
         self._groups: queue.SimpleQueue[_LoadedGroup | BaseException | None] = queue.SimpleQueue()
         # The buffers given back last are taken first: they may still be in the cache.

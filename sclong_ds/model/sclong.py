@@ -126,8 +126,8 @@ class ScLong(nn.Module):
             positions: (B, P) int64 genes to predict; None: all. Exact, and cheaper: the end of the
                 model is computed for them alone. A cell with less of them names any gene again.
             lengths: With `model.routing: expressed` (B,) how many genes of each cell the large
-                encoder reads: expressed or hidden ones, top_seq_len at most. Of no effect
-                otherwise, nor with `model.zero_genes`. None counts them, for which a GPU waits.
+                encoder reads: expressed or hidden ones, top_seq_len at most. Ignored
+                otherwise, and with `model.zero_genes`. None counts them, for which a GPU waits.
             unmeasured: (B, G) bool, genes of which nothing is known, whatever `x` holds there: they
                 are encoded as hidden values are, and routed as unexpressed. None: all are known.
 

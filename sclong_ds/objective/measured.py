@@ -37,8 +37,8 @@ class MeasuredGenes:
         """
         if corpus.measured_genes is None:
             raise ValueError(
-                f"{corpus.location}: a corpus of version 1 does not say which genes its datasets "
-                "measure, as unmeasured=mask needs; run data_prep convert and finalize again"
+                f"{corpus.location}: a corpus of version 1 does not record which genes its "
+                "datasets measure, as unmeasured=mask needs; run convert and finalize again"
             )
         return cls(corpus.measured_genes, corpus.row_dataset)
 

@@ -128,7 +128,7 @@ def _draw_cell(
     # Zero genes are drawn last: the targets among the values do not depend on them.
     n_zero = n_genes - len(genes) - (0 if none_of is None else int(none_of.sum()))
     count = _ceil_share(n_zero, objective.zero_mask_prob, objective.target_rounding)
-    # A cell that could not be read stands in its batch without counts: nothing is known of it.
+    # An unreadable cell keeps its place with no counts and gets no targets.
     if count == 0 or len(genes) == 0:
         return targets, hidden
     zeros = rng.choice(n_zero, count, replace=False, shuffle=False)

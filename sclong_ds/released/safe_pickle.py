@@ -116,7 +116,7 @@ def _is_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
-        return True  # it has a zip file's end; reading it says what is wrong
+        return True  # it has a zip file's end; reading it reports what is wrong
 
 
 class _Part(NamedTuple):

@@ -78,7 +78,7 @@ class RankStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
-    """What the files of a run say about it; None for what they do not say."""
+    """What the files of a run record about it; None for what they do not."""
 
     run_dir: str
     """Run folder."""
@@ -129,7 +129,7 @@ class RunStatus:
     warning: str | None
     """Who holds up the others, while they wait."""
     error: str | None
-    """Why the last start ended: what the watchdog, the training or the preflight said."""
+    """Why the last start ended, as reported by the watchdog, the training or the preflight."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +166,7 @@ def read_status(run_dir: Path) -> RunStatus:
     rows = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
     openings = [e for e in events if e.get("event") in ("start", "resume")]
     opening: dict[str, Any] = openings[-1] if openings else {"time": 0.0, "step": 0}
-    # A resumed run repeats steps: what its earlier starts wrote says nothing about where it is now.
+    # A resumed run repeats steps: earlier starts' rows do not tell where it is now.
     steps = [r for r in rows if LOSS in r and r["time"] >= opening["time"]]
     step = int((steps[-1] if steps else opening)["step"])
     passed = [r for r in rows if r["step"] <= step]
@@ -217,7 +217,7 @@ def _no_run_yet(run_dir: Path, starts: list[Start]) -> str:
 
 
 def _ended_by(run_dir: Path, start: Start | None) -> str | None:
-    """Return what a Slurm job's training or preflight said was wrong in a start."""
+    """Return what a Slurm job's training or preflight reported as the error of a start."""
     if start is None:
         return None
     verdict = read_verdict(run_dir, start=start.id) or {"problems": []}

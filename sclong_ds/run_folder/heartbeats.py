@@ -43,7 +43,7 @@ class Heartbeat:
     beats: int
     """Beats so far; the same on all ranks at the same place of the program."""
     reading: str | None
-    """File it is reading, if it said so."""
+    """File it is reading, if it reported one."""
     written: int
     """How often the file was written: it changes as long as the process runs."""
     interval_s: float
@@ -56,7 +56,7 @@ class Heartbeat:
 
 
 def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
-    """Return the heartbeats of a run by rank; damaged files are left out, and the log says so.
+    """Return the heartbeats of a run by rank; damaged files are left out, which is logged.
 
     Args:
         folder: The run's `heartbeat` folder.
@@ -77,7 +77,7 @@ def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a file of the heartbeat folder; an absent or unfinished one is an empty dict.
 
-    So is a damaged one, and the log says so. Earlier versions wrote no checksum.
+    So is a damaged one, which is logged. Earlier versions wrote no checksum.
     """
     try:
         # A rank claims what it is going to write with an empty file.

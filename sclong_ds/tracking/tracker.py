@@ -244,8 +244,8 @@ class Tracker:
             # Once, loudly: a server that is down for a day must not fill the log of the run.
             log.log(
                 logging.DEBUG if self._in_trouble else logging.ERROR,
-                "MLFLOW DOES NOT RECORD (%s): %s. Training continues; everything is kept in %s and "
-                "sent once MLflow answers.", self._sender.shown_uri, one_line(error), self._run_dir,
+                "MLflow logging failed (%s): %s. Training continues; metrics are kept in %s and "
+                "sent later.", self._sender.shown_uri, one_line(error), self._run_dir,
             )  # fmt: skip
         elif self._in_trouble:
             log.warning(

@@ -135,7 +135,7 @@ def record_opening(run: Run, found: Loaded | None, changed: Mapping[str, tuple[A
 
 
 def claim_run_folder(run: Run) -> None:
-    """Make the run folder, lock it, and say what is not as an earlier start left it."""
+    """Make the run folder, lock it, and log what is not as an earlier start left it."""
     checkpoints = run.run_dir / "checkpoints"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)

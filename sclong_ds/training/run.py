@@ -75,7 +75,7 @@ class Run:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """Return what run.json says about the run, for the report."""
+    """Return what run.json records about the run, for the report."""
     return {
         "n_cells_train": len(run.corpus.splits["train"]),
         "n_cells_validation": len(run.corpus.splits["validation"]),

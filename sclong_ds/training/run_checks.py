@@ -1,4 +1,4 @@
-"""What a training run checks before it starts or resumes, and what it says when it cannot."""
+"""What a training run checks before it starts or resumes, and its messages when it cannot."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ def _scores(run: Run, tables: list[dict[str, np.ndarray]]) -> dict[str, float]:
 
 
 def _read(run: Run, rows: np.ndarray) -> tuple[CellBatch | None, str | None]:
-    """Read cells, or say why they cannot be read; damaged ones may be without counts."""
+    """Read cells, or return why they cannot be read; damaged ones may be without counts."""
     epochs, passes = np.full(len(rows), VALIDATION_EPOCH), np.zeros(len(rows), dtype=np.int64)
     try:
         cells = run.corpus.packed_rows(rows)

@@ -163,7 +163,7 @@ class Watchdog:
                 self._release(HANG_FILE)
                 return
         elif stalled_s >= beat.limit_s + 4 * self._interval_s:
-            # The rank that was to report is gone: say at least what is known here.
+            # The rank that was to report is gone: log at least what is known here.
             text = _sentence([self._heartbeat()], alive=True)
         else:
             return
@@ -184,7 +184,7 @@ class Watchdog:
         os._exit(1)
 
     def _diagnose(self, beat: _Beat) -> str | None:
-        """Look at all ranks twice and say who is behind; None: this rank has moved on."""
+        """Look at all ranks twice and return which is behind; None: this rank has moved on."""
         before = read_heartbeats(self._folder)
         looked_at = time.monotonic()
         if self._moves(beat, until=lambda: time.monotonic() - looked_at >= 2 * self._interval_s):

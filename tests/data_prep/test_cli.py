@@ -237,7 +237,7 @@ def test_a_drafted_manifest_is_converted(
     assert [dataset["n_cells"] for dataset in drafted["datasets"]] == [20, 20, 20]
     manifest.write_bytes(before + b"# edited\n")
     assert main(["manifest", str(data), "--out", str(manifest)]) == 1
-    assert "exists and says something else" in capsys.readouterr().err
+    assert "exists with other content" in capsys.readouterr().err
     assert manifest.read_bytes() == before + b"# edited\n"
 
 

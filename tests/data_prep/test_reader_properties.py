@@ -126,7 +126,7 @@ def verdict(example: Example, entry: LedgerEntry, corpus: Path) -> str:
     if kept != found.sum():
         return "WRONG: totals"
     if abs(round((entry["counts_kept"] or 0) * entry["counts_input"]) - kept) > 1e-9 * kept:
-        return f"WRONG: the ledger says {entry['counts_kept']} of {entry['counts_input']}"
+        return f"WRONG: the ledger records {entry['counts_kept']} of {entry['counts_input']}"
     obs = read_obs(folder / "obs.parquet")
     wanted = {"barcode": example.made.names}
     if len(example.made.obs.columns):

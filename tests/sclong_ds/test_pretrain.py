@@ -258,7 +258,7 @@ def test_one_rank_agrees_with_two_and_exports_what_it_trained(
 
 
 def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, monkeypatch):
-    """The exported model scores what validation logged, and says what trained it."""
+    """The exported model scores what validation logged, and names what trained it."""
     from sclong_ds import Corpus, load_model
     from sclong_ds.exported import export
     from sclong_ds.exported.training_cells import read_training_cells

@@ -55,7 +55,7 @@ def _program(name: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What Slurm and the job's log say about one job."""
+    """What Slurm and the job's log show of one job."""
 
     id: str
     state: str

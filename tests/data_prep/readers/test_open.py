@@ -702,7 +702,7 @@ def test_the_format_asked_for_must_be_the_one_found(tmp_path: Path) -> None:
     path = tmp_path / "table.txt"
     path.write_text(table_text("\t", genes_in_rows=True))
     assert detect_format(path) == "tsv"
-    with pytest.raises(ValueError, match="the manifest says h5ad, the content is tsv"):
+    with pytest.raises(ValueError, match="the manifest states h5ad, the content is tsv"):
         opened(path, format="h5ad")
 
 

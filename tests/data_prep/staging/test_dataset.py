@@ -104,7 +104,10 @@ def test_unusable_values(
 def test_another_organism_is_excluded(tmp_path: Path, corpus: Path, resolver: GeneResolver) -> None:
     path = write(tmp_path / "a.h5ad", counts()).path
     entry = run(Dataset(dataset_id="a", path=path, organism="mouse"), corpus, resolver)
-    assert (entry["status"], entry["reason"][:30]) == ("excluded", "the manifest says organism mou")
+    assert (entry["status"], entry["reason"][:32]) == (
+        "excluded",
+        "the manifest states organism mou",
+    )
 
 
 def test_the_donor_column_is_kept_as_donor(

@@ -132,7 +132,7 @@ def add_one(values: np.ndarray) -> None:
         ("row_total", "<i8", add_one, "row_total: wrong for cell 3"),
         ("row_nnz", "<u4", add_one, "row_nnz: wrong for cell 3"),
         ("row_entries", "<u4", add_one, "cells.zarr: cells 0 to"),
-        ("dataset", "<u4", swap_last, "cells in train, corpus.json says"),
+        ("dataset", "<u4", swap_last, "cells in train, corpus.json records"),
         ("obs_row", "<i8", lambda v: v.fill(0), "used twice"),
         ("obs_row", "<i8", lambda v: np.add(v, 90, out=v), "without annotation"),
     ],

@@ -351,7 +351,7 @@ def test_the_options_of_a_manifest_say_how_to_read(
     run(model_dir, path, "--out", out, "--device", "cpu", "--counts", "round:layers/corrected")
     rounded = anndata.read_h5ad(out).uns["sclong"]["read"]["rounded"]
     assert 0 < rounded["share_rounded"] <= 1
-    with pytest.raises(ValueError, match=r"parts\.h5ad: .*says loom, the content is h5ad"):
+    with pytest.raises(ValueError, match=r"parts\.h5ad: .*states loom, the content is h5ad"):
         run(model_dir, path, "--out", out, "--format", "loom")
     for option in (("--counts", "Y"), ("--min-genes", "0"), ("--id-type", "entrez")):
         with pytest.raises(SystemExit):

@@ -282,7 +282,7 @@ def test_kept_activations_equal_what_autograd_saves(changes, recompute):
     ],
 )
 def test_kept_activations_of_packed_cells(changes, recompute):
-    """But for the ends of the cells: 4 bytes per stack that keeps them."""
+    """Except for the ends of the cells: 4 bytes per stack that keeps them."""
     model = small(routing="expressed", **changes)
     net = built(model, 37)
     for performer in net.performers().values():

@@ -43,7 +43,7 @@ def predicted(stage, world_size, **changes):
 
 
 def test_states_by_stage_are_those_of_the_zero_paper():
-    """But for the gradients, which add up in fp32 in stages 2 and 3: 4 bytes and not 2."""
+    """Except for the gradients, which add up in fp32 in stages 2 and 3: 4 bytes and not 2."""
     total = sum(parameter_counts(load_config("sclong_1b").model, GENES).values())
     for stage, per_rank in {1: 4 + 12 / 64, 2: 2 + 16 / 64, 3: 18 / 64}.items():
         memory = predicted(stage, 64, persistence_threshold=0)
