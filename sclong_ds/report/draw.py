@@ -39,7 +39,7 @@ from sclong_ds.report.figures import bin_error_figure, bin_numbers, prediction_d
 from sclong_ds.report.report import write_report
 from sclong_ds.run_folder.files import METRICS_FILE, PLOTS_DIR, REPORT_FILE, read_run_json
 from sclong_ds.run_folder.metric_names import MSE
-from sclong_ds.run_folder.pending_pictures import pending, show, take_data
+from sclong_ds.run_folder.pending_pictures import pending, seal_pictures, show, take_data
 from sclong_ds.run_folder.record import read_run
 from sclong_ds.run_folder.rows import read_metrics
 
@@ -86,6 +86,7 @@ def draw(run_dir: Path, file: Path) -> Path:
     labels = (read_run_json(run_dir).get("summary") or {}).get("expression_bins")
     for name, figure in validation_figures(data, rows, step=step, bin_labels=labels):
         write_atomic(partial / f"{name}.png", plots.png_bytes(figure))
+    seal_pictures(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     show(run_dir, folder)

@@ -3,7 +3,8 @@
 The run writes `plots/step_N.npz` (`write_data`); `sclong_ds.report.draw` takes it (`take_data`),
 which renames it to `step_N.drawing.npz`, and removes it when the pictures are there. What a process
 that was killed has left is drawn by the next start of the run (`put_back`); the pictures of steps
-that the run goes back behind are removed (`drop_after`). Needs numpy alone.
+that the run goes back behind are removed (`drop_after`). What was drawn is recorded beside it
+(`seal_pictures`), and compared before it is shown (`sound_pictures`). Needs numpy alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.checksums import file_crc32c
+from sclong_ds.files.sealed_json import CHECKSUM, read_sound, write_sealed
 from sclong_ds.run_folder.files import PLOTS_DIR, picture_steps
 
+PICTURES_FILE = "pictures.json"
 RANK_COLUMNS = (
     "perf/data_wait_s",
     "perf/forward_s",
@@ -110,3 +114,38 @@ def show(run_dir: Path, pictures: Path) -> None:
     """Copy the pictures of a validation to where the newest lie."""
     for picture in pictures.glob("*.png"):
         write_atomic(run_dir / PLOTS_DIR / picture.name, picture.read_bytes())
+
+
+def seal_pictures(folder: Path) -> None:
+    """Record size and CRC-32C of the pictures of a validation, in `PICTURES_FILE` beside them.
+
+    Args:
+        folder: Their folder.
+    """
+    write_sealed(
+        folder / PICTURES_FILE,
+        {p.name: [p.stat().st_size, file_crc32c(p)] for p in sorted(folder.glob("*.png"))},
+    )
+
+
+def sound_pictures(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Return the pictures of a validation that are as they were drawn, and what the others are.
+
+    Those of earlier versions have no record, and nothing is said about them.
+
+    Args:
+        folder: Their folder.
+    """
+    found = sorted(folder.glob("*.png"))
+    record = read_sound(folder / PICTURES_FILE)
+    if not record:
+        return tuple(found), ()
+    drawn = {folder / name: value for name, value in record.items() if name != CHECKSUM}
+    problems = [f"{path}: missing, although it was drawn" for path in drawn if not path.is_file()]
+    sound = []
+    for path in found:
+        if drawn.get(path) == [path.stat().st_size, file_crc32c(path)]:
+            sound.append(path)
+        else:
+            problems.append(f"{path}: not the picture that was drawn; left out")
+    return tuple(sound), tuple(problems)

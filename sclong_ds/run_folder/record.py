@@ -28,6 +28,7 @@ from sclong_ds.run_folder.files import (
     read_samples,
 )
 from sclong_ds.run_folder.metric_names import LOSS, MSE, SPIKE_METRIC
+from sclong_ds.run_folder.pending_pictures import sound_pictures
 from sclong_ds.run_folder.rows import Row, latest, like_the_last, read_every_row, series
 from sclong_ds.run_folder.seal import say_changes
 
@@ -195,6 +196,9 @@ def read_run(run_dir: Path) -> RunRecord:
         _add_hours(samples, sessions)
     files = (run_dir / name for name in ("config.yaml", "ds_config.json"))
     pictured, folder = max(picture_steps(run_dir).items(), default=(None, None))
+    images, unlike = ((), ()) if folder is None else sound_pictures(folder)
+    for line in unlike:
+        log.warning("%s", line)
     return RunRecord(
         folder=run_dir.resolve(),
         run=read_run_json(run_dir),
@@ -207,10 +211,10 @@ def read_run(run_dir: Path) -> RunRecord:
             for f in files
             if f.is_file()
         },
-        images=() if folder is None else tuple(sorted(folder.glob("*.png"))),
+        images=images,
         pictured_step=pictured,
         system=nodes,
-        damage=damage,
+        damage=(*damage, *unlike),
         n_other_validations=len(every_validation) - len(validation),
     )
 
