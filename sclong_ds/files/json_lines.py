@@ -54,8 +54,19 @@ def line_of(row: Mapping[str, object]) -> bytes:
     Args:
         row: With step and time.
     """
-    text = json.dumps(plain(row), allow_nan=False)[:-1].encode()
+    pairs = (f"{json.dumps(str(name))}: {_value_of(value)}" for name, value in row.items())
+    text = f"{{{', '.join(pairs)}".encode()
     return text + f', "crc32": "{zlib.crc32(text):08x}"}}\n'.encode()
+
+
+def _value_of(value: object) -> str:
+    """Return a value as JSON; an infinite number, for which JSON has no name, as 1e999.
+
+    Every reader of JSON takes that for a number, most of them for infinity.
+    """
+    if isinstance(value, float) and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def parse_line(line: bytes) -> tuple[dict[str, Any] | None, bool]:
@@ -80,8 +91,10 @@ def parse_line(line: bytes) -> tuple[dict[str, Any] | None, bool]:
     sound = (
         type(step) is int
         and 0 <= step < _LARGEST_STEP
-        and type(time) in (int, float)
+        and isinstance(time, int | float)
+        and type(time) is not bool
         and is_number(time)
+        and abs(time) < math.inf
     )
     return (row if sound else None), found is not None
 
@@ -152,13 +165,13 @@ def plain(value: object) -> object:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value is null or a number that fits a float.
+    """Tell whether a value is null or a number that fits a float, infinity among them.
 
     Args:
         value: Anything.
     """
     try:
-        return value is None or (isinstance(value, int | float) and math.isfinite(float(value)))
+        return value is None or (isinstance(value, int | float) and not math.isnan(float(value)))
     except OverflowError:
         return False
 

@@ -23,6 +23,7 @@ from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.identity import git_commit
+from sclong_ds.tracking.check import check_tracking
 
 WRITE_LIMIT_S = 5.0
 """A run folder that takes longer gets less than `TRIAL_BYTES`, s."""
@@ -92,6 +93,8 @@ def examine(place: Place, source: str, overrides: Sequence[str]) -> Report:
         report.compared |= _inputs(config)
         if place.local_rank == 0 and config.run.dir is not None:
             _examine_run_folder(report, Path(config.run.dir))
+            # By every node: what only one reported would count as that node's fault.
+            check_tracking(config, Path(config.run.dir))
     except (ValueError, OSError) as error:
         report.problems.append(" ".join(str(error).split()))
     return report

@@ -97,7 +97,7 @@ class Starting:
         """Tell what begins.
 
         Args:
-            name: The phase: extensions, rendezvous, corpus, model or checkpoint.
+            name: The phase: extensions, rendezvous, tracking, corpus, model or checkpoint.
             waits_for: What it waits for, in words.
             patience: It may take so many times the time-out.
         """

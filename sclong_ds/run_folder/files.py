@@ -7,9 +7,9 @@ logged row), `events.jsonl` (start, resume, signal, checkpoint, ...) and `system
 what is damaged in them is left out, with a line in the log, so that it never stops a run or a
 reader. `plots/step_N` holds the pictures of the validation at a step.
 
-JSON has no NaN: a non-finite metric is `null` in metrics.jsonl, with a `non_finite` event that says
-which of nan, inf, -inf it was; `read_metrics` gives NaN for it. A resumed run goes back to its
-checkpoint: `read_metrics` leaves out what an earlier start wrote beyond it.
+JSON has no NaN: in metrics.jsonl it is `null`, an infinite number is `1e999` or `-1e999`, which
+readers of JSON take for infinity, and a `non_finite` event names them (nan, inf, -inf). A resumed
+run goes back to its checkpoint: `read_metrics` leaves out what an earlier start wrote beyond it.
 """
 
 from __future__ import annotations
@@ -69,14 +69,15 @@ class RunFolder:
 
         Args:
             step: Optimizer step of the row.
-            metrics: Name to value; non-finite values become null plus a `non_finite` event.
+            metrics: Name to value. NaN becomes null, an infinite number 1e999 or -1e999; either
+                makes a `non_finite` event too.
         """
         row: dict[str, object] = {"step": int(step)}
         odd: dict[str, str] = {}
         for name, value in metrics.items():
             number = value if isinstance(value, int) else float(value)
-            row[name] = number if math.isfinite(number) else None
-            if row[name] is None:
+            row[name] = None if math.isnan(number) else number
+            if not math.isfinite(number):
                 odd[name] = str(number)
         self._metrics.append(row | {"time": time.time()})
         if odd:
@@ -84,7 +85,8 @@ class RunFolder:
 
     def append_event(self, name: str, *, step: int, **fields: object) -> None:
         """Write one row of events.jsonl: time, event name, step and any further fields."""
-        self._events.append({"time": time.time(), "event": name, "step": int(step), **fields})
+        shown = {key: plain(value) for key, value in fields.items()}
+        self._events.append({"time": time.time(), "event": name, "step": int(step), **shown})
 
     def close(self) -> None:
         """Close both files; closing twice is allowed."""

@@ -96,9 +96,11 @@ def new_client(uri: str, *, patient: bool = False) -> MlflowClient:
     # Usage statistics would leave the machine, and compute nodes often have no way out.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # A line per migration of a new sqlite file; a line per request while a server is down.
-    for name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+    # A line per migration of a new sqlite file; a line per request while a server is down; a stack
+    # per statement that a locked store refuses. What they report is raised as an error too.
+    for name in ("alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     # mlflow 3.17 uses a loader strategy that SQLAlchemy 2.1 deprecates; nothing a user can act on.
     warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
     from mlflow.tracking import MlflowClient

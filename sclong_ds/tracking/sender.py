@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
 
+from sclong_ds.tracking.check import deleted
 from sclong_ds.tracking.client import (
     _MAX_PARAM_CHARS,
     _MAX_PARAMS,
@@ -186,6 +187,8 @@ class Sender:
                 found = self._connected.get_experiment_by_name(name)
                 if found is None:
                     raise
+        if found.lifecycle_stage != "active":
+            raise deleted(name, found.experiment_id)
         return found.experiment_id
 
     def _find(self, saved: Mapping[str, Any], experiment_id: str) -> Run | None:

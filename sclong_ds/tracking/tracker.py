@@ -32,6 +32,7 @@ from sclong_ds.run_folder.identity import installed_packages, record_start
 from sclong_ds.run_folder.pending_pictures import Data
 from sclong_ds.run_folder.seal import SEALING, seal
 from sclong_ds.tracking.artist import Artist
+from sclong_ds.tracking.check import cure
 from sclong_ds.tracking.client import MAX_METRICS, Status, one_line, tracking_uri
 from sclong_ds.tracking.description import describe, restart_folder
 from sclong_ds.tracking.node_sampler import NodeSampler
@@ -242,10 +243,12 @@ class Tracker:
         if error is not None:
             self._retry_at = time.monotonic() + _RETRY_AFTER_S
             # Once, loudly: a server that is down for a day must not fill the log of the run.
+            what = cure(error)
             log.log(
                 logging.DEBUG if self._in_trouble else logging.ERROR,
                 "MLflow logging failed (%s): %s. Training continues; metrics are kept in %s and "
-                "sent later.", self._sender.shown_uri, one_line(error), self._run_dir,
+                "sent %s.", self._sender.shown_uri, one_line(error), self._run_dir,
+                "later" if what is None else f"once this is mended: {what}",
             )  # fmt: skip
         elif self._in_trouble:
             log.warning(

@@ -39,6 +39,7 @@ from sclong_ds.objective.targets import target_count
 from sclong_ds.planning.costs import training_flops_per_cell
 from sclong_ds.planning.devices import device_of_name
 from sclong_ds.run_folder.identity import node_name
+from sclong_ds.tracking.check import check_tracking
 from sclong_ds.tracking.tracker import Tracker
 from sclong_ds.training.guards import StepGuard
 from sclong_ds.training.resume import first_state, open_run_folder
@@ -63,6 +64,8 @@ def build(
 ) -> Run:
     """Build the model, the engine and the tracker, and go back to the newest checkpoint."""
     assert config.run.dir is not None
+    starting.phase("tracking", "MLflow")
+    on_first_rank(lambda: check_tracking(config, Path(str(config.run.dir))))
     starting.phase("corpus", f"the corpus at {config.data.corpus}")
     run_dir, corpus = Path(config.run.dir), open_corpus(config)
     starting.phase("model", "the model and its optimizer, or another rank that makes them")

@@ -85,7 +85,7 @@ def test_one_mlflow_run_over_a_restart(
     tracker, run_id = start(make_config(uri=store), run_dir)
     for step in range(1, 6):
         tracker.log(step, {"train/loss": 1.0 / step, "cells_seen": 4 * step})
-    tracker.log(5, {"val/mse": 0.5, "val/mse/bin_0": math.nan})
+    tracker.log(5, {"val/mse": 0.5, "val/mse/bin_0": math.nan, "high": math.inf, "low": -math.inf})
     tracker.finish("KILLED")
     assert client_of(store).get_run(run_id).info.status == "KILLED"
 
@@ -104,6 +104,10 @@ def test_one_mlflow_run_over_a_restart(
     ((step, value),) = history(store, run_id, "val/mse/bin_0")
     assert step == 5
     assert math.isnan(value)
+    # MLflow keeps an infinite number in sqlite as the largest one.
+    assert [history(store, run_id, name)[0][1] for name in ("high", "low")] == [
+        sys.float_info.max, -sys.float_info.max,
+    ]  # fmt: skip
     params, tags = run.data.params, run.data.tags
     assert params["model.large_encoder.dim_head"] == "8"
     assert params["optim.lr"] == "0.001"  # MLflow keeps the first value; the tag tells
