@@ -98,7 +98,7 @@ def check_tracking(config: RunConfig, run_dir: Path) -> None:
         if not (run_dir / RUN_FILE).is_file():
             raise ValueError(f"{text}; tracking.enabled=false trains without MLflow") from None
         log.error(
-            "%s. Training goes on; `python -m sclong_ds sync %s` sends it later", text, run_dir
+            "%s. Training continues; `python -m sclong_ds sync %s` sends it later", text, run_dir
         )
 
 
