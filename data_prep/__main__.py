@@ -1,5 +1,6 @@
 """Command line of the data preparation: `python -m data_prep COMMAND`; `--help` works for each.
 
+    fetch --from SOURCE --out DIR   fetch public datasets, and list them for convert
     manifest FOLDER [--out FILE]    draft a manifest from a folder tree
     convert MANIFEST --out CORPUS   stage the datasets of a manifest, each on its own
     status CORPUS                   list every dataset: ok, excluded, failed or pending, and why
@@ -41,6 +42,7 @@ from sclong_ds import __version__
 from sclong_ds.command_line import local_path, share, whole
 
 COMMANDS = {
+    "fetch": "fetch public datasets, and list them for convert",
     "manifest": "draft a manifest from a folder tree",
     "convert": "stage the datasets of a manifest, each on its own",
     "status": "list every dataset: ok, excluded, failed or pending, and why",
@@ -114,6 +116,7 @@ def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+        "fetch": _delegate("data_prep.fetch.command"),
         "manifest": _add_manifest,
         "convert": _delegate("data_prep.convert.command"),
         "status": _add_status,

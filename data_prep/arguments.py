@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 
 from sclong_ds.command_line import local_path
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -56,3 +58,22 @@ def add_codec(parser: argparse.ArgumentParser) -> None:
         default="zstd",
         help="compression of the cells (default: zstd; none is twice as large)",
     )
+
+
+def byte_count(text: str) -> int:
+    """Return an argument as a number of bytes: 500, 2e9, 50MB, 1.5TB or 16GiB.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is anything else.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgtp]?)(i?)b?)?\s*", text.lower())
+    try:
+        number = float(found[1]) if found else math.nan
+    except ValueError:
+        number = math.nan
+    if found is None or not 1 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}, must be bytes such as 5e11, 500GB or 2TiB")
+    return round(number * (1024 if found[3] else 1000) ** " kmgtp".index(found[2] or " "))

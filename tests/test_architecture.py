@@ -29,7 +29,7 @@ FLOORS = {
         {"counts", "readers", "corpus", "graph", "report"},
         {"genes"},
         {"manifest"},
-        {"staging"},
+        {"staging", "fetch"},
         {"convert"},
         {"verify"},
         {"__main__"},

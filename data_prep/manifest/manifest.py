@@ -42,12 +42,22 @@ COLUMNS: Mapping[str, str] = {
     "min_genes": "drop cells with fewer genes of the vocabulary (default: that of --min-genes)",
     "min_counts": "drop cells with fewer counts on them (default: that of --min-counts)",
     "n_cells": "number of cells, for the reader; ignored",
+    "url": "address that the file was fetched from; kept with the dataset",
+    "version": "of the dataset, as its publisher names it; kept with the dataset",
+    "bytes": "size of the file at a URL; another one there is refused",
+    "sha256": "of the file at a URL, hex; another one there is refused",
+    "title": "of the dataset; kept with it",
+    "doi": "of its publication; kept with it",
+    "licence": "of the data, such as CC BY 4.0; kept with it",
+    "citation": "how to cite the dataset; kept with it",
     "note": "free text, ignored",
 }
 REQUIRED = ("dataset_id", "path")
 OBS_ROLES = ("donor", "sample", "assay", "cell_type")
+ORIGIN = ("url", "version", "bytes", "sha256", "title", "doi", "licence", "citation")
+"""Columns that tell where the data come from."""
 _NUMBERS = ("min_genes", "min_counts")
-_NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note")
+_NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note", *ORIGIN)
 """Columns that do not enter the settings hash; of the files it is the content that counts."""
 _MOST_PROBLEMS = 10
 
@@ -74,6 +84,14 @@ class Dataset:
     min_genes: int | None = None
     min_counts: int | None = None
     n_cells: str = ""
+    url: str = ""
+    version: str = ""
+    bytes: int | None = None
+    sha256: str = ""
+    title: str = ""
+    doi: str = ""
+    licence: str = ""
+    citation: str = ""
     note: str = ""
 
     def is_of(self, species: str) -> bool:
@@ -284,6 +302,10 @@ def _problems(rows: _Rows) -> list[str]:
             for name in _NUMBERS
             if row.get(name) and not re.fullmatch("0*[1-9][0-9]{0,8}", row[name])
         )
+        if row.get("bytes") and not re.fullmatch("[0-9]{1,15}", row["bytes"]):
+            problems.append(f"{where}: bytes '{row['bytes'][:20]}' is not a number of bytes")
+        if row.get("sha256") and not re.fullmatch("[0-9a-f]{64}", row["sha256"]):
+            problems.append(f"{where}: sha256 '{row['sha256'][:70]}' is not 64 hex digits")
     return problems
 
 
@@ -299,5 +321,5 @@ def _dataset(row: Mapping[str, str], folder: Path) -> Dataset:
     fields: dict[str, Any] = {name: value for name, value in row.items() if value}
     # An absolute path stays as it is when joined.
     paths = {name: folder / row[name] for name in ("path", "gene_list") if row.get(name)}
-    numbers = {name: int(row[name]) for name in _NUMBERS if row.get(name)}
+    numbers = {name: int(row[name]) for name in (*_NUMBERS, "bytes") if row.get(name)}
     return Dataset(**(fields | paths | numbers))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest.manifest import COLUMNS, Dataset, read_manifest
+from data_prep.manifest.manifest import COLUMNS, ORIGIN, Dataset, read_manifest
 
 
 def write(folder: Path, text: str, name: str = "manifest.tsv") -> Path:
@@ -48,7 +48,8 @@ def test_every_option_changes_the_settings_and_notes_do_not(tmp_path: Path) -> N
     plain = Dataset(dataset_id="a", path=Path("f"))
     same = Dataset(dataset_id="b", path=Path("g"), note="n", n_cells="5", gene_list=Path("h"))
     assert same.options() == plain.options()
-    options = set(COLUMNS) - {"dataset_id", "path", "note", "n_cells", "gene_list"}
+    notes = {"dataset_id", "path", "note", "n_cells", "gene_list", *ORIGIN}
+    options = set(COLUMNS) - notes
     assert set(plain.options()) == options
     for name in options:
         other = Dataset(dataset_id="a", path=Path("f"), **{name: "other"})

@@ -1,0 +1,1 @@
+"""From a list of public datasets to whole files on disk and a manifest of them."""
