@@ -155,9 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
             rest = rest[: int(len(rest) * self.shared.cut_at)]
         step = 1 if fault == "trickle" else 1 << 16
         for place in range(0, len(rest), step):
-            self.wfile.write(rest[place : place + step])
             with self.shared.lock:
                 self.shared.sent += len(rest[place : place + step])
+            self.wfile.write(rest[place : place + step])
             if fault == "trickle":
                 self.wfile.flush()
                 time.sleep(0.02)

@@ -26,7 +26,7 @@ from sclong_ds.files.atomic import read_file, write_atomic
 _EPILOG = """\
 The first run writes which files it takes to OUT/fetch.lock.json, with version, bytes and, once a
 file was fetched, its SHA-256; later runs, here or elsewhere (--lock), take exactly these. What is
-there and whole is not fetched again; what was broken off goes on where it stopped, after kill -9
+there and whole is not fetched again; what was broken off continues where it stopped, after kill -9
 too. OUT/manifest.tsv lists what is there for `convert`. With --list it names the addresses instead
 and nothing is fetched: `convert --keep-bytes` then fetches, converts and deletes file by file.
 Files that lie in OUT and were not fetched by this command are never changed or removed.

@@ -1,6 +1,6 @@
 """Many files at a time, each tried until it is there or hopeless; none stops the others.
 
-A process that is killed anywhere leaves parts that the next one goes on with.
+A process that is killed anywhere leaves parts that the next one continues.
 """
 
 from __future__ import annotations
