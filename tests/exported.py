@@ -36,7 +36,7 @@ def write_model(
 ) -> Path:
     """Export a small model with random weights."""
     genes.write(folder / "genes.tsv")
-    stack = PerformerConfig(depth=1, heads=2, dim_head=4, nb_features=8, ff_mult=2)
+    stack = PerformerConfig(depth=1, heads=2, dim_head=4, nb_features=8, ff_mult=2, attention=None)
     config = dataclasses.replace(
         load_config("sclong_tiny").model,
         base_dim=8,

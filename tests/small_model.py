@@ -26,7 +26,9 @@ def small_graph(n: int = G, edges: int = 300, seed: int = 0) -> tuple[np.ndarray
 
 def small_model(seed: int = 0, graph: bool = True, **changes: Any) -> ScLong:
     """Return the model in evaluation mode; `changes` are of the `model` section."""
-    stack = PerformerConfig(depth=2, heads=2, dim_head=8, nb_features=None, ff_mult=2)
+    stack = PerformerConfig(
+        depth=2, heads=2, dim_head=8, nb_features=None, ff_mult=2, attention=None
+    )
     settings = {
         "base_dim": 16, "large_dim": 24, "top_seq_len": 12, "expression_hidden": 8,
         "large_encoder": stack, "mini_encoder": stack, "decoder": stack, "gene_bias": False,

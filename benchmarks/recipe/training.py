@@ -5,17 +5,15 @@ control or has not earned one, begins with `study.`:
 
 - `study.graph=permuted`: the gene graph with its genes permuted (another permutation each seed).
 - `study.vectors_sd=1`: gene vectors and the gene table start at normal(0, sd).
-- `study.favor_eps=0`: the constant added to every FAVOR+ feature.
+- `study.qk_scale=2`: queries and keys of all stacks start at so many times their size.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -23,7 +21,6 @@ from numpy.typing import NDArray
 
 from benchmarks.recipe.baselines import baseline_predictions, hidden_mask
 from benchmarks.recipe.panel import Panel
-from kernels.reference import EPS
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import ObjectiveConfig, RunConfig
 from sclong_ds.engine.deepspeed_engine import parameter_groups
@@ -87,16 +84,17 @@ def run(study: Study, overrides: list[str], *, seed: int) -> dict[str, Any]:
     config = load_config("sclong_tiny", [o for o in overrides if not o.startswith(PREFIX)])
     torch.manual_seed(seed)
     net = build(study.panel, config, extra, seed=seed)
-    with favor_eps(float(extra.get("favor_eps", EPS))):
-        started = time.process_time()
-        train(net, study.panel, config, seed=seed)
-        seconds = time.process_time() - started
-        predicted = predict(net, study)
-        figures = study.figures(predicted)
-        errors = study.cell_errors(predicted)
-        if hasattr(net, "large_encoder"):
-            with uniform_attention(net.large_encoder):
-                figures["uniform_large_mse"] = study.figures(predict(net, study))["val/mse"]
+    if "qk_scale" in extra:
+        scale_queries_and_keys(net, float(extra["qk_scale"]))
+    started = time.process_time()
+    train(net, study.panel, config, seed=seed)
+    seconds = time.process_time() - started
+    predicted = predict(net, study)
+    figures = study.figures(predicted)
+    errors = study.cell_errors(predicted)
+    if hasattr(net, "large_encoder"):
+        with uniform_attention(net.large_encoder):
+            figures["uniform_large_mse"] = study.figures(predict(net, study))["val/mse"]
     visits = config.run.max_steps * config.engine.train_batch_size
     parameters = sum(p.numel() for p in net.parameters())
     about = {"seed": seed, "visits": visits, "cpu_s": seconds, "parameters": parameters}
@@ -189,22 +187,12 @@ def predict(net: ScLong, study: Study) -> NDArray[np.floating]:
     return torch.cat(parts).numpy()
 
 
-@contextmanager
-def favor_eps(eps: float) -> Iterator[None]:
-    """Let FAVOR+ add another constant to its features."""
-    with (
-        mock.patch.object(
-            performer,
-            "favor_attention_kv",
-            functools.partial(performer.favor_attention_kv, eps=eps),
-        ),
-        mock.patch.object(
-            performer,
-            "favor_attention_packed",
-            functools.partial(performer.favor_attention_packed, eps=eps),
-        ),
-    ):
-        yield
+def scale_queries_and_keys(net: ScLong, factor: float) -> None:
+    """Start with queries and keys that are this many times as large."""
+    for part in net.modules():
+        if isinstance(part, performer.SelfAttention):
+            with torch.no_grad():
+                part.to_qkv.weight[: 2 * part.heads * part.dim_head] *= factor
 
 
 @contextmanager

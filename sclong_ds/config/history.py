@@ -20,6 +20,12 @@ LATER_KEYS: dict[int, dict[str, Any]] = {
     2: {"data.unmeasured": "zero", "transform.unmeasured": "zero"},
     3: {"model.cell_offset": "none", "model.zero_genes": None},
     4: {"run.accept_changes": False},
+    5: {
+        "model.favor_eps": 1e-4,
+        "model.large_encoder.attention": None,
+        "model.mini_encoder.attention": None,
+        "model.decoder.attention": None,
+    },
 }
 """By version, the keys that came with it: `section.key`, `section.stack.key`, or a whole section
 with all of its keys. `transform` is the section of an exported model."""

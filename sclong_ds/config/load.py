@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.command_line import parse_arguments
-from sclong_ds.config.history import read_saved
+from sclong_ds.config.history import complete, read_saved
 from sclong_ds.config.rules import check
 from sclong_ds.config.sections import (
     CheckpointConfig,
@@ -81,7 +81,8 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     tree = read_saved(path)
     for item in overrides:
         _apply_override(tree, item)
-    config = section_from_dict(RunConfig, tree, path.name)
+    # An override may replace a whole stack by one that lacks the later keys, as files do.
+    config = section_from_dict(RunConfig, complete(tree), path.name)
     check(config, path.name)
     return config
 

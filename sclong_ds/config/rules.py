@@ -13,6 +13,9 @@ from sclong_ds.config.sections import (
     RunConfig,
 )
 
+MIN_FAVOR_EPS = 1e-12
+"""Its square times the features of all genes must not vanish in float32: a denominator of zero."""
+
 
 def check(config: RunConfig, where: str) -> None:
     """Check values against their ranges and against each other.
@@ -125,6 +128,7 @@ def _checkpoint_rules(c: CheckpointConfig) -> list[tuple[bool, str]]:
 def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
     """Return what must hold in the model section, and the message if it does not."""
     norm = m.mask_vector_max_norm
+    kinds = {m.attention_of(stack) for stack in (m.large_encoder, m.mini_encoder, m.decoder)}
     rules = [
         (
             norm is None or norm > 0,
@@ -159,9 +163,13 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
             f"model.gene_bias=true",
         ),
         (
-            m.random_features_file is None or m.attention == "favor",
+            m.random_features_file is None or "favor" in kinds,
             "model.random_features_file is set but model.attention=softmax would ignore it: set it "
             "to null",
+        ),
+        (
+            MIN_FAVOR_EPS <= m.favor_eps <= 1,
+            f"model.favor_eps: got {m.favor_eps:g}, allowed: {MIN_FAVOR_EPS:g} to 1",
         ),
     ]
     for name in ("large_encoder", "mini_encoder", "decoder"):

@@ -22,6 +22,10 @@ class PerformerConfig:
     (arXiv:2009.14794)."""
     ff_mult: int
     """Hidden width of the feed-forward block as a multiple of the stack's width."""
+    attention: Literal["favor", "softmax"] | None
+    """Attention of this stack alone, in place of model.attention; null: model.attention. softmax in
+    the large encoder is affordable with model.routing=expressed, where it reads about 1,500 genes
+    of a cell instead of 4,096."""
 
     def features(self) -> int:
         """Return the number of random features, with null resolved."""
@@ -96,8 +100,13 @@ class ModelConfig:
     zero-truncated Poisson regression with the log depth as offset); the smallest visible value is
     taken for one count, so counts must be whole. none: nothing (scLong)."""
     attention: Literal["favor", "softmax"]
-    """favor: FAVOR+ random features, linear in the genes; softmax: exact attention, quadratic
-    (ablation: random_features, stabiliser_scope and redraws have no effect)."""
+    """Attention of the stacks that do not set their own. favor: FAVOR+ random features, linear in
+    the genes; softmax: exact attention, quadratic (random_features, favor_eps, stabiliser_scope and
+    redraws have no effect)."""
+    favor_eps: float
+    """Constant that FAVOR+ adds to every feature, 1e-12 to 1 (1e-4 in the Performer's code and in
+    scLong). It gives every gene the same weight: the smaller, the closer to softmax attention, and
+    the noisier where features are small."""
     random_features: Literal["orthogonal", "orthogonal_qr", "gaussian"]
     """orthogonal: uniform over rotations; orthogonal_qr: as QR leaves the signs, which biases the
     estimate (the released code); gaussian: independent (ablation)."""
@@ -111,6 +120,14 @@ class ModelConfig:
     """Optimizer steps between redraws of the random features; 0 keeps the first draw."""
     projection_seed: int
     """Seed of the random features; each projection is a function of (seed, layer, redraw index)."""
+
+    def attention_of(self, stack: PerformerConfig) -> Literal["favor", "softmax"]:
+        """Return what computes the attention of one of the stacks.
+
+        Args:
+            stack: large_encoder, mini_encoder or decoder.
+        """
+        return stack.attention or self.attention
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

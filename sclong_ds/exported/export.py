@@ -33,7 +33,7 @@ from sclong_ds.exported.model_dir import FEATURES, GRAPH, check_absent, write_mo
 from sclong_ds.exported.training_cells import training_cells_of
 from sclong_ds.files.atomic import named_errors
 from sclong_ds.model.features_file import read_features
-from sclong_ds.model.random_features import drawn_features, redraw_index
+from sclong_ds.model.random_features import drawn_features, favor_stacks, redraw_index
 from sclong_ds.run_folder.files import read_run_json, recorded_ids
 from sclong_ds.run_folder.identity import environment, git_commit
 from sclong_ds.run_folder.metric_names import (
@@ -133,7 +133,7 @@ def features_of(checkpoint: Path, config: RunConfig, step: int) -> dict[str, Ten
 
     They are drawn here and not where the model is used: another processor may round differently.
     """
-    if config.model.attention != "favor":
+    if not favor_stacks(config.model):
         return None
     redraws = redraw_index(config, step)
     if redraws == 0 and (checkpoint / FEATURES).is_file():

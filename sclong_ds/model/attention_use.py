@@ -48,7 +48,13 @@ class Weights(NamedTuple):
 
 
 def favor_weights(
-    q: Tensor, k: Tensor, features: Tensor, *, peak: Tensor | None = None, per_head: bool = False
+    q: Tensor,
+    k: Tensor,
+    features: Tensor,
+    *,
+    peak: Tensor | None = None,
+    per_head: bool = False,
+    eps: float = EPS,
 ) -> Weights:
     """Return the weights that FAVOR+ gives the keys of one cell (`kernels/reference.py`).
 
@@ -59,6 +65,7 @@ def favor_weights(
         peak: Maximum of the keys' products to subtract, as scope `tensor` takes it; None: that of
             the cell.
         per_head: Take the maximum of each head (scope `head`).
+        eps: Constant added to every feature.
     """
     w = features.float() * q.shape[-1] ** -0.25
     half = q.shape[-1] ** -0.5 / 2
@@ -71,7 +78,7 @@ def favor_weights(
         x = qh @ w.T
         e = torch.exp(x - half * qh.square().sum(-1, keepdim=True) - x.amax(-1, keepdim=True))
         f = torch.exp(yh - half * kh.square().sum(-1, keepdim=True) - ph[0])
-        product = (e + EPS) @ (f + EPS).T
+        product = (e + eps) @ (f + eps).T
         denominator = product.sum(-1)
         rows.append(product / denominator[:, None])
         shares.append(1 - (e @ f.sum(0)) / denominator)
@@ -124,14 +131,13 @@ def attention_figures(
         `attention/STACK.LAYER/FIGURE`.
     """
     stacks = model.performers()
-    favor = model.config.attention == "favor"
     passes: dict[str, Callable[[], Any]] = {"attention/mse": lambda: _layer_sums(model, layers)}
     layers: dict[str, Tensor] = {}
     passes |= {
         f"attention/{name}/mean_mse": partial(_mean_of_values, model, name) for name in stacks
     }
     small = model.n_genes <= SOFTMAX_TOKENS or model.config.zero_genes is not None
-    if favor and small:
+    if small and any(stack.favor for stack in stacks.values()):
         passes["attention/softmax_mse"] = lambda: _exact_softmax(model)
     sums, compiled = [], {name: stack.compile_layers for name, stack in stacks.items()}
     try:
@@ -147,19 +153,19 @@ def attention_figures(
     none = torch.zeros(len(LAYER_FIGURES) + 1, dtype=torch.float64, device=sums[0].device)
     flat = torch.cat([*sums, *(layers.get(name, none) for name in names)]) * counts
     add_up(flat)
-    return _named(flat.tolist(), list(passes), names, favor=favor)
+    favor = {name: stacks[name.partition(".")[0]].favor for name in names}
+    return _named(flat.tolist(), list(passes), favor)
 
 
-def _named(
-    flat: list[float], passes: list[str], layers: list[str], *, favor: bool
-) -> dict[str, float]:
+def _named(flat: list[float], passes: list[str], layers: Mapping[str, bool]) -> dict[str, float]:
+    """Return the figures by name, of layers by whether their attention is FAVOR+."""
     found: dict[str, float] = {}
     for i, name in enumerate(passes):
         total, number = flat[2 * i : 2 * i + 2]
         if number:
             found[name] = total / number
     rest, size = flat[2 * len(passes) :], len(LAYER_FIGURES) + 1
-    for i, layer in enumerate(layers):
+    for i, (layer, favor) in enumerate(layers.items()):
         *totals, number = rest[size * i : size * (i + 1)]
         for figure, total in zip(LAYER_FIGURES, totals, strict=True):
             if number and (favor or figure != "eps_share"):
@@ -256,7 +262,7 @@ def computed_weights(
     """
     if features is None:
         return softmax_weights(q, k)
-    return favor_weights(q, k, features, per_head=attention.scope == "head")
+    return favor_weights(q, k, features, per_head=attention.scope == "head", eps=attention.eps)
 
 
 def spread(count: int) -> list[int]:

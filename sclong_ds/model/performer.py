@@ -1,4 +1,4 @@
-"""Performer: a stack of pre-norm layers with FAVOR+ attention, or softmax for comparison.
+"""Performer: a stack of pre-norm layers with FAVOR+ attention, or exact softmax attention.
 
 The random features are no buffers: each is a pure function of (seed, stack, layer, redraw index),
 drawn on the CPU when first needed; an imported model brings its own for redraw index 0. So every
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.favor_attention import Backend, favor_attention_kv, favor_attention_packed
 from kernels.favor_torch import Scope
+from kernels.softmax_attention import softmax_attention, softmax_attention_packed
 from sclong_ds.config.sections import ModelConfig, PerformerConfig
 from sclong_ds.model.random_features import layer_features
 
@@ -74,12 +75,14 @@ class Projection(nn.Linear):
 class SelfAttention(nn.Module):
     """Multi-head self-attention through random features, or exact."""
 
-    def __init__(self, dim: int, config: PerformerConfig, *, qkv_bias: bool, scope: Scope) -> None:
+    def __init__(self, dim: int, config: PerformerConfig, model: ModelConfig) -> None:
         super().__init__()
         inner = config.heads * config.dim_head
-        self.heads, self.dim_head, self.scope = config.heads, config.dim_head, scope
+        self.heads, self.dim_head = config.heads, config.dim_head
+        self.scope: Scope = model.stabiliser_scope
+        self.eps = model.favor_eps
         self.backend: Backend = "auto"
-        self.to_qkv = Projection(dim, 3 * inner, bias=qkv_bias)
+        self.to_qkv = Projection(dim, 3 * inner, bias=model.qkv_bias)
         self.to_out = nn.Linear(inner, dim)
 
     def forward(
@@ -102,9 +105,11 @@ class SelfAttention(nn.Module):
             q = q.unflatten(-1, (self.heads, self.dim_head))
             kv = kv.unflatten(-1, (2, self.heads, self.dim_head))
             if features is None:
-                out = _softmax_attention(q, *kv.unbind(2))
+                out = softmax_attention(q, *kv.unbind(2))
             else:
-                out = favor_attention_kv(q, kv, features, scope=self.scope, backend=self.backend)
+                out = favor_attention_kv(
+                    q, kv, features, scope=self.scope, eps=self.eps, backend=self.backend
+                )
             return self.to_out(out.flatten(2))
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.dim_head))
         if features is not None:
@@ -112,31 +117,25 @@ class SelfAttention(nn.Module):
                 qkv,
                 features,
                 scope=self.scope,
+                eps=self.eps,
                 backend=self.backend,
                 cu_seqlens=None if cells is None else cells.cu_seqlens,
                 max_seqlen=None if cells is None else cells.longest,
             )
         elif cells is None:
-            out = _softmax_attention(*qkv.unbind(2))
+            out = softmax_attention(*qkv.unbind(2))
         else:
-            parts = (cell[None].unbind(2) for cell in qkv.split(cells.lengths))
-            out = torch.cat([_softmax_attention(*part)[0] for part in parts])
+            out = softmax_attention_packed(qkv, cells.lengths)
         return self.to_out(out.flatten(-2))
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return exact attention (B, P, H, K) of queries (B, P, H, K), keys and values (B, N, H, K)."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class PerformerLayer(nn.Module):
     """Attention and feed-forward, each behind a LayerNorm and added to the stream."""
 
-    def __init__(self, dim: int, config: PerformerConfig, *, qkv_bias: bool, scope: Scope) -> None:
+    def __init__(self, dim: int, config: PerformerConfig, model: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, config, qkv_bias=qkv_bias, scope=scope)
+        self.attention = SelfAttention(dim, config, model)
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, dim * config.ff_mult), nn.GELU(), nn.Linear(dim * config.ff_mult, dim)
@@ -201,10 +200,8 @@ class Performer(nn.Module):
         self.config, self.name, self.model = config, name, model
         self.redraw_index = 0
         self.recompute = self.compile_layers = False
-        self.layers = nn.ModuleList(
-            PerformerLayer(dim, config, qkv_bias=model.qkv_bias, scope=model.stabiliser_scope)
-            for _ in range(config.depth)
-        )
+        self.favor = model.attention_of(config) == "favor"
+        self.layers = nn.ModuleList(PerformerLayer(dim, config, model) for _ in range(config.depth))
         self.first_features = first_features
         self._drawn: tuple[int, torch.device, list[Tensor]] | None = None
 
@@ -219,7 +216,7 @@ class Performer(nn.Module):
             positions: (B, P) int64 tokens of rectangular cells whose stream is wanted; None: all.
         """
         for i, layer in enumerate(self.layers):
-            features = self.features(x.device)[i] if self.model.attention == "favor" else None
+            features = self.features(x.device)[i] if self.favor else None
             wanted = positions if i == len(self.layers) - 1 else None
             run = functools.partial(_compiled_layer(), layer) if self.compile_layers else layer
             if self.recompute and torch.is_grad_enabled():

@@ -50,8 +50,17 @@ def layer_features(
     )
 
 
+def favor_stacks(model: ModelConfig) -> list[str]:
+    """Return the names of the stacks whose attention is FAVOR+."""
+    return [
+        name
+        for name in STACKS[model.contextual_encoder]
+        if model.attention_of(getattr(model, name)) == "favor"
+    ]
+
+
 def drawn_features(model: ModelConfig, redraw_index: int) -> dict[str, Tensor]:
-    """Draw the random features of all layers that a model has.
+    """Draw the random features of all layers with FAVOR+ that a model has.
 
     Args:
         model: The `model` section.
@@ -64,6 +73,6 @@ def drawn_features(model: ModelConfig, redraw_index: int) -> dict[str, Tensor]:
         f"{name}.{layer}": layer_features(
             getattr(model, name), model, name=name, layer=layer, redraw_index=redraw_index
         )
-        for name in STACKS[model.contextual_encoder]
+        for name in favor_stacks(model)
         for layer in range(getattr(model, name).depth)
     }

@@ -102,7 +102,8 @@ class ScLong(nn.Module):
 
     def _performer(self, name: str, dim: int, features: Mapping[str, Tensor] | None) -> Performer:
         sizes: PerformerConfig = getattr(self.config, name)
-        first = None if features is None else stack_features(features, name, sizes)
+        favor = self.config.attention_of(sizes) == "favor"
+        first = stack_features(features, name, sizes) if features is not None and favor else None
         return Performer(dim, sizes, self.config, name=name, first_features=first)
 
     def forward(

@@ -247,7 +247,7 @@ def _layer_flops(
     """Return (forward, backward) FLOPs of a layer with keys of n tokens and all else of `rows`."""
     inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
     linear = 2 * n * 2 * inner * width + 2 * rows * (2 * inner * width + 2 * wide * width)
-    if model.attention == "softmax":
+    if model.attention_of(stack) == "softmax":
         dot = 2 * n * rows * inner
         return linear + 2 * dot, 2 * linear + 5 * dot
     row = 2 * rows * stack.heads * stack.features()
@@ -316,7 +316,7 @@ def activation_bytes(
 def _layer_bytes(model: ModelConfig, stack: PerformerConfig, width: int, e: int) -> int:
     """Return what one token of one layer keeps without recompute, bytes."""
     inner = stack.heads * stack.dim_head
-    row_sums = 4 * stack.heads if model.attention == "softmax" else 0
+    row_sums = 4 * stack.heads if model.attention_of(stack) == "softmax" else 0
     return e * (4 * width + 4 * inner + 2 * stack.ff_mult * width) + 16 + row_sums
 
 
@@ -326,7 +326,8 @@ def _joined_width(model: ModelConfig, name: str, stack: PerformerConfig) -> int:
     With `model.routing: expressed` the decoder's cells are packed only with `model.zero_genes`.
     """
     packed = model.routing == "expressed" and (name != "decoder" or model.zero_genes is not None)
-    return stack.heads * stack.dim_head if packed and model.attention == "softmax" else 0
+    joined = packed and model.attention_of(stack) == "softmax"
+    return stack.heads * stack.dim_head if joined else 0
 
 
 def _favor_block_bytes(stack: PerformerConfig, tokens: int) -> int:
@@ -378,7 +379,8 @@ def peak_activation_bytes(
         others = stored - kept["head"] - own
         feed_forward = e * tokens * (4 * width + 4 * inner + joined + 3 * wide)
         attention = e * tokens * (3 * width + 7 * inner + joined)
-        one_block = _favor_block_bytes(stack, tokens) if model.attention == "favor" else 0
+        favor = model.attention_of(stack) == "favor"
+        one_block = _favor_block_bytes(stack, tokens) if favor else 0
         peak = max(
             peak,
             micro_batch * (others + feed_forward),

@@ -188,9 +188,9 @@ def _batch_constants(model: ModelConfig, setup: Setup, e: int) -> int:
     if setup.n_edges:
         # The matrix and its transpose: a column and a weight per edge, an end per row.
         adjacency = 2 * (8 * setup.n_edges + 4 * (setup.n_genes + model.pad_token + 1))
-    if model.attention == "favor":
-        sizes = [sizes for sizes, _, _ in stacks(model, setup.n_genes).values()]
-        features = sum(4 * s.depth * s.features() * s.dim_head for s in sizes)
+    for s, _, _ in stacks(model, setup.n_genes).values():
+        if model.attention_of(s) == "favor":
+            features += 4 * s.depth * s.features() * s.dim_head
     return size * (e * (2 * model.gene_encoder_layers - 1) + 2 * 4) + adjacency + features
 
 

@@ -78,6 +78,7 @@ def reference_config(state: Mapping[str, Tensor], *, top_seq_len: int) -> ModelC
         gene_bias=False,
         cell_offset="none",
         attention="favor",
+        favor_eps=1e-4,
         random_features="orthogonal_qr",
         random_features_file=None,
         stabiliser_scope="sample",
@@ -295,6 +296,7 @@ def _stack(state: Mapping[str, Any], name: str) -> PerformerConfig:
         dim_head=dim_head,
         nb_features=features,
         ff_mult=wide // width,
+        attention=None,
     )
 
 

@@ -216,8 +216,8 @@ class _GeneSums:
         """
         model = self._run.model
         layer: SelfAttention = model.decoder.layers[-1].attention  # type: ignore[assignment]
-        favor = model.config.attention == "favor"
-        features = model.decoder.features(qkv.device)[-1] if favor else None
+        decoder = model.decoder
+        features = decoder.features(qkv.device)[-1] if decoder.favor else None
         shares = []
         for cell, places in self._cells(qkv, x, unmeasured):
             # A cell at a time: all of a batch in float32 would be gigabytes.

@@ -160,11 +160,14 @@ def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:
     Raises:
         ValueError: The backend that was asked for cannot run here.
     """
-    if config.model.attention == "softmax":
+    stacks = model.performers()
+    exact = [name.replace("_", " ") for name, stack in stacks.items() if not stack.favor]
+    if len(exact) == len(stacks):
         return "exact softmax"
+    beside = f"; exact softmax in {' and '.join(exact)}" if exact else ""
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     obstacles = set()
-    for performer in model.performers().values():
+    for performer in (stack for stack in stacks.values() if stack.favor):
         q = torch.empty(1, 1, 1, performer.config.dim_head, dtype=dtype, device=ranks.device)
         features = performer.features(ranks.device)[0]
         obstacles.add(triton_obstacle(q, features, config.model.stabiliser_scope))
@@ -173,5 +176,5 @@ def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:
     if backend == "triton" and reasons:
         raise ValueError(f"engine.attention_backend=triton: {reasons}; set it to auto or torch")
     if backend != "torch" and not reasons:
-        return "FAVOR+, Triton kernels"
-    return f"FAVOR+, plain torch ({reasons or 'as set'})"
+        return f"FAVOR+, Triton kernels{beside}"
+    return f"FAVOR+, plain torch ({reasons or 'as set'}){beside}"

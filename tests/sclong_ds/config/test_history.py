@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kernels.reference import EPS
 from sclong_ds.config import history
 from sclong_ds.config.load import load_config, preset_names
 from sclong_ds.config.sections import RunConfig
@@ -77,6 +78,9 @@ def test_a_configuration_of_version_1_opens_with_the_old_meaning_of_later_keys(
     wanted = {k: v for keys in history.LATER_KEYS.values() for k, v in flat(keys).items()}
     assert opened == flat(tree) | {k: v for k, v in wanted.items() if k in opened}
     assert opened["data.unmeasured"] == "zero"
+    assert opened["model.favor_eps"] == EPS
+    model = load_config(path).model
+    assert {model.attention_of(model.large_encoder), model.attention_of(model.decoder)} == {"favor"}
 
 
 def test_what_a_file_says_stays(tmp_path: Path) -> None:

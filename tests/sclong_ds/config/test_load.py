@@ -115,6 +115,33 @@ def test_contradictions_are_refused():
         load_config("sclong_tiny", ["engine.train_micro_batch_size_per_gpu=3"])
 
 
+def test_each_stack_has_its_own_attention_or_that_of_the_model():
+    for model, stack, wanted in (
+        ("favor", "null", "favor"), ("favor", "softmax", "softmax"),
+        ("softmax", "null", "softmax"), ("softmax", "favor", "favor"),
+    ):  # fmt: skip
+        keys = [f"model.attention={model}", f"model.large_encoder.attention={stack}"]
+        found = load_config("sclong_tiny", keys).model
+        assert found.attention_of(found.large_encoder) == wanted
+        assert found.attention_of(found.decoder) == model
+    keys = ["model.attention=softmax", "model.decoder.attention=favor"]
+    assert load_config("sclong_tiny", [*keys, "model.random_features_file=f"])
+    with pytest.raises(ValueError, match=r"decoder\.attention: got 'flash'.*favor, softmax"):
+        load_config("sclong_tiny", ["model.decoder.attention=flash"])
+    for eps in ("0", "1e-13", "2", "-1e-4"):
+        with pytest.raises(ValueError, match=r"model\.favor_eps: got .*, allowed: 1e-12 to 1"):
+            load_config("sclong_tiny", [f"model.favor_eps={eps}"])
+
+
+def test_a_stack_given_whole_may_lack_the_keys_that_came_later():
+    """Commands of earlier versions stay valid."""
+    sizes = "{depth: 3, heads: 2, dim_head: 8, nb_features: null, ff_mult: 2}"
+    found = load_config("sclong_tiny", [f"model.decoder={sizes}"]).model.decoder
+    assert (found.depth, found.attention) == (3, None)
+    with pytest.raises(ValueError, match=r"missing model\.decoder\.nb_features"):
+        load_config("sclong_tiny", ["model.decoder={depth: 3, heads: 2, dim_head: 8}"])
+
+
 def test_file_mistakes_are_named(tmp_path):
     tree = to_dict(load_config("sclong_tiny"))
     missing = tmp_path / "missing.yaml"

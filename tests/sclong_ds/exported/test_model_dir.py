@@ -122,6 +122,25 @@ def test_without_features_they_are_drawn(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(drawn[name], found) for name, found in features_of(loaded).items())
 
 
+def test_features_are_kept_of_the_stacks_that_have_them(folder: Path, tmp_path: Path) -> None:
+    """One stack is exact: its features are in no file, and the model is the same."""
+    model = load_model(folder)
+    exact = dataclasses.replace(model.config.large_encoder, attention="softmax")
+    config = dataclasses.replace(model.config, large_encoder=exact)
+    drawn = drawn_features(config, 1)
+    assert sorted(drawn) == ["decoder.0", "mini_encoder.0"]
+    write_model_dir(tmp_path / "out", **arguments(folder, model=config, features=drawn))
+    loaded = load_model(tmp_path / "out")
+    assert loaded.config.large_encoder.attention == "softmax"
+    x = torch.rand(2, N_GENES)
+    changed = ScLong(config, n_genes=N_GENES, graph=None).eval()
+    changed.load_state_dict(model.state_dict())
+    changed.redraw_features(1)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(x), changed.encode(x))
+        assert not torch.allclose(loaded.encode(x), model.encode(x))
+
+
 def wrong_weights(state: dict[str, torch.Tensor]) -> dict[str, tuple[dict, str]]:
     bias = state["norm.bias"]
     return {

@@ -7,6 +7,7 @@ import torch
 from small_model import cells, small_model
 
 from kernels.reference import EPS, favor_attention_oracle, random_features
+from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.model.attention_use import (
     LAYER_FIGURES,
     attention_figures,
@@ -23,11 +24,12 @@ def made(n: int = 50, heads: int = 2, width: int = 8) -> tuple[torch.Tensor, ...
     return q, k, v, random_features(16, width, generator=generator)
 
 
+@pytest.mark.parametrize("eps", [EPS, 1e-2])
 @pytest.mark.parametrize("scope", ["sample", "head"])
-def test_weights_are_those_of_the_computed_attention(scope: str) -> None:
+def test_weights_are_those_of_the_computed_attention(scope: str, eps: float) -> None:
     q, k, v, features = made()
-    found = favor_weights(q, k, features, per_head=scope == "head")
-    wanted = favor_attention_oracle(q[None], k[None], v[None], features, scope=scope)[0]
+    found = favor_weights(q, k, features, per_head=scope == "head", eps=eps)
+    wanted = favor_attention_oracle(q[None], k[None], v[None], features, scope=scope, eps=eps)[0]
     got = torch.einsum("hpn,nhk->phk", found.weights, v)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(2, 50))
@@ -75,11 +77,16 @@ def test_queries_are_spread_over_all() -> None:
     assert (spread(1000)[0], spread(1000)[-1], len(spread(1000))) == (0, 999, 32)
 
 
+EXACT = PerformerConfig(
+    depth=2, heads=2, dim_head=8, nb_features=None, ff_mult=2, attention="softmax"
+)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {}, {"routing": "expressed"}, {"zero_genes": 8}, {"contextual_encoder": "mini"},
-        {"attention": "softmax"}, {"pad_token": True},
+        {"attention": "softmax"}, {"pad_token": True}, {"large_encoder": EXACT, "zero_genes": 8},
     ],
     ids=str,
 )  # fmt: skip
@@ -111,7 +118,9 @@ def test_figures_of_a_model(changes: dict) -> None:
             found["attention/mse"], rel=1e-7
         )
         for layer in range(2):
-            for figure in LAYER_FIGURES[softmax:]:
+            exact = softmax or changes.get(stack) is EXACT
+            assert (f"attention/{stack}.{layer}/eps_share" in found) == (not exact)
+            for figure in LAYER_FIGURES[exact:]:
                 assert found[f"attention/{stack}.{layer}/{figure}"] > 0
             assert found[f"attention/{stack}.{layer}/effective_keys"] <= 1 + 1e-5
     # Nothing is left behind: hooks are gone.

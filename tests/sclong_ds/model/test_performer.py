@@ -14,8 +14,10 @@ from sclong_ds.training.build import set_options
 PRECISION = [(torch.float32, 2e-6), (torch.float64, 1e-12)]
 
 
-def decoder(depth):
-    return PerformerConfig(depth=depth, heads=2, dim_head=8, nb_features=None, ff_mult=2)
+def decoder(depth, attention=None):
+    return PerformerConfig(
+        depth=depth, heads=2, dim_head=8, nb_features=None, ff_mult=2, attention=attention
+    )
 
 
 def chosen(x):
@@ -33,6 +35,12 @@ CHANGES = {
     "pad token, bias per gene": {"pad_token": True, "gene_bias": True},
     "bias of the projections": {"qkv_bias": True, "head": "linear"},
     "softmax": {"attention": "softmax"},
+    "softmax in the decoder, packed": {
+        "decoder": decoder(2, "softmax"),
+        "routing": "expressed",
+        "zero_genes": 9,
+    },
+    "another eps": {"favor_eps": 1e-7},
     "mini only, maximum per head": {"contextual_encoder": "mini", "stabiliser_scope": "head"},
     "packed": {"routing": "expressed"},
 }
@@ -74,11 +82,11 @@ def test_the_end_of_the_model_runs_on_the_chosen_genes_alone():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Return a model with compiled layers; its graphs are made once for this module."""
+    """Return a model with compiled layers of both kinds; its graphs are made once."""
     model = small_model(
         gene_bias=True,
         large_encoder=dataclasses.replace(decoder(2), heads=3),
-        mini_encoder=decoder(1),
+        mini_encoder=decoder(1, "softmax"),
         routing="expressed",
     ).train()
     for performer in model.performers().values():

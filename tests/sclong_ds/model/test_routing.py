@@ -68,11 +68,15 @@ def test_every_token_has_one_place(values, top):
         assert packed.longest >= max(packed.lengths)
 
 
+EXACT = PerformerConfig(
+    depth=2, heads=2, dim_head=8, nb_features=None, ff_mult=2, attention="softmax"
+)
 CHANGES = {
     "plain": {},
     "pad token": {"pad_token": True, "gene_bias": True},
     "large only": {"contextual_encoder": "large"},
     "softmax": {"attention": "softmax"},
+    "softmax in the large encoder": {"large_encoder": EXACT},
     "maximum per head": {"stabiliser_scope": "head"},
 }
 
@@ -155,10 +159,12 @@ def test_wrong_lengths_are_refused():
             model(x, mask, lengths=wrong)
 
 
+@pytest.mark.parametrize("changes", [{}, {"large_encoder": EXACT}], ids=["favor", "softmax"])
 @pytest.mark.parametrize("routing", ["top", "expressed"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_nothing_waits_for_the_device(routing, recompute):
-    model = small_model(routing=routing, mask_vector_max_norm=1.0, gene_bias=True).train()
+def test_nothing_waits_for_the_device(routing, recompute, changes):
+    settings = {"routing": routing, "mask_vector_max_norm": 1.0, "gene_bias": True}
+    model = small_model(**settings, **changes).train()
     for performer in model.performers().values():
         performer.recompute = recompute
     x, mask = mixed_cells()
@@ -175,8 +181,11 @@ def test_nothing_waits_for_the_device(routing, recompute):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("routing", ["top", "expressed"])
 def test_a_gpu_is_not_waited_for(routing):
-    stack = PerformerConfig(depth=2, heads=2, dim_head=16, nb_features=None, ff_mult=2)
+    sizes = {"depth": 2, "heads": 2, "dim_head": 16, "nb_features": None, "ff_mult": 2}
+    stack = PerformerConfig(**sizes, attention=None)
     stacks = dict.fromkeys(("large_encoder", "mini_encoder", "decoder"), stack)
+    if routing == "expressed":
+        stacks["large_encoder"] = PerformerConfig(**sizes, attention="softmax")
     model = small_model(routing=routing, gene_bias=True, **stacks).bfloat16().cuda().train()
     for performer in model.performers().values():
         for layer in performer.layers:

@@ -194,9 +194,31 @@ ABLATIONS = {
     "large only": {"contextual_encoder": "large"},
     "mini only": {"contextual_encoder": "mini"},
     "softmax attention": {"attention": "softmax"},
+    "another eps": {"favor_eps": 0.1},
     "Gaussian features": {"random_features": "gaussian"},
     "features as QR leaves them": {"random_features": "orthogonal_qr"},
 }
+
+
+def test_a_stack_with_its_own_attention_computes_that_one():
+    """The others compute what they do in a model without; eps is that of the configuration."""
+    plain = small_model()
+    exact = dataclasses.replace(plain.config.large_encoder, attention="softmax")
+    mixed, softmax = small_model(large_encoder=exact), small_model(attention="softmax")
+    other_eps = small_model(favor_eps=1e-7)
+    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mixed.large_encoder(x), softmax.large_encoder(x))
+    assert not torch.allclose(mixed.large_encoder(x), plain.large_encoder(x))
+    x = x[..., :16]
+    for name in ("mini_encoder", "decoder"):
+        stacks = [model.performers()[name] for model in (mixed, plain, softmax, other_eps)]
+        found, wanted, exact_one, eps_one = (stack(x) for stack in stacks)
+        assert torch.equal(found, wanted)
+        assert not torch.allclose(found, exact_one)
+        assert 1e-6 < (eps_one - wanted).norm() / wanted.norm() < 1e-1
+    back = dataclasses.replace(plain.config.decoder, attention="favor")
+    decoder = small_model(attention="softmax", decoder=back).decoder
+    assert torch.equal(decoder(x), plain.decoder(x))
 
 
 @pytest.mark.parametrize("changes", ABLATIONS.values(), ids=ABLATIONS)

@@ -26,9 +26,14 @@ from sclong_ds.planning.costs import (
 GENES = 27_874
 
 
-def stack(depth, heads, dim_head, nb_features, ff_mult):
+def stack(depth, heads, dim_head, nb_features, ff_mult, attention=None):
     return PerformerConfig(
-        depth=depth, heads=heads, dim_head=dim_head, nb_features=nb_features, ff_mult=ff_mult
+        depth=depth,
+        heads=heads,
+        dim_head=dim_head,
+        nb_features=nb_features,
+        ff_mult=ff_mult,
+        attention=attention,
     )
 
 
@@ -87,6 +92,8 @@ VARIANTS = [
         "gene_encoder": "none",
         "mask_vector_max_norm": 1.0,
     },
+    {"large_encoder": stack(3, 3, 8, 13, 4, "softmax")},
+    {"attention": "softmax", "mini_encoder": stack(2, 2, 4, 5, 3, "favor")},
     {"stabiliser_scope": "head", "decoder": stack(2, 1, 4, None, 4)},
 ]
 
@@ -164,6 +171,7 @@ def test_flops_equal_those_torch_counts(changes):
     [
         {},
         {"attention": "softmax", "decoder": stack(2, 2, 6, 7, 2)},
+        {"large_encoder": stack(3, 3, 8, 13, 4, "softmax")},
         {"qkv_bias": True, "contextual_encoder": "mini", "head": "linear"},
         {"zero_genes": 9},
         {"zero_genes": 9, "attention": "softmax", "decoder": stack(2, 2, 6, 7, 2)},
@@ -277,6 +285,7 @@ def test_kept_activations_equal_what_autograd_saves(changes, recompute):
         {"zero_genes": 9},
         {"zero_genes": 60},
         {"zero_genes": 9, "attention": "softmax"},
+        {"zero_genes": 9, "large_encoder": stack(3, 3, 8, 13, 4, "softmax")},
         {"zero_genes": 9, "contextual_encoder": "large"},
         {"zero_genes": 9, "contextual_encoder": "mini"},
     ],

@@ -179,6 +179,24 @@ def test_exact_attention_is_quadratic_in_the_genes():
     assert saved[1] < saved[0]  # no random features
 
 
+def test_exact_attention_of_the_large_encoder_alone():
+    """Less work than FAVOR+ where few genes are read, more where many are; others unchanged."""
+    favor = load_config("sclong_1b", ["model.routing=expressed"]).model
+    large = replace(favor.large_encoder, attention="softmax")
+    exact = replace(favor, large_encoder=large)
+    for n_expressed, less in ((200, True), (1_500, False), (4_000, False)):
+        work = [flops_per_cell(m, 27_874, n_expressed=n_expressed) for m in (favor, exact)]
+        assert (work[1]["large_encoder"] < work[0]["large_encoder"]) == less, n_expressed
+        assert work[0]["decoder"] == work[1]["decoder"]
+    plans = [
+        plan_of("sclong_1b", "model.routing=expressed", f"model.large_encoder.attention={kind}")
+        for kind in ("favor", "softmax")
+    ]
+    saved = [p["memory"]["parts_bytes"]["batch_constants"] for p in plans]
+    sizes = favor.large_encoder
+    assert saved[0] - saved[1] == 4 * sizes.depth * sizes.features() * sizes.dim_head
+
+
 def test_says_when_it_does_not_fit():
     plan = plan_of("sclong_1b", "engine.activation_checkpointing=false", device="rtx4090")
     assert plan["memory"]["fits"] is False

@@ -161,9 +161,10 @@ def test_attention_is_that_of_all_genes_and_embedding_that_of_the_expressed() ->
     config = SimpleNamespace(model=SimpleNamespace(base_dim=5, decoder=sizes, zero_genes=None))
     torch.manual_seed(0)
     features = torch.randn(12, width)
-    layer = SimpleNamespace(attention=SimpleNamespace(heads=heads, dim_head=width, scope="sample"))
-    decoder = SimpleNamespace(layers=[layer], features=lambda device: [features])
-    model = SimpleNamespace(decoder=decoder, config=SimpleNamespace(attention="favor"))
+    attention = SimpleNamespace(heads=heads, dim_head=width, scope="sample", eps=1e-4)
+    layers = [SimpleNamespace(attention=attention)]
+    decoder = SimpleNamespace(layers=layers, favor=True, features=lambda device: [features])
+    model = SimpleNamespace(decoder=decoder)
     run: Any = SimpleNamespace(
         config=config, model=model, ranks=SimpleNamespace(device=torch.device("cpu"))
     )
