@@ -20,6 +20,7 @@ from data_prep.convert.limits import DEFAULT_MINUTES, MOST_DEFAULT_GIB
 from data_prep.ledger.ledger import count_statuses
 from data_prep.ledger.table import format_table
 from data_prep.manifest.manifest import COLUMNS, read_manifest
+from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.staging.settings import GENES_SHARE, MIN_GENES, Settings
 from sclong_ds.command_line import local_path, positive, share, whole
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -95,6 +96,13 @@ def _add_thresholds(parser: argparse.ArgumentParser) -> None:
             flag, type=whole(1), default=value, metavar="N", help=f"{text} (default: {value})"
         )
     parser.add_argument(
+        "--where",
+        type=_where,
+        default="",
+        metavar="CONDITIONS",
+        help=f"of every dataset: {WHERE_HELP}",
+    )
+    parser.add_argument(
         "--max-counts", type=whole(1), metavar="N", help="drop cells with more (default: no limit)"
     )
     parser.add_argument(
@@ -131,6 +139,10 @@ def run(args: argparse.Namespace) -> int:
     if args.max_counts is not None and args.max_counts < args.min_counts:
         usage_error(f"--max-counts {args.max_counts} is below --min-counts {args.min_counts}")
     datasets = read_manifest(args.manifest)
+    if args.where:
+        datasets = tuple(
+            d if d.where else dataclasses.replace(d, where=args.where) for d in datasets
+        )
     # A folder that was begun with another list, say an earlier version's, keeps it.
     begun = args.out / "genes.tsv"
     known = args.genes is None and begun.is_file()
@@ -162,3 +174,11 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def _where(text: str) -> str:
+    try:
+        parse_where(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

@@ -179,13 +179,14 @@ def _settle_settings(corpus: Path, settings: Settings, genes: GeneVocabulary) ->
     found = read_json(path, cure="use another --out folder")
     if not isinstance(found, dict):
         raise ValueError(f"{path}: damaged (no settings); use another --out folder")
-    older = found.get("staging_version") == 1
+    before = found.get("staging_version")
+    older = type(before) is int and 0 < before < STAGING_VERSION
     if older:
         # Settings that came later had their defaults.
         default = dataclasses.asdict(Settings(genes_hash=settings.genes_hash))
-        current = {"staging_version": STAGING_VERSION, "genes_sha256": genes.table_sha256}
-        found = default | found | current
-        if found["min_genes"] == 1:
+        default["genes_sha256"] = genes.table_sha256
+        found = default | found | {"staging_version": STAGING_VERSION}
+        if before == 1 and found["min_genes"] == 1:
             # The default of that version, which kept every cell with counts.
             found["min_genes"] = settings.min_genes
     different = [

@@ -21,6 +21,7 @@ from data_prep.counts.option import COUNTS_HELP, parse_counts
 from data_prep.genes.species import is_species
 from data_prep.genes.spelling import ID_TYPES
 from data_prep.ledger.ledger import is_safe_id
+from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.source.source import FORMATS
 
 COLUMNS: Mapping[str, str] = {
@@ -41,6 +42,7 @@ COLUMNS: Mapping[str, str] = {
     "genome": "genome to keep of a 10x file with several: auto (default) or its name",
     "min_genes": "drop cells with fewer genes of the vocabulary (default: that of --min-genes)",
     "min_counts": "drop cells with fewer counts on them (default: that of --min-counts)",
+    "where": WHERE_HELP,
     "n_cells": "number of cells, for the reader; ignored",
     "url": "address that the file was fetched from; kept with the dataset",
     "version": "of the dataset, as its publisher names it; kept with the dataset",
@@ -83,6 +85,7 @@ class Dataset:
     genome: str = "auto"
     min_genes: int | None = None
     min_counts: int | None = None
+    where: str = ""
     n_cells: str = ""
     url: str = ""
     version: str = ""
@@ -293,6 +296,7 @@ def _problems(rows: _Rows) -> list[str]:
             problems.append(f"{where}: format '{format}', allowed: auto, {', '.join(FORMATS)}")
         try:
             parse_counts(row.get("counts") or "auto")
+            parse_where(row.get("where", ""))
         except ValueError as error:
             problems.append(f"{where}: {error}")
         if (id_type := row.get("id_type") or "auto") not in ID_TYPES:

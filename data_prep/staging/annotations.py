@@ -28,8 +28,17 @@ USUAL_OBS_COLUMNS = (
     "disease",
     "sex",
     "development_stage",
+    "suspension_type",
+    "is_primary_data",
+    "assay_ontology_term_id",
+    "cell_type_ontology_term_id",
+    "tissue_ontology_term_id",
+    "disease_ontology_term_id",
+    "sex_ontology_term_id",
+    "development_stage_ontology_term_id",
 )
-"""Cell annotations kept where the manifest names none."""
+"""Cell annotations kept where the manifest names none: the usual ones, and CELLxGENE's with the
+terms of their ontologies."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 

@@ -24,6 +24,7 @@ from data_prep.manifest.manifest import Dataset
 from data_prep.readers.open import open_source
 from data_prep.source.source import UnusableError
 from data_prep.staging.annotations import annotation_table, read_annotations
+from data_prep.staging.chosen_cells import primary_warning, unwanted_cells
 from data_prep.staging.forget import part_folder
 from data_prep.staging.outcome import Outcome
 from data_prep.staging.quality import CellLimits, default_min_genes
@@ -122,6 +123,7 @@ def _write(
     )
     entry["format"] = source.format
     entry["n_cells_input"] = len(source.barcodes)
+    unwanted = unwanted_cells(source.obs, dataset.where)
     annotations, columns, unread = read_annotations(source.obs, dataset)
     entry["notes"] = {**source.notes, **unread}
     opened = harmonize(
@@ -136,7 +138,7 @@ def _write(
     )
     staged = part / "staged"
     limits = cell_limits(dataset, settings, n_mapped=opened.gene_map.n_mapped)
-    outcome = Outcome.begin(opened, limits)
+    outcome = Outcome.begin(opened, limits, unwanted)
     written = _write_cells(outcome, staged / "cells.zarr", entry, settings, resolver.genes)
     kept = outcome.kept
     obs, entry["texts_repaired"] = annotation_table(
@@ -186,6 +188,7 @@ def _write_cells(
             writer.append(chosen, source={"source_row": source_row})
             written.add(chosen, source_row)
         outcome.fill(entry)
+        entry["warnings"] += primary_warning(entry["dropped_cells"], entry["n_cells_input"])
         outcome.check(entry, min_counts_kept=settings.min_counts_kept)
     entry["n_cells"] = int(outcome.kept.sum())
     return written

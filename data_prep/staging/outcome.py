@@ -7,9 +7,10 @@ kept all the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,8 @@ class Outcome:
     """(n_input,) counts of each gene of the file."""
     kept: npt.NDArray[np.bool_]
     """(cells,) which were kept."""
+    unwanted: Mapping[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    """By reason, (cells,) True for cells that nobody wants, whatever they count."""
     n_empty: int = 0
     """Columns with fewer counts than a droplet without a cell has."""
     largest_residual: float = 0.0
@@ -65,16 +68,22 @@ class Outcome:
     largest_distance: float = 0.0
 
     @classmethod
-    def begin(cls, opened: HarmonizedSource, limits: CellLimits) -> Outcome:
+    def begin(
+        cls,
+        opened: HarmonizedSource,
+        limits: CellLimits,
+        unwanted: Mapping[str, npt.NDArray[np.bool_]] = MappingProxyType({}),
+    ) -> Outcome:
         """Return the outcome before the first block.
 
         Args:
             opened: The dataset.
             limits: Thresholds of its cells.
+            unwanted: By reason, (cells,) True for cells to leave out whatever they count.
         """
         n_cells, n_genes = opened.matrix.shape
         totals, kept = np.zeros(n_genes, dtype=np.int64), np.zeros(n_cells, dtype=bool)
-        return cls(opened=opened, limits=limits, totals=totals, kept=kept)
+        return cls(opened=opened, limits=limits, totals=totals, kept=kept, unwanted=unwanted)
 
     def read(
         self, entry: LedgerEntry, genes: GeneVocabulary
@@ -99,7 +108,9 @@ class Outcome:
         first = 0
         for block in self.opened.proven_blocks():
             cells = gene_map.apply(block.counts)
-            passed = _passing(block, cells, mitochondrial, entry, self.limits)
+            here = slice(first, first + cells.shape[0])
+            unwanted = {reason: mask[here] for reason, mask in self.unwanted.items()}
+            passed = _passing(block, cells, mitochondrial, entry, self.limits, unwanted)
             self._add(block, cells, passed, first=first)
             yield first, cells, passed
             first += block.counts.shape[0]
@@ -277,9 +288,10 @@ def _passing(
     mitochondrial: np.ndarray,
     entry: LedgerEntry,
     limits: CellLimits,
+    unwanted: Mapping[str, np.ndarray],
 ) -> np.ndarray:
     """Return (cells,) which pass; the others are counted by the first reason that holds."""
-    reasons = {UNPROVEN: ~block.proven} | failing_cells(cells, limits)
+    reasons = {**unwanted, UNPROVEN: ~block.proven} | failing_cells(cells, limits)
     if limits.max_mito_fraction is not None:
         share = mitochondrial_share(block.counts, mitochondrial)
         reasons["above max_mito_fraction"] = share > limits.max_mito_fraction

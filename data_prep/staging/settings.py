@@ -10,7 +10,7 @@ from typing import Literal
 
 from data_prep.genes.cover import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 
-STAGING_VERSION = 2
+STAGING_VERSION = 3
 """Raised when the same input would be staged differently, so that old staging is not taken over."""
 MIN_GENES = 200
 """The field's usual threshold (Seurat and scanpy tutorials: min_features, min_genes)."""

@@ -39,6 +39,7 @@ from data_prep.verify.drawn_cells import draw_cells, draw_dropped
 from data_prep.verify.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx
 from data_prep.verify.plain_proof import is_proven, restored
 from data_prep.verify.plain_text import plain_matrix_market, plain_npz, plain_table
+from data_prep.verify.plain_where import failed_where, where_columns
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import read_json
 
@@ -249,7 +250,13 @@ def _compare(
     problems += _differences(corpus, drawn.cells, rows, found)
     problems += _annotations(corpus, drawn.cells, rows, source, dataset, entry)
     mitochondrial = _mitochondrial(source, kept, target, resolver)
+    reasons = entry["dropped_cells"]
+    for row in rows:
+        if reason := failed_where(reasons, source.annotations[row]):
+            problems.append(f"row {row} of the source is there, though it is {reason}")
     for row in drawn.dropped.tolist():
+        if failed_where(reasons, source.annotations[row]):
+            continue
         # Convert drops cells that it cannot restore, and counts them.
         unproven = entry["dropped_cells"].get(UNPROVEN) and dataset.counts.startswith(_INVERT)
         if unproven and not is_proven(source.stored[matrices[0]][row], entry["restored"] or ""):
@@ -270,7 +277,8 @@ def _read(
 ) -> PlainSource:
     """Read the cells of a source in the slow way of its format."""
     path, kind = dataset.path, entry["format"]
-    columns = list(_columns(dataset, entry).values())
+    columns = [*_columns(dataset, entry).values(), *where_columns(entry["dropped_cells"])]
+    columns = list(dict.fromkeys(columns))
     if kind in ("h5ad", "zarr"):
         return plain_anndata(path, rows=rows, matrices=matrices, columns=columns)
     if kind == "10x_h5":

@@ -1,0 +1,44 @@
+"""Which cells convert left out for their annotations, found out a second time from the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+_FRONT = "not where "
+_SAME = {"true": "1", "false": "0"}
+
+
+def where_columns(reasons: Iterable[str]) -> list[str]:
+    """Return the annotations that the reasons of the ledger's `dropped_cells` speak of.
+
+    Args:
+        reasons: All reasons of one dataset.
+    """
+    return [_split(reason)[0] for reason in reasons if reason.startswith(_FRONT)]
+
+
+def failed_where(reasons: Iterable[str], annotations: Mapping[str, str]) -> str:
+    """Return the first of the reasons that a cell gives by its annotations; empty for none.
+
+    Args:
+        reasons: All reasons of one dataset.
+        annotations: Of one cell, by column of the file.
+    """
+    for reason in reasons:
+        if reason.startswith(_FRONT):
+            column, differs, values = _split(reason)
+            if _is_one_of(annotations[column], values) == differs:
+                return reason
+    return ""
+
+
+def _split(reason: str) -> tuple[str, bool, list[str]]:
+    column, _, values = reason.removeprefix(_FRONT).partition("=")
+    return column.rstrip("!"), column.endswith("!"), values.split("|")
+
+
+def _is_one_of(value: str, values: list[str]) -> bool:
+    low = value.lower()
+    return value in values or any(
+        v.lower() in _SAME and low in (v.lower(), _SAME[v.lower()]) for v in values
+    )
