@@ -6,6 +6,9 @@ import dataclasses
 import math
 from typing import Literal
 
+POISSON_COUNTS = 64
+"""Largest count whose chance `model.cell_offset: poisson` computes."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PerformerConfig:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_MOST_COUNTS = 64
+from sclong_ds.config.sections import POISSON_COUNTS
+
 _LARGE_RATE = 40.0
 
 
@@ -104,7 +105,7 @@ def expected_value(log_level: Tensor, one: Tensor) -> Tensor:
     log_rate = log_level - one.clamp(min=1e-6).log()
     up = log_level.sigmoid()
     large = nn.functional.softplus(log_level) - 0.5 * one * up * (1 - up)
-    k = torch.arange(1, _MOST_COUNTS + 1, dtype=log_level.dtype, device=log_level.device)
+    k = torch.arange(1, POISSON_COUNTS + 1, dtype=log_level.dtype, device=log_level.device)
     few = log_rate.clamp(max=math.log(_LARGE_RATE))[..., None]
     chance = (k * few - torch.lgamma(k + 1)).softmax(-1)
     small = (chance * torch.log1p(k * one[..., None])).sum(-1)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 
-from sclong_ds.config.sections import ModelConfig, PerformerConfig
+from sclong_ds.config.sections import POISSON_COUNTS, ModelConfig, PerformerConfig
 
 
 def top_genes(model: ModelConfig, n_expressed: int | None = None) -> int:
@@ -262,12 +262,14 @@ def activation_bytes(
     element_bytes: int,
     recompute: bool,
     n_expressed: int | None = None,
+    n_wanted: int | None = None,
 ) -> dict[str, int]:
     """Return what autograd keeps of one cell from forward to backward, by part.
 
     Per token of a Performer layer: inputs of both norms (W each), of the linear layers (W, I, W, F)
     and of GELU (F), q, k and v (3 I), and two fp32 statistics per norm; softmax attention also
-    keeps the logarithm of each row's sum (H, fp32). With recompute the layer's input alone (W).
+    keeps the logarithm of each row's sum (H, fp32). With recompute the layer's input alone (W). The
+    last decoder layer counts as if all its tokens were wanted, an upper bound.
 
     Args:
         model: The `model` section.
@@ -275,23 +277,24 @@ def activation_bytes(
         element_bytes: 2 for bf16, 4 for fp32.
         recompute: Whether activation checkpointing is on.
         n_expressed: Expected number of expressed genes of a cell.
+        n_wanted: Predicted genes P; None: all.
 
     Returns:
-        Bytes per cell when all genes are predicted; the split between cells is exact in fp32 for
-        micro-batches above 1.
+        Bytes per cell; the split between cells is exact in fp32 for micro-batches above 1.
     """
-    e, g, c, top = element_bytes, n_genes, model.base_dim, top_genes(model, n_expressed)
-    all_tokens, stats = n_genes + model.pad_token, 8
+    e, c, top = element_bytes, model.base_dim, top_genes(model, n_expressed)
+    all_tokens, stats, wanted = n_genes + model.pad_token, 8, n_genes
+    if n_wanted is not None:
+        wanted = n_wanted
     n, some = read_tokens(model, n_genes, n_expressed), model.zero_genes is not None
     given = n if some else all_tokens
     parts = {
         # The values and the mask as the model reads them; the error and its weights.
-        "batch_and_loss": (4 + 1) * given + (4 + 1) * g + (2 * n if e == 2 else 0),
+        "batch_and_loss": (4 + 1) * given + (4 + 1) * wanted + (2 * n if e == 2 else 0),
         "expression_encoder": n * (model.expression_hidden * e + c * e + stats),
         "norm": n * (c * e + stats),
-        # The offset: which values are visible, and their number.
-        "head": g * c * e * (3 if model.head == "mlp" else 1)
-        + (g + 8 if model.cell_offset == "visible" else 0),
+        "head": wanted * c * e * (3 if model.head == "mlp" else 1)
+        + _offset_bytes(model, n_genes, wanted),
     }
     packed = model.routing == "expressed"
     if model.contextual_encoder != "mini":
@@ -306,11 +309,23 @@ def activation_bytes(
             layer += _joined_width(model, name, stack) * e
         parts[name] = stack.depth * tokens * layer
     if some:
-        parts["read_genes"] = 8 * (n + g)  # the gene of each token, the token of each gene
+        parts["read_genes"] = 8 * (n + wanted)  # each token's gene, the token of a wanted gene
     if model.contextual_encoder == "dual" and not packed:
         # The first input of the mini encoder is a view of the ordered cells, kept whole.
         parts["order"] += top * c * e
     return parts
+
+
+def _offset_bytes(model: ModelConfig, n_genes: int, wanted: int) -> int:
+    """Return what `model.cell_offset` keeps of a cell, bytes, in fp32 at least."""
+    if model.cell_offset == "visible":
+        return n_genes + 8  # which values are visible, and their number
+    if model.cell_offset == "poisson":
+        counts = 4 * POISSON_COUNTS
+        # The chance of each count, and what else the expected value needs; of the cell the values
+        # of counts, and half a count's.
+        return wanted * (counts + 5 * 4 + 1) + counts + 4
+    return 0
 
 
 def _layer_bytes(model: ModelConfig, stack: PerformerConfig, width: int, e: int) -> int:
@@ -345,6 +360,7 @@ def peak_activation_bytes(
     element_bytes: int,
     recompute: bool,
     n_expressed: int | None = None,
+    n_wanted: int | None = None,
 ) -> int:
     """Predict the peak of activations and working memory in one pass with the plain torch kernels.
 
@@ -359,17 +375,22 @@ def peak_activation_bytes(
         element_bytes: 2 for bf16, 4 for fp32.
         recompute: Whether activation checkpointing is on.
         n_expressed: Expected number of expressed genes of a cell.
-
-    Returns:
-        Bytes when all genes are predicted, an upper bound for fewer.
+        n_wanted: Predicted genes P; None: all.
     """
     e = element_bytes
     kept = activation_bytes(
-        model, n_genes, element_bytes=e, recompute=recompute, n_expressed=n_expressed
+        model,
+        n_genes,
+        element_bytes=e,
+        recompute=recompute,
+        n_expressed=n_expressed,
+        n_wanted=n_wanted,
     )
     stored = sum(kept.values())
     # The gradients of the predictions and of what they are made from: all else is still kept.
-    peak = micro_batch * (stored + n_genes * (4 + model.base_dim * e))
+    wanted = n_genes if n_wanted is None else n_wanted
+    counts = 2 * 4 * POISSON_COUNTS if model.cell_offset == "poisson" else 0
+    peak = micro_batch * (stored + wanted * (4 + model.base_dim * e + counts))
     for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
         inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
         # Freed before: the head. Counted again: what this layer itself keeps, except its input.

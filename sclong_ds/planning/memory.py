@@ -70,6 +70,8 @@ class Setup:
     n_edges: int
     n_expressed: int | None = None
     """Expected number of expressed genes of a cell (`model.routing: expressed`)."""
+    n_wanted: int | None = None
+    """Predicted genes of a cell; None: all."""
 
 
 def zero_settings(ds_config: Mapping[str, Any]) -> Zero:
@@ -155,6 +157,7 @@ def memory_per_rank(
             element_bytes=e,
             recompute=recompute,
             n_expressed=setup.n_expressed,
+            n_wanted=setup.n_wanted,
         ),
         # One group's gradients in fp32, flattened, and in stage 1 those in the model's precision.
         optimizer_step=0 if to_host else (6 if zero.stage == 1 and e == 2 else 4) * group,

@@ -97,7 +97,11 @@ def make_plan(
         )
     device = find_device(site.device, ranks_per_node=site.gpus_per_node)
     setup = Setup(
-        site.nodes * site.gpus_per_node, site.device == "cpu", genes, work.n_edges, work.n_expressed
+        site.nodes * site.gpus_per_node,
+        site.device == "cpu",
+        genes,
+        work.n_edges,
+        **_cell(config, work),
     )
     zero = zero_settings(ds_config)
     parameters = _with_total(parameter_counts(model, genes))
@@ -152,6 +156,7 @@ def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) ->
             element_bytes=e,
             recompute=recompute,
             n_expressed=setup.n_expressed,
+            n_wanted=setup.n_wanted,
         )
         cells = engine.train_batch_size // setup.world_size
         return {

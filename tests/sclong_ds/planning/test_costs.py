@@ -241,7 +241,7 @@ def test_graph_edges_add_one_sparse_product_each_way():
         }
 
 
-def kept_bytes(net, cells, n_genes, n_expressed=None):
+def kept_bytes(net, cells, n_genes, n_expressed=None, n_wanted=None):
     """Return the bytes of all storages that autograd keeps, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept = {}
@@ -253,8 +253,13 @@ def kept_bytes(net, cells, n_genes, n_expressed=None):
         return tensor
 
     x, mask = inputs(cells, n_genes, n_expressed)
+    positions = None
+    if n_wanted is not None:
+        positions = torch.arange(n_wanted).repeat(cells, 1)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = net(x, mask)
+        y = net(x, mask, positions=positions)
+        mask = mask if positions is None else mask[:, :n_wanted].clone()
+        x = x if positions is None else x.gather(1, positions)
         loss = ((y - x).square() * torch.ones_like(mask)).sum()
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
@@ -282,6 +287,8 @@ def test_kept_activations_equal_what_autograd_saves(changes, recompute):
         {"attention": "softmax"},
         {"contextual_encoder": "large"},
         {"cell_offset": "visible", "gene_bias": True},
+        {"cell_offset": "poisson", "gene_bias": True},
+        {"cell_offset": "poisson", "gene_bias": True, "zero_genes": 9},
         {"zero_genes": 9},
         {"zero_genes": 60},
         {"zero_genes": 9, "attention": "softmax"},
@@ -299,6 +306,19 @@ def test_kept_activations_of_packed_cells(changes, recompute):
     per_cell = (kept_bytes(net, 6, 37, 7) - kept_bytes(net, 2, 37, 7)) / 4
     parts = activation_bytes(model, 37, element_bytes=4, recompute=recompute, n_expressed=7)
     assert 0 <= per_cell - sum(parts.values()) <= 12
+
+
+@pytest.mark.parametrize("n_wanted", [3, 20])
+@pytest.mark.parametrize("offset", ["none", "poisson"])
+def test_kept_activations_of_some_predictions(offset, n_wanted):
+    """All except the ends of the cells, the positions and the genes' bias there."""
+    model = small(routing="expressed", zero_genes=9, gene_bias=True, cell_offset=offset)
+    net = built(model, 37)
+    per_cell = (kept_bytes(net, 6, 37, 7, n_wanted) - kept_bytes(net, 2, 37, 7, n_wanted)) / 4
+    parts = activation_bytes(
+        model, 37, element_bytes=4, recompute=False, n_expressed=7, n_wanted=n_wanted
+    )
+    assert 0 <= per_cell - sum(parts.values()) <= 12 + 16 * n_wanted
 
 
 class PeakBytes(TorchDispatchMode):
@@ -341,6 +361,8 @@ class PeakBytes(TorchDispatchMode):
         {"routing": "expressed", "zero_genes": 60},
         {"routing": "expressed", "zero_genes": 60, "attention": "softmax"},
         {"routing": "expressed", "zero_genes": 60, "contextual_encoder": "mini"},
+        {"cell_offset": "poisson", "gene_bias": True},
+        {"cell_offset": "poisson", "gene_bias": True, "routing": "expressed", "zero_genes": 60},
     ],
 )
 def test_predicted_peak_is_near_the_counted_one(changes, cells, recompute):
