@@ -83,7 +83,7 @@ def train(
 ) -> tuple[int, ScLong]:
     """Train for some CPU-seconds; return the visits and the model."""
     torch.manual_seed(config.run.seed)
-    model = make_model(config, corpus)
+    model = make_model(config.model, corpus)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.optim.lr,
@@ -142,7 +142,11 @@ def masked_cells(
     """Return cells with their targets."""
     cells = corpus.packed_rows(rows)
     prepared = prepare(
-        CellBatch(cells, rows, epochs, np.zeros_like(rows)), config=config, n_genes=corpus.n_genes
+        CellBatch(cells, rows, epochs, np.zeros_like(rows)),
+        objective=config.objective,
+        model=config.model,
+        seed=config.run.seed,
+        n_genes=corpus.n_genes,
     )
     masked = masked_batch(
         cells,
@@ -178,7 +182,7 @@ def hidden_mse(config: RunConfig, corpus: Corpus, model: ScLong, n_cells: int) -
 
 def print_step(name: str, config: RunConfig, corpus: Corpus, micro: int) -> None:
     """Print the CPU-seconds of a micro-batch and the shares of its operators."""
-    model = make_model(config, corpus)
+    model = make_model(config.model, corpus)
     masked, prepared = next(batches(config, corpus, micro, micro))[0]
     loss(model, masked, prepared).backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

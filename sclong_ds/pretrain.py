@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             level=logging.INFO if rank == 0 else logging.WARNING,
             format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True,
         )  # fmt: skip
-        with starting_of(config, run_dir, stop) as starting:
-            ranks = join(config, starting)
+        with starting_of(run_dir, stop, timeout_s=config.engine.timeout_s) as starting:
+            ranks = join(starting, timeout_s=config.engine.timeout_s)
             status = train_as_rank(config, ranks, stop, starting, dry_run=args.dry_run)
         dist.destroy_process_group()
         return status
@@ -137,8 +137,8 @@ def train(config: RunConfig) -> Path:
     try:
         # The group stays: DeepSpeed cannot join a second one in the same process.
         # Not entered: a hang or Ctrl-C of a start must not end the caller's process.
-        starting = starting_of(config, None, stop)
-        ranks = join(config, starting)
+        starting = starting_of(None, stop, timeout_s=config.engine.timeout_s)
+        ranks = join(starting, timeout_s=config.engine.timeout_s)
         status = train_as_rank(config, ranks, stop, starting, dry_run=False)
     finally:
         stop.release()
@@ -151,19 +151,18 @@ def train(config: RunConfig) -> Path:
     return run_dir
 
 
-def starting_of(config: RunConfig, run_dir: Path | None, stop: StopRequest) -> Starting:
+def starting_of(run_dir: Path | None, stop: StopRequest, *, timeout_s: int) -> Starting:
     """Return the watch over this rank's start."""
     return Starting(
         run_dir, stop, rank=int(os.environ.get("RANK", "0")), node=node_name(),
-        timeout_s=config.engine.timeout_s,
+        timeout_s=timeout_s,
     )  # fmt: skip
 
 
-def join(config: RunConfig, starting: Starting) -> Ranks:
+def join(starting: Starting, *, timeout_s: int) -> Ranks:
     """Join the ranks of the run."""
     quiet_deepspeed()
-    timeout_s = 2 * PATIENCE * config.engine.timeout_s
-    return join_process_group(timeout_s=timeout_s, watch=starting)
+    return join_process_group(timeout_s=2 * PATIENCE * timeout_s, watch=starting)
 
 
 def train_as_rank(
@@ -261,8 +260,10 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
     """Do one optimizer step; returns its figures, or None when asked to stop before its end."""
     config, engine, step = run.config, run.engine, run.state.step + 1
     timer = StepTimer(run.ranks.device)
-    lr = set_hyper_parameters(engine, config, run.state.step - run.guard.skipped)
-    run.model.redraw_features(redraw_index(config, run.state.step))
+    lr = set_hyper_parameters(
+        engine, config.optim, run.state.step - run.guard.skipped, max_steps=config.run.max_steps
+    )
+    run.model.redraw_features(redraw_index(config.model, run.state.step))
     # The loss is the mean over the targets of the global batch, whatever the number of ranks,
     # micro-batches and targets of a cell. DeepSpeed averages over ranks and micro-batches; the
     # weight undoes that.
@@ -433,7 +434,12 @@ def open_loader(run: Run) -> CellLoader:
         prefetch_batches=data.prefetch_batches,
         on_damage=data.on_damage,
         finish=partial(
-            prepare, config=run.config, n_genes=run.corpus.n_genes, measured=run.measured
+            prepare,
+            objective=run.config.objective,
+            model=run.config.model,
+            seed=run.config.run.seed,
+            n_genes=run.corpus.n_genes,
+            measured=run.measured,
         ),
     )
 

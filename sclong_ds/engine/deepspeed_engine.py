@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
-from sclong_ds.config.sections import OptimConfig, RunConfig
+from sclong_ds.config.sections import OptimConfig
 from sclong_ds.engine.extensions import Waits, load_extension
 from sclong_ds.engine.schedule import learning_rate
 
@@ -154,7 +154,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     return [{"params": p, "weight_decay": decay[name], "name": name} for name, p in groups.items()]
 
 
-def set_hyper_parameters(engine: Engine, config: RunConfig, step: int) -> float:
+def set_hyper_parameters(engine: Engine, optim: OptimConfig, step: int, *, max_steps: int) -> float:
     """Set the step's learning rate and each group's decay; returns the learning rate.
 
     Both are set before every step, so that neither depends on what a checkpoint's optimizer state
@@ -162,13 +162,14 @@ def set_hyper_parameters(engine: Engine, config: RunConfig, step: int) -> float:
 
     Args:
         engine: The DeepSpeed engine.
-        config: The run's configuration.
+        optim: The `optim` section.
         step: Number of steps applied before this one.
+        max_steps: Steps of the run.
     """
-    lr = learning_rate(config.optim.in_steps(config.run.max_steps), step)
+    lr = learning_rate(optim.in_steps(max_steps), step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-        group["weight_decay"] = config.optim.weight_decay if group["name"] == "decay" else 0.0
+        group["weight_decay"] = optim.weight_decay if group["name"] == "decay" else 0.0
     return lr
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sclong_ds.config.sections import OptimConfig, RunConfig
+from sclong_ds.config.sections import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -54,16 +54,16 @@ def _place_in_cycle(optim: OptimConfig, step: int) -> tuple[int, int, int]:
     return step, length, cycle
 
 
-def unfinished_schedule(config: RunConfig) -> str | None:
+def unfinished_schedule(config: OptimConfig, *, max_steps: int) -> str | None:
     """Return what to warn of where a run ends before its schedule does, or None.
 
     That is in a warm-up, or at more than half of the peak rate; a constant rate is meant to be.
 
     Args:
-        config: The run's configuration.
+        config: The `optim` section.
+        max_steps: Steps of the run.
     """
-    steps = config.run.max_steps
-    optim = config.optim.in_steps(steps)
+    steps, optim = max_steps, config.in_steps(max_steps)
     warmup, decay = _lengths(optim)
     last, restarts = steps - 1, optim.schedule == "warm_restarts"
     place = _place_in_cycle(optim, last)[0] if restarts else last
@@ -74,7 +74,7 @@ def unfinished_schedule(config: RunConfig) -> str | None:
             f"the schedule such as optim.warmup_steps=0.05"
         )
     share = learning_rate(optim, last) / optim.lr
-    ends = config.optim.decay_steps is None or (decay <= steps and not restarts)
+    ends = config.decay_steps is None or (decay <= steps and not restarts)
     if ends or optim.schedule == "constant" or share <= 0.5:
         return None
     return (

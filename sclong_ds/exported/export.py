@@ -27,7 +27,7 @@ from sclong_ds.checkpoint.on_disk import (
 )
 from sclong_ds.checkpoint.state import read_state
 from sclong_ds.config.load import load_config
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import DataConfig, ModelConfig
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
 from sclong_ds.exported.training_cells import training_cells_of
@@ -108,7 +108,11 @@ def _export(checkpoint: Path, out: Path, *, with_cells: bool) -> dict[str, Any]:
         "exported_by": {"commit": git_commit(), "environment": environment()},
     }
     training_cells = (
-        training_cells_of(config, corpus_hash=state.corpus_hash) if with_cells else None
+        training_cells_of(
+            config.data, init_from=config.run.init_from, corpus_hash=state.corpus_hash
+        )
+        if with_cells
+        else None
     )
     if training_cells is not None:
         provenance["training_cells"] = training_cells.facts()
@@ -118,32 +122,31 @@ def _export(checkpoint: Path, out: Path, *, with_cells: bool) -> dict[str, Any]:
             out,
             weights=weights,
             model=config.model,
-            transform=transform_of(config),
+            transform=transform_of(config.data),
             genes=checkpoint / "genes.tsv",
             graph=graph if graph.is_file() else None,
-            features=features_of(checkpoint, config, state.step),
+            features=features_of(checkpoint, config.model, state.step),
             provenance=provenance,
             training_cells=training_cells,
         )
     return provenance
 
 
-def features_of(checkpoint: Path, config: RunConfig, step: int) -> dict[str, Tensor] | None:
+def features_of(checkpoint: Path, model: ModelConfig, step: int) -> dict[str, Tensor] | None:
     """Return the random features (M, K) by `stack.layer` that belong to a checkpoint's weights.
 
     They are drawn here and not where the model is used: another processor may round differently.
     """
-    if not favor_stacks(config.model):
+    if not favor_stacks(model):
         return None
-    redraws = redraw_index(config, step)
+    redraws = redraw_index(model, step)
     if redraws == 0 and (checkpoint / FEATURES).is_file():
         return read_features(checkpoint / FEATURES)
-    return drawn_features(config.model, redraws)
+    return drawn_features(model, redraws)
 
 
-def transform_of(config: RunConfig) -> Transform:
+def transform_of(data: DataConfig) -> Transform:
     """Return the value transform of a run."""
-    data = config.data
     return Transform(name="log1p_total", target_sum=data.target_sum, unmeasured=data.unmeasured)
 
 

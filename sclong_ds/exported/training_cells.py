@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.byte_code import digest_cells, encode
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.exported.manifest import CURE
@@ -110,33 +110,36 @@ def read_training_cells(folder: Path) -> TrainingCells | None:
     )
 
 
-def training_cells_of(config: RunConfig, *, corpus_hash: str) -> TrainingCells | None:
+def training_cells_of(
+    data: DataConfig, *, init_from: str | None, corpus_hash: str
+) -> TrainingCells | None:
     """Return the cells that a run trains on, and those of the model it started from.
 
     All cells of the training split count, whether the run was long enough to visit them or not;
     datasets of weight 0 do not. Reads every cell of the split.
 
     Args:
-        config: The run's configuration.
+        data: The `data` section of the run.
+        init_from: `run.init_from`.
         corpus_hash: Content hash of the corpus it trained on.
 
     Returns:
         None where the corpus is not there, or is another one by now; the log tells why.
     """
-    if config.data.corpus is None:
+    if data.corpus is None:
         return None
     try:
-        corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
+        corpus = Corpus(data.corpus, cache_dir=data.cache_dir)
         if corpus.hash != corpus_hash:
-            raise ValueError(f"{config.data.corpus} is another corpus by now")
-        digests, datasets = _of_corpus(corpus, config)
+            raise ValueError(f"{data.corpus} is another corpus by now")
+        digests, datasets = _of_corpus(corpus, data)
     except (OSError, ValueError) as error:
         # Weights must not be lost for want of their corpus.
         _log.warning("%s (%s)", _UNKNOWN, error)
         return None
     complete = True
-    if config.run.init_from is not None:
-        earlier = read_training_cells(Path(config.run.init_from))
+    if init_from is not None:
+        earlier = read_training_cells(Path(init_from))
         complete = earlier is not None and earlier.complete
         if earlier is not None:
             digests = np.union1d(digests, earlier.digests)
@@ -150,10 +153,10 @@ _UNKNOWN = (
 )
 
 
-def _of_corpus(corpus: Corpus, config: RunConfig) -> tuple[NDArray[np.uint64], list[str]]:
+def _of_corpus(corpus: Corpus, data: DataConfig) -> tuple[NDArray[np.uint64], list[str]]:
     """Return the digests, ascending, and the dataset ids of the cells that a run visits."""
     n_cells = np.array([dataset.split_cells.get("train", 0) for dataset in corpus.datasets])
-    weights = weights_of(config.data, corpus)
+    weights = weights_of(data, corpus)
     visited = n_cells > 0
     if weights is not None:
         visited &= np.asarray(weights) > 0

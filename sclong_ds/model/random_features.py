@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference import random_features
-from sclong_ds.config.sections import ModelConfig, PerformerConfig, RunConfig
+from sclong_ds.config.sections import ModelConfig, PerformerConfig
 
 STACKS = {
     "dual": ("large_encoder", "mini_encoder", "decoder"),
@@ -22,9 +22,9 @@ STACKS = {
 """Performer stacks by `model.contextual_encoder`."""
 
 
-def redraw_index(config: RunConfig, step: int) -> int:
+def redraw_index(model: ModelConfig, step: int) -> int:
     """Return which draw of the random features belongs to the state after a number of steps."""
-    interval = config.model.feature_redraw_interval
+    interval = model.feature_redraw_interval
     return step // interval if interval else 0
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.config.sections import ObjectiveConfig, RunConfig
+from sclong_ds.config.sections import ModelConfig, ObjectiveConfig
 from sclong_ds.corpus.byte_code import decode
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.objective.measured import MeasuredGenes
@@ -162,13 +162,21 @@ class Prepared:
 
 
 def prepare(
-    batch: CellBatch, *, config: RunConfig, n_genes: int, measured: MeasuredGenes | None = None
+    batch: CellBatch,
+    *,
+    objective: ObjectiveConfig,
+    model: ModelConfig,
+    seed: int,
+    n_genes: int,
+    measured: MeasuredGenes | None = None,
 ) -> Prepared:
     """Draw the targets of a micro-batch and count the genes of its cells.
 
     Args:
         batch: Packed cells; damaged ones have no values and therefore no targets.
-        config: The run's configuration.
+        objective: The `objective` section.
+        model: The `model` section.
+        seed: `run.seed`.
         n_genes: Genes of the corpus.
         measured: Of all cells of the corpus, with data.unmeasured=mask; None reads the genes that a
             dataset does not measure as zeros.
@@ -187,15 +195,15 @@ def prepare(
         cell_ids=batch.cell_ids,
         epochs=batch.epochs,
         passes=batch.passes,
-        objective=config.objective,
-        seed=config.run.seed,
+        objective=objective,
+        seed=seed,
         n_genes=n_genes,
         unmeasured=unmeasured,
     )
     lengths = None
-    if config.model.routing == "expressed":
+    if model.routing == "expressed":
         candidates = np.diff(counts.indptr) + hidden_zeros(counts.indptr, counts.indices, targets)
-        lengths = np.minimum(candidates, config.model.top_seq_len).tolist()
+        lengths = np.minimum(candidates, model.top_seq_len).tolist()
     return Prepared(targets, unmeasured, lengths)
 
 

@@ -19,11 +19,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sclong_ds.config.load import load_config
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+)
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.engine.ds_config import resolve_ds_config
+from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 from sclong_ds.objective.targets import target_count
 from sclong_ds.planning.arguments import SCLONG_CELLS
 from sclong_ds.planning.costs import (
@@ -105,7 +112,7 @@ def make_plan(
     )
     zero = zero_settings(ds_config)
     parameters = _with_total(parameter_counts(model, genes))
-    recomputes, cell = config.engine.activation_checkpointing, _cell(config, work)
+    recomputes, cell = config.engine.activation_checkpointing, _cell(config.objective, work)
     flops = {
         "forward": _with_total(flops_per_cell(model, genes, work.n_edges, **cell)),
         "backward": _with_total(backward_flops_per_cell(model, genes, work.n_edges, **cell)),
@@ -121,15 +128,15 @@ def make_plan(
         "parameters": parameters,
         "flops_per_cell": flops,
         "batch": {key: ds_config[key] for key in batch},
-        "memory": _memory_plan(config, zero, setup, device),
+        "memory": _memory_plan(model, config.engine, zero, setup, device),
         "time": _time_plan(config, device, site, work),
         "checkpoint": _checkpoint_plan(config, zero, parameters["total"], setup.world_size),
     }
 
 
-def _cell(config: RunConfig, work: Workload) -> dict[str, int]:
+def _cell(objective: ObjectiveConfig, work: Workload) -> dict[str, int]:
     """Return expressed and predicted genes of an average cell."""
-    wanted = target_count(work.n_expressed, config.objective)
+    wanted = target_count(work.n_expressed, objective)
     return {"n_expressed": work.n_expressed, "n_wanted": wanted}
 
 
@@ -137,9 +144,10 @@ def _with_total(parts: dict[str, int]) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
-def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) -> dict[str, Any]:
+def _memory_plan(
+    model: ModelConfig, engine: EngineConfig, zero: Zero, setup: Setup, device: Device
+) -> dict[str, Any]:
     """Predict memory as configured, and in all stages, offloaded, recomputed or not."""
-    engine, model = config.engine, config.model
     e = 2 if engine.precision == "bf16" else 4
     micro, usable = engine.train_micro_batch_size_per_gpu, device.usable_bytes()
 
@@ -192,13 +200,10 @@ def _memory_plan(config: RunConfig, zero: Zero, setup: Setup, device: Device) ->
 
 def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) -> dict[str, Any]:
     """Predict rates and times at the stated utilisation."""
-    # late, as in `run`
-    from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
-
     engine, cells = config.engine, work.cells
     micro = engine.train_micro_batch_size_per_gpu
     flops = training_flops_per_cell(
-        config.model, work.n_genes, work.n_edges, micro_batch=micro, **_cell(config, work)
+        config.model, work.n_genes, work.n_edges, micro_batch=micro, **_cell(config.objective, work)
     )
     per_rank = device.flops_per_s(engine.precision) * site.mfu / flops
     all_ranks = per_rank * site.nodes * site.gpus_per_node
@@ -218,7 +223,7 @@ def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) ->
         "run_hours": run_cells / all_ranks / 3600,
         "run_gpu_hours": run_cells / per_rank / 3600,
         "last_learning_rate_share": last_rate / config.optim.lr,
-        "unfinished_schedule": unfinished_schedule(config),
+        "unfinished_schedule": unfinished_schedule(config.optim, max_steps=steps),
         # Every rank reads and decompresses the cells of all, and decodes its own.
         "read_cells_per_s_per_rank": all_ranks,
         "decoded_cells_per_s_per_rank": per_rank,
@@ -373,7 +378,7 @@ def run(args: argparse.Namespace) -> int:
         nodes=args.nodes, gpus_per_node=args.gpus_per_node, device=args.device, mfu=args.mfu
     )
     find_device(site.device, ranks_per_node=site.gpus_per_node)
-    work = _workload(config, args.cells)
+    work = _workload(config.data, config.model.gene_graph, args.cells)
     # DeepSpeed, imported for keys that no shipped JSON has, prints which accelerator it found.
     with contextlib.redirect_stdout(sys.stderr):
         ds_config = resolve_ds_config(config.engine, world_size=site.nodes * site.gpus_per_node)
@@ -382,12 +387,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _workload(config: RunConfig, cells: int | None) -> Workload:
+def _workload(data: DataConfig, graph: str | None, cells: int | None) -> Workload:
     """Count genes, edges and training cells of the files that the configuration names."""
-    data = config.data
     corpus = Corpus(data.corpus, cache_dir=data.cache_dir) if data.corpus else None
     genes = corpus.genes if corpus else GeneVocabulary.bundled()
-    graph = config.model.gene_graph
     n_edges = len(read_gene_graph(graph, genes_hash=genes.hash)[1]) if graph else 0
     known = len(corpus.splits["train"]) if corpus else SCLONG_CELLS
     expressed = round(corpus.cells.n_values / len(corpus)) if corpus else SCLONG_EXPRESSED

@@ -59,13 +59,13 @@ def describe(
         experiment=settings.experiment,
         run_name=name,
         params=_flatten(to_dict(config)) | _flatten(further),
-        tags={**settings.tags, **tags, **_own_tags(config, run, run_dir)},
+        tags={**settings.tags, **tags, **_own_tags(settings.parent_run, run, run_dir)},
         note=_note(run, run_dir),
         dataset=dataset,
     )
 
 
-def _own_tags(config: RunConfig, run: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
+def _own_tags(parent_run: str | None, run: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     """Return the tags that say which run it is, and one for every start but the first."""
     tags = {
         "run_id": run["run_id"],
@@ -83,7 +83,7 @@ def _own_tags(config: RunConfig, run: Mapping[str, Any], run_dir: Path) -> dict[
     user = os.environ.get("USER") or os.environ.get("LOGNAME")
     optional = {
         "mlflow.user": user,
-        "mlflow.parentRunId": config.tracking.parent_run,
+        "mlflow.parentRunId": parent_run,
         "slurm_job_id": run.get("slurm_job_id"),
     }
     return tags | {k: v for k, v in optional.items() if v}

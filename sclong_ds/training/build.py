@@ -16,7 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
-from sclong_ds.config.sections import ModelConfig, RunConfig
+from sclong_ds.config.sections import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+)
 from sclong_ds.corpus.corpus import Corpus, GeneStats
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.engine.deepspeed_engine import (
@@ -67,13 +73,13 @@ def build(
     starting.phase("tracking", "MLflow")
     on_first_rank(lambda: check_tracking(config, Path(str(config.run.dir))))
     starting.phase("corpus", f"the corpus at {config.data.corpus}")
-    run_dir, corpus = Path(config.run.dir), open_corpus(config)
+    run_dir, corpus = Path(config.run.dir), open_corpus(config.data)
     starting.phase("model", "the model and its optimizer, or another rank that makes them")
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
     model = build_partitioned(
-        lambda: make_model(config, corpus), seed=config.run.seed, ds_config=ds_config
+        lambda: make_model(config.model, corpus), seed=config.run.seed, ds_config=ds_config
     )
-    set_options(model, config, ds_config)
+    set_options(model, config.engine, ds_config)
     weights = initial_weights(config, corpus, run_dir)
     if weights is not None:
         fill_parameters(model, weights)
@@ -107,11 +113,11 @@ def build(
             spike_window=config.run.spike_window,
             max_skipped_in_a_row=config.run.max_skipped_steps,
         ),
-        flops_per_cell=training_flops(config, corpus, model),
-        peak_flops=peak_flops(config, ranks),
+        flops_per_cell=training_flops(corpus, model, config.engine, config.objective),
+        peak_flops=peak_flops(config.engine, ranks),
         gradient_norms=GradientNorms(engine, model),
         rank_times=RankTimes(),
-        measured=measured_genes(config, corpus),
+        measured=measured_genes(config.data, corpus),
     )
     if dry_run:
         on_first_rank(lambda: check_run_folder(run_dir, config, state))
@@ -121,73 +127,75 @@ def build(
     return run
 
 
-def open_corpus(config: RunConfig) -> Corpus:
+def open_corpus(data: DataConfig) -> Corpus:
     """Open the corpus.
 
     Raises:
         ValueError: It has no training cells, its statistics are of another transform, or it does
             not say which genes its datasets measure, and `data.unmeasured` asks for it.
     """
-    assert config.data.corpus is not None
-    corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
-    if corpus.gene_stats.target_sum != config.data.target_sum:
+    assert data.corpus is not None
+    corpus = Corpus(data.corpus, cache_dir=data.cache_dir)
+    if corpus.gene_stats.target_sum != data.target_sum:
         raise ValueError(
-            f"data.target_sum: got {config.data.target_sum:g}, "
+            f"data.target_sum: got {data.target_sum:g}, "
             f"the corpus statistics are for {corpus.gene_stats.target_sum:g}"
         )
-    measured_genes(config, corpus)
+    measured_genes(data, corpus)
     if not len(corpus.splits["train"]):
-        raise ValueError(f"data.corpus={config.data.corpus}: its training split has no cells")
+        raise ValueError(f"data.corpus={data.corpus}: its training split has no cells")
     return corpus
 
 
-def measured_genes(config: RunConfig, corpus: Corpus) -> MeasuredGenes | None:
+def measured_genes(data: DataConfig, corpus: Corpus) -> MeasuredGenes | None:
     """Return which genes the cells' datasets measure, or None where `data.unmeasured` ignores it.
 
     Raises:
         ValueError: The corpus does not say.
     """
-    return None if config.data.unmeasured == "zero" else MeasuredGenes.of_corpus(corpus)
+    return None if data.unmeasured == "zero" else MeasuredGenes.of_corpus(corpus)
 
 
-def set_options(model: ScLong, config: RunConfig, ds_config: dict[str, Any]) -> None:
+def set_options(model: ScLong, engine: EngineConfig, ds_config: dict[str, Any]) -> None:
     """Tell the model's layers how to run.
 
     Raises:
         ValueError: Compiled layers under ZeRO-3.
     """
-    if config.engine.compile_layers and ds_config["zero_optimization"]["stage"] == 3:
+    if engine.compile_layers and ds_config["zero_optimization"]["stage"] == 3:
         raise ValueError(
             "engine.compile_layers: ZeRO-3 gathers the weights between the operations of a layer, "
             "which a compiled layer does not show; use engine.ds_config=zero1 or zero2"
         )
     for performer in model.performers().values():
-        performer.recompute = config.engine.activation_checkpointing
-        performer.compile_layers = config.engine.compile_layers
+        performer.recompute = engine.activation_checkpointing
+        performer.compile_layers = engine.compile_layers
         for layer in performer.layers:
             assert isinstance(layer, PerformerLayer)
-            layer.attention.backend = config.engine.attention_backend
+            layer.attention.backend = engine.attention_backend
 
 
-def training_flops(config: RunConfig, corpus: Corpus, model: ScLong) -> float:
+def training_flops(
+    corpus: Corpus, model: ScLong, engine: EngineConfig, objective: ObjectiveConfig
+) -> float:
     """Return the FLOPs of a training step per cell, for a cell of the corpus's mean size."""
     n_expressed = round(corpus.cells.n_values / len(corpus))
     return training_flops_per_cell(
-        config.model,
+        model.config,
         corpus.n_genes,
         model.gene_encoder.n_edges,
-        micro_batch=config.engine.train_micro_batch_size_per_gpu,
+        micro_batch=engine.train_micro_batch_size_per_gpu,
         n_expressed=n_expressed,
-        n_wanted=target_count(n_expressed, config.objective),
+        n_wanted=target_count(n_expressed, objective),
     )
 
 
-def peak_flops(config: RunConfig, ranks: Ranks) -> float | None:
+def peak_flops(engine: EngineConfig, ranks: Ranks) -> float | None:
     """Return the peak of a rank's device in FLOP/s, or None when it is not known."""
     if ranks.device.type == "cpu":
         return None
     device = device_of_name(device_name(ranks.device))
-    return None if device is None else device.flops_per_s(config.engine.precision)
+    return None if device is None else device.flops_per_s(engine.precision)
 
 
 def initial_weights(config: RunConfig, corpus: Corpus, run_dir: Path) -> InitialWeights | None:
@@ -225,12 +233,12 @@ def read_gene_vectors(path: str) -> np.ndarray:
     return vectors
 
 
-def make_model(config: RunConfig, corpus: Corpus) -> ScLong:
+def make_model(model: ModelConfig, corpus: Corpus) -> ScLong:
     """Build the model for a corpus.
 
     Built from its genes, the gene graph, and the data's mean as the first prediction.
     """
-    model, stats = config.model, corpus.gene_stats
+    stats = corpus.gene_stats
     graph = (
         read_gene_graph(model.gene_graph, genes_hash=corpus.genes.hash)
         if model.gene_graph

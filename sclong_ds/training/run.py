@@ -12,7 +12,7 @@ import torch
 from kernels.favor_attention import triton_obstacle
 from sclong_ds.checkpoint.save import Saving
 from sclong_ds.checkpoint.state import TrainState
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.deepspeed_engine import Engine, count_parameters
@@ -130,7 +130,7 @@ def describe(
         e.train_batch_size, e.train_micro_batch_size_per_gpu,
         accumulated, ranks.world_size, stage, e.precision, device_name(ranks.device),
     )  # fmt: skip
-    describe_schedule(config, warns=ranks.rank == 0)
+    describe_schedule(config.optim, max_steps=config.run.max_steps, warns=ranks.rank == 0)
     log.info("attention: %s", attention_path(config, ranks, model))
     if ranks.rank == 0 and e.precision == "bf16" and stage == 1 and accumulated > 1:
         log.warning(
@@ -140,16 +140,15 @@ def describe(
         )
 
 
-def describe_schedule(config: RunConfig, *, warns: bool) -> None:
+def describe_schedule(config: OptimConfig, *, max_steps: int, warns: bool) -> None:
     """Log the learning rate over the run, and whether the run ends before its schedule does."""
-    steps = config.run.max_steps
-    optim = config.optim.in_steps(steps)
+    steps, optim = max_steps, config.in_steps(max_steps)
     last = learning_rate(optim, steps - 1)
     log.info(
         "learning rate: warm-up %d steps, at most %.3g, %.3g (%.0f%%) in the last of %d steps",
         optim.warmup_steps, optim.lr, last, 100 * last / optim.lr, steps,
     )  # fmt: skip
-    warning = unfinished_schedule(config)
+    warning = unfinished_schedule(config, max_steps=max_steps)
     if warns and warning is not None:
         log.warning("%s", warning)
 

@@ -75,7 +75,7 @@ def validate(run: Run) -> bool:
         return True
     started = time.perf_counter()
     run.engine.eval()
-    run.model.redraw_features(redraw_index(run.config, run.state.step))
+    run.model.redraw_features(redraw_index(run.config.model, run.state.step))
     if run.baselines is None:
         run.baselines = _fitted_baselines(run)
     metrics = MaskedMetrics(run.corpus.gene_stats.mean_expressed, run.ranks.device)
@@ -309,7 +309,14 @@ def _read(run: Run, rows: np.ndarray) -> tuple[CellBatch | None, str | None]:
 
 def _masked(run: Run, batch: CellBatch) -> tuple[MaskedBatch, list[int] | None]:
     """Draw the targets of cells and bring both to the device."""
-    prepared = prepare(batch, config=run.config, n_genes=run.corpus.n_genes, measured=run.measured)
+    prepared = prepare(
+        batch,
+        objective=run.config.objective,
+        model=run.config.model,
+        seed=run.config.run.seed,
+        n_genes=run.corpus.n_genes,
+        measured=run.measured,
+    )
     masked = masked_batch(
         batch.packed,
         prepared.targets,

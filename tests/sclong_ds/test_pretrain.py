@@ -277,7 +277,14 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, m
     rows = corpus.split("validation")[:21]
     cells, device = corpus.packed_rows(rows), torch.device("cpu")
     batch = CellBatch(cells, rows, np.full(21, VALIDATION_EPOCH), np.zeros(21, dtype=int))
-    prepared = prepare(batch, config=load_config("sclong_tiny"), n_genes=corpus.n_genes)
+    config = load_config("sclong_tiny")
+    prepared = prepare(
+        batch,
+        objective=config.objective,
+        model=config.model,
+        seed=config.run.seed,
+        n_genes=corpus.n_genes,
+    )
     masked = masked_batch(
         cells, prepared.targets, n_genes=corpus.n_genes, target_sum=1e4, device=device
     )

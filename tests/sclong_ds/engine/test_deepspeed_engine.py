@@ -97,8 +97,8 @@ def test_layers_are_compiled_where_their_weights_are_whole():
     )
     model = small_model()
     with pytest.raises(ValueError, match="zero1 or zero2"):
-        set_options(model, config, resolve(ds_config="zero3", train_batch_size=2))
-    set_options(model, config, resolve(ds_config="zero2", train_batch_size=2))
+        set_options(model, config.engine, resolve(ds_config="zero3", train_batch_size=2))
+    set_options(model, config.engine, resolve(ds_config="zero2", train_batch_size=2))
     assert all(performer.compile_layers for performer in model.performers().values())
 
 

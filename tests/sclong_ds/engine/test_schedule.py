@@ -27,7 +27,7 @@ def test_a_preset_of_its_own_length_has_its_published_schedule(name: str) -> Non
     config = load_config(name)
     optim = config.optim.in_steps(config.run.max_steps)
     assert (optim.warmup_steps, optim.decay_steps) == PUBLISHED[name]
-    assert unfinished_schedule(config) is None
+    assert unfinished_schedule(config.optim, max_steps=config.run.max_steps) is None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 16, 17, 160, 5000])
@@ -35,7 +35,7 @@ def test_a_preset_of_its_own_length_has_its_published_schedule(name: str) -> Non
 def test_the_length_of_the_run_alone_changes_the_schedule(name: str, steps: int) -> None:
     config = load_config(name, [f"run.max_steps={steps}"])
     shares = rates(config)
-    assert unfinished_schedule(config) is None
+    assert unfinished_schedule(config.optim, max_steps=config.run.max_steps) is None
     if steps >= 16:
         warm_up, whole = PUBLISHED[name]
         assert shares[-1] < config.optim.min_lr_ratio + 0.05
@@ -78,7 +78,8 @@ def test_steps_that_are_set_stay() -> None:
 def test_a_run_that_ends_before_its_schedule_is_warned_of(
     overrides: list[str], warning: str | None
 ) -> None:
-    found = unfinished_schedule(load_config("sclong_1b", overrides))
+    config = load_config("sclong_1b", overrides)
+    found = unfinished_schedule(config.optim, max_steps=config.run.max_steps)
     if warning is None:
         assert found is None
     else:

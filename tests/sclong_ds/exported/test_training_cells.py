@@ -33,6 +33,12 @@ def config_of(corpus: Path, **run: str) -> RunConfig:
     )
 
 
+def cells_of(config: RunConfig, *, corpus_hash: str) -> training_cells.TrainingCells | None:
+    return training_cells.training_cells_of(
+        config.data, init_from=config.run.init_from, corpus_hash=corpus_hash
+    )
+
+
 def test_holds_equal_counts_alone_whatever_their_type_and_order() -> None:
     known = of(TEN[:6])
     assert known.hold(TEN).tolist() == [True] * 6 + [False] * 4
@@ -51,7 +57,7 @@ def test_holds_equal_counts_alone_whatever_their_type_and_order() -> None:
 
 def test_a_run_trains_on_the_training_split(small_corpus: Path) -> None:
     corpus = Corpus(small_corpus)
-    known = training_cells.training_cells_of(config_of(small_corpus), corpus_hash=corpus.hash)
+    known = cells_of(config_of(small_corpus), corpus_hash=corpus.hash)
     assert known is not None
     assert (known.datasets, known.complete) == (("immune_a",), True)
     train, validation = (corpus.rows(corpus.split(name)) for name in ("train", "validation"))
@@ -66,7 +72,7 @@ def test_datasets_of_weight_0_are_not_trained_on(small_corpus: Path, tmp_path: P
     weights = np.array([0 if d.dataset_id == "immune_a" else 1 for d in corpus.datasets])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_cells, "weights_of", lambda *_: weights)
-        known = training_cells.training_cells_of(config, corpus_hash=corpus.hash)
+        known = cells_of(config, corpus_hash=corpus.hash)
     assert known is not None
     assert (len(known.digests), known.datasets) == (0, ())
 
@@ -75,16 +81,12 @@ def test_cells_of_the_model_that_training_started_from_count(
     small_corpus: Path, tmp_path: Path
 ) -> None:
     hash_ = Corpus(small_corpus).hash
-    silent = training_cells.training_cells_of(
-        config_of(small_corpus, init_from=str(tmp_path)), corpus_hash=hash_
-    )
+    silent = cells_of(config_of(small_corpus, init_from=str(tmp_path)), corpus_hash=hash_)
     assert silent is not None
     assert not silent.complete
     assert "does not tell its own" in training_cells.share_in_training(silent, 1, 2)
     of(TEN).write(tmp_path)
-    both = training_cells.training_cells_of(
-        config_of(small_corpus, init_from=str(tmp_path)), corpus_hash=hash_
-    )
+    both = cells_of(config_of(small_corpus, init_from=str(tmp_path)), corpus_hash=hash_)
     assert both is not None
     assert (both.datasets, both.complete) == (("immune_a", "made"), True)
     assert len(both.digests) == len(silent.digests) + 10
@@ -95,8 +97,8 @@ def test_without_the_corpus_of_the_run_nothing_is_told(
     small_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert training_cells.training_cells_of(config_of(tmp_path), corpus_hash="x") is None
-        assert training_cells.training_cells_of(config_of(small_corpus), corpus_hash="x") is None
+        assert cells_of(config_of(tmp_path), corpus_hash="x") is None
+        assert cells_of(config_of(small_corpus), corpus_hash="x") is None
     assert "another corpus by now" in caplog.text
     assert caplog.text.count("export where the corpus is") == 2
 

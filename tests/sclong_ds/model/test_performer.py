@@ -124,6 +124,6 @@ def test_compiled_layers_are_refused_where_weights_are_partitioned():
     config = load_config("sclong_tiny", ["engine.compile_layers=true"])
     model = small_model()
     with pytest.raises(ValueError, match="zero1 or zero2"):
-        set_options(model, config, {"zero_optimization": {"stage": 3}})
-    set_options(model, config, {"zero_optimization": {"stage": 2}})
+        set_options(model, config.engine, {"zero_optimization": {"stage": 3}})
+    set_options(model, config.engine, {"zero_optimization": {"stage": 2}})
     assert all(performer.compile_layers for performer in model.performers().values())

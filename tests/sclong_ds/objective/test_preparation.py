@@ -34,7 +34,14 @@ def prepared(
     rows = np.arange(len(counts)) if ids is None else np.asarray(ids)
     cells = encode(sparse.csr_matrix(counts.astype(np.uint32)))
     batch = CellBatch(cells, rows, np.zeros_like(rows), np.zeros_like(rows))
-    return prepare(batch, config=config, n_genes=GENES, measured=measured)
+    return prepare(
+        batch,
+        objective=config.objective,
+        model=config.model,
+        seed=config.run.seed,
+        n_genes=GENES,
+        measured=measured,
+    )
 
 
 cell_counts = st.lists(
