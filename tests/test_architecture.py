@@ -289,6 +289,19 @@ def test_the_parent_of_the_workers_of_convert_needs_no_reader():
     assert done.stdout.split() == []
 
 
+def test_few_functions_take_the_whole_configuration():
+    """A part is handed the section that it reads."""
+    takers = [
+        f"{name}.{node.name}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+        if argument.annotation is not None and "RunConfig" in ast.unparse(argument.annotation)
+    ]
+    assert len(takers) <= 24, takers
+
+
 PLAINER = {
     r"for people": "human-readable",
     r"anew": "again",
