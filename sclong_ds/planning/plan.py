@@ -108,7 +108,7 @@ def make_plan(
         site.device == "cpu",
         genes,
         work.n_edges,
-        **_cell(config, work),
+        **_cell(config.objective, work),
     )
     zero = zero_settings(ds_config)
     parameters = _with_total(parameter_counts(model, genes))
