@@ -17,7 +17,13 @@ from sclong_ds.config.strict_yaml import to_dict, to_yaml
 
 
 def test_presets_are_there_and_complete():
-    assert {"sclong_tiny", "sclong_100m", "sclong_1gpu", "sclong_1b"} <= set(preset_names())
+    assert {
+        "sclong_tiny",
+        "sclong_100m",
+        "sclong_1gpu",
+        "sclong_1b",
+        "sclong_1b_recommended",
+    } <= set(preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -26,6 +32,15 @@ def test_every_preset_loads_and_survives_a_round_trip(name, tmp_path):
     copy = tmp_path / "copy.yaml"
     copy.write_text(to_yaml(config))
     assert load_config(copy) == config
+
+
+def test_the_recommended_1b_is_the_published_one_except_for_what_its_comment_argues():
+    published, recommended = (
+        to_yaml(load_config(name)).splitlines() for name in ("sclong_1b", "sclong_1b_recommended")
+    )
+    changed = {line.split(":")[0].strip() for line in set(recommended) - set(published)}
+    assert changed == {"routing", "zero_genes", "gene_bias", "lr"}
+    assert load_config("sclong_1b_recommended").model.routing == "expressed"
 
 
 def test_overrides_are_typed():

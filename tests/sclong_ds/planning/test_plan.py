@@ -165,6 +165,14 @@ def test_plan_has_the_parts_that_the_model_has():
         assert sizes == sorted(sizes), name
 
 
+def test_the_recommended_1b_is_planned_at_less_than_half_the_published_cost():
+    published, recommended = (plan_of(name) for name in ("sclong_1b", "sclong_1b_recommended"))
+    for way in ("forward", "backward"):
+        costs = [plan["flops_per_cell"][way]["total"] for plan in (recommended, published)]
+        assert costs[0] < 0.5 * costs[1]
+    assert recommended["memory"]["fits"]
+
+
 def test_exact_attention_is_quadratic_in_the_genes():
     favor, softmax = plan_of(), plan_of("sclong_1b", "model.attention=softmax")
     assert favor["parameters"] == softmax["parameters"]
