@@ -11,6 +11,9 @@
 #   sbatch [sbatch options] slurm/pretrain.sh --config PRESET|FILE [key=value ...]
 #   sbatch --nodes=8 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=12 --time=24:00:00 \
 #     slurm/pretrain.sh --config sclong_1b data.corpus=CORPUS model.gene_graph=GRAPH run.dir=RUN
+#   sbatch --array=1-N [sbatch options] slurm/pretrain.sh --sweep FILE --config ... run.dir=SWEEP
+#
+# A sweep trains one run for each line of settings in FILE (sclong_ds/job/sweep.py), in SWEEP/task_N.
 #
 # Submit from the project root, or set SCLONG_HOME to it. Settings of the site: slurm/env.sh.
 # All sbatch options above can be overridden on the command line.
@@ -29,7 +32,7 @@
 #   saved after a signal (75)                         yes
 #   a rank was killed (137: out of memory, ...)       yes, when the run has made a step before
 #   a device, network or disk failed a rank (71)      yes, when the run has made a step before
-#   srun itself failed (69), here or in the check     yes
+#   srun itself failed (69), here or in the check     yes, unless it refuses the step's options
 #   a rank hung and the watchdog ended the run        yes, when the run has made a step before
 #   a node failed                                     yes, Slurm does it by itself (--requeue)
 #   the training reports its own error (1, 2)            no
@@ -39,6 +42,8 @@
 set -euo pipefail
 
 readonly FORWARD_EVERY_S=5 ANSWER_S=180 SRUN_STATUS=69
+# What srun says, in small letters, where the next start of the job may fare better.
+readonly PASSING='contact|communication|connection|timed out|time out|not respond|busy|retrying|temporar|task launch|node fail|zero bytes|invalid job id|complet|expired|revoked'
 
 main() {
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -56,6 +61,11 @@ main() {
   fi
   # shellcheck source-path=SCRIPTDIR source=env.sh
   source "$root/slurm/env.sh"
+  if [[ " $*" =~ " --sweep"[=\ ] ]]; then
+    own=$(sweep_task "$@") || exit 2
+    eval "set -- $own" # quoted for a shell
+    echo "task $SLURM_ARRAY_TASK_ID of the sweep: $own"
+  fi
 
   asked_to_stop=0
   trap 'asked_to_stop=1' USR1 TERM
@@ -85,6 +95,17 @@ restarts() {
   # shellcheck disable=SC2086 # a command with its arguments
   $SCLONG_CONTAINER python -m sclong_ds.job.restarts "${@:1:1}" --max-stalled "$SCLONG_MAX_STALLED" \
     "${@:2}"
+}
+
+# Prints the arguments of this array task's training; checks those of all tasks.
+sweep_task() {
+  if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    echo "error: --sweep FILE needs a job array: sbatch --array=1-N, N lines of settings in the file" >&2
+    return 2
+  fi
+  # shellcheck disable=SC2086 # a command with its arguments
+  $SCLONG_CONTAINER python -m sclong_ds.job.sweep --task "$SLURM_ARRAY_TASK_ID" \
+    --last "$SLURM_ARRAY_TASK_MAX" "$@"
 }
 
 # Sets LOCAL_WORLD_SIZE (ranks per node) and cpus_per_rank from the allocation.
@@ -233,39 +254,67 @@ requeue() {
 }
 
 # Starts a module, one task per rank, in which the last ones get some seconds after the first has
-# ended. kill-on-bad-exit stays off: 75 is not a failure, and the rank that ends first with it must not
-# take the one that still writes along; --wait ends the ranks of a dead run.
-# The signals are ignored until python has installed its handlers: by default they would end the rank.
-# srun must not read what the job asked for per task and GPU, which may be another layout: each task is
-# to see all GPUs of its node. Nor what leaked into the job from one that it was submitted in (salloc, a
-# notebook on a node): how its tasks were bound, distributed and given memory. (--gpu-bind=none is no way to that: Slurm before 21.08 does not know it,
-# and 22.05 then leaves CUDA_VISIBLE_DEVICES unset.)
+# ended. The signals are ignored until python has installed its handlers: by default they would end
+# the rank.
 launch() {
-  local module=$1 straggler_s=$2 gpus="" name
+  local module=$1 straggler_s=$2
   shift 2
-  for name in $(compgen -A export SLURM_); do
-    case $name in
-      SLURM_CPU_BIND* | SLURM_MEM_BIND* | SLURM_MEM_PER_* | SLURM_DISTRIBUTION | SLURM_DIST_* | \
-        SLURM_HINT | SLURM_EXCLUSIVE | SLURM_OVERLAP | SLURM_THREADS_PER_CORE | SLURM_CORE_SPEC | \
-        SLURM_NTASKS_PER_CORE | SLURM_NTASKS_PER_SOCKET | SLURM_NTASKS_PER_NODE | SLURM_RELATIVE | \
-        SLURM_EXPORT_ENV | SLURM_STEP_*) unset "$name" ;;
-    esac
-  done
-  unset SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_GPUS SLURM_GPUS_PER_NODE \
-    SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_TRES_PER_TASK SLURM_TRES_BIND
-  if ((SCLONG_GPUS_ON_NODE)); then gpus="--gres=gpu:$SCLONG_GPUS_ON_NODE"; fi
-  export SLURM_EXIT_ERROR=$SRUN_STATUS
-  # shellcheck disable=SC2016,SC2086 # the variables are those of the tasks; an option or none
-  exec srun --export=ALL --nodes="$nodes" --nodelist="${SCLONG_NODES// /,}" \
-    --ntasks="$((nodes * LOCAL_WORLD_SIZE))" --ntasks-per-node="$LOCAL_WORLD_SIZE" \
-    --cpus-per-task="$cpus_per_rank" $gpus \
-    --kill-on-bad-exit=0 --wait="$straggler_s" \
-    bash -c 'trap "" USR1 TERM
+  # shellcheck disable=SC2016 # the variables are those of the tasks
+  as_step --wait="$straggler_s" bash -c 'trap "" USR1 TERM
       export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
       exec $SCLONG_CONTAINER python -u -m "$0" "$@"' "$module" "$@"
 }
 
-# Waits until the step has really ended and sets `status`. A trapped signal ends bash's `wait` early;
+# Becomes srun with one task per rank; to be called in a process of its own, with more options and the
+# command. kill-on-bad-exit stays off: 75 is not a failure, and the rank that ends first with it must
+# not take the one that still writes along; --wait ends the ranks of a dead run.
+# srun must not read what the job asked for per task and GPU, which may be another layout: each task is
+# to see all GPUs of its node. Nor what leaked into the job from one that it was submitted in (salloc, a
+# notebook on a node): how its tasks were bound, distributed, given memory and time, where they ran and
+# wrote. (--gpu-bind=none is no way to that: Slurm before 21.08 does not know it, and 22.05 then leaves
+# CUDA_VISIBLE_DEVICES unset.)
+as_step() {
+  local gpus="" name
+  for name in $(compgen -A export SLURM_; compgen -A export SRUN_); do
+    case $name in
+      SLURM_CPU_BIND* | SLURM_MEM_BIND* | SLURM_MEM_PER_* | SLURM_DISTRIBUTION | SLURM_DIST_* | \
+        SLURM_CPU_FREQ_REQ | SLURM_HINT | SLURM_HOSTFILE | SLURM_ARBITRARY_NODELIST | \
+        SLURM_EXACT | SLURM_EXCLUSIVE | SLURM_OVERLAP | SLURM_OVERCOMMIT | SLURM_SPREAD_JOB | \
+        SLURM_USE_MIN_NODES | SLURM_RELATIVE | SLURM_CORE_SPEC | SLURM_THREAD_SPEC | SLURM_THREADS | \
+        SLURM_THREADS_PER_CORE | SLURM_NCORES_PER_SOCKET | SLURM_NSOCKETS_PER_NODE | \
+        SLURM_NTASKS_PER_* | SLURM_CPUS_PER_TASK | SLURM_CPUS_PER_GPU | SRUN_CPUS_PER_TASK | \
+        SLURM_GPUS | SLURM_GPUS_PER_* | SLURM_GPU_BIND | SLURM_GPU_FREQ | SLURM_GRES | \
+        SLURM_GRES_FLAGS | SLURM_TRES_* | SLURM_CONSTRAINT | SLURM_CLUSTERS | \
+        SLURM_CLUSTER_CONSTRAINT | SLURM_TIMELIMIT | SLURM_IMMEDIATE | SLURM_EXIT_IMMEDIATE | \
+        SLURM_TEST_EXEC | SLURM_WAIT | SLURM_KILL_BAD_EXIT | SLURM_EXPORT_ENV | SRUN_EXPORT_ENV | \
+        SLURM_OPEN_MODE | SLURM_STD*MODE | SRUN_INPUT | SRUN_OUTPUT | SRUN_ERROR | SLURM_LABELIO | \
+        SLURM_WORKING_DIR | SLURM_REMOTE_CWD | SLURM_STEP_*) unset "$name" ;;
+    esac
+  done
+  if ((SCLONG_GPUS_ON_NODE)); then gpus="--gres=gpu:$SCLONG_GPUS_ON_NODE"; fi
+  export SLURM_EXIT_ERROR=$SRUN_STATUS
+  # shellcheck disable=SC2086 # an option or none
+  exec srun --export=ALL --nodes="$nodes" --nodelist="${SCLONG_NODES// /,}" \
+    --ntasks="$((nodes * LOCAL_WORLD_SIZE))" --ntasks-per-node="$LOCAL_WORLD_SIZE" \
+    --cpus-per-task="$cpus_per_rank" $gpus --kill-on-bad-exit=0 "$@"
+}
+
+# After what may be an error of srun itself: prints why Slurm refuses a step of these options whatever it runs, or
+# nothing. A refusal comes again at once, from a controller that answers; a controller that was away, a
+# busy or a failed node may be well at the next start of the job.
+refusal() {
+  local said=""
+  for _ in 1 2; do
+    patient show_job >/dev/null || return 0
+    # It begins within half a minute, or nodes are busy.
+    said=$(as_step --immediate=30 true 2>&1 >/dev/null) && return 0
+    if [[ ${said,,} =~ $PASSING ]]; then return 0; fi
+    sleep "$FORWARD_EVERY_S"
+  done
+  grep -m 1 -E '^srun: (error|fatal|unrecognized|invalid)' <<<"$said" || sed -n 1p <<<"$said"
+}
+
+# Waits until the step has really ended and sets `status` and `refused`. A trapped signal ends bash's `wait` early;
 # it goes to the tasks through Slurm, again and again, since one that comes before python is ready
 # is lost. Signals never go to srun itself: it would abort the step and kill the tasks.
 wait_for_step() {
@@ -284,6 +333,12 @@ wait_for_step() {
   done
   status=0
   wait "$pid" || status=$? # bash keeps the status of a child that has ended
+  refused=""
+  # Of options that it cannot read srun says 255 or 1, as its tasks may.
+  if ((!asked_to_stop && (status == SRUN_STATUS || status == 255 || status == 1))); then
+    refused=$(refusal)
+    if [[ -n $refused ]]; then status=$SRUN_STATUS; fi
+  fi
 }
 
 # Ends the job with the training's exit status, or queues it again. Where it is to be started again but
@@ -292,7 +347,7 @@ finish() {
   local ended=$1 job state starts
   shift
   if ((ended == 0)); then exit 0; fi
-  restarts end --status "$ended" "$@" || exit "$ended"
+  restarts end --status "$ended" --refused "${refused:-}" "$@" || exit "$ended"
   job=$(patient show_job) || job=""
   state=$(field JobState "$job") || state=unknown
   starts=$(field Restarts "$job") || starts=0

@@ -18,9 +18,10 @@ reason.
 Progress is a newer checkpoint: what is trained after the last one is lost with a crash. What asks
 for another start: 75 (saved after a signal); a hang that the watchdog ended; 71, a device, network
 or file system that failed; a rank that was killed (137: SIGKILL, as by the kernel when memory runs
-out); and 69, an error of srun itself, as when Slurm's controller does not answer. A run that
-reported its own error would fail the same way again, whatever its peers exit with; and a run whose
-ranks crashed before its first step ever is set up wrongly.
+out); and 69, an error of srun itself, as when Slurm's controller does not answer, unless it refuses
+the step (`--refused` gives the reason). A run that reported its own error would fail the same way
+again, whatever its peers exit with; and a run whose ranks crashed before its first step ever is set
+up wrongly.
 All starts of one Slurm job, or of a chain submitted by resubmit.sh, count together.
 """
 
@@ -45,7 +46,7 @@ from sclong_ds.config.sections import EngineConfig
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.sealed_json import CHECKSUM, checksum_of, read_sound
 from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS, SRUN_STATUS, STOP_STATUS
-from sclong_ds.job.failures import read_failure, start_id
+from sclong_ds.job.failures import read_failure, record, start_id
 from sclong_ds.run_folder.files import METRICS_FILE, now, read_events
 from sclong_ds.run_folder.rows import read_every_row
 
@@ -115,7 +116,9 @@ def refuse_stalled(run_dir: Path, *, job: str, max_stalled: int) -> None:
         )
 
 
-def end(run_dir: Path, status: int, *, job: str, max_stalled: int) -> str:
+def end(
+    run_dir: Path, status: int, *, job: str, max_stalled: int, refused: str | None = None
+) -> str:
     """Return why a training that has ended is to be started again.
 
     Args:
@@ -123,10 +126,19 @@ def end(run_dir: Path, status: int, *, job: str, max_stalled: int) -> str:
         status: Exit status of the training, the highest of its ranks.
         job: As for `begin`.
         max_stalled: As for `begin`.
+        refused: What srun says of a step that it does not start; None: it started it, or may.
 
     Raises:
         ValueError: It is not to be, and why.
     """
+    if status == SRUN_STATUS and refused:
+        text = (
+            f"Slurm refuses the job's step ({refused}), and would again: see the options of sbatch "
+            f"and the SLURM_ and SRUN_ variables of the shell that submitted; nothing is lost, "
+            f"submit the corrected command"
+        )
+        record(run_dir, text)
+        raise ValueError(text)
     reason = "saved after a signal"
     if status != STOP_STATUS:
         reason = _reason(run_dir, status)
@@ -255,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--max-stalled", type=int, default=3, metavar="N")
         if name == "end":
             command.add_argument("--status", type=int, required=True)
+            command.add_argument("--refused", metavar="TEXT", help="why srun starts no step")
         if name == "nodes":
             command.add_argument("--most", type=int, required=True, metavar="N")
             command.add_argument("--ranks-per-node", type=int, required=True, metavar="N")
@@ -276,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "seconds-to-save":
             sys.stdout.write(f"{seconds_to_save(run_dir)}\n")
         elif args.command == "end":
-            log.info("%s", end(run_dir, args.status, job=job, max_stalled=args.max_stalled))
+            stalled, refused = args.max_stalled, args.refused
+            said = end(run_dir, args.status, job=job, max_stalled=stalled, refused=refused)
+            log.info("%s", said)
         elif args.command == "bad-nodes":
             sys.stdout.write(f"{','.join(bad_nodes(run_dir))}\n")
         return 0

@@ -218,11 +218,12 @@ def test_a_training_that_ends_with_an_error_is_not_started_again(
 def test_an_error_of_srun_itself_brings_a_job_back_even_before_its_first_step(
     slurm: Any, tmp_path: Path
 ) -> None:
-    # Slurm's srun, which the first start's check and the second one's training send to no job.
+    # Slurm's srun, which the first start's check and the second one's training send to no job; after
+    # each the script asks it for a step that does nothing.
     srun = tmp_path / "srun"
     srun.write_text(
         f"#!/bin/bash\necho x >> {tmp_path}/calls\n"
-        f'case $(wc -l < {tmp_path}/calls) in 1|3) set -- --jobid=999999 "$@";; esac\n'
+        f'case $(wc -l < {tmp_path}/calls) in 1|4) set -- --jobid=999999 "$@";; esac\n'
         f'exec {shutil.which("srun")} "$@"\n'
     )
     srun.chmod(0o755)
@@ -233,3 +234,15 @@ def test_an_error_of_srun_itself_brings_a_job_back_even_before_its_first_step(
     job = slurm.wait(job_id)
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 2), job.log
     assert job.log.count("srun failed (status 69, see above)") == 2
+
+
+def test_a_step_that_slurm_refuses_ends_the_job_with_its_reason(slurm: Any, tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/bash\nexec {shutil.which("srun")} --distribution=nonsense "$@"\n')
+    srun.chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = slurm.wait(_submit(slurm, tmp_path, settings=settings))
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 69, 0), job.log
+    (line,) = [line for line in job.log.splitlines() if line.startswith("error: Slurm refuses")]
+    assert "distribution" in line
+    assert "submit the corrected command" in line

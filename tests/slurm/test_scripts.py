@@ -167,6 +167,10 @@ def test_what_leaked_from_the_job_it_was_submitted_in_does_not_reach_srun(tmp_pa
         "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:",
         "SLURM_MEM_BIND_LIST": "0x1", "SLURM_MEM_PER_CPU": "10", "SLURM_MEM_PER_NODE": "20",
         "SLURM_DISTRIBUTION": "cyclic", "SLURM_HINT": "nomultithread", "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS_PER_CORE": "1", "SLURM_NTASKS_PER_TRES": "1", "SLURM_GPUS_PER_NODE": "8",
+        "SLURM_GRES": "gpu:8", "SLURM_TRES_PER_TASK": "gres:gpu:1", "SLURM_TIMELIMIT": "1",
+        "SLURM_STDOUTMODE": "/elsewhere", "SLURM_HOSTFILE": "/elsewhere", "SRUN_EXPORT_ENV": "NONE",
+        "SRUN_CPUS_PER_TASK": "9", "SLURM_CLUSTERS": "other",
     }  # fmt: skip
     said = _call(
         "SCLONG_NODES=n1 nodes=1 LOCAL_WORLD_SIZE=2 cpus_per_rank=1 SCLONG_GPUS_ON_NODE=0 "
@@ -176,6 +180,34 @@ def test_what_leaked_from_the_job_it_was_submitted_in_does_not_reach_srun(tmp_pa
     names = {line.partition("=")[0] for line in said.splitlines()}
     assert not names & leaked.keys()
     assert {"SLURM_JOB_ID", "SLURM_NNODES"} <= names
+
+
+@pytest.mark.parametrize(
+    ("srun", "silent", "said"),
+    [
+        ("echo srun: error: CPU binding outside of job step allocation >&2; exit 69", 0,
+         "srun: error: CPU binding outside of job step allocation"),
+        ("echo srun: unrecognized option 'x' >&2; exit 69", 1, "srun: unrecognized option x"),
+        ("exit 0", 0, ""),
+        ("echo srun: error: Unable to create step: Unable to contact slurm controller >&2; exit 69",
+         0, ""),
+        ("echo srun: error: Task launch for StepId=7.0 failed on node n2 >&2; exit 69", 0, ""),
+        ("echo srun: error: Unable to create step: Requested nodes are busy >&2; exit 69", 0, ""),
+        ("echo srun: error: whatever >&2; exit 69", 10**6, ""),
+        ("echo x >> $CALLS.srun; (($(wc -l < $CALLS.srun) == 2)) || { echo a >&2; exit 69; }",
+         0, ""),
+    ],
+)  # fmt: skip
+def test_a_refusal_of_srun_is_told_from_what_passes(
+    tmp_path: Path, srun: str, silent: int, said: str
+) -> None:
+    commands = (
+        "SCLONG_NODES=n1 nodes=1 LOCAL_WORLD_SIZE=2 cpus_per_rank=1 SCLONG_GPUS_ON_NODE=0 "
+        f"ANSWER_S={1 if silent > 10 else 100}; refusal"
+    )
+    programs = {"scontrol": SCONTROL, "srun": srun}
+    found = _call(commands, programs=programs, folder=tmp_path, SILENT=str(silent), STATE="RUNNING")
+    assert found.strip() == said
 
 
 @pytest.mark.parametrize(

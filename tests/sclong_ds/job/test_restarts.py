@@ -102,6 +102,21 @@ def test_an_error_of_srun_itself_asks_for_another_life_even_before_the_first_ste
         _end(tmp_path, 69)
 
 
+def test_a_step_that_slurm_refuses_is_not_asked_for_again_and_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    _checkpoint(tmp_path, 5)
+    _begin(tmp_path)
+    run = ("--config", "sclong_tiny", f"run.dir={tmp_path}")
+    assert main(["end", "--status", "69", "--refused", "", *run]) == 0
+    why = "srun: error: Invalid --distribution specification"
+    assert main(["end", "--status", "69", "--refused", why, *run]) == 1
+    (line,) = [said for said in capsys.readouterr().err.splitlines() if "refuses" in said]
+    assert line.startswith(f"error: Slurm refuses the job's step ({why})")
+    assert why in str(failures.read_failure(tmp_path, start="7.0"))
+
+
 @pytest.mark.parametrize(
     ("most", "ranks_per_node", "nodes"), [(8, 8, 8), (7, 8, 4), (3, 8, 2), (1, 8, 1), (6, 3, None)]
 )
