@@ -297,7 +297,7 @@ class TrackingConfig:
     run_name: str | None
     """MLflow run name; null: the name of the run folder."""
     parent_run: str | None
-    """MLflow id of the run that this one is shown below; null: none."""
+    """MLflow id of the run that this one is shown below, or the folder of a sweep; null: none."""
     tags: dict[str, str]
     """Further MLflow tags by name, for instance {project: atlas}; {}: none."""
     flush_every_n_steps: int

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN_DIR_OR_RUN_ID",
-        help="run folder, or a run's id; several: they are compared",
+        help="run folder, or a run's id; several, or a sweep's folder: they are compared",
     )
     parser.add_argument(
         "--out",

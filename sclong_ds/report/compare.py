@@ -54,7 +54,7 @@ _OWN_SETTINGS = frozenset({"run.dir"})
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `python -m sclong_ds compare`."""
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN_DIR_OR_RUN_ID", help="run folders, or runs' ids"
+        "runs", nargs="+", metavar="RUN_DIR_OR_RUN_ID", help="run or sweep folders, or runs' ids"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 

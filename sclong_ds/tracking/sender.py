@@ -53,6 +53,7 @@ from sclong_ds.tracking.client import (
     sqlite_file,
 )
 from sclong_ds.tracking.description import Description
+from sclong_ds.tracking.parent import PARENT_TAG, end_parent, parent_of
 
 _LEAST_METRICS = 100  # a batch for a server that is slow
 # A flush sends rows for so long: pictures and files come after them, and the end of a run waits for
@@ -78,6 +79,7 @@ class Sender:
     _synced: dict[str, int] = dataclasses.field(default_factory=dict)
     _batch_size: int = MAX_METRICS
     _page_sent: int = 0
+    _parent: str | None = None
     _uploads: list[tuple[Path, str | None]] = dataclasses.field(default_factory=list)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -127,6 +129,8 @@ class Sender:
         finally:
             if self.mlflow_run_id is not None:
                 self._connected.set_terminated(self.mlflow_run_id, status)
+                if self._parent is not None:
+                    end_parent(self._connected, self._parent, self.description.tags[PARENT_TAG])
         self.complete = not self.stop.is_set()
 
     def _row_files(self) -> list[tuple[str, Path]]:
@@ -146,10 +150,13 @@ class Sender:
         """Find the run of this folder or create it, and describe it."""
         saved = read_run_json(self.run_dir)
         experiment_id = self._experiment_id()
+        if PARENT_TAG in self.description.tags:
+            named = self.description.tags[PARENT_TAG]
+            self._parent = parent_of(self._connected, experiment_id, named)
         run = self._find(saved, experiment_id)
         same = run is not None and run.info.run_id == saved.get("mlflow_run_id")
         if run is None:
-            tags = {**self.description.tags, "mlflow.note.content": self.description.note}
+            tags = {**self._tags(), "mlflow.note.content": self.description.note}
             run = self._connected.create_run(
                 experiment_id,
                 run_name=self.description.run_name,
@@ -170,6 +177,11 @@ class Sender:
             mlflow_pictures=saved.get("mlflow_pictures", -1) if same else -1,
         )
         self.mlflow_run_id = run.info.run_id
+
+    def _tags(self) -> dict[str, str]:
+        """Return the description's tags, with the parent's id for what names it."""
+        tags = {k: v for k, v in self.description.tags.items() if k != PARENT_TAG}
+        return tags if self._parent is None else {**tags, PARENT_TAG: self._parent}
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -217,7 +229,7 @@ class Sender:
         texts = {k: without_credentials(v) for k, v in self.description.params.items()}
         params = {k: clip(v, _MAX_PARAM_CHARS) for k, v in texts.items()}
         changed = sorted(k for k, v in params.items() if known.get(k, v) != v)
-        tags = dict(self.description.tags)
+        tags = self._tags()
         if changed:
             tags["changed_params"] = ", ".join(changed)
         new = [Param(k, v) for k, v in params.items() if k not in known]
