@@ -218,7 +218,7 @@ def test_a_training_that_ends_with_an_error_is_not_started_again(
 def test_an_error_of_srun_itself_brings_a_job_back_even_before_its_first_step(
     slurm: Any, tmp_path: Path
 ) -> None:
-    # Slurm's srun, which the first start's check and the second one's training send to no job; after
+    # Slurm's srun, which the first start's check and the second's training send to no job; after
     # each the script asks it for a step that does nothing.
     srun = tmp_path / "srun"
     srun.write_text(
