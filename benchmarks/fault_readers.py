@@ -130,7 +130,7 @@ def read_status(folder: Path) -> Any:
 def read_report(folder: Path) -> Any:
     """Return the page of `report` without the time it was written."""
     from sclong_ds.report.report import build_page
-    from sclong_ds.tracking.find import find_runs
+    from sclong_ds.tracking.client import find_runs
 
     return re.sub(r"Written [^<]*", "", build_page(find_runs([str(folder)])[0]))
 
@@ -138,7 +138,7 @@ def read_report(folder: Path) -> Any:
 def read_compare(folder: Path) -> Any:
     """Return what `compare` gives of the run and a copy of the other one."""
     from sclong_ds.report.compare import as_json
-    from sclong_ds.tracking.find import find_runs
+    from sclong_ds.tracking.client import find_runs
 
     return repr(as_json(find_runs([str(folder)])))
 

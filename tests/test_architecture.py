@@ -17,7 +17,7 @@ FLOORS = {
     "sclong_ds": [
         {"files", "progress", "command_line"},
         {"config"},
-        {"corpus", "run_folder", "engine"},
+        {"corpus", "run_folder", "engine", "sweep"},
         {"loader", "model", "checkpoint", "tracking"},
         {"objective", "exported", "job"},
         {"planning", "embedding", "released", "report"},
@@ -398,6 +398,7 @@ def test_readme_commands_are_accepted():
         elif program == "sclong_ds":
             sclong_parser(words).parse_args(words)
         else:
+            words = words[2:] if words[0] == "--sweep" else words
             assert words[0] == "--config"
             load_config(words[1], [w.replace("...", "x") for w in words[2:]])
 

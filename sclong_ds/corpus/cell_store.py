@@ -339,7 +339,7 @@ class CellStore:
         except DamagedShard as error:
             raise self._damaged(str(error), chunk, path) from None
         except OSError as error:
-            if error.errno == errno.EIO:
+            if error.errno == errno.EIO and stream.location.is_local:
                 raise self._damaged(f"the disk cannot read it ({error})", chunk, path) from None
             # Permissions, network, descriptors: the cells may be sound.
             first, last = self._bounds(chunk)

@@ -19,16 +19,18 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sclong_ds.files.atomic import named_errors, partial_name, read_file
 from sclong_ds.files.checksums import check_file
+from sclong_ds.files.storage import CutError, UnusableUrlError, ask_storage
 
 CACHE_VARIABLE = "SCLONG_CACHE"
 _BLOCK_BYTES = 2**24
+T = TypeVar("T")
 
 
 class Location:
@@ -112,8 +114,11 @@ class Location:
             return self._full_name(name) in self._record.files
         if self._folder is not None:
             return (self._folder / name).is_file()
-        with self._remote(name) as (files, path):
-            return bool(files.isfile(path))
+        try:
+            # isfile() says False of whatever fails.
+            return self._ask(name, lambda files, path: bool(files.info(path)["type"] == "file"))
+        except FileNotFoundError:
+            return False
 
     def names(self) -> list[str]:
         """Return the sorted names of the files and folders directly inside.
@@ -127,8 +132,8 @@ class Location:
             return sorted({name.partition("/")[0] for name in below})
         if self._folder is not None:
             return sorted(os.listdir(self._folder))
-        with self._remote("") as (files, path):
-            return sorted({entry.rstrip("/").rpartition("/")[2] for entry in files.ls(path, False)})
+        entries = self._ask("", lambda files, path: list(files.ls(path, False)))
+        return sorted({entry.rstrip("/").rpartition("/")[2] for entry in entries})
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes.
@@ -138,8 +143,7 @@ class Location:
         """
         if self._folder is not None:
             return (self._folder / name).stat().st_size
-        with self._remote(name) as (files, path):
-            return int(files.size(path))
+        return self._ask(name, lambda files, path: int(files.size(path)))
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a file.
@@ -152,8 +156,7 @@ class Location:
             return read_file(self.local_path(name))
         if self._folder is not None:
             return read_file(self._folder / name)
-        with self._remote(name) as (files, path):
-            return bytes(files.cat_file(path))
+        return self._ask(name, lambda files, path: bytes(files.cat_file(path)))
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Return a part of a file; fewer bytes than `length` where the file ends before.
@@ -178,11 +181,14 @@ class Location:
                 os.close(handle)
         if length == 0:
             return b""
-        with self._remote(name) as (files, path):
+
+        def part(files: Any, path: str) -> bytes:
             data = bytes(files.cat_file(path, start=start, end=start + length))
             if len(data) > length:
                 raise OSError(f"asked for {length} bytes, got {len(data)}: no range requests here")
             return data
+
+        return self._ask(name, part)
 
     def local_path(self, name: str) -> Path:
         """Return a path of a whole file on this machine, downloading a remote one once.
@@ -215,15 +221,16 @@ class Location:
         """Return a path of a file on this machine; another copy if the one there is damaged."""
         if self._folder is not None:
             return self._folder / name
-        with self._remote(name) as (files, path):
-            state = self.version or f"{files.ukey(path)} {files.size(path)}"
-            target = self._cached(name, state)
-            if target.is_file() and damaged is None:
-                return target
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(target):
-                if not target.is_file() or damaged is not None:
-                    _download(files, path, target)
+        state = self.version or self._ask(
+            name, lambda files, path: f"{files.ukey(path)} {files.size(path)}"
+        )
+        target = self._cached(name, state)
+        if target.is_file() and damaged is None:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target):
+            if not target.is_file() or damaged is not None:
+                self._ask(name, lambda files, path: _download(files, path, target))
         return target
 
     def _cached(self, name: str, state: str) -> Path:
@@ -235,19 +242,18 @@ class Location:
         readable = re.sub(r"[^A-Za-z0-9.]+", "-", self._root)[-60:].strip("-")
         return base / f"{readable}-{key}" / self._inside / name
 
-    @contextmanager
-    def _remote(self, name: str) -> Iterator[tuple[Any, str]]:
-        """Give the file system and the path in it; every failure leaves as a named OSError."""
+    def _ask(self, name: str, action: Callable[[Any, str], T]) -> T:
+        """Ask the server until it answers or the time for that is over (`files.storage`).
+
+        Every failure leaves as a named OSError.
+        """
         where = f"{self.url}/{name}" if name else self.url
-        files, root = self._filesystem()
-        try:
-            yield files, f"{root}/{name}" if name else root
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{where}: no such file") from error
-        except Exception as error:
-            # Clients of object stores have error classes of their own, some of them no OSError.
-            text = f"{where}: cannot be read ({type(error).__name__}: {error})"
-            raise _renamed(error, text) from error
+
+        def attempt() -> T:
+            files, root = self._filesystem()
+            return action(files, f"{root}/{name}" if name else root)
+
+        return ask_storage(where, attempt)
 
     def _filesystem(self) -> tuple[Any, str]:
         # A forked process must not use the connections and event loop of its parent.
@@ -257,14 +263,13 @@ class Location:
             try:
                 self._opened = (os.getpid(), *url_to_fs(self.url))
             except ImportError as error:
-                raise ValueError(
+                raise UnusableUrlError(
                     f"{self.url}: reading this URL needs a package that is not installed "
                     f"({error}); install it with pip, or copy the folder to this machine"
                 ) from None
             except ValueError as error:
-                raise ValueError(f"{self.url}: {error}; give a path or an fsspec URL") from None
-            except OSError as error:
-                raise _renamed(error, f"{self.url}: cannot be reached ({error})") from error
+                text = f"{self.url}: {error}; give a path or an fsspec URL"
+                raise UnusableUrlError(text) from None
         return self._opened[1], self._opened[2].rstrip("/")
 
 
@@ -281,12 +286,6 @@ class _Record:
         cure = f"restore the file{of}, or run: python -m data_prep finalize on the corpus"
         check_file(path, (size, crc32c), cure=cure)
         self.checked.add(name)
-
-
-def _renamed(error: Exception, text: str) -> OSError:
-    """Return an OSError with another text; the error number, if any, gives its class."""
-    number = error.errno if isinstance(error, OSError) else None
-    return OSError(text) if number is None else OSError(number, text)
 
 
 def _unpickled(
@@ -322,7 +321,7 @@ def _download(files: Any, path: str, target: Path) -> None:
             os.fsync(copy.fileno())
         found, expected = temporary.stat().st_size, files.size(path)
         if found != expected:
-            raise OSError(f"{found} of {expected} bytes arrived")
+            raise CutError(f"{found} of {expected} bytes arrived")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

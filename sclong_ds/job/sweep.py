@@ -23,7 +23,7 @@ from pathlib import Path
 
 from sclong_ds.command_line import local_path, parse_arguments, whole
 from sclong_ds.config.load import load_config
-from sclong_ds.run_folder.sweep import task_name, write_sweep
+from sclong_ds.sweep.folder import task_name, write_sweep
 
 _OWN_KEYS = ("run.dir", "tracking.parent_run")
 """What a task is given by the sweep."""

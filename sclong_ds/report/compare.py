@@ -33,7 +33,7 @@ from sclong_ds.run_folder.metric_names import (
 )
 from sclong_ds.run_folder.record import RunRecord
 from sclong_ds.run_folder.rows import is_hidden_only, standing
-from sclong_ds.tracking.find import find_runs
+from sclong_ds.tracking.client import find_runs
 
 SCORE_HEAD = ("MSE", "of the mean", "Pearson", "of the mean", "Spearman", "of the mean")
 """Heads of the figures of `scores_table`; each beside that of the per-gene-mean predictor."""

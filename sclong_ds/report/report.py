@@ -48,7 +48,7 @@ from sclong_ds.run_folder.metric_names import (
 )
 from sclong_ds.run_folder.record import HOURS, LAST_STEPS, RunRecord
 from sclong_ds.run_folder.rows import is_hidden_only, series, standing, strongest, verdict
-from sclong_ds.tracking.find import find_runs
+from sclong_ds.tracking.client import find_runs
 
 _MAX_EVENTS = 300
 _STATUS = {

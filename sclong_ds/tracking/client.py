@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sclong_ds.run_folder.credentials import without_credentials
+from sclong_ds.run_folder.record import RunRecord, read_run
+from sclong_ds.sweep.folder import task_folders
 from sclong_ds.tracking.store import make_store
 
 if TYPE_CHECKING:
@@ -76,6 +79,24 @@ def find_run_dir(run_id: str, *, uri: str | None = None, patient: bool = False) 
     if not folder.is_dir():
         raise FileNotFoundError(f"run {run_id}: its folder {folder} is not on this machine")
     return folder
+
+
+def find_runs(names: Sequence[str]) -> list[RunRecord]:
+    """Read runs by their folders or ids; raises as `read_run` and `find_run_dir`.
+
+    The folder of a sweep stands for its runs.
+
+    Raises:
+        ValueError: A run is named twice.
+    """
+    folders: dict[Path, str] = {}
+    for name in names:
+        named = (Path(name) if Path(name).is_dir() else find_run_dir(name)).resolve()
+        for folder in task_folders(named):
+            if folder in folders:
+                raise ValueError(f"{folders[folder]} and {name} are the same run; name it once")
+            folders[folder] = name
+    return [read_run(folder) for folder in folders]
 
 
 def new_client(uri: str, *, patient: bool = False) -> MlflowClient:

@@ -1,7 +1,7 @@
 """The MLflow run that the runs of a sweep are shown below: made once, by whoever comes first.
 
 `tracking.parent_run` is the id of an MLflow run, or the folder of a sweep
-(`sclong_ds.run_folder.sweep`), whose parent is found in the store by the sweep's id.
+(`sclong_ds.sweep.folder`), whose parent is found in the store by the sweep's id.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sclong_ds.files.atomic import locked
 from sclong_ds.run_folder.files import read_run_json
-from sclong_ds.run_folder.sweep import Sweep, read_sweep
+from sclong_ds.sweep.folder import Sweep, read_sweep
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

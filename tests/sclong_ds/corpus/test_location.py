@@ -24,6 +24,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.location import CACHE_VARIABLE, Location
 from sclong_ds.files.obs_table import write_obs
+from sclong_ds.files.storage import WAIT_VARIABLE
 
 CONTENT = bytes(range(256)) * 10
 
@@ -68,7 +69,8 @@ class Faulty(AbstractFileSystem):
 
 
 @pytest.fixture
-def faulty() -> type[Faulty]:
+def faulty(monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
+    monkeypatch.setenv(WAIT_VARIABLE, "0")
     fsspec.register_implementation("faulty", Faulty, clobber=True)
     Faulty.files, Faulty.fault, Faulty.reads = {"bucket/a/data.bin": CONTENT}, "", []
     return Faulty

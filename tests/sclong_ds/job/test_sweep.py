@@ -9,7 +9,7 @@ import pytest
 
 from sclong_ds.config.load import load_config
 from sclong_ds.job.sweep import main, read_tasks
-from sclong_ds.run_folder.sweep import read_sweep, run_folders
+from sclong_ds.sweep.folder import read_sweep, task_folders
 
 SWEEP = """\
 # three rates
@@ -106,12 +106,12 @@ def test_a_sweep_needs_a_run_folder_and_a_text(
 
 
 def test_the_folder_of_a_sweep_stands_for_its_runs(tmp_path: Path) -> None:
-    assert run_folders(tmp_path) == [tmp_path]
+    assert task_folders(tmp_path) == [tmp_path]
     sweep(tmp_path, SWEEP, "--task", "1", "--last", "1")
     folder = tmp_path / "s w"
     with pytest.raises(ValueError, match="no task of this sweep of 3 has begun yet"):
-        run_folders(folder)
+        task_folders(folder)
     for name in ("task_003", "task_001", "other"):
         (folder / name).mkdir()
         (folder / name / "run.json").write_text("{}")
-    assert run_folders(folder) == [folder / "task_001", folder / "task_003"]
+    assert task_folders(folder) == [folder / "task_001", folder / "task_003"]

@@ -11,7 +11,7 @@ import pytest
 from sclong_ds.config.load import load_config
 from sclong_ds.report import compare
 from sclong_ds.run_folder.files import read_run_json
-from sclong_ds.run_folder.sweep import write_sweep
+from sclong_ds.sweep.folder import write_sweep
 from sclong_ds.tracking.client import new_client
 from sclong_ds.tracking.parent import parent_of
 from sclong_ds.tracking.tracker import Tracker

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from sclong_ds.files.atomic import locked, write_atomic
 from sclong_ds.files.sealed_json import read_object
-from sclong_ds.run_folder.files import RUN_FILE
 
 SWEEP_FILE = "sweep.json"
 
@@ -77,8 +76,8 @@ def read_sweep(folder: Path) -> Sweep | None:
     return Sweep(folder, identity, {str(name): str(text) for name, text in tasks.items()})
 
 
-def run_folders(folder: Path) -> list[Path]:
-    """Return the run folders that a folder stands for: a sweep's, by task, or itself.
+def task_folders(folder: Path) -> list[Path]:
+    """Return the run folders that a folder stands for: a sweep's that are there, or itself.
 
     Args:
         folder: A run folder, or that of a sweep.
@@ -89,7 +88,7 @@ def run_folders(folder: Path) -> list[Path]:
     sweep = read_sweep(folder)
     if sweep is None:
         return [folder]
-    found = [folder / name for name in sweep.tasks if (folder / name / RUN_FILE).is_file()]
+    found = [folder / name for name in sweep.tasks if (folder / name / "run.json").is_file()]
     if not found:
         raise ValueError(f"{folder}: no task of this sweep of {len(sweep.tasks)} has begun yet")
     return found

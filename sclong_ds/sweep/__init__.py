@@ -1,0 +1,1 @@
+"""Sweeps: several trainings that differ in some settings."""
