@@ -35,6 +35,7 @@ COMMANDS = {
     "report": ("sclong_ds.report.report", "one HTML page about a run, or about several"),
     "compare": ("sclong_ds.report.compare", "settings and figures of several runs, side by side"),
     "slurm": ("sclong_ds.job.scripts", "the batch scripts for Slurm, into a folder"),
+    "ui": ("sclong_ds.tracking.ui", "MLflow's pages of the runs of a folder, in the browser"),
     "sync": ("sclong_ds.tracking.sync", "what MLflow lacks of a run that is over"),
     "log-model": (
         "sclong_ds.embedding.mlflow_model",

@@ -210,11 +210,7 @@ def summary(out: Path, *, minutes: float) -> str:
 
 def mlflow_command(out: Path) -> str:
     """Return the command that shows the runs in a browser."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        return f"the tracking server is {uri}"
-    program = Path(sys.executable).parent / "mlflow"
-    return f"{program} ui --backend-store-uri sqlite:///{out / 'runs' / 'mlflow.db'}"
+    return f"{sys.executable} -m sclong_ds ui {out / 'runs'} --open"
 
 
 @functools.cache

@@ -5,13 +5,19 @@ which renames it to `step_N.drawing.npz`, and removes it when the pictures are t
 that was killed has left is drawn by the next start of the run (`put_back`); the pictures of steps
 that the run goes back behind are removed (`drop_after`). What was drawn is recorded beside it
 (`seal_pictures`), and compared before it is shown (`sound_pictures`). Needs numpy alone.
+`Artist` starts that process, one at a time, while training continues.
 """
 
 from __future__ import annotations
 
 import io
+import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -25,6 +31,8 @@ from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.sealed_json import CHECKSUM, read_sound, write_sealed
 from sclong_ds.run_folder.files import PLOTS_DIR, picture_steps
+
+log = logging.getLogger(__name__)
 
 PICTURES_FILE = "pictures.json"
 RANK_COLUMNS = (
@@ -149,3 +157,71 @@ def sound_pictures(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         else:
             problems.append(f"{path}: not the picture that was drawn; left out")
     return tuple(sound), tuple(problems)
+
+
+class Artist:
+    """Draws pictures in a process of its own, one at a time: validations wait in files."""
+
+    def __init__(self, run_dir: Path, *, step: int) -> None:
+        self._run_dir = run_dir
+        self._process: subprocess.Popen[bytes] | None = None
+        put_back(run_dir)
+        drop_after(run_dir, step)
+
+    def draw(self, step: int, data: Data) -> None:
+        """Write what is to be drawn, and start a process unless one is at work."""
+        try:
+            write_data(self._run_dir, step, data)
+        except OSError as error:  # a full disk, on this rank alone
+            log.error("the pictures of step %d are not drawn: %s", step, error)
+            return
+        self._start()
+
+    def finish(self, *, wait_s: float) -> None:
+        """Wait until all is drawn, and end the process when that takes longer."""
+        deadline = time.monotonic() + wait_s
+        while self._is_busy() or pending(self._run_dir):
+            if time.monotonic() >= deadline:
+                break
+            self._start()
+            time.sleep(0.1)
+        if self._process is not None and self._is_busy():
+            log.info(
+                "pictures that are missing: a resumed run draws them, or python -m "
+                "sclong_ds.report.draw %s", self._run_dir,
+            )  # fmt: skip
+            self._process.kill()
+            self._process.wait()
+
+    def _is_busy(self) -> bool:
+        """Tell whether a process is at work; one that failed is reported once."""
+        if self._process is None:
+            return False
+        status = self._process.poll()
+        if status is None:
+            return True
+        self._process = None
+        if status != 0:
+            log.warning("pictures were not drawn (status %d): see %s", status, self._log_file)
+        return False
+
+    def _start(self) -> None:
+        if self._is_busy() or not pending(self._run_dir):
+            return
+        place = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        # It shares the node with training: one thread, and behind it.
+        threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        try:
+            with self._log_file.open("wb") as output:
+                self._process = subprocess.Popen(
+                    ["nice", "-n", "10",
+                     sys.executable, "-m", "sclong_ds.report.draw", self._run_dir],
+                    env=os.environ | place | threads, stdin=subprocess.DEVNULL,
+                    stdout=output, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+        except OSError as error:  # a full disk, no memory: the next validation tries again
+            log.error("pictures are not drawn now: %s", error)
+
+    @property
+    def _log_file(self) -> Path:
+        return self._run_dir / PLOTS_DIR / "pictures.log"

@@ -29,9 +29,8 @@ from sclong_ds.run_folder.files import (
     update_run_json,
 )
 from sclong_ds.run_folder.identity import installed_packages, record_start
-from sclong_ds.run_folder.pending_pictures import Data
+from sclong_ds.run_folder.pending_pictures import Artist, Data
 from sclong_ds.run_folder.seal import SEALING, seal
-from sclong_ds.tracking.artist import Artist
 from sclong_ds.tracking.check import cure
 from sclong_ds.tracking.client import MAX_METRICS, Status, one_line, tracking_uri
 from sclong_ds.tracking.description import describe, restart_folder

@@ -11,6 +11,7 @@ import pytest
 from browser import CHROMIUM, Browser
 
 from benchmarks.tracking_outage import Server, run_outage
+from sclong_ds.__main__ import main as command_line
 from sclong_ds.config.load import load_config
 from sclong_ds.report import report
 from sclong_ds.run_folder.files import read_run_json
@@ -87,6 +88,22 @@ def test_mlflow_shows_the_run_its_metrics_and_its_pictures(
         picture = browser.picture(tmp_path / "picture.png", height=1000)
         assert picture.stat().st_size > 20_000
         assert browser.errors == []
+
+
+@needs_chromium
+def test_the_page_that_ui_names_shows_the_runs_and_leads_to_each(
+    server: Server, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(["ui", str(run_dir)]) == 0
+    page = capsys.readouterr().out.split()[-1]
+    assert page == f"{server.uri}/#/experiments/1/runs?workflowType=machine_learning"
+    link = "[...document.querySelectorAll('a')].find(a => a.innerText.trim() === 'shown_run')"
+    with Browser() as browser:  # as new as a first visit
+        browser.open(page)
+        browser.wait_until(f"Boolean({link})")
+        browser.ask(f"{link}.click()")
+        browser.wait_until("document.body.innerText.includes('val/mse')")
+        assert read_run_json(run_dir)["mlflow_run_id"] in browser.ask("location.href")
 
 
 @needs_chromium
