@@ -10,12 +10,13 @@ annotation of the input with `n_genes_mapped` and `n_counts_mapped` in `obs`, an
 `uns["sclong"]`. Every cell has its row; only --min-genes and --min-counts leave cells out, which
 `uns` and the last line of the output count. Memory holds one block of cells.
 
-The embedding of a cell is the mean of its contextual representations (`ScLong.encode`) over the
-genes it expresses, so that the many zeros, which differ between panels and depths, do not outweigh
-them. A cell without a count of a gene of the model has nothing to average: its row is zero, and a
-warning gives their number.
+The embedding of a cell is made by the recipe that its model carries (`sclong_ds.model.pooling`),
+chosen on validation cells when it was exported; `uns` names it. Models without one take the mean
+of a cell's contextual representations (`ScLong.encode`) over the genes it expresses. A cell without
+a count of a gene of the model has nothing to average: its row is zero, and a warning gives their
+number.
 
-Shapes: B cells, G genes, C base width.
+Shapes: B cells, G genes, W width of the embedding: C, the base width, for each part of the recipe.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ from sclong_ds.progress import count_progress
 
 KEY = "X_sclong"
 """Name of the embedding in obsm."""
-POOLING = "mean over the expressed genes"
 # HDF5 guesses tiny chunks for arrays that start empty; level 1 packs counts nearly as well as 9.
 _STORAGE = {"chunks": (2**17,), "compression": "gzip", "compression_opts": 1}
 _FEW_GENES = 0.5
@@ -105,11 +105,16 @@ def run(args: argparse.Namespace) -> int:
     )
     print(share_in_training(training_cells, coverage.n_cells_in_training, coverage.n_cells))
     print(
-        f"{args.out}: {coverage.n_cells} cells, {KEY} of width {model.config.base_dim}; "
+        f"{args.out}: {coverage.n_cells} cells, {KEY} of width {embedding_width(model)}; "
         f"{coverage.n_genes_mapped} of the model's {coverage.n_genes_model} genes, "
         f"{coverage.counts_kept:.1%} of the counts{_left_out(cells)}"
     )
     return 0
+
+
+def embedding_width(model: ScLong) -> int:
+    """Return the width W of a model's embeddings."""
+    return model.recipe.width(model.config.base_dim)
 
 
 def embed_counts(
@@ -131,7 +136,7 @@ def embed_counts(
             data.unmeasured=mask, and needed by them; others take all other genes for zeros.
 
     Returns:
-        (n, C) float32; zero for a cell without counts.
+        (n, W) float32; zero for a cell without counts.
 
     Raises:
         ValueError: Another number of genes than the model's, or measured genes are needed.
@@ -146,22 +151,18 @@ def embed_counts(
             "or finalize the corpus again"
         )
     device = next(model.parameters()).device
-    embedded = np.zeros((counts.shape[0], model.config.base_dim), dtype=np.float32)
+    embedded = np.zeros((counts.shape[0], embedding_width(model)), dtype=np.float32)
     with torch.inference_mode():
         for start in range(0, counts.shape[0], batch_size):
             part = counts[start : start + batch_size]
             values = log1p_normalise(part, target_sum=model.transform.target_sum)
             x = torch.from_numpy(values).to(device)
-            expressed = (x > 0).to(x.dtype)
             unmeasured = None
             if masks and measured is not None:
                 these = measured.of(slice(start, start + batch_size)).unmeasured()
                 unmeasured = torch.from_numpy(these).to(device)
-            # A matrix product: a masked copy of the largest array here would double the memory.
-            encoded = model.encode(x, unmeasured=unmeasured)
-            total = torch.bmm(expressed[:, None, :], encoded)[:, 0]
-            mean = total / expressed.sum(dim=1, keepdim=True).clamp(min=1.0)
-            embedded[start : start + batch_size] = mean.cpu().numpy()
+            found = model.embed(x, unmeasured=unmeasured)
+            embedded[start : start + batch_size] = found.float().cpu().numpy()
             if on_cells is not None:
                 on_cells(part.shape[0])
     return embedded
@@ -233,7 +234,7 @@ def _record_of_cells(
     cells: Cells, coverage: Coverage, training_cells: TrainingCells | None
 ) -> dict[str, Any]:
     """Return the record of the cells: how they were read, and what is known of them."""
-    record = {"pooling": POOLING, "coverage": asdict(coverage)} | training_record(training_cells)
+    record = {"coverage": asdict(coverage)} | training_record(training_cells)
     return record | input_record(cells) | measured_record(cells.measured)
 
 
@@ -281,7 +282,7 @@ def _begin_anndata(
         # 64 bits from the start: `append` cannot widen the row pointers later.
         write_elem(file, "X", nothing, dataset_kwargs=_STORAGE | {"indptr_dtype": np.int64})
     embedded = file["obsm"].create_dataset(
-        KEY, shape=(n_cells, model.config.base_dim), dtype=np.float32
+        KEY, shape=(n_cells, embedding_width(model)), dtype=np.float32
     )
     embedded.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     return embedded

@@ -26,7 +26,7 @@ from scipy.sparse import csr_matrix
 from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 from data_prep.manifest.input_options import input_dataset
 from sclong_ds.embedding.cells import Cells, open_cells
-from sclong_ds.embedding.embed import embed_counts, plain_columns
+from sclong_ds.embedding.embed import embed_counts, embedding_width, plain_columns
 from sclong_ds.model.sclong import ScLong
 
 CellSource: TypeAlias = AnnData | DataFrame | str | Path
@@ -61,8 +61,8 @@ def embed(
         genome: The genome to read where `cells` holds several.
 
     Returns:
-        (n, C) float32, to be kept in `adata.obsm`; zero for a cell without counts of the model's
-        genes.
+        (n, W) float32, C for each part of the model's recipe, to be kept in `adata.obsm`; zero for
+        a cell without counts of the model's genes.
 
     Raises:
         FileNotFoundError: No such path.
@@ -76,7 +76,7 @@ def embed(
         "genome": genome,
     }
     with opened_cells(model, cells, (), min_genes_mapped, min_share_mapped, how) as opened:
-        parts, done = [np.zeros((0, model.config.base_dim), dtype=np.float32)], 0
+        parts, done = [np.zeros((0, embedding_width(model)), dtype=np.float32)], 0
         for block in opened.blocks():
             rows = slice(done, done + block.counts.shape[0])
             measured = None if opened.measured is None else opened.measured.of(rows)

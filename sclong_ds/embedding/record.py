@@ -36,6 +36,7 @@ def record_of(model: ScLong, model_dir: Path) -> dict[str, Any]:
         "weights_sha256": weights_hash(model_dir),
         "genes_hash": model.genes.hash,
         "transform": asdict(model.transform),
+        "pooling": model.recipe.text(),
     }
 
 
@@ -50,7 +51,7 @@ def made_by(record: object, *, model: ScLong, model_dir: Path) -> bool:
     if not isinstance(record, Mapping):
         return False
     own = record_of(model, model_dir)
-    names = {"weights_sha256", "genes_hash"}
+    names = {"weights_sha256", "genes_hash", "pooling"}
     # Weights alone do not tell models apart: transform, graph and random features differ as well.
     # A folder of version 2 has no digest.
     if own["model_digest"] and record.get("model_digest"):

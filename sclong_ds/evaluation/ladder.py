@@ -4,14 +4,15 @@
 |---|---|
 | depth | log of the cell's total and of its number of genes, each of variance 1 |
 | on_off | random projection (32 numbers) of which genes have a count |
-| untrained | embedding of the model's own architecture with fresh weights |
+| untrained | embedding of the model's own architecture and recipe with fresh weights |
 | gene_vectors | mean of the model's gene vectors over the genes with a count, no context |
+| gene_vectors_recipe | the model's gene vectors, pooled and scaled as its recipe does, no context |
 | pca | 50 principal components of log1p-normalised counts, all genes |
 | hvg_pca | the same over the 2,000 most variable genes, each scaled to variance 1, cut at 10 |
 | harmony | pca corrected for the batches, where harmonypy is installed |
 | scvi | latent space (10 numbers) trained with the batches, where scvi-tools is installed |
 
-The first four know no context of a gene that training could have taught. PCA, Harmony and scVI are
+The first five know no context of a gene that training could have taught. PCA, Harmony and scVI are
 fitted on the cells that are scored, without labels. "Most variable" are the genes of highest
 dispersion (variance / mean of the scaled counts) among those of a like mean. Source:
 `scanpy.pp.highly_variable_genes` of flavor "seurat", https://doi.org/10.1038/nbt.3192
@@ -33,7 +34,7 @@ from sklearn.decomposition import PCA
 
 from sclong_ds.model.sclong import ScLong
 
-NO_CONTEXT = ("depth", "on_off", "untrained", "gene_vectors")
+NO_CONTEXT = ("depth", "on_off", "untrained", "gene_vectors", "gene_vectors_recipe")
 """Rows that a trained context must be better than to be of use."""
 COMPONENTS = 50
 VARIABLE_GENES = 2000

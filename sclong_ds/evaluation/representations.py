@@ -8,6 +8,7 @@ Shapes: n cells, C base width.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix, vstack
 
 from sclong_ds.corpus.transform import log1p_normalise
@@ -19,6 +20,7 @@ from sclong_ds.evaluation.ladder import (
     untrained_model,
 )
 from sclong_ds.evaluation.scored_cells import ScoredCells
+from sclong_ds.model.pooling import Recipe, scaling_map
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
 
@@ -37,18 +39,54 @@ def representations(
         batch_size: Cells embedded at a time.
         seed: Of the untrained weights, the projection and the eigensolver's start.
     """
-    fresh = untrained_model(model, seed=seed)
-    what = "embed, untrained weights"
     values = normalise(scored.counts, target_sum=model.transform.target_sum)
     found = {
         "sclong": embedded,
-        "untrained": embed_scored(fresh, scored, batch_size=batch_size, what=what),
+        "untrained": _untrained(model, scored, batch_size=batch_size, seed=seed),
         "gene_vectors": gene_vector_means(model, scored.counts),
     }
+    if model.control is not None:
+        what = "gene vectors by the recipe"
+        found["gene_vectors_recipe"] = _embedded_by(
+            model, model.control, scored, batch_size=batch_size, what=what
+        )
     found |= plain_rows(scored.counts, values, seed=seed)
     if scored.batches is not None:
         found |= corrected_rows(scored.counts, found["pca"], scored.batches, seed=seed)
     return found
+
+
+def _untrained(model: ScLong, scored: ScoredCells, *, batch_size: int, seed: int) -> np.ndarray:
+    """Return the embeddings of fresh weights by the model's recipe.
+
+    They have no training cells: the parts are centred and scaled by the scored cells.
+    """
+    fresh, recipe = untrained_model(model, seed=seed), model.recipe
+    found = _embedded_by(
+        fresh, Recipe(recipe.parts), scored, batch_size=batch_size, what="embed, untrained weights"
+    )
+    if recipe.scaling == "none":
+        return found
+    parts = torch.from_numpy(found).chunk(len(recipe.parts), dim=1)
+    maps = [scaling_map(part, recipe.scaling) for part in parts]
+    own = Recipe(
+        recipe.parts,
+        recipe.scaling,
+        torch.stack([centre for centre, _ in maps]),
+        torch.stack([to for _, to in maps]),
+    )
+    return own.apply(parts).numpy()
+
+
+def _embedded_by(
+    model: ScLong, recipe: Recipe, scored: ScoredCells, *, batch_size: int, what: str
+) -> np.ndarray:
+    """Return the embeddings of the scored cells by another recipe than the model's."""
+    kept, model.recipe = model.recipe, recipe
+    try:
+        return embed_scored(model, scored, batch_size=batch_size, what=what)
+    finally:
+        model.recipe = kept
 
 
 def embed_scored(model: ScLong, scored: ScoredCells, *, batch_size: int, what: str) -> np.ndarray:

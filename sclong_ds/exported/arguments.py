@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import local_path
+from sclong_ds.command_line import local_path, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,4 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the digests of the training cells: the corpus is not read, and nobody can "
         "tell from the folder whether a cell was in training",
+    )
+    parser.add_argument(
+        "--recipe-cells",
+        type=whole(0),
+        default=256,
+        metavar="N",
+        help="training and validation cells each, on which the recipe of an embedding is chosen "
+        "(default %(default)s; on a CPU less for a large model); 0: the mean over expressed genes",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where these cells are embedded"
     )

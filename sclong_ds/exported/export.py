@@ -4,8 +4,9 @@
 
 Reads one checkpoint, checked against its manifest; writes the folder that
 `sclong_ds.exported.model_dir` describes. Where the run's corpus is at hand, the folder gets the
-digests of the training cells, for which all of them are read. The weights of all ranks are merged
-in memory (4 bytes a parameter).
+digests of the training cells, for which all of them are read, and the recipe of its embeddings,
+which is chosen on some validation cells (`sclong_ds.exported.choose_recipe`). The weights of all
+ranks are merged in memory (4 bytes a parameter).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sclong_ds.checkpoint.load import full_weights
@@ -29,6 +31,7 @@ from sclong_ds.checkpoint.state import read_state
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import DataConfig, ModelConfig
 from sclong_ds.corpus.transform import Transform
+from sclong_ds.exported.choose_recipe import CELLS, choose_from_run
 from sclong_ds.exported.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
 from sclong_ds.exported.training_cells import training_cells_of
 from sclong_ds.files.atomic import named_errors
@@ -77,7 +80,14 @@ def resolve(path: Path) -> Path:
     return chosen
 
 
-def export(checkpoint_dir: Path, out: Path, *, training_cells: bool = True) -> dict[str, Any]:
+def export(
+    checkpoint_dir: Path,
+    out: Path,
+    *,
+    training_cells: bool = True,
+    recipe_cells: int = CELLS,
+    device: str = "cpu",
+) -> dict[str, Any]:
     """Write the exported model of a checkpoint.
 
     Args:
@@ -85,16 +95,24 @@ def export(checkpoint_dir: Path, out: Path, *, training_cells: bool = True) -> d
             checkpoint).
         out: Folder to make.
         training_cells: Whether to add the digests of the training cells.
+        recipe_cells: Training and validation cells each to choose the embedding's recipe on; 0:
+            the mean over the expressed genes.
+        device: Where they are embedded.
 
     Returns:
         The provenance that was written.
     """
     check_absent(out)
     with named_errors(checkpoint_dir):
-        return _export(resolve(checkpoint_dir), out, with_cells=training_cells)
+        checkpoint = resolve(checkpoint_dir)
+        return _export(
+            checkpoint, out, with_cells=training_cells, n_cells=recipe_cells, device=device
+        )
 
 
-def _export(checkpoint: Path, out: Path, *, with_cells: bool) -> dict[str, Any]:
+def _export(
+    checkpoint: Path, out: Path, *, with_cells: bool, n_cells: int, device: str
+) -> dict[str, Any]:
     config = load_config(checkpoint / "config.yaml")
     state = read_state(checkpoint)
     graph, trained = checkpoint / GRAPH, read_run_json(checkpoint)
@@ -128,6 +146,9 @@ def _export(checkpoint: Path, out: Path, *, with_cells: bool) -> dict[str, Any]:
             features=features_of(checkpoint, config.model, state.step),
             provenance=provenance,
             training_cells=training_cells,
+            choose=lambda model: choose_from_run(
+                model.to(device), config, corpus_hash=state.corpus_hash, n_cells=n_cells
+            ),
         )
     return provenance
 
@@ -152,7 +173,15 @@ def transform_of(data: DataConfig) -> Transform:
 
 def run(args: argparse.Namespace) -> int:
     """Run `python -m sclong_ds export`."""
-    provenance = export(args.checkpoint, args.out, training_cells=not args.no_training_cells)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    provenance = export(
+        args.checkpoint,
+        args.out,
+        training_cells=not args.no_training_cells,
+        recipe_cells=args.recipe_cells,
+        device=args.device,
+    )
     log.info("wrote %s from step %d of %s", args.out, provenance["step"], args.checkpoint)
     return 0
 

@@ -8,6 +8,7 @@ No DeepSpeed needed.
     MODEL_DIR/gene_graph.npz                the gene graph, when the architecture has one
     MODEL_DIR/random_features.safetensors   the random features of FAVOR+
     MODEL_DIR/training_cells.npz            digests of the cells it was trained on, where known
+    MODEL_DIR/embedding.json, embedding.npz the recipe of its embeddings, where one was chosen
     MODEL_DIR/provenance.json               what the model was made from
     MODEL_DIR/README.md                     model card
     MODEL_DIR/manifest.json                 size and checksums of all of these
@@ -26,7 +27,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.manifest import CURE, WEIGHTS, check_files, write_manifest
+from sclong_ds.exported.recipe_file import ChosenRecipe, read_control, read_recipe, write_recipe
 from sclong_ds.exported.training_cells import TrainingCells
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
 from sclong_ds.files.versions import refuse_later
 from sclong_ds.model.features_file import read_features, write_features
+from sclong_ds.model.pooling import MEAN
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.run_folder.metric_names import MSE, N_HIDDEN
 from sclong_ds.run_folder.rows import sentence
@@ -75,6 +78,7 @@ def write_model_dir(
     features: Mapping[str, Tensor] | None,
     provenance: Mapping[str, Any],
     training_cells: TrainingCells | None = None,
+    choose: Callable[[ScLong], ChosenRecipe | None] | None = None,
 ) -> None:
     """Write an exported model; the folder appears whole or not at all.
 
@@ -88,6 +92,8 @@ def write_model_dir(
         features: The random features (M, K) by `stack.layer`, or None: they are drawn.
         provenance: What the model was trained or imported from.
         training_cells: What it was trained on; None: not known.
+        choose: Given the model, returns the recipe of its embeddings, or None: the mean over the
+            expressed genes.
 
     Raises:
         FileExistsError: `out` exists.
@@ -109,20 +115,34 @@ def write_model_dir(
         config = _description(model, transform, partial)
         shapes = {n: tuple(t.shape) for n, t in _empty_model(partial, config).state_dict().items()}
         _write_weights(partial / WEIGHTS, weights, shapes)
+        chosen = None if choose is None else choose(_with_weights(partial, config))
+        if chosen is not None:
+            write_recipe(partial, chosen)
         n_parameters = sum(map(math.prod, shapes.values()))
-        texts = {
-            "config.yaml": yaml.safe_dump(config, sort_keys=False),
-            "provenance.json": json.dumps(dict(provenance), indent=2) + "\n",
-            "README.md": model_card(config, provenance, n_parameters=n_parameters),
-        }
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        _write_texts(partial, config, provenance, n_parameters, chosen)
         write_manifest(partial)
         sync_tree(partial)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _write_texts(
+    folder: Path,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    n_parameters: int,
+    chosen: ChosenRecipe | None,
+) -> None:
+    card = model_card(config, provenance, n_parameters=n_parameters, chosen=chosen)
+    texts = {
+        "config.yaml": yaml.safe_dump(dict(config), sort_keys=False),
+        "provenance.json": json.dumps(dict(provenance), indent=2) + "\n",
+        "README.md": card,
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def check_absent(out: Path) -> None:
@@ -288,7 +308,15 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
         ValueError: A damaged file, another format version, or files that do not belong together.
     """
     folder = Path(model_dir)
-    model = _empty_model(folder, read_description(folder))
+    model = _with_weights(folder, read_description(folder))
+    model.recipe = read_recipe(folder, base_dim=model.config.base_dim)
+    model.control = read_control(folder, base_dim=model.config.base_dim)
+    return model.to(device).eval()
+
+
+def _with_weights(folder: Path, config: Mapping[str, Any]) -> ScLong:
+    """Return the model of a folder, on the CPU in evaluation mode, its weights mapped."""
+    model = _empty_model(folder, config)
     try:
         weights = load_file(folder / WEIGHTS)
         for name, weight in weights.items():
@@ -300,11 +328,15 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder / WEIGHTS} does not fit its config.yaml: {reason}") from None
-    return model.to(device).eval()
+    return model.eval()
 
 
 def model_card(
-    config: Mapping[str, Any], provenance: Mapping[str, Any], *, n_parameters: int
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    *,
+    n_parameters: int,
+    chosen: ChosenRecipe | None = None,
 ) -> str:
     """Return the model card (Markdown).
 
@@ -312,12 +344,9 @@ def model_card(
         config: Content of config.yaml.
         provenance: Content of provenance.json.
         n_parameters: Number of weights.
+        chosen: The recipe of its embeddings; None: the mean over the expressed genes.
     """
     model, target_sum = config["model"], config["transform"]["target_sum"]
-    stacks = "\n".join(
-        f"| {name} | {model[name]['depth']} | {model[name]['heads']} x {model[name]['dim_head']} |"
-        for name in ("large_encoder", "mini_encoder", "decoder")
-    )
     imported = "imported_files" in provenance
     made = (
         "imported from a checkpoint of the released scLong code;\nsclong_ds did not train it."
@@ -350,14 +379,46 @@ where the total is over these genes. `embed` takes raw counts and does this itse
 
 ## Architecture
 
-| stack | layers | heads x width |
-|---|---|---|
-{stacks}
+{_stacks(model)}
 
 Base width {model["base_dim"]}, large width {model["large_dim"]}, {model["top_seq_len"]} genes
 in the large encoder, gene encoder: {model["gene_encoder"]}.
 
+{_embedding(chosen)}
 {_source(provenance) if imported else _training(provenance)}"""
+
+
+def _stacks(model: Mapping[str, Any]) -> str:
+    """Return the card's table of Performer stacks."""
+    names = ("large_encoder", "mini_encoder", "decoder")
+    rows = (
+        (name, model[name]["depth"], f"{model[name]['heads']} x {model[name]['dim_head']}")
+        for name in names
+    )
+    return _table(("stack", "layers", "heads x width"), rows)
+
+
+def _embedding(chosen: ChosenRecipe | None) -> str:
+    """Return the part of the card on the recipe of an embedding."""
+    if chosen is None:
+        return f"## Embedding\n\nOf a cell: {MEAN.text()}. No recipe was chosen.\n"
+    facts, by = chosen.facts, chosen.facts["criterion"]
+    before = facts["candidates"][MEAN.text()][by]
+    return (
+        f"## Embedding\n\nOf a cell: {chosen.recipe.text()}.\n\n"
+        f"Chosen among {len(facts['candidates'])} candidates (embedding.json) on "
+        f"{facts['n_validation_cells']} validation cells by {by}; centres and scales are of "
+        f"{facts['n_training_cells']} training cells.\n\n"
+        + _table(
+            ("", by),
+            [
+                ("this recipe", f"{facts['score'][by]:.4f}"),
+                ("the gene vectors alone, by the same weights",
+                 f"{facts['gene vectors alone'][by]:.4f}"),
+                (MEAN.text(), f"{before:.4f}"),
+            ],
+        )
+    )  # fmt: skip
 
 
 def _training(provenance: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from sclong_ds.corpus.transform import Transform
 from sclong_ds.model.expression_encoder import ExpressionEncoder
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import CellSpans, Performer, select_tokens
+from sclong_ds.model.pooling import MEAN, Layer, Part, Recipe, pool_parts
 from sclong_ds.model.routing import (
     ReadGenes,
     expression_order,
@@ -58,6 +59,10 @@ class ScLong(nn.Module):
     """Gene order of the inputs; set on a model that `load_model` read."""
     transform: Transform
     """From counts to model input; set on a model that `load_model` read."""
+    recipe: Recipe = MEAN
+    """How `embed` makes a cell's vector; that of its folder on a model that `load_model` read."""
+    control: Recipe | None = None
+    """The same of the gene vectors alone, without context; None: its folder has none."""
 
     def __init__(
         self,
@@ -135,7 +140,7 @@ class ScLong(nn.Module):
         Returns:
             (B, G), or (B, P), predicted values.
         """
-        h = self._represent(x, mask, positions, lengths, unmeasured)
+        h = self._represent(x, mask, positions, lengths, unmeasured)["decoder"]
         if self.config.cell_offset == "none":
             return self.head(h, positions)
         unknown = unknown_genes(mask, unmeasured, routing="top")
@@ -151,7 +156,34 @@ class ScLong(nn.Module):
         unmeasured: Tensor | None = None,
     ) -> Tensor:
         """Return the contextual representations (B, G, C); arguments as `forward`."""
-        return self._represent(x, mask, None, lengths, unmeasured)
+        return self._represent(x, mask, None, lengths, unmeasured)["decoder"]
+
+    def pooled(
+        self, x: Tensor, parts: Sequence[Part], *, unmeasured: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return weighted means of the genes' vectors, (B, C) for each part.
+
+        Args:
+            x: As in `forward`.
+            parts: Which layers and weights.
+            unmeasured: As in `forward`.
+        """
+        layers = tuple({part.layer for part in parts})
+        if unmeasured is not None:
+            x = x.masked_fill(unmeasured, 0.0)
+        found = self._represent(x, None, None, None, unmeasured, layers)
+        return pool_parts(found, x, parts)
+
+    def embed(self, x: Tensor, *, unmeasured: Tensor | None = None) -> Tensor:
+        """Return the embeddings (B, W) of cells by `recipe`; 0 for a cell without counts.
+
+        Args:
+            x: As in `forward`.
+            unmeasured: As in `forward`.
+        """
+        known = x if unmeasured is None else x.masked_fill(unmeasured, 0.0)
+        found = self.recipe.apply(self.pooled(x, self.recipe.parts, unmeasured=unmeasured))
+        return torch.where((known > 0).any(dim=1, keepdim=True), found, 0.0)
 
     def _represent(
         self,
@@ -160,8 +192,18 @@ class ScLong(nn.Module):
         positions: Tensor | None,
         lengths: Sequence[int] | None,
         unmeasured: Tensor | None,
-    ) -> Tensor:
-        """Return the representations (B, G, C), or (B, P, C); arguments as `forward`."""
+        layers: Sequence[Layer] = ("decoder",),
+    ) -> dict[Layer, Tensor]:
+        """Return the representations (B, G, C), or (B, P, C), behind some layers.
+
+        Arguments as `forward`. The gene vectors are (G, C), those behind the encoders (B, G, C).
+        """
+        genes = self.gene_encoder()
+        found: dict[Layer, Tensor] = {}
+        if "gene_vectors" in layers:
+            found["gene_vectors"] = genes[: self.n_genes]
+        if set(layers) <= {"gene_vectors"}:
+            return found
         if unmeasured is not None:
             x = x.masked_fill(unmeasured, 0.0)
         no_value = unknown_genes(mask, unmeasured, routing="top")
@@ -170,44 +212,55 @@ class ScLong(nn.Module):
             x = nn.functional.pad(x, (0, 1))
             mask = None if mask is None else nn.functional.pad(mask, (0, 1))
             no_value = None if no_value is None else nn.functional.pad(no_value, (0, 1))
-        genes = self.gene_encoder()
         if self.config.zero_genes is not None:
-            return self._represent_read(genes, x, mask, no_value, unmeasured, positions)
+            read = self._read(x, mask, unmeasured)
+            return found | self._represent_read(genes, x, no_value, read, positions, layers)
         tokens = self.expression_encoder(x, no_value) + genes
-        merged = self._contextual(tokens, x, mask, lengths)
-        h = self.norm(self.decoder(merged + genes, None, positions))
-        return h[:, : self.n_genes] if positions is None else h
+        merged = self._contextual(tokens, x, mask, lengths) + genes
+        if "encoders" in layers:
+            found["encoders"] = merged[:, : self.n_genes]
+        if "decoder" in layers:
+            h = self.norm(self.decoder(merged, None, positions))
+            found["decoder"] = h[:, : self.n_genes] if positions is None else h
+        return found
 
-    def _represent_read(
-        self,
-        genes: Tensor,
-        x: Tensor,
-        mask: Tensor | None,
-        no_value: Tensor | None,
-        unmeasured: Tensor | None,
-        positions: Tensor | None,
-    ) -> Tensor:
-        """Return the representations where only some of the unexpressed genes are read.
-
-        That of a gene that is not read is zero.
-        """
+    def _read(self, x: Tensor, mask: Tensor | None, unmeasured: Tensor | None) -> ReadGenes:
+        """Return which genes of the cells are read."""
         assert self.config.zero_genes is not None
-        read = read_genes(
+        return read_genes(
             x,
             mask,
             unmeasured,
             top_seq_len=self.config.top_seq_len,
             zero_genes=self.config.zero_genes,
         )
+
+    def _represent_read(
+        self,
+        genes: Tensor,
+        x: Tensor,
+        no_value: Tensor | None,
+        read: ReadGenes,
+        positions: Tensor | None,
+        layers: Sequence[Layer],
+    ) -> dict[Layer, Tensor]:
+        """Return the representations where only some of the unexpressed genes are read.
+
+        That of a gene that is not read is zero.
+        """
         # By indexing: its backward pass adds up in a fixed order on a GPU too.
         own = genes[read.rows % self.n_genes]
         no_value = None if no_value is None else no_value.flatten()[read.rows]
         tokens = self.expression_encoder(x.flatten()[read.rows], no_value) + own
-        merged = self._contextual_read(tokens, read)
-        h = self.norm(self.decoder(merged + own, read.cells))
-        h = nn.functional.pad(h, (0, 0, 0, 1))
-        places = read.places if positions is None else read.places.gather(1, positions)
-        return h[places]
+        merged = self._contextual_read(tokens, read) + own
+        found: dict[Layer, Tensor] = {}
+        if "encoders" in layers:
+            found["encoders"] = nn.functional.pad(merged, (0, 0, 0, 1))[read.places]
+        if "decoder" in layers:
+            h = nn.functional.pad(self.norm(self.decoder(merged, read.cells)), (0, 0, 0, 1))
+            places = read.places if positions is None else read.places.gather(1, positions)
+            found["decoder"] = h[places]
+        return found
 
     def _contextual_read(self, tokens: Tensor, read: ReadGenes) -> Tensor:
         """Return the tokens (T, C), in the order given, after the large and the mini encoder."""

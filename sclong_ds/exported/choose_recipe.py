@@ -1,0 +1,318 @@
+"""Choose how a model makes an embedding, on validation cells, when it is exported.
+
+Candidates are those of `candidates`: which layer is averaged, over which genes with which weights,
+beside the gene vectors or not, and how the parts are scaled. Centres and scales come from a sample
+of training cells. The candidates are judged on a sample of the validation split:
+
+- `label accuracy`, where validation cells have a `cell_type` of two kinds at least: the share of
+  cells whose label is the most common one of their nearest cells. Nearest cells are of other
+  datasets than the cell's own where those have its label.
+- `held-out counts` otherwise, and always recorded: each count is drawn into one of two halves; the
+  embedding reads the first, and the second of a cell is predicted by the mean of its nearest cells'
+  second halves, nearest among all cells that are read. The score is the mean over genes of the
+  explained variance. Halves of counts are independent given the cell: to copy noise does not help.
+  Source: count splitting (molecular cross-validation), https://doi.org/10.1101/786269
+
+No label of a cell that is scored later is seen. The gene vectors alone, by the same weights, are
+recorded beside: a context that is of use is better.
+
+Shapes: m cells, of which n are judged, G genes, C base width, K variable genes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.exported.recipe_file import ChosenRecipe
+from sclong_ds.model.pooling import MEAN, Part, Recipe, scaling_map
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.progress import count_progress
+
+CELLS = 256
+"""Cells of either split that are read."""
+MIN_CELLS = 20
+"""With fewer training or validation cells nothing is chosen."""
+CPU_FLOPS = 2e13
+"""Work on a CPU, in all, that an export may add: some minutes of one core."""
+_BATCH = 8
+_NEIGHBOURS = 15
+_VARIABLE = 500
+_SEED = 0
+_MIN_LABEL = 5
+_SEEN = 0.05
+COUNTS, LABELS = "held-out counts", "label accuracy"
+_log = logging.getLogger(__name__)
+
+Pooled = dict[Part, torch.Tensor]
+
+
+def candidates() -> list[Recipe]:
+    """Return the recipes that are tried, without statistics; the first is that of old folders."""
+    beside = (Part("gene_vectors", "top_128"), Part("gene_vectors", "value^3"))
+    parts: list[tuple[Part, ...]] = []
+    for layer in ("decoder", "encoders"):
+        weights = ("expressed", "value", "value^3", "top_64", "top_128", "top_256")
+        parts += [(Part(layer, name),) for name in weights]
+        parts += [(Part(layer, name), *beside) for name in ("value^3", "top_64", "top_128")]
+    scalings = ("scaled", "whitened 0.001", "whitened 0.1")
+    return [MEAN, *(Recipe(some, scaling) for some in parts for scaling in scalings)]
+
+
+def without_context(recipe: Recipe) -> Recipe:
+    """Return a recipe with every layer replaced by the gene vectors, without statistics."""
+    parts = dict.fromkeys(Part("gene_vectors", part.weights) for part in recipe.parts)
+    return Recipe(tuple(parts), recipe.scaling)
+
+
+def choose_from_run(
+    model: ScLong, config: RunConfig, *, corpus_hash: str, n_cells: int = CELLS
+) -> ChosenRecipe | None:
+    """Choose the recipe of a run's model on the corpus that it was trained on.
+
+    Args:
+        model: The model, with its genes and transform.
+        config: The run's configuration.
+        corpus_hash: Content hash of its corpus.
+        n_cells: Cells of either split to read; 0 chooses nothing.
+
+    Returns:
+        None where nothing can be chosen; the log tells why.
+    """
+    if config.data.corpus is None or n_cells == 0:
+        return None
+    n_cells = min(n_cells, _affordable(model))
+    try:
+        corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
+        if corpus.hash != corpus_hash:
+            raise ValueError(f"{config.data.corpus} is another corpus by now")
+        rows = {name: _some(corpus, name, n_cells) for name in ("train", "validation")}
+        for name, chosen in rows.items():
+            if len(chosen) < MIN_CELLS:
+                raise ValueError(f"{len(chosen)} cells of {name} to read, {MIN_CELLS} are needed")
+        return choose_recipe(model, corpus, train=rows["train"], validation=rows["validation"])
+    except (OSError, ValueError) as error:
+        # Weights must not be lost for want of their corpus.
+        _log.warning(
+            "the embedding's recipe was not chosen (%s): the model embeds by the mean over the "
+            "expressed genes; export where the corpus is, with --device cuda for a large model",
+            error,
+        )
+        return None
+
+
+def choose_recipe(
+    model: ScLong, corpus: Corpus, *, train: NDArray[np.int64], validation: NDArray[np.int64]
+) -> ChosenRecipe:
+    """Choose the recipe of a model.
+
+    Args:
+        model: The model, with its transform.
+        corpus: Cells of its genes.
+        train: Rows whose statistics centre and scale the parts.
+        validation: Rows that candidates are judged on.
+    """
+    tried = candidates()
+    plain = [without_context(recipe) for recipe in tried]
+    parts = list(dict.fromkeys(part for recipe in (*tried, *plain) for part in recipe.parts))
+    # Those that are judged come first; all may be the neighbours of one.
+    rows = np.concatenate([validation, train])
+    first, second = split_counts(corpus.rows(rows))
+    with count_progress("choose the embedding", len(train) + len(rows), "cells") as on_cells:
+        fitted = _pooled(model, corpus, train, corpus.rows(train), parts, on_cells)
+        read = _pooled(model, corpus, rows, first, parts, on_cells)
+    judge = Judge(
+        n=len(validation),
+        targets=held_out_values(
+            second, target_sum=model.transform.target_sum, n_judged=len(validation)
+        ),
+        labels=_labels(corpus, rows, len(validation)),
+        groups=corpus.row_dataset[rows],
+    )
+    scores = []
+    for recipe in tried:
+        points = with_statistics(recipe, fitted).apply([read[part] for part in recipe.parts])
+        scores.append(judge.scores(points.numpy()))
+    by = LABELS if judge.labels is not None else COUNTS
+    best = max(range(len(tried)), key=lambda i: scores[i][by])
+    control = with_statistics(plain[best], fitted)
+    facts: dict[str, Any] = {
+        "criterion": by,
+        "n_training_cells": len(train),
+        "n_validation_cells": len(validation),
+        "score": scores[best],
+        "gene vectors alone": judge.scores(
+            control.apply([read[part] for part in control.parts]).numpy()
+        ),
+        "candidates": {r.text(): s for r, s in zip(tried, scores, strict=True)},
+    }
+    _log.info("embedding: %s (%s %.4f)", tried[best].text(), by, scores[best][by])
+    return ChosenRecipe(with_statistics(tried[best], fitted), control, facts)
+
+
+def with_statistics(recipe: Recipe, fitted: Pooled) -> Recipe:
+    """Return a recipe with the centres and scales of pooled cells.
+
+    Args:
+        recipe: Without statistics.
+        fitted: (n, C) by part.
+    """
+    if recipe.scaling == "none":
+        return recipe
+    maps = [scaling_map(fitted[part], recipe.scaling) for part in recipe.parts]
+    return replace(
+        recipe, centres=torch.stack([c for c, _ in maps]), maps=torch.stack([m for _, m in maps])
+    )
+
+
+def split_counts(counts: csr_matrix) -> tuple[csr_matrix, csr_matrix]:
+    """Return two halves of counts (n, G): each count is drawn into one of them."""
+    rng = np.random.default_rng(_SEED)
+    first = rng.binomial(counts.data.astype(np.int64), 0.5)
+    halves = [
+        csr_matrix((data, counts.indices.copy(), counts.indptr.copy()), counts.shape)
+        for data in (first, counts.data.astype(np.int64) - first)
+    ]
+    for half in halves:
+        half.eliminate_zeros()
+    return halves[0], halves[1]
+
+
+def held_out_values(counts: csr_matrix, *, target_sum: float, n_judged: int) -> NDArray[np.float64]:
+    """Return (m, K) values of the most variable genes, of mean 0 and variance 1 in judged cells.
+
+    Args:
+        counts: (m, G) counts that the embedding does not read.
+        target_sum: Of the transform.
+        n_judged: How many cells, the first ones, are judged.
+    """
+    values = np.expm1(log1p_normalise(counts, target_sum=target_sum).astype(np.float64))
+    judged = values[:n_judged]
+    mean, seen = judged.mean(axis=0), (judged > 0).mean(axis=0)
+    dispersion = np.where(seen >= _SEEN, judged.var(axis=0), 0.0) / np.maximum(mean, 1e-12)
+    best = np.sort(np.argsort(-dispersion, kind="stable")[:_VARIABLE])
+    chosen = np.log1p(values[:, best[dispersion[best] > 0]])
+    judged = chosen[:n_judged]
+    return np.asarray((chosen - judged.mean(axis=0)) / judged.std(axis=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """What the candidates are judged by.
+
+    Shapes: m cells, of which the first n are judged and all may be neighbours.
+    """
+
+    n: int
+    targets: NDArray[np.float64]
+    """(m, K) held-out values."""
+    labels: NDArray[np.str_] | None
+    """(m,) labels, "" for none; None: labels do not count."""
+    groups: NDArray[np.integer]
+    """(m,) datasets."""
+
+    def scores(self, points: NDArray[np.float32]) -> dict[str, float]:
+        """Return the scores of points (m, W)."""
+        distance = _distances(points, self.n)
+        k = min(_NEIGHBOURS, max(1, len(points) // 5))
+        near = np.argsort(distance, axis=1, kind="stable")[:, :k]
+        residual = self.targets[: self.n] - self.targets[near].mean(axis=1)
+        found = {COUNTS: float(1 - np.square(residual).mean())}
+        if self.labels is not None:
+            distance = np.where(_may_name(self.labels, self.groups, self.n), distance, np.inf)
+            near = np.argsort(distance, axis=1, kind="stable")[:, :k]
+            own = self.labels[: self.n]
+            hits = [_most_common(self.labels[i]) == name for i, name in zip(near, own, strict=True)]
+            found[LABELS] = float(np.asarray(hits)[own != ""].mean())
+        return found
+
+
+def _distances(points: NDArray[np.float32], n: int) -> NDArray[np.float64]:
+    """Return squared distances (n, m) of the first n cells, a cell's to itself infinite."""
+    x = points.astype(np.float64)
+    size = np.square(x).sum(axis=1)
+    distance = size[:n, None] + size[None, :] - 2 * x[:n] @ x.T
+    distance[np.arange(n), np.arange(n)] = np.inf
+    return np.asarray(distance)
+
+
+def _may_name(labels: NDArray[np.str_], groups: NDArray[np.integer], n: int) -> NDArray[np.bool_]:
+    """Return (n, m) which cells may name a cell: of other groups, where its label is in others."""
+    same = groups[:n, None] == groups[None, :]
+    elsewhere = ((labels[:n, None] == labels[None, :]) & ~same).any(axis=1)
+    return (labels != "")[None, :] & (~same | ~elsewhere[:, None])
+
+
+def _most_common(labels: NDArray[np.str_]) -> str:
+    names, sizes = np.unique(labels, return_counts=True)
+    return str(names[np.argmax(sizes)])
+
+
+def _labels(corpus: Corpus, rows: NDArray[np.int64], n: int) -> NDArray[np.str_] | None:
+    """Return the cell types of rows; None if those of the first n are of no use."""
+    obs = corpus.obs(rows)
+    if "cell_type" not in obs:
+        return None
+    values = obs["cell_type"].astype(object)
+    labels = values.where(values.notna(), "").astype(str).to_numpy(dtype=str)
+    names, sizes = np.unique(labels, return_counts=True)
+    labels = np.where(np.isin(labels, names[sizes >= _MIN_LABEL]), labels, "")
+    return labels if len(np.unique(labels[:n][labels[:n] != ""])) >= 2 else None
+
+
+def _pooled(
+    model: ScLong,
+    corpus: Corpus,
+    rows: NDArray[np.int64],
+    counts: csr_matrix,
+    parts: Sequence[Part],
+    on_cells: Callable[[int], None],
+) -> Pooled:
+    """Return the pooled parts of cells, (n, C) float32 on the CPU by part."""
+    device = next(model.parameters()).device
+    found: dict[Part, list[torch.Tensor]] = {part: [] for part in parts}
+    masks = model.transform.unmeasured == "mask"
+    with torch.inference_mode():
+        for start in range(0, len(rows), _BATCH):
+            some = slice(start, start + _BATCH)
+            values = log1p_normalise(counts[some], target_sum=model.transform.target_sum)
+            unmeasured = None
+            if masks and corpus.measured_genes is not None:
+                table = ~corpus.measured_genes[corpus.row_dataset[rows[some]]]
+                unmeasured = torch.from_numpy(table).to(device)
+            x = torch.from_numpy(values).to(device)
+            for part, pooled in zip(
+                parts, model.pooled(x, parts, unmeasured=unmeasured), strict=True
+            ):
+                found[part].append(pooled.float().cpu())
+            on_cells(len(values))
+    return {part: torch.cat(some) for part, some in found.items()}
+
+
+def _some(corpus: Corpus, split: str, n_cells: int) -> NDArray[np.int64]:
+    """Return at most n cells of a split that have two counts, drawn at random, ascending."""
+    rows = corpus.split(split)
+    rows = rows[np.asarray(corpus.row_nnz)[rows] >= 2]
+    if len(rows) > n_cells:
+        rows = np.random.default_rng(_SEED).choice(rows, n_cells, replace=False)
+    return np.sort(rows)
+
+
+def _affordable(model: ScLong) -> int:
+    """Return how many cells of either split a CPU may read; a GPU any number."""
+    if next(model.parameters()).device.type != "cpu":
+        return CELLS * 1000
+    size = sum(p.numel() for stack in model.performers().values() for p in stack.parameters())
+    zeros = model.config.zero_genes
+    tokens = model.n_genes if zeros is None else min(model.n_genes, zeros + 2000)
+    return int(CPU_FLOPS / (2 * 2 * size * tokens))

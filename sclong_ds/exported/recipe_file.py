@@ -1,0 +1,113 @@
+"""The recipe of a model's embeddings as files of its folder.
+
+    MODEL_DIR/embedding.json   parts and scaling, how they were chosen: criterion, cells, candidates
+    MODEL_DIR/embedding.npz    centres (parts, C) and maps (parts, C, C), float32, of the parts;
+                               control_centres, control_maps of the same without context
+
+Folders without them (earlier versions, imported models, an export far from its corpus) embed by the
+mean over the expressed genes. `sclong_ds.exported.choose_recipe` makes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sclong_ds.exported.manifest import CURE
+from sclong_ds.files.npz import read_npz
+from sclong_ds.files.sealed_json import read_object
+from sclong_ds.files.versions import refuse_later
+from sclong_ds.model.pooling import MEAN, Part, Recipe, check_part
+
+RECIPE, STATISTICS = "embedding.json", "embedding.npz"
+_FORMAT, _VERSION = "sclong_ds-embedding-recipe", 1
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenRecipe:
+    """A recipe, what it is to be compared with, and why it was chosen."""
+
+    recipe: Recipe
+    control: Recipe
+    """The same weights and scaling of the gene vectors alone: an embedding without context."""
+    facts: Mapping[str, Any]
+    """How it was chosen, for people: plain JSON."""
+
+
+def write_recipe(folder: Path, chosen: ChosenRecipe) -> None:
+    """Write the recipe's files into a model folder that has no manifest yet.
+
+    Args:
+        folder: The folder.
+        chosen: The recipe; those of both recipes with statistics are kept.
+    """
+    content = {"format": _FORMAT, "version": _VERSION, "scaling": chosen.recipe.scaling}
+    arrays: dict[str, np.ndarray] = {}
+    for prefix, recipe in (("", chosen.recipe), ("control_", chosen.control)):
+        content[f"{prefix}parts"] = [list(part) for part in recipe.parts]
+        if recipe.centres is not None and recipe.maps is not None:
+            arrays[f"{prefix}centres"] = recipe.centres.numpy().astype("<f4")
+            arrays[f"{prefix}maps"] = recipe.maps.numpy().astype("<f4")
+    content |= {"text": chosen.recipe.text(), "chosen": dict(chosen.facts)}
+    (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    np.savez(folder / STATISTICS, **arrays)
+
+
+def read_recipe(folder: Path, *, base_dim: int) -> Recipe:
+    """Return the recipe of a model folder; the mean over the expressed genes if it has none.
+
+    Args:
+        folder: MODEL_DIR.
+        base_dim: The model's base width C.
+
+    Raises:
+        FileNotFoundError: One of its two files is missing.
+        LaterVersionError: A later version wrote it.
+        ValueError: A damaged file.
+    """
+    return _read(folder, base_dim, "") or MEAN
+
+
+def read_control(folder: Path, *, base_dim: int) -> Recipe | None:
+    """Return the recipe without context; arguments and errors as `read_recipe`."""
+    return _read(folder, base_dim, "control_")
+
+
+def _read(folder: Path, base_dim: int, prefix: str) -> Recipe | None:
+    path = folder / RECIPE
+    if not path.exists():
+        return None
+    content = read_object(path)
+    if content.get("format") == _FORMAT:
+        refuse_later(content.get("version"), newest=_VERSION, what=_FORMAT, where=path)
+    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+        raise ValueError(f"{path}: damaged (no {_FORMAT} of version {_VERSION}); {CURE}")
+    try:
+        parts = tuple(Part(*part) for part in content[f"{prefix}parts"])
+        scaling = str(content["scaling"])
+        for part in parts:
+            check_part(part)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}); {CURE}") from None
+    if not parts:
+        raise ValueError(f"{path}: damaged (no parts); {CURE}")
+    if scaling == "none":
+        return Recipe(parts)
+    arrays = read_npz(folder / STATISTICS, cure=CURE)
+    sizes = {"centres": (len(parts), base_dim), "maps": (len(parts), base_dim, base_dim)}
+    found = {}
+    for name, shape in sizes.items():
+        array = arrays.get(f"{prefix}{name}")
+        if array is None or array.shape != shape or not np.isfinite(array).all():
+            raise ValueError(
+                f"{folder / STATISTICS}: damaged ({prefix}{name} must be finite and {shape}); "
+                f"{CURE}"
+            )
+        found[name] = torch.from_numpy(array.astype(np.float32))
+    return Recipe(parts, scaling, found["centres"], found["maps"])

@@ -1,0 +1,186 @@
+"""The recipe of an embedding: what it is chosen by, what the folder keeps, where none is chosen."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from exported import named_genes, write_model
+from scipy.sparse import csr_matrix
+
+from sclong_ds.config.load import load_config
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.embedding.embed import embed_counts
+from sclong_ds.exported import choose_recipe as chooser
+from sclong_ds.exported.choose_recipe import COUNTS, LABELS, Judge
+from sclong_ds.exported.manifest import check_files, model_digest, write_manifest
+from sclong_ds.exported.model_dir import load_model, model_card
+from sclong_ds.exported.recipe_file import RECIPE, STATISTICS, ChosenRecipe, write_recipe
+from sclong_ds.model.pooling import MEAN
+from sclong_ds.model.sclong import ScLong
+
+N_GENES, N_CELLS = 60, 80
+
+
+class MadeCorpus:
+    """Two kinds of cells that differ in their high genes, of two datasets."""
+
+    measured_genes = None
+
+    def __init__(self, *, labels: bool) -> None:
+        rng = np.random.default_rng(0)
+        self.kinds = rng.integers(2, size=N_CELLS)
+        rates = np.full((2, N_GENES), 0.5)
+        rates[0, :25], rates[1, 25:50] = 8.0, 8.0
+        depth = rng.uniform(0.5, 2.0, (N_CELLS, 1))
+        self.counts = csr_matrix(rng.poisson(rates[self.kinds] * depth))
+        self.row_dataset = rng.integers(2, size=N_CELLS)
+        self.labels = labels
+
+    def rows(self, rows: np.ndarray) -> csr_matrix:
+        return self.counts[rows]
+
+    def obs(self, rows: np.ndarray) -> pd.DataFrame:
+        kinds = np.array(["B", "T"])[self.kinds[rows]]
+        return pd.DataFrame({"cell_type": kinds} if self.labels else {"barcode": rows.astype(str)})
+
+
+def choose(model: ScLong, *, labels: bool) -> ChosenRecipe:
+    corpus: Any = MadeCorpus(labels=labels)
+    return chooser.choose_recipe(
+        model, corpus, train=np.arange(40), validation=np.arange(40, N_CELLS)
+    )
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), named_genes(N_GENES), seed=0)
+
+
+@pytest.mark.parametrize(("labels", "criterion"), [(False, COUNTS), (True, LABELS)])
+def test_the_best_candidate_is_taken_by_labels_or_held_out_counts(
+    model_dir: Path, labels: bool, criterion: str
+) -> None:
+    chosen = choose(load_model(model_dir), labels=labels)
+    scores = {text: found[criterion] for text, found in chosen.facts["candidates"].items()}
+    assert chosen.facts["criterion"] == criterion
+    assert len(scores) == len(chooser.candidates())
+    assert scores[chosen.recipe.text()] == max(scores.values()) > scores[MEAN.text()]
+    assert max(scores.values()) > (0.9 if labels else 0.1)
+    assert {part.layer for part in chosen.control.parts} == {"gene_vectors"}
+    again = choose(load_model(model_dir), labels=labels)
+    assert again.facts == chosen.facts
+
+
+def test_halves_of_counts_add_up_and_hold_no_zeros() -> None:
+    counts = csr_matrix(np.random.default_rng(1).poisson(2.0, (9, 30)))
+    first, second = chooser.split_counts(counts)
+    np.testing.assert_array_equal((first + second).toarray(), counts.toarray())
+    assert first.data.min() > 0
+    assert second.data.min() > 0
+    assert 0.4 < first.sum() / counts.sum() < 0.6
+
+
+def test_labels_are_named_by_cells_of_other_datasets_where_those_have_them() -> None:
+    points = np.array([[0.0], [0.1], [0.2], [5.0], [5.1], [9.0]], np.float32)
+    judge = Judge(
+        n=2,
+        targets=np.zeros((6, 1)),
+        labels=np.array(["a", "only", "b", "a", "b", ""]),
+        groups=np.array([0, 0, 0, 1, 1, 1]),
+    )
+    # One neighbour: of the other dataset for "a"; "only" is in no other, so its own one counts.
+    assert judge.scores(points)[LABELS] == 0.5
+
+
+def test_a_folder_keeps_its_recipe_and_embeds_by_it(model_dir: Path, tmp_path: Path) -> None:
+    counts = MadeCorpus(labels=False).counts[:5]
+    model = load_model(model_dir)
+    before, chosen = embed_counts(model, counts), choose(model, labels=False)
+    (tmp_path / "kept").mkdir()
+    for path in model_dir.iterdir():
+        if path.name != "manifest.json":
+            (tmp_path / "kept" / path.name).write_bytes(path.read_bytes())
+    write_recipe(tmp_path / "kept", chosen)
+    write_manifest(tmp_path / "kept")
+    again = load_model(tmp_path / "kept")
+    assert (again.recipe.parts, again.recipe.scaling) == (
+        chosen.recipe.parts,
+        chosen.recipe.scaling,
+    )
+    assert again.control is not None
+    found = embed_counts(again, counts)
+    assert found.shape == (5, 8 * len(chosen.recipe.parts))
+    model.recipe = chosen.recipe
+    np.testing.assert_array_equal(found, embed_counts(model, counts))
+    assert found.shape != before.shape or not np.allclose(found, before)
+    assert model_digest(tmp_path / "kept") != model_digest(model_dir)
+    assert check_files(tmp_path / "kept")
+    card = model_card(
+        {"model": {name: {"depth": 1, "heads": 2, "dim_head": 4}
+                   for name in ("large_encoder", "mini_encoder", "decoder")}
+         | {"base_dim": 8, "large_dim": 16, "top_seq_len": 16, "gene_encoder": "embedding"},
+         "n_genes": N_GENES, "transform": {"target_sum": 1e4}},
+        {"step": 0}, n_parameters=1, chosen=chosen,
+    )  # fmt: skip
+    assert f"Of a cell: {chosen.recipe.text()}." in card
+    assert "on 40 validation cells by held-out counts" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (RECIPE, {"parts": [["decoder", "all"]]}, "damaged .unknown part of an embedding: all"),
+        (RECIPE, {"parts": []}, "no parts"),
+        (RECIPE, {"parts": 3}, "damaged"),
+        (RECIPE, {"version": 2}, "later version"),
+        (RECIPE, {"format": "other"}, "damaged"),
+        (STATISTICS, {"maps": np.full((3, 8, 8), np.nan)}, "maps must be finite"),
+        (STATISTICS, {"centres": np.zeros((1, 9))}, "centres must be finite"),
+    ],
+)
+def test_a_damaged_recipe_is_named(
+    tmp_path: Path, name: str, change: dict[str, Any], message: str
+) -> None:
+    folder = write_model(tmp_path, named_genes(N_GENES), seed=0)
+    (folder / "manifest.json").unlink()
+    write_recipe(folder, choose(load_model_unsealed(folder), labels=False))
+    if name == RECIPE:
+        content = json.loads((folder / RECIPE).read_text()) | change
+        (folder / RECIPE).write_text(json.dumps(content))
+    else:
+        np.savez(folder / STATISTICS, **(dict(np.load(folder / STATISTICS)) | change))
+    write_manifest(folder)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def load_model_unsealed(folder: Path) -> ScLong:
+    """Return the model of a folder that has lost its manifest."""
+    write_manifest(folder)
+    model = load_model(folder)
+    (folder / "manifest.json").unlink()
+    return model
+
+
+def test_without_its_corpus_or_enough_cells_the_mean_stays(
+    model_dir: Path, small_corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config("sclong_tiny")
+    at = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, corpus=str(small_corpus))
+    )
+    model = load_model(model_dir)
+    with caplog.at_level(logging.WARNING):
+        assert chooser.choose_from_run(model, at, corpus_hash="other") is None
+    assert "another corpus by now" in caplog.text
+    caplog.clear()
+    known = Corpus(small_corpus).hash
+    with caplog.at_level(logging.WARNING):
+        assert chooser.choose_from_run(model, at, corpus_hash=known, n_cells=3) is None
+    assert "3 cells of train to read, 20 are needed" in caplog.text
+    assert chooser.choose_from_run(model, at, corpus_hash=known, n_cells=0) is None

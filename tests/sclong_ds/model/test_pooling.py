@@ -1,0 +1,97 @@
+"""Pooling of a cell's genes: which genes count, what scaling does, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from exported import named_genes, write_model
+
+from sclong_ds.exported.model_dir import load_model
+from sclong_ds.model.pooling import (
+    MEAN,
+    Layer,
+    Part,
+    Recipe,
+    check_part,
+    gene_weights,
+    pool_parts,
+    scaling_map,
+)
+
+X = torch.tensor([[0.0, 2.0, 1.0, 2.0, 0.0], [0.0, 0.0, 0.5, 0.0, 0.0], [0.0] * 5])
+
+
+def test_weights_are_of_expressed_genes_and_ties_go_to_the_lower_index() -> None:
+    assert gene_weights(X, "expressed").tolist()[0] == [0, 1, 1, 1, 0]
+    assert gene_weights(X, "value^3").tolist()[0] == [0, 8, 1, 8, 0]
+    assert gene_weights(X, "top_1").tolist()[0] == [0, 1, 0, 0, 0]
+    assert gene_weights(X, "top_4").tolist() == gene_weights(X, "expressed").tolist()
+    assert gene_weights(X, "top_99").tolist() == gene_weights(X, "expressed").tolist()
+
+
+def test_pooled_vectors_are_weighted_means_and_zero_for_an_empty_cell() -> None:
+    vectors = torch.arange(30.0).reshape(3, 5, 2)
+    found: dict[Layer, torch.Tensor] = {"decoder": vectors, "gene_vectors": vectors[0]}
+    parts = [Part("decoder", "value"), Part("gene_vectors", "top_1")]
+    mean, first = pool_parts(found, X, parts)
+    expected = (2 * vectors[0, 1] + vectors[0, 2] + 2 * vectors[0, 3]) / 5
+    torch.testing.assert_close(mean[0], expected)
+    torch.testing.assert_close(first[:2], vectors[0, [1, 2]])
+    assert not mean[2].any()
+    assert not first[2].any()
+
+
+def test_whitened_rows_have_the_same_variance_in_every_direction() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 3, generator=generator) @ torch.tensor(
+        [[5.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.2, 0.1]]
+    )
+    centre, to = scaling_map(rows, "whitened 0.0")
+    torch.testing.assert_close(torch.cov(((rows - centre) @ to).T), torch.eye(3) / 3)
+    centre, to = scaling_map(rows, "scaled")
+    done = (rows - centre) @ to
+    torch.testing.assert_close(done.var(dim=0).sum(), torch.tensor(1.0))
+    torch.testing.assert_close(torch.corrcoef(done.T), torch.corrcoef(rows.T))
+    # Cells that are all alike have no scale.
+    assert torch.isfinite(scaling_map(torch.ones(4, 3), "whitened 0.1")[1]).all()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [Part("decoder", "top_0"), Part("decoder", "top_x"), Part("decoder", "values"),
+     Part("head", "value")],  # type: ignore[arg-type]
+)  # fmt: skip
+def test_unknown_parts_are_refused(part: Part) -> None:
+    with pytest.raises(ValueError, match=r"unknown part of an embedding: .* weights expressed"):
+        check_part(part)
+
+
+def test_a_model_embeds_by_its_recipe_alone_or_in_a_batch(tmp_path: Path) -> None:
+    model = load_model(write_model(tmp_path, named_genes(60), seed=0))
+    x = torch.poisson(torch.full((3, 60), 0.7), generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    with torch.inference_mode():
+        encoded = model.encode(x)
+        mean = (encoded * (x > 0)[..., None]).sum(1) / (x > 0).sum(1, keepdim=True).clamp(min=1)
+        torch.testing.assert_close(model.embed(x), mean)
+        assert model.recipe is MEAN
+        parts = (Part("encoders", "top_8"), Part("gene_vectors", "value"))
+        model.recipe = Recipe(
+            parts, "scaled", torch.ones(2, 8), torch.stack([torch.eye(8), 2 * torch.eye(8)])
+        )
+        found = model.embed(x)
+        pooled = model.pooled(x, parts)
+        vectors = model.gene_encoder()[:60]
+        torch.testing.assert_close(pooled[1][0], x[0] @ vectors / x[0].sum())
+        torch.testing.assert_close(found[0], torch.cat([pooled[0][0] - 1, 2 * (pooled[1][0] - 1)]))
+        assert found.shape == (3, 16)
+        assert not found[1].any(), "a cell without counts"
+        torch.testing.assert_close(model.embed(x[2:]), found[2:], rtol=1e-5, atol=1e-6)
+        # What is not measured counts for nothing, whatever x holds there.
+        unmeasured = torch.zeros(3, 60, dtype=torch.bool)
+        unmeasured[0] = True
+        assert not model.embed(x, unmeasured=unmeasured)[0].any()
+        # The decoder reads what stands behind the encoders.
+        first, last = model.pooled(x, [Part("encoders", "expressed"), Part("decoder", "expressed")])
+        torch.testing.assert_close(last, mean)
+        assert not torch.allclose(first, last)
