@@ -18,6 +18,7 @@ from scipy import sparse
 
 from data_prep.counts.invert import MOST_UNPROVEN, Restored
 from data_prep.genes.harmonize import HarmonizedSource, counts_lost, excel_dates, largest_losses
+from data_prep.genes.markers import lost_markers_warning
 from data_prep.ledger.ledger import LedgerEntry, RoundingRecord
 from data_prep.source.source import UnusableError
 from data_prep.staging.quality import (
@@ -235,6 +236,8 @@ class Outcome:
                 f"({examples}): their {sum(dates.values())} counts are lost; repair the names at "
                 "their source"
             )
+        if (lost := lost_markers_warning(gene_map, self.totals)) is not None:
+            found.append(lost)
         change = entry["counts_input"] - self.total_before
         if entry["rounded"] is not None and abs(change) > MOST_CHANGED * self.total_before:
             found.append(
