@@ -37,7 +37,7 @@ class ChosenRecipe:
     control: Recipe
     """The same weights and scaling of the gene vectors alone: an embedding without context."""
     facts: Mapping[str, Any]
-    """How it was chosen, for people: plain JSON."""
+    """How it was chosen; plain JSON."""
 
 
 def write_recipe(folder: Path, chosen: ChosenRecipe) -> None:
