@@ -111,6 +111,44 @@ def decode(
     Raises:
         ValueError: The streams are not an encoding of cells with n_genes genes.
     """
+    bounds, genes = _entries(gap, count, row_entries)
+    value = count.astype(np.uint32)
+    _add_continuations(gap, count, value)
+    indptr, indices, keep = _without(value == 0, bounds, genes, n_genes)
+    data = value if keep is None else value[keep]
+    result = csr_matrix((data, indices, indptr), shape=(len(row_entries), n_genes))
+    result.has_canonical_format = True
+    return result
+
+
+def decode_genes(cells: PackedCells, n_genes: int) -> tuple[NDArray[np.integer], NDArray[np.int32]]:
+    """Decode which genes have a count, and no counts: what drawing targets needs.
+
+    Args:
+        cells: The cells.
+        n_genes: Genes of the corpus.
+
+    Returns:
+        (cells + 1,) bounds of each cell in the indices, and (values,) its genes, increasing: those
+        of the matrix that `decode` returns.
+
+    Raises:
+        ValueError: The streams are not an encoding of cells with n_genes genes.
+    """
+    gap, count = cells.gap, cells.count
+    bounds, genes = _entries(gap, count, cells.row_entries)
+    # A low byte of 0 is that of a gene where a continuation follows, else it is a stepping stone.
+    stone = count == 0
+    stone[:-1] &= gap[1:] > 0
+    stone |= gap == 0
+    indptr, indices, _ = _without(stone, bounds, genes, n_genes)
+    return indptr, indices
+
+
+def _entries(
+    gap: NDArray[np.uint8], count: NDArray[np.uint8], row_entries: NDArray[np.integer]
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Return (cells + 1,) where each cell's entries begin, and (entries,) the gene of each."""
     bounds = np.concatenate(([0], np.cumsum(row_entries, dtype=np.int64)))
     if bounds[-1] != len(gap) or len(gap) != len(count):
         raise ValueError(
@@ -123,24 +161,25 @@ def decode(
     wide = np.int32 if _STEP * len(gap) < 2**31 else np.int64
     position = np.cumsum(gap, dtype=wide)
     before = np.concatenate((np.zeros(1, wide), position))[bounds[:-1]] + 1
-    gene = position - np.repeat(before, np.diff(bounds))
-    value = count.astype(np.uint32)
-    _add_continuations(gap, count, value)
-    indices, data, indptr = gene.astype(np.int32, copy=False), value, bounds
-    gone = np.flatnonzero(value == 0)
+    genes = position - np.repeat(before, np.diff(bounds))
+    return bounds, genes.astype(np.int32, copy=False)
+
+
+def _without(
+    dropped: NDArray[np.bool_], bounds: NDArray[np.int64], genes: NDArray[np.int32], n_genes: int
+) -> tuple[NDArray[np.integer], NDArray[np.int32], NDArray[np.bool_] | None]:
+    """Return bounds and genes without some entries, and which entries stay; None: all."""
+    indptr: NDArray[np.integer] = bounds
+    gone, keep = np.flatnonzero(dropped), None
     if len(gone):
-        keep = value > 0
-        indices, data = indices[keep], data[keep]
+        keep = ~dropped
+        genes = genes[keep]
         indptr = bounds - np.searchsorted(gone, bounds)
-    if len(indices) and int(indices.max()) >= n_genes:
+    if len(genes) and int(genes.max()) >= n_genes:
         raise ValueError(
-            f"damaged cells: gene index {int(indices.max())}, the corpus has {n_genes} genes"
+            f"damaged cells: gene index {int(genes.max())}, the corpus has {n_genes} genes"
         )
-    if indptr[-1] < 2**31:
-        indptr = indptr.astype(np.int32)
-    result = csr_matrix((data, indices, indptr), shape=(len(row_entries), n_genes))
-    result.has_canonical_format = True
-    return result
+    return indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr, genes, keep
 
 
 def digest_cells(cells: PackedCells) -> NDArray[np.uint64]:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+
+
+def scale_of(totals: NDArray[Any], target_sum: float) -> NDArray[np.float64]:
+    """Return what each cell's counts are multiplied with before log1p; of an empty cell any number.
+
+    Args:
+        totals: (B,) counts of each cell over the vocabulary's genes.
+        target_sum: Counts of a cell after scaling.
+    """
+    return target_sum / np.maximum(totals, 1).astype(np.float64)
 
 
 def log1p_normalise(counts: csr_matrix, *, target_sum: float) -> np.ndarray:
@@ -25,9 +36,7 @@ def log1p_normalise(counts: csr_matrix, *, target_sum: float) -> np.ndarray:
     dense = np.zeros(counts.shape, dtype=np.float32)
     cell = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     # Only the values are transformed; log1p over the dense matrix costs 15 times as much.
-    dense[cell, counts.indices] = np.log1p(
-        counts.data * (target_sum / np.maximum(totals, 1.0))[cell]
-    )
+    dense[cell, counts.indices] = np.log1p(counts.data * scale_of(totals, target_sum)[cell])
     return dense
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.transform import scale_of
 
 _POOL_TYPES = {
     "gap": np.uint8,
@@ -174,7 +175,7 @@ def to_dense_norm(
     """
     start, entries = _slices(pool, cells)
     _check_dense(out, len(cells))
-    scale = target_sum / np.maximum(pool.total[cells], 1)
+    scale = scale_of(pool.total[cells], target_sum)
     _check_cell(
         _decode_dense_norm(pool.gap, pool.count, start, entries, scale, out),
         pool, cells, out.shape[1],

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.transform import scale_of
 from sclong_ds.objective.targets import Targets
 
 _AHEAD = 3
@@ -163,8 +164,7 @@ def _sent(
     # Pinned memory that torch hands out is not handed out again before the copy has ended.
     block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     scale, entries, gap, count = np.split(block.numpy(), np.cumsum(sizes)[:-1])
-    # As in `decoding.to_dense_norm`.
-    scale.view(np.float64)[:] = (target_sum or 1.0) / np.maximum(cells.row_total, 1)
+    scale.view(np.float64)[:] = scale_of(cells.row_total, target_sum or 1.0)
     entries.view(np.int64)[:] = cells.row_entries
     gap[:-_AHEAD], gap[-_AHEAD:] = cells.gap, 1
     count[:-_AHEAD], count[-_AHEAD:] = cells.count, 0

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from sclong_ds.config.sections import ModelConfig, ObjectiveConfig
-from sclong_ds.corpus.byte_code import decode
+from sclong_ds.corpus.byte_code import decode_genes
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.objective.measured import MeasuredGenes
 
@@ -184,14 +183,13 @@ def prepare(
     Raises:
         ValueError: A cell has counts of a gene that its dataset does not measure.
     """
-    cells = batch.packed
-    counts = decode(cells.gap, cells.count, cells.row_entries, n_genes)
+    indptr, indices = decode_genes(batch.packed, n_genes)
     unmeasured = None if measured is None else measured.of(batch.cell_ids).unmeasured()
     if unmeasured is not None:
-        _check_measured(counts, unmeasured, batch.cell_ids)
+        _check_measured(indptr, indices, unmeasured, batch.cell_ids)
     targets = draw_targets(
-        counts.indptr,
-        counts.indices,
+        indptr,
+        indices,
         cell_ids=batch.cell_ids,
         epochs=batch.epochs,
         passes=batch.passes,
@@ -202,20 +200,23 @@ def prepare(
     )
     lengths = None
     if model.routing == "expressed":
-        candidates = np.diff(counts.indptr) + hidden_zeros(counts.indptr, counts.indices, targets)
+        candidates = np.diff(indptr) + hidden_zeros(indptr, indices, targets)
         lengths = np.minimum(candidates, model.top_seq_len).tolist()
     return Prepared(targets, unmeasured, lengths)
 
 
 def _check_measured(
-    counts: csr_matrix, unmeasured: NDArray[np.bool_], cell_ids: NDArray[np.int64]
+    indptr: NDArray[np.integer],
+    indices: NDArray[np.integer],
+    unmeasured: NDArray[np.bool_],
+    cell_ids: NDArray[np.int64],
 ) -> None:
     """Refuse counts of genes that are not measured: the table of them is of another corpus."""
-    cell = np.repeat(np.arange(len(cell_ids)), np.diff(counts.indptr))
-    wrong = np.flatnonzero(unmeasured[cell, counts.indices])
+    cell = np.repeat(np.arange(len(cell_ids)), np.diff(indptr))
+    wrong = np.flatnonzero(unmeasured[cell, indices])
     if len(wrong):
         raise ValueError(
-            f"cell {cell_ids[cell[wrong[0]]]} has counts of gene {counts.indices[wrong[0]]}, which "
+            f"cell {cell_ids[cell[wrong[0]]]} has counts of gene {indices[wrong[0]]}, which "
             "its dataset does not measure by measured_genes.npy; run: python -m data_prep verify"
         )
 

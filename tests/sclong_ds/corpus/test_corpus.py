@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sclong_ds.corpus.byte_code import PackedCells, decode, encode
+from sclong_ds.corpus.byte_code import PackedCells, decode, decode_genes, encode
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus
@@ -67,6 +67,9 @@ def matrices(draw: st.DrawFn) -> sparse.csr_matrix:
 def test_encoding_is_lossless(matrix: sparse.csr_matrix) -> None:
     packed = encode(matrix)
     assert_same(decode(packed.gap, packed.count, packed.row_entries, matrix.shape[1]), matrix)
+    indptr, genes = decode_genes(packed, matrix.shape[1])
+    np.testing.assert_array_equal(indptr, matrix.indptr)
+    np.testing.assert_array_equal(genes, matrix.indices)
     np.testing.assert_array_equal(packed.row_nnz, np.diff(matrix.indptr))
     np.testing.assert_array_equal(packed.row_total, np.asarray(matrix.sum(axis=1)).ravel())
 
