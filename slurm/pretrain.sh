@@ -160,8 +160,25 @@ set_rendezvous() {
     MASTER_ADDR=$(field NodeAddr "$(patient scontrol show node --oneliner "${hosts[0]}")")
   fi
   # Below 32768, where Linux starts to hand out ports of its own.
-  MASTER_PORT=$((15000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 15000))
+  MASTER_PORT=$(free_port $((15000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 15000)))
   export MASTER_ADDR MASTER_PORT SCLONG_NODES="${hosts[*]}"
+}
+
+# Prints a port, or the next one that nobody has on this node, the job's first; after 15 of them the port
+# itself, so that the training says what is wrong.
+free_port() {
+  # shellcheck disable=SC2086 # a command with its arguments
+  $SCLONG_CONTAINER python -c 'import socket, sys
+first = int(sys.argv[1])
+for port in [*range(first, first + 15), first]:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            break
+        except OSError:
+            continue
+print(port)' "$1"
 }
 
 # Sends this script USR1 early enough before the time limit to save, where --signal comes too late: the
@@ -191,7 +208,7 @@ preflight() {
   step=0
   if ((SCLONG_PREFLIGHT == 0)); then return; fi
   # The first rank may end at once, and another judge when it has waited for it; python starts in 60 s.
-  MASTER_PORT=$((MASTER_PORT + 15)) launch sclong_ds.job.preflight "$((SCLONG_PREFLIGHT + 60))" \
+  MASTER_PORT=$(free_port $((MASTER_PORT + 15))) launch sclong_ds.job.preflight "$((SCLONG_PREFLIGHT + 60))" \
     --timeout-s "$SCLONG_PREFLIGHT" "$@" &
   wait_for_step $!
   step=1

@@ -6,7 +6,6 @@ One rank's error reaches every rank, so that none waits in a collective for a pe
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from sclong_ds.engine.extensions import extensions_folder, load_extension
+from sclong_ds.engine.ports import free_port, own_port, port_named
 
 T = TypeVar("T")
 
@@ -67,9 +67,7 @@ def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
     """
     watch = watch or NoWatch()
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(port)})
     # DeepSpeed compiles with ninja; in an environment that was not activated it is beside the
@@ -96,7 +94,8 @@ def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     others = int(os.environ["WORLD_SIZE"]) - 1
     watch.phase("rendezvous", f"{others} other ranks to join rank {rank} at {place}")
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    with own_port(rank), port_named(place):
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
     # A collective of the GPUs would make the host wait for all work before it.
     control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, local_rank, int(os.environ["WORLD_SIZE"]), device, control)

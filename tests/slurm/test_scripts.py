@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -387,3 +388,14 @@ def test_an_impossible_submission_is_refused_before_the_launch(
     )
     assert (job.state, job.exit_code) == ("FAILED", 2)
     assert message in job.log
+
+
+def test_a_taken_port_gives_the_next(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        python = {"python": f'exec {sys.executable} "$@"'}
+        said = _call(f"free_port {port}", programs=python, folder=tmp_path, SCLONG_CONTAINER="")
+    first = int(said.split()[0])
+    assert port < first < port + 15
