@@ -48,7 +48,7 @@ def write_recipe(folder: Path, chosen: ChosenRecipe) -> None:
         chosen: The recipe; those of both recipes with statistics are kept.
     """
     content = {"format": _FORMAT, "version": _VERSION, "scaling": chosen.recipe.scaling}
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for prefix, recipe in (("", chosen.recipe), ("control_", chosen.control)):
         content[f"{prefix}parts"] = [list(part) for part in recipe.parts]
         if recipe.centres is not None and recipe.maps is not None:

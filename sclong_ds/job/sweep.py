@@ -23,6 +23,7 @@ from pathlib import Path
 
 from sclong_ds.command_line import local_path, parse_arguments, whole
 from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.sweep.folder import task_name, write_sweep
 
 _OWN_KEYS = ("run.dir", "tracking.parent_run")
@@ -95,7 +96,8 @@ def problems(path: Path, tasks: Sequence[Task], config: str, shared: Sequence[st
         config: Preset or YAML file.
         shared: Settings of all tasks.
     """
-    found, seen = [], {}
+    found: list[str] = []
+    seen: dict[int, RunConfig] = {}
     for task in tasks:
         where = f"{path}, line {task.line}"
         keys = [word.partition("=")[0] for word in task.settings]
