@@ -266,6 +266,7 @@ def test_help_waits_for_no_library_that_a_command_works_with():
         "sclong_ds.pretrain --help",
         "sclong_ds.demo --help",
         "sclong_ds.job.restarts --help",
+        "sclong_ds.job.preflight --help",
         "sclong_ds plan --config sclong_tiny --nodes 1 --gpus-per-node 2",
     ],
 )

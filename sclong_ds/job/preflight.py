@@ -30,15 +30,29 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from sclong_ds.command_line import parse_arguments
+from sclong_ds.job.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m sclong_ds.job.preflight")
+    parser.add_argument("--timeout-s", type=float, default=120.0, metavar="SECONDS")
+    add_training_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    # --help and a wrong command line need not wait for the imports below, which take seconds.
+    parse_arguments(parser(), None)
+
 import torch
 import torch.distributed as dist
 
-from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.job.failures import run_to_end, start_id
 from sclong_ds.job.node_report import GIB, Place, Report, examine, on_gpus
-from sclong_ds.job.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
 from sclong_ds.run_folder.files import now
 
 SKEW_LIMIT_S = 30.0
@@ -406,10 +420,7 @@ def publish(verdict: Mapping[str, Any], place: Place, run_dir: Path | None) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check this rank's node and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sclong_ds.job.preflight")
-    parser.add_argument("--timeout-s", type=float, default=120.0, metavar="SECONDS")
-    add_training_arguments(parser)
-    args = parse_arguments(parser, argv)
+    args = parse_arguments(parser(), argv)
     place = Place.from_environment()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
