@@ -92,8 +92,9 @@ CORPUS: dict[str, Reader] = {
     "rows": _corpus(lambda c: [_arrays(a) for a in vars(c.rows(np.arange(len(c)))).values()
                                if isinstance(a, np.ndarray)]),
     "read_packed": _corpus(_packed),
-    # The catalogue alone cannot tell that the rest is of another corpus.
-    "splits": _corpus(lambda c: (c.splits, c.hash, len(c), _arrays(np.asarray(c.chunk_rows)))),
+    # The catalogue alone cannot tell that the rest is of another corpus; two orders of the same
+    # cells may share their chunk_rows, not their rows.
+    "splits": _corpus(lambda c: (c.splits, c.hash, len(c), _arrays(np.asarray(c.row_source)))),
     "row_total": _corpus(lambda c: _arrays(np.asarray(c.row_total))),
     "row_nnz": _corpus(lambda c: _arrays(np.asarray(c.row_nnz))),
     "row_dataset": _corpus(lambda c: _arrays(np.asarray(c.row_dataset))),
