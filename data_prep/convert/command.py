@@ -13,6 +13,7 @@ from data_prep.arguments import (
     add_codec,
     add_genes,
     add_json,
+    byte_count,
     chosen_genes,
 )
 from data_prep.convert.convert import convert
@@ -67,6 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MINUTES,
         metavar="N",
         help=f"time that one dataset may take (default: {DEFAULT_MINUTES:g})",
+    )
+    parser.add_argument(
+        "--keep-bytes",
+        type=byte_count,
+        metavar="BYTES",
+        help="most bytes of files behind an address that lie on the disk at a time, in each task, "
+        "such as 200GB (default: a few files more than --jobs)",
+    )
+    parser.add_argument(
+        "--sources",
+        type=local_path,
+        metavar="DIR",
+        help="where they lie; each is removed once it is converted (default: CORPUS/.sources)",
     )
     add_genes(parser)
     _add_thresholds(parser)
@@ -160,6 +174,8 @@ def run(args: argparse.Namespace) -> int:
         replace=args.replace,
         max_memory_gib=args.max_memory,
         max_minutes=args.max_minutes,
+        sources=args.sources,
+        keep_bytes=args.keep_bytes,
     )
     if args.json:
         print(json.dumps({"datasets": entries, "counts": count_statuses(entries)}, indent=1))

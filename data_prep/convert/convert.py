@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.convert.entry import is_taken, read_hash, taken
 from data_prep.convert.limits import DEFAULT_MINUTES, Limits, default_memory_gib
+from data_prep.convert.remote_sources import RemoteSources
 from data_prep.convert.workers import Worker
 from data_prep.ledger.ledger import (
     LedgerEntry,
@@ -70,6 +71,8 @@ def convert(
     replace: bool = False,
     max_memory_gib: float | None = None,
     max_minutes: float = DEFAULT_MINUTES,
+    sources: Path | None = None,
+    keep_bytes: int | None = None,
 ) -> list[LedgerEntry]:
     """Stage the datasets of one task.
 
@@ -83,7 +86,9 @@ def convert(
         jobs: Datasets at a time.
         replace: Let datasets replace staged ones of the same name from other files.
         max_memory_gib: Memory that a dataset may take; None for `default_memory_gib`.
-        max_minutes: Time that a dataset may take.
+        max_minutes: Time that a dataset may take, its download not included.
+        sources: Where files behind an address lie while they are converted; None: in the corpus.
+        keep_bytes: Most bytes of them at a time; None: no limit.
 
     Returns:
         The ledger entries of this task, in the order given; look at `status`. One that is ok and
@@ -105,12 +110,25 @@ def convert(
         _remove_leftovers(corpus)
         _report_others(corpus, datasets)
         workers = [Worker(corpus, settings, replace, limits) for _ in range(jobs)]
-        return _run(workers, ours)
+        remote = RemoteSources(
+            ours,
+            corpus=corpus,
+            settings=settings,
+            folder=sources or corpus / ".sources",
+            keep_bytes=keep_bytes,
+            jobs=jobs,
+        )
+        try:
+            return _run(workers, ours, remote)
+        finally:
+            remote.close()
 
 
-def _run(workers: Sequence[Worker], ours: Sequence[Dataset]) -> list[LedgerEntry]:
+def _run(
+    workers: Sequence[Worker], ours: Sequence[Dataset], remote: RemoteSources
+) -> list[LedgerEntry]:
     """Give every dataset to a worker; return the entries in the order of the datasets."""
-    waiting = list(reversed(ours))
+    waiting = [dataset for dataset in reversed(ours) if not dataset.remote]
     done: dict[str, LedgerEntry] = {}
     bar = None
     if sys.stderr.isatty():
@@ -119,14 +137,23 @@ def _run(workers: Sequence[Worker], ours: Sequence[Dataset]) -> list[LedgerEntry
         bar = tqdm(total=len(ours), unit="dataset")
     try:
         while len(done) < len(ours):
+            arrived, lost = remote.advance()
+            waiting += arrived
+            for dataset, reason in lost:
+                entry = workers[0].fail(dataset, reason)
+                done[dataset.dataset_id] = entry
+                _report(entry, len(done), len(ours), bar)
             for worker in workers:
                 if worker.dataset is None and waiting:
                     worker.start(waiting.pop())
             busy = [worker for worker in workers if worker.dataset is not None]
-            wait([handle for worker in busy for handle in worker.handles()], _LOOK_S)
+            handles = [handle for worker in busy for handle in worker.handles()]
+            if len(done) < len(ours):
+                wait([*handles, *remote.handles()], _LOOK_S)
             for worker in busy:
-                entry = worker.collect()
-                if entry is not None:
+                found = worker.collect()
+                if found is not None and remote.finish(found):
+                    entry = found
                     done[entry["dataset_id"]] = entry
                     _report(entry, len(done), len(ours), bar)
     finally:
@@ -253,6 +280,9 @@ def _check_names(corpus: Path, datasets: Sequence[Dataset]) -> None:
     for dataset in datasets:
         staged = staged_entry(corpus, dataset.dataset_id)
         if staged is None or not is_taken(staged, dataset, None):
+            continue
+        if dataset.remote:
+            problems.append(taken(staged))
             continue
         try:
             found_hash = read_hash(dataset)

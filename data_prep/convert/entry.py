@@ -12,7 +12,7 @@ import os
 
 from data_prep.convert.source_identity import source_files, source_hash
 from data_prep.ledger.ledger import LedgerEntry, empty_entry
-from data_prep.manifest.manifest import Dataset
+from data_prep.manifest.manifest import ORIGIN, Dataset
 from data_prep.staging.settings import STAGING_VERSION, Settings
 
 
@@ -40,13 +40,15 @@ def new_entry(dataset: Dataset, settings: Settings) -> LedgerEntry:
     """
     entry = empty_entry(
         dataset.dataset_id,
-        dataset.path,
+        dataset.url if dataset.remote else dataset.path,
         organism=dataset.organism,
         tissue=dataset.tissue,
         settings_hash=settings_hash(dataset, settings),
     )
     options = dataset.options() | {"gene_list": dataset.gene_list}
     entry["options"] = {name: str(value) for name, value in options.items() if value}
+    origin = {name: getattr(dataset, name) for name in ORIGIN}
+    entry["origin"] = {name: str(value) for name, value in origin.items() if value}
     return entry
 
 
@@ -73,6 +75,9 @@ def is_taken(staged: LedgerEntry, dataset: Dataset, found_hash: str | None) -> b
         dataset: The dataset. A file that moved has the old hash, one that changed the old path.
         found_hash: Hash of its files.
     """
+    if dataset.remote:
+        same = bool(dataset.sha256) and dataset.sha256 == staged["origin"].get("sha256")
+        return staged["path"] != dataset.url and not same
     moved = os.path.realpath(staged["path"]) != os.path.realpath(dataset.path)
     return moved and staged["source_hash"] != found_hash
 

@@ -70,6 +70,8 @@ def convert_dataset(
         entry = new_entry(dataset, settings)
         staged = staged_entry(corpus, dataset.dataset_id)
         try:
+            if dataset.remote and not dataset.path.exists():
+                return _as_staged(corpus, entry, dataset)
             state = _source_state(dataset)
             entry["source_hash"] = read_hash(dataset)
         except (ValueError, OSError) as error:
@@ -100,6 +102,18 @@ def convert_dataset(
 
 def _folder(corpus: Path, dataset: Dataset) -> Path:
     return corpus / "staging" / dataset.dataset_id
+
+
+def _as_staged(corpus: Path, entry: LedgerEntry, dataset: Dataset) -> LedgerEntry:
+    """Return the entry of an earlier run for an address whose file is not here, if it holds.
+
+    Otherwise the entry is failed, and not written: the file is fetched next.
+    """
+    previous = previous_entry(corpus, dataset.dataset_id)
+    entry["source_hash"] = previous["source_hash"] if previous else None
+    held = _unchanged(corpus, entry)
+    entry["reason"] = "what is staged does not hold any more"
+    return held or entry
 
 
 def _source_state(dataset: Dataset) -> list[_State]:

@@ -127,6 +127,15 @@ class Worker:
         self.dataset = None
         return write_failure(dataset, reason, self.corpus, self.settings)
 
+    def fail(self, dataset: Dataset, reason: str) -> LedgerEntry:
+        """Return the entry of a dataset that never came here, and write it.
+
+        Args:
+            dataset: The dataset.
+            reason: Why.
+        """
+        return write_failure(dataset, reason, self.corpus, self.settings)
+
     def _beyond_limits(self) -> str:
         """Return why the worker has to be ended; empty if it has not."""
         assert self._process is not None

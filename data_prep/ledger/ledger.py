@@ -154,6 +154,8 @@ class LedgerEntry(TypedDict):
     options: dict[str, str]
     """What the manifest asked for: `Dataset.options` and the gene list, those that are not empty;
     `verify --sources` reads the source again by them."""
+    origin: dict[str, str]
+    """Where the data come from: the columns `manifest.ORIGIN` that are not empty."""
     files: dict[str, list[int | str]]
     """Bytes and SHA-256 (hex) of every staged file, by its name below the staging folder."""
     checksum: str
@@ -167,13 +169,13 @@ def _kinds() -> dict[str, Any]:
 
 
 def empty_entry(
-    dataset_id: str, path: Path, *, organism: str, tissue: str, settings_hash: str
+    dataset_id: str, path: Path | str, *, organism: str, tissue: str, settings_hash: str
 ) -> LedgerEntry:
     """Return the entry of a dataset of which nothing is known yet.
 
     Args:
         dataset_id: Name of the dataset.
-        path: Its file or folder.
+        path: Its file or folder, or its address.
         organism: As in the manifest.
         tissue: As in the manifest.
         settings_hash: See `one_dataset.settings_hash`.
@@ -265,6 +267,8 @@ def read_entry(path: Path) -> LedgerEntry:
         found = _of_version_1(found)
     elif found.get("checksum") != _checksum(found):
         raise ValueError(f"{path}: damaged (its checksum differs); {_CURE}")
+    # Came after the first entries of this version.
+    found.setdefault("origin", {})
     kinds = _kinds()
     for name, kind in kinds.items():
         if name not in found:

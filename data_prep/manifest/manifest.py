@@ -26,7 +26,8 @@ from data_prep.source.source import FORMATS
 
 COLUMNS: Mapping[str, str] = {
     "dataset_id": "name of the dataset: letters, digits, '_', '-' and '.', unique (required)",
-    "path": "file or folder, relative to the folder of the manifest (required)",
+    "path": "file or folder, relative to the folder of the manifest, or the address of a file "
+    "(http, https, s3, gs, ftp, file), which is fetched and removed again (required)",
     "format": f"auto (default) or one of {', '.join(FORMATS)}",
     "organism": "auto (default): that of the gene list; another one is excluded",
     "tissue": "free text, kept with the dataset",
@@ -62,6 +63,7 @@ _NUMBERS = ("min_genes", "min_counts")
 _NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note", *ORIGIN)
 """Columns that do not enter the settings hash; of the files it is the content that counts."""
 _MOST_PROBLEMS = 10
+_ADDRESS = re.compile("(?:https?|s3|gs|ftp|file)://")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,8 @@ class Dataset:
     licence: str = ""
     citation: str = ""
     note: str = ""
+    remote: bool = False
+    """The path was an address, which is `url`; `path` is then where the file comes to lie."""
 
     def is_of(self, species: str) -> bool:
         """Tell whether the manifest lets the dataset be of a species.
@@ -292,6 +296,8 @@ def _problems(rows: _Rows) -> list[str]:
             for name in ("path", "gene_list")
             if not _is_path(row.get(name, ""))
         )
+        if "://" in row.get("path", "") and not _ADDRESS.match(row["path"]):
+            problems.append(f"{where}: path '{row['path'][:200]}': allowed are {_ADDRESS.pattern}")
         if (format := row.get("format") or "auto") not in ("auto", *FORMATS):
             problems.append(f"{where}: format '{format}', allowed: auto, {', '.join(FORMATS)}")
         try:
@@ -326,4 +332,8 @@ def _dataset(row: Mapping[str, str], folder: Path) -> Dataset:
     # An absolute path stays as it is when joined.
     paths = {name: folder / row[name] for name in ("path", "gene_list") if row.get(name)}
     numbers = {name: int(row[name]) for name in (*_NUMBERS, "bytes") if row.get(name)}
+    if "://" in row["path"]:
+        # Named when it is fetched.
+        paths |= {"path": Path(row["dataset_id"])}
+        return Dataset(**(fields | paths | numbers | {"url": row["path"], "remote": True}))
     return Dataset(**(fields | paths | numbers))
