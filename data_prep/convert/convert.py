@@ -26,6 +26,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,18 +111,17 @@ def convert(
         _remove_leftovers(corpus)
         _report_others(corpus, datasets)
         workers = [Worker(corpus, settings, replace, limits) for _ in range(jobs)]
-        remote = RemoteSources(
-            ours,
-            corpus=corpus,
-            settings=settings,
-            folder=sources or corpus / ".sources",
-            keep_bytes=keep_bytes,
-            jobs=jobs,
-        )
-        try:
+        with closing(
+            RemoteSources(
+                ours,
+                corpus=corpus,
+                settings=settings,
+                folder=sources or corpus / ".sources",
+                keep_bytes=keep_bytes,
+                jobs=jobs,
+            )
+        ) as remote:
             return _run(workers, ours, remote)
-        finally:
-            remote.close()
 
 
 def _run(
