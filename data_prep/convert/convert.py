@@ -111,16 +111,10 @@ def convert(
         _remove_leftovers(corpus)
         _report_others(corpus, datasets)
         workers = [Worker(corpus, settings, replace, limits) for _ in range(jobs)]
-        with closing(
-            RemoteSources(
-                ours,
-                corpus=corpus,
-                settings=settings,
-                folder=sources or corpus / ".sources",
-                keep_bytes=keep_bytes,
-                jobs=jobs,
-            )
-        ) as remote:
+        fetched = RemoteSources(
+            ours, corpus=corpus, settings=settings, folder=sources, keep_bytes=keep_bytes, jobs=jobs
+        )
+        with closing(fetched) as remote:
             return _run(workers, ours, remote)
 
 

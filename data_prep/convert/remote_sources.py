@@ -36,7 +36,7 @@ class RemoteSources:
         *,
         corpus: Path,
         settings: Settings,
-        folder: Path,
+        folder: Path | None = None,
         keep_bytes: int | None,
         jobs: int,
         rules: Rules | None = None,
@@ -47,11 +47,12 @@ class RemoteSources:
             datasets: Of this task; those on this machine are left to the caller.
             corpus: The corpus folder.
             settings: Those of the folder.
-            folder: Where files lie while they are converted.
+            folder: Where files lie while they are converted; None: in the corpus folder.
             keep_bytes: Most bytes of them at a time; None: no limit.
             jobs: Number of workers.
             rules: Of the downloads; None: the usual.
         """
+        folder = folder or corpus / ".sources"
         remote = [dataset for dataset in datasets if dataset.remote]
         self.rules = rules or Rules()
         self.rules.disk = DiskBudget(keep_bytes)
