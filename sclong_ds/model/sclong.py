@@ -154,12 +154,29 @@ class ScLong(nn.Module):
         *,
         lengths: Sequence[int] | None = None,
         unmeasured: Tensor | None = None,
+        routes_of: Tensor | None = None,
     ) -> Tensor:
-        """Return the contextual representations (B, G, C); arguments as `forward`."""
-        return self._represent(x, mask, None, lengths, unmeasured)["decoder"]
+        """Return the contextual representations (B, G, C); arguments as `forward`.
+
+        Args:
+            x: As in `forward`.
+            mask: As in `forward`.
+            lengths: As in `forward`.
+            unmeasured: As in `forward`.
+            routes_of: (B, G) expression by whose values genes are read and divided between the
+                encoders; None: by `x`. Give that of the unperturbed cell to compare a perturbed
+                one with it: otherwise a deleted gene lets the gene of rank top_seq_len + 1 into the
+                large encoder, which moves that gene more than any effect of the deletion.
+        """
+        return self._represent(x, mask, None, lengths, unmeasured, routes_of=routes_of)["decoder"]
 
     def pooled(
-        self, x: Tensor, parts: Sequence[Part], *, unmeasured: Tensor | None = None
+        self,
+        x: Tensor,
+        parts: Sequence[Part],
+        *,
+        unmeasured: Tensor | None = None,
+        routes_of: Tensor | None = None,
     ) -> list[Tensor]:
         """Return weighted means of the genes' vectors, (B, C) for each part.
 
@@ -167,11 +184,12 @@ class ScLong(nn.Module):
             x: As in `forward`.
             parts: Which layers and weights.
             unmeasured: As in `forward`.
+            routes_of: As in `encode`.
         """
         layers = tuple({part.layer for part in parts})
         if unmeasured is not None:
             x = x.masked_fill(unmeasured, 0.0)
-        found = self._represent(x, None, None, None, unmeasured, layers)
+        found = self._represent(x, None, None, None, unmeasured, layers, routes_of=routes_of)
         return pool_parts(found, x, parts)
 
     def embed(self, x: Tensor, *, unmeasured: Tensor | None = None) -> Tensor:
@@ -193,6 +211,8 @@ class ScLong(nn.Module):
         lengths: Sequence[int] | None,
         unmeasured: Tensor | None,
         layers: Sequence[Layer] = ("decoder",),
+        *,
+        routes_of: Tensor | None = None,
     ) -> dict[Layer, Tensor]:
         """Return the representations (B, G, C), or (B, P, C), behind some layers.
 
@@ -204,19 +224,20 @@ class ScLong(nn.Module):
             found["gene_vectors"] = genes[: self.n_genes]
         if set(layers) <= {"gene_vectors"}:
             return found
+        routed = x if routes_of is None else routes_of
         if unmeasured is not None:
-            x = x.masked_fill(unmeasured, 0.0)
+            x, routed = x.masked_fill(unmeasured, 0.0), routed.masked_fill(unmeasured, 0.0)
         no_value = unknown_genes(mask, unmeasured, routing="top")
         mask = unknown_genes(mask, unmeasured, routing=self.config.routing)
         if self.config.pad_token:
-            x = nn.functional.pad(x, (0, 1))
+            x, routed = nn.functional.pad(x, (0, 1)), nn.functional.pad(routed, (0, 1))
             mask = None if mask is None else nn.functional.pad(mask, (0, 1))
             no_value = None if no_value is None else nn.functional.pad(no_value, (0, 1))
         if self.config.zero_genes is not None:
-            read = self._read(x, mask, unmeasured)
+            read = self._read(routed, mask, unmeasured)
             return found | self._represent_read(genes, x, no_value, read, positions, layers)
         tokens = self.expression_encoder(x, no_value) + genes
-        merged = self._contextual(tokens, x, mask, lengths) + genes
+        merged = self._contextual(tokens, routed, mask, lengths) + genes
         if "encoders" in layers:
             found["encoders"] = merged[:, : self.n_genes]
         if "decoder" in layers:
