@@ -27,8 +27,9 @@ default_venv="$root/.venv"
 # Command that runs its arguments in a container (for instance "apptainer exec --nv sclong.sif");
 # python is then the container's, and SCLONG_VENV is not used.
 : "${SCLONG_CONTAINER:=}"
-# Folder for compiled kernels and extensions, best on each node's own disk; empty: the libraries'
-# defaults in the home folder.
+# Folder for compiled kernels and extensions, best on each node's own disk; a folder in it for each
+# user and environment. Empty: extensions in the environment, or below ~/.cache/sclong_ds where that
+# cannot be written, and kernels in ~/.triton.
 : "${SCLONG_SCRATCH:=}"
 
 # --- training ---
@@ -88,7 +89,10 @@ fi
 unset default_venv
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if [[ -n $SCLONG_SCRATCH ]]; then
-  export TRITON_CACHE_DIR="$SCLONG_SCRATCH/triton" TORCH_EXTENSIONS_DIR="$SCLONG_SCRATCH/torch"
+  # Of this user and this environment alone: another one's files would be no use, or not to be written.
+  scratch="$SCLONG_SCRATCH/$(id -u)-$(cksum <<<"$SCLONG_VENV $SCLONG_CONTAINER" | cut -d ' ' -f 1)"
+  export TRITON_CACHE_DIR="$scratch/triton" TORCH_EXTENSIONS_DIR="$scratch/torch"
+  unset scratch
 fi
 # An empty value is not "unset" to the programs that read these.
 for name in SBATCH_ACCOUNT SBATCH_PARTITION SBATCH_QOS MLFLOW_TRACKING_URI \

@@ -399,3 +399,17 @@ def test_a_taken_port_gives_the_next(tmp_path: Path) -> None:
         said = _call(f"free_port {port}", programs=python, folder=tmp_path, SCLONG_CONTAINER="")
     first = int(said.split()[0])
     assert port < first < port + 15
+
+
+def test_compiled_files_are_of_one_user_and_environment(tmp_path: Path) -> None:
+    found = []
+    for container in ("", "env"):
+        settings = {"SCLONG_VENV": sys.prefix, "SCLONG_CONTAINER": container}
+        done = subprocess.run(
+            ["bash", "-c", f"source {ROOT}/slurm/env.sh && echo $TORCH_EXTENSIONS_DIR"],
+            env={"PATH": "/usr/bin:/bin", "SCLONG_SCRATCH": str(tmp_path), **settings},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found.append(done.stdout.strip())
+    assert all(re.match(rf"{tmp_path}/{os.getuid()}-\d+/torch$", folder) for folder in found)
+    assert len(set(found)) == 2
