@@ -214,8 +214,8 @@ def _compact(value: float) -> str:
     return f"{value:,.4g}"
 
 
-def _short(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:27]}…"
 
 
 def _svg(figure: Figure) -> str:

@@ -115,9 +115,7 @@ def runs_figure(
     return figure
 
 
-def curve_figure(
-    rows: Sequence[Row], name: str, *, ylabel: str, smooth: bool = True, zero: bool = True
-) -> Figure:
+def curve_figure(rows: Sequence[Row], name: str, *, ylabel: str, smooth: bool = True) -> Figure:
     """Draw one training metric by step.
 
     Args:
@@ -125,14 +123,12 @@ def curve_figure(
         name: Metric, for instance `train/grad_norm`.
         ylabel: Axis label with the unit.
         smooth: Add the running mean over the faint raw values.
-        zero: Start the axis at 0.
     """
     figure, axes = new_figure(4.5, 2.7)
     steps, values = series(rows, name)
     _curve(axes, steps, values, color=TRAIN_COLOR, label=None, smooth=smooth)
     axes.set(xlabel="optimizer step", ylabel=ylabel)
-    if zero:
-        axes.set_ylim(bottom=0.0, top=_top(values))
+    axes.set_ylim(bottom=0.0, top=_top(values))
     return figure
 
 
