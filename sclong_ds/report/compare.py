@@ -70,8 +70,11 @@ def run(args: argparse.Namespace) -> int:
         text += _aligned([["setting", *head[1:]], *settings]) if settings else "same settings"
         for record in records:
             if record.n_other_validations:
-                text += f"\n\n{record.n_other_validations} validations of {record.name} by another "
-                text += "version, with another kind of error, are left out"
+                left_out = words.counted(record.n_other_validations, "validation")
+                text += (
+                    f"\n\nleft out: {left_out} of {record.name} by another version, with another "
+                )
+                text += "kind of error"
         if len({_scored(record.validation[-1]) for record in records if record.validation}) > 1:
             text += f"\n\n{TWO_KINDS}"
     sys.stdout.write(f"{text}\n")

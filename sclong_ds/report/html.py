@@ -10,10 +10,11 @@ import html
 from collections.abc import Sequence
 
 _STYLE = """
-:root{--ink:#1f2937;--muted:#5b6472;--line:#e3e7ed;--tint:#f6f8fa;--accent:#0072b2}
+:root{--ink:#1f2937;--muted:#5b6472;--line:#e3e7ed;--tint:#f6f8fa;--accent:#0072b2;
+--page:#fff;color-scheme:light dark}
 *{box-sizing:border-box}
-body{margin:0;background:#fff;color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",
-Roboto,"Liberation Sans",Arial,sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,-apple-system,
+"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif}
 main,header>div{max-width:1080px;margin:0 auto;padding:0 28px}
 header{background:var(--tint);border-bottom:1px solid var(--line);padding:34px 0 26px}
 h1{font-size:30px;line-height:1.2;margin:2px 0 10px;letter-spacing:-.01em;overflow-wrap:anywhere}
@@ -43,6 +44,10 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 align-items:start}
 figure{margin:0 0 16px;border:1px solid var(--line);border-radius:10px;padding:14px}
 figure img{display:block;width:100%;max-height:560px;object-fit:contain}
+figure label{display:block;overflow:auto;cursor:zoom-in}
+figure input{position:absolute;opacity:0}figure input:focus-visible+img{outline:2px solid
+var(--accent)}
+figure input:checked+img{width:auto;max-width:none;max-height:none;cursor:zoom-out}
 figcaption{color:var(--muted);font-size:13px;margin-top:8px}figcaption b{color:var(--ink)}
 .note{color:var(--muted);font-size:13.5px;max-width:78ch}
 details{border:1px solid var(--line);border-radius:10px;margin:0 0 10px}
@@ -52,7 +57,12 @@ pre{overflow:auto;background:var(--tint);padding:12px;border-radius:6px;
 font:12.5px/1.5 ui-monospace,"Liberation Mono",Menlo,Consolas,monospace}
 footer{color:var(--muted);font-size:13px;margin:44px 0 36px}
 @media (max-width:720px){.pair{grid-template-columns:1fr}}
-@media print{body{font-size:11pt}header{background:none;padding-top:0}figure,.card,tr{
+@media (prefers-color-scheme:dark){:root{--ink:#e5e9f0;--muted:#a3adbb;--line:#343c48;
+--tint:#1d232c;--accent:#5cb3e6;--page:#14181f}figure img{background:#fff;border-radius:6px}
+.badge{background:#123a56;color:#bfe0f5}.badge.good{background:#143d26;color:#b7ebcb}
+.badge.warn{background:#4a3310;color:#f8dca6}.badge.bad{background:#4f1b1b;color:#f6c6c6}}
+@media print{:root{--ink:#1f2937;--muted:#5b6472;--line:#e3e7ed;--tint:#f6f8fa;--page:#fff}
+body{font-size:11pt}header{background:none;padding-top:0}figure,.card,tr{
 break-inside:avoid}h2{break-after:avoid}main,header>div{max-width:none;padding:0}}
 """
 
@@ -84,19 +94,24 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{content}</section>" if content else ""
 
 
-def image(data: bytes, kind: str, title: str, text: str) -> str:
-    """Return a captioned figure that holds its image.
+def image(data: bytes, kind: str, title: str, text: str, *, seen: str = "") -> str:
+    """Return a captioned figure that holds its image; a click shows it in its full size.
 
     Args:
         data: File content of the image.
         kind: MIME type, for instance image/png.
-        title: Text of the caption's first words and of the alternative text.
+        title: Text of the caption's first words.
         text: Rest of the caption, may be empty.
+        seen: What is seen, for who cannot see it; empty: title and text.
     """
+    alt = html.escape(seen or f"{title}. {text}".strip())
     title = html.escape(title)
     source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
     caption = f"<b>{title}.</b> {html.escape(text)}" if text else f"<b>{title}</b>"
-    return f'<figure><img alt="{title}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+    # A box that is ticked, since the page has no scripts.
+    zoom = f'<input type="checkbox" aria-label="full size: {title}">'
+    picture = f'<label>{zoom}<img alt="{alt}" src="{source}"></label>'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def key_table(rows: Sequence[tuple[str, str]]) -> str:

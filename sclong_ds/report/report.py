@@ -66,6 +66,16 @@ _SUMMARY_NAMES = {
     "world_size": "Ranks",
     "device": "Device",
 }
+_PART_NAMES = {
+    "large": "large encoder",
+    "mini": "mini encoder",
+    "to_large": "projection into the large encoder",
+    "from_large": "projection out of the large encoder",
+    "head": "output head",
+}
+"""Parts of the model whose own names do not tell."""
+_SHOWN_HASH = 12
+"""Digits of a content hash that tell two apart; run.json has all."""
 _CURVES = (
     ("train/lr", "Learning rate", "learning rate", False, "As applied at each step."),
     ("perf/cells_per_s", "Throughput", "cells / s", True, "All ranks together."),
@@ -200,7 +210,7 @@ def _status_line(record: RunRecord) -> str:
     parts = [f"step {record.steps:,}"]
     restarts = record.run.get("restarts")
     if restarts:
-        parts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
+        parts.append(words.counted(int(restarts), "restart"))
     if record.run.get("created"):
         created = str(record.run["created"]).replace("T", " ").replace("+00:00", " UTC")
         parts.append(f"created {created}")
@@ -261,13 +271,17 @@ def _what_was_run(record: RunRecord) -> str:
     summary.pop("expression_bins", None)
     named = [(_SUMMARY_NAMES[k], summary.pop(k)) for k in _SUMMARY_NAMES if k in summary]
     left = [(name, words.text(value)) for name, value in named]
-    left += [(k, words.text(v)) for k, v in summary.items() if isinstance(v, str | int | float)]
+    left += [
+        (k.replace("_", " "), words.text(v))
+        for k, v in summary.items()
+        if isinstance(v, str | int | float) and not k.endswith("_hash")
+    ]
     if isinstance(parameters, Mapping):
         total = parameters.get("total", sum(parameters.values()))
         parts = {k: v for k, v in parameters.items() if k != "total"}
         left.append(("Parameters", words.text(total)))
         left += [
-            (f"of which {name.replace('_', ' ')}", words.text(value))
+            (f"of which {_PART_NAMES.get(name, name.replace('_', ' '))}", words.text(value))
             for name, value in parts.items()
         ]
     tables = [page.key_table(left), page.key_table(_results(record))]
@@ -403,16 +417,26 @@ def _sessions_table(record: RunRecord) -> str:
     body = [
         [
             str(n), clock(s.start), clock(s.end), duration(s.end - s.start),
-            f"{s.first_step:,}", f"{s.last_step:,}", s.last_event,
+            f"{s.first_step:,}", f"{s.last_step:,}", _ending(record, n),
             "" if s.world_size is None else str(s.world_size), f"{s.lost_steps:,}",
         ]
         for n, s in enumerate(record.sessions, start=1)
     ]  # fmt: skip
     head = [
-        "Process", "Started", "Last sign", "Alive", "From step", "To step", "Ended with", "Ranks",
-        "Redone",
+        "Start", "Started", "Last sign", "Alive", "From step", "To step", "How it ended", "Ranks",
+        "Steps redone",
     ]  # fmt: skip
     return page.table(head, body)
+
+
+def _ending(record: RunRecord, number_of_start: int) -> str:
+    """Return how a start ended; the last one may still be running."""
+    ended = record.sessions[number_of_start - 1].ended
+    if ended is not None:
+        return ended
+    if number_of_start < len(record.sessions) or record.run.get("status") != "RUNNING":
+        return "without a word (killed, or its node was lost)"
+    return "running, or killed without a word"
 
 
 def _events_table(record: RunRecord) -> str:
@@ -424,7 +448,7 @@ def _events_table(record: RunRecord) -> str:
         rest = {k: v for k, v in event.items() if k not in ("time", "event", "step")}
         text = ", ".join(f"{k}: {words.text(v)}" for k, v in rest.items())
         body.append([clock(float(event["time"])), f"{event['step']:,}", event["event"], text])
-    count = f"{len(record.events):,} events"
+    count = words.counted(len(record.events), "event")
     if len(shown) < len(record.events):
         count = f"Last {len(shown)} of {count}"
     table = page.table(["Time", "Step", "Event", "Details"], body)
@@ -443,7 +467,12 @@ def _details(record: RunRecord) -> str:
     environment = record.run.get("environment") or {}
     keys = ("run_id", "mlflow_run_id", "mlflow_tracking_uri", "slurm_job_id", "commit")
     ids = [(k, without_credentials(str(record.run[k]))) for k in keys if record.run.get(k)]
-    table = page.key_table(ids + [(k, str(v)) for k, v in environment.items()])
+    hashes = [
+        (f"{name.removesuffix('_hash')}, content hash", str(value)[:_SHOWN_HASH])
+        for name, value in record.summary.items()
+        if name.endswith("_hash") and value is not None
+    ]
+    table = page.key_table(ids + [(k, str(v)) for k, v in environment.items()] + hashes)
     if table:
         blocks.append(f"<details open><summary>Environment and ids</summary>{table}</details>")
     return "".join(blocks)

@@ -13,7 +13,7 @@ import numpy as np
 
 from sclong_ds.report import compare
 from sclong_ds.report import html as page
-from sclong_ds.report.words import cell, number
+from sclong_ds.report.words import cell, counted, number
 from sclong_ds.run_folder.metric_names import (
     BASELINES,
     DATASET_MSE,
@@ -90,9 +90,9 @@ def validation_section(record: RunRecord) -> str:
 def other_validations(record: RunRecord) -> str:
     """Return why earlier validations of a run are left out."""
     return (
-        f"{record.n_other_validations} validations of {record.name} are left out: they were made "
-        "by another version, whose error is not that of hidden values alone or is only that, and "
-        "does not compare with the last one's."
+        f"Left out: {counted(record.n_other_validations, 'validation')} of {record.name} by "
+        "another version, whose error is not that of hidden values alone or is only that, and does "
+        "not compare with the last one's."
     )
 
 

@@ -14,11 +14,23 @@ def text(value: object) -> str:
 
 def number(value: float) -> str:
     """Return a count with separators, any other number with four significant digits."""
-    if not math.isfinite(value):
+    if math.isinf(value):
+        return "infinite" if value > 0 else "minus infinite"
+    if math.isnan(value):
         return "not recorded"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def counted(count: int, one: str) -> str:
+    """Return a count with its noun, for instance `1 start`, `2 starts`.
+
+    Args:
+        count: How many.
+        one: The noun of one of them; more get an s.
+    """
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
 
 
 def cell(value: float, key: str) -> str:

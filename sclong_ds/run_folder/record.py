@@ -49,7 +49,8 @@ class Session:
     end: float
     first_step: int
     last_step: int
-    last_event: str
+    ended: str | None
+    """How it ended, from its own events; None: without a word (killed, or still running)."""
     world_size: int | None
     """Ranks."""
     lost_steps: int
@@ -229,7 +230,7 @@ def _sessions(events: list[dict[str, Any]], rows: Sequence[Row]) -> tuple[Sessio
     for n, (begin, until) in enumerate(zip(bounds, [*bounds[1:], math.inf], strict=True)):
         own = marks[(begin <= marks[:, 0]) & (marks[:, 0] < until)]
         last = int(own[:, 1].max())
-        names = [str(e["event"]) for e in events if begin <= e["time"] < until]
+        told = [e for e in events if begin <= e["time"] < until]
         resumed_at = int(starts[n + 1]["step"]) if n + 1 < len(starts) else last
         found.append(
             Session(
@@ -237,12 +238,24 @@ def _sessions(events: list[dict[str, Any]], rows: Sequence[Row]) -> tuple[Sessio
                 end=float(own[-1, 0]),
                 first_step=int(own[0, 1]),
                 last_step=last,
-                last_event=names[-1] if names else "",
+                ended=_ended(told),
                 world_size=starts[n].get("world_size") if starts else None,
                 lost_steps=max(0, last - resumed_at),
             )
         )
     return tuple(found)
+
+
+def _ended(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return how a start ended: done, failed, or stopped and by what; None if it did not tell."""
+    finish = next((e for e in reversed(events) if e["event"] == "finish"), None)
+    if finish is None:
+        return None
+    outcome = finish.get("outcome")
+    if outcome == "KILLED":
+        signals = [str(e.get("reason")) for e in events if e["event"] == "signal"]
+        return f"stopped by {signals[-1]}" if signals else "stopped"
+    return {"FINISHED": "done", "FAILED": "failed"}.get(str(outcome), "ended")
 
 
 def _add_hours(rows: Iterable[Any], sessions: Iterable[Session]) -> None:

@@ -45,7 +45,7 @@ def show(run: Run, *, predicted_true: NDArray[np.float32], times: NDArray[Any] |
 
     Args:
         run: The run.
-        predicted_true: (2, n) predicted and true values of this rank's targets.
+        predicted_true: (2, n) predicted and true values of all ranks' targets, on rank 0.
         times: (ranks, columns) of `RankTimes.gather`.
     """
     wanted = run.config.tracking.picture_cells

@@ -43,8 +43,6 @@ from sclong_ds.training.timing import skew
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
 
-DENSITY_VALUES = 20_000
-"""Points of the predicted-against-true picture."""
 FIT_CELLS = 512
 """Training cells of the fit; a corpus is shuffled, so the first ones are any. About 10^5 values for
 7 weights."""
@@ -90,9 +88,10 @@ def validate(run: Run) -> bool:
     dist.all_reduce(metrics.sums)
     attention = _attention(run, rows)
     run.engine.train()
+    everyone = _of_all_ranks(run, tables)
     figures = (
         metrics.compute()
-        | _scores(run, tables)
+        | _scores(run, everyone)
         | attention
         | {
             "val/n_cells": float(len(rows)),
@@ -104,14 +103,14 @@ def validate(run: Run) -> bool:
     if times is not None:
         figures |= skew(times)
     _record(run, figures)
-    show(run, predicted_true=_predicted_true(tables), times=times)
+    show(run, predicted_true=_predicted_true(everyone), times=times)
     return True
 
 
 def _predicted_true(tables: list[dict[str, np.ndarray]]) -> np.ndarray:
-    """Return (2, n) float32: this rank's first predicted and true hidden values."""
+    """Return (2, n) float32: predicted and true hidden values."""
     pairs = [np.stack([t[MODEL], t["true"]])[:, t["hidden"]] for t in tables]
-    return np.concatenate([np.zeros((2, 0)), *pairs], axis=1)[:, :DENSITY_VALUES].astype(np.float32)
+    return np.concatenate([np.zeros((2, 0)), *pairs], axis=1).astype(np.float32)
 
 
 def _predictions(
@@ -269,14 +268,18 @@ def _table(
     return {name: values[wanted].cpu().numpy() for name, values in columns.items()}
 
 
-def _scores(run: Run, tables: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Return the figures of all ranks' targets, on every rank. Rank 0 holds 80 bytes a target."""
+def _of_all_ranks(run: Run, tables: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Return the tables of all ranks on rank 0, which then holds 80 bytes a target; else none."""
     everyone: list[Any] = [None] * run.ranks.world_size
     gathered = everyone if run.ranks.rank == 0 else None
     dist.gather_object(tables, gathered, dst=0, group=run.ranks.control)
+    return [table for own in gathered or () for table in own]
+
+
+def _scores(run: Run, parts: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Return the figures of the tables that rank 0 has, on every rank."""
 
     def figures() -> dict[str, float]:
-        parts = [table for tables in everyone for table in tables]
         if not parts:
             return {}
         column = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

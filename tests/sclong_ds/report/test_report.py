@@ -13,6 +13,7 @@ import pytest
 from sclong_ds.__main__ import main
 from sclong_ds.report import arguments, compare, report
 from sclong_ds.report import curves as plots
+from sclong_ds.report import html as page_html
 from sclong_ds.report.figures import prediction_density_figure
 from sclong_ds.run_folder.files import RunFolder, update_run_json
 from sclong_ds.run_folder.record import RunRecord, read_run
@@ -23,7 +24,7 @@ NASTY = '<script>alert("x")</script>&'
 class Page(html.parser.HTMLParser):
     """Collects what a page refers to, its text and its table cells; checks that tags are closed."""
 
-    VOID = frozenset({"meta", "img", "br"})
+    VOID = frozenset({"meta", "img", "br", "input"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -54,6 +55,9 @@ class Page(html.parser.HTMLParser):
 
     def value(self, name: str) -> str:
         return self.cells[self.cells.index(name) + 1]
+
+
+LOST = "without a word (killed, or its node was lost)"
 
 
 @pytest.fixture
@@ -132,12 +136,49 @@ def test_page_states_the_numbers_of_the_run(
 def test_restart_shows_as_two_processes(run_dir: Path) -> None:
     text = report.build_page(read_run(run_dir))
     cells = Page(text).cells
-    head = cells.index("Redone") + 1
+    head = cells.index("Steps redone") + 1
     rows = [cells[head + 9 * n : head + 9 * (n + 1)] for n in range(2)]
     assert [r[:1] + r[4:] for r in rows] == [
-        ["1", "0", "12", "start", "2", "2"],
-        ["2", "10", "30", "resume", "2", "0"],
+        ["1", "0", "12", LOST, "2", "2"],
+        ["2", "10", "30", LOST, "2", "0"],
     ]
+
+
+def test_the_table_of_starts_tells_how_each_ended(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as files:
+        for number, ending in enumerate(("KILLED", None, "FAILED", "FINISHED", None)):
+            files.append_event("resume" if number else "start", step=number, world_size=1)
+            files.append_metrics(number + 1, {"train/loss": 1.0})
+            if ending == "KILLED":
+                files.append_event("signal", step=number + 1, reason="SIGTERM")
+            if ending:
+                files.append_event("finish", step=number + 1, outcome=ending)
+    update_run_json(tmp_path, status="RUNNING")
+    cells = Page(report.build_page(read_run(tmp_path))).cells
+    head = cells.index("Steps redone") + 1
+    assert [cells[head + 9 * n + 6] for n in range(5)] == [
+        "stopped by SIGTERM", LOST, "failed", "done", "running, or killed without a word",
+    ]  # fmt: skip
+
+
+def test_hashes_are_short_and_last_and_parts_have_names(run_dir: Path) -> None:
+    parts = {"to_large": 1, "head": 2}
+    update_run_json(
+        run_dir, run_id="r", restarts=1, summary={"corpus_hash": "ab" * 32, "parameters": parts}
+    )
+    page = Page(report.build_page(read_run(run_dir)))
+    assert page.value("corpus, content hash") == "ab" * 6
+    assert page.cells.index("corpus, content hash") > page.cells.index("run_id")
+    assert "corpus_hash" not in page.cells
+    assert page.value("of which projection into the large encoder") == "1"
+    assert page.value("of which output head") == "2"
+    assert "1 restart · " in page.text
+
+
+def test_an_image_tells_what_is_seen_and_grows_at_a_click() -> None:
+    text = page_html.image(b"x", "image/png", "A <b>", "What it shows.")
+    assert 'alt="A &lt;b&gt;. What it shows."' in text
+    assert text.count('<input type="checkbox"') == 1
 
 
 def test_page_says_which_validation_the_pictures_show(run_dir: Path, tmp_path: Path) -> None:
@@ -336,7 +377,7 @@ def test_validation_names_the_strongest_baseline_first_and_says_below_or_above(
     assert cells[cells.index("gene's mean value") + 6] == "the model is below"
     at = cells.index("pbmc")
     assert cells[at : at + 4] == ["pbmc", "0.75", "0.5", "below"]
-    assert "1 validations of run are left out" in page.text
+    assert "Left out: 1 validation of run by another version" in page.text
     assert "above the strongest baseline (linear, 0.2000)" in page.text
 
 
@@ -447,7 +488,7 @@ def test_runs_whose_errors_are_of_another_kind_are_not_compared_without_a_word(
     assert main(["compare", str(tmp_path / "new"), str(tmp_path / "old")]) == 0
     printed = capsys.readouterr().out
     assert "The errors of these runs do not compare" in printed
-    assert "1 validations of new by another version" in printed
+    assert "left out: 1 validation of new by another version" in printed
     figures = compare.figures(read_run(tmp_path / "new"))
     assert figures["val/mse, best"] == 0.25, "not the 0.1 of the older version"
     assert figures["the model is"] == "above the strongest baseline"

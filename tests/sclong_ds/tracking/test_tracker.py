@@ -391,7 +391,8 @@ def test_pictures_of_every_validation_arrive_once(store: str, tmp_path: Path) ->
     def sent() -> list[str]:
         client = client_of(store)
         steps = [f.path for f in client.list_artifacts(run_id, "plots")]
-        return sorted(f.path for step in steps for f in client.list_artifacts(run_id, step))
+        found = (f.path for step in steps for f in client.list_artifacts(run_id, step))
+        return sorted(path for path in found if path.endswith(".png"))
 
     wanted = [f"plots/step_000000{n}/predicted_vs_true.png" for n in (10, 20)]
     assert sent() == wanted
