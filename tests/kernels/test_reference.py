@@ -15,6 +15,7 @@ from kernels.reference import (
     favor_attention_oracle,
     random_features,
 )
+from sclong_ds.config.rules import MIN_FAVOR_EPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +40,16 @@ def test_equals_definition_forward_and_backward(scope, scale):
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(leaves, truth, strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [0.5, 6.0, 50.0])
+def test_the_smallest_eps_leaves_no_denominator_of_zero(size):
+    """Of queries and keys so large that their features vanish in float32, too."""
+    q, k, v, w = make(n=300, k=16, dtype=torch.float32)
+    leaves = [t.clone().requires_grad_() for t in (q * size, k * size, v)]
+    out = favor_attention(*leaves, w, eps=MIN_FAVOR_EPS)
+    out.square().sum().backward()
+    assert all(t.isfinite().all() for t in (out, *(leaf.grad for leaf in leaves)))
 
 
 @pytest.mark.parametrize("scope", ["sample", "head", "tensor"])
