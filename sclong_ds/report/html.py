@@ -47,7 +47,7 @@ figure img{display:block;width:100%;max-height:560px;object-fit:contain}
 figure label{display:block;overflow:auto;cursor:zoom-in}
 figure input{position:absolute;opacity:0}figure input:focus-visible+img{outline:2px solid
 var(--accent)}
-figure input:checked+img{width:auto;max-width:none;max-height:none;cursor:zoom-out}
+figure input:checked+img{width:auto;min-width:100%;max-width:none;max-height:none;cursor:zoom-out}
 figcaption{color:var(--muted);font-size:13px;margin-top:8px}figcaption b{color:var(--ink)}
 .note{color:var(--muted);font-size:13.5px;max-width:78ch}
 details{border:1px solid var(--line);border-radius:10px;margin:0 0 10px}
