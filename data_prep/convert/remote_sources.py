@@ -17,7 +17,7 @@ from data_prep.fetch.budgets import DiskBudget
 from data_prep.fetch.download import Place, Rules, remove_fetched
 from data_prep.fetch.fetch import Downloads
 from data_prep.fetch.item import Item, path_in
-from data_prep.ledger.ledger import LedgerEntry, check_staged, is_older, previous_entry
+from data_prep.ledger.ledger import LedgerEntry, is_older, previous_entry
 from data_prep.manifest.manifest import Dataset
 from data_prep.staging.settings import Settings
 
@@ -195,12 +195,12 @@ def item_of(dataset: Dataset) -> Item:
 
 
 def _seems_done(corpus: Path, dataset: Dataset, settings: Settings) -> bool:
-    """Tell whether the ledger has the same address, version and options; contents are not read."""
+    """Tell whether the ledger has the same address, version and options; no staging is read."""
     previous = previous_entry(corpus, dataset.dataset_id)
     if previous is None or previous["status"] == "failed" or is_older(previous):
         return False
     origin = previous["origin"]
-    same = (
+    return (
         previous["settings_hash"] == settings_hash(dataset, settings)
         and previous["source_hash"] is not None
         and dataset.version in ("", origin.get("version", ""))
@@ -210,10 +210,3 @@ def _seems_done(corpus: Path, dataset: Dataset, settings: Settings) -> bool:
             else previous["path"] == dataset.url
         )
     )
-    if not same or previous["status"] != "ok":
-        return same
-    try:
-        check_staged(corpus, previous, contents=False)
-    except ValueError:
-        return False
-    return True
