@@ -257,7 +257,7 @@ class EngineConfig:
     """What computes FAVOR+: auto: Triton kernels on GPUs that can run them, else plain torch."""
     compile_layers: bool
     """Compile each Performer layer with torch.compile, which fuses LayerNorm, GELU and residual;
-    ZeRO stages 1 and 2 only."""
+    under ZeRO-3 between the gathering of its weights and their release."""
     timeout_s: int
     """Longest time without progress before the run stops and names the rank it waits for; saving
     may take four times as long, and each phase of a start 600 s at least."""

@@ -7,6 +7,7 @@ reference; `docs` of deepspeed.zero.Init.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
@@ -98,6 +100,19 @@ def _overwrite(parameter: nn.Parameter, value: Callable[[], Tensor]) -> None:
             parameter.data.copy_(value())
 
 
+def gather_at_once(model: nn.Module, kinds: list[type[nn.Module]]) -> None:
+    """Let ZeRO-3 gather the weights of each module of these kinds together, where it is called.
+
+    Unasked it does so for every linear layer and norm, whose hooks cost more host time than the
+    arithmetic of a small layer.
+
+    Args:
+        model: A partitioned model, before `initialize`.
+        kinds: Classes of its modules; a part of one of them is no longer gathered by itself.
+    """
+    deepspeed.utils.set_z3_leaf_modules(model, kinds)
+
+
 def count_parameters(module: nn.Module) -> int:
     """Return the number of parameters, those that ZeRO-3 has partitioned included."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
@@ -132,7 +147,23 @@ def initialize(
         kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
         optimizer = kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    _keep_signatures(model)
     return engine
+
+
+def _keep_signatures(model: nn.Module) -> None:
+    """Spare torch the reading of the signatures of ZeRO-3's autograd functions.
+
+    It reads them at every call (`torch.autograd.Function.apply`), a tenth of the host's time in a
+    forward pass; `inspect` takes what `__signature__` says.
+    """
+    functions = [LinearFunctionForZeroStage3]
+    for module in model.modules():
+        functions += [
+            getattr(module, name) for name in ("pre_bwd_fn", "post_bwd_fn") if hasattr(module, name)
+        ]
+    for function in functions:
+        function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -134,6 +134,7 @@ class PerformerLayer(nn.Module):
 
     def __init__(self, dim: int, config: PerformerConfig, model: ModelConfig) -> None:
         super().__init__()
+        self.compiled = False
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = SelfAttention(dim, config, model)
         self.feed_forward_norm = nn.LayerNorm(dim)
@@ -156,6 +157,17 @@ class PerformerLayer(nn.Module):
             cells: As in `SelfAttention`.
             positions: (B, P) int64 tokens whose stream is wanted; None: all.
         """
+        compute = _compiled_layer() if self.compiled else PerformerLayer.compute
+        return compute(self, x, features, cells, positions)
+
+    def compute(
+        self,
+        x: Tensor,
+        features: Tensor | None,
+        cells: CellSpans | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """As `forward`, of weights that are there: under ZeRO-3 calling the layer gathers them."""
         normed, queries = self.attention_norm(x), None
         if positions is not None:
             x, queries = select_tokens(x, positions), select_tokens(normed, positions)
@@ -165,13 +177,13 @@ class PerformerLayer(nn.Module):
 
 @functools.cache
 def _compiled_layer() -> Callable[..., Tensor]:
-    """Return a layer's call, compiled without graph breaks.
+    """Return the computation of a layer, compiled without graph breaks.
 
     Layers of a stack share their graphs. The second length of an axis makes a graph for all
     lengths, so that there are at most a handful per stack: with and without gradients, with and
     without positions, for the first length and for all others.
     """
-    compiled = torch.compile(lambda layer, *inputs: layer(*inputs), fullgraph=True)
+    compiled = torch.compile(PerformerLayer.compute, fullgraph=True)
     # By the configuration: torch.compile takes the limit as an argument from 2.13 on only.
     return torch._dynamo.config.patch(recompile_limit=64)(compiled)
 
@@ -199,7 +211,7 @@ class Performer(nn.Module):
         super().__init__()
         self.config, self.name, self.model = config, name, model
         self.redraw_index = 0
-        self.recompute = self.compile_layers = False
+        self.recompute = False
         self.favor = model.attention_of(config) == "favor"
         self.layers = nn.ModuleList(PerformerLayer(dim, config, model) for _ in range(config.depth))
         self.first_features = first_features
@@ -218,16 +230,26 @@ class Performer(nn.Module):
         for i, layer in enumerate(self.layers):
             features = self.features(x.device)[i] if self.favor else None
             wanted = positions if i == len(self.layers) - 1 else None
-            run = functools.partial(_compiled_layer(), layer) if self.compile_layers else layer
             if self.recompute and torch.is_grad_enabled():
                 # The reentrant form: the other one compares tensor shapes between the two forward
                 # passes and sees the emptied parameters of ZeRO-3.
                 x = checkpoint(
-                    run, x, features, cells, wanted, use_reentrant=True, preserve_rng_state=False
+                    layer, x, features, cells, wanted, use_reentrant=True, preserve_rng_state=False
                 )
             else:
-                x = run(x, features, cells, wanted)
+                x = layer(x, features, cells, wanted)
         return x
+
+    @property
+    def compile_layers(self) -> bool:
+        """Whether the layers run compiled."""
+        return any(layer.compiled for layer in self.layers)
+
+    @compile_layers.setter
+    def compile_layers(self, compiled: bool) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, PerformerLayer)
+            layer.compiled = compiled
 
     def features(self, device: torch.device) -> list[Tensor]:
         """Return the layers' random features (M, K) on `device`, drawing them after a redraw."""

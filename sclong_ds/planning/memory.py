@@ -170,12 +170,12 @@ def _gathered(model: ModelConfig, zero: Zero, setup: Setup, partitioned: int) ->
 
     A layer stays gathered when it is needed again within the reuse distance; between forward and
     backward that keeps the last layers, half the distance in parameters. The next bucket and the
-    layer at work come on top.
+    matrices of the layer at work, which are gathered at once, come on top.
     """
     if setup.world_size == 1 and not zero.offload_param:
         return 0
     layer = max(
-        2 * width * width * stack.ff_mult
+        2 * width * width * stack.ff_mult + 4 * width * stack.heads * stack.dim_head
         for stack, width, _ in stacks(model, setup.n_genes).values()
     )
     arriving = zero.prefetch_bucket + layer

@@ -29,6 +29,7 @@ from sclong_ds.engine.deepspeed_engine import (
     build_partitioned,
     fill_master_weights,
     fill_parameters,
+    gather_at_once,
     initialize,
 )
 from sclong_ds.engine.ds_config import resolve_ds_config
@@ -157,16 +158,9 @@ def measured_genes(data: DataConfig, corpus: Corpus) -> MeasuredGenes | None:
 
 
 def set_options(model: ScLong, engine: EngineConfig, ds_config: dict[str, Any]) -> None:
-    """Tell the model's layers how to run.
-
-    Raises:
-        ValueError: Compiled layers under ZeRO-3.
-    """
-    if engine.compile_layers and ds_config["zero_optimization"]["stage"] == 3:
-        raise ValueError(
-            "engine.compile_layers: ZeRO-3 gathers the weights between the operations of a layer, "
-            "which a compiled layer does not show; use engine.ds_config=zero1 or zero2"
-        )
+    """Tell the model's layers how to run; before DeepSpeed's engine is made."""
+    if ds_config["zero_optimization"]["stage"] == 3:
+        gather_at_once(model, [PerformerLayer])
     for performer in model.performers().values():
         performer.recompute = engine.activation_checkpointing
         performer.compile_layers = engine.compile_layers

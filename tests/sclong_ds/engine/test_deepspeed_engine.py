@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from small_model import small_model
 
 from sclong_ds.config.load import load_config
 from sclong_ds.engine.deepspeed_engine import parameter_groups
@@ -16,7 +15,6 @@ from sclong_ds.engine.ds_config import (
     zero_keys,
 )
 from sclong_ds.engine.schedule import learning_rate
-from sclong_ds.training.build import set_options
 
 CONFIG = load_config("sclong_tiny")
 
@@ -89,17 +87,6 @@ def test_keys_of_shipped_files_are_deepspeeds():
         for key in json.loads(path.read_text())["zero_optimization"]
     }
     assert used <= SHIPPED_ZERO_KEYS
-
-
-def test_layers_are_compiled_where_their_weights_are_whole():
-    config = dataclasses.replace(
-        CONFIG, engine=dataclasses.replace(CONFIG.engine, compile_layers=True)
-    )
-    model = small_model()
-    with pytest.raises(ValueError, match="zero1 or zero2"):
-        set_options(model, config.engine, resolve(ds_config="zero3", train_batch_size=2))
-    set_options(model, config.engine, resolve(ds_config="zero2", train_batch_size=2))
-    assert all(performer.compile_layers for performer in model.performers().values())
 
 
 def test_only_matrices_are_decayed():

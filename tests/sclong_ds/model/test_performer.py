@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from deepspeed.utils import z3_leaf_module
 from small_model import G, cells, close, gradients, small_model
 from torch._dynamo.utils import counters
 
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import PerformerConfig
+from sclong_ds.model.performer import PerformerLayer
 from sclong_ds.training.build import set_options
 
 PRECISION = [(torch.float32, 2e-6), (torch.float64, 1e-12)]
@@ -120,10 +122,11 @@ def test_compiled_layers_equal_the_plain_ones(compiled, recompute, wanted):
             assert close(of_got[name], of_want[name], 1e-5), name
 
 
-def test_compiled_layers_are_refused_where_weights_are_partitioned():
+@pytest.mark.parametrize("stage", [2, 3])
+def test_layers_are_compiled_and_gathered_at_once(stage):
     config = load_config("sclong_tiny", ["engine.compile_layers=true"])
     model = small_model()
-    with pytest.raises(ValueError, match="zero1 or zero2"):
-        set_options(model, config.engine, {"zero_optimization": {"stage": 3}})
-    set_options(model, config.engine, {"zero_optimization": {"stage": 2}})
+    set_options(model, config.engine, {"zero_optimization": {"stage": stage}})
     assert all(performer.compile_layers for performer in model.performers().values())
+    together = {type(m) for m in model.modules() if z3_leaf_module(m)}
+    assert together == ({PerformerLayer} if stage == 3 else set())
