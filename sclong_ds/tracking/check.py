@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_WAIT_S = 120.0
+"""Training does not need an answer, which an object store may owe for many minutes."""
 _PACKAGES = {
     "botocore": "boto3",
     "google": "google-cloud-storage",
@@ -68,8 +71,9 @@ _BY_TEXT = (
 def check_tracking(config: RunConfig, run_dir: Path) -> None:
     """Refuse a new run that MLflow could not record, and name what to do.
 
-    A store that does not answer or is locked is named in a warning: that passes, and the run folder
-    keeps what MLflow is to get. A run that has begun is not held up: what is wrong is logged.
+    A store that does not answer in time or is locked is named in a warning: that passes, and the
+    run folder keeps what MLflow is to get. A run that has begun is not held up: what is wrong is
+    logged.
 
     Args:
         config: Configuration of the run; without `tracking.enabled` there is nothing to check.
@@ -82,24 +86,21 @@ def check_tracking(config: RunConfig, run_dir: Path) -> None:
         return
     uri = tracking_uri(config.tracking.uri, run_dir)
     shown = without_credentials(uri)
-    try:
-        _look_at(uri, config.tracking.experiment)
-    # mlflow, its drivers and plugins raise errors of their own, which only they can name.
-    except Exception as error:  # noqa: BLE001
-        what = _said(error)
-        if what is None:
-            passing = "is locked by another process" if is_locked(error) else "does not answer"
-            log.warning(
-                "MLflow at %s %s (%s): metrics are kept in the run folder and sent when it does",
-                shown, passing, one_line(error),
-            )  # fmt: skip
-            return
-        text = f"MLflow at {shown} cannot record this run: {what}"
-        if not (run_dir / RUN_FILE).is_file():
-            raise ValueError(f"{text}; tracking.enabled=false trains without MLflow") from None
-        log.error(
-            "%s. Training continues; `python -m sclong_ds sync %s` sends it later", text, run_dir
-        )
+    error = _trouble(uri, config.tracking.experiment)
+    if error is None:
+        return
+    what = _said(error)
+    if what is None:
+        passing = "is locked by another process" if is_locked(error) else "does not answer"
+        log.warning(
+            "MLflow at %s %s (%s): metrics are kept in the run folder and sent when it does",
+            shown, passing, one_line(error),
+        )  # fmt: skip
+        return
+    text = f"MLflow at {shown} cannot record this run: {what}"
+    if not (run_dir / RUN_FILE).is_file():
+        raise ValueError(f"{text}; tracking.enabled=false trains without MLflow")
+    log.error("%s. Training continues; `python -m sclong_ds sync %s` sends it later", text, run_dir)
 
 
 def deleted(name: str, experiment_id: str) -> ValueError:
@@ -145,6 +146,25 @@ def _said(error: Exception) -> str | None:
         return " ".join(str(error).split())
     what = cure(error)
     return None if what is None else f"{clip(one_line(error), 160)}: {what}"
+
+
+def _trouble(uri: str, experiment: str) -> Exception | None:
+    """Return what `_look_at` raises, or that it takes too long."""
+    found: list[Exception | None] = []
+
+    def look() -> None:
+        try:
+            _look_at(uri, experiment)
+            found.append(None)
+        # mlflow, its drivers and plugins raise errors of their own, which only they can name.
+        except Exception as error:  # noqa: BLE001
+            found.append(error)
+
+    # Nothing can interrupt it: a daemon, which the end of the process does not wait for.
+    thread = threading.Thread(target=look, name="mlflow-check", daemon=True)
+    thread.start()
+    thread.join(_WAIT_S)
+    return found[0] if found else TimeoutError(f"nothing came back in {_WAIT_S:.0f} s")
 
 
 def _look_at(uri: str, experiment: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sqlite3
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from sqlalchemy import event
 
 from sclong_ds.config.load import load_config
+from sclong_ds.tracking import check as check_module
 from sclong_ds.tracking.check import check_tracking, cure
 from sclong_ds.tracking.client import new_client
 
@@ -83,6 +85,18 @@ def test_what_passes_is_one_warning(
     check("http://127.0.0.1:9", "any", tmp_path)
     (record,) = caplog.records
     assert "does not answer" in record.getMessage()
+
+
+def test_a_store_that_never_answers_holds_up_no_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(check_module, "_look_at", lambda *_: answers.wait())
+    monkeypatch.setattr(check_module, "_WAIT_S", 0.01)
+    check("http://127.0.0.1:9", "any", tmp_path)
+    answers.set()
+    (record,) = caplog.records
+    assert "does not answer (TimeoutError: nothing came back" in record.getMessage()
 
 
 def test_a_run_that_has_begun_is_not_held_up(
