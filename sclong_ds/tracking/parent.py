@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 _SWEEP_TAG = "sweep_id"
+_LOCK = ".parent.lock"
+"""Not that of sweep.json: a server that hangs must not hold up tasks that begin."""
 
 
 def parent_of(client: MlflowClient, experiment_id: str, named: str) -> str | None:
@@ -38,7 +40,7 @@ def parent_of(client: MlflowClient, experiment_id: str, named: str) -> str | Non
     sweep = read_sweep(Path(named))
     if sweep is None:  # the task was copied from elsewhere
         return None
-    with locked(sweep.folder / ".sweep.lock"):
+    with locked(sweep.folder / _LOCK):
         query = f"tags.{_SWEEP_TAG} = '{sweep.id}'"
         found = client.search_runs([experiment_id], query, max_results=1)
         if found:
