@@ -8,7 +8,8 @@ shell); what begins with # is a comment, and empty lines do not count. Every lin
 the settings that all tasks share, before anything starts. Without `--task` the program says how to
 submit; slurm/pretrain.sh calls it with the number of its task and that of the array's last one. It
 then writes SWEEP_DIR/sweep.json and prints the arguments of the task's training, quoted for a
-shell: its run folder is SWEEP_DIR/task_N, and all tasks' MLflow runs have one parent. Exit status:
+shell: its run folder is SWEEP_DIR/task_N, and all tasks' MLflow runs have one parent. For a task
+that has begun its own line alone is checked, since others may be at work on the file. Exit status:
 0, or 2 with a line for everything that is wrong.
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from sclong_ds.command_line import local_path, parse_arguments, whole
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
+from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.sweep.folder import task_name, write_sweep
 
 _OWN_KEYS = ("run.dir", "tracking.parent_run")
@@ -165,8 +167,10 @@ def _answer(args: argparse.Namespace) -> str:
     run_dir = load_config(args.config, args.overrides).run.dir
     if run_dir is None:
         raise ValueError("run.dir is not set: add run.dir=SWEEP_DIR, the folder of the sweep")
-    wrong = problems(args.sweep, tasks, args.config, args.overrides)
-    if args.last is not None and args.last > len(tasks):
+    own = tasks[args.task - 1 : args.task] if args.task else []
+    begun = bool(own) and (Path(run_dir) / task_name(args.task) / RUN_FILE).is_file()
+    wrong = problems(args.sweep, own if begun else tasks, args.config, args.overrides)
+    if args.last is not None and args.last > len(tasks) and not begun:
         wrong.append(
             f"{args.sweep}: {len(tasks)} lines of settings, but the array goes to {args.last}: "
             f"submit with --array=1-{len(tasks)}"

@@ -85,6 +85,22 @@ def test_what_is_wrong_with_any_line_stops_every_task(
     assert not (tmp_path / "s w").exists()
 
 
+def test_a_task_that_has_begun_continues_whatever_the_other_lines_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "run.seed=1\nrun.seed=2\noptim.rate=\n"
+    task = tmp_path / "s w" / "task_002"
+    task.mkdir(parents=True)
+    assert sweep(tmp_path, text, "--task", "2", "--last", "4") == 2
+    (task / "run.json").write_text("{}")
+    assert sweep(tmp_path, text, "--task", "2", "--last", "4") == 0
+    assert "run.seed=2" in shlex.split(capsys.readouterr().out)
+    (task.parent / "task_003").mkdir()
+    (task.parent / "task_003" / "run.json").write_text("{}")
+    assert sweep(tmp_path, text, "--task", "3", "--last", "4") == 2
+    assert "line 3" in capsys.readouterr().err
+
+
 def test_every_wrong_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(tmp_path, "a=1\nrun.seed=1\nb.c=2\n", "--task", "2", "--last", "9") == 2
     lines = capsys.readouterr().err.splitlines()
