@@ -14,6 +14,7 @@ from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.model_dir import write_model_dir
+from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import TrainingCells
 from sclong_ds.model.sclong import ScLong
 
@@ -33,6 +34,7 @@ def write_model(
     seed: int,
     unmeasured: Literal["zero", "mask"] = "zero",
     training_cells: TrainingCells | None = None,
+    chosen: ChosenRecipe | None = None,
 ) -> Path:
     """Export a small model with random weights."""
     genes.write(folder / "genes.tsv")
@@ -57,6 +59,7 @@ def write_model(
         genes=folder / "genes.tsv",
         graph=None,
         features=None,
+        choose=lambda _: chosen,
         provenance={"step": 0}
         | ({} if training_cells is None else {"training_cells": training_cells.facts()}),
         training_cells=training_cells,

@@ -189,7 +189,8 @@ class EmbeddingModel:
             params: Ignored; MLflow passes it.
 
         Returns:
-            (n, C) float32; zero for a cell without counts of the model's genes.
+            (n, W) float32, W as `sclong_ds.embed`; zero for a cell without counts of the model's
+            genes.
 
         Raises:
             ValueError: Not counts of known human genes.

@@ -52,8 +52,10 @@ from sclong_ds.evaluation.verdict import (
     verdict,
 )
 from sclong_ds.exported.manifest import weights_hash
+from sclong_ds.exported.recipe_file import JudgedCells, read_judged
 from sclong_ds.exported.training_cells import (
     TrainingCells,
+    are_among,
     read_training_cells,
     share_in_training,
 )
@@ -99,15 +101,17 @@ def run(args: argparse.Namespace) -> int:
     lines = [f"sclong, {verdict(scores, name=name, no_context=NO_CONTEXT)}" for name in judged]
     known = read_training_cells(args.model_dir)
     n_known = 0 if known is None else int(known.hold(scored.counts).sum())
-    leak = share_in_training(known, n_known, len(scored.rows))
+    recipe_facts, warning = _recipe_leak(read_judged(args.model_dir), scored)
+    leaks = [share_in_training(known, n_known, len(scored.rows)), *warning]
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "tsne.png", draw(points, scored, seed=args.seed))
     written = table.join(intervals)
     write_atomic(args.out / "scores.tsv", written.to_csv(sep="\t").encode())
     report: dict[str, object] = {"verdict": lines, "training_cells": _leak_facts(known, n_known)}
+    report |= {"recipe_cells": recipe_facts}
     report |= _facts(args, cells, scored) | _score_facts(scores, table)
     write_atomic(args.out / "scores.json", (json.dumps(report, indent=1) + "\n").encode())
-    print("\n".join([*lines, leak, *([] if missing is None else [missing])]))
+    print("\n".join([*lines, *leaks, *([] if missing is None else [missing])]))
     print(f"{len(scored.rows)} cells, {len(sizes_of(scored.labels))} labels of {args.label}")
     print(shown_table(scores, table).to_string(na_rep="-"))
     print(f"written to {args.out}")
@@ -142,7 +146,7 @@ def stored_embedding(path: Path, *, model: ScLong, model_dir: Path) -> np.ndarra
         model_dir: Its folder.
 
     Returns:
-        (n, C) float32 for all cells of the file, or None.
+        (n, W) float32 for all cells of the file, or None.
 
     Raises:
         ValueError: The embeddings are there, but not the counts that the baselines need.
@@ -232,6 +236,21 @@ def _leak_facts(known: TrainingCells | None, n_known: int) -> dict[str, object]:
         return {"known": False}
     facts = {"known": True, "n_cells_in_training": n_known}
     return facts | {"complete": known.complete, "datasets": list(known.datasets)}
+
+
+def _recipe_leak(
+    judged: JudgedCells | None, scored: ScoredCells
+) -> tuple[dict[str, object], list[str]]:
+    """Return what scores.json records of cells that the recipe was chosen by, and a sentence."""
+    if judged is None:
+        return {"known": False}, []
+    found = int(are_among(judged.digests, scored.counts).sum())
+    sentence = (
+        f"the embedding's recipe was chosen by the {judged.criterion} of {found} of these "
+        f"{len(scored.rows)} cells; score cells that had no part in it"
+    )
+    facts = {"known": True, "n_cells_judged": found, "criterion": judged.criterion}
+    return facts, [sentence] if found else []
 
 
 def _facts(args: argparse.Namespace, cells: Cells, scored: ScoredCells) -> dict[str, object]:

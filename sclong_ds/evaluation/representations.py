@@ -2,7 +2,7 @@
 
 Used by `python -m sclong_ds evaluate` and by `sclong_ds.evaluate`.
 
-Shapes: n cells, C base width.
+Shapes: n cells, C base width, W width of an embedding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def representations(
     Args:
         model: The model.
         scored: The cells that are scored.
-        embedded: (n, C) their embeddings by the model.
+        embedded: (n, W) their embeddings by the model.
         batch_size: Cells embedded at a time.
         seed: Of the untrained weights, the projection and the eigensolver's start.
     """
@@ -90,7 +90,7 @@ def _embedded_by(
 
 
 def embed_scored(model: ScLong, scored: ScoredCells, *, batch_size: int, what: str) -> np.ndarray:
-    """Return the embeddings (n, C) of the scored cells.
+    """Return the embeddings (n, W) of the scored cells.
 
     Args:
         model: The model.

@@ -13,7 +13,8 @@ of training cells. The candidates are judged on a sample of the validation split
   explained variance. Halves of counts are independent given the cell: to copy noise does not help.
   Source: count splitting (molecular cross-validation), https://doi.org/10.1101/786269
 
-No label of a cell that is scored later is seen. The gene vectors alone, by the same weights, are
+The folder keeps digests of the judged cells, and `evaluate` tells how many of its cells are among
+them: their labels may have been seen here. The gene vectors alone, by the same weights, are
 recorded beside: a context that is of use is better.
 
 Shapes: m cells, of which n are judged, G genes, C base width, K variable genes.
@@ -35,6 +36,7 @@ from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.exported.recipe_file import ChosenRecipe
+from sclong_ds.exported.training_cells import short_digests
 from sclong_ds.model.pooling import MEAN, Part, Recipe, scaling_map
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
@@ -121,13 +123,17 @@ def choose_recipe(
         corpus: Cells of its genes.
         train: Rows whose statistics centre and scale the parts.
         validation: Rows that candidates are judged on.
+
+    Raises:
+        ValueError: No gene varies in these.
     """
     tried = candidates()
     plain = [without_context(recipe) for recipe in tried]
     parts = list(dict.fromkeys(part for recipe in (*tried, *plain) for part in recipe.parts))
     # Those that are judged come first; all may be the neighbours of one.
     rows = np.concatenate([validation, train])
-    first, second = split_counts(corpus.rows(rows))
+    whole = corpus.rows(rows)
+    first, second = split_counts(whole)
     with count_progress("choose the embedding", len(train) + len(rows), "cells") as on_cells:
         fitted = _pooled(model, corpus, train, corpus.rows(train), parts, on_cells)
         read = _pooled(model, corpus, rows, first, parts, on_cells)
@@ -157,7 +163,8 @@ def choose_recipe(
         "candidates": {r.text(): s for r, s in zip(tried, scores, strict=True)},
     }
     _log.info("embedding: %s (%s %.4f)", tried[best].text(), by, scores[best][by])
-    return ChosenRecipe(with_statistics(tried[best], fitted), control, facts)
+    judged = np.unique(short_digests(whole[: len(validation)]))
+    return ChosenRecipe(with_statistics(tried[best], fitted), control, facts, judged)
 
 
 def with_statistics(recipe: Recipe, fitted: Pooled) -> Recipe:
@@ -195,13 +202,19 @@ def held_out_values(counts: csr_matrix, *, target_sum: float, n_judged: int) -> 
         counts: (m, G) counts that the embedding does not read.
         target_sum: Of the transform.
         n_judged: How many cells, the first ones, are judged.
+
+    Raises:
+        ValueError: No gene varies in them.
     """
     values = np.expm1(log1p_normalise(counts, target_sum=target_sum).astype(np.float64))
     judged = values[:n_judged]
     mean, seen = judged.mean(axis=0), (judged > 0).mean(axis=0)
     dispersion = np.where(seen >= _SEEN, judged.var(axis=0), 0.0) / np.maximum(mean, 1e-12)
     best = np.sort(np.argsort(-dispersion, kind="stable")[:_VARIABLE])
-    chosen = np.log1p(values[:, best[dispersion[best] > 0]])
+    best = best[dispersion[best] > 0]
+    if not len(best):
+        raise ValueError("no gene varies among the held-out counts of the cells to judge on")
+    chosen = np.log1p(values[:, best])
     judged = chosen[:n_judged]
     return np.asarray((chosen - judged.mean(axis=0)) / judged.std(axis=0))
 
@@ -231,9 +244,13 @@ class Judge:
         if self.labels is not None:
             distance = np.where(_may_name(self.labels, self.groups, self.n), distance, np.inf)
             near = np.argsort(distance, axis=1, kind="stable")[:, :k]
-            own = self.labels[: self.n]
-            hits = [_most_common(self.labels[i]) == name for i, name in zip(near, own, strict=True)]
-            found[LABELS] = float(np.asarray(hits)[own != ""].mean())
+            # With fewer cells that may name it than k, a cell is named by these alone.
+            hits = [
+                _most_common(self.labels[near[i][np.isfinite(distance[i, near[i]])]])
+                == self.labels[i]
+                for i in np.flatnonzero(self.labels[: self.n] != "")
+            ]
+            found[LABELS] = float(np.mean(hits))
         return found
 
 
@@ -315,4 +332,5 @@ def _affordable(model: ScLong) -> int:
     size = sum(p.numel() for stack in model.performers().values() for p in stack.parameters())
     zeros = model.config.zero_genes
     tokens = model.n_genes if zeros is None else min(model.n_genes, zeros + 2000)
-    return int(CPU_FLOPS / (2 * 2 * size * tokens))
+    # For each: a training cell, and halves of a training and of a validation cell.
+    return int(CPU_FLOPS / (3 * 2 * size * tokens))

@@ -2,7 +2,8 @@
 
     MODEL_DIR/embedding.json   parts and scaling, how they were chosen: criterion, cells, candidates
     MODEL_DIR/embedding.npz    centres (parts, C) and maps (parts, C, C), float32, of the parts;
-                               control_centres, control_maps of the same without context
+                               control_centres, control_maps of the same without context;
+                               judged (n,) uint64, digests of the cells that it was judged on
 
 Folders without them (earlier versions, imported models, an export far from its corpus) embed by the
 mean over the expressed genes. `sclong_ds.exported.choose_recipe` makes them.
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sclong_ds.exported.manifest import CURE
 from sclong_ds.files.npz import read_npz
@@ -38,6 +40,18 @@ class ChosenRecipe:
     """The same weights and scaling of the gene vectors alone: an embedding without context."""
     facts: Mapping[str, Any]
     """How it was chosen; plain JSON."""
+    judged: NDArray[np.uint64]
+    """(n,) digests of the cells that candidates were judged on, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedCells:
+    """The cells that the candidates for a recipe were judged on."""
+
+    digests: NDArray[np.uint64]
+    """(n,) ascending."""
+    criterion: str
+    """What they were judged by."""
 
 
 def write_recipe(folder: Path, chosen: ChosenRecipe) -> None:
@@ -48,7 +62,7 @@ def write_recipe(folder: Path, chosen: ChosenRecipe) -> None:
         chosen: The recipe; those of both recipes with statistics are kept.
     """
     content = {"format": _FORMAT, "version": _VERSION, "scaling": chosen.recipe.scaling}
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {"judged": chosen.judged.astype("<u8")}
     for prefix, recipe in (("", chosen.recipe), ("control_", chosen.control)):
         content[f"{prefix}parts"] = [list(part) for part in recipe.parts]
         if recipe.centres is not None and recipe.maps is not None:
@@ -77,6 +91,26 @@ def read_recipe(folder: Path, *, base_dim: int) -> Recipe:
 def read_control(folder: Path, *, base_dim: int) -> Recipe | None:
     """Return the recipe without context; arguments and errors as `read_recipe`."""
     return _read(folder, base_dim, "control_")
+
+
+def read_judged(folder: Path) -> JudgedCells | None:
+    """Return the cells that a folder's recipe was judged on; None: it has none or does not tell.
+
+    Args:
+        folder: MODEL_DIR, whose recipe `read_recipe` reads.
+
+    Raises:
+        ValueError: A damaged file.
+    """
+    if not (folder / RECIPE).exists():
+        return None
+    digests = read_npz(folder / STATISTICS, cure=CURE).get("judged")
+    if digests is None:
+        return None
+    chosen = read_object(folder / RECIPE).get("chosen")
+    if digests.ndim != 1 or not isinstance(chosen, dict):
+        raise ValueError(f"{folder / STATISTICS}: damaged (no digests of judged cells); {CURE}")
+    return JudgedCells(digests, str(chosen.get("criterion")))
 
 
 def _read(folder: Path, base_dim: int, prefix: str) -> Recipe | None:

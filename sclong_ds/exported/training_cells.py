@@ -56,11 +56,7 @@ class TrainingCells:
         Args:
             counts: (cells, G) whole counts of the model's genes.
         """
-        wanted = short_digests(counts)
-        if not len(self.digests):
-            return np.zeros(len(wanted), dtype=bool)
-        places = np.searchsorted(self.digests, wanted)
-        return np.asarray(self.digests[np.minimum(places, len(self.digests) - 1)] == wanted)
+        return are_among(self.digests, counts)
 
     def facts(self) -> dict[str, Any]:
         """Return what provenance.json records of them."""
@@ -78,6 +74,20 @@ class TrainingCells:
             datasets=np.array(self.datasets, dtype=str),
             complete=np.array(self.complete),
         )
+
+
+def are_among(digests: NDArray[np.uint64], counts: csr_matrix) -> NDArray[np.bool_]:
+    """Return (cells,) whether each of some cells has one of these digests.
+
+    Args:
+        digests: (n,) ascending.
+        counts: (cells, G) whole counts of the model's genes.
+    """
+    wanted = short_digests(counts)
+    if not len(digests):
+        return np.zeros(len(wanted), dtype=bool)
+    places = np.searchsorted(digests, wanted)
+    return np.asarray(digests[np.minimum(places, len(digests) - 1)] == wanted)
 
 
 def short_digests(counts: csr_matrix) -> NDArray[np.uint64]:

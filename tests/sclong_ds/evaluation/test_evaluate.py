@@ -16,7 +16,9 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding import embed, embed_arguments
 from sclong_ds.evaluation import evaluate, evaluate_arguments, representations
 from sclong_ds.exported.model_dir import load_model
+from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import TrainingCells, short_digests
+from sclong_ds.model.pooling import MEAN, Part, Recipe
 
 N_GENES, N_PER_TYPE = 60, 20
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -134,13 +136,26 @@ def test_tells_how_many_cells_were_in_training(
     counts = csr_matrix(anndata.read_h5ad(cells).X)
     digests = np.unique(short_digests(counts[:15]))
     known = TrainingCells(digests=digests, datasets=("made",), complete=True)
-    folder = write_model(tmp_path, genes, seed=0, training_cells=known)
+    facts = {
+        "criterion": "label accuracy", "n_training_cells": 20, "n_validation_cells": 20,
+        "score": {"label accuracy": 0.5}, "gene vectors alone": {"label accuracy": 0.5},
+        "candidates": {MEAN.text(): {"label accuracy": 0.5}},
+    }  # fmt: skip
+    judged = np.unique(short_digests(counts[10:30]))
+    chosen = ChosenRecipe(MEAN, Recipe((Part("gene_vectors", "expressed"),)), facts, judged)
+    folder = write_model(tmp_path, genes, seed=0, training_cells=known, chosen=chosen)
     run(folder, cells, "--label", "cell_type", "--out", tmp_path / "out")
-    assert "15 of 60 cells were in training" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "15 of 60 cells were in training" in printed
+    assert "chosen by the label accuracy of 20 of these 60 cells" in printed
     report = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert report["training_cells"] == {
         "known": True, "n_cells_in_training": 15, "complete": True, "datasets": ["made"],
     }  # fmt: skip
+    assert report["recipe_cells"] == {
+        "known": True, "n_cells_judged": 20, "criterion": "label accuracy",
+    }  # fmt: skip
+    assert "gene_vectors_recipe" in report["scores"]
     embedded = anndata.read_h5ad(embed_file(folder, cells, tmp_path / "embedded.h5ad"))
     assert "15 of 66 cells were in training" in capsys.readouterr().out
     record = embedded.uns["sclong"]

@@ -19,7 +19,14 @@ from sclong_ds.exported import choose_recipe as chooser
 from sclong_ds.exported.choose_recipe import COUNTS, LABELS, Judge
 from sclong_ds.exported.manifest import check_files, model_digest, write_manifest
 from sclong_ds.exported.model_dir import load_model, model_card
-from sclong_ds.exported.recipe_file import RECIPE, STATISTICS, ChosenRecipe, write_recipe
+from sclong_ds.exported.recipe_file import (
+    RECIPE,
+    STATISTICS,
+    ChosenRecipe,
+    read_judged,
+    write_recipe,
+)
+from sclong_ds.exported.training_cells import are_among
 from sclong_ds.model.pooling import MEAN
 from sclong_ds.model.sclong import ScLong
 
@@ -97,6 +104,23 @@ def test_labels_are_named_by_cells_of_other_datasets_where_those_have_them() -> 
     assert judge.scores(points)[LABELS] == 0.5
 
 
+def test_a_label_is_named_by_no_cell_that_may_not_name_it() -> None:
+    # Three neighbours, but one cell alone is of another dataset and has a label.
+    judge = Judge(
+        n=1,
+        targets=np.zeros((15, 1)),
+        labels=np.array(["a", *["b"] * 6, "a", *[""] * 7]),
+        groups=np.array([0] * 7 + [1] * 8),
+    )
+    points = np.arange(15, dtype=np.float32)[:, None]
+    assert judge.scores(points)[LABELS] == 1.0
+
+
+def test_cells_without_a_gene_that_varies_are_refused() -> None:
+    with pytest.raises(ValueError, match="no gene varies among the held-out counts"):
+        chooser.held_out_values(csr_matrix(np.eye(30, dtype=int)), target_sum=1e4, n_judged=30)
+
+
 def test_a_folder_keeps_its_recipe_and_embeds_by_it(model_dir: Path, tmp_path: Path) -> None:
     counts = MadeCorpus(labels=False).counts[:5]
     model = load_model(model_dir)
@@ -113,6 +137,12 @@ def test_a_folder_keeps_its_recipe_and_embeds_by_it(model_dir: Path, tmp_path: P
         chosen.recipe.scaling,
     )
     assert again.control is not None
+    judged = read_judged(tmp_path / "kept")
+    assert judged is not None
+    assert judged.criterion == COUNTS
+    whole = MadeCorpus(labels=False).counts
+    np.testing.assert_array_equal(are_among(judged.digests, whole), np.arange(N_CELLS) >= 40)
+    assert read_judged(model_dir) is None
     found = embed_counts(again, counts)
     assert found.shape == (5, 8 * len(chosen.recipe.parts))
     model.recipe = chosen.recipe
@@ -140,6 +170,7 @@ def test_a_folder_keeps_its_recipe_and_embeds_by_it(model_dir: Path, tmp_path: P
         (RECIPE, {"version": 2}, "later version"),
         (RECIPE, {"format": "other"}, "damaged"),
         (STATISTICS, {"maps": np.full((3, 8, 8), np.nan)}, "maps must be finite"),
+        (STATISTICS, {"judged": np.zeros((2, 2), np.uint64)}, "no digests of judged cells"),
         (STATISTICS, {"centres": np.zeros((1, 9))}, "centres must be finite"),
     ],
 )
@@ -156,7 +187,7 @@ def test_a_damaged_recipe_is_named(
         np.savez(folder / STATISTICS, **(dict(np.load(folder / STATISTICS)) | change))
     write_manifest(folder)
     with pytest.raises(ValueError, match=message):
-        load_model(folder)
+        read_judged(folder) if "judged" in change else load_model(folder)
 
 
 def load_model_unsealed(folder: Path) -> ScLong:
