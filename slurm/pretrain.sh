@@ -35,7 +35,7 @@
 #   srun itself failed (69), here or in the check     yes, unless it refuses the step's options
 #   a rank hung and the watchdog ended the run        yes, when the run has made a step before
 #   a node failed                                     yes, Slurm does it by itself (--requeue)
-#   the training reports its own error (1, 2)            no
+#   the training reports its own error (1, 2)         no
 #   preflight names bad nodes                         no; with SCLONG_EXCLUDE_BAD=1 yes, without them
 # and none of it after SCLONG_MAX_STALLED starts in a row that made no new checkpoint. Where the job
 # may not queue itself it ends with 75 instead, and slurm/resubmit.sh submits it again.

@@ -94,7 +94,7 @@ def examine(place: Place, source: str, overrides: Sequence[str]) -> Report:
         if place.local_rank == 0 and config.run.dir is not None:
             _examine_run_folder(report, Path(config.run.dir))
             # By every node: what only one reported would count as that node's fault.
-            check_tracking(config, Path(config.run.dir))
+            check_tracking(config, Path(config.run.dir), quiet=place.rank != 0)
     except (ValueError, OSError) as error:
         report.problems.append(" ".join(str(error).split()))
     return report

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WAIT_S = 120.0
-"""Training does not need an answer, which an object store may owe for many minutes."""
+_WAIT_S = 60.0
+"""Training does not need an answer, which an object store may owe for many minutes; and a node has
+two minutes for the whole preflight."""
 _PACKAGES = {
     "botocore": "boto3",
     "google": "google-cloud-storage",
@@ -68,7 +69,7 @@ _BY_TEXT = (
 )  # fmt: skip
 
 
-def check_tracking(config: RunConfig, run_dir: Path) -> None:
+def check_tracking(config: RunConfig, run_dir: Path, *, quiet: bool = False) -> None:
     """Refuse a new run that MLflow could not record, and name what to do.
 
     A store that does not answer in time or is locked is named in a warning: that passes, and the
@@ -78,6 +79,7 @@ def check_tracking(config: RunConfig, run_dir: Path) -> None:
     Args:
         config: Configuration of the run; without `tracking.enabled` there is nothing to check.
         run_dir: Its folder, which may not exist yet.
+        quiet: Log nothing, since another rank does.
 
     Raises:
         ValueError: What is wrong and what to do.
@@ -92,7 +94,8 @@ def check_tracking(config: RunConfig, run_dir: Path) -> None:
     what = _said(error)
     if what is None:
         passing = "is locked by another process" if is_locked(error) else "does not answer"
-        log.warning(
+        log.log(
+            logging.DEBUG if quiet else logging.WARNING,
             "MLflow at %s %s (%s): metrics are kept in the run folder and sent when it does",
             shown, passing, one_line(error),
         )  # fmt: skip
@@ -100,7 +103,10 @@ def check_tracking(config: RunConfig, run_dir: Path) -> None:
     text = f"MLflow at {shown} cannot record this run: {what}"
     if not (run_dir / RUN_FILE).is_file():
         raise ValueError(f"{text}; tracking.enabled=false trains without MLflow")
-    log.error("%s. Training continues; `python -m sclong_ds sync %s` sends it later", text, run_dir)
+    log.log(
+        logging.DEBUG if quiet else logging.ERROR,
+        "%s. Training continues; `python -m sclong_ds sync %s` sends it later", text, run_dir,
+    )  # fmt: skip
 
 
 def deleted(name: str, experiment_id: str) -> ValueError:

@@ -93,6 +93,9 @@ def test_a_store_that_never_answers_holds_up_no_start(
     answers = threading.Event()
     monkeypatch.setattr(check_module, "_look_at", lambda *_: answers.wait())
     monkeypatch.setattr(check_module, "_WAIT_S", 0.01)
+    settings = ["tracking.uri=http://127.0.0.1:9"]
+    check_tracking(load_config("sclong_tiny", settings), tmp_path, quiet=True)  # another rank tells
+    assert caplog.records == []
     check("http://127.0.0.1:9", "any", tmp_path)
     answers.set()
     (record,) = caplog.records
