@@ -283,8 +283,9 @@ launch() {
 }
 
 # Becomes srun with one task per rank; to be called in a process of its own, with more options and the
-# command. kill-on-bad-exit stays off: 75 is not a failure, and the rank that ends first with it must
-# not take the one that still writes along; --wait ends the ranks of a dead run.
+# command, and with `most_s` where it may take so many seconds at most. kill-on-bad-exit stays off: 75 is
+# not a failure, and the rank that ends first with it must not take the one that still writes along;
+# --wait ends the ranks of a dead run.
 # srun must not read what the job asked for per task and GPU, which may be another layout: each task is
 # to see all GPUs of its node. Nor what leaked into the job from one that it was submitted in (salloc, a
 # notebook on a node): how its tasks were bound, distributed, given memory and time, where they ran and
@@ -311,7 +312,8 @@ as_step() {
   if ((SCLONG_GPUS_ON_NODE)); then gpus="--gres=gpu:$SCLONG_GPUS_ON_NODE"; fi
   export SLURM_EXIT_ERROR=$SRUN_STATUS
   # shellcheck disable=SC2086 # an option or none
-  exec srun --export=ALL --nodes="$nodes" --nodelist="${SCLONG_NODES// /,}" \
+  exec ${most_s:+timeout -k 10 "$most_s"} srun --export=ALL --nodes="$nodes" \
+    --nodelist="${SCLONG_NODES// /,}" \
     --ntasks="$((nodes * LOCAL_WORLD_SIZE))" --ntasks-per-node="$LOCAL_WORLD_SIZE" \
     --cpus-per-task="$cpus_per_rank" $gpus --kill-on-bad-exit=0 "$@"
 }
@@ -320,12 +322,13 @@ as_step() {
 # nothing. A refusal comes again at once, from a controller that answers; a controller that was away, a
 # busy or a failed node may be well at the next start of the job.
 refusal() {
-  local said=""
+  local said="" code
   for _ in 1 2; do
     patient show_job >/dev/null || return 0
-    # It begins within half a minute, or nodes are busy.
-    said=$(as_step --immediate=30 true 2>&1 >/dev/null) && return 0
-    if [[ ${said,,} =~ $PASSING ]]; then return 0; fi
+    # It begins within half a minute, or nodes are busy. It does not end on a node that hangs (124, 137).
+    code=0
+    said=$(most_s=$ANSWER_S as_step --immediate=30 true 2>&1 >/dev/null) || code=$?
+    if ((code == 0 || code == 124 || code == 137)) || [[ ${said,,} =~ $PASSING ]]; then return 0; fi
     sleep "$FORWARD_EVERY_S"
   done
   grep -m 1 -E '^srun: (error|fatal|unrecognized|invalid)' <<<"$said" || sed -n 1p <<<"$said"

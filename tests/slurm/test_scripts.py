@@ -211,6 +211,16 @@ def test_a_refusal_of_srun_is_told_from_what_passes(
     assert found.strip() == said
 
 
+def test_a_node_that_hangs_is_no_refusal_and_holds_up_no_requeue(tmp_path: Path) -> None:
+    commands = (
+        "SCLONG_NODES=n1 nodes=1 LOCAL_WORLD_SIZE=2 cpus_per_rank=1 SCLONG_GPUS_ON_NODE=0 "
+        "ANSWER_S=1; refusal"
+    )
+    hangs = "/usr/bin/sleep 100; echo srun: error: whatever >&2; exit 69"
+    programs = {"scontrol": SCONTROL, "srun": hangs}
+    assert not _call(commands, programs=programs, folder=tmp_path, SILENT="0", STATE="RUNNING")
+
+
 @pytest.mark.parametrize(
     ("array", "name"),
     [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3")],
