@@ -6,8 +6,9 @@
 torch computes it in blocks and keeps no (N, N) matrix. Packed cells are computed one by one, so no
 cell is padded and each call is the one that the cell alone would make. On a CPU output and gradient
 of a cell have the same bits alone, beside others and packed, as those of FAVOR+ have. On a GPU
-packed cells have the same output bits; for rectangular batches and for gradients (a flash kernel
-may add up in any order) torch promises no bits, so a resumed run equals a straight one to rounding.
+packed cells should have the same output bits (a test tells where there is one); for rectangular
+batches and for gradients (a flash kernel may add up in any order) torch promises none, so a resumed
+run equals a straight one to rounding.
 
 Shapes: B cells, N tokens, P queries, T tokens of all cells, H heads, K head width.
 """

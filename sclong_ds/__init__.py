@@ -5,7 +5,7 @@ Public names, imported on first use so that `import sclong_ds` costs nothing:
 - `load_config(PRESET_OR_FILE, overrides)`: a run's configuration.
 - `train(config)`: train in this process; returns the run folder.
 - `load_model(MODEL_DIR, device=...)`: an exported model as a torch module, a `ScLong`.
-- `embed(model, cells)`: embeddings (n, C) of AnnData, a DataFrame or a file.
+- `embed(model, cells)`: embeddings (n, W) of AnnData, a DataFrame or a file.
 - `evaluate(model, cells, label=...)`: scores of these embeddings beside baselines.
 - `Corpus(PATH)`: a finalized corpus; `GeneVocabulary`: its genes.
 - `CellLoader(corpus, train_batch_size=...)`: batches of cells in training order for any training

@@ -408,7 +408,8 @@ def _embedding(chosen: ChosenRecipe | None) -> str:
         f"## Embedding\n\nOf a cell: {chosen.recipe.text()}.\n\n"
         f"Chosen among {len(facts['candidates'])} candidates (embedding.json) on "
         f"{facts['n_validation_cells']} validation cells by {by}; centres and scales are of "
-        f"{facts['n_training_cells']} training cells.\n\n"
+        f"{facts['n_training_cells']} training cells. The best of many looks too good on the "
+        "cells that chose it: `evaluate` it on others.\n\n"
         + _table(
             ("", by),
             [
