@@ -204,8 +204,14 @@ def _check_artifacts(client: MlflowClient, location: str) -> None:
         )
         return
     repository = get_artifact_repository(location, tracking_uri=client.tracking_uri)
-    if parsed.scheme != "mlflow-artifacts":  # which the server keeps, and may not list
+    if parsed.scheme == "mlflow-artifacts":  # which the server keeps, and may not list
+        return
+    try:
         repository.list_artifacts()
+    except Exception as error:
+        # Who may put files into a bucket need not be one who may list them.
+        if "(AccessDenied)" not in str(error):
+            raise
 
 
 def _check_folder(folder: Path, otherwise: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import sys
@@ -85,6 +86,21 @@ def test_what_passes_is_one_warning(
     check("http://127.0.0.1:9", "any", tmp_path)
     (record,) = caplog.records
     assert "does not answer" in record.getMessage()
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId"])
+def test_a_bucket_may_be_one_that_cannot_be_listed(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    def list_artifacts(self: object) -> None:
+        raise OSError(f"An error occurred ({code}) when calling the ListObjectsV2 operation: no")
+
+    registry = "mlflow.store.artifact.artifact_repository_registry.get_artifact_repository"
+    bucket = type("Bucket", (), {"list_artifacts": list_artifacts})
+    monkeypatch.setattr(registry, lambda *_, **__: bucket())
+    expected = pytest.raises(ValueError, match="check the credentials")
+    with contextlib.nullcontext() if code == "AccessDenied" else expected:
+        check(store, "in_s3", tmp_path)
 
 
 def test_a_store_that_never_answers_holds_up_no_start(
