@@ -70,7 +70,7 @@ def convert_dataset(
         entry = new_entry(dataset, settings)
         staged = staged_entry(corpus, dataset.dataset_id)
         try:
-            if dataset.remote and not dataset.path.exists():
+            if dataset.remote and not dataset.fetched:
                 return _as_staged(corpus, entry, dataset)
             state = _source_state(dataset)
             entry["source_hash"] = read_hash(dataset)
@@ -105,7 +105,7 @@ def _folder(corpus: Path, dataset: Dataset) -> Path:
 
 
 def _as_staged(corpus: Path, entry: LedgerEntry, dataset: Dataset) -> LedgerEntry:
-    """Return the entry of an earlier run for an address whose file is not here, if it holds.
+    """Return the entry of an earlier run for an address that was not fetched, if it holds.
 
     Otherwise the entry is failed, and not written: the file is fetched next.
     """

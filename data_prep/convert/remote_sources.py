@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data_prep.fetch.budgets import DiskBudget
 from data_prep.fetch.download import Place, Rules, remove_fetched
 from data_prep.fetch.fetch import Downloads
 from data_prep.fetch.item import Item, path_in
+from data_prep.fetch.lock_file import LOCK_NAME
 from data_prep.ledger.ledger import LedgerEntry, is_older, previous_entry
 from data_prep.manifest.manifest import Dataset
 from data_prep.staging.settings import Settings
@@ -51,9 +53,18 @@ class RemoteSources:
             keep_bytes: Most bytes of them at a time; None: no limit.
             jobs: Number of workers.
             rules: Of the downloads; None: the usual.
+
+        Raises:
+            ValueError: The folder is one that `fetch` keeps.
         """
         folder = folder or corpus / ".sources"
         remote = [dataset for dataset in datasets if dataset.remote]
+        if remote and (folder / LOCK_NAME).exists():
+            raise ValueError(
+                f"{folder}: a folder of fetch ({LOCK_NAME} is there), whose files convert would "
+                "remove; give --sources another folder, or convert the manifest that fetch writes "
+                "without --list"
+            )
         self.rules = rules or Rules()
         self.rules.disk = DiskBudget(keep_bytes)
         self._folder, self._most_ahead = folder, jobs + AHEAD
@@ -74,6 +85,7 @@ class RemoteSources:
         """On their way, waiting for a worker, or being converted."""
         self._failed: list[tuple[Dataset, str]] = []
         self._wake, self._bell = os.pipe()
+        self._closed, self._bell_lock = False, threading.Lock()
         os.set_blocking(self._wake, False)
         self._downloads = (
             Downloads(folder, self.rules, parallel=PARALLEL, arrived=self._ring) if remote else None
@@ -100,8 +112,16 @@ class RemoteSources:
             if outcome.record is None:
                 self._give_up(name, outcome.reason)
                 continue
-            path, digest = path_in(self._folder, outcome.item), outcome.record["sha256"]
-            self._ready.append(dataclasses.replace(self._datasets[name], path=path, sha256=digest))
+            # What was set aside for a file of unknown length is more than it takes.
+            self.rules.disk.hold(outcome.item.file_name, outcome.record["size"])
+            self._ready.append(
+                dataclasses.replace(
+                    self._datasets[name],
+                    path=path_in(self._folder, outcome.item),
+                    sha256=outcome.record["sha256"],
+                    fetched=True,
+                )
+            )
         while self._wanted and len(self._here) < self._most_ahead and self._begin(self._wanted[0]):
             self._wanted.pop(0)
         ready, failed = self._ready, self._failed
@@ -123,18 +143,23 @@ class RemoteSources:
             if entry["status"] == "failed":
                 self._wanted.append(name)
                 return False
+            # A run that was killed between the last step and this one has left it.
+            self._remove(name)
         elif name in self._here:
             self._here.discard(name)
-            remove_fetched(self._items[name], self._folder)
-            self.rules.disk.release(self._items[name].file_name)
+            self._remove(name)
         return True
 
     def close(self) -> None:
         """Stop the downloads; parts stay for the next run."""
         if self._downloads is not None:
             self._downloads.stop()
-        os.close(self._wake)
-        os.close(self._bell)
+        # A thread that waits for a silent server outlives this, and the number of the pipe may then
+        # be that of another file.
+        with self._bell_lock:
+            self._closed = True
+            os.close(self._wake)
+            os.close(self._bell)
 
     def _begin(self, name: str) -> bool:
         """Fetch a file if there is room for it; return whether it is settled."""
@@ -157,11 +182,15 @@ class RemoteSources:
     def _drop_leftovers(self, name: str) -> None:
         """Remove what earlier runs have left of files that are not next."""
         for other in self._wanted:
-            item = self._items[other]
             if other != name:
-                remove_fetched(item, self._folder)
-                Place(self._folder, item).drop_part()
-                self.rules.disk.release(item.file_name)
+                self._remove(other)
+
+    def _remove(self, name: str) -> None:
+        """Remove what was fetched of a dataset, and give back its room."""
+        item = self._items[name]
+        remove_fetched(item, self._folder)
+        Place(self._folder, item).drop_part()
+        self.rules.disk.release(item.file_name)
 
     def _give_up(self, name: str, reason: str) -> None:
         self._here.discard(name)
@@ -172,11 +201,9 @@ class RemoteSources:
         self._failed.append((self._datasets[name], f"{item.url}: {reason}"))
 
     def _ring(self) -> None:
-        try:
-            os.write(self._bell, b"x")
-        except OSError:
-            # The parent has ended its work.
-            return
+        with self._bell_lock:
+            if not self._closed:
+                os.write(self._bell, b"x")
 
 
 def item_of(dataset: Dataset) -> Item:

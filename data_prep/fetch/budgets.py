@@ -77,6 +77,20 @@ class DiskBudget:
             self.high_water = max(self.high_water, total)
             return True
 
+    def hold_at_least(self, name: str, n_bytes: int) -> bool:
+        """Set room aside for a file, unless as much or more is set aside for it already.
+
+        Args:
+            name: Of the file.
+            n_bytes: All of it, as far as is known.
+
+        Returns:
+            Whether there is room; nothing changes where there is none.
+        """
+        with self._lock:
+            enough = self._held.get(name, -1) >= n_bytes
+        return enough or self.hold(name, n_bytes)
+
     def release(self, name: str) -> None:
         """Give back the room of a file that is gone.
 

@@ -18,7 +18,7 @@ from data_prep.fetch.cellxgene import ADDRESS, read_listing
 from data_prep.fetch.download import Rules
 from data_prep.fetch.fetch import Outcome, fetch, size_text
 from data_prep.fetch.item import Item, items_of, manifest_text, path_in
-from data_prep.fetch.lock_file import Lock, read_lock, with_digests, write_lock
+from data_prep.fetch.lock_file import LOCK_NAME, Lock, read_lock, with_digests, write_lock
 from data_prep.fetch.selection import TERM_FILTERS, Filters, select
 from sclong_ds.command_line import local_path, whole
 from sclong_ds.files.atomic import read_file, write_atomic
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(json.dumps(facts, indent=1) if args.json else _plan_text(facts))
         return 0
-    lock_path = args.lock or args.out / "fetch.lock.json"
+    lock_path = args.lock or args.out / LOCK_NAME
     manifest = args.manifest or args.out / "manifest.tsv"
     print(_plan_text(facts), file=sys.stderr)
     if args.list:
@@ -168,7 +168,7 @@ def _chosen(args: argparse.Namespace, rules: Rules) -> tuple[Lock, dict[str, dic
         primary_only=args.primary_only,
         spatial=args.spatial,
     )
-    path = args.lock or args.out / "fetch.lock.json"
+    path = args.lock or args.out / LOCK_NAME
     if path.exists() and not args.update:
         lock = read_lock(path)
         wanted = filters.as_json()

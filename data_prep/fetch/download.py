@@ -342,7 +342,8 @@ def _make_room(item: Item, place: Place, rules: Rules, body: Body) -> None:
     total = body.total or item.size
     if total is None:
         return
-    _hold(item, rules, total)
+    if not rules.disk.hold(item.file_name, total):
+        raise _too_large(total, rules)
     with _local(place.part):
         free = shutil.disk_usage(place.part.parent).free
         here = place.part.stat().st_size if place.part.exists() else 0
@@ -350,11 +351,10 @@ def _make_room(item: Item, place: Place, rules: Rules, body: Body) -> None:
         raise FetchError(f"needs {total - here} bytes, the disk has {free} left", again=False)
 
 
-def _hold(item: Item, rules: Rules, n_bytes: int) -> None:
-    if not rules.disk.hold(item.file_name, n_bytes):
-        raise FetchError(
-            f"{n_bytes} bytes do not fit the disk budget of {rules.disk.most}", again=False
-        )
+def _too_large(n_bytes: int, rules: Rules) -> FetchError:
+    return FetchError(
+        f"{n_bytes} bytes do not fit the disk budget of {rules.disk.most}", again=False
+    )
 
 
 def _append(item: Item, place: Place, rules: Rules, body: Body, begun: dict[str, Any]) -> None:
@@ -367,7 +367,8 @@ def _append(item: Item, place: Place, rules: Rules, body: Body, begun: dict[str,
             for chunk in _steady(body.chunks(), rules):
                 done += len(chunk)
                 if body.total is None:
-                    _hold(item, rules, done)
+                    if not rules.disk.hold_at_least(item.file_name, done):
+                        raise _too_large(done, rules)
                 elif done > body.total:
                     raise FetchError("more bytes came than the server said", most=3)
                 with _local(place.part):

@@ -105,6 +105,12 @@ class Downloads:
                 self._outcomes.put(Outcome(item=item, record=None, reason=str(error)))
             except Stopped:
                 return
+            except BaseException as error:  # noqa: BLE001
+                # What no library is known to raise: a thread that ends without an outcome would let
+                # the caller wait for ever.
+                reason = f"{type(error).__name__}: {error}"
+                _log.exception("%s: %s", item.url, reason)
+                self._outcomes.put(Outcome(item=item, record=None, reason=reason))
             self._arrived()
 
 

@@ -17,6 +17,7 @@ from data_prep.ledger.ledger import is_safe_id
 from sclong_ds.files.atomic import read_json, write_atomic
 
 LOCK_VERSION = 1
+LOCK_NAME = "fetch.lock.json"
 _CURE = "restore it, or make a new list with --update"
 
 

@@ -99,7 +99,9 @@ class Dataset:
     citation: str = ""
     note: str = ""
     remote: bool = False
-    """The path was an address, which is `url`; `path` is then where the file comes to lie."""
+    """The path was an address, which is `url`."""
+    fetched: bool = False
+    """The file of that address lies at `path`, which names nothing before."""
 
     def is_of(self, species: str) -> bool:
         """Tell whether the manifest lets the dataset be of a species.

@@ -102,6 +102,32 @@ def test_damage_is_fetched_again_and_another_address_refused(run, tmp_path, serv
     assert server.requests["/1.h5ad"] == 0
 
 
+def test_file_of_the_name_of_a_dataset_where_convert_is_started_is_not_read(
+    run, tmp_path, datasets, monkeypatch
+):
+    first = run(datasets[:1])
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d0", counts(seed=5))
+    assert run(datasets[:1]) == first
+
+
+def test_file_that_a_killed_run_left_behind_its_conversion_is_removed(run, tmp_path, datasets):
+    run(datasets[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.convert.remote_sources.remove_fetched", lambda item, folder: False)
+        run(datasets[:2])
+    assert files_below(tmp_path / "corpus" / ".sources") == ["d1.h5ad", "d1.h5ad.json"]
+    run(datasets[:2])
+    assert files_below(tmp_path / "corpus" / ".sources") == []
+
+
+def test_folder_that_fetch_keeps_is_refused(run, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "fetch.lock.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"raw: a folder of fetch.*another folder"):
+        run(sources=tmp_path / "raw")
+
+
 def test_what_cannot_be_had_costs_no_other_and_files_of_the_user_stay(
     run, tmp_path, server, datasets
 ):

@@ -341,3 +341,16 @@ def test_whatever_happens_the_file_is_whole_or_absent(
     fetch_file(item, folder, rules)
     assert (folder / "d.h5ad").read_bytes() in versions
     assert not list(folder.glob(".fetched/*.part*"))
+
+
+def test_room_set_aside_for_a_file_of_unknown_length_stays_its_own(server, rules, tmp_path, hdf5):
+    server.files["/d.h5ad"] = hdf5()
+    server.fault = lambda path, number: "no_length"
+    item = Item(dataset_id="d", url=server.url("/d.h5ad"))
+    rules.disk = DiskBudget(1_000_000)
+    rules.disk.hold(item.file_name, 1_000_000)
+    others = []
+    rules.progress = lambda item, done, total: others.append(rules.disk.hold("other", 1))
+    assert fetch_file(item, tmp_path, rules)["size"] == len(server.files["/d.h5ad"])
+    assert others
+    assert not any(others)

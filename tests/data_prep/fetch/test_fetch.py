@@ -41,6 +41,18 @@ def test_one_that_fails_stops_no_other(items, server, rules, tmp_path, caplog):
     assert caplog.text.count("d4: the server is busy") == rules.attempts - 1
 
 
+def test_error_of_a_library_that_is_not_known_is_an_outcome(items, rules, tmp_path, monkeypatch):
+    class DefaultCredentialsError(Exception):
+        pass
+
+    def refuse(*args, **options):
+        raise DefaultCredentialsError("no credentials here")
+
+    monkeypatch.setattr("data_prep.fetch.download.open_remote", refuse)
+    outcomes = fetch(items, tmp_path, rules, parallel=2)
+    assert {o.reason for o in outcomes} == {"DefaultCredentialsError: no credentials here"}
+
+
 def test_second_run_takes_what_the_first_has_not(items, server, rules, tmp_path):
     server.fault = lambda path, number: "403" if path < "/3" and number == 0 else ""
     fetch(items, tmp_path, rules)
