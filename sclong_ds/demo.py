@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import psutil
 
 from data_prep import __name__ as DATA_PREP
 from sclong_ds.command_line import local_path
+from sclong_ds.engine.ports import free_port
 from sclong_ds.files.places import place_of
 from sclong_ds.run_folder.files import read_events, read_run_json
 from sclong_ds.run_folder.metric_names import (
@@ -236,13 +236,6 @@ def where() -> list[str]:
     if visible and n_gpus():
         return ["--include", f"localhost:{','.join(visible.split(',')[: ranks()])}"]
     return ["--num_gpus", str(ranks())]
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def last_step(run_dir: Path) -> int:

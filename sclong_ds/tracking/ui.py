@@ -30,6 +30,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from sclong_ds.command_line import local_path, whole
+from sclong_ds.engine.ports import free_port
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import RUN_FILE, read_run_json
 from sclong_ds.tracking.client import new_client, one_line, sqlite_file
@@ -170,13 +171,6 @@ def serve(uri: str, *, port: int, open_it: bool) -> int:
             return 0
         finally:
             _end(process)
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _pages(uri: str, server: str) -> list[str]:
