@@ -155,4 +155,5 @@ def _count(value: Any) -> int | None:
     """Return a number of bytes or cells; JSON of some writers has 12.0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if value >= 0 and value == int(value) else None
+    # Of infinity, which JSON may hold, the rest is NaN.
+    return int(value) if value >= 0 and value % 1 == 0 else None

@@ -172,15 +172,15 @@ def _chosen(args: argparse.Namespace, rules: Rules) -> tuple[Lock, dict[str, dic
     if path.exists() and not args.update:
         lock = read_lock(path)
         wanted = filters.as_json()
-        asked = (args.sources and args.sources != lock.sources) or (
-            wanted and wanted != lock.filters
-        )
-        if asked:
+        # With neither, the list is asked for as it is.
+        asked = args.sources or wanted
+        if asked and (args.sources or lock.sources, wanted) != (lock.sources, lock.filters):
             raise ValueError(
                 f"{path} was made from {' '.join(lock.sources)} with {json.dumps(lock.filters)}, "
-                f"not from {' '.join(args.sources)} with {json.dumps(wanted)}; use the same, "
-                "another --lock, or --update"
+                f"not from {' '.join(args.sources or lock.sources)} with {json.dumps(wanted)}; use "
+                "the same, leave out --from and filters, or use another --lock or --update"
             )
+        print(f"{path}: the list of {lock.made}; --update makes a new one", file=sys.stderr)
         return lock, {"left_out": {}, "no_use": {}}
     if not args.sources:
         raise ValueError(f"--from is missing, and there is no lock file {path}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -75,12 +76,16 @@ def read_lock(path: Path) -> Lock:
             f"{path}: lock version {found['fetch_lock']}, this program reads {LOCK_VERSION}"
         )
     try:
-        return Lock(
+        lock = Lock(
             sources=[str(source) for source in found["sources"]],
             filters=dict(found["filters"]),
             made=str(found["made"]),
             items=[_item_of(entry) for entry in found["items"]],
         )
+        count = Counter(item.dataset_id.lower() for item in lock.items)
+        if twice := [name for name, number in count.items() if number > 1]:
+            raise ValueError(f"dataset '{twice[0]}' twice")
+        return lock
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); {_CURE}") from None
 

@@ -8,6 +8,17 @@ _FRONT = "not where "
 _SAME = {"true": "1", "false": "0"}
 
 
+def where_reasons(dropped: Iterable[str], where: str) -> list[str]:
+    """Return all reasons by which cells may be left out, those that left out none among them.
+
+    Args:
+        dropped: Reasons in the ledger's `dropped_cells`.
+        where: Conditions that the manifest asked for.
+    """
+    asked = [f"{_FRONT}{part.strip()}" for part in where.split(";") if part.strip()]
+    return list(dict.fromkeys([*dropped, *asked]))
+
+
 def where_columns(reasons: Iterable[str]) -> list[str]:
     """Return the annotations that the reasons of the ledger's `dropped_cells` speak of.
 
@@ -34,7 +45,8 @@ def failed_where(reasons: Iterable[str], annotations: Mapping[str, str]) -> str:
 
 def _split(reason: str) -> tuple[str, bool, list[str]]:
     column, _, values = reason.removeprefix(_FRONT).partition("=")
-    return column.rstrip("!"), column.endswith("!"), values.split("|")
+    differs = column.endswith("!")
+    return column.removesuffix("!").strip(), differs, [v.strip() for v in values.split("|")]
 
 
 def _is_one_of(value: str, values: list[str]) -> bool:

@@ -8,9 +8,10 @@ the readers that convert uses), its genes are mapped one by one, and it is compa
 corpus: the counts of every gene, the total, the barcode and the annotations kept. Some cells of the
 source that are not in the corpus are read too: each must fail a threshold or repeat another cell.
 
-Sources that are gone, or are no longer the files that were converted, are listed; they are no
-problem of the corpus unless all sources are required. Names are resolved by `GeneResolver`, and
-whether a file changed is told by the hash of convert; nothing else is shared.
+Sources that are gone, that convert fetched and removed again, or that are no longer the files that
+were converted, are listed; they are no problem of the corpus unless all sources are required. Names
+are resolved by `GeneResolver`, and whether a file changed is told by the hash of convert; nothing
+else is shared.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from data_prep.verify.drawn_cells import draw_cells, draw_dropped
 from data_prep.verify.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx
 from data_prep.verify.plain_proof import is_proven, restored
 from data_prep.verify.plain_text import plain_matrix_market, plain_npz, plain_table
-from data_prep.verify.plain_where import failed_where, where_columns
+from data_prep.verify.plain_where import failed_where, where_columns, where_reasons
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import read_json
 
@@ -55,6 +56,9 @@ _MOST_ALIKE = 10_000
 """Cells of the same total and number of genes that are looked at for a repeated one."""
 _MOST_NAMES = 10
 """Datasets that a line names."""
+_REMOVED = (
+    "fetched from an address and removed after conversion (to compare them, convert files on disk)"
+)
 _READ_ERRORS = (
     ValueError,
     OSError,
@@ -81,6 +85,8 @@ class SourceReport:
     """Datasets of which cells were compared."""
     gone: list[str] = field(default_factory=list)
     """Datasets whose source is not there."""
+    removed: list[str] = field(default_factory=list)
+    """Datasets whose source was fetched from an address for convert, and removed then."""
     changed: list[str] = field(default_factory=list)
     """Datasets whose source, or whose ledger entry, is another one now."""
     problems: list[str] = field(default_factory=list)
@@ -92,14 +98,18 @@ class SourceReport:
             "dropped": self.dropped,
             "datasets": self.datasets,
             "gone": self.gone,
+            "removed": self.removed,
             "changed": self.changed,
         }
 
     def missing(self) -> list[str]:
         """Return a problem for each dataset that could not be compared."""
-        return [f"{name}: its source is gone" for name in self.gone] + [
-            f"{name}: its source is not the one that was converted" for name in self.changed
-        ]
+        reasons = {
+            "its source is gone": self.gone,
+            f"its source was {_REMOVED}": self.removed,
+            "its source is not the one that was converted": self.changed,
+        }
+        return [f"{name}: {reason}" for reason, names in reasons.items() for name in names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +154,8 @@ def check_sources(
         entry = entries.get(info.dataset_id)
         state = _state(info.source_hash, entry)
         if entry is None or state != "same":
-            (report.gone if state == "gone" else report.changed).append(info.dataset_id)
+            lists = {"gone": report.gone, "removed": report.removed}
+            lists.get(state, report.changed).append(info.dataset_id)
         else:
             dropped = draw_dropped(corpus, code, entry, len(positions), rng)
             problems = []
@@ -190,18 +201,20 @@ def sources_line(summary: Mapping[str, Any]) -> str:
         f"{summary['cells']} cells of {summary['datasets']} datasets are as in their sources; "
         f"{summary['dropped']} cells that are not in the corpus were left out rightly"
     )
-    for name in ("gone", "changed"):
+    for name, what in (("gone", "gone"), ("removed", _REMOVED), ("changed", "changed")):
         if summary[name]:
             shown = ", ".join(summary[name][:_MOST_NAMES])
             more = ", ..." if len(summary[name]) > _MOST_NAMES else ""
-            text += f"; {len(summary[name])} sources {name}: {shown}{more}"
+            text += f"; {len(summary[name])} sources {what}: {shown}{more}"
     return text
 
 
 def _state(source_hash: str | None, entry: LedgerEntry | None) -> str:
-    """Return same, gone or changed: what became of the files of a dataset."""
+    """Return same, gone, removed or changed: what became of the files of a dataset."""
     if entry is None or entry["source_hash"] != source_hash or entry["status"] != "ok":
         return "changed"
+    if "://" in entry["path"]:
+        return "removed"
     try:
         found = read_hash(_dataset(entry))
     except FileNotFoundError:
@@ -250,7 +263,7 @@ def _compare(
     problems += _differences(corpus, drawn.cells, rows, found)
     problems += _annotations(corpus, drawn.cells, rows, source, dataset, entry)
     mitochondrial = _mitochondrial(source, kept, target, resolver)
-    reasons = entry["dropped_cells"]
+    reasons = where_reasons(entry["dropped_cells"], dataset.where)
     for row in rows:
         if reason := failed_where(reasons, source.annotations[row]):
             problems.append(f"row {row} of the source is there, though it is {reason}")
@@ -277,8 +290,8 @@ def _read(
 ) -> PlainSource:
     """Read the cells of a source in the slow way of its format."""
     path, kind = dataset.path, entry["format"]
-    columns = [*_columns(dataset, entry).values(), *where_columns(entry["dropped_cells"])]
-    columns = list(dict.fromkeys(columns))
+    reasons = where_reasons(entry["dropped_cells"], dataset.where)
+    columns = list(dict.fromkeys([*_columns(dataset, entry).values(), *where_columns(reasons)]))
     if kind in ("h5ad", "zarr"):
         return plain_anndata(path, rows=rows, matrices=matrices, columns=columns)
     if kind == "10x_h5":

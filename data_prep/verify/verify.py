@@ -104,7 +104,7 @@ def verify(
             problems += found.problems + (found.missing() if require_sources else [])
             links.checked(SOURCES, found.datasets)
             if not found.datasets:
-                links.skipped(SOURCES, "the sources are gone or changed")
+                links.skipped(SOURCES, "the sources are gone, changed, or removed after conversion")
     return {
         "ok": not problems,
         "problems": problems[:MOST_PROBLEMS],

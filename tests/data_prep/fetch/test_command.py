@@ -99,6 +99,11 @@ def test_other_filters_than_those_of_the_lock_are_refused(run):
     assert status == 1
     assert "was made from cellxgene" in err
     assert err.count("\n") == 1
+    # A list of one dataset is not all of cellxgene.
+    status, _, err = run()
+    assert (status, "with {}" in err) == (1, True)
+    status, _, err = run(source=())
+    assert (status, "--update makes a new one" in err) == (0, True)
     assert run("--ids", "b", "--update")[0] == 0
 
 

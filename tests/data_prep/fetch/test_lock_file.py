@@ -79,6 +79,13 @@ def test_lock_that_somebody_changed(tmp_path, lock, name, value):
         read_lock(path)
 
 
+def test_dataset_twice_in_a_lock(tmp_path, lock):
+    twice = Lock(sources=[], filters={}, made="", items=[*lock.items, lock.items[0]])
+    write_lock(tmp_path / "l.json", twice)
+    with pytest.raises(ValueError, match=r"l\.json: damaged .*dataset 'b' twice.*--update"):
+        read_lock(tmp_path / "l.json")
+
+
 def test_newer_lock(tmp_path):
     (tmp_path / "l.json").write_text('{"fetch_lock": 2}')
     with pytest.raises(ValueError, match="version 2, this program reads 1"):

@@ -25,7 +25,7 @@ from data_prep.convert.one_dataset import convert_dataset
 from data_prep.corpus.finalize import finalize
 from data_prep.genes import harmonize
 from data_prep.genes.gene_names import GeneResolver
-from data_prep.ledger.ledger import read_ledger
+from data_prep.ledger.ledger import read_ledger, write_entry
 from data_prep.manifest.manifest import Dataset
 from data_prep.readers import open as readers
 from data_prep.staging import dataset as staging
@@ -325,11 +325,32 @@ def test_sources_that_are_gone_or_changed(
     assert main(["verify", str(corpus), "--sources", "6", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["sources"] == {
-        "cells": 2, "dropped": 0, "datasets": 1, "gone": ["a"], "changed": ["b"]
+        "cells": 2, "dropped": 0, "datasets": 1,
+        "gone": ["a"], "removed": [], "changed": ["b"],
     }  # fmt: skip
     assert "1 sources gone: a; 1 sources changed: b" in sources_line(report["sources"])
     assert main(["verify", str(corpus), "--sources", "6", "--require-sources"]) == 1
     assert "a: its source is gone\nb: its source is not the one" in capsys.readouterr().out
+
+
+def test_sources_that_convert_has_fetched_and_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    prepare_corpus(corpus, genes=GENES, settings=settings())
+    staged(corpus, "a", write("h5ad_csr", tmp_path, made(0)))
+    (entry,) = read_ledger(corpus)
+    entry["path"] = "https://x.org/a.h5ad"
+    write_entry(corpus, entry)
+    finalize(corpus, split_by="cell", validation_fraction=0)
+    assert main(["verify", str(corpus), "--sources", "6"]) == 0
+    text = "fetched from an address and removed after conversion"
+    assert (
+        f"0 datasets are as in their sources; 0 cells that are not in the corpus were left out "
+        f"rightly; 1 sources {text}" in capsys.readouterr().out
+    )
+    assert main(["verify", str(corpus), "--sources", "6", "--require-sources"]) == 1
+    assert f"a: its source was {text} (to compare them" in capsys.readouterr().out
 
 
 def test_what_is_drawn(tmp_path: Path) -> None:
