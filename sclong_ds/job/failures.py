@@ -31,6 +31,7 @@ _PASSING_ERRORS = frozenset(
         errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET,
         errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.EHOSTDOWN, errno.EHOSTUNREACH,
         errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ESHUTDOWN, errno.ENOLINK,
+        errno.EADDRINUSE,  # the next start of a job has another port
     }
 )  # fmt: skip
 
