@@ -93,8 +93,14 @@ def choose_from_run(
     """
     if config.data.corpus is None or n_cells == 0:
         return None
-    n_cells = min(n_cells, _affordable(model))
+    affordable = _affordable(model)
     try:
+        if affordable < MIN_CELLS:
+            raise ValueError(
+                f"a model of this size on a CPU: {affordable} cells can be read, {MIN_CELLS} are "
+                "needed"
+            )
+        n_cells = min(n_cells, affordable)
         corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
         if corpus.hash != corpus_hash:
             raise ValueError(f"{config.data.corpus} is another corpus by now")

@@ -199,7 +199,10 @@ def test_a_damaged_recipe_is_named(
 
 
 def test_without_its_corpus_or_enough_cells_the_mean_stays(
-    model_dir: Path, small_corpus: Path, caplog: pytest.LogCaptureFixture
+    model_dir: Path,
+    small_corpus: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = load_config("sclong_tiny")
     at = dataclasses.replace(
@@ -215,3 +218,7 @@ def test_without_its_corpus_or_enough_cells_the_mean_stays(
         assert chooser.choose_from_run(model, at, corpus_hash=known, n_cells=3) is None
     assert "3 cells of train to read, 20 are needed" in caplog.text
     assert chooser.choose_from_run(model, at, corpus_hash=known, n_cells=0) is None
+    monkeypatch.setattr(chooser, "CPU_FLOPS", 1e3)
+    with caplog.at_level(logging.WARNING):
+        assert chooser.choose_from_run(model, at, corpus_hash=known) is None
+    assert "a model of this size on a CPU: 0 cells can be read, 20 are needed" in caplog.text
