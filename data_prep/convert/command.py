@@ -114,7 +114,7 @@ def _add_thresholds(parser: argparse.ArgumentParser) -> None:
         type=_where,
         default="",
         metavar="CONDITIONS",
-        help=f"of every dataset: {WHERE_HELP}",
+        help=f"of every dataset whose line of the manifest has no where: {WHERE_HELP}",
     )
     parser.add_argument(
         "--max-counts", type=whole(1), metavar="N", help="drop cells with more (default: no limit)"

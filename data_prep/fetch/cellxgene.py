@@ -16,9 +16,10 @@ from typing import Any
 
 from data_prep.fetch.budgets import Stopped
 from data_prep.fetch.download import Rules
-from data_prep.fetch.item import Item, check_address
+from data_prep.fetch.item import Item
 from data_prep.fetch.remote import FetchError, get, refusal, translated
 from data_prep.ledger.ledger import is_safe_id
+from data_prep.manifest.address import check_address
 
 ADDRESS = "https://api.cellxgene.cziscience.com/curation/v1/datasets"
 LICENCE = "CC BY 4.0"

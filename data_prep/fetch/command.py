@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,8 @@ from data_prep.fetch.selection import TERM_FILTERS, Filters, select
 from sclong_ds.command_line import local_path, whole
 from sclong_ds.files.atomic import read_file, write_atomic
 
+_MARK = "# written by data_prep fetch; the next one replaces it\n"
+"""First line of a manifest."""
 _EPILOG = """\
 The first run writes which files it takes to OUT/fetch.lock.json, with version, bytes and, once a
 file was fetched, its SHA-256; later runs, here or elsewhere (--lock), take exactly these. What is
@@ -150,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     lock_path = args.lock or args.out / LOCK_NAME
     manifest = args.manifest or args.out / "manifest.tsv"
+    _refuse_foreign(manifest)
     print(_plan_text(facts), file=sys.stderr)
     if args.list:
         write_lock(lock_path, lock)
@@ -295,12 +297,15 @@ def _write_manifest(
     path: Path, places: Sequence[tuple[Item, str]], missing: Sequence[tuple[Item, str]]
 ) -> None:
     """Write the manifest; one that somebody wrote stays."""
-    mark = "# written by data_prep fetch; the next one replaces it\n"
-    data = (mark + manifest_text(places, missing=missing)).encode()
-    if path.exists() and not re.match(re.escape(mark), path.read_text("utf-8", "replace")):
-        raise ValueError(f"{path} was not written by fetch; choose another --manifest")
+    data = (_MARK + manifest_text(places, missing=missing)).encode()
+    _refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
+
+
+def _refuse_foreign(manifest: Path) -> None:
+    if manifest.exists() and not manifest.read_bytes().startswith(_MARK.encode()):
+        raise ValueError(f"{manifest} was not written by fetch; choose another --manifest")
 
 
 def _shown(path: Path, base: Path) -> str:

@@ -168,7 +168,7 @@ def _known(item: Item, place: Place) -> Record | None:
     record = read_record(place.record)
     with _local(place.target):
         if record is not None and _is_untouched(place, record):
-            same = item.sha256 in ("", record["sha256"])
+            same = item.sha256 in ("", record["sha256"]) and item.size in (None, record["size"])
             return record if same and item.url == record["url"] else None
         return _brought(item, place)
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from data_prep.ledger.ledger import is_safe_id
+from data_prep.manifest.address import check_address
 
-SCHEMES = ("http", "https", "s3", "gs", "ftp", "file")
 ENDING = re.compile(r"(?i)\.(h5ad|h5mu|h5|hdf5|loom|zarr\.zip|csv|tsv|txt)(\.gz)?$")
 """Formats of one file; those of several files (mtx, npz) cannot be named by one address."""
-_PARTS = re.compile(r"(?i)(\.mtx|\.npz|barcodes\.tsv|features\.tsv|genes\.tsv)(\.gz)?$")
 _MANIFEST = (
     *("dataset_id", "path", "organism", "tissue", "donor_column", "assay_column"),
     *("cell_type_column", "n_cells", "url", "version", "bytes", "sha256"),
@@ -56,25 +55,6 @@ class Item:
         """Name of the file on disk: that of the dataset with the ending of the address."""
         ending = ENDING.search(unquote(urlsplit(self.url).path))
         return self.dataset_id + (ending.group().lower() if ending else ".h5ad")
-
-
-def check_address(url: str) -> None:
-    """Refuse an address that cannot be fetched as one file.
-
-    Args:
-        url: The address.
-
-    Raises:
-        ValueError: No scheme of SCHEMES, or a file that needs others beside it.
-    """
-    parts = urlsplit(url)
-    if parts.scheme.lower() not in SCHEMES or not parts.path.strip("/"):
-        raise ValueError(f"{url[:200]}: not the address of a file; allowed: {', '.join(SCHEMES)}")
-    if _PARTS.search(unquote(parts.path)):
-        raise ValueError(
-            f"{url[:200]}: one of several files of a dataset; fetch them together into a folder of "
-            "your own and list the folder in a manifest"
-        )
 
 
 def items_of(lines: Sequence[str], *, where: str) -> list[Item]:

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from data_prep.fetch.item import Item, check_address
+from data_prep.fetch.item import Item
 from data_prep.ledger.ledger import is_safe_id
+from data_prep.manifest.address import check_address
 from sclong_ds.files.atomic import read_json, write_atomic
 
 LOCK_VERSION = 1

@@ -21,6 +21,7 @@ from data_prep.counts.option import COUNTS_HELP, parse_counts
 from data_prep.genes.species import is_species
 from data_prep.genes.spelling import ID_TYPES
 from data_prep.ledger.ledger import is_safe_id
+from data_prep.manifest.address import check_address
 from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.source.source import FORMATS
 
@@ -63,7 +64,6 @@ _NUMBERS = ("min_genes", "min_counts")
 _NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note", *ORIGIN)
 """Columns that do not enter the settings hash; of the files it is the content that counts."""
 _MOST_PROBLEMS = 10
-_ADDRESS = re.compile("(?:https?|s3|gs|ftp|file)://")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,11 +298,11 @@ def _problems(rows: _Rows) -> list[str]:
             for name in ("path", "gene_list")
             if not _is_path(row.get(name, ""))
         )
-        if "://" in row.get("path", "") and not _ADDRESS.match(row["path"]):
-            problems.append(f"{where}: path '{row['path'][:200]}': allowed are {_ADDRESS.pattern}")
         if (format := row.get("format") or "auto") not in ("auto", *FORMATS):
             problems.append(f"{where}: format '{format}', allowed: auto, {', '.join(FORMATS)}")
         try:
+            if "://" in row.get("path", ""):
+                check_address(row["path"])
             parse_counts(row.get("counts") or "auto")
             parse_where(row.get("where", ""))
         except ValueError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import random
 import threading
@@ -67,9 +68,9 @@ def ask_storage(where: str, attempt: Callable[[], T]) -> T:
         FileNotFoundError: There is no such file.
         TimeoutError: The storage failed in a way that passes, until the deadline.
         OSError: It failed in another way.
-        ValueError: The URL is of no use; as the attempt raises it.
+        ValueError: The URL is of no use, as the attempt raises it; or WAIT_VARIABLE is no number.
     """
-    wait_s = float(os.environ.get(WAIT_VARIABLE) or _WAIT_S)
+    wait_s = _wait_s()
     began, pause_s = time.monotonic(), _FIRST_PAUSE_S
     while True:
         try:
@@ -93,6 +94,17 @@ def ask_storage(where: str, attempt: Callable[[], T]) -> T:
         # All ranks of a job run into the same trouble: they must not come back together.
         time.sleep(pause_s * random.uniform(0.5, 1.0))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _wait_s() -> float:
+    given = os.environ.get(WAIT_VARIABLE)
+    try:
+        found = float(given) if given else _WAIT_S
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < math.inf:
+        raise ValueError(f"{WAIT_VARIABLE} is '{given}', must be seconds, such as 300; 0: no wait")
+    return found
 
 
 class UnusableUrlError(ValueError):

@@ -156,6 +156,7 @@ def test_manifest_that_somebody_wrote_stays(run, tmp_path):
     status, _, err = run("--ids", "a")
     assert status == 1
     assert "was not written by fetch" in err
+    assert not (tmp_path / "raw" / "a.h5ad").exists()
     assert (tmp_path / "raw" / "manifest.tsv").read_text() == "dataset_id\tpath\n"
 
 

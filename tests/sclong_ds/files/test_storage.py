@@ -13,7 +13,7 @@ from served_files import FileServer
 
 from sclong_ds.corpus.location import Location
 from sclong_ds.files import storage
-from sclong_ds.files.storage import WAIT_VARIABLE, passes
+from sclong_ds.files.storage import WAIT_VARIABLE, ask_storage, passes
 from sclong_ds.job import failures
 
 CONTENT = bytes(range(256)) * 300
@@ -132,3 +132,10 @@ def caused(error: OSError, cause: Exception) -> OSError:
 )
 def test_what_passes_is_told_by_status_number_and_class(error: Exception, expected: bool) -> None:
     assert passes(error) is expected
+
+
+@pytest.mark.parametrize("given", ["5min", "-1", "nan", "inf"])
+def test_wait_that_is_no_number_of_seconds_is_named(monkeypatch, given):
+    monkeypatch.setenv(WAIT_VARIABLE, given)
+    with pytest.raises(ValueError, match=f"{WAIT_VARIABLE} is '{given}', must be seconds"):
+        ask_storage("s3://b", lambda: None)
