@@ -59,7 +59,7 @@ def write_model(
         genes=folder / "genes.tsv",
         graph=None,
         features=None,
-        choose=lambda _: chosen,
+        choose=None if chosen is None else lambda _: chosen,
         provenance={"step": 0}
         | ({} if training_cells is None else {"training_cells": training_cells.facts()}),
         training_cells=training_cells,
