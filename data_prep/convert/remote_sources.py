@@ -195,8 +195,9 @@ class RemoteSources:
     def _give_up(self, name: str, reason: str) -> None:
         self._here.discard(name)
         item = self._items[name]
-        # Its room is needed; a part of a file that cannot be had now is fetched again later.
-        Place(self._folder, item).drop_part()
+        if self.rules.disk.most is not None:
+            # Its room is needed; elsewhere the next run continues the part.
+            Place(self._folder, item).drop_part()
         self.rules.disk.release(item.file_name)
         self._failed.append((self._datasets[name], f"{item.url}: {reason}"))
 

@@ -205,16 +205,13 @@ class _Progress:
     def __init__(self, items: Sequence[Item]) -> None:
         self.bar: tqdm | None = None
         self._n_items, self._n_done = len(items), 0
-        self._all = sum(item.size or 0 for item in items)
         self._came: dict[str, tuple[int, int | None]] = {}
-        self._began = self._last = time.monotonic()
-        self._first: dict[str, int] = {}
+        self._last = time.monotonic()
         self._lock = threading.Lock()
 
     def bytes_came(self, item: Item, done: int, total: int | None) -> None:
         with self._lock:
             before = self._came.get(item.dataset_id, (0, None))[0]
-            self._first.setdefault(item.dataset_id, done)
             self._came[item.dataset_id] = done, total
             if self.bar is not None:
                 self.bar.update(done - before)

@@ -172,7 +172,9 @@ class TestBudget:
             )
         return found
 
-    def work(self, items: list[Dataset], folder: Path, keep: int) -> tuple[list[str], int, list]:
+    def work(
+        self, items: list[Dataset], folder: Path, keep: int | None
+    ) -> tuple[list[str], int, list]:
         """Convert nothing: take each file, see how much is on the disk, give it back."""
         sources = RemoteSources(
             items, corpus=folder / "none", settings=SETTINGS, folder=folder, keep_bytes=keep,
@@ -202,6 +204,15 @@ class TestBudget:
         assert (sorted(seen), lost) == ([f"t{i}" for i in range(8)], [])
         assert 0 < high <= 2500
         assert files_below(tmp_path / "s") == []
+
+    @pytest.mark.parametrize(("keep", "left"), [(2500, 0), (None, 500)])
+    def test_part_of_a_file_that_cannot_be_had_stays_where_there_is_room(
+        self, items, server, tmp_path, keep, left
+    ):
+        server.fault = lambda path, number: ("cut", "403")[number]
+        _, _, lost = self.work(items[:1], tmp_path / "s", keep)
+        assert "403" in lost[0][1]
+        assert Place(tmp_path / "s", item_of(items[0])).bytes_here() == left
 
     @pytest.mark.parametrize("known", [True, False])
     def test_file_larger_than_the_budget_costs_no_other(self, items, server, tmp_path, known):
