@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from contextlib import suppress
 
 from sclong_ds.command_line import local_path
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -70,10 +71,11 @@ def byte_count(text: str) -> int:
         argparse.ArgumentTypeError: It is anything else.
     """
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgtp]?)(i?)b?)?\s*", text.lower())
-    try:
-        number = float(found[1]) if found else math.nan
-    except ValueError:
-        number = math.nan
-    if found is None or not 1 <= number < math.inf:
+    number = math.nan
+    if found:
+        unit = (1024 if found[3] else 1000) ** " kmgtp".index(found[2] or " ")
+        with suppress(ValueError):
+            number = float(found[1]) * unit
+    if not 1 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"got {text}, must be bytes such as 5e11, 500GB or 2TiB")
-    return round(number * (1024 if found[3] else 1000) ** " kmgtp".index(found[2] or " "))
+    return round(number)
