@@ -80,7 +80,7 @@ def convert_dataset(
             return _keep_or_fail(corpus, entry, staged, str(error))
         previous = _unchanged(corpus, entry)
         if previous is not None:
-            return previous
+            return _with_origin(corpus, previous, entry) if dataset.remote else previous
         if staged is not None and not replace and is_taken(staged, dataset, entry["source_hash"]):
             return _keep_or_fail(corpus, entry, staged, taken(staged))
         if staged is None:
@@ -114,6 +114,17 @@ def _as_staged(corpus: Path, entry: LedgerEntry, dataset: Dataset) -> LedgerEntr
     held = _unchanged(corpus, entry)
     entry["reason"] = "what is staged does not hold any more"
     return held or entry
+
+
+def _with_origin(corpus: Path, previous: LedgerEntry, entry: LedgerEntry) -> LedgerEntry:
+    """Record that the bytes of an earlier run have another version or address now.
+
+    They would be fetched by every run otherwise.
+    """
+    if previous["origin"] != entry["origin"]:
+        previous["path"], previous["origin"] = entry["path"], entry["origin"]
+        write_entry(corpus, previous)
+    return previous
 
 
 def _source_state(dataset: Dataset) -> list[_State]:

@@ -121,6 +121,23 @@ def test_file_that_a_killed_run_left_behind_its_conversion_is_removed(run, tmp_p
     assert files_below(tmp_path / "corpus" / ".sources") == []
 
 
+def test_another_version_of_the_same_bytes_is_fetched_once(run, server, datasets):
+    first = run(datasets[:1])[0]
+    newer = dataclasses.replace(datasets[0], version="v2")
+    assert run([newer]) == run([newer])
+    assert server.requests["/0.h5ad"] == 2
+    entry = run([newer])[0]
+    assert (entry["origin"], entry["files"]) == (
+        first["origin"] | {"version": "v2"},
+        first["files"],
+    )
+    server.files["/new.h5ad"] = server.files["/0.h5ad"]
+    moved = dataclasses.replace(newer, url=server.url("/new.h5ad"))
+    run([moved], replace=True)
+    assert run([moved])[0]["path"] == server.url("/new.h5ad")
+    assert server.requests["/new.h5ad"] == 1
+
+
 def test_folder_that_fetch_keeps_is_refused(run, tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "fetch.lock.json").write_text("{}")
