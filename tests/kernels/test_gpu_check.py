@@ -25,7 +25,17 @@ class {RELEASED_CLASS}(torch.nn.Module):
 """
 
 
-NEEDED = {"torch", "triton", "numpy", "yaml", "torch_geometric"} | {"fsspec", "psutil", "tqdm"}
+NEEDED = {
+    "torch",
+    "triton",
+    "numpy",
+    "yaml",
+    "torch_geometric",
+    "fsspec",
+    "psutil",
+    "tqdm",
+    "requests",
+}
 """What the machine with the GPU must have, with what torch-geometric needs; the project's other
 requirements are hidden."""
 HIDE = """
