@@ -26,6 +26,10 @@ COMMANDS = {
         "published scLong checkpoint to a model folder",
     ),
     "embed": ("sclong_ds.embedding.embed", "cells to embeddings, AnnData out"),
+    "perturb": (
+        "sclong_ds.embedding.perturb",
+        "what moves in a model when genes of cells are changed",
+    ),
     "evaluate": (
         "sclong_ds.evaluation.evaluate",
         "zero-shot scores of embeddings against baselines",
@@ -48,6 +52,7 @@ ARGUMENTS = {
     "export": "sclong_ds.exported.arguments",
     "import-reference": "sclong_ds.released.arguments",
     "embed": "sclong_ds.embedding.embed_arguments",
+    "perturb": "sclong_ds.embedding.perturb_arguments",
     "evaluate": "sclong_ds.evaluation.evaluate_arguments",
     "report": "sclong_ds.report.arguments",
 }

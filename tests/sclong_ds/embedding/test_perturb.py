@@ -1,0 +1,124 @@
+"""`perturb`: kept routing, the null, sets of genes, both formats, refusals."""
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from exported import named_genes, write_model
+from scipy.sparse import csr_matrix
+from scipy.stats import kstest
+
+from sclong_ds.__main__ import main
+from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.embedding.cells import open_cells
+from sclong_ds.embedding.perturb import CELL, empirical_p, measure, null_sets
+from sclong_ds.exported.model_dir import load_model
+
+N_GENES, N_CELLS, DEAD = 60, 6, 7
+GENES = named_genes(N_GENES)
+COUNTS = np.random.default_rng(0).poisson(2.0, (N_CELLS, N_GENES)) * (np.arange(N_GENES) != DEAD)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), GENES, seed=0)
+
+
+@pytest.fixture(scope="module")
+def h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    var = pd.DataFrame(index=list(GENES.ids))
+    anndata.AnnData(csr_matrix(COUNTS.astype(np.float32)), var=var).write_h5ad(path)
+    return path
+
+
+def perturb(model_dir: Path, h5ad: Path, out: Path, genes: str, mode: str, *more: str) -> int:
+    words = ["perturb", str(model_dir), str(h5ad), "--genes", genes, "--mode", mode]
+    words += ["--out", str(out), "--min-genes-mapped", "1", "--device", "cpu", *more]
+    return main(words)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_effects_are_those_of_single_cells_with_their_own_routing(model_dir, h5ad, batch_size):
+    model = load_model(model_dir, device=torch.device("cpu"))
+    cells = open_cells(h5ad, genes=model.genes, min_genes=1)
+    sets = [[1], [2, 4], [3], [5]]
+    found = measure(model, cells, sets, value=0.0, over="any", batch_size=batch_size)
+    values = log1p_normalise(csr_matrix(COUNTS), target_sum=model.transform.target_sum)
+    x = torch.from_numpy(values)
+    for i, genes in enumerate(sets):
+        own = x[(x[:, genes] > 0).any(dim=1)]
+        changed = own.clone()
+        changed[:, genes] = 0.0
+        with torch.inference_mode():
+            kept = model.encode(changed, routes_of=own) - model.encode(own)
+            border = (model.encode(changed) - model.encode(own)).norm(dim=2).mean(dim=0).numpy()
+        assert found.n_cells[i] == len(own)
+        np.testing.assert_allclose(found.genes[i], kept.norm(dim=2).mean(dim=0), atol=1e-5)
+        assert np.abs(found.genes[i] - border).max() > 1e-3
+
+
+def test_p_is_uniform_where_named_and_null_genes_are_alike():
+    rng = np.random.default_rng(0)
+    p = empirical_p(rng.normal(size=2000), rng.normal(size=(99, 2000)))
+    assert kstest(p, "uniform").statistic < 0.05
+    assert empirical_p(np.array([9.0]), np.zeros((99, 1)))[0] == 0.01
+
+
+def test_null_genes_have_nearly_the_same_mean_and_are_none_of_the_named():
+    means = np.repeat([1.0, 1.4, 4.0], 20)
+    sets = null_sets(
+        [0, 45], means, n=15, avoid={0, 1, 45}, rng=np.random.default_rng(0), symbols=GENES.symbols
+    )
+    assert len(sets) == 15
+    assert all(means[a] < 2 and means[b] == 4 and not {a, b} & {0, 1, 45} for a, b in sets)
+    assert len({a for a, _ in sets}) == 15
+
+
+@pytest.mark.parametrize("mode", ["delete", "set:2.5", "overexpress"])
+def test_both_formats_hold_the_same_and_a_seed_repeats_it(model_dir, h5ad, tmp_path, mode):
+    genes = f"{GENES.symbols[1]},{GENES.ids[2]};{GENES.ids[3]}"
+    for name in ("a.h5ad", "a.tsv"):
+        assert perturb(model_dir, h5ad, tmp_path / name, genes, mode, "--null", "9") == 0
+    stored = anndata.read_h5ad(tmp_path / "a.h5ad")
+    table = pd.read_csv(tmp_path / "a.tsv", sep="\t")
+    assert stored.shape == (2, N_GENES)
+    assert list(stored.obs_names) == genes.split(";")
+    assert np.isnan(stored.layers["p"][0]).nonzero()[0].tolist() == [1, 2]
+    assert (stored.obs["p"] >= 0.1).all()
+    assert (stored.obs["q"] >= stored.obs["p"]).all()
+    own = table[table["perturbed"] == genes.split(";")[1]]
+    assert own["target"].tolist() == [CELL, *GENES.ids]
+    np.testing.assert_allclose(own["shift"].iloc[1:], stored.X[1], rtol=1e-4)
+    over = np.all if mode != "delete" else np.any
+    assert stored.obs["n_cells"].tolist() == [
+        int(over(COUNTS[:, ids] > 0, axis=1).sum()) for ids in ([1, 2], [3])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("genes", "mode", "more", "message"),
+    [
+        (GENES.ids[1] + "x", "delete", (), f"did you mean {GENES.ids[1]}?"),
+        (GENES.ids[DEAD], "delete", (), "no cell expresses it"),
+        (GENES.ids[1], "delete", ("--null", "70"), "other genes are within a factor"),
+        (GENES.ids[1], "set:-1", (), "allowed are delete, overexpress and set:X"),
+        (GENES.ids[1], "remove", (), "allowed are delete, overexpress and set:X"),
+    ],
+)
+def test_refusals_are_one_line(model_dir, h5ad, tmp_path, capsys, genes, mode, more, message):
+    assert perturb(model_dir, h5ad, tmp_path / "a.tsv", genes, mode, *more) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "a.tsv").exists()
+
+
+def test_an_existing_file_is_kept(model_dir, h5ad, tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("mine")
+    assert perturb(model_dir, h5ad, tmp_path / "a.tsv", GENES.ids[1], "delete") == 1
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "a.tsv").read_text() == "mine"
