@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--genes {name}: no cell expresses it, so there is nothing to delete")
     rng = np.random.default_rng(args.seed)
     avoid = {gene for genes in sets for gene in genes}
+    if model.transform.unmeasured == "mask" and cells.measured is not None:
+        avoid |= set(np.flatnonzero(~cells.measured.table.any(axis=0)).tolist())
     every = list(sets)
     for genes in sets:
         every += null_sets(

@@ -61,6 +61,27 @@ def test_effects_are_those_of_single_cells_with_their_own_routing(model_dir, h5a
         assert np.abs(found.genes[i] - border).max() > 1e-3
 
 
+def test_a_set_value_reaches_all_cells_and_every_gene_of_a_set(model_dir, h5ad):
+    model = load_model(model_dir, device=torch.device("cpu"))
+    cells = open_cells(h5ad, genes=model.genes, min_genes=1)
+    how = {"value": 2.5, "batch_size": 8}
+    everywhere = measure(model, cells, [[DEAD], [1, 2]], over="all", **how)
+    assert everywhere.n_cells.tolist() == [N_CELLS, N_CELLS]
+    assert (everywhere.cell > 0).all()
+    with pytest.raises(ValueError, match="no cell has a value to change"):
+        measure(model, cells, [[DEAD, 1]], over="every", **how)
+
+
+def test_genes_that_the_input_lacks_are_no_null_of_a_model_that_masks(h5ad, tmp_path, capsys):
+    masking = write_model(tmp_path, GENES, seed=0, unmeasured="mask")
+    few = tmp_path / "few.h5ad"
+    anndata.read_h5ad(h5ad)[:, :30].copy().write_h5ad(few)
+    # The 30 that it lacks have the mean of the dead gene; only measured ones may stand for it.
+    assert perturb(masking, few, tmp_path / "a.tsv", GENES.ids[DEAD], "set:1", "--null", "5") == 1
+    assert "only 0 other genes" in capsys.readouterr().err
+    assert perturb(masking, few, tmp_path / "b.tsv", GENES.ids[1], "delete", "--null", "5") == 0
+
+
 def test_p_is_uniform_where_named_and_null_genes_are_alike():
     rng = np.random.default_rng(0)
     p = empirical_p(rng.normal(size=2000), rng.normal(size=(99, 2000)))
