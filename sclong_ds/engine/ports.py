@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 DEFAULT_PORT = "29500"
 """Of the launcher `deepspeed`: two runs on one machine would both take it."""
 _WAIT_S = 300.0
@@ -60,11 +58,14 @@ def own_port(rank: int) -> Iterator[None]:
 
 
 def _port_file() -> Path:
-    """Return the file of this launcher: its process number alone may be that of an older one."""
-    launcher = psutil.Process().parent()
-    assert launcher is not None
-    began = round(100 * launcher.create_time())
-    return Path(tempfile.gettempdir()) / f"sclong-{os.getuid()}-port-{launcher.pid}-{began}"
+    """Return the file of this launcher: its process number alone may be that of an older one.
+
+    Its start is counted in ticks since the machine's, which no change of the clock moves.
+    """
+    launcher = os.getppid()
+    stat = Path(f"/proc/{launcher}/stat").read_text(encoding="ascii", errors="replace")
+    began = stat.rpartition(")")[2].split()[19]  # Field 22; the name before it may hold spaces.
+    return Path(tempfile.gettempdir()) / f"sclong-{os.getuid()}-port-{launcher}-{began}"
 
 
 def _read_port(path: Path) -> str:

@@ -39,7 +39,8 @@ def test_ranks_of_one_launcher_share_a_free_port(
 
 
 def test_a_rank_waits_for_the_first(launched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    threading.Timer(0.2, lambda: ports._port_file().write_text("12345")).start()
+    (launched / "written").write_text("12345")
+    threading.Timer(0.2, lambda: os.replace(launched / "written", ports._port_file())).start()
     with own_port(1):
         assert os.environ["MASTER_PORT"] == "12345"
     monkeypatch.setattr(ports, "_WAIT_S", 0.0)
