@@ -1,4 +1,4 @@
-"""Arguments of `python -m sclong_ds embed`, and those that `evaluate` shares.
+"""Arguments of `python -m sclong_ds embed`, and those that `evaluate` and `perturb` share.
 
 They lie apart from its work, whose libraries take seconds to import: `--help` needs none.
 """
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `embed` and `evaluate` share: the model, the cells and how to run."""
+    """Add what `embed`, `evaluate` and `perturb` share: the model, the cells and how to run."""
     parser.add_argument("model_dir", type=local_path, metavar="MODEL_DIR", help="exported model")
     parser.add_argument(
         "input",
