@@ -157,6 +157,28 @@ def test_packages_stay_small():
         assert len(files) <= 10, f"{folder} has {len(files)} files"
 
 
+def test_every_file_has_a_test_of_its_name_or_is_named_by_the_test_that_covers_it():
+    tests = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    mirrored = {
+        path.relative_to(ROOT / "tests").with_name(path.name.removeprefix("test_"))
+        for path in tests
+    }
+    named = set()
+    for text in tests.values():
+        cited = re.findall(
+            r"`((?:sclong_ds|kernels|data_prep)/[\w/]+\.py)`",
+            ast.get_docstring(ast.parse(text)) or "",
+        )
+        named |= {Path(name) for name in cited}
+    files = {
+        path.relative_to(ROOT)
+        for path in MODULES.values()
+        if not path.name.startswith("__") and path.parent.name != "resources"
+    }
+    assert not sorted(map(str, files - mirrored - named))
+    assert not sorted(str(name) for name in named if not (ROOT / name).exists())
+
+
 def test_no_name_is_defined_twice_in_a_package():
     found: dict[tuple[str, str], str] = {}
     for name, path in MODULES.items():

@@ -1,4 +1,7 @@
-"""The built wheel, installed in an environment of its own and used from another folder."""
+"""The built wheel, installed in an environment of its own and used from another folder.
+
+Covers also `sclong_ds/demo.py`, `sclong_ds/files/places.py`, `sclong_ds/job/scripts.py`.
+"""
 
 import base64
 import hashlib

@@ -2,6 +2,8 @@
 
 tests/golden/written_by has a folder for each of them (see the README there), by number and commit:
 a run of three steps, the model that `export` made of it, and what that version computed with them.
+
+Covers also `sclong_ds/files/versions.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Command line: exit status, one JSON document on stdout, one line per error on stderr."""
+"""Command line: exit status, one JSON document on stdout, one line per error on stderr.
+
+Covers also `sclong_ds/progress.py`.
+"""
 
 import json
 import os

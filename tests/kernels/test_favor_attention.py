@@ -1,6 +1,8 @@
 """FAVOR+ attention: choice of the backend, packed forms, tracing; the Triton kernels.
 
 The kernels' own tests run in two further processes: `interpreted_favor.py` and `compiled_favor.py`.
+
+Covers also `kernels/favor_backward.py`, `kernels/favor_forward.py`, `kernels/favor_launch.py`.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""The CPU benchmark measures both contenders and finds the working memory that the design saves."""
+"""The CPU benchmark measures both contenders and finds the working memory that the design saves.
+
+Covers also `kernels/favor_torch.py`.
+"""
 
 import json
 

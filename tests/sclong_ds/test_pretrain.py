@@ -1,6 +1,10 @@
 """Real training runs: ZeRO-3 ranks on the CPU, stopped, resumed, refused.
 
 What a run survives beyond that is in `test_survival.py`.
+
+Covers also `sclong_ds/engine/gradient_norms.py`, `sclong_ds/run_folder/lock.py`,
+`sclong_ds/training/build.py`, `sclong_ds/training/resume.py`, `sclong_ds/training/run.py`,
+`sclong_ds/training/timing.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The names of `sclong_ds` itself: what they are, what importing them costs, and README's use."""
+"""The names of `sclong_ds` itself: what they are, what importing them costs, and README's use.
+
+Covers also `sclong_ds/embedding/in_memory.py`.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Every model golden of `--golden-dir` is rebuilt from its state dict and compared in float32 and
 float64; the released code's one key maximum per batch is the scope `tensor`, which no configuration
 offers. A table of errors ends the test run. Schedule, masks and random features are compared too.
+
+Covers also `sclong_ds/released/mapping.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a training run survives: killed and hanging ranks, bad numbers, a full disk, lost data."""
+"""What a training run survives: killed and hanging ranks, bad numbers, a full disk, lost data.
+
+Covers also `sclong_ds/training/saving.py`.
+"""
 
 from __future__ import annotations
 

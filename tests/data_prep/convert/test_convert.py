@@ -1,4 +1,7 @@
-"""Conversion: staging is exact, restartable and whole; one bad dataset costs only itself."""
+"""Conversion: staging is exact, restartable and whole; one bad dataset costs only itself.
+
+Covers also `data_prep/convert/bundled_resolver.py`, `data_prep/convert/command.py`.
+"""
 
 from __future__ import annotations
 

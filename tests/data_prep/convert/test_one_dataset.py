@@ -1,4 +1,7 @@
-"""From a source to a ledger entry: exact texts, proven files, one dataset at a time."""
+"""From a source to a ledger entry: exact texts, proven files, one dataset at a time.
+
+Covers also `data_prep/convert/entry.py`.
+"""
 
 import dataclasses
 import json

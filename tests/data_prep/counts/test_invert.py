@@ -1,4 +1,7 @@
-"""Counts restored from log1p values: exact where proven, never guessed."""
+"""Counts restored from log1p values: exact where proven, never guessed.
+
+Covers also `data_prep/counts/not_counts.py`.
+"""
 
 import numpy as np
 import pytest

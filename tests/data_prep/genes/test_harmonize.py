@@ -1,4 +1,7 @@
-"""Harmonised datasets: enough known genes, losses named, counts in the order of the vocabulary."""
+"""Harmonised datasets: enough known genes, losses named, counts in the order of the vocabulary.
+
+Covers also `data_prep/genes/cover.py`.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""The gene graph: golden edges, ties, the file it writes, the command line."""
+"""The gene graph: golden edges, ties, the file it writes, the command line.
+
+Covers also `data_prep/graph/gene_graph_arguments.py`, `data_prep/graph/jaccard.py`.
+"""
 
 import argparse
 import json

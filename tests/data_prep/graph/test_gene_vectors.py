@@ -1,4 +1,7 @@
-"""Gene vectors: against the definition in dense numpy, on a small corpus that finalize made."""
+"""Gene vectors: against the definition in dense numpy, on a small corpus that finalize made.
+
+Covers also `data_prep/graph/gene_vectors_arguments.py`.
+"""
 
 import argparse
 import json

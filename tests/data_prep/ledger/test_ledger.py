@@ -1,4 +1,7 @@
-"""The ledger: entries survive, damage is named, and the table says what matters last."""
+"""The ledger: entries survive, damage is named, and the table says what matters last.
+
+Covers also `data_prep/ledger/pending.py`, `data_prep/ledger/table.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Manifests: minimal ones work, mistakes are reported by line."""
+"""Manifests: minimal ones work, mistakes are reported by line.
+
+Covers also `data_prep/manifest/input_options.py`.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Containers: locked, unclosed, compressed, zipped and nested ones; no claim is believed."""
+"""Containers: locked, unclosed, compressed, zipped and nested ones; no claim is believed.
+
+Covers also `data_prep/readers/anndata.py`, `data_prep/readers/hdf5.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Readers: every format gives the same matrix; what is broken is refused with its reason."""
+"""Readers: every format gives the same matrix; what is broken is refused with its reason.
+
+Covers also `data_prep/readers/arrays.py`, `data_prep/readers/text.py`.
+"""
 
 import gzip
 import os

@@ -1,4 +1,8 @@
-"""The quality report: right figures, whole page, safe text, few and many datasets."""
+"""The quality report: right figures, whole page, safe text, few and many datasets.
+
+Covers also `data_prep/report/arguments.py`, `data_prep/report/qc_figures.py`,
+`data_prep/report/qc_summary.py`.
+"""
 
 from __future__ import annotations
 

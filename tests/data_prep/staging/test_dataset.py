@@ -1,4 +1,7 @@
-"""One staged dataset: its cells are those of the source, what is lost is counted by reason."""
+"""One staged dataset: its cells are those of the source, what is lost is counted by reason.
+
+Covers also `data_prep/counts/side_by_side.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """Cells read again from their sources: every format agrees, and every fault of a reader shows.
 
 Also covers drawn_cells.py, plain_arrays.py and plain_text.py of data_prep.
+
+Covers also `data_prep/verify/drawn_cells.py`, `data_prep/verify/plain_arrays.py`,
+`data_prep/verify/plain_proof.py`, `data_prep/verify/plain_text.py`.
 """
 
 from __future__ import annotations

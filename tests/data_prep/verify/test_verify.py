@@ -1,4 +1,7 @@
-"""Verify: silent on a good corpus, and no changed byte stays unseen."""
+"""Verify: silent on a good corpus, and no changed byte stays unseen.
+
+Covers also `data_prep/verify/files.py`.
+"""
 
 from __future__ import annotations
 

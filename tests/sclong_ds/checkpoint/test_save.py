@@ -1,4 +1,7 @@
-"""Ranks save: atomic checkpoints, in the background too, that survive a full disk."""
+"""Ranks save: atomic checkpoints, in the background too, that survive a full disk.
+
+Covers also `sclong_ds/checkpoint/load.py`, `sclong_ds/checkpoint/writer.py`.
+"""
 
 from __future__ import annotations
 

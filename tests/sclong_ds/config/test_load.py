@@ -1,4 +1,7 @@
-"""The strict loader: complete files, exact types, named mistakes."""
+"""The strict loader: complete files, exact types, named mistakes.
+
+Covers also `sclong_ds/config/rules.py`, `sclong_ds/config/sections.py`.
+"""
 
 import argparse
 import dataclasses

@@ -1,4 +1,7 @@
-"""The byte code, the cell store and the corpus folder."""
+"""The byte code, the cell store and the corpus folder.
+
+Covers also `sclong_ds/corpus/byte_code.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""An exported model as MLflow model: logged with its run, registered, opened elsewhere, used."""
+"""An exported model as MLflow model: logged with its run, registered, opened elsewhere, used.
+
+Covers also `sclong_ds/mlflow_model.py`.
+"""
 
 from __future__ import annotations
 

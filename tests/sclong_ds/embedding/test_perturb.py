@@ -1,4 +1,7 @@
-"""`perturb`: kept routing, the null, sets of genes, both formats, refusals."""
+"""`perturb`: kept routing, the null, sets of genes, both formats, refusals.
+
+Covers also `sclong_ds/embedding/perturb_arguments.py`.
+"""
 
 from pathlib import Path
 

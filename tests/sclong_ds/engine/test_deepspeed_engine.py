@@ -1,4 +1,7 @@
-"""DeepSpeed configurations resolve completely or are refused; schedule and parameter groups."""
+"""DeepSpeed configurations resolve completely or are refused; schedule and parameter groups.
+
+Covers also `sclong_ds/engine/ds_config.py`, `sclong_ds/engine/ranks.py`.
+"""
 
 import dataclasses
 import json

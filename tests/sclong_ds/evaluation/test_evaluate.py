@@ -1,4 +1,8 @@
-"""`evaluate`: scores that can be checked by hand, left-out cells, stored embeddings, refusals."""
+"""`evaluate`: scores that can be checked by hand, left-out cells, stored embeddings, refusals.
+
+Covers also `sclong_ds/evaluation/evaluate_arguments.py`, `sclong_ds/evaluation/in_memory.py`,
+`sclong_ds/evaluation/representations.py`, `sclong_ds/evaluation/scored_cells.py`.
+"""
 
 import argparse
 import json

@@ -1,4 +1,7 @@
-"""The recipe of an embedding: what it is chosen by, what the folder keeps, where none is chosen."""
+"""The recipe of an embedding: what it is chosen by, what the folder keeps, where none is chosen.
+
+Covers also `sclong_ds/exported/recipe_file.py`.
+"""
 
 import dataclasses
 import json

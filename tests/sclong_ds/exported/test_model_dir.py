@@ -1,4 +1,8 @@
-"""The model folder: what is written is read back, whole or not at all, in little memory."""
+"""The model folder: what is written is read back, whole or not at all, in little memory.
+
+Covers also `sclong_ds/exported/arguments.py`, `sclong_ds/exported/export.py`,
+`sclong_ds/exported/manifest.py`, `sclong_ds/model/features_file.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What may be well again is told from what would come again, and only the latter is recorded."""
+"""What may be well again is told from what would come again, and only the latter is recorded.
+
+Covers also `sclong_ds/job/exit_status.py`.
+"""
 
 from __future__ import annotations
 

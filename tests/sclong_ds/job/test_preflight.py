@@ -1,4 +1,7 @@
-"""Preflight: every bad node is named with what is wrong with it; good ones let the job continue."""
+"""Preflight: every bad node is named with what is wrong with it; good ones let the job continue.
+
+Covers also `sclong_ds/job/node_report.py`, `sclong_ds/preflight.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What asks for another start of a job, and when it is refused."""
+"""What asks for another start of a job, and when it is refused.
+
+Covers also `sclong_ds/restarts.py`.
+"""
 
 from __future__ import annotations
 

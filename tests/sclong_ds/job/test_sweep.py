@@ -1,4 +1,7 @@
-"""A sweep's file gives every task its own arguments, or says what is wrong before a task starts."""
+"""A sweep's file gives every task its own arguments, or says what is wrong before a task starts.
+
+Covers also `sclong_ds/sweep/folder.py`.
+"""
 
 from __future__ import annotations
 

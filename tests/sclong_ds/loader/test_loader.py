@@ -1,4 +1,8 @@
-"""The loader: every rank gets its share of one stream, from any position, whatever happens."""
+"""The loader: every rank gets its share of one stream, from any position, whatever happens.
+
+Covers also `sclong_ds/corpus/transform.py`, `sclong_ds/loader/batches.py`,
+`sclong_ds/loader/threads.py`.
+"""
 
 import gc
 import logging

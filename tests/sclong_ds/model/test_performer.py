@@ -1,4 +1,7 @@
-"""The last layer at some positions alone, and compiled layers: exactly the plain model."""
+"""The last layer at some positions alone, and compiled layers: exactly the plain model.
+
+Covers also `sclong_ds/model/random_features.py`.
+"""
 
 import dataclasses
 

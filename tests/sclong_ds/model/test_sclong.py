@@ -1,5 +1,8 @@
 """The model: published sizes, stated order of genes, batch invariance, and that it uses what it is
-given."""
+given.
+
+Covers also `sclong_ds/model/expression_encoder.py`, `sclong_ds/model/gene_encoder.py`.
+"""
 
 import dataclasses
 

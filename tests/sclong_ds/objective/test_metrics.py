@@ -1,4 +1,7 @@
-"""Validation figures are those of numpy and scipy, whatever the batches and ranks."""
+"""Validation figures are those of numpy and scipy, whatever the batches and ranks.
+
+Covers also `sclong_ds/run_folder/metric_names.py`.
+"""
 
 import dataclasses
 

@@ -1,4 +1,7 @@
-"""The plan's predictions follow the stated rules (its exact figures: `test_costs.py`)."""
+"""The plan's predictions follow the stated rules (its exact figures: `test_costs.py`).
+
+Covers also `sclong_ds/planning/arguments.py`.
+"""
 
 import argparse
 import json

@@ -1,4 +1,7 @@
-"""`import-reference`: the released numbers come out, and what does not fit is refused whole."""
+"""`import-reference`: the released numbers come out, and what does not fit is refused whole.
+
+Covers also `sclong_ds/released/arguments.py`.
+"""
 
 from __future__ import annotations
 

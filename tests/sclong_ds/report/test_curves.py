@@ -1,3 +1,8 @@
+"""The curves of a run: smoothing, restarts, what is drawn.
+
+Covers also `sclong_ds/report/figures.py`.
+"""
+
 import math
 from collections.abc import Sequence
 

@@ -1,3 +1,10 @@
+"""The report page of a run, its figures and what `compare` says of several.
+
+Covers also `sclong_ds/report/arguments.py`, `sclong_ds/report/compare.py`,
+`sclong_ds/report/html.py`, `sclong_ds/report/validation_page.py`, `sclong_ds/report/words.py`,
+`sclong_ds/run_folder/record.py`.
+"""
+
 import argparse
 import base64
 import html.parser

@@ -1,3 +1,8 @@
+"""`status`: what a run is doing, by its files alone.
+
+Covers also `sclong_ds/run_folder/heartbeats.py`.
+"""
+
 import json
 import os
 import time

@@ -1,3 +1,8 @@
+"""The files of a run folder: what is recorded of a start, and read again.
+
+Covers also `sclong_ds/run_folder/identity.py`.
+"""
+
 import json
 import math
 import random

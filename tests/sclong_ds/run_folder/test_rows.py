@@ -1,4 +1,7 @@
-"""Which validations compare, and what is said of them."""
+"""Which validations compare, and what is said of them.
+
+Covers also `sclong_ds/files/json_lines.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The sqlite store is made once, and one that is not whole is named."""
+"""The sqlite store is made once, and one that is not whole is named.
+
+Covers also `sclong_ds/tracking/client.py`.
+"""
 
 from __future__ import annotations
 

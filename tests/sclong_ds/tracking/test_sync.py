@@ -1,4 +1,7 @@
-"""A run that ended in trouble is completed in MLflow without training again."""
+"""A run that ended in trouble is completed in MLflow without training again.
+
+Covers also `sclong_ds/tracking/sender.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,9 @@
+"""What MLflow is sent, when, and what an outage leaves to be sent.
+
+Covers also `sclong_ds/run_folder/credentials.py`, `sclong_ds/tracking/description.py`,
+`sclong_ds/tracking/node_sampler.py`.
+"""
+
 import json
 import logging
 import math
