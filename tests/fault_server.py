@@ -38,6 +38,8 @@ class FaultServer:
     cut_at: float = 0.5
     """Share of the body that comes before a cut."""
     retry_after: str = "0"
+    needs: str = ""
+    """What the query of a file must hold; others are refused with 403."""
     requests: Counter[str] = field(default_factory=Counter)
     """By path."""
     ranges: list[str] = field(default_factory=list)
@@ -100,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, b"<html>maintenance</html>", {"Content-Type": "text/html"})
         elif path == "/datasets":
             self._list()
+        elif shared.needs not in self.path.partition("?")[2]:
+            self._answer(403, b"no signature", {})
         elif path not in shared.files:
             self._answer(404, b"no such file", {})
         else:

@@ -216,6 +216,7 @@ def item_of(dataset: Dataset) -> Item:
     return Item(
         dataset_id=dataset.dataset_id,
         url=dataset.url,
+        address=dataset.address,
         size=dataset.bytes,
         sha256=dataset.sha256,
         version=dataset.version,

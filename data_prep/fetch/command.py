@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import sys
@@ -19,6 +20,7 @@ from data_prep.fetch.fetch import Outcome, fetch, size_text
 from data_prep.fetch.item import Item, items_of, manifest_text, path_in
 from data_prep.fetch.lock_file import LOCK_NAME, Lock, read_lock, with_digests, write_lock
 from data_prep.fetch.selection import TERM_FILTERS, Filters, select
+from data_prep.manifest.address import without_secrets
 from sclong_ds.command_line import local_path, whole
 from sclong_ds.files.atomic import read_file, write_atomic
 
@@ -155,7 +157,13 @@ def run(args: argparse.Namespace) -> int:
     print(_plan_text(facts), file=sys.stderr)
     if args.list:
         write_lock(lock_path, lock)
-        _write_manifest(manifest, [(item, item.url) for item in lock.items], [])
+        _write_manifest(manifest, [(item, item.address) for item in lock.items], [])
+        if any(item.address != item.url for item in lock.items):
+            print(
+                f"{manifest}: holds signed addresses, which open the files to whoever reads it; "
+                "nothing else that is written does",
+                file=sys.stderr,
+            )
         print(
             json.dumps(facts, indent=1) if args.json else f"{manifest}: {len(lock.items)} datasets"
         )
@@ -175,21 +183,42 @@ def _chosen(args: argparse.Namespace, rules: Rules) -> tuple[Lock, dict[str, dic
         lock = read_lock(path)
         wanted = filters.as_json()
         # With neither, the list is asked for as it is.
-        asked = args.sources or wanted
-        if asked and (args.sources or lock.sources, wanted) != (lock.sources, lock.filters):
+        sources = [without_secrets(source) for source in args.sources]
+        asked = sources or wanted
+        if asked and (sources or lock.sources, wanted) != (lock.sources, lock.filters):
             raise ValueError(
                 f"{path} was made from {' '.join(lock.sources)} with {json.dumps(lock.filters)}, "
-                f"not from {' '.join(args.sources or lock.sources)} with {json.dumps(wanted)}; use "
+                f"not from {' '.join(sources or lock.sources)} with {json.dumps(wanted)}; use "
                 "the same, leave out --from and filters, or use another --lock or --update"
             )
         print(f"{path}: the list of {lock.made}; --update makes a new one", file=sys.stderr)
-        return lock, {"left_out": {}, "no_use": {}}
+        return _signed(lock, args.sources), {"left_out": {}, "no_use": {}}
     if not args.sources:
         raise ValueError(f"--from is missing, and there is no lock file {path}")
     items, left_out, no_use = _listed(args, filters, rules)
     made = datetime.datetime.now(datetime.UTC).date().isoformat()
-    lock = Lock(sources=args.sources, filters=filters.as_json(), made=made, items=items)
+    sources = [without_secrets(source) for source in args.sources]
+    lock = Lock(sources=sources, filters=filters.as_json(), made=made, items=items)
     return lock, {"left_out": dict(left_out), "no_use": dict(no_use)}
+
+
+def _signed(lock: Lock, sources: Sequence[str]) -> Lock:
+    """Return a lock with the signatures that the sources give now; it keeps none itself."""
+    given = {item.url: item.address for item in _addressed(sources)}
+    items = [
+        dataclasses.replace(item, address=given.get(item.url, item.url)) for item in lock.items
+    ]
+    return dataclasses.replace(lock, items=items)
+
+
+def _addressed(sources: Sequence[str]) -> list[Item]:
+    """Return the files of lists of addresses, and of addresses."""
+    items: list[Item] = []
+    for source in sources:
+        if source != "cellxgene" and "://" not in source:
+            text = read_file(local_path(source)).decode("utf-8", "replace")
+            items += items_of(text.splitlines(), where=source)
+    return items + items_of([s for s in sources if "://" in s], where="--from")
 
 
 def _listed(
@@ -198,20 +227,12 @@ def _listed(
     left_out: Counter[str] = Counter()
     no_use: Counter[str] = Counter()
     items: list[Item] = []
-    addresses: list[str] = []
-    for source in args.sources:
-        if source == "cellxgene":
-            found, no_use = read_listing(args.listing, rules)
-            taken, left_out = select(found, filters)
-            items += taken
-        elif "://" in source:
-            addresses.append(source)
-        else:
-            text = read_file(local_path(source)).decode("utf-8", "replace")
-            items += items_of(text.splitlines(), where=source)
-    if "cellxgene" not in args.sources and filters.as_json():
+    if "cellxgene" in args.sources:
+        found, no_use = read_listing(args.listing, rules)
+        items, left_out = select(found, filters)
+    elif filters.as_json():
         raise ValueError("addresses have no terms to choose by; filters are for --from cellxgene")
-    items += items_of(addresses, where="--from")
+    items += _addressed(args.sources)
     count = Counter(item.dataset_id.lower() for item in items)
     twice = [name for name, n in count.items() if n > 1]
     if twice:

@@ -316,9 +316,8 @@ def _boot() -> str:
 
 def _bring(item: Item, place: Place, rules: Rules, start: int, mark: str) -> str:
     """Append what is missing to the part; return the mark of the file."""
-    url = item.url
     try:
-        with open_remote(url, start=start, mark=mark, silence_s=rules.silence_s) as body:
+        with open_remote(item.address, start=start, mark=mark, silence_s=rules.silence_s) as body:
             if item.size is not None and body.total not in (None, item.size):
                 raise FetchError(
                     f"{body.total} bytes on the server, the list says {item.size}: changed under "
@@ -328,7 +327,12 @@ def _bring(item: Item, place: Place, rules: Rules, start: int, mark: str) -> str
             _make_room(item, place, rules, body)
             with _local(place.part), place.part.open("ab") as file:
                 file.truncate(body.start)
-            begun = {"url": url, "version": item.version, "mark": body.mark, "total": body.total}
+            begun = {
+                "url": item.url,
+                "version": item.version,
+                "mark": body.mark,
+                "total": body.total,
+            }
             _append(item, place, rules, body, begun)
             return body.mark
     except FetchError as error:

@@ -20,6 +20,7 @@ from data_prep.fetch.budgets import Stopped
 from data_prep.fetch.download import Place, Record, Rules, fetch_file
 from data_prep.fetch.item import Item
 from data_prep.fetch.remote import FetchError
+from data_prep.manifest.address import without_secrets
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -102,13 +103,15 @@ class Downloads:
                 record = fetch_file(item, self._folder, self._rules)
                 self._outcomes.put(Outcome(item=item, record=record))
             except (FetchError, OSError) as error:
-                self._outcomes.put(Outcome(item=item, record=None, reason=str(error)))
+                self._outcomes.put(
+                    Outcome(item=item, record=None, reason=without_secrets(str(error)))
+                )
             except Stopped:
                 return
             except BaseException as error:  # noqa: BLE001
                 # What no library is known to raise: a thread that ends without an outcome would let
                 # the caller wait for ever.
-                reason = f"{type(error).__name__}: {error}"
+                reason = without_secrets(f"{type(error).__name__}: {error}")
                 _log.exception("%s: %s", item.url, reason)
                 self._outcomes.put(Outcome(item=item, record=None, reason=reason))
             self._arrived()

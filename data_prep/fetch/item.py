@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from data_prep.ledger.ledger import is_safe_id
-from data_prep.manifest.address import check_address
+from data_prep.manifest.address import check_address, public_and_full, without_secrets
 
 ENDING = re.compile(r"(?i)\.(h5ad|h5mu|h5|hdf5|loom|zarr\.zip|csv|tsv|txt)(\.gz)?$")
 """Formats of one file; those of several files (mtx, npz) cannot be named by one address."""
@@ -30,6 +30,9 @@ class Item:
 
     dataset_id: str
     url: str
+    """Its address as it may be recorded (`manifest.address`)."""
+    address: str = field(default="", repr=False, compare=False)
+    """What is asked for: `url`, or with a signature that is never recorded."""
     size: int | None = None
     """Bytes."""
     sha256: str = ""
@@ -50,6 +53,12 @@ class Item:
     schema: str = ""
     """`cellxgene` where the cell annotations have the names of its schema."""
 
+    def __post_init__(self) -> None:
+        """Keep what may not be recorded out of `url`."""
+        url, address = public_and_full(self.url, self.address)
+        object.__setattr__(self, "url", url)
+        object.__setattr__(self, "address", address)
+
     @property
     def file_name(self) -> str:
         """Name of the file on disk: that of the dataset with the ending of the address."""
@@ -68,7 +77,8 @@ def items_of(lines: Sequence[str], *, where: str) -> list[Item]:
     Raises:
         ValueError: A line is something else, or an id is given twice; all are named.
     """
-    pairs, problems = [], []
+    pairs: dict[tuple[str, str], str] = {}
+    given, problems = [], []
     for number, line in enumerate(lines, 1):
         name, _, url = line.strip().rpartition("\t")
         name, url = name.strip(), url.strip()
@@ -80,16 +90,25 @@ def items_of(lines: Sequence[str], *, where: str) -> list[Item]:
                 raise ValueError(f"dataset id '{name[:100]}' cannot be a file name")
         except ValueError as error:
             problems.append(f"line {number}: {error}")
-        pairs.append((name or _id_of_address(url), url, bool(name)))
-    count = Counter(name.lower() for name, _, _ in pairs)
+        given += [name] if name else []
+        # One file that is signed twice is one file; the later signature is valid for longer.
+        public = without_secrets(url)
+        pairs[name or _id_of_address(public), public] = url
+    count = Counter(name.lower() for name, _ in pairs)
+    repeated = Counter(name.lower() for name in given)
     problems += [
-        f"dataset id '{n}' twice" for n, _, given in pairs if given and count[n.lower()] > 1
+        f"dataset id '{name}' twice"
+        for name in given
+        if max(count[name.lower()], repeated[name.lower()]) > 1
     ]
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems[:10])}")
     return [
-        Item(dataset_id=name if count[name.lower()] == 1 else f"{name}-{_short(url)}", url=url)
-        for name, url in dict.fromkeys((name, url) for name, url, _ in pairs)
+        Item(
+            dataset_id=name if count[name.lower()] == 1 else f"{name}-{_short(public)}",
+            url=url,
+        )
+        for (name, public), url in pairs.items()
     ]
 
 

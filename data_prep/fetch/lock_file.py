@@ -47,7 +47,7 @@ def write_lock(path: Path, lock: Lock) -> None:
         {
             name: value
             for name, value in dataclasses.asdict(item).items()
-            if value not in (None, "", {})
+            if name != "address" and value not in (None, "", {})
         }
         for item in sorted(lock.items, key=lambda item: item.dataset_id)
     ]
@@ -114,7 +114,12 @@ def _item_of(entry: Mapping[str, Any]) -> Item:
     for name, value in entry.items():
         whole = kinds.get(name) == int | None
         good = type(value) is int and value >= 0 if whole else isinstance(value, str | dict)
-        if name not in kinds or not good or (name == "terms") != isinstance(value, dict):
+        if (
+            name not in kinds
+            or name == "address"
+            or not good
+            or (name == "terms") != isinstance(value, dict)
+        ):
             raise ValueError(f"'{name}' of {entry.get('dataset_id')}")
     item = Item(**entry)
     check_address(item.url)

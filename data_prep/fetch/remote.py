@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.manifest.address import without_secrets
+
 CHUNK = 1 << 18
 """Bytes of one read."""
 CONNECT_S = 15.0
@@ -51,7 +53,8 @@ class FetchError(ValueError):
             wait_s: Pause that the server asks for.
             most: Tries that make sense in all; None: as many as allowed.
         """
-        super().__init__(reason)
+        # Libraries name the address, perhaps with a signature, and reasons are written down.
+        super().__init__(without_secrets(reason))
         self.again, self.wait_s, self.most = again, wait_s, most
 
 

@@ -11,7 +11,7 @@ import io
 import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from data_prep.counts.option import COUNTS_HELP, parse_counts
 from data_prep.genes.species import is_species
 from data_prep.genes.spelling import ID_TYPES
 from data_prep.ledger.ledger import is_safe_id
-from data_prep.manifest.address import check_address
+from data_prep.manifest.address import check_address, public_and_full
 from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.source.source import FORMATS
 
@@ -100,6 +100,8 @@ class Dataset:
     note: str = ""
     remote: bool = False
     """The path was an address, which is `url`."""
+    address: str = field(default="", repr=False)
+    """What is asked for then: `url`, or with a signature that is never recorded."""
     fetched: bool = False
     """The file of that address lies at `path`, which names nothing before."""
 
@@ -112,9 +114,12 @@ class Dataset:
         return self.organism == "auto" or is_species(self.organism, species)
 
     def __post_init__(self) -> None:
-        """Refuse a name that could lead out of the corpus folder."""
+        """Refuse a name that could lead out of the corpus folder; keep secrets out of `url`."""
         if not is_safe_id(self.dataset_id):
             raise ValueError(f"dataset_id '{self.dataset_id[:128]}' cannot be a file name")
+        url, address = public_and_full(self.url, self.address)
+        object.__setattr__(self, "url", url)
+        object.__setattr__(self, "address", address)
 
     def options(self) -> dict[str, str | int | None]:
         """Return the fields that change what is staged, for the settings hash."""

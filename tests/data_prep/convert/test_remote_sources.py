@@ -86,6 +86,22 @@ def test_fetched_converted_removed_and_not_asked_for_again(run, tmp_path, server
     assert [e["files"] for e in other] == [e["files"] for e in entries[:3]]
 
 
+def test_signed_addresses_are_fetched_and_not_recorded(run, tmp_path, server, datasets):
+    server.needs = "sig=5ec4e7&se=9"
+    # The manifest is the user's; what convert writes is not.
+    signed = [dataclasses.replace(d, url=f"{d.url}?{server.needs}") for d in datasets[:2]]
+    del server.files["/1.h5ad"]
+    entries = run(signed)
+    assert [entry["status"] for entry in entries] == ["ok", "failed"]
+    assert entries[0]["path"] == entries[0]["origin"]["url"] == server.url("/0.h5ad")
+    text = b"".join(p.read_bytes() for p in (tmp_path / "corpus").rglob("*") if p.is_file())
+    assert b"5ec4e7" not in text + repr(entries).encode()
+    # Signed again, it is the same file.
+    server.needs = "sig=5ec4e8&se=10"
+    run([dataclasses.replace(datasets[0], url=f"{datasets[0].url}?{server.needs}")])
+    assert server.requests["/0.h5ad"] == 1
+
+
 def test_damage_is_fetched_again_and_another_address_refused(run, tmp_path, server, datasets):
     run(datasets[:1])
     path = tmp_path / "corpus" / "staging" / "d0" / "obs.parquet"

@@ -165,3 +165,31 @@ def test_nothing_to_fetch(run):
     assert status == 1
     assert "no dataset to fetch (4 other tissue" in err
     assert "--from is missing" in run(source=())[2]
+
+
+def everything_below(folder):
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_signatures_open_files_and_are_written_nowhere(run, atlas, tmp_path):
+    secret = b"5ec4e7"
+    atlas.needs = "X-Amz-Signature=5ec4e7"
+    source = ("--from", *(atlas.url(f"/{name}.h5ad?v=1&{atlas.needs}") for name in "ab"))
+    atlas.fault = lambda path, number: "404" if path == "/b.h5ad" else ""
+    status, out, err = run(source=source)
+    assert (status, "5ec4e7" in out + err) == (1, False)
+    assert (tmp_path / "raw" / "a.h5ad").read_bytes() == atlas.files["/a.h5ad"]
+    assert secret not in everything_below(tmp_path / "raw")
+    # Signed again, and the list of the lock; without a signature the server refuses.
+    atlas.fault, atlas.needs = lambda path, number: "", "X-Amz-Signature=5ec4e8"
+    source = tuple(text.replace("5ec4e7", "5ec4e8") for text in source)
+    assert run(source=())[0] == 1
+    assert run(source=source)[0] == 0
+    assert b"5ec4e8" not in everything_below(tmp_path / "raw")
+    # What `convert` is to fetch needs them.
+    status, _, err = run("--list", source=source, out="list")
+    assert (status, "holds signed addresses" in err) == (0, True)
+    assert secret[:-1] not in (tmp_path / "list" / "fetch.lock.json").read_bytes()
+    first = read_manifest(tmp_path / "list" / "manifest.tsv")[0]
+    assert (first.address, first.url) == (source[1], atlas.url("/a.h5ad?v=1"))
+    assert "5ec4e8" not in repr(first)
