@@ -37,6 +37,11 @@ _BLOCK_CELLS = 2**20  # cells whose weights are held at a time while they are ad
 _OFFSETS = 2**63  # second counter word of the draws of an epoch; passes stay below
 
 
+def philox(seed: int, block: int, part: int, epoch: int) -> np.random.Generator:
+    """Return the generator of one draw of an order."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, block, part, epoch]))
+
+
 class DatasetColumn(Protocol):
     """What knows the dataset of every cell, for instance a `Corpus`."""
 
@@ -114,32 +119,21 @@ class CellStream:
         Raises:
             ValueError: A split without cells, or weights that give it no visit.
         """
-        self._bounds = np.asarray(chunk_rows, dtype=np.int64)
+        self._bounds = split_borders(chunk_rows)
         self.n_cells = int(self._bounds[-1] - self._bounds[0])
-        if self.n_cells < 1:
-            raise ValueError(
-                "the training split has no cells: check the split of `python -m data_prep finalize`"
-            )
         if group_chunks < 1:
             raise ValueError(f"group_chunks {group_chunks}: must be at least 1")
         self._seed, self.group_chunks, self._weights = seed, group_chunks, weights
         self.passes, self.pass_visits = 1, self.n_cells
         if weights is not None:
-            self._sums, largest = _border_sums(self._bounds, weights)
-            self.passes = max(1, -(-largest // ONE))
-            self.pass_visits = int(self._sums[-1]) // (self.passes * ONE)
-        if self.pass_visits < 1:
-            raise ValueError(
-                f"the weights of the datasets give the {self.n_cells} cells of the split less than "
-                f"one visit in each of the {self.passes} passes of an epoch: make them more equal"
-            )
+            self._sums, self.passes, self.pass_visits = visits_of_weights(self._bounds, weights)
         self.epoch_visits = self.passes * self.pass_visits
 
     def groups(self, position: int) -> Iterator[Group]:
         """Yield the groups of the stream from the one that holds `position` on, without end."""
         for number in count(position // self.pass_visits):
             epoch, pass_number = divmod(number, self.passes)
-            draw = None if self._weights is None else self._draw(epoch, pass_number)
+            draw = None if self._weights is None else self._draw(epoch).of_pass(pass_number)
             order = self._rng(pass_number, 0, epoch).permutation(len(self._bounds) - 1)
             sizes = np.diff(self._bounds if draw is None else draw.points_before(self._sums))
             firsts = np.arange(0, len(order), self.group_chunks)
@@ -178,7 +172,7 @@ class CellStream:
                 parts, start = [], end
                 end = start + size if stop is None else min(start + size, stop)
 
-    def _rows(self, chunk: int, draw: _Draw | None) -> NDArray[np.int64]:
+    def _rows(self, chunk: int, draw: Draw | None) -> NDArray[np.int64]:
         """Return the cells of a chunk that a pass visits."""
         first, last = int(self._bounds[chunk]), int(self._bounds[chunk + 1])
         rows = np.arange(first, last)
@@ -187,23 +181,19 @@ class CellStream:
         ends = np.concatenate(([0], np.cumsum(self._weights.of(first, last))))
         return rows[np.diff(draw.points_before(self._sums[chunk] + ends)) > 0]
 
-    def _draw(self, epoch: int, pass_number: int) -> _Draw:
-        total, unit = int(self._sums[-1]), self.passes * ONE
-        rng = self._rng(_OFFSETS, 0, epoch)
-        turn, offset = int(rng.integers(total)), int(rng.integers(unit))
-        return _Draw(
-            total, self.pass_visits, unit, turn=turn, offset=(offset + pass_number * ONE) % unit
-        )
+    def _draw(self, epoch: int) -> EpochDraw:
+        return EpochDraw(
+            self._seed, epoch, total=int(self._sums[-1]), passes=self.passes,
+            pass_visits=self.pass_visits,
+        )  # fmt: skip
 
     def _rng(self, block: int, part: int, epoch: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.Philox(key=self._seed, counter=[0, block, part, epoch])
-        )
+        return philox(self._seed, block, part, epoch)
 
 
 @dataclass(frozen=True, slots=True)
-class _Draw:
-    """The points of one pass on the ring of weights: `turn + offset + k * unit` for k < points."""
+class Draw:
+    """Points on the ring of weights: `turn + offset + k * unit` for k < points."""
 
     total: int
     points: int
@@ -216,8 +206,90 @@ class _Draw:
         beyond = self._unturned(place - self.turn + self.total)
         return self._unturned(place - self.turn) + beyond - self._unturned(self.total - self.turn)
 
+    def points_in(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the numbers k and the places of the points in [start, stop)."""
+        numbers, places = [], []
+        for lap in (0, self.total):
+            first, last = self._unturned(np.array([start, stop]) - self.turn + lap).tolist()
+            numbers.append(np.arange(first, last))
+            places.append(self.turn + self.offset + numbers[-1] * self.unit - lap)
+        return np.concatenate(numbers), np.concatenate(places)
+
     def _unturned(self, place: NDArray[np.int64] | int) -> NDArray[np.int64]:
         return np.clip((place - self.offset + self.unit - 1) // self.unit, 0, self.points)
+
+
+class EpochDraw:
+    """The points of the passes of an epoch."""
+
+    def __init__(self, seed: int, epoch: int, *, total: int, passes: int, pass_visits: int) -> None:
+        """Draw where the first point of the first pass lies.
+
+        Args:
+            seed: `run.seed`.
+            epoch: Number of the epoch.
+            total: Length of the ring.
+            passes: Passes of an epoch.
+            pass_visits: Points of a pass.
+        """
+        self._total, self._passes, self._pass_visits = total, passes, pass_visits
+        rng = philox(seed, _OFFSETS, 0, epoch)
+        self._turn, self._offset = int(rng.integers(total)), int(rng.integers(passes * ONE))
+
+    def of_pass(self, number: int) -> Draw:
+        """Return the points of one pass."""
+        unit = self._passes * ONE
+        offset = (self._offset + number * ONE) % unit
+        return Draw(self._total, self._pass_visits, unit, turn=self._turn, offset=offset)
+
+    def of_all(self) -> Draw:
+        """Return the points of all passes, which are a weight of 1 apart."""
+        points = self._passes * self._pass_visits
+        return Draw(self._total, points, ONE, turn=self._turn, offset=self._offset % ONE)
+
+    def pass_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the passes of points by their numbers among all."""
+        return (numbers - self._offset // ONE) % self._passes
+
+
+def split_borders(chunk_rows: ArrayLike) -> NDArray[np.int64]:
+    """Return the chunk borders of a split.
+
+    Args:
+        chunk_rows: (n + 1,) first row of each chunk, ascending; the last entry is the end.
+
+    Raises:
+        ValueError: It has no cells.
+    """
+    bounds = np.asarray(chunk_rows, dtype=np.int64)
+    if bounds[-1] - bounds[0] < 1:
+        raise ValueError(
+            "the training split has no cells: check the split of `python -m data_prep finalize`"
+        )
+    return bounds
+
+
+def visits_of_weights(
+    bounds: NDArray[np.int64], weights: CellWeights
+) -> tuple[NDArray[np.int64], int, int]:
+    """Return (n + 1,) weights before each chunk border, passes of an epoch, visits of a pass.
+
+    Args:
+        bounds: (n + 1,) chunk borders.
+        weights: Of the cells between them.
+
+    Raises:
+        ValueError: They give less than one visit in a pass.
+    """
+    sums, largest = _border_sums(bounds, weights)
+    passes = max(1, -(-largest // ONE))
+    pass_visits = int(sums[-1]) // (passes * ONE)
+    if pass_visits < 1:
+        raise ValueError(
+            f"the weights of the datasets give the {bounds[-1] - bounds[0]} cells of the split "
+            f"less than one visit in each of the {passes} passes of an epoch: make them more equal"
+        )
+    return sums, passes, pass_visits
 
 
 def _border_sums(bounds: NDArray[np.int64], weights: CellWeights) -> tuple[NDArray[np.int64], int]:
