@@ -162,7 +162,7 @@ def run_outage(work: Path, *, steps: int) -> tuple[Counts, dict[str, bool]]:
         "tracking.picture_cells": "null",
     }
     config = load_config("sclong_tiny", [f"{k}={v}" for k, v in settings.items()])
-    tracker = _Impatient(config, work / "run", enabled=True, samples_node=True)
+    tracker = _Impatient(config.tracking, work / "run", enabled=True, samples_node=True)
     passed: dict[str, bool] = {}
     try:
         with patience():

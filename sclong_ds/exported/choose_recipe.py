@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.exported.recipe_file import ChosenRecipe
@@ -78,20 +78,20 @@ def without_context(recipe: Recipe) -> Recipe:
 
 
 def choose_from_run(
-    model: ScLong, config: RunConfig, *, corpus_hash: str, n_cells: int = CELLS
+    model: ScLong, data: DataConfig, *, corpus_hash: str, n_cells: int = CELLS
 ) -> ChosenRecipe | None:
     """Choose the recipe of a run's model on the corpus that it was trained on.
 
     Args:
         model: The model, with its genes and transform.
-        config: The run's configuration.
+        data: The run's section data.
         corpus_hash: Content hash of its corpus.
         n_cells: Cells of either split to read; 0 chooses nothing.
 
     Returns:
         None where nothing can be chosen; the log tells why.
     """
-    if config.data.corpus is None or n_cells == 0:
+    if data.corpus is None or n_cells == 0:
         return None
     affordable = _affordable(model)
     try:
@@ -101,9 +101,9 @@ def choose_from_run(
                 "needed"
             )
         n_cells = min(n_cells, affordable)
-        corpus = Corpus(config.data.corpus, cache_dir=config.data.cache_dir)
+        corpus = Corpus(data.corpus, cache_dir=data.cache_dir)
         if corpus.hash != corpus_hash:
-            raise ValueError(f"{config.data.corpus} is another corpus by now")
+            raise ValueError(f"{data.corpus} is another corpus by now")
         rows = {name: _some(corpus, name, n_cells) for name in ("train", "validation")}
         for name, chosen in rows.items():
             if len(chosen) < MIN_CELLS:

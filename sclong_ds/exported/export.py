@@ -147,7 +147,7 @@ def _export(
             provenance=provenance,
             training_cells=training_cells,
             choose=lambda model: choose_from_run(
-                model.to(device), config, corpus_hash=state.corpus_hash, n_cells=n_cells
+                model.to(device), config.data, corpus_hash=state.corpus_hash, n_cells=n_cells
             ),
         )
     return provenance

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import ModelConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported.manifest import WEIGHTS
@@ -57,27 +57,30 @@ class InitialWeights:
         return weight
 
 
-def check_initial_model(config: RunConfig, genes: GeneVocabulary) -> None:
+def check_initial_model(
+    folder: Path, model: ModelConfig, genes: GeneVocabulary, *, target_sum: float
+) -> None:
     """Check that the model of `run.init_from` is the run's: genes, transform, architecture, files.
 
     Args:
-        config: The run's configuration.
+        folder: MODEL_DIR of `run.init_from`.
+        model: The run's section model.
         genes: Genes of the corpus.
+        target_sum: The run's `data.target_sum`.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: What differs.
     """
-    folder = Path(str(config.run.init_from))
     saved = read_description(folder)
     if saved["genes_hash"] != genes.hash:
         raise ValueError(
             f"run.init_from={folder}: its genes are not those of data.corpus; convert the corpus "
             f"with --genes {folder / 'genes.tsv'}"
         )
-    theirs, ours = dict(_flat(saved["model"])), dict(_flat(to_dict(config.model)))
+    theirs, ours = dict(_flat(saved["model"])), dict(_flat(to_dict(model)))
     theirs["data.target_sum"] = saved["transform"]["target_sum"]
-    ours["data.target_sum"] = config.data.target_sum
+    ours["data.target_sum"] = target_sum
     free = {f"model.{key}" for key in _FREE}
     if theirs["model.random_features_file"]:
         free.add("model.projection_seed")

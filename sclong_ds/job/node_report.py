@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sclong_ds.config.load import load_config
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import DataConfig, ModelConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.files.atomic import file_sha256
@@ -90,11 +90,12 @@ def examine(place: Place, source: str, overrides: Sequence[str]) -> Report:
     _examine_gpu(report, place)
     try:
         config = load_config(source, overrides)
-        report.compared |= _inputs(config)
+        settings = hashlib.sha256(to_yaml(config).encode()).hexdigest()
+        report.compared |= {"configuration": settings[:16]} | _inputs(config.data, config.model)
         if place.local_rank == 0 and config.run.dir is not None:
             _examine_run_folder(report, Path(config.run.dir))
             # By every node: what only one reported would count as that node's fault.
-            check_tracking(config, Path(config.run.dir), quiet=place.rank != 0)
+            check_tracking(config.tracking, Path(config.run.dir), quiet=place.rank != 0)
     except (ValueError, OSError) as error:
         report.problems.append(" ".join(str(error).split()))
     return report
@@ -110,13 +111,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _inputs(config: RunConfig) -> dict[str, str]:
+def _inputs(data: DataConfig, model: ModelConfig) -> dict[str, str]:
     """Return hashes of what the run reads."""
-    found = {"configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]}
-    if config.data.corpus is not None:
-        found["data.corpus"] = read_catalogue(config.data.corpus)["hash"][:16]
+    found = {}
+    if data.corpus is not None:
+        found["data.corpus"] = read_catalogue(data.corpus)["hash"][:16]
     for name in ("gene_graph", "gene_vectors", "random_features_file"):
-        path = getattr(config.model, name)
+        path = getattr(model, name)
         if path is not None:
             found[f"model.{name}"] = file_sha256(path)[:16]
     return found

@@ -20,10 +20,12 @@ from typing import Any
 
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import (
+    CheckpointConfig,
     DataConfig,
     EngineConfig,
     ModelConfig,
     ObjectiveConfig,
+    OptimConfig,
     RunConfig,
 )
 from sclong_ds.corpus.corpus import Corpus
@@ -129,9 +131,33 @@ def make_plan(
         "flops_per_cell": flops,
         "batch": {key: ds_config[key] for key in batch},
         "memory": _memory_plan(model, config.engine, zero, setup, device),
-        "time": _time_plan(config, device, site, work),
-        "checkpoint": _checkpoint_plan(config, zero, parameters["total"], setup.world_size),
+        "time": _time_plan(
+            site,
+            work,
+            training_flops=training_flops_per_cell(
+                model,
+                genes,
+                work.n_edges,
+                micro_batch=config.engine.train_micro_batch_size_per_gpu,
+                **cell,
+            ),
+            peak_flops_per_s=device.flops_per_s(config.engine.precision),
+            step_cells=config.engine.train_batch_size,
+            max_steps=config.run.max_steps,
+        )
+        | _schedule_plan(config.optim, max_steps=config.run.max_steps),
+        "checkpoint": _checkpoint_plan(
+            config.checkpoint,
+            parameters["total"],
+            model_weight_bytes=0 if zero.stage == 3 else _element_bytes(config.engine),
+            world_size=setup.world_size,
+            max_steps=config.run.max_steps,
+        ),
     }
+
+
+def _element_bytes(engine: EngineConfig) -> int:
+    return 2 if engine.precision == "bf16" else 4
 
 
 def _cell(objective: ObjectiveConfig, work: Workload) -> dict[str, int]:
@@ -148,7 +174,7 @@ def _memory_plan(
     model: ModelConfig, engine: EngineConfig, zero: Zero, setup: Setup, device: Device
 ) -> dict[str, Any]:
     """Predict memory as configured, and in all stages, offloaded, recomputed or not."""
-    e = 2 if engine.precision == "bf16" else 4
+    e = _element_bytes(engine)
     micro, usable = engine.train_micro_batch_size_per_gpu, device.usable_bytes()
 
     def row(other: Zero, recompute: bool) -> dict[str, Any]:
@@ -198,49 +224,76 @@ def _memory_plan(
     }
 
 
-def _time_plan(config: RunConfig, device: Device, site: Site, work: Workload) -> dict[str, Any]:
-    """Predict rates and times at the stated utilisation."""
-    engine, cells = config.engine, work.cells
-    micro = engine.train_micro_batch_size_per_gpu
-    flops = training_flops_per_cell(
-        config.model, work.n_genes, work.n_edges, micro_batch=micro, **_cell(config.objective, work)
-    )
-    per_rank = device.flops_per_s(engine.precision) * site.mfu / flops
+def _time_plan(
+    site: Site,
+    work: Workload,
+    *,
+    training_flops: float,
+    peak_flops_per_s: float,
+    step_cells: int,
+    max_steps: int,
+) -> dict[str, Any]:
+    """Predict rates and times at the stated utilisation.
+
+    Args:
+        site: Nodes, ranks and utilisation.
+        work: Genes, edges and cells.
+        training_flops: Of forward and backward, per cell.
+        peak_flops_per_s: Of a rank's device.
+        step_cells: Cells per optimizer step.
+        max_steps: Length of the run.
+    """
+    per_rank = peak_flops_per_s * site.mfu / training_flops
     all_ranks = per_rank * site.nodes * site.gpus_per_node
-    steps = config.run.max_steps
-    last_rate = learning_rate(config.optim.in_steps(steps), steps - 1)
-    run_cells = steps * engine.train_batch_size
+    cells, run_cells = work.cells, max_steps * step_cells
     return {
-        "training_flops_per_cell": flops,
+        "training_flops_per_cell": training_flops,
         "cells_per_s_per_rank": per_rank,
         "cells_per_s": all_ranks,
-        "step_time_s": engine.train_batch_size / all_ranks,
-        "steps_per_epoch": math.ceil(cells / engine.train_batch_size),
+        "step_time_s": step_cells / all_ranks,
+        "steps_per_epoch": math.ceil(cells / step_cells),
         "epoch_hours": cells / all_ranks / 3600,
         "gpu_hours_per_epoch": cells / per_rank / 3600,
-        "run_steps": steps,
+        "run_steps": max_steps,
         "run_epochs": run_cells / cells,
         "run_hours": run_cells / all_ranks / 3600,
         "run_gpu_hours": run_cells / per_rank / 3600,
-        "last_learning_rate_share": last_rate / config.optim.lr,
-        "unfinished_schedule": unfinished_schedule(config.optim, max_steps=steps),
         # Every rank reads and decompresses the cells of all, and decodes its own.
         "read_cells_per_s_per_rank": all_ranks,
         "decoded_cells_per_s_per_rank": per_rank,
     }
 
 
+def _schedule_plan(optim: OptimConfig, *, max_steps: int) -> dict[str, Any]:
+    """Return how far the learning rate comes down in the run."""
+    last_rate = learning_rate(optim.in_steps(max_steps), max_steps - 1)
+    return {
+        "last_learning_rate_share": last_rate / optim.lr,
+        "unfinished_schedule": unfinished_schedule(optim, max_steps=max_steps),
+    }
+
+
 def _checkpoint_plan(
-    config: RunConfig, zero: Zero, parameters: int, world_size: int
+    rules: CheckpointConfig,
+    parameters: int,
+    *,
+    model_weight_bytes: int,
+    world_size: int,
+    max_steps: int,
 ) -> dict[str, int]:
-    """Size the files: fp32 weights and two moments; stages 1 and 2 add the model's own weights."""
-    weights = 0 if zero.stage == 3 else (2 if config.engine.precision == "bf16" else 4)
-    size = (12 + weights) * parameters
+    """Size the files: fp32 weights and two moments; stages 1 and 2 add the model's own weights.
+
+    Args:
+        rules: When to save and what to keep.
+        parameters: Number of parameters.
+        model_weight_bytes: Of a parameter among the model's own weights; 0 where there are none.
+        world_size: Number of ranks.
+        max_steps: Length of the run.
+    """
+    size = (12 + model_weight_bytes) * parameters
     # The model's own weights are those of rank 0.
-    copied = math.ceil(12 * parameters / world_size) + weights * parameters
-    rules, for_good = config.checkpoint, 0
-    if rules.keep_every_n_steps:
-        for_good = config.run.max_steps // rules.keep_every_n_steps
+    copied = math.ceil(12 * parameters / world_size) + model_weight_bytes * parameters
+    for_good = max_steps // rules.keep_every_n_steps if rules.keep_every_n_steps else 0
     return {
         "bytes": size,
         # The next one is complete before the oldest goes; the best may be an older one.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import TrackingConfig
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.tracking.client import clip, new_client, one_line, sqlite_file, tracking_uri
@@ -69,7 +69,7 @@ _BY_TEXT = (
 )  # fmt: skip
 
 
-def check_tracking(config: RunConfig, run_dir: Path, *, quiet: bool = False) -> None:
+def check_tracking(settings: TrackingConfig, run_dir: Path, *, quiet: bool = False) -> None:
     """Refuse a new run that MLflow could not record, and name what to do.
 
     A store that does not answer in time or is locked is named in a warning: that passes, and the
@@ -77,18 +77,18 @@ def check_tracking(config: RunConfig, run_dir: Path, *, quiet: bool = False) -> 
     logged.
 
     Args:
-        config: Configuration of the run; without `tracking.enabled` there is nothing to check.
+        settings: Section tracking of the run; without `enabled` there is nothing to check.
         run_dir: Its folder, which may not exist yet.
         quiet: Log nothing, since another rank does.
 
     Raises:
         ValueError: What is wrong and what to do.
     """
-    if not config.tracking.enabled:
+    if not settings.enabled:
         return
-    uri = tracking_uri(config.tracking.uri, run_dir)
+    uri = tracking_uri(settings.uri, run_dir)
     shown = without_credentials(uri)
-    error = _trouble(uri, config.tracking.experiment)
+    error = _trouble(uri, settings.experiment)
     if error is None:
         return
     what = _said(error)

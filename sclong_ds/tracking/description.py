@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclong_ds.config.sections import RunConfig
-from sclong_ds.config.strict_yaml import to_dict
+from sclong_ds.config.sections import TrackingConfig
 from sclong_ds.tracking.client import MAX_DIGEST_CHARS
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ def restart_folder(run: Mapping[str, Any]) -> str:
 
 
 def describe(
-    config: RunConfig,
+    settings: TrackingConfig,
     run_dir: Path,
     run: Mapping[str, Any],
     *,
@@ -33,15 +32,14 @@ def describe(
     """Return what MLflow is told about a run.
 
     Args:
-        config: Its configuration.
+        settings: Its section tracking.
         run_dir: Its folder.
         run: Its run.json.
-        params: Parameters beside the configuration.
+        params: Nested parameters: the configuration, and what was counted.
         tags: Tags beside those of run.json and `tracking.tags`.
     """
-    settings, about = config.tracking, run.get("summary") or {}
+    about = run.get("summary") or {}
     packages = {k: v for k, v in run["environment"].items() if k not in ("host", "cpu_cores")}
-    further = {"environment": packages, **params}
     name = settings.run_name or run_dir.resolve().name
     dataset = None
     if "corpus_hash" in tags and "corpus" in about:
@@ -58,7 +56,7 @@ def describe(
     return Description(
         experiment=settings.experiment,
         run_name=name,
-        params=_flatten(to_dict(config)) | _flatten(further),
+        params=_flatten({**params, "environment": packages}),
         tags={**settings.tags, **tags, **_own_tags(settings.parent_run, run, run_dir)},
         note=_note(run, run_dir),
         dataset=dataset,

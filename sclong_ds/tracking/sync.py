@@ -16,7 +16,8 @@ from typing import Any
 
 from sclong_ds.command_line import local_path
 from sclong_ds.config.load import load_config
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import TrackingConfig
+from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.files.sealed_json import read_sound
 from sclong_ds.run_folder.files import EVENTS_FILE, RUN_FILE, read_run_json
 from sclong_ds.run_folder.lock import lock_run_folder
@@ -60,18 +61,18 @@ def sync(run_dir: Path) -> Sender:
     if not config.tracking.enabled:
         raise ValueError(f"{run_dir}: trained with tracking.enabled=false, so MLflow gets nothing")
     with lock_run_folder(run_dir, wait_s=0):
-        return _send(run_dir, config)
+        return _send(run_dir, config.tracking, to_dict(config))
 
 
-def _send(run_dir: Path, config: RunConfig) -> Sender:
+def _send(run_dir: Path, settings: TrackingConfig, configuration: dict[str, Any]) -> Sender:
     record = read_run_json(run_dir)
     params, tags = _further(run_dir, record)
     # Elsewhere than in the job that trained, the environment may name no store.
     recorded = record.get("mlflow_tracking_uri")
     sender = Sender(
         run_dir=run_dir,
-        uri=tracking_uri(config.tracking.uri, run_dir, recorded=recorded),
-        description=describe(config, run_dir, record, params=params, tags=tags),
+        uri=tracking_uri(settings.uri, run_dir, recorded=recorded),
+        description=describe(settings, run_dir, record, params=configuration | params, tags=tags),
         patient=True,
     )
     folder = restart_folder(record) if record.get("restarts") else None

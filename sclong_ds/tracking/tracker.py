@@ -3,8 +3,8 @@
 `Tracker` is driven by `sclong_ds.pretrain`; nothing here is run by hand. Rank 0 writes the files of
 `sclong_ds.run_folder.files` and sends the same to one MLflow run that keeps its id over restarts
 (`sclong_ds.tracking.sender`); the first rank of every node samples the node
-(`sclong_ds.tracking.node_sampler`). `config.tracking` says where; `enabled: false` leaves MLflow
-out.
+(`sclong_ds.tracking.node_sampler`). The section `tracking` gives the store; `enabled: false` leaves
+MLflow out.
 
 The files are the truth and the queue: MLflow receives them, in order, on a background thread. A
 tracking server that is slow, down, or comes back a week later costs training nothing and loses
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import TrackingConfig
 from sclong_ds.run_folder.files import (
     EVENTS_FILE,
     RUN_FILE,
@@ -53,16 +53,16 @@ class Tracker:
     """Writes the run folder at once and MLflow in the background; rank 0 alone does.
 
     Args:
-        config: Configuration of the run; `config.tracking.enabled: false` leaves MLflow out.
+        settings: Section tracking of the run; `enabled: false` leaves MLflow out.
         run_dir: Run folder, created by `start`.
         enabled: True on rank 0.
         samples_node: True on the first rank of a node.
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, *, enabled: bool, samples_node: bool = False
+        self, settings: TrackingConfig, run_dir: Path, *, enabled: bool, samples_node: bool = False
     ) -> None:
-        self._config = config
+        self._settings = settings
         self._run_dir = run_dir
         self._enabled = enabled
         self._samples_node = samples_node
@@ -90,7 +90,7 @@ class Tracker:
         """Open the run folder and create, or open again, the one MLflow run that belongs to it.
 
         Args:
-            params: Parameters beside the flattened configuration, for instance counts.
+            params: Nested parameters: the configuration, and for instance counts.
             tags: Further tags, for instance corpus, gene and graph hashes.
             artifacts: Files to attach, for instance config.yaml and ds_config.json.
             resumed: Whether training continues from a checkpoint; counted in run.json as a restart.
@@ -100,7 +100,7 @@ class Tracker:
         Returns:
             The MLflow run id; None without MLflow or while it cannot be reached.
         """
-        settings, about = self._config.tracking, dict(summary or {})
+        settings, about = self._settings, dict(summary or {})
         self._step = step
         if self._samples_node and settings.system_metrics_every_s:
             try:
@@ -125,7 +125,7 @@ class Tracker:
         self._sender = Sender(
             run_dir=self._run_dir,
             uri=tracking_uri(settings.uri, self._run_dir),
-            description=describe(self._config, self._run_dir, run, params=params, tags=tags),
+            description=describe(settings, self._run_dir, run, params=params, tags=tags),
         )
         if not run["mlflow_run_id"]:  # for `sync`, should MLflow never answer
             update_run_json(self._run_dir, mlflow_tracking_uri=self._sender.shown_uri)
@@ -149,9 +149,9 @@ class Tracker:
         assert len(metrics) <= MAX_METRICS, f"{len(metrics)} metrics in one row"
         self._open_folder.append_metrics(step, metrics)
         if self._next_flush_step is None:
-            self._next_flush_step = step + self._config.tracking.flush_every_n_steps
+            self._next_flush_step = step + self._settings.flush_every_n_steps
         elif step >= self._next_flush_step:
-            self._next_flush_step = step + self._config.tracking.flush_every_n_steps
+            self._next_flush_step = step + self._settings.flush_every_n_steps
             self._flush()
 
     def event(self, name: str, *, step: int, **fields: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sclong_ds.config.sections import (
     ObjectiveConfig,
     RunConfig,
 )
+from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus, GeneStats
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.engine.deepspeed_engine import (
@@ -72,7 +74,7 @@ def build(
     """Build the model, the engine and the tracker, and go back to the newest checkpoint."""
     assert config.run.dir is not None
     starting.phase("tracking", "MLflow")
-    on_first_rank(lambda: check_tracking(config, Path(str(config.run.dir))))
+    on_first_rank(lambda: check_tracking(config.tracking, Path(str(config.run.dir))))
     starting.phase("corpus", f"the corpus at {config.data.corpus}")
     run_dir, corpus = Path(config.run.dir), open_corpus(config.data)
     starting.phase("model", "the model and its optimizer, or another rank that makes them")
@@ -81,11 +83,17 @@ def build(
         lambda: make_model(config.model, corpus), seed=config.run.seed, ds_config=ds_config
     )
     set_options(model, config.engine, ds_config)
-    weights = initial_weights(config, corpus, run_dir)
+    weights = None
+    if config.run.init_from is not None:
+        weights = initial_weights(
+            Path(config.run.init_from), config.model, corpus, target_sum=config.data.target_sum,
+            run_dir=run_dir,
+        )  # fmt: skip
     if weights is not None:
         fill_parameters(model, weights)
     state = first_state(config, ranks, corpus, ds_config)
-    check_same_on_all_ranks(config, state, model)
+    everywhere = replace(config, run=replace(config.run, dir=None))
+    check_same_on_all_ranks(to_yaml(everywhere), state, model)
     describe(config, ranks, corpus, model, ds_config)
     engine = initialize(model, optim=config.optim, ds_config=ds_config, waits=starting.waits)
     if weights is not None and config.engine.precision == "bf16":
@@ -97,7 +105,7 @@ def build(
         model=model,
         engine=engine,
         tracker=Tracker(
-            config, run_dir, enabled=ranks.rank == 0, samples_node=ranks.local_rank == 0
+            config.tracking, run_dir, enabled=ranks.rank == 0, samples_node=ranks.local_rank == 0
         ),
         stop=stop,
         state=state,
@@ -192,19 +200,19 @@ def peak_flops(engine: EngineConfig, ranks: Ranks) -> float | None:
     return None if device is None else device.flops_per_s(engine.precision)
 
 
-def initial_weights(config: RunConfig, corpus: Corpus, run_dir: Path) -> InitialWeights | None:
-    """Return the weights that a new run starts from, if not from random ones.
+def initial_weights(
+    folder: Path, model: ModelConfig, corpus: Corpus, *, target_sum: float, run_dir: Path
+) -> InitialWeights | None:
+    """Return the weights of `run.init_from` that a new run starts from; None for one that resumes.
 
     Raises:
         ValueError: The model of `run.init_from` is not the run's.
     """
-    if config.run.init_from is None:
-        return None
     if on_first_rank(lambda: bool(complete_checkpoints(run_dir / "checkpoints"))):
         return None
-    on_first_rank(lambda: check_initial_model(config, corpus.genes))
-    log.info("weights: from %s", config.run.init_from)
-    return InitialWeights(Path(config.run.init_from))
+    on_first_rank(lambda: check_initial_model(folder, model, corpus.genes, target_sum=target_sum))
+    log.info("weights: from %s", folder)
+    return InitialWeights(folder)
 
 
 def read_gene_vectors(path: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from sclong_ds.checkpoint.on_disk import restore_best
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.history import VERSION
 from sclong_ds.config.sections import RunConfig
-from sclong_ds.config.strict_yaml import to_yaml
+from sclong_ds.config.strict_yaml import to_dict, to_yaml
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.deepspeed_engine import count_parameters
 from sclong_ds.engine.ranks import Ranks, on_first_rank
@@ -81,7 +81,12 @@ def open_run_folder(run: Run, ds_config: dict[str, Any], starting: Starting) -> 
         # The rows of the last steps may be lost with a machine; the checkpoint is not.
         run.guard.restore(replace(history, skipped=run.state.skipped_steps))
         on_first_rank(lambda: take_over_ids(run_dir, checkpoint_dir / found.name))
-        if on_first_rank(lambda: changed_measure(checkpoint_dir / found.name, run.config)):
+        if on_first_rank(
+            lambda: changed_measure(
+                checkpoint_dir / found.name, run.config.objective,
+                validation_cells=run.config.run.validation_cells,
+            )
+        ):  # fmt: skip
             run.state = replace(run.state, compared_after=step)
             log.log(
                 logging.WARNING if run.ranks.rank == 0 else logging.DEBUG,
@@ -94,6 +99,7 @@ def open_run_folder(run: Run, ds_config: dict[str, Any], starting: Starting) -> 
     starting.done()
     run.tracker.start(
         params={
+            **to_dict(run.config),
             "world_size": run.ranks.world_size,
             "parameters": count_parameters(run.model),
             "ds_config": ds_config,

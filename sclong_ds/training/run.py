@@ -12,7 +12,7 @@ import torch
 from kernels.favor_attention import triton_obstacle
 from sclong_ds.checkpoint.save import Saving
 from sclong_ds.checkpoint.state import TrainState
-from sclong_ds.config.sections import OptimConfig, RunConfig
+from sclong_ds.config.sections import EngineConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.deepspeed_engine import Engine, count_parameters
@@ -131,7 +131,7 @@ def describe(
         accumulated, ranks.world_size, stage, e.precision, device_name(ranks.device),
     )  # fmt: skip
     describe_schedule(config.optim, max_steps=config.run.max_steps, warns=ranks.rank == 0)
-    log.info("attention: %s", attention_path(config, ranks, model))
+    log.info("attention: %s", attention_path(e, model, device=ranks.device))
     if ranks.rank == 0 and e.precision == "bf16" and stage == 1 and accumulated > 1:
         log.warning(
             "ZeRO stage 1 adds the gradients of %d micro-steps up in bf16; stages 2 and 3 do in "
@@ -153,7 +153,7 @@ def describe_schedule(config: OptimConfig, *, max_steps: int, warns: bool) -> No
         log.warning("%s", warning)
 
 
-def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:
+def attention_path(engine: EngineConfig, model: ScLong, *, device: torch.device) -> str:
     """Return what computes the attention of this run, as readable text.
 
     Raises:
@@ -164,14 +164,14 @@ def attention_path(config: RunConfig, ranks: Ranks, model: ScLong) -> str:
     if len(exact) == len(stacks):
         return "exact softmax"
     beside = f"; exact softmax in {' and '.join(exact)}" if exact else ""
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     obstacles = set()
     for performer in (stack for stack in stacks.values() if stack.favor):
-        q = torch.empty(1, 1, 1, performer.config.dim_head, dtype=dtype, device=ranks.device)
-        features = performer.features(ranks.device)[0]
-        obstacles.add(triton_obstacle(q, features, config.model.stabiliser_scope))
+        q = torch.empty(1, 1, 1, performer.config.dim_head, dtype=dtype, device=device)
+        features = performer.features(device)[0]
+        obstacles.add(triton_obstacle(q, features, model.config.stabiliser_scope))
     reasons = "; ".join(sorted(reason for reason in obstacles if reason))
-    backend = config.engine.attention_backend
+    backend = engine.attention_backend
     if backend == "triton" and reasons:
         raise ValueError(f"engine.attention_backend=triton: {reasons}; set it to auto or torch")
     if backend != "torch" and not reasons:

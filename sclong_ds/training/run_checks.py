@@ -15,8 +15,8 @@ import torch.distributed as dist
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.config.history import read_saved
-from sclong_ds.config.sections import OptimConfig, RunConfig
-from sclong_ds.config.strict_yaml import to_dict, to_yaml
+from sclong_ds.config.sections import ObjectiveConfig, OptimConfig, RunConfig
+from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.loader.weights import read_weights
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.run_folder.credentials import without_credentials
@@ -123,16 +123,19 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], section: str
     ]
 
 
-def changed_measure(checkpoint: Path, config: RunConfig) -> list[str]:
+def changed_measure(
+    checkpoint: Path, objective: ObjectiveConfig, *, validation_cells: int
+) -> list[str]:
     """Return the settings of what validation measures that are not those of a checkpoint.
 
     Args:
         checkpoint: The checkpoint that the run continues from.
-        config: The configuration to continue with.
+        objective: The section to continue with.
+        validation_cells: Number of cells to continue with.
     """
-    before, now = read_saved(checkpoint / "config.yaml"), to_dict(config)
-    cells = [line for line in _differences(before, now, "run") if "run.validation_cells:" in line]
-    return _differences(before, now, "objective") + cells
+    before = read_saved(checkpoint / "config.yaml")
+    now = {"objective": to_dict(objective), "run": {"validation_cells": validation_cells}}
+    return [line for section in now for line in _differences(before, now, section)]
 
 
 def changed_settings(saved: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -169,8 +172,13 @@ def _in_steps(tree: dict[str, Any], optim: OptimConfig) -> dict[str, Any]:
     return tree | {"optim": found | {key: getattr(resolved, key) for key in keys}}
 
 
-def check_same_on_all_ranks(config: RunConfig, state: TrainState, model: ScLong) -> None:
+def check_same_on_all_ranks(settings: str, state: TrainState, model: ScLong) -> None:
     """Check that all ranks read the same files and draw the same random features.
+
+    Args:
+        settings: The configuration as text, without what may differ between ranks.
+        state: State that the run begins with.
+        model: The model.
 
     Raises:
         ValueError: Which ranks differ from rank 0.
@@ -179,7 +187,6 @@ def check_same_on_all_ranks(config: RunConfig, state: TrainState, model: ScLong)
         performer.features(torch.device("cpu"))[0].numpy().tobytes()
         for performer in model.performers().values()
     ]
-    settings = to_yaml(replace(config, run=replace(config.run, dir=None)))
     mine = hashlib.sha256(b"".join(features) + repr(state).encode() + settings.encode()).hexdigest()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

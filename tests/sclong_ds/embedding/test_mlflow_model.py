@@ -73,7 +73,7 @@ def test_registered_model_embeds_in_another_process(
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = load_config("sclong_tiny", [f"tracking.uri={uri}", "tracking.picture_cells=null"])
-    tracker = Tracker(config, tmp_path / "run", enabled=True)
+    tracker = Tracker(config.tracking, tmp_path / "run", enabled=True)
     run_id = tracker.start(params={}, tags={}, artifacts=[], resumed=False)
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish("FINISHED")

@@ -3,7 +3,6 @@
 Covers also `sclong_ds/exported/recipe_file.py`.
 """
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -207,10 +206,7 @@ def test_without_its_corpus_or_enough_cells_the_mean_stays(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = load_config("sclong_tiny")
-    at = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, corpus=str(small_corpus))
-    )
+    at = load_config("sclong_tiny", [f"data.corpus={small_corpus}"]).data
     model = load_model(model_dir)
     with caplog.at_level(logging.WARNING):
         assert chooser.choose_from_run(model, at, corpus_hash="other") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from launching import ROOT, deepspeed_command, environment, run_module
 from safetensors.torch import load_file
 
 from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported.initial_weights import InitialWeights, check_initial_model
 from sclong_ds.exported.manifest import write_manifest
@@ -82,28 +84,34 @@ def test_run_starts_from_the_weights_it_is_given(model_dir, small_corpus, tmp_pa
     assert all(torch.equal(kept[name], drawn[name]) for name in drawn)
 
 
+def check(config: RunConfig, genes: GeneVocabulary) -> None:
+    """Check the model of `run.init_from` against a configuration."""
+    folder, target_sum = Path(str(config.run.init_from)), config.data.target_sum
+    check_initial_model(folder, config.model, genes, target_sum=target_sum)
+
+
 def test_other_model_is_named(model_dir, small_corpus, tmp_path):
     genes = GeneVocabulary.read(small_corpus / "genes.tsv")
     settings = overrides(model_dir)
-    check_initial_model(load_config("sclong_tiny", settings), genes)
+    check(load_config("sclong_tiny", settings), genes)
     free = overrides(model_dir, **{"model.feature_redraw_interval": 9})
-    check_initial_model(load_config("sclong_tiny", free), genes)
+    check(load_config("sclong_tiny", free), genes)
     other = {
         "model.base_dim": 16, "model.decoder.nb_features": "null", "model.projection_seed": 4,
         "data.target_sum": 1e6, "model.random_features_file": tmp_path / "f",
     }  # fmt: skip
     with pytest.raises(ValueError, match="its model is another one; set ") as error:
-        check_initial_model(load_config("sclong_tiny", overrides(model_dir, **other)), genes)
+        check(load_config("sclong_tiny", overrides(model_dir, **other)), genes)
     needed = str(error.value).partition("set ")[2].split()
     assert sorted(needed) == [
         "data.target_sum=10000.0", "model.base_dim=8", "model.decoder.nb_features=8",
         "model.projection_seed=0", "model.random_features_file=null",
     ]  # fmt: skip
     repaired = [*overrides(model_dir, **other), *needed]
-    check_initial_model(load_config("sclong_tiny", repaired), genes)
+    check(load_config("sclong_tiny", repaired), genes)
     fewer = GeneVocabulary(genes.ids[1:], genes.symbols[1:], genes.classes[1:])
     with pytest.raises(ValueError, match=r"its genes are not those of data\.corpus"):
-        check_initial_model(load_config("sclong_tiny", settings), fewer)
+        check(load_config("sclong_tiny", settings), fewer)
 
 
 def test_other_features_are_refused(model_dir, small_corpus, tmp_path):
@@ -116,17 +124,17 @@ def test_other_features_are_refused(model_dir, small_corpus, tmp_path):
         write_features(folder / "random_features.safetensors", features)
     seal_again(model_dir)
     own = {"model.random_features_file": model_dir / "random_features.safetensors"}
-    check_initial_model(load_config("sclong_tiny", overrides(model_dir, **own)), genes)
+    check(load_config("sclong_tiny", overrides(model_dir, **own)), genes)
     other = {"model.random_features_file": tmp_path / "random_features.safetensors"}
     with pytest.raises(ValueError, match=f"set model.random_features_file={model_dir}"):
-        check_initial_model(load_config("sclong_tiny", overrides(model_dir, **other)), genes)
+        check(load_config("sclong_tiny", overrides(model_dir, **other)), genes)
 
 
 def test_damaged_or_absent_weights_are_named(model_dir, tmp_path):
     genes = GeneVocabulary.read(model_dir / "genes.tsv")
     config = load_config("sclong_tiny", [f"run.init_from={tmp_path}"])
     with pytest.raises(FileNotFoundError, match="is no exported model"):
-        check_initial_model(config, genes)
+        check(config, genes)
     path = model_dir / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:1000])
@@ -134,7 +142,7 @@ def test_damaged_or_absent_weights_are_named(model_dir, tmp_path):
         InitialWeights(model_dir)
     for name in ("model.safetensors", "provenance.json"):
         with pytest.raises(ValueError, match=f"{name}: damaged"):
-            check_initial_model(load_config("sclong_tiny", overrides(model_dir)), genes)
+            check(load_config("sclong_tiny", overrides(model_dir)), genes)
         path.unlink()
         path.write_bytes(whole)
         (model_dir / "provenance.json").write_text("{}")

@@ -47,7 +47,7 @@ def run_dir(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config("sclong_tiny", [f"{k}={v}" for k, v in settings.items()])
     rng = np.random.default_rng(0)
     for first in (1, 11):
-        tracker = Tracker(config, run_dir, enabled=True, samples_node=True)
+        tracker = Tracker(config.tracking, run_dir, enabled=True, samples_node=True)
         tracker.start(
             params={}, tags={"corpus_hash": "c" * 64}, artifacts=[], resumed=first > 1,
             step=first - 1,

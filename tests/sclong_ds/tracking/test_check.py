@@ -37,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def check(uri: str, experiment: str, run_dir: Path) -> None:
     settings = [f"tracking.uri={uri}", f"tracking.experiment={experiment}"]
-    check_tracking(load_config("sclong_tiny", settings), run_dir)
+    check_tracking(load_config("sclong_tiny", settings).tracking, run_dir)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,9 @@ def test_a_store_that_never_answers_holds_up_no_start(
     monkeypatch.setattr(check_module, "_look_at", lambda *_: answers.wait())
     monkeypatch.setattr(check_module, "_WAIT_S", 0.01)
     settings = ["tracking.uri=http://127.0.0.1:9"]
-    check_tracking(load_config("sclong_tiny", settings), tmp_path, quiet=True)  # another rank tells
+    check_tracking(
+        load_config("sclong_tiny", settings).tracking, tmp_path, quiet=True
+    )  # another rank tells
     assert caplog.records == []
     check("http://127.0.0.1:9", "any", tmp_path)
     answers.set()

@@ -27,7 +27,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def begin(folder: Path, name: str, store: str, *, resumed: bool = False) -> Tracker:
     settings = [f"tracking.parent_run={folder}", f"tracking.uri={store}"]
     config = load_config("sclong_tiny", [*settings, "tracking.picture_cells=null"])
-    tracker = Tracker(config, folder / name, enabled=True)
+    tracker = Tracker(config.tracking, folder / name, enabled=True)
     tracker.start(params={}, tags={}, artifacts=[], resumed=resumed, step=0, summary={})
     tracker.log(1, {"train/loss": 0.5})
     return tracker

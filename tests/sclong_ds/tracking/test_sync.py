@@ -14,7 +14,7 @@ import pytest
 
 from sclong_ds.__main__ import main
 from sclong_ds.config.load import load_config
-from sclong_ds.config.strict_yaml import to_yaml
+from sclong_ds.config.strict_yaml import to_dict, to_yaml
 from sclong_ds.run_folder.files import read_run_json, update_run_json
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.tracking import sender as mlflow_store
@@ -50,15 +50,15 @@ def train(server: SimpleNamespace, run_dir: Path, *, refuses: set[str], end: Sta
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(to_yaml(config))
     (run_dir / "ds_config.json").write_text('{"zero_optimization": {"stage": 3}}')
-    tracker = Tracker(config, run_dir, enabled=True)
+    tracker = Tracker(config.tracking, run_dir, enabled=True)
     server.refuses = refuses if "" in refuses else set()
     hashes = {"corpus_hash": "a", "genes_hash": "b", "graph_hash": None}
     counts = {"n_cells_train": 9, "n_cells_validation": 1, "n_genes": 7, "n_datasets": 2}
     about = {"parameters": {"a": 5, "b": 6}, "world_size": 2, "corpus": "/c", "device": "cpu"}
     params = {"world_size": 2, "parameters": 11, "ds_config": {"zero_optimization": {"stage": 3}}}
     tracker.start(
-        params=params, tags={k: str(v) for k, v in hashes.items()}, artifacts=[], resumed=False,
-        summary=hashes | counts | about,
+        params=to_dict(config) | params, tags={k: str(v) for k, v in hashes.items()},
+        artifacts=[], resumed=False, summary=hashes | counts | about,
     )  # fmt: skip
     tracker.event("start", step=0)
     server.refuses = refuses

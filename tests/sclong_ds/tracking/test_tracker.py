@@ -20,6 +20,7 @@ import pytest
 
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import read_events, read_run_json, read_samples, update_run_json
 from sclong_ds.run_folder.identity import take_over_ids
@@ -71,11 +72,11 @@ def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
 def start(
     config: RunConfig, run_dir: Path, *, resumed: bool = False, step: int = 0
 ) -> tuple[Tracker, str | None]:
-    tracker = Tracker(config, run_dir, enabled=True)
+    tracker = Tracker(config.tracking, run_dir, enabled=True)
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text("a: 1\n")
     run_id = tracker.start(
-        params={"n_parameters": 12, "long": "x" * 7000},
+        params={**to_dict(config), "n_parameters": 12, "long": "x" * 7000},
         tags={"corpus_hash": "abc"},
         artifacts=[run_dir / "config.yaml"],
         resumed=resumed,
@@ -258,7 +259,7 @@ def test_uploads_go_on_after_a_missing_file(store: str, tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(make_config(uri=None), tmp_path / "run", enabled=False)
+    tracker = Tracker(make_config(uri=None).tracking, tmp_path / "run", enabled=False)
     assert tracker.start(params={}, tags={}, artifacts=[], resumed=False) is None
     tracker.log(1, {"train/loss": 1.0})
     tracker.event("start", step=0)
@@ -311,7 +312,7 @@ def test_description_of_a_run(
         "n_genes": 300, "n_datasets": 3, "world_size": 8, "device": "cpu", "parameters": {"a": 5},
     }  # fmt: skip
     for resumed in (False, True):
-        tracker = Tracker(config, tmp_path / "run", enabled=True)
+        tracker = Tracker(config.tracking, tmp_path / "run", enabled=True)
         run_id = tracker.start(
             params={"ds_config": {"zero_optimization": {"stage": 3}}},
             tags={"corpus_hash": "c" * 64}, artifacts=[], resumed=resumed, step=40 * resumed,
@@ -358,7 +359,7 @@ def test_every_node_is_sampled_into_the_one_run(
     trackers = []
     for rank, node in enumerate(("n 1", "n2")):
         monkeypatch.setenv("SLURMD_NODENAME", node)
-        tracker = Tracker(config, tmp_path / "run", enabled=rank == 0, samples_node=True)
+        tracker = Tracker(config.tracking, tmp_path / "run", enabled=rank == 0, samples_node=True)
         trackers.append(tracker)
         tracker.start(params={}, tags={}, artifacts=[], resumed=False)
         tracker.log(7, {"train/loss": 1.0})
@@ -378,7 +379,9 @@ def test_node_that_cannot_be_sampled_trains(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "system").write_text("a file where the folder should be")
-    tracker = Tracker(make_config(uri=None), tmp_path / "run", enabled=False, samples_node=True)
+    tracker = Tracker(
+        make_config(uri=None).tracking, tmp_path / "run", enabled=False, samples_node=True
+    )
     tracker.start(params={}, tags={}, artifacts=[], resumed=False)
     tracker.finish("FINISHED")
     assert "this node is not sampled: " in caplog.text

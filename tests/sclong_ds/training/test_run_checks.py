@@ -9,6 +9,7 @@ import pytest
 
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.training.run_checks import (
     changed_measure,
@@ -39,6 +40,12 @@ def test_another_corpus_or_any_other_input_is_refused_by_name(tmp_path: Path, na
     said = {"zero_stage": "ZeRO stage 3", "precision": "fp32"}.get(name, name)
     with pytest.raises(ValueError, match=said):
         refuse_other_inputs(tmp_path, SAVED, now)
+
+
+def changed(checkpoint: Path, config: RunConfig) -> list[str]:
+    """Return what a configuration measures otherwise than a checkpoint's."""
+    cells = config.run.validation_cells
+    return changed_measure(checkpoint, config.objective, validation_cells=cells)
 
 
 def changes(tmp_path: Path, before: list[str], now: list[str]) -> dict[str, tuple[object, object]]:
@@ -108,13 +115,13 @@ def test_a_changed_key_is_said_or_refused(tmp_path: Path, key: str) -> None:
     assert key in changed_settings(checkpoint / "config.yaml", config)
     if not key.startswith("objective."):
         refuse_changes(checkpoint, config)
-        assert changed_measure(checkpoint, config) == []
+        assert changed(checkpoint, config) == []
         return
     with pytest.raises(ValueError, match=rf"{key}: .* -> .*run\.accept_changes=true") as error:
         refuse_changes(checkpoint, config)
     accepted = load_config("sclong_tiny", [*overrides, "run.accept_changes=true"])
     refuse_changes(checkpoint, accepted)
-    (line,) = changed_measure(checkpoint, accepted)
+    (line,) = changed(checkpoint, accepted)
     assert line in str(error.value)
     assert "run.accept_changes" not in changed_settings(checkpoint / "config.yaml", accepted)
 
@@ -128,4 +135,4 @@ def test_consent_does_not_cover_another_model_or_corpus(tmp_path: Path) -> None:
 
 def test_validation_on_other_cells_measures_something_else(tmp_path: Path) -> None:
     config = load_config("sclong_tiny", ["run.validation_cells=9", "run.max_steps=9"])
-    assert changed_measure(saved_run(tmp_path), config) == ["run.validation_cells: 64 -> 9"]
+    assert changed(saved_run(tmp_path), config) == ["run.validation_cells: 64 -> 9"]
