@@ -106,20 +106,12 @@ def make_plan(
         )
     device = find_device(site.device, ranks_per_node=site.gpus_per_node)
     setup = Setup(
-        site.nodes * site.gpus_per_node,
-        site.device == "cpu",
-        genes,
-        work.n_edges,
+        site.nodes * site.gpus_per_node, site.device == "cpu", genes, work.n_edges,
         **_cell(config.objective, work),
-    )
+    )  # fmt: skip
     zero = zero_settings(ds_config)
-    parameters = _with_total(parameter_counts(model, genes))
-    recomputes, cell = config.engine.activation_checkpointing, _cell(config.objective, work)
-    flops = {
-        "forward": _with_total(flops_per_cell(model, genes, work.n_edges, **cell)),
-        "backward": _with_total(backward_flops_per_cell(model, genes, work.n_edges, **cell)),
-        "recompute": recompute_flops_per_cell(model, genes, **cell) if recomputes else 0,
-    }
+    parameters, steps = _with_total(parameter_counts(model, genes)), config.run.max_steps
+    flops = _flops_plan(model, config.engine, config.objective, work)
     batch = [key for key in ds_config if "batch_size" in key or "accumulation" in key]
     return {
         **asdict(site),
@@ -128,31 +120,39 @@ def make_plan(
         "device": {"name": site.device, **asdict(device)},
         "precision": config.engine.precision,
         "parameters": parameters,
-        "flops_per_cell": flops,
+        "flops_per_cell": {key: flops[key] for key in ("forward", "backward", "recompute")},
         "batch": {key: ds_config[key] for key in batch},
         "memory": _memory_plan(model, config.engine, zero, setup, device),
         "time": _time_plan(
             site,
             work,
-            training_flops=training_flops_per_cell(
-                model,
-                genes,
-                work.n_edges,
-                micro_batch=config.engine.train_micro_batch_size_per_gpu,
-                **cell,
-            ),
+            training_flops=flops["training"],
             peak_flops_per_s=device.flops_per_s(config.engine.precision),
             step_cells=config.engine.train_batch_size,
-            max_steps=config.run.max_steps,
+            max_steps=steps,
         )
-        | _schedule_plan(config.optim, max_steps=config.run.max_steps),
+        | _schedule_plan(config.optim, max_steps=steps),
         "checkpoint": _checkpoint_plan(
             config.checkpoint,
             parameters["total"],
             model_weight_bytes=0 if zero.stage == 3 else _element_bytes(config.engine),
             world_size=setup.world_size,
-            max_steps=config.run.max_steps,
+            max_steps=steps,
         ),
+    }
+
+
+def _flops_plan(
+    model: ModelConfig, engine: EngineConfig, objective: ObjectiveConfig, work: Workload
+) -> dict[str, Any]:
+    """Count the FLOPs of a cell by part, and those of training one."""
+    genes, edges, cell = work.n_genes, work.n_edges, _cell(objective, work)
+    recomputes, micro = engine.activation_checkpointing, engine.train_micro_batch_size_per_gpu
+    return {
+        "forward": _with_total(flops_per_cell(model, genes, edges, **cell)),
+        "backward": _with_total(backward_flops_per_cell(model, genes, edges, **cell)),
+        "recompute": recompute_flops_per_cell(model, genes, **cell) if recomputes else 0,
+        "training": training_flops_per_cell(model, genes, edges, micro_batch=micro, **cell),
     }
 
 

@@ -23,6 +23,7 @@ from sclong_ds.config.sections import (
     ModelConfig,
     ObjectiveConfig,
     RunConfig,
+    RunSection,
 )
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus, GeneStats
@@ -72,28 +73,26 @@ def build(
     config: RunConfig, ranks: Ranks, stop: StopRequest, starting: Starting, *, dry_run: bool
 ) -> Run:
     """Build the model, the engine and the tracker, and go back to the newest checkpoint."""
-    assert config.run.dir is not None
+    run_dir = Path(str(config.run.dir))
     starting.phase("tracking", "MLflow")
-    on_first_rank(lambda: check_tracking(config.tracking, Path(str(config.run.dir))))
+    on_first_rank(lambda: check_tracking(config.tracking, run_dir))
     starting.phase("corpus", f"the corpus at {config.data.corpus}")
-    run_dir, corpus = Path(config.run.dir), open_corpus(config.data)
+    corpus = open_corpus(config.data)
     starting.phase("model", "the model and its optimizer, or another rank that makes them")
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
     model = build_partitioned(
         lambda: make_model(config.model, corpus), seed=config.run.seed, ds_config=ds_config
     )
     set_options(model, config.engine, ds_config)
-    weights = None
-    if config.run.init_from is not None:
-        weights = initial_weights(
-            Path(config.run.init_from), config.model, corpus, target_sum=config.data.target_sum,
-            run_dir=run_dir,
-        )  # fmt: skip
+    weights = initial_weights(
+        config.run.init_from, config.model, corpus, target_sum=config.data.target_sum,
+        run_dir=run_dir,
+    )  # fmt: skip
     if weights is not None:
         fill_parameters(model, weights)
     state = first_state(config, ranks, corpus, ds_config)
-    everywhere = replace(config, run=replace(config.run, dir=None))
-    check_same_on_all_ranks(to_yaml(everywhere), state, model)
+    shared = to_yaml(replace(config, run=replace(config.run, dir=None)))
+    check_same_on_all_ranks(shared, state, model)
     describe(config, ranks, corpus, model, ds_config)
     engine = initialize(model, optim=config.optim, ds_config=ds_config, waits=starting.waits)
     if weights is not None and config.engine.precision == "bf16":
@@ -117,11 +116,7 @@ def build(
             timeout_s=config.engine.timeout_s,
             node=node_name(),
         ),
-        guard=StepGuard(
-            spike_zscore=config.run.spike_zscore,
-            spike_window=config.run.spike_window,
-            max_skipped_in_a_row=config.run.max_skipped_steps,
-        ),
+        guard=step_guard(config.run),
         flops_per_cell=training_flops(corpus, model, config.engine, config.objective),
         peak_flops=peak_flops(config.engine, ranks),
         gradient_norms=GradientNorms(engine, model),
@@ -134,6 +129,15 @@ def build(
         starting.phase("checkpoint", f"the newest checkpoint in {run_dir}", patience=PATIENCE)
         open_run_folder(run, ds_config, starting)
     return run
+
+
+def step_guard(settings: RunSection) -> StepGuard:
+    """Return the guard of a run's steps."""
+    return StepGuard(
+        spike_zscore=settings.spike_zscore,
+        spike_window=settings.spike_window,
+        max_skipped_in_a_row=settings.max_skipped_steps,
+    )
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -201,15 +205,18 @@ def peak_flops(engine: EngineConfig, ranks: Ranks) -> float | None:
 
 
 def initial_weights(
-    folder: Path, model: ModelConfig, corpus: Corpus, *, target_sum: float, run_dir: Path
+    init_from: str | None, model: ModelConfig, corpus: Corpus, *, target_sum: float, run_dir: Path
 ) -> InitialWeights | None:
-    """Return the weights of `run.init_from` that a new run starts from; None for one that resumes.
+    """Return the weights that a new run starts from, if not from random ones.
 
     Raises:
         ValueError: The model of `run.init_from` is not the run's.
     """
+    if init_from is None:
+        return None
     if on_first_rank(lambda: bool(complete_checkpoints(run_dir / "checkpoints"))):
         return None
+    folder = Path(init_from)
     on_first_rank(lambda: check_initial_model(folder, model, corpus.genes, target_sum=target_sum))
     log.info("weights: from %s", folder)
     return InitialWeights(folder)
