@@ -24,9 +24,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from sclong_ds.command_line import parse_arguments
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import RunConfig
+from sclong_ds.job import failures
+from sclong_ds.job.signals import StopRequest
+from sclong_ds.job.starting import Starting
+from sclong_ds.run_folder.identity import node_name
+from sclong_ds.training.run_checks import check_inputs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,52 +49,6 @@ def parser() -> argparse.ArgumentParser:
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add("overrides", nargs="*", metavar="key=value", help="for instance run.max_steps=100")
     return parser
-
-
-if __name__ == "__main__":
-    # --help and a wrong command line need not wait for the imports below, which take seconds.
-    parse_arguments(parser(), None)
-
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from sclong_ds.config.load import load_config
-from sclong_ds.config.sections import RunConfig
-from sclong_ds.engine.deepspeed_engine import (
-    limit_norm,
-    peak_memory_gib,
-    quiet_deepspeed,
-    set_hyper_parameters,
-)
-from sclong_ds.engine.ranks import (
-    Ranks,
-    UnreadableCellsError,
-    join_process_group,
-    sum_or_raise,
-    sum_over_ranks,
-)
-from sclong_ds.job import failures
-from sclong_ds.job.exit_status import STOP_STATUS
-from sclong_ds.job.signals import StopRequest
-from sclong_ds.job.starting import Starting
-from sclong_ds.loader.batches import CellBatch, StepBatch
-from sclong_ds.loader.loader import CellLoader, open_stream
-from sclong_ds.loader.weights import weights_of
-from sclong_ds.model.random_features import redraw_index
-from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_error
-from sclong_ds.objective.targets import prepare
-from sclong_ds.run_folder.identity import node_name
-from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
-from sclong_ds.tracking.client import Status
-from sclong_ds.training.build import build
-from sclong_ds.training.run import Run
-from sclong_ds.training.run_checks import check_inputs
-from sclong_ds.training.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
-from sclong_ds.training.timing import StepTimer
-from sclong_ds.training.validation import validate, validation_is_due
-
-log = logging.getLogger("sclong_ds.pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,13 +67,60 @@ def main(argv: Sequence[str] | None = None) -> int:
             format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True,
         )  # fmt: skip
         with starting_of(run_dir, stop, timeout_s=config.engine.timeout_s) as starting:
-            ranks = join(starting, timeout_s=config.engine.timeout_s)
-            status = train_as_rank(config, ranks, stop, starting, dry_run=args.dry_run)
-        dist.destroy_process_group()
-        return status
-    except (ValueError, OSError, RuntimeError) as error:
+            # This module by its name: run as a program, it ends here before the imports below.
+            whole = import_module("sclong_ds.pretrain")
+            return int(whole.train_in_group(config, stop, starting, args.dry_run))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         # The process group is left as it is: with NCCL, destroying it can wait for the other ranks.
         return failures.report(error, run_dir)
+
+
+def starting_of(run_dir: Path | None, stop: StopRequest, *, timeout_s: int) -> Starting:
+    """Return the watch over this rank's start."""
+    return Starting(
+        run_dir, stop, rank=int(os.environ.get("RANK", "0")), node=node_name(),
+        timeout_s=timeout_s,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds, and minutes where many nodes read them at once:
+    # a wrong command is told at once, and the start can be seen and stopped meanwhile.
+    failures.run_to_end(main)
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from sclong_ds.engine.deepspeed_engine import (
+    limit_norm,
+    peak_memory_gib,
+    quiet_deepspeed,
+    set_hyper_parameters,
+)
+from sclong_ds.engine.ranks import (
+    Ranks,
+    UnreadableCellsError,
+    join_process_group,
+    sum_or_raise,
+    sum_over_ranks,
+)
+from sclong_ds.job.exit_status import STOP_STATUS
+from sclong_ds.loader.batches import CellBatch, StepBatch
+from sclong_ds.loader.loader import CellLoader, open_stream
+from sclong_ds.loader.weights import weights_of
+from sclong_ds.model.random_features import redraw_index
+from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_error
+from sclong_ds.objective.targets import prepare
+from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
+from sclong_ds.tracking.client import Status
+from sclong_ds.training.build import build
+from sclong_ds.training.run import Run
+from sclong_ds.training.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
+from sclong_ds.training.timing import StepTimer
+from sclong_ds.training.validation import validate, validation_is_due
+
+log = logging.getLogger("sclong_ds.pretrain")
 
 
 def train(config: RunConfig) -> Path:
@@ -151,18 +160,18 @@ def train(config: RunConfig) -> Path:
     return run_dir
 
 
-def starting_of(run_dir: Path | None, stop: StopRequest, *, timeout_s: int) -> Starting:
-    """Return the watch over this rank's start."""
-    return Starting(
-        run_dir, stop, rank=int(os.environ.get("RANK", "0")), node=node_name(),
-        timeout_s=timeout_s,
-    )  # fmt: skip
-
-
 def join(starting: Starting, *, timeout_s: int) -> Ranks:
     """Join the ranks of the run."""
     quiet_deepspeed()
     return join_process_group(timeout_s=2 * PATIENCE * timeout_s, watch=starting)
+
+
+def train_in_group(config: RunConfig, stop: StopRequest, starting: Starting, dry_run: bool) -> int:
+    """Join the ranks, train, leave them, and return the exit status."""
+    ranks = join(starting, timeout_s=config.engine.timeout_s)
+    status = train_as_rank(config, ranks, stop, starting, dry_run=dry_run)
+    dist.destroy_process_group()
+    return status
 
 
 def train_as_rank(
@@ -471,7 +480,3 @@ class Progress:
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
-
-
-if __name__ == "__main__":
-    failures.run_to_end(main)

@@ -68,6 +68,11 @@ def report(error: Exception, run_dir: Path | None) -> int:
         run_dir: Where to record it, for a Slurm job; None: nowhere.
     """
     message = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        message += (
+            f": {sys.executable} cannot import what training needs; use the environment that "
+            f"requirements.txt was installed in, or install it again"
+        )
     rank = int(os.environ.get("RANK", "0"))
     # A message that finds no room, in a log on a full disk, must not change the status.
     with contextlib.suppress(OSError):

@@ -5,10 +5,11 @@
 
 Until the training loop takes over, the main thread may hang where nothing can interrupt it: in a
 collective, in a lock of another process, in a file system. A daemon thread logs what it waits for,
-after half a minute and then ever more rarely; it writes the rank's heartbeat file, which `status`
-reads, after the first seconds; it ends the process at the phase's time-out with status 71, and at
-SIGTERM, SIGINT or when the launcher is gone, with status 75: nothing was trained that could be
-lost. SIGUSR1, which batch systems send in advance, is left to the training loop.
+after half a minute and then ever more rarely; it ends the process at the phase's time-out with
+status 71, and at SIGTERM, SIGINT or when the launcher is gone, with status 75: nothing was trained
+that could be lost. SIGUSR1, which batch systems send in advance, is left to the training loop.
+Another one writes the rank's heartbeat file, which `status` reads, at once and every few seconds:
+the run folder's file system may be what hangs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import logging
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -37,6 +39,8 @@ log = logging.getLogger("sclong_ds.pretrain")
 
 _ENDS = frozenset({signal.SIGTERM, signal.SIGINT})
 _LOOK_S, _WRITE_S = 0.5, 5.0
+_FILES_S = 5.0
+"""Longest wait for a file system at the end of a start."""
 _FIRST_NOTICE_S = 30.0
 LEAST_TIMEOUT_S = 600.0
 """Compilers take minutes, whatever a run's own time-out is."""
@@ -53,6 +57,8 @@ class _Phase:
 class Starting:
     """Watches the start of a rank; a context manager, which `done` ends early.
 
+    Its first phase is that of the imports.
+
     Args:
         run_dir: Run folder, for the heartbeat; None: no heartbeat.
         stop: The request to stop.
@@ -66,20 +72,25 @@ class Starting:
     ) -> None:
         self._run_dir, self._stop, self._rank, self._node = run_dir, stop, rank, node
         self._timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
-        self._made_folder = run_dir is not None and not run_dir.exists()
-        self._begun = time.monotonic()
-        self._phase = _Phase("settings", "the settings", self._begun, self._timeout_s)
-        self._notice_s, self._written, self._next_write_s = _FIRST_NOTICE_S, 0, _WRITE_S
-        self._ended = threading.Event()
+        # One that holds heartbeats alone was made by another rank of this start.
+        self._made_folder = run_dir is not None and (
+            not run_dir.exists() or os.listdir(run_dir) == ["heartbeat"]
+        )
+        imports = f"the imports from {sys.prefix}"
+        self._phase = _Phase("imports", imports, time.monotonic(), self._timeout_s)
+        self._notice_s, self._written = _FIRST_NOTICE_S, 0
+        self._ended, self._news, self._failed = threading.Event(), threading.Event(), False
         self._pipe: tuple[int, ...] = ()
-        self._thread = threading.Thread(target=self._watch, name="starting", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="starting", daemon=True)
+        self._writer = threading.Thread(target=self._keep_heartbeat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         # Python's own handlers wait until the main thread is back from what it hangs in.
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._thread.start()
+        self._watcher.start()
+        self._writer.start()
         return self
 
     def __exit__(
@@ -88,10 +99,8 @@ class Starting:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        trains = self._ended.is_set()
+        self._failed = kind is not None and not self._ended.is_set()
         self.done()
-        if kind is not None and not trains:
-            self._leave_nothing()
 
     def phase(self, name: str, waits_for: str, *, patience: float = 1.0) -> None:
         """Tell what begins.
@@ -103,6 +112,7 @@ class Starting:
         """
         self._notice_s = _FIRST_NOTICE_S
         self._phase = _Phase(name, waits_for, time.monotonic(), patience * self._timeout_s)
+        self._news.set()
 
     def waits(self, what: str) -> None:
         """Tell what the phase waits for now."""
@@ -114,8 +124,10 @@ class Starting:
         if self._ended.is_set() or not self._pipe:
             return
         self._ended.set()
+        self._news.set()
         signal.set_wakeup_fd(-1)
-        self._thread.join()
+        self._watcher.join()
+        self._writer.join(_FILES_S)
         for end in self._pipe:
             os.close(end)
 
@@ -135,9 +147,6 @@ class Starting:
                 # Rank 0 tells what all wait for; a thousand others only what is their own.
                 if self._rank == 0 or phase.name == "extensions":
                     log.warning("rank %d (%s): %s", self._rank, self._node, self._words())
-            if now - self._begun >= self._next_write_s:
-                self._next_write_s = now - self._begun + _WRITE_S
-                self._write_heartbeat()
 
     def _words(self) -> str:
         phase = self._phase
@@ -155,11 +164,25 @@ class Starting:
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process().children(recursive=True):
                 child.kill()
-        self._leave_nothing()
+        self._failed = True
+        self._ended.set()
+        self._news.set()
+        self._writer.join(_FILES_S)
         os._exit(status)
 
     def _path(self, run_dir: Path) -> Path:
         return run_dir / "heartbeat" / f"rank_{self._rank:05d}.json"
+
+    def _keep_heartbeat(self) -> None:
+        """Write the heartbeat until the start is over; runs on a daemon thread of its own."""
+        while True:
+            self._news.clear()
+            if self._ended.is_set():
+                break
+            self._write_heartbeat()
+            self._news.wait(_WRITE_S)
+        if self._failed:
+            self._leave_nothing()
 
     def _write_heartbeat(self) -> None:
         """Write the rank's heartbeat; a file system that fails does not end a start."""

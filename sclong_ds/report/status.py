@@ -160,7 +160,8 @@ def read_status(run_dir: Path) -> RunStatus:
     now = time.time()
     ranks = _ranks(run_dir / "heartbeat", now)
     if not (run_dir / RUN_FILE).is_file() and not _starting(ranks):
-        raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {_no_run_yet(run_dir, starts)}")
+        why = _no_run_yet(run_dir, starts, ranks)
+        raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it, {why}")
     say_changes(run_dir)
     record, events = read_run_json(run_dir), read_events(run_dir)
     rows = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
@@ -207,8 +208,15 @@ def read_status(run_dir: Path) -> RunStatus:
     )
 
 
-def _no_run_yet(run_dir: Path, starts: list[Start]) -> str:
+def _no_run_yet(run_dir: Path, starts: list[Start], ranks: Sequence[RankStatus]) -> str:
     """Say why a folder is no run, or not yet one."""
+    if ranks:
+        newest = min(ranks, key=lambda rank: rank.age_s)
+        return (
+            f"so no training has begun: rank {newest.rank} on {newest.node} was last heard of "
+            f"{_duration(newest.age_s)} ago, waiting for {newest.waits_for} "
+            f"({newest.phase.removeprefix(STARTING)}); it was killed or hangs with its node"
+        )
     if not starts:
         return "so this is no run; give the folder that training writes to (run.dir)"
     last = starts[-1]

@@ -7,6 +7,7 @@ random_features.safetensors and run.json into the run folder.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import zipfile
 from dataclasses import replace
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.sections import (
     DataConfig,
     EngineConfig,
@@ -56,7 +60,6 @@ from sclong_ds.training.resume import first_state, open_run_folder
 from sclong_ds.training.run import Run, describe, device_name
 from sclong_ds.training.run_checks import (
     check_run_folder,
-    check_same_on_all_ranks,
 )
 from sclong_ds.training.saving import PATIENCE
 from sclong_ds.training.timing import RankTimes
@@ -138,6 +141,33 @@ def step_guard(settings: RunSection) -> StepGuard:
         spike_window=settings.spike_window,
         max_skipped_in_a_row=settings.max_skipped_steps,
     )
+
+
+def check_same_on_all_ranks(settings: str, state: TrainState, model: ScLong) -> None:
+    """Check that all ranks read the same files and draw the same random features.
+
+    Args:
+        settings: The configuration as text, without what may differ between ranks.
+        state: State that the run begins with.
+        model: The model.
+
+    Raises:
+        ValueError: Which ranks differ from rank 0.
+    """
+    features = [
+        performer.features(torch.device("cpu"))[0].numpy().tobytes()
+        for performer in model.performers().values()
+    ]
+    mine = hashlib.sha256(b"".join(features) + repr(state).encode() + settings.encode()).hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    different = [r for r, other in enumerate(everyone) if other != everyone[0]]
+    if different:
+        raise ValueError(
+            f"ranks {different} have another configuration, corpus, gene graph or random features "
+            f"than rank 0: check that all nodes see the same files and have the same library "
+            f"versions"
+        )
 
 
 def open_corpus(data: DataConfig) -> Corpus:

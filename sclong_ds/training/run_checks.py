@@ -1,29 +1,26 @@
-"""What a training run checks before it starts or resumes, and its messages when it cannot."""
+"""What a training run checks before it starts or resumes, and its messages when it cannot.
+
+`check_inputs` runs before the imports that take long: nothing here needs torch.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
-from sclong_ds.loader.weights import read_weights
-from sclong_ds.model.sclong import ScLong
 from sclong_ds.run_folder.credentials import without_credentials
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Check what the command line must name, before any process group is joined.
+    """Check what the command line must name, before anything is imported or joined.
 
     Raises:
         ValueError: A required setting is missing.
@@ -66,6 +63,9 @@ def check_inputs(config: RunConfig) -> None:
     if "://" not in corpus and not Path(corpus).is_dir():
         raise FileNotFoundError(f"data.corpus={corpus}: no such folder")
     if config.data.dataset_weights is not None:
+        # Imported late: few runs have such a file, and numpy and zarr come with it.
+        from sclong_ds.loader.weights import read_weights
+
         read_weights(Path(config.data.dataset_weights))
 
 
@@ -170,33 +170,6 @@ def _in_steps(tree: dict[str, Any], optim: OptimConfig) -> dict[str, Any]:
         return tree
     resolved = replace(optim, **{key: found[key] for key in keys}).in_steps(steps)
     return tree | {"optim": found | {key: getattr(resolved, key) for key in keys}}
-
-
-def check_same_on_all_ranks(settings: str, state: TrainState, model: ScLong) -> None:
-    """Check that all ranks read the same files and draw the same random features.
-
-    Args:
-        settings: The configuration as text, without what may differ between ranks.
-        state: State that the run begins with.
-        model: The model.
-
-    Raises:
-        ValueError: Which ranks differ from rank 0.
-    """
-    features = [
-        performer.features(torch.device("cpu"))[0].numpy().tobytes()
-        for performer in model.performers().values()
-    ]
-    mine = hashlib.sha256(b"".join(features) + repr(state).encode() + settings.encode()).hexdigest()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    different = [r for r, other in enumerate(everyone) if other != everyone[0]]
-    if different:
-        raise ValueError(
-            f"ranks {different} have another configuration, corpus, gene graph or random features "
-            f"than rank 0: check that all nodes see the same files and have the same library "
-            f"versions"
-        )
 
 
 def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> None:

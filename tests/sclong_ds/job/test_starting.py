@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT
+from launching import ROOT, environment
 
 from sclong_ds.report.status import describe, read_status
 from sclong_ds.run_folder.heartbeats import read_heartbeats
@@ -22,8 +23,10 @@ from sclong_ds.job.signals import StopRequest
 from sclong_ds.job import starting
 
 starting._WRITE_S = starting._FIRST_NOTICE_S = 0.1
-starting.LEAST_TIMEOUT_S = 0.0
+starting.LEAST_TIMEOUT_S, starting._FILES_S = 0.0, 0.2
 how, folder, timeout_s = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+if how == "with its files":
+    starting.os.replace = lambda *_: threading.Event().wait()
 run = starting.Starting(folder, StopRequest(), rank=0, node="n1", timeout_s=timeout_s)
 with run:
     run.phase("rendezvous", "3 other ranks")
@@ -53,7 +56,7 @@ def start(how: str, folder: Path, *, timeout_s: float = 300.0) -> subprocess.Pop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("how", ["in C", "in python"])
+@pytest.mark.parametrize("how", ["in C", "in python", "with its files"])
 def test_a_signal_ends_a_start_that_hangs(tmp_path: Path, how: str, number: signal.Signals) -> None:
     process = start(how, tmp_path / "run")
     assert process.stdout is not None
@@ -63,7 +66,61 @@ def test_a_signal_ends_a_start_that_hangs(tmp_path: Path, how: str, number: sign
     assert process.returncode == 75
     assert f"error: rank 0 (n1): stopped by {number.name} while starting" in said
     assert "phase 'rendezvous': waits for nobody since" in said
+    assert how == "with its files" or not (tmp_path / "run").exists()
+
+
+def test_a_training_is_seen_and_ends_while_it_imports(tmp_path: Path) -> None:
+    (tmp_path / "lib" / "torch").mkdir(parents=True)
+    (tmp_path / "lib" / "torch" / "__init__.py").write_text("import time; time.sleep(600)")
+    corpus, folder = tmp_path / "corpus", tmp_path / "run"
+    corpus.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sclong_ds.pretrain", "--config", "sclong_tiny",
+         f"run.dir={folder}", f"data.corpus={corpus}", "model.gene_encoder=embedding"],
+        cwd=tmp_path, env=environment() | {"PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}"}, text=True,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not read_heartbeats(folder / "heartbeat"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    status = read_status(folder)
+    assert status.state == "starting"
+    assert "starting     waits for the imports from" in describe(status)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert "stopped by SIGTERM while starting, phase 'imports': waits for the imports" in said
+    assert not folder.exists()
+
+
+def test_a_training_without_its_libraries_ends_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import libcudart_of_another_driver")
+    (tmp_path / "corpus").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "sclong_ds.pretrain", "--config", "sclong_tiny",
+         f"run.dir={tmp_path / 'run'}", f"data.corpus={tmp_path / 'corpus'}",
+         "model.gene_encoder=embedding"],
+        cwd=tmp_path, env=environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: No module named 'libcudart_of_another_driver': ")
+    assert f"{sys.executable} cannot import what training needs" in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_was_killed_is_named(tmp_path: Path) -> None:
+    process = start("in C", tmp_path / "run")
+    while not (beats := list(tmp_path.glob("run/heartbeat/rank_*.json"))):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    os.utime(beats[0], (0, time.time() - 300))
+    with pytest.raises(FileNotFoundError, match="rank 0 on n1 was last heard of 5 min ago, wait"):
+        read_status(tmp_path / "run")
 
 
 def test_a_start_that_hangs_is_said_shown_and_ended(tmp_path: Path) -> None:
