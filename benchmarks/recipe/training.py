@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
 from benchmarks.recipe.baselines import baseline_predictions, hidden_mask
 from benchmarks.recipe.panel import Panel
@@ -27,6 +28,7 @@ from sclong_ds.engine.deepspeed_engine import parameter_groups
 from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.model import performer
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.model.values.cell_vector import CellStart, principal_directions
 from sclong_ds.objective.batch import masked_squared_error
 from sclong_ds.objective.scores import TargetTable, scores
 from sclong_ds.objective.targets import Targets
@@ -134,7 +136,17 @@ def build(panel: Panel, config: RunConfig, extra: dict[str, str], *, seed: int) 
         graph=graph,
         gene_vectors=vectors,
         output_mean=first_output(config.model, panel.stats),
+        cell_start=_cell_start(panel, config),
     )
+
+
+def _cell_start(panel: Panel, config: RunConfig) -> CellStart | None:
+    """Return what the cell's vector starts from, as training does, of all training cells."""
+    centre = panel.stats.mean_expressed
+    if config.model.cell_vector != "svd":
+        return CellStart(centre, None)
+    values = csr_matrix(panel.train.values(np.arange(len(panel.train.rows))).numpy())
+    return CellStart(centre, principal_directions(values, centre, config.model.base_dim))
 
 
 def train(net: ScLong, panel: Panel, config: RunConfig, *, seed: int) -> None:

@@ -102,6 +102,12 @@ class ModelConfig:
     log rate, and the value is that expected of a Poisson count of 1 or more at the cell's depth (a
     zero-truncated Poisson regression with the log depth as offset); the smallest visible value is
     taken for one count, so counts must be whole. none: nothing (scLong)."""
+    cell_vector: Literal["none", "random", "svd"]
+    """A vector of the cell, made of its visible values, that every prediction reads beside its
+    gene's representation: the values less the gene's mean, summed with a learned vector per gene,
+    and an MLP. random: these vectors start at normal(0, 0.02); svd: they start at the principal
+    directions of the first training cells, and so the model at a principal component imputation.
+    none: scLong."""
     attention: Literal["favor", "softmax"]
     """Attention of the stacks that do not set their own. favor: FAVOR+ random features, linear in
     the genes; softmax: exact attention, quadratic (random_features, favor_eps, stabiliser_scope and

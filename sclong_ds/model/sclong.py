@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from sclong_ds.config.sections import ModelConfig, PerformerConfig
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
-from sclong_ds.model.expression_encoder import ExpressionEncoder
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import CellSpans, Performer, select_tokens
 from sclong_ds.model.pooling import MEAN, Layer, Part, Recipe, pool_parts
@@ -39,7 +38,9 @@ from sclong_ds.model.routing import (
     route,
     unknown_genes,
 )
-from sclong_ds.model.value_head import ValueHead
+from sclong_ds.model.values.cell_vector import CellStart, CellVector
+from sclong_ds.model.values.expression_encoder import ExpressionEncoder
+from sclong_ds.model.values.value_head import ValueHead
 
 
 class ScLong(nn.Module):
@@ -53,6 +54,8 @@ class ScLong(nn.Module):
         features: Random features (M, K) by `stack.layer` to use before the first redraw, or None.
         output_mean: Initial prediction with config.head_init `mean`: per gene (G,) when
             config.gene_bias, else one number.
+        cell_start: What the cell's vector starts from, with config.cell_vector; None: zeros and
+            random vectors.
     """
 
     genes: GeneVocabulary
@@ -73,6 +76,7 @@ class ScLong(nn.Module):
         gene_vectors: np.ndarray | None = None,
         features: Mapping[str, Tensor] | None = None,
         output_mean: float | np.ndarray = 0.0,
+        cell_start: CellStart | None = None,
     ) -> None:
         super().__init__()
         check_sizes(config, n_genes, graph, gene_vectors)
@@ -97,12 +101,16 @@ class ScLong(nn.Module):
             self.mini_encoder = self._performer("mini_encoder", base, features)
         self.decoder = self._performer("decoder", base, features)
         self.norm = nn.LayerNorm(base)
+        if config.cell_vector != "none":
+            self.cell_vector = CellVector(n_genes, base, start=cell_start)
         mean = np.broadcast_to(output_mean, n_genes) if config.gene_bias else output_mean
         self.head = ValueHead(
             base,
             kind=config.head,
             mean=mean if config.head_init == "mean" else None,
             offset=config.cell_offset,
+            cell_genes=0 if config.cell_vector == "none" else n_genes,
+            start=cell_start,
         )
 
     def _performer(self, name: str, dim: int, features: Mapping[str, Tensor] | None) -> Performer:
@@ -141,11 +149,12 @@ class ScLong(nn.Module):
             (B, G), or (B, P), predicted values.
         """
         h = self._represent(x, mask, positions, lengths, unmeasured)["decoder"]
-        if self.config.cell_offset == "none":
+        if self.config.cell_offset == "none" and self.config.cell_vector == "none":
             return self.head(h, positions)
         unknown = unknown_genes(mask, unmeasured, routing="top")
         visible = x > 0 if unknown is None else (x > 0) & ~unknown
-        return self.head(h, positions, x=x, visible=visible)
+        cell = None if self.config.cell_vector == "none" else self.cell_vector(x, visible)
+        return self.head(h, positions, x=x, visible=visible, cell=cell)
 
     def encode(
         self,

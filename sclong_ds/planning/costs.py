@@ -106,10 +106,18 @@ def parameter_shapes(model: ModelConfig, n_genes: int) -> dict[str, list[tuple[i
         ]
         layer += [(width,)] * 6 + ([(3 * inner,)] if model.qkv_bias else [])
         shapes[name] = layer * stack.depth
-    return shapes | {
-        "norm": [(c,), (c,)],
-        "head": [*mlp_head, (c,), (n_genes if model.gene_bias else 1,)],
-    }
+    cell: dict[str, list[tuple[int, ...]]] = {}
+    slopes: list[tuple[int, ...]] = []
+    if model.cell_vector != "none":
+        slopes = [(n_genes, c)]
+        cell["cell_vector"] = [(n_genes,), (n_genes, c), (c,), (c,), (2 * c, c), (2 * c,)]
+        cell["cell_vector"] += [(c, 2 * c), (c,)]
+    return (
+        shapes
+        | {"norm": [(c,), (c,)]}
+        | cell
+        | {"head": [*mlp_head, (c,), (n_genes if model.gene_bias else 1,), *slopes]}
+    )
 
 
 def parameter_counts(model: ModelConfig, n_genes: int) -> dict[str, int]:
@@ -226,6 +234,12 @@ def _flops(
         # The last product is with a vector; its backward is one such product and an outer product.
         "head": (mlp + vector, 2 * mlp + vector),
     }
+    if model.cell_vector != "none":
+        # Values less their centres, whose gradient is wanted too, with a vector each; the MLP; and
+        # at the head a product of each predicted gene's weights with the cell's vector.
+        summed, body = 2 * n_genes * c, 2 * 2 * c * 2 * c
+        flops["cell_vector"] = (summed + body, 2 * summed + 2 * body)
+        flops["head"] = (mlp + 2 * vector, 2 * mlp + vector + 2 * vector)
     if model.contextual_encoder != "mini":
         flops |= {"to_large": (cross, 2 * cross), "from_large": (cross, 2 * cross)}
     for name, (stack, width, n) in stacks(model, n_genes, n_expressed).items():
@@ -283,9 +297,8 @@ def activation_bytes(
         Bytes per cell; the split between cells is exact in fp32 for micro-batches above 1.
     """
     e, c, top = element_bytes, model.base_dim, top_genes(model, n_expressed)
-    all_tokens, stats, wanted = n_genes + model.pad_token, 8, n_genes
-    if n_wanted is not None:
-        wanted = n_wanted
+    all_tokens, stats = n_genes + model.pad_token, 8
+    wanted = n_genes if n_wanted is None else n_wanted
     n, some = read_tokens(model, n_genes, n_expressed), model.zero_genes is not None
     given = n if some else all_tokens
     parts = {
@@ -293,9 +306,10 @@ def activation_bytes(
         "batch_and_loss": (4 + 1) * given + (4 + 1) * wanted + (2 * n if e == 2 else 0),
         "expression_encoder": n * (model.expression_hidden * e + c * e + stats),
         "norm": n * (c * e + stats),
-        "head": wanted * c * e * (3 if model.head == "mlp" else 1)
-        + _offset_bytes(model, n_genes, wanted),
+        "head": _head_bytes(model, n_genes, n_wanted, e),
     }
+    if model.cell_vector != "none":
+        parts["cell_vector"] = _cell_vector_bytes(model, n_genes, e)
     packed = model.routing == "expressed"
     if model.contextual_encoder != "mini":
         # Two int64 permutations, the top genes that to_large reads: of packed cells a view.
@@ -316,6 +330,15 @@ def activation_bytes(
     return parts
 
 
+def _head_bytes(model: ModelConfig, n_genes: int, n_wanted: int | None, e: int) -> int:
+    """Return what the head keeps of a cell, bytes."""
+    wanted, c = n_genes if n_wanted is None else n_wanted, model.base_dim
+    kept = wanted * c * e * (3 if model.head == "mlp" else 1)
+    if model.cell_vector != "none" and n_wanted is not None:
+        kept += wanted * c * e  # a copy of the weights of these genes
+    return kept + _offset_bytes(model, n_genes, wanted)
+
+
 def _offset_bytes(model: ModelConfig, n_genes: int, wanted: int) -> int:
     """Return what `model.cell_offset` keeps of a cell, bytes, in fp32 at least."""
     if model.cell_offset == "visible":
@@ -326,6 +349,14 @@ def _offset_bytes(model: ModelConfig, n_genes: int, wanted: int) -> int:
         # of counts, and half a count's.
         return wanted * (counts + 5 * 4 + 1) + counts + 4
     return 0
+
+
+def _cell_vector_bytes(model: ModelConfig, n_genes: int, e: int) -> int:
+    """Return what `model.cell_vector` keeps of a cell, bytes."""
+    # Which values are visible, unless the offset keeps it already; values less their centres; the
+    # MLP's inputs and result, of which two are twice as wide.
+    visible = 0 if model.cell_offset == "visible" else n_genes
+    return visible + n_genes * e + 7 * model.base_dim * e + 8
 
 
 def _layer_bytes(model: ModelConfig, stack: PerformerConfig, width: int, e: int) -> int:

@@ -77,6 +77,7 @@ def reference_config(state: Mapping[str, Tensor], *, top_seq_len: int) -> ModelC
         head_init="random",
         gene_bias=False,
         cell_offset="none",
+        cell_vector="none",
         attention="favor",
         favor_eps=1e-4,
         random_features="orthogonal_qr",

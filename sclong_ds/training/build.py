@@ -48,6 +48,7 @@ from sclong_ds.job.starting import Starting
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.performer import PerformerLayer
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.cell_start import cell_start
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.targets import target_count
 from sclong_ds.planning.costs import training_flops_per_cell
@@ -292,6 +293,7 @@ def make_model(model: ModelConfig, corpus: Corpus) -> ScLong:
         gene_vectors=vectors,
         features=features,
         output_mean=first_output(model, stats),
+        cell_start=cell_start(model, corpus),
     )
 
 

@@ -1,7 +1,7 @@
 """The model: published sizes, stated order of genes, batch invariance, and that it uses what it is
 given.
 
-Covers also `sclong_ds/model/expression_encoder.py`, `sclong_ds/model/gene_encoder.py`.
+Covers also `sclong_ds/model/values/expression_encoder.py`, `sclong_ds/model/gene_encoder.py`.
 """
 
 import dataclasses

@@ -94,6 +94,7 @@ VARIANTS = [
     },
     {"large_encoder": stack(3, 3, 8, 13, 4, "softmax")},
     {"attention": "softmax", "mini_encoder": stack(2, 2, 4, 5, 3, "favor")},
+    {"cell_vector": "random", "gene_bias": True},
     {"stabiliser_scope": "head", "decoder": stack(2, 1, 4, None, 4)},
 ]
 
@@ -176,6 +177,7 @@ def test_flops_equal_those_torch_counts(changes):
         {"zero_genes": 9},
         {"zero_genes": 9, "attention": "softmax", "decoder": stack(2, 2, 6, 7, 2)},
         {"zero_genes": 60, "contextual_encoder": "mini"},
+        {"zero_genes": 9, "cell_vector": "svd", "cell_offset": "poisson"},
     ],
 )
 def test_flops_of_fewer_tokens_and_predictions(changes, n_expressed, n_wanted):
@@ -295,6 +297,8 @@ def test_kept_activations_equal_what_autograd_saves(changes, recompute):
         {"zero_genes": 9, "large_encoder": stack(3, 3, 8, 13, 4, "softmax")},
         {"zero_genes": 9, "contextual_encoder": "large"},
         {"zero_genes": 9, "contextual_encoder": "mini"},
+        {"zero_genes": 9, "cell_vector": "random"},
+        {"cell_offset": "visible", "gene_bias": True, "cell_vector": "random"},
     ],
 )
 def test_kept_activations_of_packed_cells(changes, recompute):
@@ -309,10 +313,14 @@ def test_kept_activations_of_packed_cells(changes, recompute):
 
 
 @pytest.mark.parametrize("n_wanted", [3, 20])
-@pytest.mark.parametrize("offset", ["none", "poisson"])
-def test_kept_activations_of_some_predictions(offset, n_wanted):
+@pytest.mark.parametrize(
+    ("offset", "cell"), [("none", "none"), ("poisson", "none"), ("none", "random")]
+)
+def test_kept_activations_of_some_predictions(offset, cell, n_wanted):
     """All except the ends of the cells, the positions and the genes' bias there."""
-    model = small(routing="expressed", zero_genes=9, gene_bias=True, cell_offset=offset)
+    model = small(
+        routing="expressed", zero_genes=9, gene_bias=True, cell_offset=offset, cell_vector=cell
+    )
     net = built(model, 37)
     per_cell = (kept_bytes(net, 6, 37, 7, n_wanted) - kept_bytes(net, 2, 37, 7, n_wanted)) / 4
     parts = activation_bytes(
@@ -363,6 +371,7 @@ class PeakBytes(TorchDispatchMode):
         {"routing": "expressed", "zero_genes": 60, "contextual_encoder": "mini"},
         {"cell_offset": "poisson", "gene_bias": True},
         {"cell_offset": "poisson", "gene_bias": True, "routing": "expressed", "zero_genes": 60},
+        {"cell_vector": "random", "routing": "expressed", "zero_genes": 60},
     ],
 )
 def test_predicted_peak_is_near_the_counted_one(changes, cells, recompute):

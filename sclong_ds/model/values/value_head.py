@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sclong_ds.config.sections import POISSON_COUNTS
+from sclong_ds.model.values.cell_vector import CellStart, fill_columns
 
 _LARGE_RATE = 40.0
 
@@ -25,10 +26,19 @@ class ValueHead(nn.Module):
         mean: Initial prediction: one number, or one per gene (G,), which makes a learned bias per
             gene; None starts weights and bias as torch.nn.Linear does.
         offset: `model.cell_offset`; other than `none` with a bias per gene alone.
+        cell_genes: Genes G that read the cell's vector; 0: none do.
+        start: Where their weights start; None: at 0.
     """
 
     def __init__(
-        self, dim: int, *, kind: str, mean: float | np.ndarray | None, offset: str = "none"
+        self,
+        dim: int,
+        *,
+        kind: str,
+        mean: float | np.ndarray | None,
+        offset: str = "none",
+        cell_genes: int = 0,
+        start: CellStart | None = None,
     ) -> None:
         super().__init__()
         self.offset = offset
@@ -41,6 +51,9 @@ class ValueHead(nn.Module):
         else:
             self.weight = nn.Parameter(torch.zeros(dim))
             self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
+        self.cell_weight = nn.Parameter(torch.zeros(cell_genes, dim)) if cell_genes else None
+        if self.cell_weight is not None:
+            fill_columns(self.cell_weight, start)
 
     def forward(
         self,
@@ -49,8 +62,9 @@ class ValueHead(nn.Module):
         *,
         x: Tensor | None = None,
         visible: Tensor | None = None,
+        cell: Tensor | None = None,
     ) -> Tensor:
-        """Return predicted values (B, G) for representations (B, G, C).
+        """Return predicted values (B, G) for representations (B, G, C) and vectors of cells (B, C).
 
         With `positions` (B, P) int64, predict (B, P) from the representations (B, P, C) there. The
         cell's offset needs the cells' values x (B, G) and which of them count, `visible` (B, G);
@@ -61,6 +75,14 @@ class ValueHead(nn.Module):
             # By indexing: its backward pass adds up in a fixed order on a GPU too.
             bias = bias[positions]
         predicted = self.body(h) @ self.weight + bias
+        if self.cell_weight is not None:
+            assert cell is not None
+            weight = self.cell_weight
+            if positions is None:
+                weight = weight.expand(len(h), -1, -1)
+            else:
+                weight = weight[positions]
+            predicted = predicted + torch.bmm(weight, cell.to(weight.dtype)[..., None])[..., 0]
         if self.offset == "none":
             return predicted
         assert x is not None

@@ -9,7 +9,7 @@ from small_model import G, small_model
 from small_model import cells as small_cells
 
 from sclong_ds.corpus.corpus import GeneStats
-from sclong_ds.model.value_head import expected_value, one_count, pairwise_sum
+from sclong_ds.model.values.value_head import expected_value, one_count, pairwise_sum
 from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.run_folder.metric_names import DEPTH_BASELINES
 from sclong_ds.training.build import first_output

@@ -1,0 +1,1 @@
+"""Values in and out: the expression encoder, the vector of a cell, the head."""

@@ -1,0 +1,116 @@
+"""Cell vector: one vector of a cell, made of all its visible values, that every prediction reads.
+
+Attention must find out what cell it looks at from tokens that say one value each. Here it is said
+at once: the visible values, less what is usual for the gene, are summed with one learned vector
+per gene, and a small MLP is added to the sum,
+
+    z = sum_j (x_j - c_j) r_j,  v = z + MLP(LayerNorm(z)),
+
+and the head adds w_g . v to what it predicts for gene g (`value_head.py`). With r and w at the
+principal directions of training cells the model starts as a principal component imputation, whose
+error the rest of the model then lowers. The vector is trained to summarise the cell: it predicts
+what was hidden. Not in scLong.
+
+Shapes: B cells, G genes, C base width, n cells that a start is made from.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import svds
+from torch import Tensor, nn
+
+STARTING_SD = 0.02
+"""Of the genes' vectors that no training cells gave."""
+
+
+class CellStart(NamedTuple):
+    """What a cell vector starts from."""
+
+    centre: NDArray[np.floating]
+    """(G,) usual value of each gene where it is expressed."""
+    directions: NDArray[np.floating] | None
+    """(G, K) orthonormal columns, the first of C; None: random vectors."""
+
+
+class CellVector(nn.Module):
+    """Reads the vector of a cell from its visible values.
+
+    Args:
+        n_genes: Number of genes G.
+        dim: Base width C.
+        start: Centre and directions; None: zeros and random vectors.
+    """
+
+    def __init__(self, n_genes: int, dim: int, *, start: CellStart | None = None) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.zeros(n_genes))
+        self.vectors = nn.Parameter(torch.randn(n_genes, dim) * STARTING_SD)
+        self.norm = nn.LayerNorm(dim)
+        self.body = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU())
+        # As the head, what is added starts at nothing. Parameters of this module: those of a layer
+        # are divided among the ranks as soon as it is made, and can be set no more.
+        self.down = nn.Parameter(torch.zeros(dim, 2 * dim))
+        self.shift = nn.Parameter(torch.zeros(dim))
+        if start is not None:
+            with torch.no_grad():
+                self.centre.copy_(torch.as_tensor(np.asarray(start.centre)))
+                fill_columns(self.vectors, start)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Return the vectors (B, C); of a cell without visible values that of nothing.
+
+        Args:
+            x: (B, G) values.
+            visible: (B, G) bool, the values that count.
+        """
+        above = torch.where(visible, x.to(self.centre.dtype) - self.centre, 0.0)
+        z = above @ self.vectors
+        return z + nn.functional.linear(self.body(self.norm(z)), self.down, self.shift)
+
+
+def fill_columns(weight: Tensor, start: CellStart | None) -> None:
+    """Set the first columns of a weight (G, C) to the directions of a start, if it has any.
+
+    Args:
+        weight: Is changed.
+        start: Of K directions; those beyond C are left out, columns beyond K stay.
+    """
+    if start is None or start.directions is None:
+        return
+    given = torch.as_tensor(np.asarray(start.directions, dtype=np.float32))[:, : weight.shape[1]]
+    with torch.no_grad():
+        weight[:, : given.shape[1]].copy_(given)
+
+
+def principal_directions(
+    values: csr_matrix, centre: NDArray[np.floating], k: int
+) -> NDArray[np.float32]:
+    """Return the right singular vectors of values less their centres where they are stored.
+
+    Args:
+        values: (n, G) values of cells, stored where above 0.
+        centre: (G,).
+        k: How many; fewer where cells or genes are not more than k.
+
+    Returns:
+        (G, K) orthonormal columns by falling singular value, signs so that each column's sum is
+        not negative: the same on every machine, up to rounding. K is 0 without cells.
+    """
+    centred = csr_matrix(values, dtype=np.float64, copy=True)
+    centred.data -= np.asarray(centre, dtype=np.float64)[centred.indices]
+    k = min(k, min(centred.shape) - 1)
+    if k < 1 or not np.any(centred.data):
+        return np.zeros((centred.shape[1], 0), dtype=np.float32)
+    first = np.random.default_rng(0).standard_normal(min(centred.shape))
+    _, sizes, rows = svds(centred, k=k, v0=first)
+    order = np.argsort(-sizes, kind="stable")
+    columns = rows[order].T
+    columns = columns * np.where(columns.sum(axis=0) < 0, -1.0, 1.0)
+    kept = sizes[order] > 1e-9 * sizes.max()
+    return columns[:, kept].astype(np.float32)

@@ -1,0 +1,52 @@
+"""Where the cell's vector starts, from the training cells of a corpus."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from sclong_ds.config.load import load_config
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.model.values.cell_vector import principal_directions
+from sclong_ds.objective.cell_start import cell_start
+
+
+def with_start(kind):
+    return dataclasses.replace(load_config("sclong_tiny").model, cell_vector=kind, base_dim=5)
+
+
+def test_it_is_made_of_the_training_cells_alone(small_corpus):
+    corpus = Corpus(small_corpus)
+    found = cell_start(with_start("svd"), corpus)
+    counts = corpus.rows(corpus.split("train"))
+    values = csr_matrix(log1p_normalise(counts, target_sum=1e4))
+    mean = corpus.gene_stats.mean_expressed
+    assert found is not None
+    assert np.array_equal(found.centre, mean)
+    assert found.directions is not None
+    assert found.directions.shape == (300, 5)
+    assert np.allclose(found.directions, principal_directions(values, mean, 5), atol=1e-5)
+    everyone = csr_matrix(log1p_normalise(corpus.rows(np.arange(len(corpus))), target_sum=1e4))
+    assert not np.allclose(found.directions, principal_directions(everyone, mean, 5), atol=1e-3)
+
+
+def test_without_directions_no_cell_is_read(small_corpus, monkeypatch):
+    corpus = Corpus(small_corpus)
+    monkeypatch.setattr(Corpus, "rows", None)
+    assert cell_start(with_start("none"), corpus) is None
+    found = cell_start(with_start("random"), corpus)
+    assert found is not None
+    assert found.directions is None
+
+
+def test_damaged_cells_are_left_out_and_named(small_corpus, tmp_path, caplog):
+    shutil.copytree(small_corpus, tmp_path / "corpus")
+    for shard in sorted((tmp_path / "corpus" / "cells.zarr" / "count" / "c").iterdir()):
+        shard.write_bytes(b"")
+    found = cell_start(with_start("svd"), Corpus(tmp_path / "corpus"))
+    assert found is not None
+    assert found.directions is not None
+    assert found.directions.shape == (300, 0)
+    assert "without some cells" in caplog.text
