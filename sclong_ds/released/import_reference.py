@@ -47,7 +47,7 @@ from sclong_ds.released.mapping import (
     reference_config,
     reference_features,
 )
-from sclong_ds.released.safe_pickle import load_plain, load_tensors
+from sclong_ds.released.safe_pickle import load_plain
 from sclong_ds.run_folder.identity import environment, git_commit
 
 ALIASES_PATH = BUNDLED_PATH.with_name("symbol_aliases.tsv.gz")
@@ -215,9 +215,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Damaged, in torch's older format, or something else than a state dict.
+        ValueError: Damaged, or something else than a state dict.
     """
-    loaded = load_tensors(path)
+    loaded = load_plain(path)
     state = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not any(isinstance(t, Tensor) for t in state.values()):
         holds = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else "no dict"

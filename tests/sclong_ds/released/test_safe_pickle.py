@@ -24,22 +24,20 @@ import numpy as np
 import pytest
 import torch
 
-from sclong_ds.released.safe_pickle import load_plain, load_tensors
+from sclong_ds.released.safe_pickle import load_plain
 
 VALUES: dict[str, Any] = {
-    "numbers": [1, -(10**30), 2.5, True, None, 1j],
+    "numbers": [1, -(10**30), 2.5, True, None],
     "texts": ("a", b"b", b""),
-    "set": {1, "x"},
     "ordered": OrderedDict(b=1, a={"deep": [()]}),
     "device": torch.device("cpu"),
     "dtype": torch.bfloat16,
-    "size": torch.Size([2, 3]),
 }
 ARRAYS: dict[str, np.ndarray] = {
     "ints": np.arange(6).reshape(2, 3),
     "column_major": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
     "bools": np.array([True, False]),
-    "texts": np.array(["ab", "c"]),
+    "complex": np.array([1j]),
     "big_endian": np.arange(3, dtype=">i4"),
     "empty": np.empty((0, 3), np.float32),
     "scalar": np.array(7.5),
@@ -50,8 +48,6 @@ TENSORS = {
     "part": torch.arange(12.0)[3:7:2],
     "half": torch.ones(2, dtype=torch.bfloat16),
     "complex": torch.tensor([1j]),
-    "uint16": torch.arange(5).to(torch.uint16),
-    "float8": torch.ones(3).to(torch.float8_e4m3fn),
     "none": torch.empty(0, 2),
 }
 
@@ -94,11 +90,10 @@ def test_plain_values_come_back_from_the_older_format(tmp_path: Path) -> None:
 def test_a_state_dict_with_metadata_and_a_parameter_come_back(tmp_path: Path) -> None:
     layer = torch.nn.Linear(3, 2)
     torch.save({"state": layer.state_dict(), "bias": layer.bias}, tmp_path / "x.pth")
-    for load in (load_plain, load_tensors):
-        found = load(tmp_path / "x.pth")
-        assert torch.equal(found["state"]["weight"], layer.weight)
-        assert torch.equal(found["bias"], layer.bias)
-        assert not found["bias"].requires_grad
+    found = load_plain(tmp_path / "x.pth")
+    assert torch.equal(found["state"]["weight"], layer.weight)
+    assert torch.equal(found["bias"], layer.bias)
+    assert not found["bias"].requires_grad
 
 
 def test_shared_parts_stay_shared_and_cycles_are_refused(tmp_path: Path) -> None:
@@ -177,9 +172,8 @@ def test_code_is_refused_by_name_and_not_run(tmp_path: Path, attack: str) -> Non
 )
 def test_objects_in_a_torch_file_are_refused_by_name(tmp_path: Path, value: Any) -> None:
     torch.save({"model_state_dict": {"w": torch.ones(1)}, "args": value}, tmp_path / "x.pth")
-    for load in (load_plain, load_tensors):
-        with pytest.raises(ValueError, match=r"(posix.system|argparse.Namespace) is not allowed"):
-            load(tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"(posix.system|argparse.Namespace) is not allowed"):
+        load_plain(tmp_path / "x.pth")
 
 
 def test_a_storage_inside_a_pickle_is_read_with_restrictions(tmp_path: Path) -> None:
@@ -244,7 +238,7 @@ FIELDS = (3, "|", None, ("a",), {"a": (np.dtype("f8"), 0)}, 8, 1, 0)
         ((1, (4,), Dtype("f8", PLAIN_STATE), False, b"12345678"), "does not have 8 bytes"),
         ((1, (-1,), Dtype("f8", PLAIN_STATE), False, b"12345678"), "of shape"),
         ((1, (1,), Dtype("V8", FIELDS), False, b"12345678"), "type 'V8'"),
-        ((1, (1,), Dtype("U1", PLAIN_STATE), False, b"\xff" * 4), "Unicode text"),
+        ((1, (1,), Dtype("U1", PLAIN_STATE), False, b"\xff" * 4), "type 'U1'"),
         ((1, (1,), Dtype("f8", FIELDS), False, b"12345678"), "structured types"),
         ((1, (1,), Dtype("O8", PLAIN_STATE), False, [1]), "type 'O8'"),
         ((1, (1,), Dtype("f8", PLAIN_STATE), False, [1]), "of objects"),
@@ -326,7 +320,8 @@ def test_no_name_comes_out_of_a_storage(tmp_path: Path, wrap: Callable[[bytes], 
             with pytest.raises(ValueError, match=r"x.pkl: "):
                 load_plain(tmp_path / "x.pkl")
         (tmp_path / "x.pkl").write_bytes(storage + CHANGE + b"0}.")
-        assert load_plain(tmp_path / "x.pkl") == {}  # written down, dropped, never done
+        with pytest.raises(ValueError, match=r"x.pkl: "):  # though it is dropped
+            load_plain(tmp_path / "x.pkl")
     assert fingerprint() == before
 
 
@@ -356,7 +351,7 @@ def test_a_tensor_takes_no_state(tmp_path: Path) -> None:
     storage = pickle.dumps(STORAGE(), 2)[2:-1]
     larger = b"(" + storage + b"K\x00M\x00\x10\x85K\x01\x85tb."
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(torch.arange(4.0))[:-1] + larger)
-    with pytest.raises(ValueError, match=r"a state of torch._utils._rebuild_tensor_v2"):
+    with pytest.raises(ValueError, match="a state expected"):
         load_plain(tmp_path / "x.pkl")
     content = b"\x80\x02" + storage + b"}" + text("dtype") + text("x") + b"sb."
     (tmp_path / "x.pkl").write_bytes(content)
@@ -384,9 +379,12 @@ def doubled(levels: int) -> bytes:
 
 BOMBS = {
     "hash in a dict": (b"}" + doubled(60) + b"Ns.", "a key that is tuple"),
-    "hash in a set": (b"\x8f(" + doubled(60) + b"\x90.", "a key that is tuple"),
-    "hash in a frozen set": (b"(" + doubled(60) + b"\x91.", "a key that is tuple"),
-    "hash in a call": (b"cbuiltins\nset\n](" + doubled(60) + b"e\x85R.", "larger than|a key"),
+    "hash in a set": (b"\x8f(" + doubled(60) + b"\x90.", "damaged"),
+    "hash in a frozen set": (b"(" + doubled(60) + b"\x91.", "damaged"),
+    "hash in a call": (
+        b"cbuiltins\nset\n](" + doubled(60) + b"e\x85R.",
+        "builtins.set is not allowed",
+    ),
     "deep key": (b"}" + b")" + b"\x85" * 10**5 + b"Ns.", "a key that is tuple"),
     "equal hashes": (b"}\x8a\x08" + (2**61 - 1).to_bytes(8, "little") + b"Ns.", "60 bits"),
     "size": (doubled(60) + b".", "larger than"),
@@ -398,10 +396,6 @@ BOMBS = {
     "bytes": (b"\x96" + struct.pack("<Q", 2**45) + b"a.", "damaged"),
     "calls": (
         text("a" * 10**5) + b"q\x000](" + b"c_codecs\nencode\nh\x00\x85R" * 1000 + b"e.",
-        "make more of it than it holds",
-    ),
-    "sets": (
-        b"](" + b"N" * 10**5 + b"eq\x000](" + b"cbuiltins\nset\nh\x00\x85R" * 1000 + b"e.",
         "make more of it than it holds",
     ),
 }
@@ -440,35 +434,54 @@ def test_damaged_pickles_are_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    for load in (load_plain, load_tensors):
-        with pytest.raises(FileNotFoundError, match=r"none.pkl: no such file"):
-            load(tmp_path / "none.pkl")
+    with pytest.raises(FileNotFoundError, match=r"none.pkl: no such file"):
+        load_plain(tmp_path / "none.pkl")
+
+
+@pytest.mark.parametrize("where", ["head", "length", "end"])
+def test_a_damaged_file_of_the_older_format_is_refused(tmp_path: Path, where: str) -> None:
+    torch.save({"w": torch.arange(9.0)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    whole = bytearray((tmp_path / "x.pth").read_bytes())
+    if where == "length":
+        whole[-9 * 4 - 8] ^= 1
+    (tmp_path / "x.pth").write_bytes(whole[:40] if where == "head" else whole[:-1])
+    with pytest.raises(ValueError, match=r"x.pth: damaged"):
+        load_plain(tmp_path / "x.pth")
+
+
+def test_a_small_file_of_the_older_format_takes_little_memory(tmp_path: Path) -> None:
+    reference = b"(" + text("storage") + b"ctorch\nDoubleStorage\n" + text("0") + text("cpu")
+    root = b"\x80\x02" + reference + b"\x8a\x06" + (2**45).to_bytes(6, "little") + b"tQ."
+    (tmp_path / "x.pkl").write_bytes(legacy_of(root))
+    with pytest.raises(ValueError, match="all numbers expected"):
+        load_plain(tmp_path / "x.pkl")
 
 
 def test_torch_files_that_cannot_be_mapped_are_refused(tmp_path: Path) -> None:
-    state = {"w": torch.arange(1000.0)}
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    torch.save(state, tmp_path / "whole.pth")
+    torch.save({"w": torch.arange(1000.0)}, tmp_path / "whole.pth")
     whole = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"old.pth: not in the zip format"):
-        load_tensors(tmp_path / "old.pth")
     with pytest.raises(ValueError, match=r"cut.pth: the file is incomplete"):
-        load_tensors(tmp_path / "cut.pth")
+        load_plain(tmp_path / "cut.pth")
     disks = bytearray(whole)
     disks[whole.rindex(b"PK\x06\x07") + 16] = 9
     (tmp_path / "disks.pth").write_bytes(disks)
     with pytest.raises(ValueError, match=r"disks.pth: damaged"):
-        load_tensors(tmp_path / "disks.pth")
+        load_plain(tmp_path / "disks.pth")
+    flipped = bytearray(whole)
+    flipped[whole.index(torch.arange(1000.0).numpy().tobytes()) + 7] ^= 4
+    (tmp_path / "flipped.pth").write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"flipped.pth: whole/data/0 is damaged"):
+        load_plain(tmp_path / "flipped.pth")
     np.savez(tmp_path / "other.npz", a=np.ones(2))
     with pytest.raises(ValueError, match=r"other.npz: damaged"):
-        load_tensors(tmp_path / "other.npz")
+        load_plain(tmp_path / "other.npz")
 
 
 def test_numpy_values_beside_tensors_are_converted(tmp_path: Path) -> None:
     content = {"loss": np.float64(0.5), "rates": np.arange(2.0), "w": torch.ones(2)}
     torch.save(content, tmp_path / "x.pth")
-    found = load_tensors(tmp_path / "x.pth")
+    found = load_plain(tmp_path / "x.pth")
     assert found["loss"] == 0.5
     assert torch.equal(found["w"], torch.ones(2))
     assert found["rates"].tolist() == [0.0, 1.0]
