@@ -153,7 +153,7 @@ def measure(readers: dict[str, list[Reader]], rounds: int) -> dict[str, dict[str
     for kind in KINDS:
         costs: dict[str, list[float]] = {name: [] for name in readers}
         for number in range(rounds + 1):
-            found = {name: 0.0 for name in readers}
+            found = dict.fromkeys(readers, 0.0)
             for name, k in draw.sample(turns, len(turns)):
                 found[name] += readers[name][k].epoch(kind, number) * 1e6 / len(SEEDS)
             if number:
