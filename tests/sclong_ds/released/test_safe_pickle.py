@@ -1,6 +1,5 @@
 """Files of others: plain values come back, anything that could run code is refused and not run.
 
-Covers also `sclong_ds/released/pickle_records.py`.
 """
 
 from __future__ import annotations
