@@ -1,6 +1,4 @@
-"""Files of others: plain values come back, anything that could run code is refused and not run.
-
-"""
+"""Files of others: plain values come back, anything that could run code is refused and not run."""
 
 from __future__ import annotations
 
