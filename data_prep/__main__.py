@@ -39,7 +39,7 @@ from data_prep.arguments import (
     chosen_genes,
 )
 from sclong_ds import __version__
-from sclong_ds.command_line import local_path, share, whole
+from sclong_ds.command_line import local_path, missing_package, share, whole
 
 COMMANDS = {
     "fetch": "fetch public datasets, and list them for convert",
@@ -105,6 +105,12 @@ def _run(arguments: Sequence[str]) -> int:
         return int(args.run(args))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        line = missing_package(error, prefer="prep")
+        if line is None:
+            raise  # not of an extra: a fault, to be seen whole
+        print(f"error: {line}", file=sys.stderr)
         return 1
 
 

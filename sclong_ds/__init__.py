@@ -61,7 +61,15 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sclong_ds' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        from sclong_ds.command_line import missing_package
+
+        line = missing_package(error)
+        if line is None:
+            raise
+        raise ModuleNotFoundError(f"sclong_ds.{name}: {line}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

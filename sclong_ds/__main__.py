@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from sclong_ds import __version__
-from sclong_ds.command_line import parse_arguments
+from sclong_ds.command_line import missing_package, parse_arguments
 
 COMMANDS = {
     "plan": (
@@ -93,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return import_module(COMMANDS[args.command][0]).run(args)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        line = missing_package(error, prefer=args.command)
+        if line is None:
+            raise  # not of an extra: a fault, to be seen whole
+        print(f"error: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -1,11 +1,52 @@
-"""Argument types and parsing shared by all commands; standard library only."""
+"""Argument types, parsing and missing packages, as all commands need; standard library only."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+EXTRAS = {
+    "train": ("deepspeed", "ninja", "numba", "umap", "sklearn", "matplotlib", "pyarrow"),
+    "prep": ("goatools", "hdf5plugin", "matplotlib", "pyarrow"),
+    "track": ("mlflow", "pynvml"),
+    "evaluate": ("sklearn", "matplotlib"),
+    "gpu": ("triton",),
+}
+"""Extra of the package to the modules that it brings; embedding needs none of them."""
+
+
+def missing_package(error: ModuleNotFoundError, prefer: str = "train") -> str | None:
+    """Return one line for a package that an extra brings; None for another.
+
+    Args:
+        error: What an import raised.
+        prefer: The extra to name where several bring the package.
+    """
+    name = (error.name or "").partition(".")[0]
+    holding = [extra for extra, modules in EXTRAS.items() if name in modules]
+    if not holding:
+        return None
+    extra = prefer if prefer in holding else holding[0]
+    return f"{name} is not installed: pip install 'sclong_ds[{extra}]'"
+
+
+def need(*modules: str, extra: str) -> None:
+    """Make sure that packages are there before work begins, in processes of its own perhaps.
+
+    Args:
+        modules: Top-level modules; they are looked for, not imported.
+        extra: The extra that brings them.
+
+    Raises:
+        ModuleNotFoundError: One is missing; the text is one line that names the extra.
+    """
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            line = missing_package(ModuleNotFoundError(name=name), extra)
+            raise ModuleNotFoundError(line, name=name)
 
 
 def parse_arguments(

@@ -27,7 +27,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from sclong_ds.command_line import parse_arguments
+from sclong_ds.command_line import need, parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.job import failures
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(parser(), argv)
     run_dir = None
     try:
+        need("deepspeed", "numba", "pyarrow", extra="train")
         config = load_config(args.config, args.overrides)
         if config.run.dir is not None and not args.dry_run:
             run_dir = Path(config.run.dir)

@@ -39,7 +39,7 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a clean copy of this checkout."""
+    """The wheel of the source distribution of a clean copy of this checkout."""
     copy = tmp_path_factory.mktemp("copy")
     for name in BUILT_FROM:
         source = ROOT / name
@@ -47,8 +47,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, copy)
+    code = "from setuptools.build_meta import build_sdist; build_sdist('sdist')"
+    run(sys.executable, "-c", code, cwd=copy)
+    (source,) = (copy / "sdist").iterdir()
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w",
-        copy / "dist", copy, cwd=copy)  # fmt: skip
+        copy / "dist", source, cwd=copy)  # fmt: skip
     (found,) = (copy / "dist").iterdir()
     return found
 

@@ -23,7 +23,7 @@ from data_prep.ledger.table import format_table
 from data_prep.manifest.manifest import COLUMNS, read_manifest
 from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.staging.settings import GENES_SHARE, MIN_GENES, Settings
-from sclong_ds.command_line import local_path, positive, share, whole
+from sclong_ds.command_line import local_path, need, positive, share, whole
 from sclong_ds.corpus.genes import GeneVocabulary
 
 
@@ -152,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
         usage_error(f"--task {args.task}: with --tasks {args.tasks} it is 0 to {args.tasks - 1}")
     if args.max_counts is not None and args.max_counts < args.min_counts:
         usage_error(f"--max-counts {args.max_counts} is below --min-counts {args.min_counts}")
+    need("pyarrow", extra="prep")  # the workers write with it
     datasets = read_manifest(args.manifest)
     if args.where:
         datasets = tuple(

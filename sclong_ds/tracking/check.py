@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
+from sclong_ds.command_line import missing_package, need
 from sclong_ds.config.sections import TrackingConfig
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import RUN_FILE
@@ -148,7 +149,8 @@ def is_locked(error: BaseException) -> bool:
 
 def _said(error: Exception) -> str | None:
     """Return an error that does not pass, with what to do about it."""
-    if isinstance(error, ValueError):  # ours, which name it
+    lacks_extra = isinstance(error, ModuleNotFoundError) and missing_package(error) is not None
+    if isinstance(error, ValueError) or lacks_extra:  # ours, which name what to do
         return " ".join(str(error).split())
     what = cure(error)
     return None if what is None else f"{clip(one_line(error), 160)}: {what}"
@@ -174,7 +176,8 @@ def _trouble(uri: str, experiment: str) -> Exception | None:
 
 
 def _look_at(uri: str, experiment: str) -> None:
-    """Look at the store, the experiment and where its files go."""
+    """Look at the library, the store, the experiment and where its files go."""
+    need("mlflow", extra="track")
     file = sqlite_file(uri)
     if file is not None and not file.exists():  # opening would make it
         _check_folder(file.parent, f"{file} cannot be made")

@@ -13,7 +13,6 @@ store with the paths of this machine is shown; what is edited in the browser is 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import signal
 import socket
@@ -29,7 +28,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from sclong_ds.command_line import local_path, whole
+from sclong_ds.command_line import local_path, need, whole
 from sclong_ds.engine.ports import free_port
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import RUN_FILE, read_run_json
@@ -51,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show the runs until Ctrl-C, and return the exit status."""
-    if importlib.util.find_spec("mlflow") is None:
-        raise ValueError(
-            f"mlflow is not installed in {sys.prefix}: pip install -r requirements.txt; python -m "
-            f"sclong_ds report RUN_DIR needs none"
-        )
+    need("mlflow", extra="track")
     uri = store_of(args.runs)
     file = sqlite_file(uri)
     if file is None:
