@@ -1,8 +1,9 @@
 """Choose how a model makes an embedding, on validation cells, when it is exported.
 
 Candidates are those of `candidates`: which layer is averaged, over which genes with which weights,
-beside the gene vectors or not, and how the parts are scaled. Centres and scales come from a sample
-of training cells. The candidates are judged on a sample of the validation split:
+beside the gene vectors or not, or the cell's vector, and how the parts are scaled. Centres and
+scales come from a sample of training cells. The candidates are judged on a sample of the validation
+split:
 
 - `label accuracy`, where validation cells have a `cell_type` of two kinds at least: the share of
   cells whose label is the most common one of their nearest cells. Nearest cells are of other
@@ -59,21 +60,34 @@ _log = logging.getLogger(__name__)
 Pooled = dict[Part, torch.Tensor]
 
 
-def candidates() -> list[Recipe]:
-    """Return the recipes that are tried, without statistics; the first is that of old folders."""
+def candidates(*, cell_vector: bool = False) -> list[Recipe]:
+    """Return the recipes that are tried, without statistics; the first is that of old folders.
+
+    Args:
+        cell_vector: Whether the model has one.
+    """
     beside = (Part("gene_vectors", "top_128"), Part("gene_vectors", "value^3"))
     parts: list[tuple[Part, ...]] = []
     for layer in ("decoder", "encoders"):
         weights = ("expressed", "value", "value^3", "top_64", "top_128", "top_256")
         parts += [(Part(layer, name),) for name in weights]
         parts += [(Part(layer, name), *beside) for name in ("value^3", "top_64", "top_128")]
+    if cell_vector:
+        own = Part("cell_vector", "expressed")
+        parts += [(own,), (own, *beside)]
     scalings = ("scaled", "whitened 0.001", "whitened 0.1")
     return [MEAN, *(Recipe(some, scaling) for some in parts for scaling in scalings)]
 
 
 def without_context(recipe: Recipe) -> Recipe:
-    """Return a recipe with every layer replaced by the gene vectors, without statistics."""
-    parts = dict.fromkeys(Part("gene_vectors", part.weights) for part in recipe.parts)
+    """Return a recipe with every layer replaced by the gene vectors, without statistics.
+
+    In place of the cell's vector stands their mean, weighted by value.
+    """
+    parts = dict.fromkeys(
+        Part("gene_vectors", "value" if part.layer == "cell_vector" else part.weights)
+        for part in recipe.parts
+    )
     return Recipe(tuple(parts), recipe.scaling)
 
 
@@ -133,7 +147,7 @@ def choose_recipe(
     Raises:
         ValueError: No gene varies in these.
     """
-    tried = candidates()
+    tried = candidates(cell_vector=model.config.cell_vector != "none")
     plain = [without_context(recipe) for recipe in tried]
     parts = list(dict.fromkeys(part for recipe in (*tried, *plain) for part in recipe.parts))
     # Those that are judged come first; all may be the neighbours of one.

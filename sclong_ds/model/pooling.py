@@ -6,7 +6,8 @@ A recipe is one or several parts, concatenated. A part is a weighted mean over g
 - `encoders`: those in front of it, behind the large and the mini encoder,
 - `gene_vectors`: the model's gene vectors, without any context,
 
-with the weight of a gene in the cell being
+or, with `model.cell_vector`, the `cell_vector` itself, whose weights are its own (named
+`expressed`). Elsewhere the weight of a gene in the cell is
 
 - `expressed`: 1 if it has a count,
 - `value`, `value^3`: a power of its value: of high genes, each part is more of the mean,
@@ -28,8 +29,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Layer = Literal["decoder", "encoders", "gene_vectors"]
-LAYERS: tuple[Layer, ...] = ("decoder", "encoders", "gene_vectors")
+Layer = Literal["decoder", "encoders", "gene_vectors", "cell_vector"]
+LAYERS: tuple[Layer, ...] = ("decoder", "encoders", "gene_vectors", "cell_vector")
 _TOP = "top_"
 _POWERS = {"expressed": 0, "value": 1, "value^3": 3}
 
@@ -42,6 +43,8 @@ class Part(NamedTuple):
 
     def text(self) -> str:
         """Return the part in words."""
+        if self.layer == "cell_vector":
+            return "the cell's vector"
         what = {"decoder": "", "encoders": " behind the encoders", "gene_vectors": " (no context)"}
         genes = {"expressed": "the expressed genes", "value": "genes, weighted by value"}
         genes["value^3"] = "genes, weighted by the cube of the value"
@@ -101,7 +104,7 @@ def pool_parts(found: Mapping[Layer, Tensor], x: Tensor, parts: Sequence[Part]) 
     """Return the weighted means of some parts.
 
     Args:
-        found: By layer (B, G, C), or (G, C) for the gene vectors.
+        found: By layer (B, G, C), (G, C) for the gene vectors, (B, C) for the cell's vector.
         x: (B, G) transformed expression; unmeasured genes are 0.
         parts: What to return.
 
@@ -110,7 +113,12 @@ def pool_parts(found: Mapping[Layer, Tensor], x: Tensor, parts: Sequence[Part]) 
     """
     weights = {name: gene_weights(x, name) for name in {part.weights for part in parts}}
     # A matrix product: a weighted copy of the largest array here would double the memory.
-    return [_mean(weights[part.weights], found[part.layer]) for part in parts]
+    return [
+        found[part.layer]
+        if part.layer == "cell_vector"
+        else _mean(weights[part.weights], found[part.layer])
+        for part in parts
+    ]
 
 
 def gene_weights(x: Tensor, name: str) -> Tensor:

@@ -194,11 +194,20 @@ class ScLong(nn.Module):
             parts: Which layers and weights.
             unmeasured: As in `forward`.
             routes_of: As in `encode`.
+
+        Raises:
+            ValueError: A part is the cell's vector, which the model has not.
         """
-        layers = tuple({part.layer for part in parts})
+        layers = {part.layer for part in parts}
         if unmeasured is not None:
             x = x.masked_fill(unmeasured, 0.0)
-        found = self._represent(x, None, None, None, unmeasured, layers, routes_of=routes_of)
+        found: dict[Layer, Tensor] = {}
+        if "cell_vector" in layers:
+            if self.config.cell_vector == "none":
+                raise ValueError("the embedding's recipe reads a cell vector; the model has none")
+            found["cell_vector"] = self.cell_vector(x, x > 0)
+        if rest := tuple(layers - {"cell_vector"}):
+            found |= self._represent(x, None, None, None, unmeasured, rest, routes_of=routes_of)
         return pool_parts(found, x, parts)
 
     def embed(self, x: Tensor, *, unmeasured: Tensor | None = None) -> Tensor:

@@ -7,6 +7,8 @@ from scipy.sparse import csr_matrix
 from small_model import G, cells, small_graph, small_model
 
 from sclong_ds.config.load import load_config
+from sclong_ds.exported.choose_recipe import candidates, without_context
+from sclong_ds.model.pooling import Part, Recipe
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model.values.cell_vector import CellStart, CellVector, principal_directions
 
@@ -132,3 +134,32 @@ def test_few_cells_have_few_directions():
 def test_the_published_presets_have_none():
     for preset in ("sclong_reference", "sclong_1b"):
         assert load_config(preset).model.cell_vector == "none"
+
+
+def test_it_can_be_the_embedding_or_a_part_of_it():
+    model, plain = moved(), small_model()
+    x, _ = cells()
+    own, mean = Part("cell_vector", "expressed"), Part("decoder", "value")
+    vector, pooled = model.pooled(x, [own, mean])
+    assert torch.equal(vector, model.cell_vector(x, x > 0))
+    assert torch.equal(pooled, model.pooled(x, [mean])[0])
+    unmeasured = torch.zeros_like(x, dtype=torch.bool)
+    unmeasured[:, :9] = True
+    without = x.masked_fill(unmeasured, 0.0)
+    found = model.pooled(x, [own], unmeasured=unmeasured)[0]
+    assert torch.equal(found, model.cell_vector(without, without > 0))
+    model.recipe = Recipe((own, mean))
+    assert model.embed(x).shape == (4, 32)
+    with pytest.raises(ValueError, match="reads a cell vector; the model has none"):
+        plain.pooled(x, [own])
+    assert Recipe((own, mean)).text() == "the cell's vector; mean over genes, weighted by value"
+
+
+def test_only_models_that_have_one_are_offered_it_and_its_control_has_no_context():
+    layers = {part.layer for recipe in candidates() for part in recipe.parts}
+    assert "cell_vector" not in layers
+    tried = candidates(cell_vector=True)
+    own = [r for r in tried if r.parts[0].layer == "cell_vector"]
+    assert own
+    for recipe in own:
+        assert {part.layer for part in without_context(recipe).parts} == {"gene_vectors"}
