@@ -30,6 +30,10 @@ COMMANDS = {
         "sclong_ds.embedding.perturb",
         "what moves in a model when genes of cells are changed",
     ),
+    "genes": (
+        "sclong_ds.gene_analysis.genes",
+        "vectors of genes, networks of them, and scores beside controls",
+    ),
     "evaluate": (
         "sclong_ds.evaluation.evaluate",
         "zero-shot scores of embeddings against baselines",
@@ -53,6 +57,7 @@ ARGUMENTS = {
     "import-reference": "sclong_ds.released.arguments",
     "embed": "sclong_ds.embedding.embed_arguments",
     "perturb": "sclong_ds.embedding.perturb_arguments",
+    "genes": "sclong_ds.gene_analysis.arguments",
     "evaluate": "sclong_ds.evaluation.evaluate_arguments",
     "report": "sclong_ds.report.arguments",
 }

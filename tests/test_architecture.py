@@ -21,7 +21,7 @@ FLOORS = {
         {"loader", "model", "checkpoint", "tracking"},
         {"objective", "exported", "job"},
         {"planning", "embedding", "released", "report"},
-        {"training", "evaluation"},
+        {"training", "evaluation", "gene_analysis"},
         {"pretrain", "demo", "__main__", "restarts", "preflight", "mlflow_model"},
     ],
     "data_prep": [
@@ -42,8 +42,8 @@ PLACES = {
     "torch": {
         "sclong_ds.engine", "sclong_ds.model", "sclong_ds.checkpoint", "sclong_ds.objective",
         "sclong_ds.exported", "sclong_ds.job", "sclong_ds.embedding", "sclong_ds.released",
-        "sclong_ds.evaluation", "sclong_ds.training", "sclong_ds.pretrain", "sclong_ds.demo",
-        "kernels",
+        "sclong_ds.evaluation", "sclong_ds.gene_analysis", "sclong_ds.training",
+        "sclong_ds.pretrain", "sclong_ds.demo", "kernels",
     },
     "triton": {"kernels"},
     "torch_geometric": {"sclong_ds.model"},
@@ -54,7 +54,8 @@ PLACES = {
     },
     "kernels": {"sclong_ds.model", "sclong_ds.training"},
     "data_prep": {
-        "sclong_ds.embedding", "sclong_ds.evaluation", "sclong_ds.__main__", "sclong_ds.demo",
+        "sclong_ds.embedding", "sclong_ds.evaluation", "sclong_ds.gene_analysis",
+        "sclong_ds.__main__", "sclong_ds.demo",
     },
 }  # fmt: skip
 """The only packages that import a library, or another top-level package."""

@@ -132,6 +132,7 @@ def build_gene_graph(
     propagate: Propagation = "none",
     threshold: float = THRESHOLD,
     neighbours: int = NEIGHBOURS,
+    hold_out: float = 0.0,
 ) -> dict[str, Any]:
     """Build the graph of a vocabulary from files and write it with its picture.
 
@@ -146,6 +147,7 @@ def build_gene_graph(
         propagate: Add ancestors of each term: none, is_a or all relationships.
         threshold: Edges need a Jaccard index strictly above it.
         neighbours: Best sources kept per gene, besides itself.
+        hold_out: Share of the terms that are left out, by the hash of their ids.
 
     Returns:
         A report: out, picture, settings, counts.
@@ -161,10 +163,8 @@ def build_gene_graph(
     ontology = read_ontology(obo, propagate=propagate)
     filters: Any = {"namespaces": namespaces, "evidence_exclude": evidence_exclude}
     annotations = read_annotations(associations, ontology=ontology, taxid=taxid, **filters)
-    terms, unmatched = match_genes(annotations, keys)
-    logger.info(
-        "%d annotated genes read, %d not in the gene list", len(annotations.terms), unmatched
-    )
+    terms, unmatched = match_genes(annotations, keys, hold_out=hold_out)
+    logger.info("%d annotated genes, %d not in the gene list", len(annotations.terms), unmatched)
     graph = jaccard_graph(terms, threshold=threshold, neighbours=neighbours)
     settings = {
         "obo": _provenance(obo) | {"version": ontology.version},
@@ -174,9 +174,9 @@ def build_gene_graph(
         "propagate": propagate,
         "threshold": threshold,
         "neighbours": neighbours,
-    }
+    } | ({"hold_out": hold_out} if hold_out else {})
     counts = graph_counts(graph, terms, keys) | _annotation_counts(annotations, ontology, unmatched)
-    about: dict[str, Any] = {"genes_hash": keys.genes.hash, "settings": settings, "counts": counts}
+    about: Any = {"genes_hash": keys.genes.hash, "settings": settings, "counts": counts}
     write_gene_graph(out, graph.edge_index, graph.edge_weight, n_genes=graph.n_genes, **about)
     plot_degrees(out.with_suffix(".png"), graph)
     return {"out": str(out), "picture": str(out.with_suffix(".png")), **about}
@@ -238,6 +238,7 @@ def run(args: argparse.Namespace) -> int:
         propagate=args.propagate,
         threshold=args.threshold,
         neighbours=args.neighbours,
+        hold_out=args.hold_out,
     )
     if args.json:
         print(json.dumps(report, indent=2))

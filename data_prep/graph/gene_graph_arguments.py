@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from data_prep.graph.gene_ontology import GENE_TABLE, GO_FOLDER, HUMAN, NAMESPACES
+from sclong_ds.command_line import share
 
 THRESHOLD = 0.1
 """Edges with a Jaccard index above it are kept."""
@@ -26,6 +27,18 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, help="graph to write (.npz); a .png of the degrees goes beside it"
     )
+    add_ontology_arguments(parser)
+    parser.add_argument(
+        "--genes",
+        default=GENE_TABLE,
+        help="genes and their order: a CORPUS/genes.tsv, a table with ensembl_id, symbol, class "
+        "and optionally entrez_ids, or one id a line (default: the bundled 27,874 genes, which "
+        "also supply missing Entrez ids)",
+    )
+
+
+def add_ontology_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the files of the Gene Ontology."""
     parser.add_argument(
         "--obo",
         default=GO_FOLDER / "go-basic.obo.gz",
@@ -35,13 +48,6 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--associations",
         default=GO_FOLDER / "gene2go.gz",
         help="NCBI gene2go or GAF 2.x, .gz or not (default: the bundled human gene2go, 2022-09-12)",
-    )
-    parser.add_argument(
-        "--genes",
-        default=GENE_TABLE,
-        help="genes and their order: a CORPUS/genes.tsv, a table with ensembl_id, symbol, class "
-        "and optionally entrez_ids, or one id a line (default: the bundled 27,874 genes, which "
-        "also supply missing Entrez ids)",
     )
 
 
@@ -85,4 +91,12 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=NEIGHBOURS,
         help="best sources per gene, besides itself (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hold-out",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out this share of the terms, by the hash of their ids, for `sclong genes "
+        "--benchmark` to test with; related terms stay (default: 0)",
     )

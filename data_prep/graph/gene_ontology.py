@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import tempfile
 import zlib
@@ -224,12 +225,15 @@ def read_gene_keys(path: str | Path) -> GeneKeys:
     return GeneKeys(genes=genes, positions={key: tuple(found) for key, found in positions.items()})
 
 
-def match_genes(annotations: Annotations, keys: GeneKeys) -> tuple[list[set[str]], int]:
+def match_genes(
+    annotations: Annotations, keys: GeneKeys, *, hold_out: float = 0.0
+) -> tuple[list[set[str]], int]:
     """Give every gene of the vocabulary its GO terms.
 
     Args:
         annotations: Terms by foreign id.
         keys: Vocabulary and its foreign ids; an id of several genes annotates all of them.
+        hold_out: Share of the terms that are left out, as `is_held_out` chooses them.
 
     Returns:
         One set of terms per gene in vocabulary order (empty: no annotation), and how many annotated
@@ -252,7 +256,20 @@ def match_genes(annotations: Annotations, keys: GeneKeys) -> tuple[list[set[str]
             f"them by {kind} id ('{example}'), the list begins with '{keys.genes.ids[0]}'; give a "
             "gene table of the same organism with the columns ensembl_id, symbol, class, entrez_ids"
         )
+    if hold_out:
+        terms = [{term for term in own if not is_held_out(term, hold_out)} for own in terms]
     return terms, unmatched
+
+
+def is_held_out(term: str, share: float) -> bool:
+    """Return whether a term is among those held out, by the hash of its id.
+
+    Args:
+        term: Id, such as GO:0006955.
+        share: Of all terms, 0 to 1; those of a smaller share are among those of a larger one.
+    """
+    digest = hashlib.sha256(term.encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def _keys_of(gene_id: str, row: Mapping[str, str]) -> set[GeneKey]:

@@ -150,3 +150,22 @@ def check_edges(
         raise ValueError(f"{where}: edges name genes outside 0..{n_genes - 1}")
     if not (np.isfinite(edge_weight).all() and (edge_weight > 0).all()):
         raise ValueError(f"{where}: edge weights must be finite and > 0")
+
+
+def graph_settings(path: str | Path) -> dict[str, Any]:
+    """Return how a graph was made, from its file.
+
+    Args:
+        path: From `write_gene_graph`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not such a file, or damaged.
+    """
+    path = Path(path)
+    try:
+        with named_errors(path), path.open("rb") as file, np.load(file) as stored:
+            found: dict[str, Any] = json.loads(str(stored["settings"]))
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: not a gene graph ({error})") from None
+    return found

@@ -23,12 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `embed`, `evaluate` and `perturb` share: the model, the cells and how to run."""
+def add_input_arguments(parser: argparse.ArgumentParser, *, input_needed: bool = True) -> None:
+    """Add what commands on a model and cells share: both of them, and how to run.
+
+    Args:
+        parser: Of the command.
+        input_needed: Whether the command needs cells.
+    """
     parser.add_argument("model_dir", type=local_path, metavar="MODEL_DIR", help="exported model")
     parser.add_argument(
         "input",
         type=local_path,
+        nargs=None if input_needed else "?",
         metavar="INPUT",
         help="raw counts (h5ad, AnnData zarr, 10x h5 or mtx, loom, csv, tsv) or a finalized corpus",
     )

@@ -1,12 +1,15 @@
-"""What a command on a model and cells begins with: `embed` and `evaluate` open both alike."""
+"""What a command on a model and cells begins with: all open both alike, and read them alike."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from data_prep.manifest.input_options import input_dataset
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.model.sclong import ScLong
@@ -44,6 +47,38 @@ def cells_of(args: argparse.Namespace, model: ScLong) -> Cells:
         min_share=args.min_share_mapped,
         dataset=input_dataset(args.input, args),
     )
+
+
+def model_inputs(
+    model: ScLong, cells: Cells, *, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
+    """Yield the model's input (B, G) of all cells, what is unmeasured (B, G) or None, and where.
+
+    Args:
+        model: From `load_model`.
+        cells: From `open_cells`, in the model's gene order.
+        batch_size: Cells at a time.
+
+    Raises:
+        ValueError: The model needs to know what was measured, and the input does not say.
+    """
+    device = next(model.parameters()).device
+    masks, done = model.transform.unmeasured == "mask", 0
+    if masks and cells.measured is None:
+        raise ValueError(
+            "the model was trained with data.unmeasured=mask: it needs to know which genes the "
+            "input measures, which this corpus does not record; give the source files"
+        )
+    for block in cells.blocks():
+        for start in range(0, block.counts.shape[0], batch_size):
+            part = block.counts[start : start + batch_size]
+            values = log1p_normalise(part, target_sum=model.transform.target_sum)
+            place = slice(done, done + part.shape[0])
+            hidden = None
+            if masks and cells.measured is not None:
+                hidden = torch.from_numpy(cells.measured.of(place).unmeasured()).to(device)
+            yield torch.from_numpy(values).to(device), hidden, place
+            done = place.stop
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,10 +30,9 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.embedding.embed import plain_columns
-from sclong_ds.embedding.opening import cells_of, model_of
+from sclong_ds.embedding.opening import cells_of, model_inputs, model_of
 from sclong_ds.embedding.record import origin_of, record_of
 from sclong_ds.embedding.stored import UNS_KEY
 from sclong_ds.files.atomic import partial_name, write_atomic
@@ -144,12 +143,13 @@ def cells_changed(model: ScLong, mode: str) -> Over:
     return "all" if model.config.zero_genes is None else "every"
 
 
-def genes_of(text: str, genes: GeneVocabulary) -> list[int]:
+def genes_of(text: str, genes: GeneVocabulary, *, option: str = "--genes") -> list[int]:
     """Return the columns of a set of genes, without repeats.
 
     Args:
         text: Symbols or Ensembl ids, divided by commas.
         genes: Of the model.
+        option: That names them, for the error.
 
     Raises:
         ValueError: A gene that the model lacks, or none.
@@ -161,7 +161,7 @@ def genes_of(text: str, genes: GeneVocabulary) -> list[int]:
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--genes: the model has no gene '{name}'{hint}")
+            raise ValueError(f"{option}: the model has no gene '{name}'{hint}")
         found.append(columns[name])
     return list(dict.fromkeys(found))
 
@@ -174,8 +174,8 @@ def mean_expression(model: ScLong, cells: Cells) -> np.ndarray:
         cells: From `open_cells`.
     """
     total = np.zeros(model.n_genes)
-    for values, _ in _each_cell(model, cells):
-        total += values[0]
+    for x, _, _ in model_inputs(model, cells, batch_size=1):
+        total += x[0].cpu().numpy()
     return total / max(len(cells.obs), 1)
 
 
@@ -239,18 +239,15 @@ def measure(
     Raises:
         ValueError: A set that has no cell.
     """
-    device = next(model.parameters()).device
     genes, cell = np.zeros((len(sets), model.n_genes)), np.zeros(len(sets))
     n_cells = np.zeros(len(sets), dtype=np.int64)
     with torch.inference_mode(), count_progress("perturb", len(cells.obs), "cells") as on_cells:
-        for values, hidden in _each_cell(model, cells):
-            known = values[0] > 0 if over != "all" else np.ones(model.n_genes, dtype=bool)
-            if hidden is not None:
-                known &= ~hidden[0]
-            enough = np.all if over == "every" else np.any
+        for x, unmeasured, _ in model_inputs(model, cells, batch_size=1):
+            reached = x[0] > 0 if over != "all" else torch.ones_like(x[0], dtype=torch.bool)
+            if unmeasured is not None:
+                reached = reached & ~unmeasured[0]
+            known, enough = reached.cpu().numpy(), np.all if over == "every" else np.any
             these = [i for i, one in enumerate(sets) if enough(known[list(one)])]
-            x = torch.from_numpy(values).to(device)
-            unmeasured = None if hidden is None else torch.from_numpy(hidden).to(device)
             before = None
             for start in range(0, len(these), batch_size):
                 part = these[start : start + batch_size]
@@ -281,26 +278,6 @@ def _represented(
     known = x if unmeasured is None else x.masked_fill(unmeasured, 0.0)
     found = torch.where((known > 0).any(dim=1, keepdim=True), model.recipe.apply(parts), 0.0)
     return genes.float(), found.float()
-
-
-def _each_cell(model: ScLong, cells: Cells) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield each cell's input (1, G), and which genes are hidden as unmeasured, or None."""
-    masks, number = model.transform.unmeasured == "mask", 0
-    if masks and cells.measured is None:
-        raise ValueError(
-            "the model was trained with data.unmeasured=mask: it needs to know which genes the "
-            "input measures, which this corpus does not record; give the source files"
-        )
-    for block in cells.blocks():
-        for row in range(block.counts.shape[0]):
-            values = log1p_normalise(
-                block.counts[row : row + 1], target_sum=model.transform.target_sum
-            )
-            hidden = None
-            if masks and cells.measured is not None:
-                hidden = cells.measured.of(slice(number, number + 1)).unmeasured()
-            number += 1
-            yield values, hidden
 
 
 def tested(

@@ -163,7 +163,8 @@ class GeneEncoder(nn.Module):
             or weights is None
             or (weights.device, weights.dtype) != (h.device, kind)
         ):
-            matrix, transposed = normalised_adjacency(self._graph, len(h))
-            adjacency = matrix.to(h.device, kind), transposed.to(h.device, kind)
+            with torch.inference_mode(False):  # training may come behind an inference
+                matrix, transposed = normalised_adjacency(self._graph, len(h))
+                adjacency = matrix.to(h.device, kind), transposed.to(h.device, kind)
             self._adjacency = adjacency
         return _NeighbourSum.apply(h.to(kind), *adjacency).to(h.dtype)

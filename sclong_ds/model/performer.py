@@ -254,17 +254,18 @@ class Performer(nn.Module):
     def features(self, device: torch.device) -> list[Tensor]:
         """Return the layers' random features (M, K) on `device`, drawing them after a redraw."""
         if self._drawn is None or self._drawn[:2] != (self.redraw_index, device):
-            features = self.first_features if self.redraw_index == 0 else None
-            if features is None:
-                features = [
-                    layer_features(
-                        self.config,
-                        self.model,
-                        name=self.name,
-                        layer=i,
-                        redraw_index=self.redraw_index,
-                    )
-                    for i in range(self.config.depth)
-                ]
-            self._drawn = (self.redraw_index, device, [f.to(device) for f in features])
+            with torch.inference_mode(False):  # training may come behind an inference
+                features = self.first_features if self.redraw_index == 0 else None
+                if features is None:
+                    features = [
+                        layer_features(
+                            self.config,
+                            self.model,
+                            name=self.name,
+                            layer=i,
+                            redraw_index=self.redraw_index,
+                        )
+                        for i in range(self.config.depth)
+                    ]
+                self._drawn = (self.redraw_index, device, [f.to(device) for f in features])
         return self._drawn[2]

@@ -263,6 +263,20 @@ class ScLong(nn.Module):
             found["decoder"] = h[:, : self.n_genes] if positions is None else h
         return found
 
+    def decoder_tokens(self, x: Tensor, *, unmeasured: Tensor | None = None) -> Tensor:
+        """Return the genes (T,) int64 that the decoder reads of one cell, in its order.
+
+        Args:
+            x: As in `forward`, of one cell.
+            unmeasured: As in `forward`.
+        """
+        if self.config.zero_genes is None:
+            return torch.arange(self.n_genes, device=x.device)
+        if unmeasured is not None:
+            x = x.masked_fill(unmeasured, 0.0)
+        mask = unknown_genes(None, unmeasured, routing=self.config.routing)
+        return self._read(x, mask, unmeasured).rows
+
     def _read(self, x: Tensor, mask: Tensor | None, unmeasured: Tensor | None) -> ReadGenes:
         """Return which genes of the cells are read."""
         assert self.config.zero_genes is not None
