@@ -167,6 +167,7 @@ def make_run(folder: Path) -> None:
         command = ["-m", "sclong_ds.pretrain", *run_settings(folder, run_dir, seed=seed)]
         train(command, n_ranks=2, log=folder / f"{name}run.log")
         _draw(run_dir, seed=seed)
+        _end_job(run_dir, seed=seed)
 
 
 def _draw(run_dir: Path, *, seed: int) -> None:
@@ -179,6 +180,31 @@ def _draw(run_dir: Path, *, seed: int) -> None:
         (pictures / f"{name}.png").write_bytes(f"{name} of {seed}".encode())
     seal_pictures(pictures)
     show(run_dir, pictures)
+
+
+JOB = "77"
+"""Slurm job of the runs."""
+
+
+def _end_job(run_dir: Path, *, seed: int) -> None:
+    """Add what a Slurm job that a rank ended leaves in the run folder."""
+    from sclong_ds.files.sealed_json import write_sealed
+    from sclong_ds.job import failures, restarts
+    from sclong_ds.run_folder.seal import seal_again
+
+    with mock.patch.dict(os.environ, SLURM_JOB_ID=JOB):
+        restarts.begin(run_dir, job=JOB, nodes=f"n[{seed}-9]", max_stalled=3)
+        problems = [{"nodes": [f"n{seed}"], "text": f"no GPU, seed {seed}"}]
+        verdict = {"ok": False, "life": failures.start_id(), "problems": problems,
+                   "bad_nodes": [f"n{seed}"]}  # fmt: skip
+        write_sealed(run_dir / restarts.PREFLIGHT_FILE, verdict)
+        seal_again(run_dir, restarts.PREFLIGHT_FILE)
+        failures.record(run_dir, f"rank 1 (n{seed}): no such file")
+        try:
+            restarts.end(run_dir, 1, job=JOB, max_stalled=3)
+        except ValueError:
+            return
+        raise RuntimeError("a job that a rank ended is started again")
 
 
 def make_model(folder: Path) -> None:

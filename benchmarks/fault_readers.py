@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.damage import fresh_copy
-from benchmarks.fault_products import BATCH, FINISHED, contents, remove
+from benchmarks.fault_products import BATCH, FINISHED, JOB, contents, remove
 from sclong_ds.checkpoint.load import _choose
 
 Reader = Callable[[Path], Any]
@@ -224,8 +224,22 @@ def read_initial(folder: Path) -> Any:
     return repr(described), {name: weights(name).numpy().tobytes() for name in names}
 
 
+def read_job(folder: Path) -> Any:
+    """Return what the next start of the run's Slurm job takes from the one that ended."""
+    from sclong_ds.job import failures, restarts
+    from sclong_ds.run_folder.seal import say_change
+
+    start = f"{JOB}.0"
+    names = (restarts.RESTARTS_FILE, restarts.PREFLIGHT_FILE, failures.FAILURE_FILE)
+    say_change(folder, *names)
+    starts = restarts.read_starts(folder)
+    verdict = restarts.read_verdict(folder, start=start)
+    return repr((starts, verdict, failures.read_failure(folder, start=start)))
+
+
 RUN: dict[str, Reader] = {
     "status": read_status,
+    "job": read_job,
     "report": read_report,
     "compare": read_compare,
     "resume": read_resumed,

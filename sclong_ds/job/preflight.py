@@ -54,6 +54,7 @@ from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.job.failures import run_to_end, start_id
 from sclong_ds.job.node_report import GIB, Place, Report, examine, on_gpus
 from sclong_ds.run_folder.files import now
+from sclong_ds.run_folder.seal import seal_again
 
 SKEW_LIMIT_S = 30.0
 """Largest difference of a node's clock from the others' median, s."""
@@ -416,6 +417,7 @@ def publish(verdict: Mapping[str, Any], place: Place, run_dir: Path | None) -> N
         )  # fmt: skip
     if run_dir is not None and run_dir.is_dir():
         write_sealed(run_dir / PREFLIGHT_FILE, verdict)
+        seal_again(run_dir, PREFLIGHT_FILE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -46,9 +46,10 @@ from sclong_ds.config.sections import EngineConfig
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.sealed_json import CHECKSUM, checksum_of, read_sound
 from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS, SRUN_STATUS, STOP_STATUS
-from sclong_ds.job.failures import read_failure, record, start_id
+from sclong_ds.job.failures import FAILURE_FILE, read_failure, record, start_id
 from sclong_ds.run_folder.files import METRICS_FILE, now, read_events
 from sclong_ds.run_folder.rows import read_every_row
+from sclong_ds.run_folder.seal import say_change, seal_again
 
 RESTARTS_FILE = "restarts.json"
 PREFLIGHT_FILE = "preflight.json"
@@ -95,6 +96,7 @@ def begin(run_dir: Path, *, job: str, nodes: str, max_stalled: int) -> None:
     rows = [asdict(start) for start in starts]
     text = json.dumps([row | {CHECKSUM: checksum_of(row)} for row in rows], indent=2)
     write_atomic(run_dir / RESTARTS_FILE, f"{text}\n".encode())
+    seal_again(run_dir, RESTARTS_FILE, forget=[PREFLIGHT_FILE, FAILURE_FILE])
 
 
 def refuse_stalled(run_dir: Path, *, job: str, max_stalled: int) -> None:
@@ -138,7 +140,9 @@ def end(
             f"submit the corrected command"
         )
         record(run_dir, text)
+        _seal_failure(run_dir)
         raise ValueError(text)
+    _seal_failure(run_dir)
     reason = "saved after a signal"
     if status != STOP_STATUS:
         reason = _reason(run_dir, status)
@@ -149,6 +153,12 @@ def end(
             )
     refuse_stalled(run_dir, job=job, max_stalled=max_stalled)
     return reason
+
+
+def _seal_failure(run_dir: Path) -> None:
+    """Seal what a rank reported: the rank itself cannot, while others write run.json."""
+    if (run_dir / FAILURE_FILE).is_file():
+        seal_again(run_dir, FAILURE_FILE)
 
 
 def _reason(run_dir: Path, status: int) -> str:
@@ -280,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.run.dir is None:
             raise ValueError("run.dir is not set: add run.dir=PATH, the run folder")
         run_dir = Path(config.run.dir)
+        if args.command in ("begin", "end", "bad-nodes"):
+            say_change(run_dir, RESTARTS_FILE, PREFLIGHT_FILE)
         if args.command == "nodes":
             most, ranks = args.most, args.ranks_per_node
             sys.stdout.write(f"{usable_nodes(config.engine, most=most, ranks_per_node=ranks)}\n")

@@ -5,7 +5,9 @@ that describes the run, and of every .jsonl file as far as it has grown. It is c
 of `SEALING`, right after that was written, so that a lost end, a file of another run, and a
 run.json that is older than the rest all show. Files that are sealed once stay so: what was lost of
 them is said for ever, whatever is appended later. Runs of earlier versions have no seal, and
-nothing is said about them.
+nothing is said about them. What the Slurm job writes before and after each training
+(`BY_JOB`) is written again at each start, and sealed by its writer (`seal_again`), when no training
+runs.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ _WRITTEN_ONCE = (
     "config.yaml", "ds_config.json", "environment.txt", "genes.tsv", "gene_graph.npz",
     "random_features.safetensors",
 )  # fmt: skip
+BY_JOB = ("restarts.json", "preflight.json")
+"""Sealed at a start of the run too: there is no run.json before the first one."""
 _PAUSES_S = (0.2, 0.8, 0.0)
 
 log = logging.getLogger(__name__)
@@ -53,7 +58,10 @@ def seal(run_dir: Path) -> None:
         found: dict[str, list[int]] = {}
         for name in _WRITTEN_ONCE:
             if (run_dir / name).is_file():
-                found[name] = [(run_dir / name).stat().st_size, file_crc32c(run_dir / name)]
+                found[name] = _whole(run_dir / name)
+        for name in BY_JOB:
+            if name not in before and (run_dir / name).is_file():
+                found[name] = _whole(run_dir / name)
         growing = [run_dir / METRICS_FILE, run_dir / EVENTS_FILE]
         for path in [*growing, *(run_dir / SYSTEM_DIR).glob("*.jsonl")]:
             name = path.relative_to(run_dir).as_posix()
@@ -62,6 +70,46 @@ def seal(run_dir: Path) -> None:
         update_run_json(run_dir, **{SEAL: before | found})
     except OSError as error:
         log.warning("the files of the run are not sealed: %s", error)
+
+
+def seal_again(run_dir: Path, name: str, *, forget: Sequence[str] = ()) -> None:
+    """Record what a file holds that is written anew at each start; a failure is logged.
+
+    Args:
+        run_dir: Run folder; nothing is recorded where no training has begun. No training runs.
+        name: The file.
+        forget: Files that this start is going to write anew.
+    """
+    if not (run_dir / RUN_FILE).is_file():
+        return
+    try:
+        sealed = _entries(read_run_json(run_dir))
+        if not sealed:
+            return
+        kept = {key: entry for key, entry in sealed.items() if key not in forget}
+        update_run_json(run_dir, **{SEAL: kept | {name: _whole(run_dir / name)}})
+    except OSError as error:
+        log.warning("%s is not sealed: %s", run_dir / name, error)
+
+
+def say_change(run_dir: Path, *names: str) -> None:
+    """Log what of some files is not as run.json recorded it.
+
+    Args:
+        run_dir: Run folder, which may not be there.
+        names: The files.
+    """
+    if not (run_dir / RUN_FILE).is_file():
+        return
+    sealed = _entries(read_run_json(run_dir))
+    for name in names:
+        line = _change(run_dir / name, *sealed[name]) if name in sealed else None
+        if line is not None:
+            log.warning("%s", line)
+
+
+def _whole(path: Path) -> list[int]:
+    return [path.stat().st_size, file_crc32c(path)]
 
 
 def _grown(path: Path, before: list[int]) -> list[int]:

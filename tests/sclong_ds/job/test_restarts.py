@@ -22,6 +22,8 @@ from sclong_ds.job.restarts import (
     read_starts,
     seconds_to_save,
 )
+from sclong_ds.run_folder.files import RunFolder, update_run_json
+from sclong_ds.run_folder.seal import seal
 
 
 def _begin(run_dir: Path, *, job: str = "7", max_stalled: int = 3) -> None:
@@ -149,6 +151,25 @@ def test_what_one_rank_says_outweighs_how_the_others_die(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the record is of an earlier start
     assert _end(tmp_path, 71).startswith("a device, network or disk failed a rank")
     assert _end(tmp_path, 137) == "a rank died (status 137)"
+
+
+def test_a_start_says_that_the_record_is_not_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run_dir = tmp_path / "run"
+    with RunFolder(run_dir) as folder:
+        update_run_json(run_dir, run_id="a")
+        folder.append_event("start", step=0)
+        seal(run_dir)
+    arguments = ["begin", "--config", "sclong_tiny", f"run.dir={run_dir}"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    (run_dir / RESTARTS_FILE).unlink()
+    assert main(arguments) == 0
+    assert f"{run_dir / RESTARTS_FILE}: missing" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_hang_of_this_life_asks_for_another(tmp_path: Path) -> None:

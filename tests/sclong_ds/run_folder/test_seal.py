@@ -10,7 +10,7 @@ from sclong_ds.run_folder.files import (
     recorded_ids,
     update_run_json,
 )
-from sclong_ds.run_folder.seal import changes, seal
+from sclong_ds.run_folder.seal import changes, say_change, seal, seal_again
 
 
 @pytest.fixture
@@ -70,6 +70,36 @@ def test_files_that_are_missing_or_of_another_run_are_said(run_dir: Path, name: 
     assert changes(run_dir)
     if name != "run.json":
         assert changes(run_dir)[0].startswith(f"{run_dir / name}: ")
+
+
+@pytest.mark.parametrize("name", ["restarts.json", "preflight.json", "failure.json"])
+def test_what_the_job_writes_anew_is_sealed_by_its_writer(
+    run_dir: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = run_dir / name
+    for text in ("[1]", "[1, 2]"):
+        path.write_text(text)
+        seal_again(run_dir, name)
+        assert changes(run_dir) == []
+    seal(run_dir)
+    for spoil in (path.unlink, lambda: path.write_text("[1]"), lambda: path.write_text("[1, 3]")):
+        spoil()
+        assert [line.split(":")[0] for line in changes(run_dir)] == [str(path)]
+        caplog.clear()
+        say_change(run_dir, name)
+        assert str(path) in caplog.text
+    seal_again(run_dir, "config.yaml", forget=[name])
+    assert changes(run_dir) == []
+
+
+def test_a_start_before_the_first_training_is_sealed_with_the_run(tmp_path: Path) -> None:
+    (tmp_path / "restarts.json").write_text("[1]")
+    seal_again(tmp_path, "restarts.json")
+    assert not (tmp_path / "run.json").exists()
+    run_dir = make(tmp_path, run_id="a", loss=1.0)
+    assert changes(run_dir) == []
+    (tmp_path / "restarts.json").write_text("[2]")
+    assert [line.split(":")[0] for line in changes(run_dir)] == [str(tmp_path / "restarts.json")]
 
 
 def test_an_earlier_copy_of_run_json_is_said(run_dir: Path) -> None:
