@@ -47,7 +47,7 @@ def csr_blocks(opened: Open, where: str, shape: tuple[int, int]) -> Blocks:
             row_ptr = _pointers(group, shape[0])
             for start, stop in row_blocks(row_ptr):
                 first, last = int(row_ptr[start]), int(row_ptr[stop])
-                indices, data = _stretch(group, first, last)
+                indices, data = _stretch(group, first, last, shape[1])
                 block = sparse.csr_matrix(
                     (data, indices, row_ptr[start : stop + 1] - first),
                     shape=(stop - start, shape[1]),
@@ -74,7 +74,7 @@ def csc_blocks(opened: Open, where: str, shape: tuple[int, int], *, scratch: Pat
             pointers = _pointers(group, shape[1])
             for first in range(0, int(pointers[-1]), BLOCK_ENTRIES):
                 last = min(first + BLOCK_ENTRIES, int(pointers[-1]))
-                rows, data = _stretch(group, first, last)
+                rows, data = _stretch(group, first, last, shape[0])
                 yield rows, line_numbers(pointers, first, last), data
 
     with opened() as root:
@@ -155,7 +155,7 @@ def checked_pointers(
     Raises:
         ValueError: They do not.
     """
-    pointers = np.asarray(stored).astype(np.int64)
+    pointers = _whole_numbers(stored, "index pointers")
     if (
         pointers.shape != (n_lines + 1,)
         or pointers[0] != 0
@@ -167,6 +167,38 @@ def checked_pointers(
             f"{_overflow(pointers, n_values)}"
         )
     return pointers
+
+
+def checked_indices(stored: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
+    """Return the row or column numbers of a compressed matrix if they lie inside.
+
+    They are compared as they are stored: in 32 bits, which scipy takes for a small matrix, 2^32 + 5
+    is 5.
+
+    Args:
+        stored: The numbers.
+        size: Columns of CSR, rows of CSC.
+
+    Raises:
+        ValueError: One lies outside, or is no whole number.
+    """
+    found = np.asarray(stored)
+    if found.size and (found.min() < 0 or found.max() >= size):
+        wrong = found.min() if found.min() < 0 else found.max()
+        raise ValueError(f"indices must be >= 0 and < {size}; there is {wrong}")
+    return _whole_numbers(found, "indices")
+
+
+def _whole_numbers(stored: npt.ArrayLike, what: str) -> npt.NDArray[np.int64]:
+    found = np.asarray(stored)
+    if found.dtype.kind not in "iuf":
+        raise ValueError(f"the {what} are {found.dtype}, expected whole numbers")
+    with np.errstate(invalid="ignore"):
+        whole = found.astype(np.int64)
+    if (whole != found).any():
+        wrong = found[whole != found][0]
+        raise ValueError(f"the {what} hold {wrong}, which is no whole number of 64 bits")
+    return whole
 
 
 def _overflow(pointers: npt.NDArray[np.int64], n_values: int) -> str:
@@ -299,12 +331,11 @@ def _pointers(group: Any, n_lines: int) -> npt.NDArray[np.int64]:
 
 
 def _stretch(
-    group: Any, first: int, last: int
+    group: Any, first: int, last: int, size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.generic]]:
     """Return column numbers and values of one stretch of a compressed matrix."""
-    return np.asarray(group["indices"][first:last]).astype(np.int64), _numbers(
-        group["data"][first:last]
-    )
+    indices = checked_indices(group["indices"][first:last], size)
+    return indices, _numbers(group["data"][first:last])
 
 
 def _tile(

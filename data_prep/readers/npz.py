@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 from scipy import sparse
 
-from data_prep.readers.arrays import Blocks, checked_pointers, line_numbers
+from data_prep.readers.arrays import Blocks, checked_indices, checked_pointers, line_numbers
 from data_prep.readers.gather import gathered
 from data_prep.readers.lines import name_columns
 from data_prep.source.source import (
@@ -149,7 +149,7 @@ def _csr(path: Path, shape: tuple[int, int]) -> Iterator[sparse.csr_matrix]:
             block = sparse.csr_matrix(
                 (
                     data.read(number),
-                    indices.read(number).astype(np.int64),
+                    checked_indices(indices.read(number), shape[1]),
                     row_ptr[start : stop + 1] - row_ptr[start],
                 ),
                 shape=(stop - start, shape[1]),
@@ -164,7 +164,7 @@ def _csc(path: Path, shape: tuple[int, int], scratch: Path | None) -> Blocks:
             pointers, indices, data = _members(packed, stack, shape[1])
             for first in range(0, int(pointers[-1]), BLOCK_ENTRIES):
                 last = min(first + BLOCK_ENTRIES, int(pointers[-1]))
-                rows = indices.read(last - first).astype(np.int64)
+                rows = checked_indices(indices.read(last - first), shape[0])
                 yield rows, line_numbers(pointers, first, last), data.read(last - first)
 
     with zipfile.ZipFile(path) as packed, ExitStack() as stack:
