@@ -73,12 +73,12 @@ def seal(run_dir: Path) -> None:
 
 
 def seal_again(run_dir: Path, name: str, *, forget: Sequence[str] = ()) -> None:
-    """Record what a file holds that is written anew at each start; a failure is logged.
+    """Record what a file holds that is written again at each start; a failure is logged.
 
     Args:
         run_dir: Run folder; nothing is recorded where no training has begun. No training runs.
         name: The file.
-        forget: Files that this start is going to write anew.
+        forget: Files that this start is going to write again.
     """
     if not (run_dir / RUN_FILE).is_file():
         return

@@ -73,7 +73,7 @@ def test_files_that_are_missing_or_of_another_run_are_said(run_dir: Path, name: 
 
 
 @pytest.mark.parametrize("name", ["restarts.json", "preflight.json", "failure.json"])
-def test_what_the_job_writes_anew_is_sealed_by_its_writer(
+def test_what_the_job_writes_again_is_sealed_by_its_writer(
     run_dir: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = run_dir / name
