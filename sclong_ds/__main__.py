@@ -38,6 +38,10 @@ COMMANDS = {
         "sclong_ds.evaluation.evaluate",
         "zero-shot scores of embeddings against baselines",
     ),
+    "finetune": (
+        "sclong_ds.finetune.command",
+        "train a model, or a head on it, on labelled cells, beside baselines",
+    ),
     "verify": ("sclong_ds.exported.verify", "a run, checkpoint or model against its checksums"),
     "status": ("sclong_ds.report.status", "how a run is doing, from its files"),
     "report": ("sclong_ds.report.report", "one HTML page about a run, or about several"),
@@ -59,6 +63,7 @@ ARGUMENTS = {
     "perturb": "sclong_ds.embedding.perturb_arguments",
     "genes": "sclong_ds.gene_analysis.arguments",
     "evaluate": "sclong_ds.evaluation.evaluate_arguments",
+    "finetune": "sclong_ds.finetune.arguments",
     "report": "sclong_ds.report.arguments",
 }
 """Modules that have the add_arguments of commands whose own take long to import."""

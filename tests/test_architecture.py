@@ -22,6 +22,7 @@ FLOORS = {
         {"objective", "exported", "job"},
         {"planning", "embedding", "released", "report"},
         {"training", "evaluation", "gene_analysis"},
+        {"finetune"},
         {"pretrain", "demo", "__main__", "restarts", "preflight", "mlflow_model"},
     ],
     "data_prep": [
@@ -43,7 +44,7 @@ PLACES = {
         "sclong_ds.engine", "sclong_ds.model", "sclong_ds.checkpoint", "sclong_ds.objective",
         "sclong_ds.exported", "sclong_ds.job", "sclong_ds.embedding", "sclong_ds.released",
         "sclong_ds.evaluation", "sclong_ds.gene_analysis", "sclong_ds.training",
-        "sclong_ds.pretrain", "sclong_ds.demo", "kernels",
+        "sclong_ds.finetune", "sclong_ds.pretrain", "sclong_ds.demo", "kernels",
     },
     "triton": {"kernels"},
     "torch_geometric": {"sclong_ds.model"},

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from sclong_ds.exported.training_cells import (
     share_in_training,
 )
 from sclong_ds.files.hdf5_file import new_hdf5
+from sclong_ds.model.pooling import Part
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.progress import count_progress
@@ -141,6 +142,51 @@ def embed_counts(
     Raises:
         ValueError: Another number of genes than the model's, or measured genes are needed.
     """
+    embedded = np.zeros((counts.shape[0], embedding_width(model)), dtype=np.float32)
+    for part, x, unmeasured in _inputs(model, counts, batch_size=batch_size, measured=measured):
+        with torch.inference_mode():
+            embedded[part] = model.embed(x, unmeasured=unmeasured).float().cpu().numpy()
+        if on_cells is not None:
+            on_cells(len(x))
+    return embedded
+
+
+def pooled_counts(
+    model: ScLong,
+    counts: csr_matrix,
+    parts: Sequence[Part],
+    *,
+    batch_size: int = 8,
+    on_cells: Callable[[int], None] | None = None,
+    measured: MeasuredGenes | None = None,
+) -> np.ndarray:
+    """Return weighted means of the genes' vectors of cells, the parts one behind the other.
+
+    Args:
+        model: As in `embed_counts`, which names the errors too.
+        counts: As in `embed_counts`.
+        parts: P of them.
+        batch_size: As in `embed_counts`.
+        on_cells: As in `embed_counts`.
+        measured: As in `embed_counts`.
+
+    Returns:
+        (n, P * C) float32; zero for a cell without counts.
+    """
+    pooled = np.zeros((counts.shape[0], len(parts) * model.config.base_dim), dtype=np.float32)
+    for part, x, unmeasured in _inputs(model, counts, batch_size=batch_size, measured=measured):
+        with torch.inference_mode():
+            found = torch.cat(model.pooled(x, parts, unmeasured=unmeasured), dim=1)
+            pooled[part] = found.float().cpu().numpy()
+        if on_cells is not None:
+            on_cells(len(x))
+    return pooled
+
+
+def _inputs(
+    model: ScLong, counts: csr_matrix, *, batch_size: int, measured: MeasuredGenes | None
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    """Yield batches of cells: their rows, values (B, G), and genes that were not measured."""
     if counts.shape[1] != model.n_genes:
         raise ValueError(f"got counts of {counts.shape[1]} genes, the model has {model.n_genes}")
     masks = model.transform.unmeasured == "mask"
@@ -151,21 +197,13 @@ def embed_counts(
             "or finalize the corpus again"
         )
     device = next(model.parameters()).device
-    embedded = np.zeros((counts.shape[0], embedding_width(model)), dtype=np.float32)
-    with torch.inference_mode():
-        for start in range(0, counts.shape[0], batch_size):
-            part = counts[start : start + batch_size]
-            values = log1p_normalise(part, target_sum=model.transform.target_sum)
-            x = torch.from_numpy(values).to(device)
-            unmeasured = None
-            if masks and measured is not None:
-                these = measured.of(slice(start, start + batch_size)).unmeasured()
-                unmeasured = torch.from_numpy(these).to(device)
-            found = model.embed(x, unmeasured=unmeasured)
-            embedded[start : start + batch_size] = found.float().cpu().numpy()
-            if on_cells is not None:
-                on_cells(part.shape[0])
-    return embedded
+    for start in range(0, counts.shape[0], batch_size):
+        part = slice(start, start + batch_size)
+        values = log1p_normalise(counts[part], target_sum=model.transform.target_sum)
+        unmeasured = None
+        if masks and measured is not None:
+            unmeasured = torch.from_numpy(measured.of(part).unmeasured()).to(device)
+        yield part, torch.from_numpy(values).to(device), unmeasured
 
 
 def embed_to_file(

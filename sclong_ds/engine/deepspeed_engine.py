@@ -167,7 +167,7 @@ def _keep_signatures(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Split the parameters: matrices are decayed, biases, norms and vectors are not.
+    """Split the trained parameters: matrices are decayed, biases, norms and vectors are not.
 
     Args:
         model: The model, partitioned or not.
@@ -178,6 +178,8 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         # A partitioned parameter is flat; ds_shape is its real shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         groups["decay" if len(shape) >= 2 else "no_decay"].append(parameter)

@@ -169,7 +169,7 @@ def _add_accuracy(
     names = np.unique(np.concatenate([labels, predicted]))
     true = (labels[:, None] == names).astype(np.float64)
     given = (predicted[:, None] == names).astype(np.float64)
-    totals = _resampled(np.concatenate([true * given, true, given], axis=1), layout, cells)
+    totals = resampled_sums(np.concatenate([true * given, true, given], axis=1), layout, cells)
     hits, n_true, n_given = np.split(totals, 3, axis=1)
     accuracy = hits.sum(axis=1) / n_true.sum(axis=1)
     f1 = 2 * hits / np.maximum(n_true + n_given, 1)
@@ -185,12 +185,12 @@ def _add_mean(
     found: Scores, name: str, values: np.ndarray, layout: Layout, cells: np.ndarray
 ) -> None:
     """Add the mean of a value of some cells."""
-    totals = _resampled(np.stack([values, np.ones(len(values))], axis=1), layout, cells)
+    totals = resampled_sums(np.stack([values, np.ones(len(values))], axis=1), layout, cells)
     draws = totals[:, 0] / totals[:, 1]
     found.values[name], found.draws[name] = float(draws[0]), draws[1:]
 
 
-def _resampled(values: np.ndarray, layout: Layout, cells: np.ndarray) -> np.ndarray:
+def resampled_sums(values: np.ndarray, layout: Layout, cells: np.ndarray) -> np.ndarray:
     """Return sums (1 + R, width) of values (cells, width): of all cells, then of each resample.
 
     The units are cells, or groups; the same ones are drawn for every representation.

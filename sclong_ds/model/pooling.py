@@ -137,11 +137,12 @@ def gene_weights(x: Tensor, name: str) -> Tensor:
 
 
 def _mean(weights: Tensor, vectors: Tensor) -> Tensor:
+    sums = weights.sum(dim=1, keepdim=True)
+    weights = weights.to(vectors.dtype)
     if vectors.ndim == 2:
         total = weights @ vectors
     else:
         total = torch.bmm(weights[:, None, :], vectors)[:, 0]
-    sums = weights.sum(dim=1, keepdim=True)
     return total / torch.where(sums > 0, sums, 1.0)
 
 

@@ -1,0 +1,64 @@
+"""The sections of a run's configuration that a fine-tuning reads, with defaults of its own."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from sclong_ds.config.load import load_config
+from sclong_ds.config.sections import (
+    CheckpointConfig,
+    EngineConfig,
+    OptimConfig,
+    TrackingConfig,
+)
+from sclong_ds.config.strict_yaml import to_yaml
+
+_SECTIONS = ("optim", "engine", "checkpoint", "tracking")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sections:
+    """What a fine-tuning takes over from the configuration of a training run."""
+
+    optim: OptimConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    text: str
+    """The whole as YAML, for the folder."""
+
+
+def read_sections(args: argparse.Namespace) -> Sections:
+    """Return the sections of a fine-tuning: those of a run, with other defaults.
+
+    Raises:
+        ValueError: A setting of another section, or a wrong one.
+    """
+    for item in args.overrides:
+        if item.partition(".")[0] not in _SECTIONS:
+            raise ValueError(
+                f"{item}: settings are of the sections {', '.join(_SECTIONS)}; see --help for what "
+                "else can be chosen"
+            )
+    cached = args.mode in ("frozen", "head")
+    defaults = [
+        f"optim.lr={ {'frozen': 1e-2, 'head': 1e-3, 'lora': 1e-3, 'all': 1e-4}[args.mode] }",
+        "optim.schedule=constant", "optim.warmup_steps=0", "engine.ds_config=zero1",
+        "engine.train_batch_size=32",
+        f"engine.train_micro_batch_size_per_gpu={32 if cached else 4}",
+        f"checkpoint.every_n_steps={1000 if cached else 50}", "checkpoint.keep_last=1",
+        "checkpoint.keep_best=false", "checkpoint.asynchronous=false",
+        "tracking.experiment=sclong_ds_finetune", "tracking.picture_cells=null",
+        f"run.dir={args.out}", f"run.seed={args.seed}",
+    ]  # fmt: skip
+    config = load_config("sclong_tiny", [*defaults, *args.overrides])
+    if config.engine.ds_config == "zero3" or "zero3" in config.engine.ds_config:
+        raise ValueError(
+            f"engine.ds_config={config.engine.ds_config}: fine-tuning runs with zero1 or zero2; "
+            "with --mode lora a model of a billion parameters needs 4 GB for its weights"
+        )
+    return Sections(
+        optim=config.optim, engine=config.engine, checkpoint=config.checkpoint,
+        tracking=config.tracking, text=to_yaml(config),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a fine-tuning leaves behind: scores, predictions, a page, the model."""

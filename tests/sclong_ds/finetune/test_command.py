@@ -1,0 +1,144 @@
+"""`finetune` end to end on a tiny model and made cells: modes, stops, results, refusals.
+
+Covers
+`sclong_ds/finetune/arguments.py`
+`sclong_ds/finetune/story.py`
+`sclong_ds/finetune/fit.py`
+`sclong_ds/finetune/sections.py`
+`sclong_ds/finetune/setting.py`
+`sclong_ds/finetune/trainee.py`
+`sclong_ds/finetune/scored/baselines.py`
+`sclong_ds/finetune/scored/compare.py`
+`sclong_ds/finetune/written/results.py`
+`sclong_ds/exported/head.py`
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from exported import named_genes, write_model
+from launching import ROOT, environment
+from scipy.sparse import csr_matrix
+
+from sclong_ds.__main__ import main
+
+N_GENES, N_CELLS, DONORS = 60, 96, 6
+GENES = named_genes(N_GENES)
+
+
+def made_cells() -> anndata.AnnData:
+    """Return cells of two kinds, told apart by the first genes, and an age that others follow."""
+    rng = np.random.default_rng(0)
+    kind, age = np.arange(N_CELLS) % 2, rng.uniform(0, 1, N_CELLS)
+    mean = np.full((N_CELLS, N_GENES), 2.0)
+    mean[:, :10] += 8 * kind[:, None]
+    mean[:, 10:20] += 12 * age[:, None]
+    names = np.array(["a", "b"], dtype=object)[kind]
+    names[:4] = np.nan
+    obs = pd.DataFrame(
+        {"kind": names, "age": age, "donor": np.repeat(list("uvwxyz"), N_CELLS // DONORS)},
+        index=[f"cell{i}" for i in range(N_CELLS)],
+    )
+    counts = csr_matrix(rng.poisson(mean).astype(np.float32))
+    return anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=list(GENES.ids)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and cells."""
+    place = tmp_path_factory.mktemp("finetune")
+    write_model(place, GENES, seed=0)
+    made_cells().write_h5ad(place / "cells.h5ad")
+    return place
+
+
+def words(folder: Path, out: str, *more: str) -> list[str]:
+    return [
+        str(folder / "exported"), str(folder / "cells.h5ad"), "--group", "donor", "--folds", "3",
+        "--out", str(folder / out), "--min-genes-mapped", "1", "--device", "cpu", *more,
+        "tracking.enabled=false", "tracking.system_metrics_every_s=0",
+    ]  # fmt: skip
+
+
+LABELS = ("--label", "kind", "--seeds", "1", "--max-epochs", "6", "optim.lr=0.02")
+
+
+@pytest.fixture(scope="module")
+def statuses(folder: Path) -> dict[str, int]:
+    """Exit statuses of the fine-tunings that the tests look at, made in one process."""
+    every = "checkpoint.every_n_steps=2"
+    calls = {
+        "frozen": (words(folder, "frozen", *LABELS), None),
+        "stopped": (words(folder, "resumed", *LABELS, every), 5),
+        "resumed": (words(folder, "resumed", *LABELS, every), None),
+        "head": (words(folder, "head", *LABELS, "--mode", "head"), None),
+        "age": (
+            words(
+                folder,
+                "age",
+                "--label",
+                "age",
+                "--regress",
+                "--seeds",
+                "1",
+                "--mode",
+                "head",
+                "--max-epochs",
+                "6",
+            ),
+            None,
+        ),
+    }
+    (folder / "calls.json").write_text(json.dumps(list(calls.values())))
+    command = [sys.executable, str(ROOT / "tests" / "finetune_each.py"), folder / "calls.json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return dict(zip(calls, found, strict=True))
+
+
+def scores(folder: Path, out: str) -> dict[str, dict[str, float]]:
+    return json.loads((folder / out / "scores.json").read_text())["scores"]
+
+
+def test_each_ends_as_it_should(statuses):
+    assert statuses == {"frozen": 0, "stopped": 75, "resumed": 0, "head": 0, "age": 0}
+
+
+@pytest.mark.parametrize("out", ["frozen", "head"])
+def test_labels_are_learnt_and_every_row_is_scored(statuses, folder, out):
+    found = scores(folder, out)
+    assert set(found) == {
+        "fine-tuned", "logistic on PCA", "logistic on X_sclong", "most common label"
+    }  # fmt: skip
+    assert found["fine-tuned"]["accuracy"] > (0.7 if out == "head" else 0.55)
+    assert found["most common label"]["accuracy"] <= 0.5
+    for row in found.values():
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+
+
+def test_numbers_are_learnt(statuses, folder):
+    found = scores(folder, "age")
+    assert set(found) == {"fine-tuned", "ridge on PCA", "ridge on X_sclong", "mean"}
+    assert found["fine-tuned"]["mae"] < found["mean"]["mae"]
+
+
+def test_a_fit_that_was_stopped_continues_as_if_it_had_not_been(statuses, folder):
+    assert scores(folder, "resumed") == scores(folder, "frozen")
+    events = (folder / "resumed" / "events.jsonl").read_text()
+    assert '"KILLED"' in events
+    assert '"resume"' in events
+
+
+def test_another_fine_tuning_in_the_same_folder_is_refused(folder, capsys):
+    assert main(["finetune", *words(folder, "x", *LABELS, "engine.ds_config=zero3")]) == 1
+    assert "zero1 or zero2" in capsys.readouterr().err
+    assert main(["finetune", *words(folder, "x", *LABELS, "run.max_steps=3")]) == 1
+    assert "settings are of the sections" in capsys.readouterr().err
+    assert not (folder / "x").exists()
