@@ -63,7 +63,7 @@ def measure(work: Path, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
     from sclong_ds.tracking import node_sampler as system_metrics
     from sclong_ds.tracking.sender import Sender
     from sclong_ds.tracking.tracker import Tracker
-    from sclong_ds.training import validation
+    from sclong_ds.training.pictured import Pictures
     from sclong_ds.training.timing import RankTimes
 
     seconds: dict[str, float] = defaultdict(float)
@@ -75,7 +75,7 @@ def measure(work: Path, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
         (Sender, "_open", "MLflow, opening the run, background"),
         (Sender, "_send_rows", "MLflow, background"),
         (system_metrics._Counters, "read", "system metrics, background"),
-        (validation, "show", "collecting for pictures"),
+        (Pictures, "show", "collecting for pictures"),
     ):
         setattr(owner, name, timed(seconds, label, getattr(owner, name)))
     before: list[float] = []

@@ -17,24 +17,22 @@ import argparse
 import logging
 import math
 import os
-import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from sclong_ds.command_line import need, parse_arguments
 from sclong_ds.config.load import load_config
-from sclong_ds.config.sections import RunConfig
+from sclong_ds.config.sections import EngineConfig, RunConfig
 from sclong_ds.job import failures
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
 from sclong_ds.run_folder.identity import node_name
-from sclong_ds.training.run_checks import check_inputs
+from sclong_ds.training.run_checks import check_inputs, check_run_folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,7 +89,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from sclong_ds.engine.deepspeed_engine import (
     limit_norm,
@@ -99,27 +96,31 @@ from sclong_ds.engine.deepspeed_engine import (
     quiet_deepspeed,
     set_hyper_parameters,
 )
+from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.ranks import (
     Ranks,
     UnreadableCellsError,
     join_process_group,
+    on_first_rank,
     sum_or_raise,
     sum_over_ranks,
 )
 from sclong_ds.job.exit_status import STOP_STATUS
-from sclong_ds.loader.batches import CellBatch, StepBatch
+from sclong_ds.loader.batches import StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.loader.weights import weights_of
 from sclong_ds.model.random_features import redraw_index
-from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_error
-from sclong_ds.objective.targets import prepare
+from sclong_ds.objective.batch import masked_squared_error
+from sclong_ds.objective.masked_cells import MaskedCells
+from sclong_ds.progress import progress_bar
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
+from sclong_ds.tracking.check import check_tracking
 from sclong_ds.tracking.client import Status
-from sclong_ds.training.build import build
-from sclong_ds.training.run import Run
-from sclong_ds.training.saving import PATIENCE, save, save_before_failing, settle, settle_if_written
+from sclong_ds.training.begin import Run, begin
+from sclong_ds.training.resume import open_run_folder
+from sclong_ds.training.run import Counted, Given, Opened
+from sclong_ds.training.saving import PATIENCE
 from sclong_ds.training.timing import StepTimer
-from sclong_ds.training.validation import validate, validation_is_due
 
 log = logging.getLogger("sclong_ds.pretrain")
 
@@ -179,29 +180,39 @@ def train_as_rank(
     config: RunConfig, ranks: Ranks, stop: StopRequest, starting: Starting, *, dry_run: bool
 ) -> int:
     """Build the run, go through the optimizer steps, return the exit status."""
-    run = build(config, ranks, stop, starting, dry_run=dry_run)
+    run_dir = Path(str(config.run.dir))
+    starting.phase("tracking", "MLflow")
+    on_first_rank(lambda: check_tracking(config.tracking, run_dir))
+    ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
+    given = Given(config=config, run_dir=run_dir, ds_config=ds_config, ranks=ranks, stop=stop)
+    run = begin(given, starting)
+    opened, counted = run.opened, run.counted
     if dry_run:
+        on_first_rank(lambda: check_run_folder(run_dir, config, counted.state))
         log.info("dry run: everything fits together, nothing was trained")
         return 0
+    open_run_folder(run, starting)
     outcome: Status = "FAILED"
-    progress = Progress(run)
+    progress = Progress(counted.state.step, config.run.max_steps, shown=ranks.rank == 0)
     try:
-        with run.watchdog, open_loader(run) as loader:
+        position = counted.state.cells_seen
+        with (
+            opened.watchdog,
+            open_loader(opened.cells, config.engine, ranks, position=position) as loader,
+        ):
             if not go_to_the_end(run, loader, progress):
                 outcome = "KILLED"
                 return stop_early(run)
         outcome = "FINISHED"
         log.info(
             "done: %d steps, %s cells; run folder %s",
-            run.state.step,
-            f"{run.state.cells_seen:,}",
-            run.run_dir,
-        )
+            counted.state.step, f"{counted.state.cells_seen:,}", run_dir,
+        )  # fmt: skip
         return 0
     finally:
         progress.close()
-        run.tracker.event("finish", step=run.state.step, outcome=outcome)
-        run.tracker.finish(outcome)
+        opened.tracker.event("finish", step=counted.state.step, outcome=outcome)
+        opened.tracker.finish(outcome)
         if run.lock is not None:
             run.lock.close()
 
@@ -212,40 +223,49 @@ def go_to_the_end(run: Run, loader: CellLoader, progress: Progress) -> bool:
     Raises:
         UnreadableCellsError: After saving the last finished step.
     """
-    config = run.config
+    settings, counted, validation = run.given.config.run, run.counted, run.validation
+    every = run.given.config.checkpoint.every_n_steps
+    device = run.given.ranks.device
+    trace_dir = run.given.run_dir / "profile" if run.given.ranks.rank == 0 else None
+
+    def validated() -> bool:
+        return not validation.is_due(counted.state.step) or validation.validate(counted.state)
+
     try:
-        if validation_is_due(run) and not validate(run):
+        if not validated():
             return False
-        while run.state.step < config.run.max_steps:
-            run.watchdog.beat(run.state.step + 1, "data", reading=lambda: loader.reading)
+        while counted.state.step < settings.max_steps:
+            step = counted.state.step + 1
+            run.opened.watchdog.beat(step, "data", reading=lambda: loader.reading)
             started, waited = time.perf_counter(), loader.waited_s
-            batch, n_targets = next_batch(run, loader)
-            with profiled(run):
+            batch, n_targets = next_batch(run.opened, counted, loader)
+            with profiled(trace_dir if step == settings.profile_step else None, step, device):
                 figures = train_step(run, batch, n_targets)
             if figures is None:
                 return False
             figures["perf/data_wait_s"] = loader.waited_s - waited
             record_step(run, figures, step_s=time.perf_counter() - started)
-            progress.show(figures)
-            settle_if_written(run)
-            done = run.state.step == config.run.max_steps
-            if validation_is_due(run) and not validate(run):
+            progress.show(step, figures)
+            run.saver.settle_if_written(step)
+            done = step == settings.max_steps
+            if not validated():
                 return False
-            if run.state.step % config.checkpoint.every_n_steps == 0 or done:
-                save(run, must=done)
+            if step % every == 0 or done:
+                run.saver.save(counted.state, must=done)
     except UnreadableCellsError:
-        save_before_failing(run)
+        run.saver.save_before_failing(counted.state)
         raise
     return True
 
 
-def next_batch(run: Run, loader: CellLoader) -> tuple[StepBatch, int]:
+def next_batch(opened: Opened, counted: Counted, loader: CellLoader) -> tuple[StepBatch, int]:
     """Return this rank's part of the next step, and the targets of the whole.
 
     Raises:
         UnreadableCellsError: What a rank could not read, on all ranks: others would wait for it.
     """
     batch, problem, mine, skipped = None, None, 0, 0
+    step = counted.state.step + 1
     try:
         batch = next(loader)
     except (ValueError, OSError) as error:
@@ -254,38 +274,38 @@ def next_batch(run: Run, loader: CellLoader) -> tuple[StepBatch, int]:
         mine = sum(int(b.extra.targets.n_targets.sum()) for b in batch.micro_batches)
         skipped = batch.skipped
     # From here on a rank waits for the others; one that still reads is in an earlier phase.
-    run.watchdog.beat(run.state.step + 1, "targets")
-    n_targets, n_skipped = sum_or_raise(run.ranks, mine, skipped, problem=problem)
+    opened.watchdog.beat(step, "targets")
+    n_targets, n_skipped = sum_or_raise(opened.ranks, mine, skipped, problem=problem)
     assert batch is not None
-    run.skipped_cells += n_skipped
+    counted.skipped_cells += n_skipped
     if n_skipped == len(batch.cell_ids):
         raise UnreadableCellsError(
-            f"none of the {n_skipped} cells of step {run.state.step + 1} could be read: is "
-            f"{run.corpus.location} still there? Start the same command again when it is"
+            f"none of the {n_skipped} cells of step {step} could be read: is "
+            f"{opened.cells.corpus.location} still there? Start the same command again when it is"
         )
     return batch, n_targets
 
 
 def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] | None:
     """Do one optimizer step; returns its figures, or None when asked to stop before its end."""
-    config, engine, step = run.config, run.engine, run.state.step + 1
-    timer = StepTimer(run.ranks.device)
-    lr = set_hyper_parameters(
-        engine, config.optim, run.state.step - run.guard.skipped, max_steps=config.run.max_steps
-    )
-    run.model.redraw_features(redraw_index(config.model, run.state.step))
+    config, opened, counted = run.given.config, run.opened, run.counted
+    ranks, engine, model, watchdog = opened.ranks, opened.engine, opened.model, opened.watchdog
+    done, skipped = counted.state.step, counted.guard.skipped
+    step, timer = done + 1, StepTimer(ranks.device)
+    lr = set_hyper_parameters(engine, config.optim, done - skipped, max_steps=config.run.max_steps)
+    model.redraw_features(redraw_index(config.model, done))
     # The loss is the mean over the targets of the global batch, whatever the number of ranks,
     # micro-batches and targets of a cell. DeepSpeed averages over ranks and micro-batches; the
     # weight undoes that.
-    weight = run.ranks.world_size * len(batch.micro_batches) / max(n_targets, 1)
-    squared_error = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
+    weight = ranks.world_size * len(batch.micro_batches) / max(n_targets, 1)
+    squared_error = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for micro_batch in batch.micro_batches:
         # A step of many micro-batches takes longer than a launcher waits for its ranks to end.
-        if any_rank_must_stop(run):
+        if any_rank_must_stop(ranks, opened.stop):
             return None
-        run.watchdog.beat(step, "forward")
+        watchdog.beat(step, "forward")
         with timer.part("forward"):
-            masked = to_device(run, micro_batch)
+            masked = opened.cells.to_device(micro_batch, micro_batch.extra)
             predicted = engine(
                 masked.x,
                 masked.hidden,
@@ -294,31 +314,31 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
                 unmeasured=masked.unmeasured,
             )
             loss = masked_squared_error(predicted, masked.true, masked.valid)
-        run.watchdog.beat(step, "backward")
+        watchdog.beat(step, "backward")
         with timer.part("backward"):
             engine.backward(loss * weight)
         with timer.part("optimizer"):
-            run.gradient_norms.measure()
+            opened.gradient_norms.measure()
             engine.step()
         squared_error += loss.detach()
     if config.model.mask_vector_max_norm is not None and engine.was_step_applied():
-        limit_norm(run.model.expression_encoder.mask_vector, config.model.mask_vector_max_norm)
-    run.watchdog.beat(step, "loss")
+        limit_norm(model.expression_encoder.mask_vector, config.model.mask_vector_max_norm)
+    watchdog.beat(step, "loss")
     dist.all_reduce(squared_error)
     figures = {
         "train/loss": squared_error.item() / max(n_targets, 1),
         "train/grad_norm": float(engine.get_global_grad_norm()),
         "train/lr": lr,
-        **run.gradient_norms.figures(),
+        **opened.gradient_norms.figures(),
     }
     judge(run, batch, figures)
-    run.state = replace(
-        run.state,
+    counted.state = replace(
+        counted.state,
         step=step,
-        cells_seen=run.state.cells_seen + len(batch.cell_ids),
-        skipped_steps=run.guard.skipped,
+        cells_seen=counted.state.cells_seen + len(batch.cell_ids),
+        skipped_steps=counted.guard.skipped,
     )
-    figures |= {"train/n_targets": n_targets, SKIPPED_METRIC: run.guard.skipped}
+    figures |= {"train/n_targets": n_targets, SKIPPED_METRIC: counted.guard.skipped}
     # Equal in two runs whose step had the same cells in the same order.
     figures["data/cells_crc32"] = zlib.crc32(batch.cell_ids.astype("<i8").tobytes())
     return figures | {f"perf/{name}_s": seconds for name, seconds in timer.seconds().items()}
@@ -330,20 +350,20 @@ def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
     Raises:
         ValueError: Too many steps in a row were not finite.
     """
-    step, applied = run.state.step + 1, run.engine.was_step_applied()
+    done, applied = run.counted.state.step, run.opened.engine.was_step_applied()
     loss, grad_norm = figures["train/loss"], figures["train/grad_norm"]
-    cells = batch.cell_ids.tolist()
+    step, cells = done + 1, batch.cell_ids.tolist()
 
     def record(event: str) -> None:
-        run.tracker.event(event, step=step, loss=loss, grad_norm=grad_norm, cell_ids=cells)
+        run.opened.tracker.event(event, step=step, loss=loss, grad_norm=grad_norm, cell_ids=cells)
 
     if not (applied and math.isfinite(loss) and math.isfinite(grad_norm)):
         # The run may end here, and then names its last checkpoint.
-        settle(run)
+        run.saver.settle(done)
     try:
-        verdict = run.guard.judge(
+        verdict = run.counted.guard.judge(
             loss, grad_norm=grad_norm, applied=applied, step=step, cells=cells,
-            last_checkpoint=run.last_checkpoint,
+            last_checkpoint=run.saver.last,
         )  # fmt: skip
     except ValueError:
         record("spoilt_step" if applied else "skipped_step")
@@ -354,46 +374,34 @@ def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
         record("spike" if verdict.kind == "spike" else "skipped_step")
 
 
-def any_rank_must_stop(run: Run) -> bool:
+def any_rank_must_stop(ranks: Ranks, stop: StopRequest) -> bool:
     """Tell every rank whether one of them was asked to stop, so that all stop at the same place."""
-    return bool(sum_over_ranks(run.ranks, int(run.stop.reason() is not None))[0])
+    return bool(sum_over_ranks(ranks, int(stop.reason() is not None))[0])
 
 
 def stop_early(run: Run) -> int:
     """Save the last finished step and return the status that asks for a restart."""
-    step = run.state.step
-    if step:
-        save(run, must=True)
-    run.tracker.event("signal", step=step, reason=run.stop.reason() or "another rank")
-    log.info("stopped after step %d; start the same command again to continue", step)
+    state, stop = run.counted.state, run.given.stop
+    if state.step:
+        run.saver.save(state, must=True)
+    run.opened.tracker.event("signal", step=state.step, reason=stop.reason() or "another rank")
+    log.info("stopped after step %d; start the same command again to continue", state.step)
     return STOP_STATUS
 
 
-def to_device(run: Run, batch: CellBatch) -> MaskedBatch:
-    """Bring a micro-batch and its targets to the rank's device."""
-    return masked_batch(
-        batch.packed,
-        batch.extra.targets,
-        n_genes=run.corpus.n_genes,
-        target_sum=run.config.data.target_sum,
-        device=run.ranks.device,
-        unmeasured=batch.extra.unmeasured,
-    )
-
-
 @contextmanager
-def profiled(run: Run) -> Iterator[None]:
-    """Write a profiler trace of the step that `run.profile_step` names, on rank 0."""
-    if run.ranks.rank != 0 or run.state.step + 1 != run.config.run.profile_step:
+def profiled(folder: Path | None, step: int, device: torch.device) -> Iterator[None]:
+    """Write a profiler trace of a step into a folder, if one is given."""
+    if folder is None:
         yield
         return
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    if run.ranks.device.type == "cuda":
+    if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profile:
         yield
-    trace = run.run_dir / "profile" / f"step_{run.config.run.profile_step:08d}.json.gz"
-    trace.parent.mkdir(exist_ok=True)
+    trace = folder / f"step_{step:08d}.json.gz"
+    folder.mkdir(exist_ok=True)
     profile.export_chrome_trace(str(trace))
     log.info("profiler trace: %s (open it with https://ui.perfetto.dev)", trace)
 
@@ -403,80 +411,74 @@ def record_step(run: Run, figures: dict[str, float], *, step_s: float) -> None:
 
     `perf/checkpoint_s` is how long training stood still for checkpoints since the row before.
     """
-    config = run.config
-    rate = config.engine.train_batch_size / step_s
-    flops = rate * run.flops_per_cell / run.ranks.world_size
+    counted = run.counted
     speed = {
-        "cells_seen": run.state.cells_seen,
-        "perf/step_time_s": step_s,
-        "perf/cells_per_s": rate,
-        "perf/genes_per_s": rate * run.corpus.n_genes,
-        "perf/tflops_per_s_per_rank": flops / 1e12,
-        "perf/checkpoint_s": run.stalled_s,
-        "mem/peak_gib": peak_memory_gib(run.ranks.device),
+        "cells_seen": counted.state.cells_seen,
+        **run.rates.figures(step_s),
+        "perf/checkpoint_s": run.saver.take_stalled_s(),
+        "mem/peak_gib": peak_memory_gib(run.opened.ranks.device),
     }
-    run.stalled_s = 0.0
-    if run.peak_flops is not None:
-        speed["perf/mfu"] = flops / run.peak_flops
-    if config.data.on_damage == "skip":
-        speed["data/skipped_cells"] = run.skipped_cells
-    run.rank_times.add(figures | speed)
-    run.tracker.log(run.state.step, figures | speed)
+    if run.given.config.data.on_damage == "skip":
+        speed["data/skipped_cells"] = counted.skipped_cells
+    counted.rank_times.add(figures | speed)
+    run.opened.tracker.log(counted.state.step, figures | speed)
 
 
-def open_loader(run: Run) -> CellLoader:
-    """Open the loader at the run's position."""
-    data, engine = run.config.data, run.config.engine
+def open_loader(
+    cells: MaskedCells, engine: EngineConfig, ranks: Ranks, *, position: int
+) -> CellLoader:
+    """Open the loader.
+
+    Args:
+        cells: What it reads and prepares.
+        engine: Section engine: the sizes of batches.
+        ranks: The ranks.
+        position: Cells that the run has consumed.
+    """
+    data, corpus = cells.data, cells.corpus
     stream = open_stream(
-        run.corpus,
-        seed=run.config.run.seed,
+        corpus,
+        seed=cells.seed,
         group_chunks=data.shuffle_group_chunks,
-        weights=weights_of(data, run.corpus),
+        weights=weights_of(data, corpus),
     )
     return CellLoader(
-        run.corpus,
+        corpus,
         stream=stream,
-        cells_seen=run.state.cells_seen,
-        rank=run.ranks.rank,
-        world_size=run.ranks.world_size,
+        cells_seen=position,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         train_batch_size=engine.train_batch_size,
         micro_batch_size=engine.train_micro_batch_size_per_gpu,
         prefetch_batches=data.prefetch_batches,
         on_damage=data.on_damage,
-        finish=partial(
-            prepare,
-            objective=run.config.objective,
-            model=run.config.model,
-            seed=run.config.run.seed,
-            n_genes=run.corpus.n_genes,
-            measured=run.measured,
-        ),
+        finish=cells.prepare,
     )
 
 
 class Progress:
-    """A bar on a terminal, a line a minute in a log; rank 0 only."""
+    """A bar on a terminal, a line a minute in a log.
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._next = run, time.monotonic()
-        terminal = run.ranks.rank == 0 and sys.stderr.isatty()
-        total = run.config.run.max_steps
-        self._bar = tqdm(total=total, initial=run.state.step, unit="step", disable=not terminal)
+    Args:
+        done: Steps that are made.
+        total: Steps of the run.
+        shown: Whether this rank shows anything: rank 0 does.
+    """
 
-    def show(self, figures: dict[str, float]) -> None:
+    def __init__(self, done: int, total: int, *, shown: bool) -> None:
+        self._total, self._shown, self._next = total, shown, time.monotonic()
+        self._bar = progress_bar(total, done=done, unit="step", shown=shown)
+
+    def show(self, step: int, figures: dict[str, float]) -> None:
         """Show one finished step."""
         self._bar.update()
         self._bar.set_postfix(loss=f"{figures['train/loss']:.4f}", refresh=False)
-        if self._bar.disable and time.monotonic() >= self._next:
+        if self._shown and self._bar.disable and time.monotonic() >= self._next:
             self._next = time.monotonic() + 60
-            step, last = self._run.state.step, self._run.config.run.max_steps
             log.info(
                 "step %d of %d: loss %.4f, learning rate %.2e",
-                step,
-                last,
-                figures["train/loss"],
-                figures["train/lr"],
-            )
+                step, self._total, figures["train/loss"], figures["train/lr"],
+            )  # fmt: skip
 
     def close(self) -> None:
         """Take the bar away."""

@@ -14,6 +14,31 @@ _SECONDS_BETWEEN_LINES = 60.0
 _log = logging.getLogger(__name__)
 
 
+def progress_bar(
+    total: int | None,
+    *,
+    unit: str,
+    stage: str | None = None,
+    done: int = 0,
+    shown: bool = True,
+    scaled: bool = False,
+) -> tqdm:
+    """Return a bar, which is silent where there is no terminal to show it on.
+
+    Args:
+        total: How many there are; None: unknown.
+        unit: What is counted.
+        stage: What is done, before the bar.
+        done: How many were finished before.
+        shown: False keeps it silent.
+        scaled: Whether counts are written with k, M, G, as of bytes.
+    """
+    return tqdm(
+        total=total, initial=done, desc=stage, unit=unit, unit_scale=scaled,
+        disable=not (shown and sys.stderr.isatty()),
+    )  # fmt: skip
+
+
 @contextmanager
 def stage_progress(unit: str) -> Iterator[Callable[[str, int, int], None]]:
     """Give a function to call with (stage, done, all); a new stage starts a new bar.
@@ -35,7 +60,7 @@ def stage_progress(unit: str) -> Iterator[Callable[[str, int, int], None]]:
         if bar is None or stage != current:
             if bar is not None:
                 bar.close()
-            bar, current = tqdm(total=total, desc=stage, unit=f" {unit}"), stage
+            bar, current = progress_bar(total, unit=f" {unit}", stage=stage), stage
         bar.update(done - bar.n)
 
     try:

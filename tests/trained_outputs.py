@@ -12,21 +12,28 @@ OUTPUTS = """
 import sys
 import torch
 from sclong_ds.job import failures; from sclong_ds import pretrain
+from sclong_ds.training.saving import Saver
 
-save = pretrain.save
+begin, save, runs = pretrain.begin, Saver.save, []
 
-def save_and_show(run, *, must):
-    save(run, must=must)
-    x = torch.rand(3, run.corpus.n_genes, generator=torch.Generator().manual_seed(0)) * 4
+def begin_and_keep(*args):
+    runs.append(begin(*args))
+    return runs[0]
+
+def save_and_show(saver, state, *, must):
+    save(saver, state, must=must)
+    opened = runs[0].opened
+    n_genes = opened.cells.corpus.n_genes
+    x = torch.rand(3, n_genes, generator=torch.Generator().manual_seed(0)) * 4
     x *= x > 2
-    run.engine.eval()
+    opened.engine.eval()
     with torch.no_grad():
-        seen = run.engine(x, (x > 3) & (x < 3.5))
-    if must and run.ranks.rank == 0:
+        seen = opened.engine(x, (x > 3) & (x < 3.5))
+    if must and opened.ranks.rank == 0:
         torch.save((x, seen), sys.argv[1])
-    run.engine.train()
+    opened.engine.train()
 
-pretrain.save = save_and_show
+pretrain.begin, Saver.save = begin_and_keep, save_and_show
 failures.run_to_end(lambda: pretrain.main(sys.argv[2:]))
 """
 """Trains, and writes what the trained model makes of three cells."""

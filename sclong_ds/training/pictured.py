@@ -1,10 +1,10 @@
 """What the pictures of a validation need, collected over all ranks.
 
-`sclong_ds.training.validation` calls `show` after it has scored the held-out cells. The model reads
-some of them once more, with nothing hidden and with all genes wanted, as `embed` does: their
-embeddings, and of the genes whose values vary most the mean encodings and the decoder's attention.
-Rank 0 hands all of it to `Tracker.draw`. Nothing here ends a run: what cannot be read is left out,
-and when a rank is asked to stop there are no pictures.
+`sclong_ds.training.validation` calls `Pictures.show` after it has scored the held-out cells. The
+model reads some of them once more, with nothing hidden and with all genes wanted, as `embed` does:
+their embeddings, and of the genes whose values vary most the mean encodings and the decoder's
+attention. Rank 0 hands all of it to `Tracker.draw`. Nothing here ends a run: what cannot be read is
+left out, and when a rank is asked to stop there are no pictures.
 
 Shapes: B cells, G genes, N tokens, S shown genes, C base width, H heads, K head width.
 """
@@ -23,12 +23,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sclong_ds.config.sections import EngineConfig
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.engine.ranks import sum_over_ranks
+from sclong_ds.engine.ranks import Ranks, sum_over_ranks
 from sclong_ds.model.attention_use import cells_of, computed_weights
 from sclong_ds.model.performer import PerformerLayer, SelfAttention
 from sclong_ds.model.routing import read_genes
-from sclong_ds.training.run import Run
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.training.run import Opened
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
@@ -40,61 +43,124 @@ LABELS = ("cell_type", "celltype", "cell_label", "cell_ontology_class", "annotat
 """Columns of obs that name a cell's kind, most telling first; spelling as `_plain_name` leaves."""
 
 
-def show(run: Run, *, predicted_true: NDArray[np.float32], times: NDArray[Any] | None) -> None:
-    """Collect and hand over what the pictures of this validation need; every rank must call it.
+class Pictures:
+    """Hands over what the pictures of validations need; all ranks together.
 
     Args:
-        run: The run.
-        predicted_true: (2, n) predicted and true values of all ranks' targets, on rank 0.
-        times: (ranks, columns) of `RankTimes.gather`.
+        wanted: Cells that are drawn (`tracking.picture_cells`); None: no pictures.
+        opened: What the run has open.
+        engine: Section engine.
     """
-    wanted = run.config.tracking.picture_cells
-    if wanted is None:
-        return
-    data: dict[str, NDArray[Any]] = {"predicted_true": predicted_true}
-    if times is not None:
-        data["rank_times"] = times
-    cells = run.corpus.splits["validation"]
-    rows = np.arange(cells.start, cells.stop)[:wanted]
-    if len(rows):
-        data |= _encoded(run, rows)
-    if run.ranks.rank == 0:
-        run.tracker.draw(run.state.step, data)
+
+    def __init__(self, wanted: int | None, opened: Opened, engine: EngineConfig) -> None:
+        self._wanted, self._micro_batch = wanted, engine.train_micro_batch_size_per_gpu
+        self._compiled = engine.compile_layers
+        self._cells, self._model, self._engine = opened.cells, opened.model, opened.engine
+        self._ranks, self._stop, self._watchdog = opened.ranks, opened.stop, opened.watchdog
+        self._tracker = opened.tracker
+
+    def show(
+        self, step: int, *, predicted_true: NDArray[np.float32], times: NDArray[Any] | None
+    ) -> None:
+        """Collect and hand over what the pictures of this validation need; every rank must call it.
+
+        Args:
+            step: The last finished step.
+            predicted_true: (2, n) predicted and true values of all ranks' targets, on rank 0.
+            times: (ranks, columns) of `RankTimes.gather`.
+        """
+        wanted = self._wanted
+        if wanted is None:
+            return
+        data: dict[str, NDArray[Any]] = {"predicted_true": predicted_true}
+        if times is not None:
+            data["rank_times"] = times
+        cells = self._cells.corpus.splits["validation"]
+        rows = np.arange(cells.start, cells.stop)[:wanted]
+        if len(rows):
+            data |= self._encoded(step, rows)
+        if self._ranks.rank == 0:
+            self._tracker.draw(step, data)
+
+    def _encoded(self, step: int, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return what the model makes of cells, on rank 0; nothing if a rank cannot continue."""
+        ranks, cells = self._ranks, self._cells
+        mine, problem = rows[ranks.rank :: ranks.world_size], None
+        try:
+            x = log1p_normalise(cells.corpus.rows(mine), target_sum=cells.data.target_sum)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+            log.warning("pictures of cells are left out on all ranks: %s", problem)
+        if sum_over_ranks(ranks, problem is not None)[0]:
+            return {}
+        genes = _varying_genes(ranks, x)
+        sums = _GeneSums(self._model, genes, device=ranks.device, compiled=self._compiled)
+        unmeasured = None if cells.measured is None else cells.measured.of(mine).unmeasured()
+        longest = -(-len(rows) // ranks.world_size)
+        embedded = self._embed(step, x, unmeasured, longest=longest, sums=sums)
+        if embedded is None:
+            return {}
+        everyone: list[Any] = [None] * ranks.world_size
+        found = (mine, embedded, (x > 0).sum(axis=1))
+        dist.all_gather_object(everyone, found, group=ranks.control)
+        shown, embeddings, n_expressed = (
+            np.concatenate(part) for part in zip(*everyone, strict=True)
+        )
+        data = {"embedding": embeddings, "n_expressed": n_expressed} | sums.means()
+        data["gene_symbols"] = np.array([cells.corpus.genes.symbols[g] for g in genes])
+        return data | _annotation(cells.corpus, shown) if ranks.rank == 0 else {}
+
+    def _embed(
+        self,
+        step: int,
+        x: NDArray[np.float32],
+        unmeasured: NDArray[np.bool_] | None,
+        *,
+        longest: int,
+        sums: _GeneSums,
+    ) -> NDArray[np.float32] | None:
+        """Return the embeddings (B, C) of this rank's cells; None when a rank was asked to stop.
+
+        Args:
+            step: The last finished step.
+            x: (B, G) transformed expression.
+            unmeasured: (B, G) genes that the cells' datasets do not measure, or None.
+            longest: Most cells of a rank: all ranks make as many forward passes.
+            sums: Takes what the pictures of genes need.
+        """
+        size, device = self._micro_batch, self._ranks.device
+        parts = [np.zeros((0, self._cells.model.base_dim), dtype=np.float32)]
+        self._engine.eval()
+        try:
+            with sums.listening():
+                for start in range(0, longest, size):
+                    self._watchdog.beat(step, "validation: pictures")
+                    if sum_over_ranks(self._ranks, self._stop.reason() is not None)[0]:
+                        return None
+                    own = x[start : start + size]
+                    n_own = len(own)
+                    # A rank without cells left makes the pass too, or ZeRO-3 hangs.
+                    own = own if n_own else np.zeros((1, x.shape[1]), dtype=np.float32)
+                    values, unknown = torch.from_numpy(own).to(device), None
+                    if unmeasured is not None:
+                        # Of the cell of a rank that has none left everything is known.
+                        known = np.zeros(own.shape, dtype=bool)
+                        known[:n_own] = unmeasured[start : start + size]
+                        unknown = torch.from_numpy(known).to(device)
+                    self._engine(values, unmeasured=unknown)
+                    embedded = sums.add(values, unknown)
+                    parts.append(embedded[:n_own].cpu().numpy())
+        finally:
+            self._engine.train()
+        return np.concatenate(parts)
 
 
-def _encoded(run: Run, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Return what the model makes of cells, on rank 0; nothing when some rank cannot continue."""
-    ranks = run.ranks
-    mine, problem = rows[ranks.rank :: ranks.world_size], None
-    try:
-        x = log1p_normalise(run.corpus.rows(mine), target_sum=run.config.data.target_sum)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-        log.warning("pictures of cells are left out on all ranks: %s", problem)
-    if sum_over_ranks(ranks, problem is not None)[0]:
-        return {}
-    genes = _varying_genes(run, x)
-    sums = _GeneSums(run, genes)
-    unmeasured = None if run.measured is None else run.measured.of(mine).unmeasured()
-    longest = -(-len(rows) // ranks.world_size)
-    embedded = _embed(run, x, unmeasured, longest=longest, sums=sums)
-    if embedded is None:
-        return {}
-    everyone: list[Any] = [None] * ranks.world_size
-    found = (mine, embedded, (x > 0).sum(axis=1))
-    dist.all_gather_object(everyone, found, group=ranks.control)
-    shown, embeddings, n_expressed = (np.concatenate(part) for part in zip(*everyone, strict=True))
-    data = {"embedding": embeddings, "n_expressed": n_expressed} | sums.means()
-    data["gene_symbols"] = np.array([run.corpus.genes.symbols[g] for g in genes])
-    return data | _annotation(run, shown) if ranks.rank == 0 else {}
-
-
-def _varying_genes(run: Run, x: NDArray[np.float32]) -> NDArray[np.int64]:
+def _varying_genes(ranks: Ranks, x: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the (S,) genes whose values vary most over the cells of all ranks, by gene index."""
-    device = run.ranks.device
+    device = ranks.device
     values = torch.from_numpy(x).to(device, torch.float64)
     moments = torch.stack([values.sum(0), values.square().sum(0)])
-    n_cells = sum_over_ranks(run.ranks, len(x))[0]
+    n_cells = sum_over_ranks(ranks, len(x))[0]
     dist.all_reduce(moments)
     mean, square = moments / n_cells
     count = min(SHOWN_GENES, len(mean))
@@ -103,63 +169,22 @@ def _varying_genes(run: Run, x: NDArray[np.float32]) -> NDArray[np.int64]:
     return chosen.cpu().numpy()
 
 
-def _embed(
-    run: Run,
-    x: NDArray[np.float32],
-    unmeasured: NDArray[np.bool_] | None,
-    *,
-    longest: int,
-    sums: _GeneSums,
-) -> NDArray[np.float32] | None:
-    """Return the embeddings (B, C) of this rank's cells; None when a rank was asked to stop.
-
-    Args:
-        run: The run.
-        x: (B, G) transformed expression.
-        unmeasured: (B, G) genes that the cells' datasets do not measure, or None.
-        longest: Most cells of a rank: all ranks make as many forward passes.
-        sums: Takes what the pictures of genes need.
-    """
-    size, device = run.config.engine.train_micro_batch_size_per_gpu, run.ranks.device
-    parts = [np.zeros((0, run.config.model.base_dim), dtype=np.float32)]
-    run.engine.eval()
-    try:
-        with sums.listening():
-            for start in range(0, longest, size):
-                run.watchdog.beat(run.state.step, "validation: pictures")
-                if sum_over_ranks(run.ranks, run.stop.reason() is not None)[0]:
-                    return None
-                own = x[start : start + size]
-                n_own = len(own)
-                # A rank without cells left makes the pass too, or ZeRO-3 hangs.
-                own = own if n_own else np.zeros((1, x.shape[1]), dtype=np.float32)
-                values, unknown = torch.from_numpy(own).to(device), None
-                if unmeasured is not None:
-                    # Of the cell of a rank that has none left everything is known.
-                    known = np.zeros(own.shape, dtype=bool)
-                    known[:n_own] = unmeasured[start : start + size]
-                    unknown = torch.from_numpy(known).to(device)
-                run.engine(values, unmeasured=unknown)
-                embedded = sums.add(values, unknown)
-                parts.append(embedded[:n_own].cpu().numpy())
-    finally:
-        run.engine.train()
-    return np.concatenate(parts)
-
-
 class _GeneSums:
     """Sums over cells of the shown genes' encodings and attention, of the pass that just ran.
 
     Args:
-        run: The run.
+        model: The model.
         genes: (S,) shown genes.
+        device: The rank's device.
+        compiled: Whether its layers are compiled, which do not call the hooks of their parts.
     """
 
-    def __init__(self, run: Run, genes: NDArray[np.int64]) -> None:
-        self._run, n = run, len(genes)
-        device = run.ranks.device
+    def __init__(
+        self, model: ScLong, genes: NDArray[np.int64], *, device: torch.device, compiled: bool
+    ) -> None:
+        self._model, self._compiled, n = model, compiled, len(genes)
         self._genes = torch.from_numpy(genes).to(device)
-        self._encoded = torch.zeros(n, run.config.model.base_dim + 1, device=device)
+        self._encoded = torch.zeros(n, model.config.base_dim + 1, device=device)
         self._attention = torch.zeros(n, n + 1, device=device)
         self._h: Tensor | None = None
         self._qkv: Tensor | None = None
@@ -174,10 +199,9 @@ class _GeneSums:
         def keep_projections(_: Any, __: Any, output: Tensor) -> None:
             self._qkv = output
 
-        model = self._run.model
+        model = self._model
         handles = [model.head.register_forward_pre_hook(keep_encodings)]
-        # A compiled layer does not call the hooks of what it consists of.
-        if not self._run.config.engine.compile_layers:
+        if not self._compiled:
             last = model.decoder.layers[-1]
             assert isinstance(last, PerformerLayer)
             handles.append(last.attention.to_qkv.register_forward_hook(keep_projections))
@@ -214,9 +238,8 @@ class _GeneSums:
         Mean over heads, of the queries of shown genes. 1 is what a gene gets when all get the same;
         a gene that the model did not read gets 0.
         """
-        model = self._run.model
-        layer: SelfAttention = model.decoder.layers[-1].attention  # type: ignore[assignment]
-        decoder = model.decoder
+        decoder = self._model.decoder
+        layer: SelfAttention = decoder.layers[-1].attention  # type: ignore[assignment]
         features = decoder.features(qkv.device)[-1] if decoder.favor else None
         shares = []
         for cell, places in self._cells(qkv, x, unmeasured):
@@ -235,7 +258,7 @@ class _GeneSums:
 
         The place of a gene that the model did not read is N.
         """
-        model = self._run.config.model
+        model = self._model.config
         if model.zero_genes is None:
             yield from ((cell, self._genes) for cell in qkv)
             return
@@ -258,10 +281,10 @@ class _GeneSums:
         return found
 
 
-def _annotation(run: Run, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def _annotation(corpus: Corpus, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     """Return dataset and label of cells; without the label where the corpus has none."""
     try:
-        obs = run.corpus.obs(rows)
+        obs = corpus.obs(rows)
     except (ValueError, OSError) as error:
         log.warning("pictures of cells are without their annotation: %s", error)
         return {}

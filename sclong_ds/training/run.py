@@ -1,18 +1,17 @@
-"""The run as the training loop holds it, and its description."""
+"""What a training run is given, what it opens, what it counts; and its description."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from kernels.favor_attention import triton_obstacle
-from sclong_ds.checkpoint.save import Saving
 from sclong_ds.checkpoint.state import TrainState
-from sclong_ds.config.sections import EngineConfig, OptimConfig, RunConfig
+from sclong_ds.config.sections import EngineConfig, OptimConfig, RunConfig, RunSection
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.deepspeed_engine import Engine, count_parameters
@@ -20,78 +19,88 @@ from sclong_ds.engine.gradient_norms import GradientNorms
 from sclong_ds.engine.ranks import Ranks
 from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 from sclong_ds.job.signals import StopRequest
+from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.objective.baselines import DepthBaselines
-from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.objective.metrics import bin_labels
-from sclong_ds.objective.nearest_cells import NearestCells
-from sclong_ds.run_folder.rows import Judged
 from sclong_ds.tracking.tracker import Tracker
 from sclong_ds.training.guards import StepGuard
 from sclong_ds.training.timing import RankTimes
-from sclong_ds.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Run:
-    """Everything a training run consists of; `state` is what changes from step to step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a start is given."""
 
     config: RunConfig
+    run_dir: Path
+    ds_config: dict[str, Any]
+    """DeepSpeed's configuration, resolved for these ranks."""
     ranks: Ranks
-    corpus: Corpus
+    stop: StopRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What is open while a run trains; none of it is replaced."""
+
+    ranks: Ranks
+    stop: StopRequest
+    cells: MaskedCells
     model: ScLong
     engine: Engine
-    tracker: Tracker
-    stop: StopRequest
-    state: TrainState
-    run_dir: Path
-    watchdog: Watchdog
-    guard: StepGuard
-    flops_per_cell: float
-    """Of forward and backward."""
-    peak_flops: float | None
-    """Peak of a rank's device, FLOP/s; None: unknown."""
     gradient_norms: GradientNorms
+    tracker: Tracker
+    watchdog: Watchdog
+
+
+@dataclass(slots=True, kw_only=True)
+class Counted:
+    """What changes from step to step."""
+
+    state: TrainState
+    guard: StepGuard
     rank_times: RankTimes
-    measured: MeasuredGenes | None
-    """With data.unmeasured=mask."""
-    baselines: tuple[DepthBaselines, NearestCells] | None = None
-    """What validation holds the model to; fitted at the first one."""
-    lock: IO[str] | None = None
-    last_checkpoint: str | None = None
-    """Name of the newest good checkpoint."""
-    validated: tuple[int, Judged | None] | None = None
-    """Step of the last validation, and what its checkpoint is judged by."""
-    saving: Saving | None = None
-    """Checkpoint that is being written while training continues."""
-    stalled_s: float = 0.0
-    """Time that training stood still for checkpoints since the last row of metrics."""
-    failed_saves: int = 0
-    """Checkpoints in a row that could not be written."""
-    skipped_cells: int = 0
+    skipped_cells: int
     """Damaged cells that this process has trained without, over all ranks."""
 
+    @classmethod
+    def at(cls, state: TrainState, settings: RunSection) -> Counted:
+        """Return what is counted before the first step of a start.
 
-def summary(run: Run) -> dict[str, Any]:
+        Args:
+            state: The state that it begins with.
+            settings: Section run.
+        """
+        guard = StepGuard(
+            spike_zscore=settings.spike_zscore,
+            spike_window=settings.spike_window,
+            max_skipped_in_a_row=settings.max_skipped_steps,
+        )
+        return cls(state=state, guard=guard, rank_times=RankTimes(), skipped_cells=0)
+
+
+def summary(given: Given, opened: Opened, state: TrainState) -> dict[str, Any]:
     """Return what run.json records about the run, for the report."""
+    corpus = opened.cells.corpus
     return {
-        "n_cells_train": len(run.corpus.splits["train"]),
-        "n_cells_validation": len(run.corpus.splits["validation"]),
-        "n_genes": len(run.corpus.genes),
-        "n_datasets": len(run.corpus.datasets),
+        "n_cells_train": len(corpus.splits["train"]),
+        "n_cells_validation": len(corpus.splits["validation"]),
+        "n_genes": len(corpus.genes),
+        "n_datasets": len(corpus.datasets),
         "expression_bins": bin_labels(),
-        "parameters": parameters_by_part(run.model),
-        "corpus": run.corpus.location.url,
-        "world_size": run.ranks.world_size,
-        "device": device_name(run.ranks.device),
-        "ds_config": run.config.engine.ds_config,
-        "corpus_hash": run.state.corpus_hash,
-        "genes_hash": run.state.genes_hash,
-        "graph_hash": run.state.graph_hash,
-        "features_hash": run.state.features_hash,
-        "weights_hash": run.state.weights_hash,
+        "parameters": parameters_by_part(opened.model),
+        "corpus": corpus.location.url,
+        "world_size": given.ranks.world_size,
+        "device": device_name(given.ranks.device),
+        "ds_config": given.config.engine.ds_config,
+        "corpus_hash": state.corpus_hash,
+        "genes_hash": state.genes_hash,
+        "graph_hash": state.graph_hash,
+        "features_hash": state.features_hash,
+        "weights_hash": state.weights_hash,
     }
 
 
@@ -105,13 +114,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def describe(
-    config: RunConfig, ranks: Ranks, corpus: Corpus, model: ScLong, ds_config: dict[str, Any]
-) -> None:
+def describe(given: Given, corpus: Corpus, model: ScLong) -> None:
     """Log at the start what will run."""
-    e = config.engine
-    accumulated = ds_config["gradient_accumulation_steps"]
-    stage = ds_config["zero_optimization"]["stage"]
+    config, ranks, e = given.config, given.ranks, given.config.engine
+    accumulated = given.ds_config["gradient_accumulation_steps"]
+    stage = given.ds_config["zero_optimization"]["stage"]
     log.info("configuration:\n%s", to_yaml(config).rstrip())
     log.info(
         "corpus: %d training cells, %d validation cells, %d genes, %d datasets",

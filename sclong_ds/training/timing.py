@@ -6,13 +6,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from sclong_ds.config.sections import EngineConfig, ObjectiveConfig
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.ranks import Ranks
+from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.targets import target_count
+from sclong_ds.planning.costs import training_flops_per_cell
+from sclong_ds.planning.devices import device_of_name
 from sclong_ds.run_folder.pending_pictures import RANK_COLUMNS
 
 
@@ -51,6 +58,80 @@ class StepTimer:
             self._seconds[name] += first.elapsed_time(last) / 1e3
         self._events.clear()
         return dict(self._seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What turns the seconds of a step into rates."""
+
+    step_cells: int
+    """Cells of an optimizer step, over all ranks."""
+    n_genes: int
+    world_size: int
+    flops_per_cell: float
+    """Of forward and backward, for a cell of the corpus's mean size."""
+    peak_flops: float | None
+    """Peak of a rank's device, FLOP/s; None: unknown."""
+
+    @classmethod
+    def of_run(
+        cls,
+        corpus: Corpus,
+        model: ScLong,
+        *,
+        engine: EngineConfig,
+        objective: ObjectiveConfig,
+        ranks: Ranks,
+    ) -> Rates:
+        """Return those of a run.
+
+        Args:
+            corpus: What it trains on.
+            model: What is trained.
+            engine: Section engine.
+            objective: Section objective.
+            ranks: The ranks.
+        """
+        n_expressed = round(corpus.cells.n_values / len(corpus))
+        flops = training_flops_per_cell(
+            model.config,
+            corpus.n_genes,
+            model.gene_encoder.n_edges,
+            micro_batch=engine.train_micro_batch_size_per_gpu,
+            n_expressed=n_expressed,
+            n_wanted=target_count(n_expressed, objective),
+        )
+        return cls(
+            step_cells=engine.train_batch_size,
+            n_genes=corpus.n_genes,
+            world_size=ranks.world_size,
+            flops_per_cell=flops,
+            peak_flops=_peak_flops(engine.precision, ranks.device),
+        )
+
+    def figures(self, step_s: float) -> dict[str, float]:
+        """Return the figures of a step by metric name.
+
+        Args:
+            step_s: Seconds of the step, with the wait for its data.
+        """
+        rate = self.step_cells / step_s
+        flops = rate * self.flops_per_cell / self.world_size
+        found = {
+            "perf/step_time_s": step_s,
+            "perf/cells_per_s": rate,
+            "perf/genes_per_s": rate * self.n_genes,
+            "perf/tflops_per_s_per_rank": flops / 1e12,
+        }
+        return found if self.peak_flops is None else found | {"perf/mfu": flops / self.peak_flops}
+
+
+def _peak_flops(precision: str, device: torch.device) -> float | None:
+    """Return the peak of a device in FLOP/s, or None when it is not known."""
+    if device.type == "cpu":
+        return None
+    known = device_of_name(torch.cuda.get_device_name(device))
+    return None if known is None else known.flops_per_s(precision)
 
 
 class RankTimes:

@@ -157,18 +157,14 @@ def test_every_waiting_validation_is_drawn_once(tmp_path: Path) -> None:
 
 def test_attention_is_that_of_all_genes_and_embedding_that_of_the_expressed() -> None:
     heads, width, genes = 2, 8, np.array([1, 4, 9])
-    sizes = SimpleNamespace(heads=heads, dim_head=width)
-    config = SimpleNamespace(model=SimpleNamespace(base_dim=5, decoder=sizes, zero_genes=None))
     torch.manual_seed(0)
     features = torch.randn(12, width)
     attention = SimpleNamespace(heads=heads, dim_head=width, scope="sample", eps=1e-4)
     layers = [SimpleNamespace(attention=attention)]
     decoder = SimpleNamespace(layers=layers, favor=True, features=lambda device: [features])
-    model = SimpleNamespace(decoder=decoder)
-    run: Any = SimpleNamespace(
-        config=config, model=model, ranks=SimpleNamespace(device=torch.device("cpu"))
-    )
-    sums = review._GeneSums(run, genes)
+    config = SimpleNamespace(base_dim=5, zero_genes=None)
+    model: Any = SimpleNamespace(decoder=decoder, config=config)
+    sums = review._GeneSums(model, genes, device=torch.device("cpu"), compiled=False)
     qkv, h = torch.randn(3, 50, 3 * heads * width), torch.randn(3, 50, 5)
     q, k, _ = qkv.unflatten(-1, (3, heads, width)).unbind(2)
     # Values that are the keys' own places make the output the weights.
@@ -195,8 +191,8 @@ def test_attention_is_that_of_all_genes_and_embedding_that_of_the_expressed() ->
 )  # fmt: skip
 def test_label_is_found_by_its_usual_names(columns: list[str], label: str | None) -> None:
     obs = pd.DataFrame({"dataset_id": ["a", "b"], **{c: [f"{c} 1", None] for c in columns}})
-    run: Any = SimpleNamespace(corpus=SimpleNamespace(obs=lambda _: obs))
-    found = review._annotation(run, np.arange(2))
+    corpus: Any = SimpleNamespace(obs=lambda _: obs)
+    found = review._annotation(corpus, np.arange(2))
     assert found["dataset"].tolist() == ["a", "b"]
     if label is None:
         assert "label" not in found

@@ -1,6 +1,5 @@
 """What the pictures take from cells of which only some unexpressed genes are read."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,7 @@ from sclong_ds.training.pictured import _GeneSums
 def pictured(zero_genes: int | None, x: torch.Tensor, unmeasured: torch.Tensor) -> Any:
     """Return embeddings and, for all genes, sums of encodings and attention."""
     model = small_model(routing="expressed", zero_genes=zero_genes)
-    config = SimpleNamespace(model=model.config, engine=SimpleNamespace(compile_layers=False))
-    device = torch.device("cpu")
-    run: Any = SimpleNamespace(config=config, model=model, ranks=SimpleNamespace(device=device))
-    sums = _GeneSums(run, np.arange(G))
+    sums = _GeneSums(model, np.arange(G), device=torch.device("cpu"), compiled=False)
     with torch.no_grad(), sums.listening():
         model(x, unmeasured=unmeasured)
         return sums.add(x, unmeasured), sums._encoded, sums._attention

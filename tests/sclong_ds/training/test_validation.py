@@ -30,8 +30,8 @@ def test_the_picture_of_predictions_has_the_hidden_values_of_all_ranks(
     monkeypatch.setattr(validation.dist, "gather_object", gather)
     found = []
     for rank in range(2):
-        run: Any = SimpleNamespace(ranks=SimpleNamespace(rank=rank, world_size=2, control=None))
-        tables = validation._of_all_ranks(run, everyone[rank])
+        ranks: Any = SimpleNamespace(rank=rank, world_size=2, control=None)
+        tables = validation._of_all_ranks(ranks, everyone[rank])
         found.append(validation._predicted_true(tables))
     first, second = found
     assert first.tolist() == [[2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0]]

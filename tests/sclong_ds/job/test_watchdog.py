@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
+from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.run_folder.heartbeats import (
     ENDED,
     HANG_FILE,
@@ -20,7 +21,6 @@ from sclong_ds.run_folder.heartbeats import (
     read_json,
     who_is_behind,
 )
-from sclong_ds.training.watchdog import Watchdog
 
 HOUR = 3600.0
 
@@ -153,7 +153,7 @@ def start(script: str, *args: object) -> subprocess.Popen[str]:
 FROZEN_PEER = """
 import sys, time
 from pathlib import Path
-from sclong_ds.training.watchdog import Watchdog
+from sclong_ds.job.watchdog import Watchdog
 with Watchdog(Path(sys.argv[1]), rank=0, world_size=2, timeout_s=2, node="n0") as watchdog:
     watchdog.beat(5, "checkpoint")
     time.sleep(60)
@@ -175,7 +175,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from sclong_ds.training.watchdog import Watchdog
+from sclong_ds.job.watchdog import Watchdog
 
 def read_a_shard():
     time.sleep(60)
