@@ -3,8 +3,8 @@
 What a run survives beyond that is in `test_survival.py`.
 
 Covers also `sclong_ds/engine/gradient_norms.py`, `sclong_ds/run_folder/lock.py`,
-`sclong_ds/training/build.py`, `sclong_ds/training/resume.py`, `sclong_ds/training/run.py`,
-`sclong_ds/training/timing.py`.
+`sclong_ds/training/begin.py`, `sclong_ds/training/build.py`, `sclong_ds/training/resume.py`,
+`sclong_ds/training/run.py`, `sclong_ds/training/timing.py`.
 """
 
 from __future__ import annotations
