@@ -44,7 +44,8 @@ def _config_page() -> str:
         _NOTE,
         "A run is described by one complete YAML file: a preset (`--config sclong_tiny`) or a file "
         "of your own, and `section.key=value` on the command line. An unknown or missing key is an "
-        "error. The resolved file is `config.yaml` of the run folder.\n",
+        "error. `python -m sclong_ds config sclong_tiny > mine.yaml` writes all keys of a preset "
+        "for editing. The resolved file is `config.yaml` of the run folder.\n",
     ]
     presets = {name: load_config(name, []) for name in preset_names()}
     for section in fields(sections.RunConfig):

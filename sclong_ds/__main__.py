@@ -16,6 +16,7 @@ from sclong_ds import __version__
 from sclong_ds.command_line import missing_package, parse_arguments
 
 COMMANDS = {
+    "config": ("sclong_ds.config.show", "all keys of a preset or file, as YAML to edit"),
     "plan": (
         "sclong_ds.planning.plan",
         "memory, FLOPs and GPU-hours of a run, before submitting it",

@@ -1,12 +1,13 @@
 """Run configuration: a strict YAML loader and `key=value` overrides.
 
-A run is described by one complete YAML file (a preset of `sclong_ds/config/presets/` or your own):
-every key must be there, unknown keys, duplicate keys and wrong types are errors, and nothing is
-inherited. (Only keys that came after the first version may be absent, `sclong_ds.config.history`:
-files of earlier versions open.) `load_config("sclong_tiny", ["run.max_steps=10"])` reads a preset,
-applies the overrides and returns a `RunConfig`; `to_yaml` writes it back. The configuration is
-never edited after it is loaded. Its keys are in `sclong_ds.config.sections`, a section for each
-consuming module.
+A run is described by one complete YAML file: every key must be there, unknown keys, duplicate keys
+and wrong types are errors, and nothing is inherited. (Only keys that came after the first version
+may be absent, `sclong_ds.config.history`: files of earlier versions open.) The presets of
+`sclong_ds/config/presets/` are short: each has the keys in which it differs from its `base`, and
+`python -m sclong_ds config PRESET` writes the whole. `load_config("sclong_tiny", [...])` reads a
+preset, applies overrides such as `run.max_steps=10` and returns a `RunConfig`; `to_yaml` writes it
+back. The configuration is never edited after it is loaded. Its keys are in
+`sclong_ds.config.sections`, a section for each consuming module.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sclong_ds.config.sections import (
     RunSection,
     TrackingConfig,
 )
-from sclong_ds.config.strict_yaml import parse_value, section_from_dict, unknown_key
+from sclong_ds.config.strict_yaml import parse_value, read_yaml, section_from_dict, unknown_key
 
 __all__ = [
     "CheckpointConfig",
@@ -50,7 +51,7 @@ __all__ = [
     "preset_names",
 ]
 
-PRESETS_DIR = Path(__file__).parent / "presets"
+PRESETS_DIR = Path(__file__).resolve().parent / "presets"
 
 
 def preset_names() -> list[str]:
@@ -78,13 +79,45 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise FileNotFoundError(
             f"--config {source}: no such preset or file; presets are {', '.join(preset_names())}"
         )
-    tree = read_saved(path)
+    tree = preset_tree(path.stem) if path.resolve().parent == PRESETS_DIR else _own_tree(path)
     for item in overrides:
         _apply_override(tree, item)
     # An override may replace a whole stack by one that lacks the later keys, as files do.
     config = section_from_dict(RunConfig, complete(tree), path.name)
     check(config, path.name)
     return config
+
+
+def preset_tree(name: str) -> dict[str, Any]:
+    """Return all sections of a preset: its own keys over those of its base.
+
+    Args:
+        name: The preset.
+    """
+    tree = read_yaml(PRESETS_DIR / f"{name}.yaml")
+    base = tree.pop("base", None)
+    return complete(tree if base is None else _over(preset_tree(base), tree))
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return a mapping with the keys of another set in it, also in the mappings that it holds."""
+    both = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = _over(below[key], above[key])
+    return both
+
+
+def _own_tree(path: Path) -> dict[str, Any]:
+    """Return the sections of a file that a person or a run wrote."""
+    tree = read_saved(path)
+    if "base" in tree:
+        raise ValueError(
+            f"{path.name}: base is for the presets of the program, whose values may change with "
+            f"it; a file of your own has every key: `python -m sclong_ds config {tree['base']}` "
+            f"writes them"
+        )
+    return tree
 
 
 def _apply_override(tree: dict[str, Any], item: str) -> None:

@@ -186,7 +186,7 @@ def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
     if missing:
         raise ValueError(
             f"{where}: missing {', '.join(prefix + m for m in missing)}; "
-            f"a configuration is complete: copy the value from a preset"
+            f"a configuration is complete: `python -m sclong_ds config PRESET` writes all keys"
         )
     values = {}
     for key, hint in hints.items():

@@ -13,7 +13,7 @@ import yaml
 
 from kernels.reference import EPS
 from sclong_ds.config import history
-from sclong_ds.config.load import load_config, preset_names
+from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import section_from_dict, to_dict, to_yaml
 from sclong_ds.corpus.transform import Transform
@@ -88,13 +88,6 @@ def test_what_a_file_says_stays(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(f"version: {history.VERSION}\n{to_yaml(config)}")
     assert load_config(path) == config
-
-
-def test_every_preset_names_all_keys() -> None:
-    folder = Path(history.__file__).parent / "presets"
-    for name in preset_names():
-        tree = yaml.safe_load((folder / f"{name}.yaml").read_text())
-        assert flat(history.complete(tree)).keys() == flat(tree).keys(), name
 
 
 def test_keys_of_a_stack_and_whole_sections_are_added_where_they_belong(

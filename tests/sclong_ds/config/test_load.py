@@ -1,6 +1,7 @@
 """The strict loader: complete files, exact types, named mistakes.
 
-Covers also `sclong_ds/config/rules.py`, `sclong_ds/config/sections.py`.
+Covers also `sclong_ds/config/rules.py`, `sclong_ds/config/sections.py`,
+`sclong_ds/config/show.py`.
 """
 
 import argparse
@@ -11,12 +12,16 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import ROOT
 
+from sclong_ds.__main__ import main
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config import load as c
 from sclong_ds.config import sections
-from sclong_ds.config.load import load_config, preset_names
-from sclong_ds.config.strict_yaml import to_dict, to_yaml
+from sclong_ds.config.load import PRESETS_DIR, load_config, preset_names, preset_tree
+from sclong_ds.config.strict_yaml import read_yaml, to_dict, to_yaml
+
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def test_presets_are_there_and_complete():
@@ -44,6 +49,46 @@ def test_the_recommended_1b_is_the_published_one_except_for_what_its_comment_arg
     changed = {line.split(":")[0].strip() for line in set(recommended) - set(published)}
     assert changed == {"routing", "zero_genes", "gene_bias", "lr"}
     assert load_config("sclong_1b_recommended").model.routing == "expressed"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_means_what_it_meant_when_it_listed_every_key(name):
+    """Its keys of then; one that came later is free."""
+    before = yaml.safe_load((GOLDEN / "presets" / f"{name}.yaml").read_text())
+    now = to_dict(load_config(name))
+
+    def kept(was, found):
+        return {
+            key: kept(value, found[key]) if isinstance(value, dict) else found[key]
+            for key, value in was.items()
+        }
+
+    assert kept(before, now) == before
+
+
+def test_a_preset_has_only_keys_in_which_it_differs_from_its_base():
+    for name in preset_names():
+        own = read_yaml(PRESETS_DIR / f"{name}.yaml")
+        if "base" in own:
+            base = preset_tree(own.pop("base"))
+            same = [
+                f"{section}.{key}"
+                for section, keys in own.items()
+                for key, value in keys.items()
+                if base[section].get(key) == value
+            ]
+            assert not same, name
+
+
+def test_a_file_of_ones_own_is_complete_and_config_writes_one(tmp_path, capsys):
+    short = tmp_path / "short.yaml"
+    short.write_text("base: sclong_tiny\nrun: {seed: 3}\n")
+    with pytest.raises(ValueError, match=r"every key: `python -m sclong_ds config sclong_tiny`"):
+        load_config(short)
+    assert main(["config", "sclong_tiny", "run.seed=3"]) == 0
+    short.write_text(capsys.readouterr().out)
+    assert load_config(short) == load_config("sclong_tiny", ["run.seed=3"])
+    assert load_config(PRESETS_DIR / "sclong_tiny.yaml") == load_config("sclong_tiny")
 
 
 def test_overrides_are_typed():
