@@ -7,11 +7,16 @@ is of a gene that is not listed does not.
 `settle` then looks at the list as a whole. An annotation names a gene once: where the list has a
 gene by its current name, an alias of it is another place of the genome, which that annotation held
 for a gene of its own, and yields. A name of several genes means the one that the list does not name
-otherwise, if one alone is left.
+otherwise, if one alone is left. A list with names that HGNC replaced in 2020 (MARCH1, SEPT9) is of
+an annotation from before: there SEPT2 and DEC1 are the symbols of SEPTIN2 and DELEC1, and not what
+others also call SEPTIN6 and BHLHE40.
+
+Source of the renaming: Bruford et al. 2020, https://doi.org/10.1038/s41588-020-0669-3
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +34,12 @@ a date by Excel; unlisted: of no gene of the vocabulary."""
 ENSEMBL, SYMBOL, ALIAS, SETTLED, YIELDED, AMBIGUOUS, DATE, UNLISTED = range(len(KINDS))
 _LEAST_AGREEMENT = 0.9
 """Two columns name the same genes: ids and symbols of one annotation differ in less than 1%."""
+
+
+_REPLACED = re.compile(r"MARCH\d{1,2}|SEPT\d{1,2}|MARC[12]")
+"""Symbols that HGNC replaced in 2020, since Excel made dates of them."""
+_SYMBOLS_BEFORE = {"SEPT2": "ENSG00000168385", "DEC1": "ENSG00000173077"}
+"""Those of them that Entrez gives to a second gene as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +151,7 @@ def settle(
     yields = column.retired & named(kind == ENSEMBL)
     yields |= (kind == ALIAS) & named(np.isin(kind, (ENSEMBL, SYMBOL)) & ~yields)
     target[yields], kind[yields] = -1, YIELDED
-    for gene, name in _only_left(column, meanings).items():
+    for gene, name in (_symbols_before(column, meanings) | _only_left(column, meanings)).items():
         if gene in index:
             rows = (kind == AMBIGUOUS) & (column.names == name)
             target[rows], kind[rows] = index[gene], SETTLED
@@ -181,6 +192,19 @@ def _only_left(column: ReadColumn, meanings: Mapping[str, str]) -> dict[str, str
         if len(left) == 1:
             found.setdefault(left[0], set()).add(name)
     return {gene: names.pop() for gene, names in found.items() if len(names) == 1}
+
+
+def _symbols_before(column: ReadColumn, meanings: Mapping[str, str]) -> dict[str, str]:
+    """Return the genes that a list from before 2020 names by their symbols of then, by gene."""
+    unclear = {name for name in column.names[column.kind == AMBIGUOUS] if name in _SYMBOLS_BEFORE}
+    if not unclear:
+        return {}
+    others = column.names[column.kind == ALIAS]
+    if not any(_REPLACED.fullmatch(name) for name in others):
+        return {}
+    named = {meanings[name] for name in column.names if name in meanings}
+    genes = {_SYMBOLS_BEFORE[name]: name for name in unclear}
+    return {gene: name for gene, name in genes.items() if gene not in named}
 
 
 def _agree(first: ReadColumn, second: ReadColumn) -> bool:

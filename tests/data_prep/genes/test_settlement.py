@@ -34,6 +34,19 @@ def test_a_name_of_several_genes_is_the_one_that_the_list_does_not_name() -> Non
     assert not alone.measured[[column("SEPTIN2"), column("SEPTIN6")]].any()
 
 
+def test_a_list_from_before_the_renaming_names_genes_by_the_symbols_of_then() -> None:
+    for other in ("MARCH1", "SEPT9", "MARC1"):
+        gene_map = resolved(index=names("SEPT2", "DEC1", other, "TP53"))
+        assert gene_map.target.tolist()[:2] == [column("SEPTIN2"), column("DELEC1")]
+        assert gene_map.kinds["settled"] == 2
+    for other in ("SEPTIN9", "MARCHF1", "P53", "1-Mar"):
+        gene_map = resolved(index=names("SEPT2", "DEC1", other, "TP53"))
+        assert gene_map.target.tolist()[:2] == [-1, -1]
+        assert gene_map.kinds["ambiguous"] == 2
+    both = resolved(index=names("SEPT2", "SEPTIN2", "DEC1", "BHLHE40", "MARCH1"))
+    assert both.target.tolist()[:3] == [column(s) for s in ("SEPTIN6", "SEPTIN2", "DELEC1")]
+
+
 def test_a_name_of_genes_that_are_all_named_stays_unknown() -> None:
     gene_map = resolved(index=names("SEPT2", "SEPTIN2", "SEPTIN6"))
     assert gene_map.target[0] == -1
