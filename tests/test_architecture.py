@@ -18,7 +18,8 @@ FLOORS = {
         {"files", "progress", "command_line"},
         {"config"},
         {"corpus", "run_folder", "engine", "sweep"},
-        {"loader", "model", "checkpoint", "tracking"},
+        {"loader", "model", "checkpoint", "recorders"},
+        {"tracking"},
         {"objective", "exported", "job"},
         {"planning", "embedding", "released", "report"},
         {"training", "evaluation", "gene_analysis"},
@@ -50,6 +51,8 @@ PLACES = {
     "torch_geometric": {"sclong_ds.model"},
     "deepspeed": {"sclong_ds.engine", "sclong_ds.checkpoint"},
     "mlflow": {"sclong_ds.tracking", "sclong_ds.embedding"},
+    "tensorboard": {"sclong_ds.recorders"},
+    "wandb": {"sclong_ds.recorders"},
     "matplotlib": {
         "sclong_ds.report", "sclong_ds.evaluation", "data_prep.graph", "data_prep.report",
     },

@@ -27,6 +27,7 @@ LATER_KEYS: dict[int, dict[str, Any]] = {
         "model.decoder.attention": None,
     },
     6: {"model.cell_vector": "none"},
+    7: {"tracking.also": []},
 }
 """By version, the keys that came with it: `section.key`, `section.stack.key`, or a whole section
 with all of its keys. `transform` is the section of an exported model."""

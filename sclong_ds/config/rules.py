@@ -49,6 +49,10 @@ def check(config: RunConfig, where: str) -> None:
             (config.tracking.picture_cells or 0) >= 0,
             f"tracking.picture_cells: got {config.tracking.picture_cells}, must be >= 0 or null",
         ),
+        (
+            len(set(config.tracking.also)) == len(config.tracking.also),
+            f"tracking.also: got {', '.join(config.tracking.also)}; name each tracker once",
+        ),
     ]
     at_least_zero = (
         "optim.warmup_steps model.feature_redraw_interval run.validate_every_n_steps "

@@ -306,6 +306,10 @@ class TrackingConfig:
     """MLflow id of the run that this one is shown below, or the folder of a sweep; null: none."""
     tags: dict[str, str]
     """Further MLflow tags by name, for instance {project: atlas}; {}: none."""
+    also: tuple[Literal["csv", "tensorboard", "wandb"], ...]
+    """Trackers beside MLflow, or instead of it with enabled: false, for instance [csv, wandb]: what
+    they get lies in the run folder first. csv writes metrics.csv; tensorboard and wandb need their
+    libraries, and wandb works offline unless WANDB_MODE says otherwise. []: none."""
     flush_every_n_steps: int
     """Steps whose metrics are sent to MLflow in one call."""
     system_metrics_every_s: float

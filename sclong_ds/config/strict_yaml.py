@@ -234,6 +234,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             whole = type(value) is int or _whole_power_of_ten(value)
             return _convert(value, int if whole else float, name)
         return _convert(value, next(a for a in args if a is not type(None)), name)
+    if origin is tuple and args[1:] == (...,):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}: expected a list, got {_show(value)}")
+        return tuple(_convert(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(args):
             raise ValueError(f"{name}: expected a list of {len(args)} values, got {_show(value)}")

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlparse
 
 from sclong_ds.command_line import missing_package, need
 from sclong_ds.config.sections import TrackingConfig
+from sclong_ds.recorders.opening import check_libraries
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.tracking.client import clip, new_client, one_line, sqlite_file, tracking_uri
@@ -85,6 +86,7 @@ def check_tracking(settings: TrackingConfig, run_dir: Path, *, quiet: bool = Fal
     Raises:
         ValueError: What is wrong and what to do.
     """
+    check_libraries(settings.also)
     if not settings.enabled:
         return
     uri = tracking_uri(settings.uri, run_dir)

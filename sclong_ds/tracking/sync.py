@@ -1,9 +1,10 @@
-"""`sync`: send to MLflow what a run that is over could not send while it was in trouble.
+"""`sync`: send to MLflow and other trackers what a run that is over could not send.
 
     python -m sclong_ds sync RUN_DIR
 
 Reads the run folder; MLflow gets the rows, pictures and files that it has not got, once, in order,
 and how the run ended. It goes to the store that the run was tracked in, or to MLFLOW_TRACKING_URI.
+The trackers of `tracking.also` get what they lack too.
 Credentials are MLflow's: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 """
 
@@ -19,12 +20,15 @@ from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import TrackingConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.files.sealed_json import read_sound
+from sclong_ds.recorders.opening import check_libraries
 from sclong_ds.run_folder.files import EVENTS_FILE, RUN_FILE, read_run_json
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.tracking.client import Status, tracking_uri
 from sclong_ds.tracking.description import describe, restart_folder
 from sclong_ds.tracking.sender import Sender, send_all
-from sclong_ds.tracking.tracker import ENVIRONMENT_FILE
+from sclong_ds.tracking.tracker import ENVIRONMENT_FILE, followers
+
+_HAND_OVER_S = 600.0
 
 # One on record as running, whose folder nobody holds, was killed without notice.
 _STATUS: dict[str, Status] = {"FINISHED": "FINISHED", "FAILED": "FAILED"}
@@ -38,30 +42,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Send what is left, print where the run is, and return the exit status."""
     sender = sync(args.run_dir)
-    sys.stdout.write(f"MLflow at {sender.shown_uri} has all of run {sender.mlflow_run_id}\n")
+    if sender is not None:
+        sys.stdout.write(f"MLflow at {sender.shown_uri} has all of run {sender.mlflow_run_id}\n")
     return 0
 
 
-def sync(run_dir: Path) -> Sender:
-    """Send what MLflow lacks of a run, and its end.
+def sync(run_dir: Path) -> Sender | None:
+    """Send what the trackers lack of a run, and its end to MLflow.
 
     Args:
         run_dir: Run folder.
 
     Returns:
-        The sender, which has sent everything.
+        The sender to MLflow, which has sent everything; None for a run without MLflow.
 
     Raises:
         FileNotFoundError: The folder is no run.
-        ValueError: The run trains, was not tracked, or MLflow cannot be reached.
+        ValueError: The run trains, was not tracked, or a tracker cannot be reached.
     """
     if not (run_dir / RUN_FILE).is_file():
         raise FileNotFoundError(f"{run_dir}: no {RUN_FILE} in it; give the run folder (run.dir)")
     config = load_config(run_dir / "config.yaml")
-    if not config.tracking.enabled:
+    settings = config.tracking
+    if not settings.enabled and not settings.also:
         raise ValueError(f"{run_dir}: trained with tracking.enabled=false, so MLflow gets nothing")
+    check_libraries(settings.also)
     with lock_run_folder(run_dir, wait_s=0):
-        return _send(run_dir, config.tracking, to_dict(config))
+        if settings.also:
+            _hand_over(run_dir, settings, to_dict(config))
+        return _send(run_dir, settings, to_dict(config)) if settings.enabled else None
+
+
+def _hand_over(run_dir: Path, settings: TrackingConfig, configuration: dict[str, Any]) -> None:
+    record = read_run_json(run_dir)
+    params, tags = _further(run_dir, record)
+    about = describe(settings, run_dir, record, params=configuration | params, tags=tags)
+    for follower in followers(settings, run_dir, record, about):
+        ending = _STATUS.get(str(record.get("status")), "KILLED")
+        if not follower.finish(ending, wait_s=_HAND_OVER_S):
+            raise ValueError(
+                f"{follower.name} does not have all of {run_dir}: mend what is wrong, and run this "
+                f"again"
+            )
+        sys.stdout.write(f"{follower.name} has all of {run_dir}\n")
 
 
 def _send(run_dir: Path, settings: TrackingConfig, configuration: dict[str, Any]) -> Sender:

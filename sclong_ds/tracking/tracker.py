@@ -1,10 +1,10 @@
-"""What a training run records: the run folder first, MLflow second.
+"""What a training run records: the run folder first, MLflow and other trackers second.
 
 `Tracker` is driven by `sclong_ds.pretrain`; nothing here is run by hand. Rank 0 writes the files of
 `sclong_ds.run_folder.files` and sends the same to one MLflow run that keeps its id over restarts
-(`sclong_ds.tracking.sender`); the first rank of every node samples the node
-(`sclong_ds.tracking.node_sampler`). The section `tracking` gives the store; `enabled: false` leaves
-MLflow out.
+(`sclong_ds.tracking.sender`) and to the trackers of `tracking.also` (`sclong_ds.recorders`); the
+first rank of every node samples the node (`sclong_ds.tracking.node_sampler`). The section
+`tracking` gives the store; `enabled: false` leaves MLflow out.
 
 The files are the truth and the queue: MLflow receives them, in order, on a background thread. A
 tracking server that is slow, down, or comes back a week later costs training nothing and loses
@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.config.sections import TrackingConfig
+from sclong_ds.recorders.follower import Follower
+from sclong_ds.recorders.opening import RECORDERS
+from sclong_ds.recorders.recorder import About
 from sclong_ds.run_folder.files import (
     EVENTS_FILE,
     RUN_FILE,
@@ -33,7 +36,7 @@ from sclong_ds.run_folder.pending_pictures import Artist, Data
 from sclong_ds.run_folder.seal import SEALING, seal
 from sclong_ds.tracking.check import cure
 from sclong_ds.tracking.client import MAX_METRICS, Status, one_line, tracking_uri
-from sclong_ds.tracking.description import describe, restart_folder
+from sclong_ds.tracking.description import Description, describe, restart_folder
 from sclong_ds.tracking.node_sampler import NodeSampler
 from sclong_ds.tracking.sender import Sender
 
@@ -70,6 +73,7 @@ class Tracker:
         self._sampler: NodeSampler | None = None
         self._folder: RunFolder | None = None
         self._sender: Sender | None = None
+        self._followers: list[Follower] = []
         self._artist: Artist | None = None
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._pending: concurrent.futures.Future[None] | None = None
@@ -102,13 +106,7 @@ class Tracker:
         """
         settings, about = self._settings, dict(summary or {})
         self._step = step
-        if self._samples_node and settings.system_metrics_every_s:
-            try:
-                self._sampler = NodeSampler(
-                    self._run_dir, every_s=settings.system_metrics_every_s, step=lambda: self._step
-                )
-            except OSError as error:  # a rank that gave up here would leave the others waiting
-                log.warning("this node is not sampled: %s", error)
+        self._sample_node()
         if not self._enabled:
             return None
         self._folder = RunFolder(self._run_dir)
@@ -120,21 +118,36 @@ class Tracker:
             run = update_run_json(self._run_dir, summary=about)
         if settings.picture_cells is not None:
             self._artist = Artist(self._run_dir, step=step)
+        artifacts = [*artifacts, packages]
+        description = describe(settings, self._run_dir, run, params=params, tags=tags)
+        self._followers = followers(settings, self._run_dir, run, description)
+        for follower in self._followers:
+            follower.queue(artifacts)
+            follower.flush()
         if not settings.enabled:
             return None
         self._sender = Sender(
             run_dir=self._run_dir,
             uri=tracking_uri(settings.uri, self._run_dir),
-            description=describe(settings, self._run_dir, run, params=params, tags=tags),
+            description=description,
         )
         if not run["mlflow_run_id"]:  # for `sync`, should MLflow never answer
             update_run_json(self._run_dir, mlflow_tracking_uri=self._sender.shown_uri)
         folder = restart_folder(run) if resumed else None
-        self._sender.queue((path, folder) for path in (*artifacts, packages))
+        self._sender.queue((path, folder) for path in artifacts)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._pending = self._pool.submit(self._sender.send)
         self._collect(wait_s=_START_WAIT_S)
         return self._sender.mlflow_run_id
+
+    def _sample_node(self) -> None:
+        every_s = self._settings.system_metrics_every_s
+        if not self._samples_node or not every_s:
+            return
+        try:
+            self._sampler = NodeSampler(self._run_dir, every_s=every_s, step=lambda: self._step)
+        except OSError as error:  # a rank that gave up here would leave the others waiting
+            log.warning("this node is not sampled: %s", error)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one row to metrics.jsonl; MLflow gets it within `tracking.flush_every_n_steps`.
@@ -175,7 +188,9 @@ class Tracker:
             self._artist.draw(step, data)
 
     def artifact(self, path: Path) -> None:
-        """Attach a file to the MLflow run at the next flush."""
+        """Attach a file to the run in MLflow and the other trackers, at the next flush."""
+        for follower in self._followers:
+            follower.queue([path])
         if self._sender is not None:
             self._sender.queue([(path, None)])
 
@@ -196,6 +211,13 @@ class Tracker:
         seal(self._run_dir)
         if self._artist is not None:
             self._artist.finish(wait_s=_DRAW_WAIT_S if status == "FINISHED" else 0.0)
+        for follower in self._followers:
+            follower.queue([self._run_dir / EVENTS_FILE, self._run_dir / RUN_FILE])
+            if not follower.finish(status, wait_s=_FINISH_WAIT_S):
+                log.warning(
+                    "%s lacks a part of the run; a resumed run hands it over, or: python -m "
+                    "sclong_ds sync %s", follower.name, self._run_dir,
+                )  # fmt: skip
         if self._sender is None or self._pool is None:
             return
         files = (self._run_dir / EVENTS_FILE, self._run_dir / RUN_FILE)
@@ -220,6 +242,8 @@ class Tracker:
 
     def _flush(self) -> None:
         """Send in the background unless a flush is under way or failed a moment ago."""
+        for follower in self._followers:
+            follower.flush()
         if self._sender is None or self._pool is None:
             return
         self._collect(wait_s=0.0)
@@ -254,3 +278,21 @@ class Tracker:
                 "MLflow at %s answers again; what was kept is being sent", self._sender.shown_uri
             )
         self._in_trouble = error is not None
+
+
+def followers(
+    settings: TrackingConfig, run_dir: Path, run: Mapping[str, Any], description: Description
+) -> list[Follower]:
+    """Return what feeds the trackers of `tracking.also`; nothing is opened yet.
+
+    Args:
+        settings: Section tracking of the run.
+        run_dir: Its folder.
+        run: Its run.json.
+        description: What the trackers are told.
+    """
+    about = About(
+        run_dir=run_dir.resolve(), run_id=str(run["run_id"]), name=description.run_name,
+        group=description.experiment, params=description.params, tags=description.tags,
+    )  # fmt: skip
+    return [Follower(name, about, RECORDERS[name]) for name in settings.also]

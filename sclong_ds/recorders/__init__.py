@@ -1,0 +1,1 @@
+"""Trackers beside MLflow, fed from the files of the run folder."""
