@@ -467,7 +467,7 @@ class Progress:
 
     def __init__(self, done: int, total: int, *, shown: bool) -> None:
         self._total, self._shown, self._next = total, shown, time.monotonic()
-        self._bar = progress_bar(total, done=done, unit="step", shown=shown)
+        self._bar = progress_bar(total, unit="step", done=done, shown=shown)
 
     def show(self, step: int, figures: dict[str, float]) -> None:
         """Show one finished step."""

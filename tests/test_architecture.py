@@ -56,6 +56,7 @@ PLACES = {
     "matplotlib": {
         "sclong_ds.report", "sclong_ds.evaluation", "data_prep.graph", "data_prep.report",
     },
+    "tqdm": {"sclong_ds.progress"},
     "kernels": {"sclong_ds.model", "sclong_ds.training"},
     "data_prep": {
         "sclong_ds.embedding", "sclong_ds.evaluation", "sclong_ds.gene_analysis",

@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_prep.convert.entry import is_taken, read_hash, taken
 from data_prep.convert.limits import DEFAULT_MINUTES, Limits, default_memory_gib
@@ -48,9 +47,7 @@ from data_prep.manifest.manifest import Dataset
 from data_prep.staging.settings import STAGING_VERSION, Settings
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, locked, partial_name, read_json, write_atomic
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from sclong_ds.progress import Bar, progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -124,11 +121,7 @@ def _run(
     """Give every dataset to a worker; return the entries in the order of the datasets."""
     waiting = [dataset for dataset in reversed(ours) if not dataset.remote]
     done: dict[str, LedgerEntry] = {}
-    bar = None
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        bar = tqdm(total=len(ours), unit="dataset")
+    bar = progress_bar(len(ours), unit="dataset") if sys.stderr.isatty() else None
     try:
         while len(done) < len(ours):
             arrived, lost = remote.advance()
@@ -242,7 +235,7 @@ def _remove_leftovers(corpus: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _report(entry: LedgerEntry, n_done: int, n_all: int, bar: tqdm | None) -> None:
+def _report(entry: LedgerEntry, n_done: int, n_all: int, bar: Bar | None) -> None:
     if entry["status"] == "ok" and entry["reason"]:
         _log.warning("%s: %s", entry["dataset_id"], entry["reason"])
     for warning in entry["warnings"]:

@@ -14,16 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_prep.fetch.budgets import Stopped
 from data_prep.fetch.download import Place, Record, Rules, fetch_file
 from data_prep.fetch.item import Item
 from data_prep.fetch.remote import FetchError
 from data_prep.manifest.address import without_secrets
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from sclong_ds.progress import Bar, progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -192,11 +189,9 @@ def _progress(items: Sequence[Item], rules: Rules) -> Iterator[Callable[[Outcome
     if not sys.stderr.isatty():
         yield state.line
         return
-    from tqdm import tqdm
-
     known = [item.size for item in items]
     total = sum(size or 0 for size in known) if all(known) else None
-    with tqdm(total=total, unit="B", unit_scale=True) as bar:
+    with progress_bar(total, unit="B") as bar:
         state.bar = bar
         yield state.line
         state.bar = None
@@ -206,7 +201,7 @@ class _Progress:
     """Bytes of each file and of all, from many threads."""
 
     def __init__(self, items: Sequence[Item]) -> None:
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
         self._n_items, self._n_done = len(items), 0
         self._came: dict[str, tuple[int, int | None]] = {}
         self._last = time.monotonic()

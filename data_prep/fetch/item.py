@@ -14,13 +14,13 @@ from urllib.parse import unquote, urlsplit
 
 from data_prep.ledger.ledger import is_safe_id
 from data_prep.manifest.address import check_address, public_and_full, without_secrets
+from data_prep.manifest.manifest import ORIGIN
 
 ENDING = re.compile(r"(?i)\.(h5ad|h5mu|h5|hdf5|loom|zarr\.zip|csv|tsv|txt)(\.gz)?$")
 """Formats of one file; those of several files (mtx, npz) cannot be named by one address."""
 _MANIFEST = (
     *("dataset_id", "path", "organism", "tissue", "donor_column", "assay_column"),
-    *("cell_type_column", "n_cells", "url", "version", "bytes", "sha256"),
-    *("title", "doi", "licence", "citation"),
+    *("cell_type_column", "n_cells", *ORIGIN),
 )
 
 
@@ -140,14 +140,7 @@ def manifest_text(
             "path": path,
             "tissue": ", ".join(labels(item, "tissue")),
             "n_cells": item.n_cells,
-            "url": item.url,
-            "version": item.version,
-            "bytes": item.size,
-            "sha256": item.sha256,
-            "title": item.title,
-            "doi": item.doi,
-            "licence": item.licence,
-            "citation": item.citation,
+            **{name: getattr(item, "size" if name == "bytes" else name) for name in ORIGIN},
         }
         organisms = labels(item, "organism")
         if len(organisms) == 1:

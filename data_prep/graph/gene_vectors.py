@@ -28,19 +28,18 @@ import io
 import json
 import logging
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.graph.gene_vectors_arguments import MAX_CELLS, MIN_CELLS
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import named_errors, partial_name, remove_partials_of, write_atomic
+from sclong_ds.progress import each_with_progress
 
 SPLIT = "train"
 _CELLS_PER_READ = 1024  # a multiple of 8; 28 MB of flags for 27,874 genes
@@ -48,7 +47,6 @@ _GENES_PER_BLOCK = 1024
 # With these the 200th singular value of a PPMI of 400 cells is exact to 0.4 %, the 100th to 1e-6.
 _OVERSAMPLING = 100
 _POWER_ITERATIONS = 10
-_LOG_EVERY_S = 60.0
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -84,7 +82,9 @@ def read_presence(corpus: Corpus, *, max_cells: int = MAX_CELLS) -> Presence:
     n_genes = len(corpus.genes)
     bits = np.zeros((n_genes, -(-len(cells) // 8)), dtype=np.uint8)
     per_gene = np.zeros(n_genes, dtype=np.int64)
-    for start in _progress(range(0, len(cells), _CELLS_PER_READ), "reading cells"):
+    for start in each_with_progress(
+        range(0, len(cells), _CELLS_PER_READ), "reading cells", "blocks"
+    ):
         counts = corpus.rows(cells[start : start + _CELLS_PER_READ])
         flags = np.zeros(counts.shape, dtype=bool)
         row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
@@ -110,7 +110,7 @@ class PpmiMatrix:
         self._folder = folder
         bits = presence.bits[genes]
         log_share = np.log(presence.cells_per_gene[genes] / presence.n_cells).astype(np.float32)
-        for start in _progress(self._starts(), "co-expression"):
+        for start in each_with_progress(self._starts(), "co-expression", "blocks"):
             block = _co_occurrence(bits, start)
             with np.errstate(divide="ignore"):  # no common cell: ln 0 = -inf, cut off to 0 below
                 np.log(block, out=block)
@@ -166,7 +166,7 @@ def truncated_svd(matrix: PpmiMatrix, rank: int, *, seed: int) -> tuple[np.ndarr
     """
     width = min(rank + _OVERSAMPLING, matrix.size)
     basis = np.random.default_rng(seed).standard_normal((matrix.size, width))
-    for _ in _progress(range(_POWER_ITERATIONS), "decomposition"):
+    for _ in each_with_progress(range(_POWER_ITERATIONS), "decomposition", "iterations"):
         basis = np.linalg.qr((matrix @ basis).astype(np.float64))[0]
     projected = basis.T @ (matrix @ basis).astype(np.float64)
     # Singular values of a symmetric matrix are the magnitudes of its eigenvalues.
@@ -286,16 +286,6 @@ def _check(out: Path, at_least_one: dict[str, int]) -> None:
         )
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: no folder {out.parent}; create it first")
-
-
-def _progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield the items under a progress bar; without a terminal, log a line a minute."""
-    logged = time.monotonic()
-    for done, item in enumerate(tqdm(items, desc=what, disable=None)):
-        if time.monotonic() - logged >= _LOG_EVERY_S:
-            logger.info("%s: %d of %d", what, done, len(items))
-            logged = time.monotonic()
-        yield item
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from tqdm import tqdm
 
 from data_prep.graph.gene_graph_arguments import NEIGHBOURS, THRESHOLD
+from sclong_ds.progress import each_with_progress
 
 # Genes per block of the term overlap: about 30 MB of counts for 20,000 annotated genes, most of
 # them sharing "protein binding" with half of all others.
@@ -61,7 +61,7 @@ def jaccard_graph(
     transposed = matrix.T.tocsr()
     sources, targets, weights = [], [], []
     blocks = range(0, len(annotated), _BLOCK)
-    for start in tqdm(blocks, desc="gene graph", unit="block", disable=None):
+    for start in each_with_progress(blocks, "gene graph", "blocks"):
         shared = (matrix[start : start + _BLOCK] @ transposed).tocoo()
         target, source = shared.row + start, shared.col
         # float64 quotients of integers are correctly rounded, so 1/10 is not above 0.1 and 1/9 is.

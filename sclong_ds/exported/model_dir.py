@@ -25,8 +25,6 @@ import json
 import logging
 import math
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +35,6 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from sclong_ds.config import history
 from sclong_ds.config.sections import ModelConfig
@@ -53,6 +50,7 @@ from sclong_ds.files.versions import refuse_later
 from sclong_ds.model.features_file import read_features, write_features
 from sclong_ds.model.pooling import MEAN
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.progress import count_progress
 from sclong_ds.run_folder.metric_names import MSE, N_HIDDEN
 from sclong_ds.run_folder.rows import sentence
 
@@ -221,18 +219,11 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 
 def _with_progress(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yield the names, with a bar of the bytes on a terminal and a log line a minute elsewhere."""
-    total, logged = 4 * sum(map(math.prod, shapes.values())), time.monotonic()
-    quiet = not sys.stderr.isatty()
-    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=quiet) as bar:
-        done = 0
+    """Yield the names, and show how many bytes of weights were written."""
+    with count_progress("weights", 4 * sum(map(math.prod, shapes.values())), "B") as on_bytes:
         for name, shape in shapes.items():
             yield name
-            done += 4 * math.prod(shape)
-            bar.update(4 * math.prod(shape))
-            if quiet and time.monotonic() - logged > 60:
-                logged = time.monotonic()
-                _log.info("wrote %.1f of %.1f GB of weights", done / 1e9, total / 1e9)
+            on_bytes(4 * math.prod(shape))
 
 
 def _empty_model(folder: Path, config: Mapping[str, Any]) -> ScLong:

@@ -14,14 +14,10 @@ import json
 import logging
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from sclong_ds.checkpoint import on_disk as checkpoint_files
 from sclong_ds.checkpoint.state import read_state
@@ -32,12 +28,11 @@ from sclong_ds.exported import manifest as model_manifest
 from sclong_ds.files.atomic import file_sha256, is_partial
 from sclong_ds.files.json_lines import damaged_lines
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed
+from sclong_ds.progress import count_progress
 from sclong_ds.run_folder.files import EVENTS_FILE, METRICS_FILE, RUN_FILE, SYSTEM_DIR
 from sclong_ds.run_folder.seal import changes
 
 log = logging.getLogger(__name__)
-
-_LOG_EVERY_S = 60
 
 
 @dataclass(slots=True)
@@ -99,7 +94,7 @@ def _verify_model(folder: Path, findings: Findings) -> None:
         findings.unchecked.append("files: format version 2 has no manifest to compare with")
     else:
         total = sum(record["bytes"] for record in manifest["files"].values())
-        with _progress(total) as on_bytes:
+        with count_progress("verify", total, "B") as on_bytes:
             findings.problems += model_manifest.problems(folder, manifest, on_bytes=on_bytes)
         n_files = len(manifest["files"])
         findings.checked.append(
@@ -187,7 +182,7 @@ def _verify_run(folder: Path, findings: Findings) -> None:
     checkpoints = folder / "checkpoints"
     found = checkpoint_files.complete_checkpoints(checkpoints)
     total = sum(p.stat().st_size for c in found for p in c.rglob("*") if p.is_file())
-    with _progress(total) as on_bytes:
+    with count_progress("verify", total, "B") as on_bytes:
         for checkpoint in reversed(found):
             _verify_checkpoint(checkpoint, findings)
             on_bytes(sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()))
@@ -250,23 +245,6 @@ def _verify_records(folder: Path, findings: Findings) -> None:
         read_yaml(folder / "config.yaml")
     except (ValueError, OSError) as error:
         findings.problems.append(str(error))
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """Show the bytes that were read: a bar on a terminal, a log line a minute elsewhere."""
-    quiet, done, logged = not sys.stderr.isatty(), 0, time.monotonic()
-    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=quiet) as bar:
-
-        def on_bytes(n: int) -> None:
-            nonlocal done, logged
-            done += n
-            bar.update(n)
-            if quiet and time.monotonic() - logged > _LOG_EVERY_S:
-                logged = time.monotonic()
-                log.info("read %.1f of %.1f GB", done / 1e9, total / 1e9)
-
-        yield on_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

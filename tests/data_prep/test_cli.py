@@ -1,7 +1,4 @@
-"""Command line: exit status, one JSON document on stdout, one line per error on stderr.
-
-Covers also `sclong_ds/progress.py`.
-"""
+"""Command line: exit status, one JSON document on stdout, one line per error on stderr."""
 
 import json
 import os
