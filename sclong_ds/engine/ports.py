@@ -94,7 +94,7 @@ def port_named(place: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if not re.search("EADDRINUSE|address already in use", str(error), re.IGNORECASE):
             raise
         raise OSError(

@@ -20,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 
 from sclong_ds.engine.extensions import extensions_folder, load_extension
 from sclong_ds.engine.ports import free_port, own_port, port_named
+from sclong_ds.engine.rendezvous import LOOPBACK, one_machine, stay_on_this_machine
 
 T = TypeVar("T")
 
@@ -75,13 +76,14 @@ def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+    how = stay_on_this_machine() if one_machine(local_size) else None
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
         # Hidden from DeepSpeed: where all ranks are local it makes 66 MiB of shared memory for
         # each, for inference alone, and leaves them behind; where there is no room, ranks crash.
-        told = os.environ.pop("LOCAL_SIZE", "0")
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", told))
+        os.environ.pop("LOCAL_SIZE", None)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
     else:
@@ -91,11 +93,14 @@ def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
     watch.phase("extensions", "the extension of DeepSpeed's communication")
     if accelerator.device_name() == "cpu":
         load_extension("ShareMemCommBuilder", waits=watch.waits)
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     others = int(os.environ["WORLD_SIZE"]) - 1
-    watch.phase("rendezvous", f"{others} other ranks to join rank {rank} at {place}")
-    with own_port(rank), port_named(place):
-        deepspeed.init_distributed(timeout=timeout, verbose=False)
+    watch.phase("rendezvous", f"{others} other ranks")
+    with own_port(rank):
+        address = LOOPBACK if how else os.environ.get("MASTER_ADDR")
+        place = f"{address}:{os.environ.get('MASTER_PORT')}"
+        watch.waits(f"{others} other ranks to join rank {rank} at {place}")
+        with port_named(place):
+            deepspeed.init_distributed(timeout=timeout, init_method=how, verbose=False)
     # A collective of the GPUs would make the host wait for all work before it.
     control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, local_rank, int(os.environ["WORLD_SIZE"]), device, control)

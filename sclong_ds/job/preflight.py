@@ -50,6 +50,7 @@ import torch
 import torch.distributed as dist
 
 from sclong_ds.config.load import load_config
+from sclong_ds.engine.rendezvous import LOOPBACK, loopback_store, stay_on_this_machine
 from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.job.failures import run_to_end, start_id
 from sclong_ds.job.node_report import GIB, Place, Report, examine, on_gpus
@@ -277,6 +278,8 @@ def open_store(place: Place, address: str, port: int, *, timeout_s: float) -> di
         OSError: Nobody listens there.
         torch.distributed.DistError: torch gave up.
     """
+    alone = place.local_size == place.world_size
+    address = LOOPBACK if alone else address
     deadline = time.monotonic() + timeout_s
     while place.rank != 0:  # where torch itself finds nobody, it prints pages of its own stack
         try:
@@ -286,10 +289,14 @@ def open_store(place: Place, address: str, port: int, *, timeout_s: float) -> di
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.5)
-    store = dist.TCPStore(
-        address, port, is_master=place.rank == 0, wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-    )  # fmt: skip
+    timeout = timedelta(seconds=timeout_s)
+    if alone:
+        stay_on_this_machine()
+        store = loopback_store(port, rank=place.rank, world_size=None, timeout=timeout)
+    else:
+        store = dist.TCPStore(
+            address, port, is_master=place.rank == 0, wait_for_workers=False, timeout=timeout
+        )
     store.set_timeout(timedelta(seconds=2 * timeout_s))
     return store
 

@@ -470,7 +470,10 @@ def test_a_rank_that_would_run_something_else_is_found(small_corpus, small_graph
     program = (
         "import os, sys; from sclong_ds.job import failures; from sclong_ds import pretrain; "
         "sys.argv.append('model.projection_seed=' + os.environ['RANK']); "
-        "failures.run_to_end(pretrain.main)"
+        "import psutil; status = pretrain.main(); "
+        "found = [c.laddr for c in psutil.Process().net_connections() if c.status == 'LISTEN']; "
+        "print('listens:', *{a.ip for a in found}, os.environ['MASTER_PORT'] in "
+        "{str(a.port) for a in found}); failures.run_to_end(lambda: status)"
     )
     args, log = settings(tmp_path / "run", small_corpus, small_graph), tmp_path / "log"
     ranks = start_ranks(2, ["-c", program, *args], log=log)
@@ -479,6 +482,9 @@ def test_a_rank_that_would_run_something_else_is_found(small_corpus, small_graph
     finally:
         end_ranks(ranks)
     assert log.read_text().count("error: ranks [1] have another configuration") == 1
+    # Ranks of one machine listen on it alone, gloo's sockets included.
+    said = {line for line in log.read_text().splitlines() if line.startswith("listens:")}
+    assert said == {"listens: 127.0.0.1 True", "listens: 127.0.0.1 False"}
     assert not (tmp_path / "run").exists()
 
 
