@@ -51,6 +51,7 @@ from sclong_ds.planning.memory import (
     memory_per_rank,
     zero_settings,
 )
+from sclong_ds.planning.verdict import verdict_of
 
 SCLONG_EXPRESSED = 1_800
 """Expressed genes of a typical cell, when there is no data.corpus."""
@@ -307,18 +308,20 @@ def _checkpoint_plan(
 
 
 def format_plan(plan: Mapping[str, Any]) -> str:
-    """Return the plan as text: a line per figure, a table of parts and one of ZeRO stages.
+    """Return the plan as text: the verdict, a line per figure, tables of parts and ZeRO stages.
 
     Args:
         plan: What `make_plan` returns.
     """
     batch, edges = plan["batch"], plan["n_edges"]
     lines = [
-        f"{plan['nodes']} nodes x {plan['gpus_per_node']} {plan['device']['name']} = "
-        f"{plan['world_size']} ranks, {plan['precision']}; {plan['n_genes']:,} genes, "
+        verdict_of(plan),
+        "",
+        f"{_counted(plan['nodes'], 'node')} x {plan['gpus_per_node']} {plan['device']['name']} = "
+        f"{_counted(plan['world_size'], 'rank')}, {plan['precision']}; {plan['n_genes']:,} genes, "
         + (f"{edges:,} graph edges" if edges else "no gene graph given"),
         f"{batch['train_batch_size']} cells per step = {batch['train_micro_batch_size_per_gpu']} "
-        f"per rank x {plan['world_size']} ranks x "
+        f"per rank x {_counted(plan['world_size'], 'rank')} x "
         f"{batch['gradient_accumulation_steps']} accumulated",
         "",
         *_cost_lines(plan),
@@ -328,6 +331,10 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         *_time_lines(plan),
     ]
     return "\n".join(lines)
+
+
+def _counted(number: int, one: str) -> str:
+    return f"{number:,} {one}{'s' * (number != 1)}"
 
 
 def _cost_lines(plan: Mapping[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ font-weight:600}
 margin-right:8px;background:#e0edf6;color:#00517f}
 .badge.good{background:#dcf3e4;color:#14653a}.badge.warn{background:#fdeed3;color:#7c4a03}
 .badge.bad{background:#fbe0e0;color:#8f1d1d}
+.verdict{font-size:18px;line-height:1.45;margin:24px 0 0;max-width:72ch}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:14px;
 margin:26px 0 0}
 .card{border:1px solid var(--line);border-radius:10px;padding:13px 16px}

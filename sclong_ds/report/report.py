@@ -34,6 +34,7 @@ from sclong_ds.report.validation_page import (
     attention_section,
     other_validations,
     validation_section,
+    verdict_sentence,
 )
 from sclong_ds.report.words import clock, duration, number
 from sclong_ds.run_folder.credentials import without_credentials
@@ -125,6 +126,7 @@ def build_page(record: RunRecord) -> str:
     body = "\n".join(
         [
             _damage(record),
+            f'<p class="verdict">{html.escape(verdict_sentence(record))}</p>',
             _cards(record),
             page.section("What was run", _what_was_run(record)),
             page.section("Training", _training(record)),

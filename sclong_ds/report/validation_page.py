@@ -29,7 +29,7 @@ from sclong_ds.run_folder.metric_names import (
     of_baseline,
 )
 from sclong_ds.run_folder.record import Rows, RunRecord
-from sclong_ds.run_folder.rows import compared, sentence, strongest
+from sclong_ds.run_folder.rows import compared, is_hidden_only, sentence, standing, strongest
 
 _MAX_ROWS = 12
 PREDICTORS = {
@@ -68,6 +68,34 @@ _COLUMNS = (
     (SHOWN_MSE, "Shown targets"),
     (N_HIDDEN, "Hidden values"),
 )
+
+
+def verdict_sentence(record: RunRecord) -> str:
+    """Return what a run came to, in one sentence: its error beside the strongest baseline's.
+
+    Args:
+        record: The run.
+    """
+    if not record.validation:
+        return "No validation was made: what the model has learnt is not known."
+    last = record.validation[-1]
+    when = f"After {counted(int(last['step']), 'step')}"
+    if not is_hidden_only(last) or not standing(last):
+        text = f"{when} the error of the validation is {number(last[MSE])}"
+        if MEAN_MSE not in last:
+            return f"{text}; no baseline was recorded to judge it by."
+        mean = last[MEAN_MSE]
+        return f"{text}, {compared(last[MSE], mean)} the per-gene mean ({number(mean)})."
+    pearson = last.get(PER_GENE, math.nan)
+    across = (
+        f"; across cells, a gene's hidden values correlate with the predictions by {pearson:.2f}"
+        if math.isfinite(pearson)
+        else ""
+    )
+    return (
+        f"{when} the model's error on hidden values of held-out cells is {last[MSE]:.4f}, "
+        f"{standing(last)}{across}."
+    )
 
 
 def validation_section(record: RunRecord) -> str:

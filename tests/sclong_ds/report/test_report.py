@@ -388,6 +388,14 @@ def test_validation_names_the_strongest_baseline_first_and_says_below_or_above(
     assert "above the strongest baseline (linear, 0.2000)" in page.text
 
 
+def test_the_page_begins_with_what_the_run_came_to(tmp_path: Path) -> None:
+    text = Page(report.build_page(validated(tmp_path / "run"))).text
+    first = "the model's error on hidden values of held-out cells is 0.25"
+    assert first in text
+    assert text.index(first) < text.index("Validation MSE, hidden")
+    assert text.index("above the strongest baseline (linear, 0.2000)") < text.index("What was run")
+
+
 def test_an_error_that_is_no_number_is_not_called_equal(tmp_path: Path) -> None:
     text = report.build_page(validated(tmp_path / "run", **{"val/mse": math.nan}))
     assert "not a number, against the strongest baseline" in text
