@@ -23,13 +23,18 @@ from data_prep.readers.arrays import (
 )
 from data_prep.readers.columns import table_of, text_of
 from data_prep.readers.containers import (
+    HDF5_SIGNATURE,
+    ZARR_MARKS,
+    ZIP_SIGNATURE,
     anndata_place,
     hdf5_root,
     missing_filter,
     writer_note,
     zarr_root,
+    zipped_zarr,
 )
-from data_prep.source.source import Matrix, Source, StringArray, check_size
+from data_prep.readers.hdf5 import hdf5_kind
+from data_prep.source.source import Matrix, Reading, Source, StringArray, check_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,33 @@ class _Place:
     """As users call it: X, raw.X or layers/NAME."""
     where: str
     genes: Mapping[str, StringArray]
+
+
+def tell(path: Path, start: bytes | None) -> str | None:
+    """Return h5ad or zarr if the content is one, else None.
+
+    Args:
+        path: File or folder.
+        start: The first bytes of a file, of a compressed one decompressed; None for a folder.
+    """
+    if start is None:
+        return "zarr" if any((path / name).is_file() for name in ZARR_MARKS) else None
+    if start.startswith(HDF5_SIGNATURE):
+        return "h5ad" if hdf5_kind(path) == "h5ad" else None
+    is_zarr = start.startswith(ZIP_SIGNATURE) and zipped_zarr(path) is not None
+    return "zarr" if is_zarr else None
+
+
+def open_format(path: Path, format: str, reading: Reading) -> Source:
+    """Open a dataset of a format that `tell` returned.
+
+    Args:
+        path: File or folder.
+        format: The format.
+        reading: How to read it.
+    """
+    opens = open_h5ad if format == "h5ad" else open_zarr
+    return opens(path, scratch=reading.scratch)
 
 
 def open_h5ad(path: Path, *, scratch: Path | None) -> Source:

@@ -19,9 +19,22 @@ from data_prep.readers.arrays import (
     require_whole,
 )
 from data_prep.readers.columns import decoded, objects
-from data_prep.readers.containers import failed_call, hdf5_file, hdf5_root, writer_note
+from data_prep.readers.containers import (
+    HDF5_SIGNATURE,
+    failed_call,
+    hdf5_file,
+    hdf5_root,
+    writer_note,
+)
 from data_prep.source.features import pick_genome
-from data_prep.source.source import Annotations, Matrix, Source, StringArray, check_size
+from data_prep.source.source import (
+    Annotations,
+    Matrix,
+    Reading,
+    Source,
+    StringArray,
+    check_size,
+)
 
 _OTHER_FILES = (
     (
@@ -76,6 +89,32 @@ def _genome_groups(root: Any) -> list[str]:
     return [
         name for name in root if isinstance(root[name], h5py.Group) and needed <= set(root[name])
     ]
+
+
+def tell(path: Path, start: bytes | None) -> str | None:
+    """Return 10x_h5 or loom if the content is one, else None.
+
+    Args:
+        path: File or folder.
+        start: The first bytes of a file, of a compressed one decompressed; None for a folder.
+    """
+    if start is None or not start.startswith(HDF5_SIGNATURE):
+        return None
+    kind = hdf5_kind(path)
+    return None if kind == "h5ad" else kind
+
+
+def open_format(path: Path, format: str, reading: Reading) -> Source:
+    """Open a dataset of a format that `tell` returned.
+
+    Args:
+        path: File or folder.
+        format: The format.
+        reading: How to read it.
+    """
+    if format == "loom":
+        return open_loom(path, scratch=reading.scratch)
+    return open_tenx(path, genome=reading.genome)
 
 
 def open_tenx(path: Path, *, genome: str) -> Source:

@@ -20,6 +20,7 @@ from numpy.lib import format as npy
 from scipy import sparse
 
 from data_prep.readers.arrays import Blocks, checked_indices, checked_pointers, line_numbers
+from data_prep.readers.containers import ZIP_SIGNATURE
 from data_prep.readers.gather import gathered
 from data_prep.readers.lines import name_columns
 from data_prep.source.source import (
@@ -27,6 +28,7 @@ from data_prep.source.source import (
     Annotations,
     Entries,
     Matrix,
+    Reading,
     Source,
     StringArray,
     check_size,
@@ -87,6 +89,36 @@ def gene_list_file(path: Path, gene_list: Path | None = None) -> Path:
         "an npz file names no genes; put one gene a line, in the order of the columns, "
         f"into one of {', '.join(names)} beside it, or name the list in the manifest"
     )
+
+
+def tell(path: Path, start: bytes | None) -> str | None:
+    """Return scipy_npz if the content is one, else None.
+
+    Args:
+        path: File or folder.
+        start: The first bytes of a file, of a compressed one decompressed; None for a folder.
+    """
+    if start is None or not start.startswith(ZIP_SIGNATURE):
+        return None
+    with zipfile.ZipFile(path) as packed:
+        names = packed.namelist()
+    if any(name.endswith(".npy") for name in names):
+        return "scipy_npz"
+    raise ValueError(
+        f"a zip file with {', '.join(sorted(names)[:5]) or 'nothing'}; unpack it first "
+        "(of zip files, those of scipy.sparse.save_npz and zarr folders are read)"
+    )
+
+
+def open_format(path: Path, format: str, reading: Reading) -> Source:
+    """Open a dataset of a format that `tell` returned.
+
+    Args:
+        path: File or folder.
+        format: The format.
+        reading: How to read it.
+    """
+    return open_npz(path, gene_list=reading.gene_list, scratch=reading.scratch)
 
 
 def open_npz(path: Path, *, gene_list: Path | None, scratch: Path | None) -> Source:

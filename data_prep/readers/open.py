@@ -27,27 +27,23 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 from scipy import sparse
 
-from data_prep.readers.anndata import open_h5ad, open_zarr
 from data_prep.readers.containers import (
     HDF5_SIGNATURE,
-    ZARR_MARKS,
     ZIP_SIGNATURE,
     failed_call,
-    zipped_zarr,
 )
-from data_prep.readers.hdf5 import hdf5_kind, open_loom, open_tenx
-from data_prep.readers.npz import open_npz
-from data_prep.readers.text import matrix_market_files, open_matrix_market, open_table
 from data_prep.source.features import genes_only
 from data_prep.source.source import (
-    FORMATS,
+    READERS,
     Annotations,
     Matrix,
+    Reading,
     Source,
     StringArray,
     UnusableError,
@@ -55,8 +51,6 @@ from data_prep.source.source import (
 )
 
 _GZIP_SIGNATURE = b"\x1f\x8b"
-_MATRIX_MARKET = b"%%MatrixMarket"
-_MOST_REPLACED = 0.1
 _READ_ERRORS = (
     ValueError,
     OSError,
@@ -112,7 +106,10 @@ def open_source(
             )
         if gene_list is not None and found != "scipy_npz":
             raise ValueError(f"a gene list is given, but {found} names its own genes")
-        source = _open(path, found, gene_share, genome, gene_list, scratch)
+        reading = Reading(
+            gene_share=gene_share, genome=genome, gene_list=gene_list, scratch=scratch
+        )
+        source: Source = import_module(READERS[found]).open_format(path, found, reading)
         notes = dict(source.notes)
         matrices = genes_only(_repaired_names(source.matrices, notes), genome=genome)
     return replace(
@@ -121,30 +118,6 @@ def open_source(
         matrices=tuple(_guarded(matrix, path) for matrix in matrices),
         notes=notes,
     )
-
-
-def _open(
-    path: Path,
-    format: str,
-    gene_share: Callable[[StringArray], float],
-    genome: str,
-    gene_list: Path | None,
-    scratch: Path | None,
-) -> Source:
-    """Open a dataset with the reader of its format."""
-    if format == "h5ad":
-        return open_h5ad(path, scratch=scratch)
-    if format == "zarr":
-        return open_zarr(path, scratch=scratch)
-    if format == "10x_h5":
-        return open_tenx(path, genome=genome)
-    if format == "loom":
-        return open_loom(path, scratch=scratch)
-    if format == "10x_mtx":
-        return open_matrix_market(path, scratch=scratch)
-    if format == "scipy_npz":
-        return open_npz(path, gene_list=gene_list, scratch=scratch)
-    return open_table(path, format, gene_share=gene_share, scratch=scratch)
 
 
 def detect_format(path: Path) -> str:
@@ -157,22 +130,34 @@ def detect_format(path: Path) -> str:
         FileNotFoundError: No such file or folder.
         ValueError: None of FORMATS; the message states what it is instead.
     """
-    if path.is_dir():
-        return _folder_format(path)
-    if not path.is_file():
+    if not (path.is_dir() or path.is_file()):
         raise FileNotFoundError(f"{path}: no such file or folder")
+    start = _start(path)
+    for module in dict.fromkeys(READERS.values()):
+        found = import_module(module).tell(path, start)
+        if found is not None:
+            return str(found)
+    inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+    raise ValueError(
+        f"a folder with {inside}; expected matrix.mtx(.gz) with barcodes and features, "
+        "or an AnnData zarr group"
+    )
+
+
+def _start(path: Path) -> bytes | None:
+    """Return the first bytes of a file, of a compressed one decompressed; None for a folder."""
+    if path.is_dir():
+        return None
     with path.open("rb") as file:
         start = file.read(4096)
-    if start.startswith(HDF5_SIGNATURE):
-        return hdf5_kind(path)
-    if start.startswith(ZIP_SIGNATURE):
-        return _zip_format(path)
     if start.startswith(_GZIP_SIGNATURE):
         with gzip.open(path) as packed:
             start = packed.read(4096)
         if start.startswith(HDF5_SIGNATURE):
             raise ValueError("a gzip-compressed HDF5 file; gunzip it first")
-    return _text_format(start, path)
+        if start.startswith(ZIP_SIGNATURE):
+            raise ValueError("a gzip-compressed zip file; gunzip it first")
+    return start
 
 
 @contextmanager
@@ -266,54 +251,3 @@ def _one_line(error: BaseException) -> str:
         if isinstance(error, KeyError)
         else text or type(error).__name__
     )
-
-
-def _zip_format(path: Path) -> str:
-    with zipfile.ZipFile(path) as packed:
-        names = packed.namelist()
-    if any(name.endswith(".npy") for name in names):
-        return "scipy_npz"
-    if zipped_zarr(path) is not None:
-        return "zarr"
-    raise ValueError(
-        f"a zip file with {', '.join(sorted(names)[:5]) or 'nothing'}; unpack it first "
-        "(of zip files, those of scipy.sparse.save_npz and zarr folders are read)"
-    )
-
-
-def _folder_format(path: Path) -> str:
-    if any((path / name).is_file() for name in ZARR_MARKS):
-        return "zarr"
-    if matrix_market_files(path):
-        return "10x_mtx"
-    inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-    raise ValueError(
-        f"a folder with {inside}; expected matrix.mtx(.gz) with barcodes and features, "
-        "or an AnnData zarr group"
-    )
-
-
-def _text_format(start: bytes, path: Path) -> str:
-    if start.startswith(_MATRIX_MARKET):
-        return "10x_mtx"
-    if not start.strip():
-        raise ValueError("the file is empty")
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"text in UTF-16; iconv -f utf-16 -t utf-8 {path.name} > NEW")
-    text = start.decode("utf-8-sig", errors="replace")
-    # Texts in another encoding have a few such characters, which are repaired and counted.
-    if "\0" in text or text.count("\ufffd") > _MOST_REPLACED * len(text):
-        raise ValueError(
-            f"neither HDF5 nor text (it begins with {start[:8]!r}); supported: {', '.join(FORMATS)}"
-        )
-    suffix = path.suffix.lower()
-    if suffix in (".h5ad", ".h5", ".hdf5", ".loom"):
-        raise ValueError(f"the name ends in {suffix}, but the content is text, not HDF5")
-    header = text.splitlines()[0]
-    tabs, commas = header.count("\t"), header.count(",")
-    if not tabs and not commas:
-        raise ValueError(
-            "text, but the first line has neither tabs nor commas; "
-            "expected a table with a header line"
-        )
-    return "tsv" if tabs >= commas else "csv"

@@ -31,15 +31,19 @@ from data_prep.readers.lines import (
 )
 from data_prep.source.source import (
     BLOCK_ENTRIES,
+    FORMATS,
     Annotations,
     Entries,
     Matrix,
+    Reading,
     Source,
     StringArray,
     check_size,
     dense_blocks,
 )
 
+_MATRIX_MARKET = b"%%MatrixMarket"
+_MOST_REPLACED = 0.1
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 _CORNER_WORDS = frozenset(
     "barcode barcodes bc cb cell cells cellid gene genes geneid id ids idx index key name names "
@@ -73,6 +77,57 @@ def matrix_market_files(path: Path) -> list[Path]:
         path: The folder.
     """
     return sorted(file for file in path.iterdir() if file.name.endswith(_MATRIX_NAMES))
+
+
+def tell(path: Path, start: bytes | None) -> str | None:
+    """Return 10x_mtx, csv or tsv if the content is one, None for any other folder.
+
+    Args:
+        path: File or folder.
+        start: The first bytes of a file, of a compressed one decompressed; None for a folder.
+
+    Raises:
+        ValueError: No text, or no table; what it is instead.
+    """
+    if start is None:
+        return "10x_mtx" if matrix_market_files(path) else None
+    if start.startswith(_MATRIX_MARKET):
+        return "10x_mtx"
+    if not start.strip():
+        raise ValueError("the file is empty")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"text in UTF-16; iconv -f utf-16 -t utf-8 {path.name} > NEW")
+    text = start.decode("utf-8-sig", errors="replace")
+    # Texts in another encoding have a few such characters, which are repaired and counted.
+    if "\0" in text or text.count("\ufffd") > _MOST_REPLACED * len(text):
+        raise ValueError(
+            f"neither HDF5 nor text (it begins with {start[:8]!r}); supported: {', '.join(FORMATS)}"
+        )
+    suffix = path.suffix.lower()
+    if suffix in (".h5ad", ".h5", ".hdf5", ".loom"):
+        raise ValueError(f"the name ends in {suffix}, but the content is text, not HDF5")
+    header = text.splitlines()[0]
+    tabs, commas = header.count("\t"), header.count(",")
+    if not tabs and not commas:
+        raise ValueError(
+            "text, but the first line has neither tabs nor commas; "
+            "expected a table with a header line"
+        )
+    return "tsv" if tabs >= commas else "csv"
+
+
+def open_format(path: Path, format: str, reading: Reading) -> Source:
+    """Open a dataset of a format that `tell` returned.
+
+    Args:
+        path: File or folder.
+        format: The format.
+        reading: How to read it.
+    """
+    if format == "10x_mtx":
+        return open_matrix_market(path, scratch=reading.scratch)
+    gene_share, scratch = reading.gene_share, reading.scratch
+    return open_table(path, format, gene_share=gene_share, scratch=scratch)
 
 
 def open_matrix_market(path: Path, *, scratch: Path | None) -> Source:

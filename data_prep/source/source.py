@@ -18,7 +18,20 @@ if TYPE_CHECKING:
     import pandas as pd
     from scipy import sparse
 
-FORMATS = ("h5ad", "zarr", "10x_h5", "10x_mtx", "loom", "scipy_npz", "csv", "tsv")
+READERS: Mapping[str, str] = {
+    "h5ad": "data_prep.readers.anndata",
+    "zarr": "data_prep.readers.anndata",
+    "10x_h5": "data_prep.readers.hdf5",
+    "loom": "data_prep.readers.hdf5",
+    "scipy_npz": "data_prep.readers.npz",
+    "10x_mtx": "data_prep.readers.text",
+    "csv": "data_prep.readers.text",
+    "tsv": "data_prep.readers.text",
+}
+"""The module that reads a format. It has `tell(path, start)`, which returns the format if the
+content is one of its own, and `open_format(path, format, reading)`. Modules are asked in this
+order; that of text rejects what none of them reads, so that the lines of others come before."""
+FORMATS = tuple(READERS)
 BLOCK_ENTRIES = 2**21
 """Stored values of one block; harmonising one takes about 150 bytes a value, 0.3 GB."""
 BLOCK_CELLS = 8192
@@ -126,6 +139,20 @@ class Annotations:
                     raise
                 notes[f"obs/{name}"] = str(error)
         return pd.DataFrame(found, index=range(self._n_cells)), notes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How a dataset is to be read; a reader takes what concerns it."""
+
+    gene_share: Callable[[StringArray], float]
+    """Returns the share (0 to 1) of names that are known genes."""
+    genome: str
+    """Genome to keep of a file with several, or auto."""
+    gene_list: Path | None
+    """File that names the genes of a file that does not; None looks beside it."""
+    scratch: Path | None
+    """Folder of temporary files; None: the system's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,11 @@ Covers also `data_prep/readers/arrays.py`, `data_prep/readers/text.py`.
 
 import gzip
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import anndata
 import h5py
@@ -25,7 +27,14 @@ from data_prep.readers import text as readers_text
 from data_prep.readers.gather import gathered
 from data_prep.readers.open import detect_format, open_source
 from data_prep.source import source
-from data_prep.source.source import Source, UnusableError
+from data_prep.source.source import (
+    READERS,
+    Annotations,
+    Matrix,
+    Reading,
+    Source,
+    UnusableError,
+)
 
 N_CELLS, N_GENES = 7, 11
 COUNTS = np.random.default_rng(3).poisson(0.7, (N_CELLS, N_GENES)).astype(np.int32)
@@ -722,3 +731,33 @@ def test_the_source_hash_follows_the_content_not_the_place(tmp_path: Path) -> No
     assert source_hash(first) == source_hash(second)
     (second / "barcodes.tsv").write_text("other\n" * N_CELLS)
     assert source_hash(first) != source_hash(second)
+
+
+def test_a_reader_is_a_module_and_its_line_among_the_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A format of one's own, told by its first bytes, is read without another change."""
+    reader = ModuleType("reader_of_lists")
+
+    def tell(path: Path, start: bytes | None) -> str | None:
+        return "list" if start is not None and start.startswith(b"LIST\n") else None
+
+    def open_format(path: Path, format: str, reading: Reading) -> Source:
+        names = path.read_text().split()[1:]
+        genes = np.array(names, dtype=object)
+        matrix = Matrix(
+            name="X", shape=(1, len(names)), gene_columns={"index": genes},
+            blocks=lambda: iter([sparse.csr_matrix(np.ones((1, len(names)), dtype=np.int64))]),
+        )  # fmt: skip
+        return Source(path=path, format=format, barcodes=np.array(["c"], dtype=object),
+                      obs=Annotations(1, {}), matrices=(matrix,))  # fmt: skip
+
+    reader.tell, reader.open_format = tell, open_format  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "reader_of_lists", reader)
+    known = {"list": "reader_of_lists", **READERS}
+    monkeypatch.setattr("data_prep.readers.open.READERS", known)
+    (tmp_path / "cells.txt").write_bytes(b"LIST\nCD3E\nACTB\n")
+    found = open_source(tmp_path / "cells.txt", gene_share=lambda names: 1.0)
+    assert found.format == "list"
+    (block,) = found.matrices[0].blocks()
+    assert block.toarray().tolist() == [[1, 1]]
