@@ -9,6 +9,8 @@ caller's AnnData stays as it is.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from anndata import AnnData
 from pandas import DataFrame
 
@@ -26,6 +28,11 @@ def evaluate(
     group: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    counts: str = "auto",
+    gene_column: str = "auto",
+    id_type: str = "auto",
+    gene_list: Path | None = None,
+    genome: str = "auto",
 ) -> DataFrame:
     """Score the embeddings of labelled cells beside rows that any model must be better than.
 
@@ -38,6 +45,11 @@ def evaluate(
             are of cells.
         batch_size: Cells embedded at a time.
         seed: Of folds, resamples, clusters and untrained weights.
+        counts: As for `embed`, like all that follow.
+        gene_column: Column of `var` with the gene names.
+        id_type: What the genes are named by.
+        gene_list: File with the names of the genes where `cells` holds none.
+        genome: The genome to read where `cells` holds several.
 
     Returns:
         Scores (columns: see `sclong_ds.evaluation.scores`) of the representations (rows: sclong and
@@ -64,7 +76,14 @@ def evaluate(
         if absent:
             there = ", ".join(map(str, cells.obs)) or "none"
             raise ValueError(f"obs has no column {absent[0]!r}; it has {there}")
-    with opened_cells(model, cells, columns, MIN_GENES_MAPPED, MIN_SHARE_MAPPED) as opened:
+    how = {
+        "counts": counts,
+        "gene_column": gene_column,
+        "id_type": id_type,
+        "gene_list": gene_list,
+        "genome": genome,
+    }
+    with opened_cells(model, cells, columns, MIN_GENES_MAPPED, MIN_SHARE_MAPPED, how) as opened:
         scored = choose_cells(opened, label=label, batch=batch, group=group)
     embedded = embed_scored(model, scored, batch_size=batch_size, what="embed")
     points = representations(model, scored, embedded=embedded, batch_size=batch_size, seed=seed)

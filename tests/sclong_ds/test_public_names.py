@@ -102,6 +102,10 @@ def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> 
     assert "batch_mixing" not in evaluate(model, cells, label="kind")
     with pytest.raises(ValueError, match="obs has no column 'cell_type'; it has kind, day"):
         evaluate(model, cells, label="cell_type")
+    with pytest.raises(ValueError, match="layers/counts"):
+        evaluate(model, cells, label="kind", counts="layers/counts")
+    with pytest.raises(ValueError, match="no gene column 'symbol'"):
+        evaluate(model, cells, label="kind", gene_column="symbol")
 
 
 @pytest.mark.distributed
