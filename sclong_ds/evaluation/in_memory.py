@@ -10,6 +10,7 @@ caller's AnnData stays as it is.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from anndata import AnnData
 from pandas import DataFrame
@@ -17,6 +18,9 @@ from pandas import DataFrame
 from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 from sclong_ds.embedding.in_memory import CellSource, opened_cells
 from sclong_ds.model.sclong import ScLong
+
+if TYPE_CHECKING:
+    from sclong_ds.evaluation.scored_cells import ScoredCells
 
 
 def evaluate(
@@ -61,13 +65,6 @@ def evaluate(
         FileNotFoundError: No such path.
         ValueError: No such column, too few labels, batches or groups, or what `embed` refuses.
     """
-    # scikit-learn takes a second to import, which `import sclong_ds` must not.
-    from sclong_ds.evaluation.ladder import NO_CONTEXT
-    from sclong_ds.evaluation.representations import embed_scored, representations
-    from sclong_ds.evaluation.scored_cells import choose_cells
-    from sclong_ds.evaluation.scores import Layout, score
-    from sclong_ds.evaluation.verdict import intervals_of, score_table, verdict
-
     columns = list(dict.fromkeys(name for name in (label, batch, group) if name is not None))
     if isinstance(cells, DataFrame):
         raise ValueError("a DataFrame of counts has no labels; give AnnData, or a path")
@@ -76,15 +73,22 @@ def evaluate(
         if absent:
             there = ", ".join(map(str, cells.obs)) or "none"
             raise ValueError(f"obs has no column {absent[0]!r}; it has {there}")
-    how = {
-        "counts": counts,
-        "gene_column": gene_column,
-        "id_type": id_type,
-        "gene_list": gene_list,
-        "genome": genome,
-    }
+    how: dict[str, Any] = {"counts": counts, "gene_column": gene_column, "id_type": id_type}
+    how |= {"gene_list": gene_list, "genome": genome}
     with opened_cells(model, cells, columns, MIN_GENES_MAPPED, MIN_SHARE_MAPPED, how) as opened:
+        # scikit-learn takes a second to import, which `import sclong_ds` must not.
+        from sclong_ds.evaluation.scored_cells import choose_cells
+
         scored = choose_cells(opened, label=label, batch=batch, group=group)
+    return _scored(model, scored, batch_size=batch_size, seed=seed)
+
+
+def _scored(model: ScLong, scored: ScoredCells, *, batch_size: int, seed: int) -> DataFrame:
+    from sclong_ds.evaluation.ladder import NO_CONTEXT
+    from sclong_ds.evaluation.representations import embed_scored, representations
+    from sclong_ds.evaluation.scores import Layout, score
+    from sclong_ds.evaluation.verdict import intervals_of, score_table, verdict
+
     embedded = embed_scored(model, scored, batch_size=batch_size, what="embed")
     points = representations(model, scored, embedded=embedded, batch_size=batch_size, seed=seed)
     layout = Layout(labels=scored.labels, batches=scored.batches, groups=scored.groups, seed=seed)
