@@ -26,9 +26,9 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data_prep.arguments import (
     DEFAULT_VALIDATION_FRACTION,
@@ -252,28 +252,30 @@ def _run_forget(args: argparse.Namespace) -> int:
 
 
 def _add_finalize(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Of a corpus that was finalized before the split stays, whatever was added: what is not\n"
+        "given is as then (CORPUS/split.json). Another seed or --split-by draws it again."
+    )
     _add_corpus(parser)
     parser.add_argument(
-        "--seed", type=whole(0), default=0, help="of the split and the order of cells (default: 0)"
+        "--seed", type=whole(0), help="of the split and the order of cells (default: 0)"
     )
     parser.add_argument(
         "--validation-fraction",
         type=share,
         metavar="F",
-        help="largest share of cells to validate on "
+        help="share of cells to validate on, about "
         f"(default: {DEFAULT_VALIDATION_FRACTION}, none with --validation-datasets)",
     )
     parser.add_argument(
         "--test-fraction",
         type=share,
-        default=0.0,
         metavar="F",
         help="the same for tests (default: 0)",
     )
     parser.add_argument(
         "--split-by",
         choices=SPLIT_BY,
-        default="auto",
         help="what is held out as a whole (default: auto: donors, else datasets, else cells)",
     )
     parser.add_argument(
@@ -310,7 +312,8 @@ def _run_finalize(args: argparse.Namespace) -> int:
         return 0
     left_out = sum(d["status"] in ("failed", "excluded") for d in catalogue["unused"])
     splits = ", ".join(
-        f"{name} {stop - start}" for name, (start, stop) in catalogue["splits"].items()
+        f"{name} {stop - start}{_share_text(catalogue, name)}"
+        for name, (start, stop) in catalogue["splits"].items()
     )
     print(
         f"{args.corpus}: {catalogue['n_cells']} cells x {catalogue['n_genes']} genes of "
@@ -319,6 +322,17 @@ def _run_finalize(args: argparse.Namespace) -> int:
         f"{left_out} datasets left out (failed or excluded); hash {catalogue['hash'][:12]}"
     )
     return 0
+
+
+def _share_text(catalogue: Mapping[str, Any], name: str) -> str:
+    """Return how near a split comes to the share that was asked for."""
+    share = catalogue["split_shares"].get(name)
+    if not share or not share["wanted"]:
+        return ""
+    return (
+        f" ({share['cells']:.1%} of the cells, {share['groups']:.1%} of the "
+        f"{catalogue['split_unit']}s; {share['wanted']:.1%} asked for)"
+    )
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ FLOORS = {
         {"files", "progress", "command_line"},
         {"config"},
         {"corpus", "run_folder", "engine", "sweep"},
-        {"loader", "model", "checkpoint", "recorders"},
+        {"loader", "model", "checkpoint", "recorders", "datasheet"},
         {"tracking"},
         {"objective", "exported", "job"},
         {"planning", "embedding", "released", "report"},
@@ -38,7 +38,7 @@ FLOORS = {
     ],
 }
 """Packages by floor; a package imports from lower floors only."""
-DATA_PREP_MAY_USE = {"files", "progress", "command_line", "corpus"}
+DATA_PREP_MAY_USE = {"files", "progress", "command_line", "corpus", "datasheet"}
 """Packages of sclong_ds: the formats on disk, and what every command needs."""
 PLACES = {
     "torch": {

@@ -80,7 +80,7 @@ def convert_dataset(
             return _keep_or_fail(corpus, entry, staged, str(error))
         previous = _unchanged(corpus, entry)
         if previous is not None:
-            return _with_origin(corpus, previous, entry) if dataset.remote else previous
+            return _with_origin(corpus, previous, entry, remote=dataset.remote)
         if staged is not None and not replace and is_taken(staged, dataset, entry["source_hash"]):
             return _keep_or_fail(corpus, entry, staged, taken(staged))
         if staged is None:
@@ -116,13 +116,17 @@ def _as_staged(corpus: Path, entry: LedgerEntry, dataset: Dataset) -> LedgerEntr
     return held or entry
 
 
-def _with_origin(corpus: Path, previous: LedgerEntry, entry: LedgerEntry) -> LedgerEntry:
-    """Record that the bytes of an earlier run have another version or address now.
+def _with_origin(
+    corpus: Path, previous: LedgerEntry, entry: LedgerEntry, *, remote: bool
+) -> LedgerEntry:
+    """Record that the bytes of an earlier run have another title, version or address now.
 
-    They would be fetched by every run otherwise.
+    Those behind an address would be fetched by every run otherwise.
     """
     if previous["origin"] != entry["origin"]:
-        previous["path"], previous["origin"] = entry["path"], entry["origin"]
+        previous["origin"] = entry["origin"]
+        if remote:
+            previous["path"] = entry["path"]
         write_entry(corpus, previous)
     return previous
 

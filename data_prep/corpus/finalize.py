@@ -5,9 +5,9 @@
 Reads CORPUS/settings.json, manifests/, ledger/ and staging/ (written by convert; datasets that are
 not `ok` are left out and listed; one that was never converted is an error). All inputs are compared
 with their checksums before they are used, and again before the corpus is published; no convert runs
-meanwhile. Writes genes.tsv, cells.zarr, obs/, gene_stats.npz, measured_genes.npy, checksums.json
-and, last, corpus.json; `sclong_ds.corpus.corpus` describes them. Everything is built in
-`CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the corpus that was there, or
+meanwhile. Writes genes.tsv, cells.zarr, obs/, gene_stats.npz, measured_genes.npy, CITATIONS.md,
+checksums.json and, last, corpus.json; `sclong_ds.corpus.corpus` describes them. Everything is built
+in `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the corpus that was there, or
 none. The same staging and options give the same bytes, and the same KEY: started again, the command
 continues after the last finished run, bucket or stage. Memory: about a GB plus ten bytes a cell.
 """
@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,34 +33,34 @@ from data_prep.corpus.dedup import Progress, find_duplicates
 from data_prep.corpus.gene_statistics import gene_statistics, write_statistics
 from data_prep.corpus.inputs import Inputs, read_inputs
 from data_prep.corpus.permute import StagedCells, write_permuted
-from data_prep.corpus.splits import (
+from data_prep.corpus.publish import is_sealed, publish
+from data_prep.corpus.split_rule import (
     SplitBy,
-    SplitCells,
-    SplitOptions,
-    SplitPlan,
-    plan_split,
-    read_donors,
+    SplitRule,
+    in_order_of_arrival,
+    read_rule,
+    resolve,
 )
+from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split, read_donors
 from data_prep.corpus.work_folder import discard, open_work
-from data_prep.ledger.ledger import LedgerEntry, count_statuses, read_ledger
+from data_prep.ledger.ledger import LedgerEntry, count_statuses, origin_of, read_ledger
 from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
 from sclong_ds.corpus.catalogue import (
+    CITATIONS,
     SPLITS,
     DatasetInfo,
     checked_files,
     corpus_files,
-    read_catalogue,
     write_catalogue,
 )
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.datasheet.citations import citations_text
 from sclong_ds.files.atomic import (
     file_sha256,
     locked,
     named_errors,
-    partial_name,
-    sync_folder,
     sync_tree,
     write_atomic,
 )
@@ -69,17 +68,9 @@ from sclong_ds.files.npz import read_npy, read_npz
 
 logger = logging.getLogger(__name__)
 
-PRODUCTS = (
-    "cells.zarr",
-    "obs",
-    "genes.tsv",
-    "gene_stats.npz",
-    "measured_genes.npy",
-    "checksums.json",
-)
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 2
+_WORK_VERSION = 3
 """Raised when an interrupted run of an older program could not be continued."""
 
 
@@ -100,10 +91,10 @@ class Staged:
 def finalize(
     corpus: str | Path,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     validation_fraction: float | None = None,
-    test_fraction: float = 0.0,
-    split_by: SplitBy = "auto",
+    test_fraction: float | None = None,
+    split_by: SplitBy | None = None,
     validation_datasets: Sequence[str] = (),
     codec: Literal["zstd", "none"] = "zstd",
     allow_missing: bool = False,
@@ -111,12 +102,15 @@ def finalize(
 ) -> dict[str, Any]:
     """Build the corpus from everything that is staged.
 
+    What is None or empty is as when the corpus was finalized before: its split stays, whatever was
+    added (`data_prep.corpus.split_rule`).
+
     Args:
         corpus: Folder that convert has filled.
-        seed: Seed of the split and of the order of the cells.
-        validation_fraction: Share of the cells to hold out for validation, at most (0.05 when
-            None); the smallest group when no group fits.
-        test_fraction: The same for a test split.
+        seed: Seed of the split and of the order of the cells (0).
+        validation_fraction: Share of the cells to hold out for validation (0.05); how near whole
+            groups come is told.
+        test_fraction: The same for a test split (0).
         split_by: donor, dataset or cell; auto takes the first that gives enough groups.
         validation_datasets: Datasets to validate on, instead of a share.
         codec: zstd or none (twice the size, for fast local disks).
@@ -133,29 +127,67 @@ def finalize(
             in the folder.
     """
     corpus = Path(corpus)
-    names = tuple(validation_datasets)
-    options = SplitOptions(seed, validation_fraction, test_fraction, split_by, names)
+    given = {
+        "seed": seed,
+        "validation_fraction": validation_fraction,
+        "test_fraction": test_fraction,
+        "split_by": split_by,
+        "validation_datasets": tuple(validation_datasets),
+    }
     if not (corpus / "ledger").is_dir():
         read_ledger(corpus)  # Says what to do; no lock file is made in a folder that is no corpus.
     with _alone(corpus), named_errors(corpus):
         inputs = read_inputs(corpus)
+        rule = _rule(corpus, given)
         pending = _pending(corpus, inputs.ledger, allow_missing=allow_missing)
-        staged = _usable(corpus, inputs)
-        inputs.check()
-        work = open_work(corpus, _work_content(inputs, pending, options, codec))
-        try:
-            if not _is_sealed(corpus, work):
-                catalogue = _build(work, staged, inputs.genes, options, codec, progress)
-                _seal(work, catalogue, inputs, pending)
-            catalogue = _publish(corpus, work)
-        except ValueError:
-            # Wrong options or damaged staging: the same command would fail again.
-            discard(work)
-            raise
-        discard(work)
+        catalogue = _finish(corpus, inputs, pending, rule, codec, progress)
     for warning in (*catalogue["warnings"], *_dataset_warnings(corpus, catalogue["datasets"])):
         logger.warning("%s", warning)
     return catalogue
+
+
+def _finish(
+    corpus: Path,
+    inputs: Inputs,
+    pending: Sequence[Pending],
+    rule: SplitRule,
+    codec: Literal["zstd", "none"],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Build and publish the corpus, or what an earlier run has left of that; return the catalogue.
+
+    Raises:
+        ValueError: Impossible options or damaged staging; what was built is removed.
+    """
+    staged = _usable(corpus, inputs, rule)
+    inputs.check()
+    work = open_work(corpus, _work_content(inputs, pending, rule, codec))
+    try:
+        if not is_sealed(corpus, work):
+            catalogue = _build(work, staged, inputs.genes, rule, codec, progress)
+            _seal(work, catalogue, inputs, pending)
+        catalogue = publish(corpus, work)
+    except ValueError:
+        # The same command would fail again.
+        discard(work)
+        raise
+    discard(work)
+    return catalogue
+
+
+def _rule(corpus: Path, given: Mapping[str, Any]) -> SplitRule:
+    """Return the rule of the split: that of the corpus, and what is given now."""
+    before = read_rule(corpus)
+    rule = resolve(given, before)
+    if before is not None and rule.datasets != before.datasets:
+        logger.warning(
+            "%s: the split is drawn again (seed %s, split_by %s; before: %s, %s): validation "
+            "figures before and after cannot be compared, and earlier models were trained on cells "
+            "that are held out now",
+            *(corpus, rule.options.seed, rule.options.split_by),
+            *(before.options.seed, before.options.split_by),
+        )
+    return rule
 
 
 def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -172,12 +204,12 @@ def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> li
 
 
 def _work_content(
-    inputs: Inputs, pending: Sequence[Pending], options: SplitOptions, codec: str
+    inputs: Inputs, pending: Sequence[Pending], rule: SplitRule, codec: str
 ) -> list[Any]:
     """Return what decides the corpus; the ledger holds the checksums of what is staged."""
     missing = [dataset.dataset_id for dataset in pending]
     ledger = [dict(entry) for entry in inputs.ledger]
-    return [_WORK_VERSION, asdict(options), codec, ledger, inputs.documents, missing]
+    return [_WORK_VERSION, rule.as_json(), codec, ledger, inputs.documents, missing]
 
 
 def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool) -> list[Pending]:
@@ -193,9 +225,13 @@ def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool
     return pending
 
 
-def _usable(corpus: Path, inputs: Inputs) -> list[Staged]:
-    """Return the staged datasets, at least one."""
-    staged = [_open_staged(corpus, entry, inputs.genes) for entry in inputs.used]
+def _usable(corpus: Path, inputs: Inputs, rule: SplitRule) -> list[Staged]:
+    """Return the staged datasets, at least one, in the order in which they came."""
+    used = {entry["dataset_id"]: entry for entry in inputs.used}
+    staged = [
+        _open_staged(corpus, used[name], inputs.genes)
+        for name in in_order_of_arrival([*used], rule)
+    ]
     if not staged:
         found = ", ".join(f"{n} {status}" for status, n in count_statuses(inputs.ledger).items())
         raise ValueError(
@@ -242,7 +278,7 @@ def _build(
     work: Path,
     staged: Sequence[Staged],
     genes: GeneVocabulary,
-    options: SplitOptions,
+    rule: SplitRule,
     codec: Literal["zstd", "none"],
     progress: Progress | None,
 ) -> dict[str, Any]:
@@ -251,8 +287,11 @@ def _build(
     groups = []
     for s, here in zip(staged, kept, strict=True):
         donors, donor = read_donors(s.folder / "obs.parquet", len(s.cells))
-        groups.append(SplitCells(dataset_id=s.dataset_id, donors=donors, donor=donor, kept=here))
-    plan = plan_split(groups, options)
+        rows = s.cells.table("source_row")
+        groups.append(
+            SplitCells(dataset_id=s.dataset_id, donors=donors, donor=donor, kept=here, rows=rows)
+        )
+    plan = plan_split(groups, rule)
     if not (work / "cells.zarr").exists():
         datasets = [
             StagedCells(dataset_id=s.dataset_id, cells=s.cells, kept=here, split=split)
@@ -261,7 +300,8 @@ def _build(
         path = work / "cells.zarr"
         with CellWriter(path, n_genes=len(genes), codec=codec, resumable=True) as writer:
             scratch = work / "scattered"
-            write_permuted(datasets, writer, seed=options.seed, scratch=scratch, progress=progress)
+            seed = rule.options.seed
+            write_permuted(datasets, writer, seed=seed, scratch=scratch, progress=progress)
     cells = CellStore(work / "cells.zarr")
     infos = [
         _dataset_info(s, here, split)
@@ -274,7 +314,8 @@ def _build(
     genes.write(work / "genes.tsv")
     _write_annotations(work, staged)
     _write_measured_genes(work / "measured_genes.npy", staged, genes)
-    return _catalogue(cells, genes, options, plan, splits, infos)
+    write_atomic(work / CITATIONS, citations_text(infos).encode())
+    return _catalogue(cells, genes, plan, splits, infos)
 
 
 def _kept_cells(
@@ -342,13 +383,13 @@ def _dataset_info(s: Staged, kept: NDArray[np.bool_], split: NDArray[np.uint8]) 
         matrix=entry["matrix"],
         restored=entry["restored"],
         warnings=tuple(known.get("warnings", ())),
+        origin=origin_of(entry),
     )
 
 
 def _catalogue(
     cells: CellStore,
     genes: GeneVocabulary,
-    options: SplitOptions,
     plan: SplitPlan,
     splits: Mapping[str, list[int]],
     datasets: Sequence[DatasetInfo],
@@ -361,7 +402,9 @@ def _catalogue(
         "splits": dict(splits),
         "split_unit": plan.unit,
         "held_out": plan.held_out,
-        "options": asdict(options),
+        "options": asdict(plan.rule.options),
+        "split_rule": plan.rule.as_json(),
+        "split_shares": {name: asdict(share) for name, share in plan.shares.items()},
         "datasets": [asdict(dataset) for dataset in datasets],
         "duplicates_dropped": sum(dataset.duplicates_dropped for dataset in datasets),
         "warnings": list(plan.warnings),
@@ -412,88 +455,3 @@ def _write_checksums(work: Path, catalogue: Mapping[str, Any], inputs: Inputs) -
         "hash": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         "checksums_sha256": hashlib.sha256(text).hexdigest(),
     }
-
-
-def _is_sealed(corpus: Path, work: Path) -> bool:
-    """Tell whether an earlier run has finished the work, and all products are as it left them."""
-    if not (work / "corpus.json").exists():
-        return False
-    try:
-        catalogue = read_catalogue(work)
-        # Those that were moved already lie in the corpus folder.
-        places = {name: work if (work / name).exists() else corpus for name in PRODUCTS}
-        path = places["checksums.json"] / "checksums.json"
-        if file_sha256(path) != catalogue["checksums_sha256"]:
-            raise ValueError(f"{path}: changed")
-        for name, digest in json.loads(path.read_bytes())["files"].items():
-            path = places[name.partition("/")[0]] / name
-            if file_sha256(path) != digest:
-                raise ValueError(f"{path}: changed")
-    except (OSError, ValueError) as error:
-        logger.warning("what an earlier run has made is made again: %s", error)
-        (work / "corpus.json").unlink()
-        for name in PRODUCTS:
-            shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(True)
-        return False
-    return True
-
-
-def _publish(corpus: Path, work: Path) -> dict[str, Any]:
-    """Move the products to their names; return the catalogue.
-
-    corpus.json goes first and comes last: a run killed in between leaves no corpus, never a mix,
-    and the next one continues with what it has moved. What fails puts the corpus before it back.
-    """
-    asides: dict[str, Path] = {}
-    tried: list[str] = []
-    if (corpus / "corpus.json").exists():
-        aside = partial_name(work / "corpus.json")
-        os.rename(corpus / "corpus.json", aside)
-        asides["corpus.json"] = aside
-    try:
-        sync_folder(corpus)
-        for name in PRODUCTS:
-            if not (work / name).exists():
-                continue
-            tried.append(name)
-            if (corpus / name).exists():
-                asides[name] = _set_aside(corpus / name, work)
-            os.replace(work / name, corpus / name)
-        sync_folder(corpus)
-        write_atomic(corpus / "corpus.json", (work / "corpus.json").read_bytes())
-        sync_folder(corpus)
-    except OSError:
-        _put_back(corpus, work, tried, asides)
-        raise
-    return read_catalogue(corpus)
-
-
-def _set_aside(path: Path, work: Path) -> Path:
-    """Keep what is to be replaced under a name that goes with the work folder; return the name.
-
-    A file is copied: the gene list must be there at all times.
-    """
-    aside = partial_name(work / path.name)
-    if path.is_dir():
-        os.rename(path, aside)
-    else:
-        shutil.copyfile(path, aside)
-    return aside
-
-
-def _put_back(corpus: Path, work: Path, tried: Sequence[str], asides: dict[str, Path]) -> None:
-    """Undo what `_publish` has moved, corpus.json last."""
-    (corpus / "corpus.json").unlink(missing_ok=True)
-    for name in reversed(tried):
-        path = corpus / name
-        if not (work / name).exists():
-            if path.is_dir():
-                os.rename(path, work / name)
-            else:
-                shutil.copyfile(path, work / name)
-                if name not in asides:
-                    path.unlink()
-        if name in asides:
-            os.replace(asides[name], path)
-    if "corpus.json" in asides:
-        os.replace(asides["corpus.json"], corpus / "corpus.json")

@@ -156,6 +156,8 @@ class LedgerEntry(TypedDict):
     `verify --sources` reads the source again by them."""
     origin: dict[str, str]
     """Where the data come from: the columns `manifest.ORIGIN` that are not empty."""
+    about: dict[str, str]
+    """What the file states of that itself, by the same names, and its `schema_version`."""
     files: dict[str, list[int | str]]
     """Bytes and SHA-256 (hex) of every staged file, by its name below the staging folder."""
     checksum: str
@@ -268,7 +270,8 @@ def read_entry(path: Path) -> LedgerEntry:
     elif found.get("checksum") != _checksum(found):
         raise ValueError(f"{path}: damaged (its checksum differs); {_CURE}")
     # Came after the first entries of this version.
-    found.setdefault("origin", {})
+    for name in ("origin", "about"):
+        found.setdefault(name, {})
     kinds = _kinds()
     for name, kind in kinds.items():
         if name not in found:
@@ -293,6 +296,15 @@ def _of_version_1(found: dict[str, Any]) -> dict[str, Any]:
     if entry.get("status") == "ok":
         entry["reason"] = OLDER
     return entry | {"version": 1, "files": {}, "checksum": ""}
+
+
+def origin_of(entry: LedgerEntry) -> dict[str, str]:
+    """Return where the data of a dataset come from: what its file states, and over it the manifest.
+
+    Args:
+        entry: An entry of the ledger.
+    """
+    return {**entry["about"], **entry["origin"]}
 
 
 def is_older(entry: LedgerEntry) -> bool:

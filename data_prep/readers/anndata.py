@@ -27,6 +27,7 @@ from data_prep.readers.containers import (
     ZARR_MARKS,
     ZIP_SIGNATURE,
     anndata_place,
+    failed_call,
     hdf5_root,
     missing_filter,
     writer_note,
@@ -34,6 +35,7 @@ from data_prep.readers.containers import (
     zipped_zarr,
 )
 from data_prep.readers.hdf5 import hdf5_kind
+from data_prep.source.about import NAMES, about
 from data_prep.source.source import Matrix, Reading, Source, StringArray, check_size
 
 
@@ -112,6 +114,7 @@ def _open_anndata(
         places, unread = _places(root)
         notes = {**notes, **others, **unread}
         matrices = [_matrix(root, opened, place, scratch) for place in places]
+        stated = about(_texts(root))
     if not matrices:
         raise ValueError("the file holds no matrix: no X, raw.X or layers")
     for matrix in matrices:
@@ -128,7 +131,28 @@ def _open_anndata(
         obs=obs.annotations(opened),
         matrices=tuple(matrices),
         notes=notes,
+        about=stated,
     )
+
+
+def _texts(root: Any) -> dict[str, str]:
+    """Return the texts of uns that tell where the file comes from; one that is odd is no loss."""
+    found: dict[str, str] = {}
+    for name in NAMES:
+        try:
+            require_inside(root, "uns")
+            require_inside(root["uns"], name)
+            value = root["uns"][name][()]
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError, AttributeError) as error:
+            if failed_call(error):
+                raise
+            continue
+        value = value.item() if isinstance(value, np.ndarray) and value.shape == () else value
+        if isinstance(value, bytes | str):
+            text = value.decode(errors="replace") if isinstance(value, bytes) else value
+            # A surrogate stands for a byte that is no UTF-8.
+            found[name] = text.encode(errors="replace").decode()
+    return found
 
 
 def _places(root: Any) -> tuple[list[_Place], dict[str, str]]:

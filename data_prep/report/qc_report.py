@@ -5,8 +5,8 @@
 Reads the ledger and the row tables of the cells (of the finished corpus, else of what is staged;
 no counts are decoded). Shows the outcome of the datasets and the reasons, cells a dataset, genes
 and counts a cell, how much of each dataset is kept, restored counts, dropped cells by reason,
-tissues, warnings, the datasets that stand out (names of several genes among them), and a table of
-all that can be searched and sorted. Memory: about 30 bytes a cell.
+tissues, warnings, the datasets that stand out (names of several genes among them), sources and
+licences, and a table of all that can be searched and sorted. Memory: about 30 bytes a cell.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.ledger.ledger import LedgerEntry, count_statuses
+from data_prep.ledger.ledger import LedgerEntry, count_statuses, origin_of
 from data_prep.report import qc_figures
 from data_prep.report.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
+from sclong_ds.datasheet.citations import UNKNOWN
 from sclong_ds.files.atomic import write_atomic
 
 TEMPLATE = Path(__file__).parents[1] / "resources" / "qc_report.html"
 FEW_DATASETS = 24
 """Up to so many, each dataset has a bar of its own; more are drawn as distributions."""
 WORST = 20
+_LONG = ("reason", "restored", "title", "citation")
+"""Columns of sentences."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +66,7 @@ def page(summary: Summary) -> str:
     parts = [_datasets(summary), _warnings(summary)]
     if summary.used:
         parts += [_cells(summary), _coverage(summary), _restored(summary)]
-        parts += [_losses(summary), _standing_out(summary)]
+        parts += [_losses(summary), _standing_out(summary), _sources(summary)]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(summary.corpus.resolve().name),
         status=_status(summary),
@@ -277,6 +280,26 @@ def _standing_out(summary: Summary) -> str:
     return f"<h2>Datasets that stand out</h2><p>{text}</p>{''.join(tables)}"
 
 
+def _sources(summary: Summary) -> str:
+    """Return the table of titles, publications and licences, or how to record them."""
+    named = [dataset for dataset in summary.used if origin_of(dataset.entry)]
+    if not named:
+        return (
+            "<h2>Sources and licences</h2><p>No dataset names its title, publication or licence: "
+            "give them in the manifest columns title, doi, licence, version and citation, and run "
+            "convert and finalize again.</p>"
+        )
+    licences: Counter[str] = Counter()
+    for dataset in summary.used:
+        licences[origin_of(dataset.entry).get("licence", UNKNOWN)] += 1
+    counted = ", ".join(f"{name} ({number:,})" for name, number in licences.most_common())
+    return (
+        f"<h2>Sources and licences</h2><p>Datasets by licence: {html.escape(counted)}. The same, "
+        "with how to cite each, is CITATIONS.md of the finished corpus.</p>"
+        f'<div class="scroll tall">{_table(_SOURCE_COLUMNS, named)}</div>'
+    )
+
+
 def _per_dataset(
     title: str,
     values: Mapping[str, float],
@@ -348,6 +371,16 @@ _COLUMNS: tuple[Column, ...] = (
 )
 
 
+def _fact(name: str) -> Column:
+    return name, False, lambda d: origin_of(d.entry).get(name, "")
+
+
+_SOURCE_COLUMNS: tuple[Column, ...] = (
+    *(column for column in _COLUMNS if column[0] in ("dataset", "cells")),
+    *map(_fact, ("title", "licence", "version", "doi", "citation")),
+)
+
+
 def _table(columns: Sequence[Column], datasets: Sequence[Dataset], *, name: str = "") -> str:
     """Return a table; one with a name gets headings that the page's script sorts by."""
     heads = "".join(
@@ -364,7 +397,7 @@ def _table(columns: Sequence[Column], datasets: Sequence[Dataset], *, name: str 
             elif title == "outcome":
                 cells.append(f"<td>{_tag(value)}</td>")
             else:
-                kind = ' class="long"' if title in ("reason", "restored") and value else ""
+                kind = ' class="long"' if title in _LONG and value else ""
                 cells.append(f"<td{kind}>{html.escape(value)}</td>")
         rows.append(f'<tr data-status="{dataset.entry["status"]}">{"".join(cells)}</tr>')
     ident = f' id="{name}"' if name else ""

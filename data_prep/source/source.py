@@ -169,6 +169,8 @@ class Source:
     matrices: tuple[Matrix, ...]
     notes: Mapping[str, str] = field(default_factory=dict)
     """Parts of the file that are not read, or only after a repair, and why."""
+    about: Mapping[str, str] = field(default_factory=dict)
+    """What the file states of where it comes from (`source.about`)."""
 
 
 def check_size(n_cells: int, n_features: int) -> None:

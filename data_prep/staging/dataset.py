@@ -20,6 +20,7 @@ import numpy as np
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.genes.harmonize import harmonize
 from data_prep.ledger.ledger import LedgerEntry, ledger_path, staged_files
+from data_prep.manifest.address import without_secrets
 from data_prep.manifest.manifest import Dataset
 from data_prep.readers.open import open_source
 from data_prep.source.source import UnusableError
@@ -122,6 +123,7 @@ def _write(
         scratch=part / "scratch",
     )
     entry["format"] = source.format
+    entry["about"] = {name: without_secrets(text) for name, text in source.about.items()}
     entry["n_cells_input"] = len(source.barcodes)
     unwanted = unwanted_cells(source.obs, dataset.where)
     annotations, columns, unread = read_annotations(source.obs, dataset)

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus.finalize import PRODUCTS, files_below
+from data_prep.corpus.finalize import files_below
+from data_prep.corpus.publish import PRODUCTS
+from data_prep.corpus.split_rule import RULE_FILE, read_rule
 from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.files.checksums import check_file
@@ -122,7 +124,20 @@ def check_files(
     ]
     links.checked(SUMS, len(checksums["files"]))
     n_inputs = _check_inputs(corpus, checksums["inputs"], links, problems)
-    return len(checksums["files"]) + n_inputs + 2
+    return len(checksums["files"]) + n_inputs + 2 + _check_rule(corpus, catalogue, problems)
+
+
+def _check_rule(corpus: Path, catalogue: Mapping[str, Any], problems: list[str]) -> int:
+    """Compare the rule of the split that lies in the folder with the catalogue's; 1 if it does."""
+    if not (corpus / RULE_FILE).exists():
+        return 0
+    try:
+        found = read_rule(corpus)
+        if found is not None and found.as_json() != catalogue.get("split_rule"):
+            problems.append(f"{RULE_FILE}: not the rule by which this corpus was split")
+    except ValueError as error:
+        problems.append(str(error))
+    return 1
 
 
 def _check_record(

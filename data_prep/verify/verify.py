@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from data_prep.corpus.dedup import Progress, find_duplicates
 from data_prep.corpus.gene_statistics import gene_statistics
+from data_prep.corpus.split_rule import rule_of
 from data_prep.corpus.splits import read_donors
 from data_prep.verify.files import (
     CATALOGUE,
@@ -254,6 +256,20 @@ def _check_rows(corpus: Corpus, problems: list[str]) -> None:
     if corpus.catalogue["split_unit"] != "cell":
         shared = sorted(key for key, splits in splits_of.items() if len(splits) > 1)
         problems += [f"{key}: cells in {', '.join(sorted(splits_of[key]))}" for key in shared]
+    problems += _off_side(corpus, splits_of)
+
+
+def _off_side(corpus: Corpus, splits_of: Mapping[str, set[str]]) -> list[str]:
+    """Return the groups whose split is not the one that the rule of the corpus gives."""
+    if corpus.catalogue["split_unit"] == "cell" or "split_rule" not in corpus.catalogue:
+        return []
+    rule = rule_of(corpus.catalogue["split_rule"])
+    named = {f"dataset {name}" for name in rule.options.validation_datasets}
+    return [
+        f"{key}: in {', '.join(sorted(found))}, the rule of the split says {wanted}"
+        for key, found in sorted(splits_of.items())
+        if key not in named and found != {wanted := SPLITS[rule.side(key)]}
+    ]
 
 
 def _check_origin(corpus: Corpus, links: Links, problems: list[str]) -> None:

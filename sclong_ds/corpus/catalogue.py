@@ -8,6 +8,7 @@ shards of the cells and `corpus.json`, with its size and CRC-32C: gene list, sta
 and the tables and descriptions of cells.zarr. Readers compare each of them when they first use it
 (`sclong_ds.corpus.location`). Among the tables are the checksums of all chunks of cells, so the
 catalogue vouches for every byte. Version 1 had no `files`; it is read without these checks.
+Version 3 added the origin of each dataset.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.versions import refuse_later
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CORPUS_FORMAT = "sclong_ds-corpus"
 SPLITS = ("train", "validation", "test")
-SINGLE_FILES = ("genes.tsv", "gene_stats.npz", "measured_genes.npy", "checksums.json")
+CITATIONS = "CITATIONS.md"
+SINGLE_FILES = ("genes.tsv", "gene_stats.npz", "measured_genes.npy", CITATIONS, "checksums.json")
 """Files of a corpus besides cells.zarr, obs/ and corpus.json."""
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHARD = re.compile(r"cells\.zarr/(gap|count)/c/.*")
@@ -71,6 +73,9 @@ class DatasetInfo:
     """Which matrix of the source held the counts."""
     restored: str | None = None
     """How counts were restored from other values; empty for raw counts taken as they are."""
+    origin: Mapping[str, str] | None = None
+    """Where the data come from, as manifest and file state: url, version, title, doi, licence,
+    citation and the like, those that are known; None before version 3."""
     warnings: tuple[str, ...] | None = None
     """What to know about the dataset before training on it; None where no ledger records it."""
 
@@ -95,6 +100,8 @@ class Catalogue(TypedDict):
     n_values: NotRequired[int]
     split_unit: NotRequired[str]
     held_out: NotRequired[dict[str, list[str]]]
+    split_rule: NotRequired[dict[str, Any]]
+    split_shares: NotRequired[dict[str, dict[str, float]]]
     options: NotRequired[dict[str, Any]]
     duplicates_dropped: NotRequired[int]
     warnings: NotRequired[list[str]]

@@ -25,7 +25,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from sclong_ds.config.strict_yaml import read_yaml, section_from_dict, to_dict
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
+from sclong_ds.datasheet.citations import COLUMNS, UNKNOWN, doi_address, table
 from sclong_ds.exported.manifest import CURE, WEIGHTS, check_files, write_manifest
 from sclong_ds.exported.recipe_file import ChosenRecipe, read_control, read_recipe, write_recipe
 from sclong_ds.exported.training_cells import TrainingCells
@@ -61,7 +63,8 @@ _UNCHECKED = 2
 GRAPH = "gene_graph.npz"
 FEATURES = "random_features.safetensors"
 
-_MAX_NAMED = 20  # datasets in the card; training_cells.npz names all
+_MAX_NAMED = 20
+"""Datasets in the card; provenance.json names all."""
 _log = logging.getLogger(__name__)
 
 
@@ -386,7 +389,7 @@ def _stacks(model: Mapping[str, Any]) -> str:
         (name, model[name]["depth"], f"{model[name]['heads']} x {model[name]['dim_head']}")
         for name in names
     )
-    return _table(("stack", "layers", "heads x width"), rows)
+    return table(("stack", "layers", "heads x width"), rows)
 
 
 def _embedding(chosen: ChosenRecipe | None) -> str:
@@ -401,7 +404,7 @@ def _embedding(chosen: ChosenRecipe | None) -> str:
         f"{facts['n_validation_cells']} validation cells by {by}; centres and scales are of "
         f"{facts['n_training_cells']} training cells. The best of many looks too good on the "
         "cells that chose it: `evaluate` it on others.\n\n"
-        + _table(
+        + table(
             ("", by),
             [
                 ("this recipe", f"{facts['score'][by]:.4f}"),
@@ -415,14 +418,15 @@ def _embedding(chosen: ChosenRecipe | None) -> str:
 
 def _training(provenance: Mapping[str, Any]) -> str:
     """Return the part of the card on training and validation."""
-    facts = {k: v for k, v in provenance.items() if not isinstance(v, dict)}
-    text = f"## Training\n\n{_table(('', ''), facts.items())}{_trained_on(provenance)}"
+    facts = {k: v for k, v in provenance.items() if not isinstance(v, dict | list)}
+    text = f"## Training\n\n{table(('', ''), facts.items())}{_trained_on(provenance)}"
+    text += _data(provenance)
     found: Mapping[str, float] = provenance.get("validation") or {}
     if not found:
         return text
     words = f"{sentence(found)}.\n\n" if MSE in found else ""
     scores = [(n, f"{v:,.0f}" if n == N_HIDDEN else f"{v:.4f}") for n, v in found.items()]
-    return f"{text}\n## Validation\n\n{words}{_table(('figure', 'value'), scores)}"
+    return f"{text}\n## Validation\n\n{words}{table(('figure', 'value'), scores)}"
 
 
 def _trained_on(provenance: Mapping[str, Any]) -> str:
@@ -439,12 +443,32 @@ def _trained_on(provenance: Mapping[str, Any]) -> str:
     )
 
 
+def _data(provenance: Mapping[str, Any]) -> str:
+    """Return the card's table of the datasets: title, licence, version and publication."""
+    datasets = provenance.get("training_data")
+    if not datasets:
+        return "\n## Data\n\nThe folder does not tell where the training cells come from.\n"
+    found = Counter(d.get("licence", UNKNOWN) for d in datasets)
+    counted = ", ".join(f"{name} ({n:,})" for name, n in found.most_common())
+    rows = [
+        (
+            d["dataset_id"],
+            f"{d['n_train_cells']:,}",
+            *(d.get(name, UNKNOWN) for name in COLUMNS[:-1]),
+            doi_address(d.get("doi", "")) or d.get("doi") or d.get("citation") or UNKNOWN,
+        )
+        for d in sorted(datasets, key=lambda d: -d["n_train_cells"])[:_MAX_NAMED]
+    ]
+    more = len(datasets) - len(rows)
+    rest = f"\nAnd {more:,} more: `training_data` of provenance.json names all.\n" * (more > 0)
+    return (
+        f"\n## Data\n\nDatasets by licence: {counted}. Whoever uses the model cites them "
+        f"and keeps to their licences.\n\n"
+        f"{table(('dataset', 'training cells', *COLUMNS[:-1], 'publication'), rows)}{rest}"
+    )
+
+
 def _source(provenance: Mapping[str, Any]) -> str:
     """Return the part of the card on what was imported."""
     files = [(kind, *about.values()) for kind, about in provenance["imported_files"].items()]
-    return f"## Source\n\n{_table(('', 'file', 'bytes', 'sha256'), files)}"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return f"## Source\n\n{table(('', 'file', 'bytes', 'sha256'), files)}"

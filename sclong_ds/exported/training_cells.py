@@ -27,6 +27,7 @@ from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.byte_code import digest_cells, encode
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.exported.manifest import CURE
+from sclong_ds.files.atomic import read_json
 from sclong_ds.files.npz import read_npz
 from sclong_ds.loader.weights import weights_of
 from sclong_ds.progress import count_progress
@@ -139,10 +140,7 @@ def training_cells_of(
     if data.corpus is None:
         return None
     try:
-        corpus = Corpus(data.corpus, cache_dir=data.cache_dir)
-        if corpus.hash != corpus_hash:
-            raise ValueError(f"{data.corpus} is another corpus by now")
-        digests, datasets = _of_corpus(corpus, data)
+        digests, datasets = _of_corpus(_same_corpus(data, corpus_hash), data)
     except (OSError, ValueError) as error:
         # Weights must not be lost for want of their corpus.
         _log.warning("%s (%s)", _UNKNOWN, error)
@@ -157,6 +155,56 @@ def training_cells_of(
     return TrainingCells(digests=digests, datasets=tuple(datasets), complete=complete)
 
 
+def training_data_of(
+    data: DataConfig, *, init_from: str | None, corpus_hash: str
+) -> list[dict[str, Any]] | None:
+    """Return the datasets that a run trains on, and those of the model it started from.
+
+    Args:
+        data: The `data` section of the run.
+        init_from: `run.init_from`.
+        corpus_hash: Content hash of the corpus it trained on.
+
+    Returns:
+        Of each: dataset_id, n_train_cells, and what is recorded of its source
+        (`DatasetInfo.origin`). None where the corpus is not there, or is another one by now.
+    """
+    if data.corpus is None:
+        return None
+    try:
+        corpus = _same_corpus(data, corpus_hash)
+        visited = _visited(corpus, data)
+    except (OSError, ValueError) as error:
+        _log.warning("the model card does not name its data (%s)", error)
+        return None
+    found = {
+        d.dataset_id: {
+            "dataset_id": d.dataset_id,
+            "n_train_cells": d.split_cells.get("train", 0),
+            **(d.origin or {}),
+        }
+        for d, here in zip(corpus.datasets, visited, strict=True)
+        if here
+    }
+    if init_from is not None:
+        provenance = Path(init_from) / "provenance.json"
+        earlier = read_json(provenance, cure=CURE) if provenance.is_file() else {}
+        found = {d["dataset_id"]: d for d in earlier.get("training_data") or []} | found
+    return list(found.values())
+
+
+def _same_corpus(data: DataConfig, corpus_hash: str) -> Corpus:
+    """Return the corpus of a run.
+
+    Raises:
+        ValueError: It is another one by now.
+    """
+    corpus = Corpus(str(data.corpus), cache_dir=data.cache_dir)
+    if corpus.hash != corpus_hash:
+        raise ValueError(f"{data.corpus} is another corpus by now")
+    return corpus
+
+
 _UNKNOWN = (
     f"the model gets no {TRAINING_CELLS}: embed and evaluate will not tell which cells were in "
     "training; export where the corpus is"
@@ -165,11 +213,7 @@ _UNKNOWN = (
 
 def _of_corpus(corpus: Corpus, data: DataConfig) -> tuple[NDArray[np.uint64], list[str]]:
     """Return the digests, ascending, and the dataset ids of the cells that a run visits."""
-    n_cells = np.array([dataset.split_cells.get("train", 0) for dataset in corpus.datasets])
-    weights = weights_of(data, corpus)
-    visited = n_cells > 0
-    if weights is not None:
-        visited &= np.asarray(weights) > 0
+    visited = _visited(corpus, data)
     split, bounds, parts = corpus.splits["train"], corpus.chunk_rows, []
     # Chunks do not straddle splits.
     first, last = np.searchsorted(bounds, [split.start, split.stop])
@@ -182,6 +226,13 @@ def _of_corpus(corpus: Corpus, data: DataConfig) -> tuple[NDArray[np.uint64], li
     together = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
     ids = [d.dataset_id for d, here in zip(corpus.datasets, visited, strict=True) if here]
     return np.unique(together), ids
+
+
+def _visited(corpus: Corpus, data: DataConfig) -> NDArray[np.bool_]:
+    """Return (datasets,) whether a run trains on cells of each."""
+    n_cells = np.array([dataset.split_cells.get("train", 0) for dataset in corpus.datasets])
+    weights = weights_of(data, corpus)
+    return (n_cells > 0) if weights is None else (n_cells > 0) & (np.asarray(weights) > 0)
 
 
 def share_in_training(known: TrainingCells | None, n_found: int, n_cells: int) -> str:

@@ -1,4 +1,7 @@
-"""Finalize: nothing lost, no duplicates, honest splits, uniform order, never half done."""
+"""Finalize: nothing lost, no duplicates, honest splits, uniform order, never half done.
+
+Covers also `data_prep/corpus/publish.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,12 @@ from cell_values import as_tuples
 from scipy import sparse
 
 import data_prep.corpus.finalize as finalize_module
+import data_prep.corpus.publish as publish_module
 from data_prep.corpus.finalize import finalize
 from data_prep.corpus.permute import write_permuted
 from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
+from data_prep.verify.verify import verify
 from sclong_ds.corpus.corpus import Corpus
 
 Stage = Callable[..., Path]
@@ -165,7 +170,27 @@ def test_warnings_of_datasets_are_counted_and_named(
     assert "3 warnings about 2 of the 3 datasets used: a (2), c (1); see: python -m" in caplog.text
 
 
-N_PRODUCTS = len(finalize_module.PRODUCTS)
+def test_citations_come_with_the_corpus(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    folder = stage_corpus(three)
+    entry = read_entry(folder / "ledger" / "a.json")
+    entry["about"] = {"title": "of the file", "licence": "CC0"}
+    entry["origin"] = {"title": "Of the manifest", "doi": "10.1234/x"}
+    write_entry(folder, entry)
+    finalize(folder)
+    origin = Corpus(folder).datasets[0].origin
+    assert origin == {"title": "Of the manifest", "doi": "10.1234/x", "licence": "CC0"}
+    text = (folder / "CITATIONS.md").read_text()
+    assert "| a | Of the manifest | CC0 |" in text
+    assert "- b (" in text
+    assert "CITATIONS.md" in Corpus(folder).catalogue["files"]
+    assert verify(folder)["ok"]
+    (folder / "CITATIONS.md").write_text(text + "mine\n")
+    assert any("CITATIONS.md" in problem for problem in verify(folder)["problems"])
+
+
+N_PRODUCTS = len(publish_module.PRODUCTS)
 
 
 @pytest.mark.parametrize("crash_at", range(N_PRODUCTS + 1))
@@ -201,7 +226,7 @@ def test_killed_finalize_leaves_the_old_corpus_or_none(
 
     with monkeypatch.context() as patch:
         for name in real:
-            patch.setattr(finalize_module.os, name, stop_at_move(name))
+            patch.setattr(publish_module.os, name, stop_at_move(name))
         # The last move is that of the work folder, once the corpus is complete.
         with pytest.raises(Killed):
             finalize(folder, seed=2)

@@ -106,7 +106,7 @@ def test_a_resumed_run_looks_at_its_products_again(
         raise OSError("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finalize_module, "_publish", stop)
+        patch.setattr(finalize_module, "publish", stop)
         with pytest.raises(OSError, match="stop"):
             finalize(folder)
     (work,) = folder.glob(".finalize-*")

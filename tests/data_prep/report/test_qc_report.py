@@ -123,6 +123,17 @@ def test_page_is_whole_and_escaped(corpus: Path) -> None:
     assert page(summarize(corpus)) == text
 
 
+def test_sources_and_licences(corpus: Path) -> None:
+    assert "No dataset names its title" in page(summarize(corpus))
+    change(corpus, "b", origin={"title": "A <b>title", "licence": "CC0"}, about={"doi": "10.1/2"})
+    text = page(summarize(corpus))
+    table = text[text.index("Sources and licences") : text.index("All datasets")]
+    assert "not recorded (1), CC0 (1)" in table
+    assert "A &lt;b&gt;title" in table
+    assert "10.1/2" in table
+    Page(text)
+
+
 def test_restored_counts_ambiguous_names_and_pending_datasets_are_shown(corpus: Path) -> None:
     assert "Restored counts" not in page(summarize(corpus))
     change(corpus, "b", restored="log1p of cells scaled to 10000, undone", n_genes_input=200,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import anndata
@@ -28,7 +29,7 @@ from staged_h5ad import (
 from data_prep.convert.convert import prepare_corpus
 from data_prep.convert.one_dataset import convert_dataset
 from data_prep.genes.gene_names import GeneResolver, resolver_of
-from data_prep.ledger.ledger import read_ledger
+from data_prep.ledger.ledger import origin_of, read_ledger
 from data_prep.manifest.manifest import Dataset, read_manifest
 from data_prep.staging.settings import Settings
 
@@ -274,3 +275,25 @@ def test_demo_cells_of_three_formats_cover_the_same_genes(
     assert sum(staged(corpus, f"immune_{part}").n_values for part in "abc") == 773_879
     assert list(obs_of(corpus, "immune_b").columns) == ["barcode"]
     assert json.loads((corpus / "settings.json").read_text())["genes_hash"] == GENES.hash
+
+
+def test_what_the_file_states_of_its_source_is_recorded(
+    tmp_path: Path, corpus: Path, resolver: GeneResolver
+) -> None:
+    dataset = write(tmp_path / "a.h5ad", counts())
+    cells = anndata.read_h5ad(dataset.path)
+    cells.uns = {"title": "A title", "citation": "from ftp://me:5ec4e7@x.org/a", "doi": [1, 2]}
+    cells.write_h5ad(dataset.path)
+    entry = run(dataset, corpus, resolver)
+    assert entry["about"] == {"title": "A title", "citation": "from ftp://x.org/a"}
+    # Another line of the manifest for the same file: nothing is staged again.
+    files = entry["files"]
+    entry = run(dataclasses.replace(dataset, title="Mine", licence="CC0"), corpus, resolver)
+    assert (entry["origin"], entry["files"]) == ({"title": "Mine", "licence": "CC0"}, files)
+    assert read_ledger(corpus) == [entry]
+    assert origin_of(entry)["title"] == "Mine"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the versions of zarr
+        cells.write_zarr(tmp_path / "a.zarr")
+    again = run(Dataset(dataset_id="z", path=tmp_path / "a.zarr"), corpus, resolver)
+    assert again["about"] == entry["about"]
