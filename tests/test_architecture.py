@@ -248,6 +248,17 @@ def test_named_paths_modules_and_targets_exist(path):
         assert (ROOT / named).exists(), f"{path.name} names {named}"
 
 
+def test_the_places_to_touch_hold_what_contributing_names_in_them():
+    rows = re.findall(r"^\| an? .*", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 7
+    for row in rows:
+        named = [ROOT / path for path in re.findall(r"`([a-z_]+/[\w./-]+)`", row)]
+        folders = {path if path.is_dir() else path.parent for path in named}
+        text = "\n".join(file.read_text() for folder in folders for file in folder.glob("*.py"))
+        for name in re.findall(r"`([A-Z][A-Z_]+|[a-z]+_[a-z_]+)`", row):
+            assert re.search(rf"\b{name}\b", text), f"{name} is in none of {row[:40]}"
+
+
 def test_named_commands_are_commands():
     from data_prep.__main__ import parser
     from sclong_ds.__main__ import COMMANDS

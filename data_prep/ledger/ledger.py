@@ -350,13 +350,12 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
-def check_staged(corpus: str | Path, entry: LedgerEntry, *, contents: bool = True) -> None:
+def check_staged(corpus: str | Path, entry: LedgerEntry) -> None:
     """Compare the staged files of a dataset with its ledger entry.
 
     Args:
         corpus: The corpus folder.
         entry: The entry, of a dataset that is ok.
-        contents: Compare checksums too; False compares names and sizes only.
 
     Raises:
         ValueError: A file is missing, extra, of another size or of other content.
@@ -376,7 +375,7 @@ def check_staged(corpus: str | Path, entry: LedgerEntry, *, contents: bool = Tru
         size, digest = path.stat().st_size, entry["files"][name]
         if size != digest[0]:
             raise ValueError(f"{path}: damaged ({size} bytes, {digest[0]} on record); {cure}")
-        if contents and [size, file_sha256(path)] != digest:
+        if [size, file_sha256(path)] != digest:
             raise ValueError(f"{path}: damaged (its SHA-256 differs); {cure}")
 
 

@@ -15,16 +15,14 @@ that is not on record is not there.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sclong_ds.files.atomic import named_errors, partial_name, read_file
+from sclong_ds.files.atomic import locked, named_errors, partial_name, read_file
 from sclong_ds.files.checksums import check_file
 from sclong_ds.files.storage import CutError, UnusableUrlError, ask_storage
 
@@ -228,7 +226,8 @@ class Location:
         if target.is_file() and damaged is None:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target):
+        # One process at a time; without locks several download, and a rename keeps that safe.
+        with locked(target.with_name(f".{target.name}.lock")):
             if not target.is_file() or damaged is not None:
                 self._ask(name, lambda files, path: _download(files, path, target))
         return target
@@ -325,13 +324,3 @@ def _download(files: Any, path: str, target: Path) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Let one process at a time write `target`."""
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        # Without locks (some network file systems) several download: a rename keeps that safe.
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -52,7 +52,6 @@ def favor_weights(
     k: Tensor,
     features: Tensor,
     *,
-    peak: Tensor | None = None,
     per_head: bool = False,
     eps: float = EPS,
 ) -> Weights:
@@ -62,8 +61,6 @@ def favor_weights(
         q: (P, H, K).
         k: (N, H, K).
         features: (M, K).
-        peak: Maximum of the keys' products to subtract, as scope `tensor` takes it; None: that of
-            the cell.
         per_head: Take the maximum of each head (scope `head`).
         eps: Constant added to every feature.
     """
@@ -71,8 +68,7 @@ def favor_weights(
     half = q.shape[-1] ** -0.5 / 2
     q, k = q.float().transpose(0, 1), k.float().transpose(0, 1)
     y = k @ w.T
-    if peak is None:
-        peak = y.amax((1, 2), keepdim=True) if per_head else y.amax()
+    peak = y.amax((1, 2), keepdim=True) if per_head else y.amax()
     shares, rows = [], []
     for qh, kh, yh, ph in zip(q, k, y, peak.expand(len(y), 1, 1), strict=True):
         x = qh @ w.T

@@ -95,7 +95,7 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{content}</section>" if content else ""
 
 
-def image(data: bytes, kind: str, title: str, text: str, *, seen: str = "") -> str:
+def image(data: bytes, kind: str, title: str, text: str) -> str:
     """Return a captioned figure that holds its image; a click shows it in its full size.
 
     Args:
@@ -103,9 +103,8 @@ def image(data: bytes, kind: str, title: str, text: str, *, seen: str = "") -> s
         kind: MIME type, for instance image/png.
         title: Text of the caption's first words.
         text: Rest of the caption, may be empty.
-        seen: What is seen, for who cannot see it; empty: title and text.
     """
-    alt = html.escape(seen or f"{title}. {text}".strip())
+    alt = html.escape(f"{title}. {text}".strip())
     title = html.escape(title)
     source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
     caption = f"<b>{title}.</b> {html.escape(text)}" if text else f"<b>{title}</b>"
