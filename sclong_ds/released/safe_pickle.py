@@ -172,9 +172,10 @@ class _Unpickler(_PythonUnpickler):
     def _reduce(self) -> None:
         args, rule = self.stack.pop(), self.stack[-1]
         _expect(type(rule) is _Rule and type(args) is tuple, "a call of a function")
-        _expect(rule.make is not None, f"no call of {rule.name}")
+        make: Any = rule.make
+        _expect(make is not None, f"no call of {rule.name}")
         self._spend(*args)
-        self.stack[-1] = rule.make(*args)
+        self.stack[-1] = make(*args)
 
     def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -255,7 +256,7 @@ def _from_bytes(data: Any, rules: dict[str, Callable[..., Any] | None]) -> Any:
     root, keys = _Unpickler(file, rules, storage).load(), _Unpickler(file, {}).load()
     _expect(type(keys) is list and sorted(keys) == sorted(made), "keys of storages")
     for key in keys:
-        content = made[key].view(torch.uint8).numpy()
+        content: Any = made[key].view(torch.uint8).numpy()
         (length,) = struct.unpack("<q", file.read(8))
         read = file.readinto(content)
         _expect((length, read) == (len(made[key]), len(content)), "as many numbers as stored")
@@ -353,9 +354,9 @@ def _empty_array(kind: Any, *empty: Any) -> np.ndarray:
     return np.empty(0, np.int8)
 
 
-def _fill(array: np.ndarray, version: Any, shape: Any, dtype: Any, order: Any, data: Any) -> None:
+def _fill(array: Any, version: Any, shape: Any, dtype: Any, order: Any, data: Any) -> None:
     _array(data, dtype, shape, "C")
-    array.__setstate__((1, shape, dtype, bool(order), data))  # type: ignore[attr-defined]
+    array.__setstate__((1, shape, dtype, bool(order), data))
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
