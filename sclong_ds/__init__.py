@@ -5,6 +5,8 @@ Public names, imported on first use so that `import sclong_ds` costs nothing:
 - `load_config(PRESET_OR_FILE, overrides)`: a run's configuration.
 - `train(config)`: train in this process; returns the run folder.
 - `load_model(MODEL_DIR, device=...)`: an exported model as a torch module, a `ScLong`.
+- `push_to_hub(MODEL_DIR, "ORG/NAME")`: the same to the Hugging Face hub; `load_model` takes
+  hf://ORG/NAME too.
 - `embed(model, cells)`: embeddings (n, W) of AnnData, a DataFrame or a file.
 - `evaluate(model, cells, label=...)`: scores of these embeddings beside baselines.
 - `Corpus(PATH)`: a finalized corpus; `GeneVocabulary`: its genes.
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from sclong_ds.corpus.genes import GeneVocabulary
     from sclong_ds.embedding.in_memory import embed
     from sclong_ds.evaluation.in_memory import evaluate
+    from sclong_ds.exported.hub import push_to_hub
     from sclong_ds.exported.model_dir import load_model
     from sclong_ds.loader.loader import CellLoader, open_stream
     from sclong_ds.model.sclong import ScLong
@@ -40,6 +43,7 @@ __all__ = [
     "load_config",
     "load_model",
     "open_stream",
+    "push_to_hub",
     "train",
 ]
 _HOMES = {
@@ -53,6 +57,7 @@ _HOMES = {
     "load_config": "sclong_ds.config.load",
     "load_model": "sclong_ds.exported.model_dir",
     "open_stream": "sclong_ds.loader.loader",
+    "push_to_hub": "sclong_ds.exported.hub",
     "train": "sclong_ds.pretrain",
 }
 

@@ -8,12 +8,16 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+HUB = "hf://"
+WEB = ("https://", "http://")
+"""Beginnings of the addresses of models that lie elsewhere."""
 EXTRAS = {
     "train": ("deepspeed", "ninja", "numba", "umap", "sklearn", "matplotlib", "pyarrow"),
     "prep": ("goatools", "hdf5plugin", "matplotlib", "pyarrow"),
     "track": ("mlflow", "pynvml"),
     "evaluate": ("sklearn", "matplotlib"),
     "gpu": ("triton",),
+    "hub": ("huggingface_hub",),
 }
 """Extra of the package to the modules that it brings; embedding needs none of them."""
 
@@ -81,6 +85,15 @@ def local_path(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text}: must be a path on this machine, not a URL")
     return Path(text)
+
+
+def model_place(text: str) -> Path | str:
+    """Return an argument as a folder, or as the address of a model on the hub or a web server.
+
+    Args:
+        text: The argument.
+    """
+    return text if text.startswith((HUB, *WEB)) else local_path(text)
 
 
 def whole(least: int) -> Callable[[str], int]:

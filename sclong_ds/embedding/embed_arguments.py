@@ -9,7 +9,7 @@ import argparse
 
 from data_prep.genes.cover import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 from data_prep.manifest.input_options import add_input_options
-from sclong_ds.command_line import local_path, share, whole
+from sclong_ds.command_line import local_path, model_place, share, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,12 @@ def add_input_arguments(parser: argparse.ArgumentParser, *, input_needed: bool =
         parser: Of the command.
         input_needed: Whether the command needs cells.
     """
-    parser.add_argument("model_dir", type=local_path, metavar="MODEL_DIR", help="exported model")
+    parser.add_argument(
+        "model_dir",
+        type=model_place,
+        metavar="MODEL_DIR",
+        help="exported model: a folder, hf://ORG/NAME or https://...",
+    )
     parser.add_argument(
         "input",
         type=local_path,

@@ -11,6 +11,7 @@ from torch import Tensor
 from data_prep.manifest.input_options import input_dataset
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
+from sclong_ds.exported.hub import model_folder
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.model.sclong import ScLong
 
@@ -19,12 +20,14 @@ def model_of(args: argparse.Namespace) -> ScLong:
     """Return the model that a command line names, on the device that it names.
 
     Args:
-        args: With the arguments of `add_input_arguments`.
+        args: With the arguments of `add_input_arguments`; `model_dir` becomes the folder where an
+            address was given.
 
     Raises:
         FileNotFoundError: No such model.
         ValueError: A damaged model, or a device that is not there.
     """
+    args.model_dir = model_folder(args.model_dir)
     return load_model(args.model_dir, device=choose_device(args.device))
 
 

@@ -28,6 +28,7 @@ from sclong_ds.engine.deepspeed_engine import quiet_deepspeed
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.ranks import Ranks, join_process_group, on_first_rank
 from sclong_ds.exported.head import HeadShape
+from sclong_ds.exported.hub import model_folder
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import read_training_cells, share_in_training
@@ -102,6 +103,7 @@ class Story:
     ) -> None:
         self.args, self.config, self.ranks, self.stop = args, config, ranks, stop
         self.out: Path = args.out
+        args.model_dir = model_folder(args.model_dir)
         self.model = load_model(args.model_dir, device=ranks.device)
         self.cells: Cells = cells_of(args, self.model)
         self.examples: Examples = choose_examples(

@@ -1,0 +1,232 @@
+"""Model folders that lie elsewhere: on the Hugging Face hub, or behind any web address.
+
+    hf://ORG/NAME[@REVISION]     a repository of the hub
+    https://HOST/PATH            a folder that a web server shows as it is
+
+Files come into a cache and are compared with the model's manifest, as those of any folder are; no
+code that comes with them is run. `push_to_hub` publishes a folder: its files, a model card with the
+front matter that the hub reads, and a config.json by which the hub counts downloads.
+
+Reads HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub; the cache of web addresses
+is $XDG_CACHE_HOME/sclong_ds/models, ~/.cache without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import yaml
+
+from sclong_ds.command_line import HUB, WEB, local_path, need
+from sclong_ds.exported.manifest import CARD, MANIFEST, check_files, read_manifest
+from sclong_ds.files.atomic import file_sha256
+from sclong_ds.files.sealed_json import CHECKSUM
+from sclong_ds.progress import count_progress
+
+if TYPE_CHECKING:
+    import requests
+
+_SECONDS = (10, 60)
+"""Of a connection, and between two pieces of an answer."""
+_PIECE = 2**20
+
+
+def model_folder(place: str | Path) -> Path:
+    """Return a model's folder on this machine; what lies elsewhere is fetched into a cache.
+
+    Args:
+        place: A folder or an address.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        OSError: The server does not answer, or not as it should.
+        ValueError: A damaged file, or no manifest.
+        ModuleNotFoundError: The client of the hub is not installed.
+    """
+    text = str(place)
+    if text.startswith(HUB):
+        return _from_hub(text)
+    return _from_web(text.rstrip("/")) if text.startswith(WEB) else Path(place)
+
+
+def _from_hub(address: str) -> Path:
+    name, _, revision = address.removeprefix(HUB).partition("@")
+    if name.count("/") != 1:
+        raise ValueError(f"{address}: must be {HUB}ORG/NAME or {HUB}ORG/NAME@REVISION")
+    return Path(
+        _asked(
+            address,
+            lambda hub: hub.snapshot_download(
+                name, revision=revision or None, endpoint=os.environ.get("HF_ENDPOINT")
+            ),
+        )
+    )
+
+
+def _asked(address: str, ask: Callable[[Any], Any]) -> Any:
+    """Return what the hub's client answers; its errors are one line that names the address."""
+    need("huggingface_hub", extra="hub")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return ask(huggingface_hub)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise FileNotFoundError(
+            f"{address}: no such model on the hub, or HF_TOKEN may not read it"
+        ) from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise OSError(f"{address}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _from_web(address: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sclong_ds/models"
+    import requests
+
+    with requests.Session() as session:
+        answer = _get(session, f"{address}/{MANIFEST}")
+        waiting = cache / f".{os.getpid()}.partial"
+        waiting.mkdir(parents=True, exist_ok=True)
+        try:
+            (waiting / MANIFEST).write_bytes(answer.content)
+            manifest = cast(dict[str, Any], read_manifest(waiting))
+            folder = cache / str(manifest[CHECKSUM])
+            if not folder.is_dir():
+                _fetch_files(session, address, manifest["files"], waiting)
+                check_files(waiting)
+                waiting.rename(folder)
+        finally:
+            shutil.rmtree(waiting, ignore_errors=True)
+    return folder
+
+
+def _fetch_files(
+    session: requests.Session, address: str, files: dict[str, Any], folder: Path
+) -> None:
+    total = sum(record["bytes"] for record in files.values())
+    with count_progress("fetch", total, "bytes") as on_bytes:
+        for name, record in files.items():
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"{address}/{MANIFEST}: names a file outside the folder, {name}")
+            with (
+                _get(session, f"{address}/{name}", stream=True) as answer,
+                (folder / name).open("wb") as file,
+            ):
+                size = 0
+                for piece in answer.iter_content(_PIECE):
+                    size += len(piece)
+                    if size > record["bytes"]:
+                        break
+                    file.write(piece)
+                    on_bytes(len(piece))
+            found = file_sha256(folder / name)
+            if name != CARD and (size, found) != (record["bytes"], record["sha256"]):
+                raise ValueError(
+                    f"{address}/{name}: {size} bytes with SHA-256 {found[:12]}, the manifest says "
+                    f"{record['bytes']} with {record['sha256'][:12]}; try again"
+                )
+
+
+def _get(session: requests.Session, address: str, *, stream: bool = False) -> requests.Response:
+    import requests
+
+    try:
+        answer = session.get(address, stream=stream, timeout=_SECONDS)
+        if answer.status_code == 404:
+            raise FileNotFoundError(f"{address}: no such file on the server")
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise OSError(f"{address}: {' '.join(str(error).split())[:300]}") from None
+    return answer
+
+
+def push_to_hub(
+    model_dir: str | Path, name: str, *, licence: str | None = None, private: bool = False
+) -> str:
+    """Publish a model folder on the hub; its files are checked first.
+
+    Args:
+        model_dir: Folder of `python -m sclong_ds export`.
+        name: ORG/NAME of the repository, made if it is not there.
+        licence: Identifier for the card, such as cc-by-4.0; None: the card says none.
+        private: Whether a new repository is private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        OSError: The hub does not answer, or refuses.
+        ValueError: A damaged file.
+    """
+    folder = Path(model_dir)
+    if read_manifest(folder) is None:
+        raise FileNotFoundError(f"{folder}/{MANIFEST}: missing; export the model again")
+    check_files(folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    card = (folder / CARD).read_text(encoding="utf-8")
+    texts = {CARD: front_matter(card, licence=licence), "config.json": hub_config(config)}
+
+    def publish(hub: Any) -> Any:
+        api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        api.create_repo(name, private=private, exist_ok=True)
+        files = [path for path in sorted(folder.iterdir()) if path.name != CARD]
+        content = [(path.name, str(path)) for path in files]
+        content += [(name, text.encode()) for name, text in texts.items()]
+        operations = [
+            hub.CommitOperationAdd(path_in_repo=place, path_or_fileobj=what)
+            for place, what in content
+        ]
+        return api.create_commit(name, operations=operations, commit_message="Publish the model")
+
+    return str(_asked(f"{HUB}{name}", publish).commit_url)
+
+
+def hub_config(config: dict[str, Any]) -> str:
+    """Return config.json: by it the hub knows the library; config.yaml alone is read.
+
+    Args:
+        config: Content of config.yaml.
+    """
+    about = {"library_name": "sclong_ds", "model_type": "sclong", "architectures": ["ScLong"]}
+    return json.dumps(about | config, indent=2) + "\n"
+
+
+def front_matter(card: str, *, licence: str | None) -> str:
+    """Return a model card with what the hub reads at its head; a card that has one stays.
+
+    Args:
+        card: Markdown.
+        licence: Identifier, or None.
+    """
+    if card.startswith("---\n"):
+        return card
+    about: dict[str, Any] = {"library_name": "sclong_ds"}
+    if licence is not None:
+        about["license"] = licence
+    about["tags"] = ["biology", "single-cell", "transcriptomics", "scRNA-seq"]
+    return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n{card}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `python -m sclong_ds push`."""
+    parser.add_argument("model_dir", type=local_path, metavar="MODEL_DIR", help="exported model")
+    parser.add_argument("repository", metavar="ORG/NAME", help="repository of the hub, new or not")
+    parser.add_argument("--licence", metavar="ID", help="of the weights, such as cc-by-4.0")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `python -m sclong_ds push`; returns the exit status.
+
+    Args:
+        args: Parsed arguments of `add_arguments`.
+    """
+    print(push_to_hub(args.model_dir, args.repository, licence=args.licence, private=args.private))
+    return 0

@@ -1,0 +1,122 @@
+"""Models that lie elsewhere: published to a hub and fetched again, from web servers, refusals."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from exported import named_genes, write_model
+from served_files import FileServer
+from served_hub import Hub
+
+import sclong_ds
+from sclong_ds.__main__ import main
+from sclong_ds.exported.hub import front_matter, model_folder, push_to_hub
+from sclong_ds.exported.manifest import check_files
+
+GENES = named_genes(60)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), GENES, seed=0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    hub = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def served(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[FileServer]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server = FileServer({f"m/{path.name}": path.read_bytes() for path in model_dir.iterdir()})
+    yield server
+    server.stop()
+
+
+def test_a_published_model_is_loaded_by_its_address(hub, model_dir):
+    url = push_to_hub(model_dir, "lab/blood", licence="cc-by-4.0", private=True)
+    assert url.startswith(hub.url)
+    assert hub.private == {"lab/blood"}
+    files = hub.repositories["lab/blood"]
+    assert json.loads(files["config.json"])["library_name"] == "sclong_ds"
+    _, head, card = files["README.md"].decode().split("---\n", 2)
+    assert yaml.safe_load(head)["license"] == "cc-by-4.0"
+    assert card == (model_dir / "README.md").read_text()
+    here, there = (sclong_ds.load_model(place) for place in (model_dir, "hf://lab/blood"))
+    x = torch.rand(2, len(GENES))
+    with torch.inference_mode():
+        assert torch.equal(here.embed(x), there.embed(x))
+    push_to_hub(model_dir, "lab/blood")  # a repository that is there takes another commit
+    assert "license" not in yaml.safe_load(files["README.md"].decode().split("---\n", 2)[1])
+
+
+def test_commands_take_addresses(served, tmp_path, capsys):
+    var = pd.DataFrame(index=list(GENES.ids))
+    counts = np.random.default_rng(0).poisson(1.0, (3, len(GENES))).astype(np.float32)
+    anndata.AnnData(counts, var=var).write_h5ad(tmp_path / "cells.h5ad")
+    words = ["embed", f"{served.url}/m", str(tmp_path / "cells.h5ad"), "--device", "cpu"]
+    words += ["--min-genes-mapped", "1", "--out", str(tmp_path / "out.h5ad")]
+    assert main(words) == 0, capsys.readouterr().err
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_sclong"].shape[0] == 3
+
+
+def test_a_fetched_model_is_whole_and_fetched_once(served, model_dir):
+    folder = model_folder(f"{served.url}/m/")
+    assert check_files(folder)
+    names = {path.name for path in model_dir.iterdir()}
+    assert {path.name for path in folder.iterdir()} == names
+    asked = served.requests
+    assert model_folder(f"{served.url}/m") == folder
+    assert served.requests == asked + 1  # the manifest, which names what is in the cache
+
+
+def test_a_damaged_or_cut_file_is_named_and_nothing_stays(served, tmp_path):
+    whole = served.files["m/model.safetensors"]
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"more"):
+        served.files["m/model.safetensors"] = damaged
+        with pytest.raises((ValueError, OSError), match=r"m/model\.safetensors: .* the manifest"):
+            model_folder(f"{served.url}/m")
+    assert not list((tmp_path / "cache/sclong_ds/models").iterdir())
+
+
+def test_an_address_with_nothing_behind_it(hub, served, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="hf://lab/none: no such model on the hub"):
+        model_folder("hf://lab/none")
+    with pytest.raises(ValueError, match="must be hf://ORG/NAME"):
+        model_folder("hf://none")
+    with pytest.raises(FileNotFoundError, match=r"/n/manifest\.json: no such file"):
+        model_folder(f"{served.url}/n")
+    served.stop()
+    with pytest.raises(OSError, match=r"/m/manifest\.json: .*refused"):
+        model_folder(f"{served.url}/m")
+    assert main(["push", str(tmp_path), "lab/blood"]) == 1
+    assert "manifest.json: missing" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_not_published(hub, model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "m")
+    path = tmp_path / "m/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        push_to_hub(tmp_path / "m", "lab/blood")
+    assert not hub.repositories
+
+
+def test_front_matter_of_a_card_that_has_one_stays():
+    assert front_matter("---\na: 1\n---\n# Mine\n", licence="mit") == "---\na: 1\n---\n# Mine\n"
