@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from sclong_ds.corpus.genes import GeneVocabulary
     from sclong_ds.embedding.in_memory import embed
     from sclong_ds.evaluation.in_memory import evaluate
-    from sclong_ds.exported.hub import push_to_hub
-    from sclong_ds.exported.model_dir import load_model
+    from sclong_ds.hub.hub import load_model, push_to_hub
     from sclong_ds.loader.loader import CellLoader, open_stream
     from sclong_ds.model.sclong import ScLong
     from sclong_ds.pretrain import train
@@ -55,9 +54,9 @@ _HOMES = {
     "evaluate": "sclong_ds.evaluation.in_memory",
     "favor_attention": "kernels.favor_attention",
     "load_config": "sclong_ds.config.load",
-    "load_model": "sclong_ds.exported.model_dir",
+    "load_model": "sclong_ds.hub.hub",
     "open_stream": "sclong_ds.loader.loader",
-    "push_to_hub": "sclong_ds.exported.hub",
+    "push_to_hub": "sclong_ds.hub.hub",
     "train": "sclong_ds.pretrain",
 }
 

@@ -50,7 +50,7 @@ COMMANDS = {
     "slurm": ("sclong_ds.job.scripts", "the batch scripts for Slurm, into a folder"),
     "ui": ("sclong_ds.tracking.ui", "MLflow's pages of the runs of a folder, in the browser"),
     "sync": ("sclong_ds.tracking.sync", "what MLflow lacks of a run that is over"),
-    "push": ("sclong_ds.exported.hub", "exported model to the Hugging Face hub"),
+    "push": ("sclong_ds.hub.hub", "exported model to the Hugging Face hub"),
     "log-model": (
         "sclong_ds.embedding.mlflow_model",
         "exported model to MLflow, and to its registry",

@@ -21,6 +21,7 @@ FLOORS = {
         {"loader", "model", "checkpoint", "recorders", "datasheet"},
         {"tracking"},
         {"objective", "exported", "job"},
+        {"hub"},
         {"planning", "embedding", "released", "report"},
         {"training", "evaluation", "gene_analysis"},
         {"finetune"},
@@ -43,7 +44,8 @@ DATA_PREP_MAY_USE = {"files", "progress", "command_line", "corpus", "datasheet"}
 PLACES = {
     "torch": {
         "sclong_ds.engine", "sclong_ds.model", "sclong_ds.checkpoint", "sclong_ds.objective",
-        "sclong_ds.exported", "sclong_ds.job", "sclong_ds.embedding", "sclong_ds.released",
+        "sclong_ds.exported", "sclong_ds.hub", "sclong_ds.job", "sclong_ds.embedding",
+        "sclong_ds.released",
         "sclong_ds.evaluation", "sclong_ds.gene_analysis", "sclong_ds.training",
         "sclong_ds.finetune", "sclong_ds.pretrain", "sclong_ds.demo", "kernels",
     },

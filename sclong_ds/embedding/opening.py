@@ -11,8 +11,8 @@ from torch import Tensor
 from data_prep.manifest.input_options import input_dataset
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
-from sclong_ds.exported.hub import model_folder
 from sclong_ds.exported.model_dir import load_model
+from sclong_ds.hub.hub import model_folder
 from sclong_ds.model.sclong import ScLong
 
 

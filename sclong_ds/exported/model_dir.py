@@ -44,7 +44,6 @@ from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.datasheet.citations import COLUMNS, UNKNOWN, doi_address, table
-from sclong_ds.exported.hub import model_folder
 from sclong_ds.exported.manifest import CURE, WEIGHTS, check_files, write_manifest
 from sclong_ds.exported.recipe_file import ChosenRecipe, read_control, read_recipe, write_recipe
 from sclong_ds.exported.training_cells import TrainingCells
@@ -292,8 +291,7 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
     On the CPU its weights are mapped from the file: keep the file while the model is in use.
 
     Args:
-        model_dir: Folder written by `python -m sclong_ds export` or `import-reference`, or the
-            address of one, hf://ORG/NAME or https://..., which is fetched into a cache.
+        model_dir: Folder written by `python -m sclong_ds export` or `import-reference`.
         device: Where the model goes.
 
     Returns:
@@ -303,7 +301,7 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
         FileNotFoundError: Not there, or a file is missing.
         ValueError: A damaged file, another format version, or files that do not belong together.
     """
-    folder = model_folder(model_dir)
+    folder = Path(model_dir)
     model = _with_weights(folder, read_description(folder))
     model.recipe = read_recipe(folder, base_dim=model.config.base_dim)
     model.control = read_control(folder, base_dim=model.config.base_dim)

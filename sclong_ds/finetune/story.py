@@ -28,7 +28,6 @@ from sclong_ds.engine.deepspeed_engine import quiet_deepspeed
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.ranks import Ranks, join_process_group, on_first_rank
 from sclong_ds.exported.head import HeadShape
-from sclong_ds.exported.hub import model_folder
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import read_training_cells, share_in_training
@@ -41,6 +40,7 @@ from sclong_ds.finetune.sections import Sections
 from sclong_ds.finetune.setting import Options, Setting
 from sclong_ds.finetune.trainee import Trainee
 from sclong_ds.finetune.written.results import write_results
+from sclong_ds.hub.hub import model_folder
 from sclong_ds.job import failures
 from sclong_ds.job.exit_status import STOP_STATUS
 from sclong_ds.job.signals import StopRequest

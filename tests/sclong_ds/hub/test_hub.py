@@ -17,8 +17,8 @@ from served_hub import Hub
 
 import sclong_ds
 from sclong_ds.__main__ import main
-from sclong_ds.exported.hub import front_matter, model_folder, push_to_hub
 from sclong_ds.exported.manifest import check_files
+from sclong_ds.hub.hub import front_matter, model_folder, push_to_hub
 
 GENES = named_genes(60)
 

@@ -31,6 +31,9 @@ from sclong_ds.progress import count_progress
 
 if TYPE_CHECKING:
     import requests
+    import torch
+
+    from sclong_ds.model.sclong import ScLong
 
 _SECONDS = (10, 60)
 """Of a connection, and between two pieces of an answer."""
@@ -53,6 +56,29 @@ def model_folder(place: str | Path) -> Path:
     if text.startswith(HUB):
         return _from_hub(text)
     return _from_web(text.rstrip("/")) if text.startswith(WEB) else Path(place)
+
+
+def load_model(place: str | Path, *, device: str | torch.device = "cpu") -> ScLong:
+    """Load an exported model in evaluation mode.
+
+    On the CPU its weights are mapped from the file: keep the file while the model is in use.
+
+    Args:
+        place: Folder of `python -m sclong_ds export` or `import-reference`, or the address of one,
+            hf://ORG/NAME[@REVISION] or https://..., which is fetched into a cache.
+        device: Where the model goes.
+
+    Returns:
+        The model, float32, with `genes` (GeneVocabulary) and `transform` (Transform) set.
+
+    Raises:
+        FileNotFoundError: Not there, or a file is missing.
+        OSError: A server does not answer.
+        ValueError: A damaged file, another format version, or files that do not belong together.
+    """
+    from sclong_ds.exported import model_dir
+
+    return model_dir.load_model(model_folder(place), device=device)
 
 
 def _from_hub(address: str) -> Path:
