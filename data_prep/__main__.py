@@ -293,6 +293,7 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
 
 def _run_finalize(args: argparse.Namespace) -> int:
     from data_prep.corpus.finalize import finalize
+    from sclong_ds.datasheet.health import health_of
     from sclong_ds.progress import stage_progress
 
     with stage_progress("cells") as progress:
@@ -308,7 +309,7 @@ def _run_finalize(args: argparse.Namespace) -> int:
             progress=progress,
         )
     if args.json:
-        print(json.dumps(catalogue, indent=1))
+        print(json.dumps(catalogue | {"health": health_of(catalogue).as_json()}, indent=1))
         return 0
     left_out = sum(d["status"] in ("failed", "excluded") for d in catalogue["unused"])
     splits = ", ".join(
@@ -321,6 +322,7 @@ def _run_finalize(args: argparse.Namespace) -> int:
         f"{catalogue['duplicates_dropped']} duplicates dropped; "
         f"{left_out} datasets left out (failed or excluded); hash {catalogue['hash'][:12]}"
     )
+    print(health_of(catalogue).text())
     return 0
 
 

@@ -304,8 +304,8 @@ def _build(
             write_permuted(datasets, writer, seed=seed, scratch=scratch, progress=progress)
     cells = CellStore(work / "cells.zarr")
     infos = [
-        _dataset_info(s, here, split)
-        for s, here, split in zip(staged, kept, plan.codes, strict=True)
+        _dataset_info(s, here, split, group.donors)
+        for s, here, split, group in zip(staged, kept, plan.codes, groups, strict=True)
     ]
     ends = np.cumsum([0, *(sum(info.split_cells[name] for info in infos) for name in SPLITS)])
     splits = {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
@@ -363,7 +363,12 @@ def _write_measured_genes(path: Path, staged: Sequence[Staged], genes: GeneVocab
     write_atomic(path, content.getvalue())
 
 
-def _dataset_info(s: Staged, kept: NDArray[np.bool_], split: NDArray[np.uint8]) -> DatasetInfo:
+def _dataset_info(
+    s: Staged,
+    kept: NDArray[np.bool_],
+    split: NDArray[np.uint8],
+    donors: tuple[str, ...] | None,
+) -> DatasetInfo:
     per_split = np.bincount(split[kept], minlength=len(SPLITS))
     entry, known = s.ledger, cast("Mapping[str, Any]", s.ledger)
     return DatasetInfo(
@@ -384,6 +389,8 @@ def _dataset_info(s: Staged, kept: NDArray[np.bool_], split: NDArray[np.uint8]) 
         restored=entry["restored"],
         warnings=tuple(known.get("warnings", ())),
         origin=origin_of(entry),
+        median_genes=entry["median_genes"],
+        n_donors=len({*(donors or ())} - {""}),
     )
 
 

@@ -27,6 +27,7 @@ from data_prep.ledger.ledger import LedgerEntry, count_statuses, origin_of
 from data_prep.report import qc_figures
 from data_prep.report.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
 from sclong_ds.datasheet.citations import UNKNOWN
+from sclong_ds.datasheet.health import health_of
 from sclong_ds.files.atomic import write_atomic
 
 TEMPLATE = Path(__file__).parents[1] / "resources" / "qc_report.html"
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     facts = {
         "out": str(args.out),
         "finalized": summary.catalogue is not None,
+        "health": health_of(summary.catalogue).as_json() if summary.catalogue else None,
         "counts": count_statuses([dataset.entry for dataset in summary.datasets]),
         "n_pending": len(summary.pending),
         "n_cells": summary.n_cells,
@@ -63,7 +65,7 @@ def page(summary: Summary) -> str:
     Args:
         summary: Of a corpus.
     """
-    parts = [_datasets(summary), _warnings(summary)]
+    parts = [_health(summary), _datasets(summary), _warnings(summary)]
     if summary.used:
         parts += [_cells(summary), _coverage(summary), _restored(summary)]
         parts += [_losses(summary), _standing_out(summary), _sources(summary)]
@@ -89,6 +91,22 @@ def _status(summary: Summary) -> str:
     unit = {"cell": "single cells"}.get(summary.catalogue["split_unit"])
     held_out = unit or f"whole {summary.catalogue['split_unit']}s"
     return f'<span class="tag ok">finished corpus</span> validation and test hold {held_out}'
+
+
+def _health(summary: Summary) -> str:
+    """Return the verdict on the finished corpus, with what to do."""
+    if summary.catalogue is None:
+        return ""
+    health = health_of(summary.catalogue)
+    tags = {"green": "ok", "amber": "excluded", "red": "failed"}
+    rows = "".join(
+        f'<li><span class="tag {tags[f.level]}">{f.level}</span> {html.escape(f.reason)}; '
+        f"{html.escape(f.cure)}.</li>"
+        for f in health.findings
+    )
+    text = f"<ul>{rows}</ul>" if rows else "<p>Nothing speaks against training on it.</p>"
+    tag = f'<span class="tag {tags[health.verdict]}">{health.verdict}</span>'
+    return f"<h2>Health {tag}</h2>{text}"
 
 
 def _facts(summary: Summary) -> str:

@@ -76,6 +76,10 @@ class DatasetInfo:
     origin: Mapping[str, str] | None = None
     """Where the data come from, as manifest and file state: url, version, title, doi, licence,
     citation and the like, those that are known; None before version 3."""
+    median_genes: float | None = None
+    """Median genes a cell, of the cells staged; None before version 3."""
+    n_donors: int | None = None
+    """Donors that it names; None before version 3."""
     warnings: tuple[str, ...] | None = None
     """What to know about the dataset before training on it; None where no ledger records it."""
 

@@ -31,6 +31,7 @@ from sclong_ds.config.sections import (
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.datasheet.health import Health, health_of
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 from sclong_ds.objective.targets import target_count
@@ -443,8 +444,19 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         ds_config = resolve_ds_config(config.engine, world_size=site.nodes * site.gpus_per_node)
     plan = {"config": args.config} | make_plan(config, ds_config, site=site, work=work)
-    print(json.dumps(plan, indent=2) if args.json else format_plan(plan))
+    health = _health(config.data)
+    if health is not None:
+        plan["health"] = health.as_json()
+    text = format_plan(plan) + (f"\n{health.text()}" if health else "")
+    print(json.dumps(plan, indent=2) if args.json else text)
     return 0
+
+
+def _health(data: DataConfig) -> Health | None:
+    """Return the verdict on the corpus, if the configuration names one."""
+    if not data.corpus:
+        return None
+    return health_of(Corpus(data.corpus, cache_dir=data.cache_dir).catalogue)
 
 
 def _workload(data: DataConfig, graph: str | None, cells: int | None) -> Workload:

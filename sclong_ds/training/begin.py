@@ -24,7 +24,13 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.run_folder.identity import node_name
 from sclong_ds.tracking.tracker import Tracker
-from sclong_ds.training.build import measured_genes, open_corpus, open_engine, open_model
+from sclong_ds.training.build import (
+    log_health,
+    measured_genes,
+    open_corpus,
+    open_engine,
+    open_model,
+)
 from sclong_ds.training.pictured import Pictures
 from sclong_ds.training.run import Counted, Given, Opened, describe
 from sclong_ds.training.saving import Saver
@@ -59,6 +65,8 @@ def begin(given: Given, starting: Starting) -> Run:
     config, ranks = given.config, given.ranks
     starting.phase("corpus", f"the corpus at {config.data.corpus}")
     corpus = open_corpus(config.data)
+    if ranks.rank == 0:
+        log_health(corpus)
     starting.phase("model", "the model and its optimizer, or another rank that makes them")
     model, weights = open_model(given, corpus)
     state = first_state(given, corpus)

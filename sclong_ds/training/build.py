@@ -19,6 +19,7 @@ from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.config.sections import DataConfig, EngineConfig, ModelConfig
 from sclong_ds.corpus.corpus import Corpus, GeneStats
 from sclong_ds.corpus.gene_graph import read_gene_graph
+from sclong_ds.datasheet.health import health_of
 from sclong_ds.engine.deepspeed_engine import (
     Engine,
     build_partitioned,
@@ -103,6 +104,14 @@ def open_corpus(data: DataConfig) -> Corpus:
     if not len(corpus.splits["train"]):
         raise ValueError(f"data.corpus={data.corpus}: its training split has no cells")
     return corpus
+
+
+def log_health(corpus: Corpus) -> None:
+    """Log the verdict on the corpus, as a warning where it is not green."""
+    health = health_of(corpus.catalogue)
+    level = logging.INFO if health.verdict == "green" else logging.WARNING
+    for line in health.lines():
+        log.log(level, "%s", line)
 
 
 def measured_genes(data: DataConfig, corpus: Corpus) -> MeasuredGenes | None:

@@ -123,6 +123,16 @@ def test_page_is_whole_and_escaped(corpus: Path) -> None:
     assert page(summarize(corpus)) == text
 
 
+def test_health_is_on_top_with_what_to_do(corpus: Path) -> None:
+    assert "<h2>Health" not in page(summarize(corpus))
+    finalize(corpus, split_by="cell")
+    text = page(summarize(corpus))
+    top = text[text.index("<h2>Health") : text.index("<h2>Datasets")]
+    assert '<span class="tag failed">red</span>' in top
+    assert "validation cells, fewer than 60; add datasets" in top
+    Page(text)
+
+
 def test_sources_and_licences(corpus: Path) -> None:
     assert "No dataset names its title" in page(summarize(corpus))
     change(corpus, "b", origin={"title": "A <b>title", "licence": "CC0"}, about={"doi": "10.1/2"})
