@@ -132,4 +132,7 @@ def read_failure(run_dir: Path, *, start: str | None) -> str | None:
         start: A `start_id`.
     """
     row = read_sound(run_dir / FAILURE_FILE)
+    if row and not {"life", "error"} <= row.keys():
+        log.warning("%s: not what a rank writes that fails; ignored", run_dir / FAILURE_FILE)
+        return None
     return row.get("error") if start is not None and row.get("life") == start else None

@@ -247,6 +247,9 @@ def read_verdict(run_dir: Path, *, start: str | None) -> dict[str, Any] | None:
         start: A `start_id`.
     """
     verdict = read_sound(run_dir / PREFLIGHT_FILE)
+    if verdict and not {"life", "bad_nodes"} <= verdict.keys():
+        log.warning("%s: not what a preflight writes; ignored", run_dir / PREFLIGHT_FILE)
+        return None
     return verdict if start is not None and verdict.get("life") == start else None
 
 

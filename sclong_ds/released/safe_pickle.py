@@ -166,8 +166,9 @@ class _Unpickler(_PythonUnpickler):
         kind, key, _, length = pid[1:5]
         _expect(type(kind) is _Rule and kind.name in _STORAGES, "a type of storage")
         _expect(type(key) is str and type(length) is int and length >= 0, "a storage's key, size")
-        _expect(pid[5:] in ((), (None,)) and self._storage is not None, "a storage that is no view")
-        return _Storage(self._storage(key, _STORAGES[kind.name], length))
+        storage: Any = self._storage
+        _expect(pid[5:] in ((), (None,)) and storage is not None, "a storage that is no view")
+        return _Storage(storage(key, _STORAGES[kind.name], length))
 
     def _reduce(self) -> None:
         args, rule = self.stack.pop(), self.stack[-1]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.job import failures
 from sclong_ds.job.restarts import (
+    PREFLIGHT_FILE,
     RESTARTS_FILE,
     bad_nodes,
     begin,
@@ -20,6 +22,7 @@ from sclong_ds.job.restarts import (
     main,
     newest_step,
     read_starts,
+    read_verdict,
     seconds_to_save,
 )
 from sclong_ds.run_folder.files import RunFolder, update_run_json
@@ -170,6 +173,16 @@ def test_a_start_says_that_the_record_is_not_what_was_written(
     assert f"{run_dir / RESTARTS_FILE}: missing" in capsys.readouterr().err
     assert main(arguments) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", [failures.FAILURE_FILE, PREFLIGHT_FILE])
+def test_another_file_of_the_run_in_its_place_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    write_sealed(tmp_path / name, {"run_id": "a", "status": "FINISHED"})
+    assert failures.read_failure(tmp_path, start="7.0") is None
+    assert read_verdict(tmp_path, start="7.0") is None
+    assert str(tmp_path / name) in caplog.text
 
 
 def test_a_hang_of_this_life_asks_for_another(tmp_path: Path) -> None:
