@@ -78,6 +78,10 @@ def prepare_data() -> int:
     return data_prep()
 
 
+_JOINS_RANKS = {"finetune"}
+"""Commands whose process ends as a rank must, see `sclong_ds.job.failures.run_to_end`."""
+
+
 def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser; only the command in `argv` is imported and has its arguments."""
     parser = argparse.ArgumentParser(
@@ -96,13 +100,19 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 bad usage."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    own_process = argv is None
+    # The deepspeed launcher puts --local_rank=N in front; ranks read the environment.
+    words = sys.argv[1:] if argv is None else argv
+    argv = [word for word in words if not word.startswith("--local_rank=")]
     args = parse_arguments(parser(argv), argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     try:
-        return import_module(COMMANDS[args.command][0]).run(args)
+        status = import_module(COMMANDS[args.command][0]).run(args)
+        if own_process and args.command in _JOINS_RANKS:
+            import_module("sclong_ds.job.failures").run_to_end(lambda: status)
+        return int(status)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

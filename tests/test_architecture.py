@@ -56,7 +56,8 @@ PLACES = {
     "tensorboard": {"sclong_ds.recorders"},
     "wandb": {"sclong_ds.recorders"},
     "matplotlib": {
-        "sclong_ds.report", "sclong_ds.evaluation", "data_prep.graph", "data_prep.report",
+        "sclong_ds.report", "sclong_ds.evaluation", "sclong_ds.finetune", "data_prep.graph",
+        "data_prep.report",
     },
     "tqdm": {"sclong_ds.progress"},
     "kernels": {"sclong_ds.model", "sclong_ds.training"},

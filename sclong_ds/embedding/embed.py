@@ -41,6 +41,7 @@ from sclong_ds.embedding.cells import Cells
 from sclong_ds.embedding.opening import cells_of, model_of
 from sclong_ds.embedding.record import input_record, origin_of, record_of, training_record
 from sclong_ds.embedding.stored import UNS_KEY, measured_column, measured_record
+from sclong_ds.exported.head import FittedHead, read_head
 from sclong_ds.exported.training_cells import (
     TrainingCells,
     read_training_cells,
@@ -57,6 +58,7 @@ KEY = "X_sclong"
 # HDF5 guesses tiny chunks for arrays that start empty; level 1 packs counts nearly as well as 9.
 _STORAGE = {"chunks": (2**17,), "compression": "gzip", "compression_opts": 1}
 _FEW_GENES = 0.5
+_Columns = dict[str, np.ndarray]
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         with_counts=not args.no_counts,
         origin=origin_of(args),
         training_cells=training_cells,
+        head=read_head(args.model_dir),
     )
     print(share_in_training(training_cells, coverage.n_cells_in_training, coverage.n_cells))
     print(
@@ -183,6 +186,54 @@ def pooled_counts(
     return pooled
 
 
+def embed_and_predict(
+    model: ScLong,
+    counts: csr_matrix,
+    head: FittedHead | None,
+    *,
+    batch_size: int = 8,
+    on_cells: Callable[[int], None] | None = None,
+    measured: MeasuredGenes | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return embeddings (n, W) and the columns of obs that a head predicts, from one pass.
+
+    Args:
+        model: As in `embed_counts`, which names the errors too.
+        counts: As in `embed_counts`.
+        head: The head; None predicts nothing.
+        batch_size: As in `embed_counts`.
+        on_cells: As in `embed_counts`.
+        measured: As in `embed_counts`.
+    """
+    how: dict[str, Any] = {"batch_size": batch_size, "on_cells": on_cells, "measured": measured}
+    if head is None:
+        return embed_counts(model, counts, **how), {}
+    shape, width = head.head.shape, model.config.base_dim
+    parts = tuple(dict.fromkeys((*shape.parts, *model.recipe.parts)))
+    pooled = pooled_counts(model, counts, parts, **how)
+    of = {part: pooled[:, i * width : (i + 1) * width] for i, part in enumerate(parts)}
+    columns = head.columns(np.concatenate([of[part] for part in shape.parts], axis=1))
+    empty = np.diff(counts.indptr) == 0
+    columns[f"predicted_{head.label}_unknown"] |= empty
+    embedded = recipe_rows(model, [of[part] for part in model.recipe.parts])
+    embedded[empty] = 0.0
+    return embedded, columns
+
+
+def recipe_rows(model: ScLong, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the embeddings (n, W) by a model's recipe of its parts, each (n, C)."""
+    device = next(model.parameters()).device
+    given = [torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts]
+    with torch.inference_mode():
+        return np.array(model.recipe.apply(given).float().cpu().numpy())
+
+
+def _joined(blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the columns of consecutive cells as one."""
+    names = blocks[0] if blocks else {}
+    return {name: np.concatenate([block[name] for block in blocks]) for name in names}
+
+
 def _inputs(
     model: ScLong, counts: csr_matrix, *, batch_size: int, measured: MeasuredGenes | None
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
@@ -216,6 +267,7 @@ def embed_to_file(
     with_counts: bool,
     origin: dict[str, Any] | None = None,
     training_cells: TrainingCells | None = None,
+    head: FittedHead | None = None,
 ) -> Coverage:
     """Embed all cells of an input and write the h5ad; it appears whole or not at all.
 
@@ -228,6 +280,7 @@ def embed_to_file(
         with_counts: Whether to write the counts as X.
         origin: What the cells are, for the record.
         training_cells: What the model was trained on; None: not known.
+        head: Adds its predictions to obs; None: nothing was fine-tuned on the model.
 
     Returns:
         What was embedded.
@@ -235,7 +288,7 @@ def embed_to_file(
     Raises:
         ValueError: Values that are not counts, found while reading.
     """
-    n_cells, done, n_input_counts, n_known = len(cells.obs), 0, 0, 0
+    n_cells, done, n_input_counts, n_known, predicted = len(cells.obs), 0, 0, 0, list[_Columns]()
     n_genes_mapped, n_counts = np.zeros(n_cells, dtype=np.int32), np.zeros(n_cells, dtype=np.int64)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_hdf5(out) as (file, written), count_progress("embed", n_cells, "cells") as on_cells:
@@ -244,13 +297,11 @@ def embed_to_file(
             part = slice(done, done + block.counts.shape[0])
             n_genes_mapped[part] = np.diff(block.counts.indptr)
             n_counts[part] = np.asarray(block.counts.sum(axis=1)).ravel()
-            embedded[part] = embed_counts(
-                model,
-                block.counts,
-                batch_size=batch_size,
-                on_cells=on_cells,
+            embedded[part], columns = embed_and_predict(
+                model, block.counts, head, batch_size=batch_size, on_cells=on_cells,
                 measured=None if cells.measured is None else cells.measured.of(part),
-            )
+            )  # fmt: skip
+            predicted.append(columns)
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))
             written.check()
@@ -259,8 +310,8 @@ def embed_to_file(
         if done != n_cells:
             raise ValueError(f"the input lists {n_cells} cells, but its matrix holds {done}")
         coverage = _coverage(cells, n_counts, n_input_counts, n_known, n_genes=model.n_genes)
-        obs = cells.obs.assign(n_genes_mapped=n_genes_mapped, n_counts_mapped=n_counts)
-        obs = obs.assign(**measured_column(cells.measured))
+        mapped = {"n_genes_mapped": n_genes_mapped, "n_counts_mapped": n_counts}
+        obs = cells.obs.assign(**mapped, **measured_column(cells.measured), **_joined(predicted))
         write_elem(file, "obs", plain_columns(obs))
         record = record_of(model, model_dir) | _record_of_cells(cells, coverage, training_cells)
         write_elem(file, "uns", {UNS_KEY: record | (origin or {})})

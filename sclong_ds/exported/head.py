@@ -78,7 +78,11 @@ class Head(nn.Module):
         if shape.hidden:
             layers = [nn.Linear(width, shape.hidden), nn.GELU(), nn.Dropout(shape.dropout)]
             width = shape.hidden
-        self.layers = nn.Sequential(*layers, nn.Linear(width, shape.n_outputs))
+        last = nn.Linear(width, shape.n_outputs)
+        # From no opinion: early stopping then keeps weights small along what few cells tell.
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*layers, last)
 
     def fit_scale(self, features: Tensor) -> None:
         """Centre and scale by training cells (n, F); a feature without variance stays 0."""
@@ -86,6 +90,11 @@ class Head(nn.Module):
         spread = found.std(dim=0)
         self.centre.copy_(found.mean(dim=0))
         self.scale.copy_(torch.where(spread > 0, 1 / spread.clamp(min=1e-12), 0.0))
+
+    def size(self) -> Tensor:
+        """Return the sum of the squared weights, for a penalty."""
+        squares = [p.float().square().sum() for p in self.layers.parameters() if p.ndim > 1]
+        return torch.stack(squares).sum()
 
     def scaled(self, features: Tensor) -> Tensor:
         """Return features (B, F) centred and scaled."""

@@ -9,6 +9,7 @@ No DeepSpeed needed.
     MODEL_DIR/random_features.safetensors   the random features of FAVOR+
     MODEL_DIR/training_cells.npz            digests of the cells it was trained on, where known
     MODEL_DIR/embedding.json, embedding.npz the recipe of its embeddings, where one was chosen
+    MODEL_DIR/head.json, head.safetensors   what was fine-tuned on it (`sclong_ds.exported.head`)
     MODEL_DIR/provenance.json               what the model was made from
     MODEL_DIR/README.md                     model card
     MODEL_DIR/manifest.json                 size and checksums of all of these
@@ -44,6 +45,7 @@ from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.datasheet.citations import COLUMNS, UNKNOWN, doi_address, table
+from sclong_ds.exported.head import FittedHead, write_head
 from sclong_ds.exported.manifest import CURE, WEIGHTS, check_files, write_manifest
 from sclong_ds.exported.recipe_file import ChosenRecipe, read_control, read_recipe, write_recipe
 from sclong_ds.exported.training_cells import TrainingCells
@@ -80,6 +82,7 @@ def write_model_dir(
     provenance: Mapping[str, Any],
     training_cells: TrainingCells | None = None,
     choose: Callable[[ScLong], ChosenRecipe | None] | None = None,
+    head: FittedHead | None = None,
 ) -> None:
     """Write an exported model; the folder appears whole or not at all.
 
@@ -93,8 +96,8 @@ def write_model_dir(
         features: The random features (M, K) by `stack.layer`, or None: they are drawn.
         provenance: What the model was trained or imported from.
         training_cells: What it was trained on; None: not known.
-        choose: Given the model, returns the recipe of its embeddings, or None: the mean over the
-            expressed genes.
+        choose: Gives the recipe of its embeddings; None: the mean over the expressed genes.
+        head: What was fine-tuned on the model, or None.
 
     Raises:
         FileExistsError: `out` exists.
@@ -117,8 +120,8 @@ def write_model_dir(
         shapes = {n: tuple(t.shape) for n, t in _empty_model(partial, config).state_dict().items()}
         _write_weights(partial / WEIGHTS, weights, shapes)
         chosen = None if choose is None else choose(_with_weights(partial, config))
-        if chosen is not None:
-            write_recipe(partial, chosen)
+        if head is not None:
+            write_head(partial, head)
         n_parameters = sum(map(math.prod, shapes.values()))
         _write_texts(partial, config, provenance, n_parameters, chosen)
         write_manifest(partial)
@@ -136,6 +139,8 @@ def _write_texts(
     n_parameters: int,
     chosen: ChosenRecipe | None,
 ) -> None:
+    if chosen is not None:
+        write_recipe(folder, chosen)
     card = model_card(config, provenance, n_parameters=n_parameters, chosen=chosen)
     texts = {
         "config.yaml": yaml.safe_dump(dict(config), sort_keys=False),
@@ -378,7 +383,7 @@ where the total is over these genes. `embed` takes raw counts and does this itse
 Base width {model["base_dim"]}, large width {model["large_dim"]}, {model["top_seq_len"]} genes
 in the large encoder, gene encoder: {model["gene_encoder"]}.
 
-{_embedding(chosen)}
+{_fine_tuned(provenance)}{_embedding(chosen)}
 {_source(provenance) if imported else _training(provenance)}"""
 
 
@@ -390,6 +395,19 @@ def _stacks(model: Mapping[str, Any]) -> str:
         for name in names
     )
     return table(("stack", "layers", "heads x width"), rows)
+
+
+def _fine_tuned(provenance: Mapping[str, Any]) -> str:
+    """Return the part of the card on what was fine-tuned; nothing for a model without a head."""
+    facts = provenance.get("finetuned")
+    if not facts:
+        return ""
+    what = {k: v for k, v in facts.items() if not isinstance(v, (dict, list)) and k != "verdict"}
+    classes = f"Labels: {', '.join(facts['classes'])}.\n\n" if facts["classes"] else ""
+    return (
+        f"## Fine-tuned\n\n{facts['verdict']}.\n\n{classes}`embed` predicts "
+        f"`{facts['label']}`.\n\n{table(('', ''), what.items())}\n"
+    )
 
 
 def _embedding(chosen: ChosenRecipe | None) -> str:

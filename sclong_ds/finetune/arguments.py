@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=MODES,
         default="frozen",
-        help="what is trained: a linear head on the model's embedding (frozen), a head with a "
-        "hidden layer on its pooled layers (head), that head and low-rank additions to the "
-        "stacks (lora), or everything (all) (default %(default)s)",
+        help="what is trained: a head on the model's embedding (frozen), a head on six pooled "
+        "layers of it (head), that head and low-rank additions to the stacks (lora), or "
+        "everything (all) (default %(default)s)",
     )
     add(
         "--regress",
@@ -72,6 +72,12 @@ def _add_fitting(parser: argparse.ArgumentParser) -> None:
         help="passes without a better loss on the held-out groups that end a fit (default: "
         "frozen and head 20, lora and all 3)",
     )
+    _add_head(parser)
+
+
+def _add_head(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of heads, unknown cells and LoRA."""
+    add = parser.add_argument
     add(
         "--unknown-rate",
         type=share,
@@ -80,7 +86,27 @@ def _add_fitting(parser: argparse.ArgumentParser) -> None:
         help="share of the held-out cells that are right which may be called unknown; 0 calls "
         "none (default %(default)s)",
     )
-    add("--dropout", type=share, default=0.1, metavar="SHARE", help="of the head's hidden layer")
+    add(
+        "--hidden",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="width of a hidden layer of the head; 0: the head is linear (default %(default)s)",
+    )
+    add(
+        "--dropout",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="of the hidden layer (default %(default)s)",
+    )
+    add(
+        "--penalty",
+        type=share,
+        default=0.01,
+        metavar="FACTOR",
+        help="on the squared weights of the head (default %(default)s)",
+    )
     add(
         "--stacks",
         default=",".join(STACKS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 
 from sclong_ds.config.load import load_config
@@ -41,12 +42,12 @@ def read_sections(args: argparse.Namespace) -> Sections:
                 f"{item}: settings are of the sections {', '.join(_SECTIONS)}; see --help for what "
                 "else can be chosen"
             )
-    cached = args.mode in ("frozen", "head")
+    cached, world = args.mode in ("frozen", "head"), int(os.environ.get("WORLD_SIZE", "1"))
     defaults = [
-        f"optim.lr={ {'frozen': 1e-2, 'head': 1e-3, 'lora': 1e-3, 'all': 1e-4}[args.mode] }",
+        f"optim.lr={ {'frozen': 3e-3, 'head': 3e-3, 'lora': 1e-3, 'all': 1e-4}[args.mode] }",
         "optim.schedule=constant", "optim.warmup_steps=0", "engine.ds_config=zero1",
         "engine.train_batch_size=32",
-        f"engine.train_micro_batch_size_per_gpu={32 if cached else 4}",
+        f"engine.train_micro_batch_size_per_gpu={max(1, min(32 if cached else 4, 32 // world))}",
         f"checkpoint.every_n_steps={1000 if cached else 50}", "checkpoint.keep_last=1",
         "checkpoint.keep_best=false", "checkpoint.asynchronous=false",
         "tracking.experiment=sclong_ds_finetune", "tracking.picture_cells=null",

@@ -23,7 +23,7 @@ from sclong_ds.finetune.examples import Examples
 from sclong_ds.finetune.sections import Sections
 from sclong_ds.finetune.trainee import Trainee, add_low_rank
 from sclong_ds.job.signals import StopRequest
-from sclong_ds.training.watchdog import Watchdog
+from sclong_ds.job.watchdog import Watchdog
 
 _REFERENCE_CELLS = 2000
 _ABSENT = -1e4
@@ -42,6 +42,8 @@ class Options:
     rank: int
     lora_scale: float
     unknown_rate: float
+    penalty: float
+    """Factor on the squared weights of the head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,19 +10,17 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
 from sclong_ds.embedding.cells import Cells
-from sclong_ds.embedding.embed import pooled_counts
+from sclong_ds.embedding.embed import pooled_counts, recipe_rows
 from sclong_ds.embedding.opening import cells_of, choose_device
 from sclong_ds.engine.deepspeed_engine import quiet_deepspeed
 from sclong_ds.engine.ds_config import resolve_ds_config
@@ -45,19 +43,16 @@ from sclong_ds.job import failures
 from sclong_ds.job.exit_status import STOP_STATUS
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
+from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.model.pooling import Part
-from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress, stage_progress
 from sclong_ds.run_folder.identity import node_name
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.tracking.check import check_tracking
 from sclong_ds.tracking.client import Status
 from sclong_ds.tracking.tracker import Tracker
-from sclong_ds.training.watchdog import Watchdog
 
 IDENTITY, FEATURES = "finetune.json", "features.npz"
-HIDDEN = 128
-"""Width of the hidden layer of every head but that of `frozen`."""
 PARTS = (
     Part("decoder", "value"), Part("decoder", "value^3"), Part("encoders", "value"),
     Part("encoders", "value^3"), Part("gene_vectors", "value"), Part("gene_vectors", "value^3"),
@@ -114,7 +109,7 @@ class Story:
             patience=args.patience or (20 if args.mode in ("frozen", "head") else 3),
             max_epochs=args.max_epochs or (200 if args.mode in ("frozen", "head") else 20),
             stacks=tuple(filter(None, args.stacks.split(","))), rank=args.rank,
-            lora_scale=args.lora_scale, unknown_rate=args.unknown_rate,
+            lora_scale=args.lora_scale, unknown_rate=args.unknown_rate, penalty=args.penalty,
         )  # fmt: skip
         self.known = read_training_cells(args.model_dir)
         used = self.examples.counts[np.flatnonzero(self.examples.used)]
@@ -214,8 +209,8 @@ class Story:
             parts=self.model.recipe.parts if frozen else PARTS,
             base_dim=self.model.config.base_dim,
             n_outputs=self.examples.width,
-            hidden=0 if frozen else HIDDEN,
-            dropout=0.0 if frozen else self.args.dropout,
+            hidden=self.args.hidden,
+            dropout=self.args.dropout,
         )
 
     def _fit_all(self) -> bool:
@@ -241,7 +236,7 @@ class Story:
             if last is None:
                 return False
         self.watchdog.beat(self.offset, "results", patience=PATIENCE)
-        on_first_rank(lambda: self._write(setting, outcome, *last))
+        on_first_rank(lambda: self._write(setting, outcome, *last, embedded))
         return True
 
     def _setting(self, shape: HeadShape, features: NDArray[np.float32], on_step: Any) -> Setting:
@@ -270,7 +265,8 @@ class Story:
         width = self.model.config.base_dim
         columns = {part: slice(i * width, (i + 1) * width) for i, part in enumerate(parts)}
         features = np.concatenate([pooled[:, columns[part]] for part in shape.parts], axis=1)
-        return features, recipe_rows(self.model, pooled, columns)
+        rows = [pooled[:, columns[part]] for part in self.model.recipe.parts]
+        return features, recipe_rows(self.model, rows)
 
     def _pooled(self, parts: tuple[Part, ...]) -> NDArray[np.float32]:
         """Return parts (N, P C) of all cells, each rank encoding a share."""
@@ -335,13 +331,18 @@ class Story:
             return compare(setting, found, embedded=embedded, on_fit=lambda: on_fit(1))
 
     def _write(
-        self, setting: Setting, outcome: Outcome, last: Fitted, trainee: Trainee | None
+        self,
+        setting: Setting,
+        outcome: Outcome,
+        last: Fitted,
+        trainee: Trainee | None,
+        embedded: NDArray[np.float32],
     ) -> None:
         assert trainee is not None
         leak = share_in_training(self.known, self.n_known, self.n_used)
         lines = write_results(
             setting, outcome, last, trainee, self.cells, args=self.args, leak=leak,
-            known=self.known,
+            known=self.known, embedded=embedded,
         )  # fmt: skip
         print("\n".join(lines))
 
@@ -354,11 +355,3 @@ def _save_array(path: Path, pooled: NDArray[np.float32]) -> None:
     partial = partial_name(path).with_suffix(".npz")
     np.savez(partial, pooled=pooled)
     partial.rename(path)
-
-
-def recipe_rows(
-    model: ScLong, pooled: NDArray[np.float32], columns: Mapping[Part, slice]
-) -> NDArray[np.float32]:
-    """Return the embeddings (N, W) by a model's recipe of parts that were pooled (N, P C)."""
-    parts = [torch.from_numpy(pooled[:, columns[part]]) for part in model.recipe.parts]
-    return np.asarray(model.recipe.apply(parts).numpy())

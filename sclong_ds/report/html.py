@@ -68,7 +68,9 @@ break-inside:avoid}h2{break-after:avoid}main,header>div{max-width:none;padding:0
 """
 
 
-def document(title: str, *, status: str, body: str, footer: str) -> str:
+def document(
+    title: str, *, status: str, body: str, footer: str, kind: str = "training report"
+) -> str:
     """Return a whole page.
 
     Args:
@@ -76,13 +78,14 @@ def document(title: str, *, status: str, body: str, footer: str) -> str:
         status: HTML of the line under the heading.
         body: HTML of the sections.
         footer: Text at the end.
+        kind: What the page is.
     """
     title = html.escape(title)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} · training report</title><style>{_STYLE}</style></head><body>
-<header><div><div class="eyebrow">sclong_ds training report</div><h1>{title}</h1>
+<title>{title} · {kind}</title><style>{_STYLE}</style></head><body>
+<header><div><div class="eyebrow">sclong_ds {kind}</div><h1>{title}</h1>
 <p class="status">{status}</p></div></header>
 <main>{body}
 <footer>{html.escape(footer)}</footer>

@@ -9,6 +9,9 @@ import argparse
 import json
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.evaluation.scored_cells import sizes_of
 from sclong_ds.exported.training_cells import TrainingCells
@@ -18,6 +21,9 @@ from sclong_ds.finetune.scored.compare import Outcome
 from sclong_ds.finetune.scored.table import numbers_of, shown_rows, verdict
 from sclong_ds.finetune.setting import Setting
 from sclong_ds.finetune.trainee import Trainee
+from sclong_ds.finetune.written.model import write_model
+from sclong_ds.finetune.written.page import REPORT, page
+from sclong_ds.finetune.written.predictions import write_predictions
 
 
 def write_results(
@@ -30,6 +36,7 @@ def write_results(
     args: argparse.Namespace,
     leak: str,
     known: TrainingCells | None,
+    embedded: NDArray[np.float32],
 ) -> list[str]:
     """Write everything; returns the lines to print.
 
@@ -42,6 +49,7 @@ def write_results(
         args: Arguments of the command.
         leak: The sentence on cells that were in training.
         known: Training cells of the model; None: not known.
+        embedded: (N, W) embedding by the model before fine-tuning.
     """
     examples = setting.examples
     line = verdict(outcome.rows)
@@ -58,10 +66,18 @@ def write_results(
     }  # fmt: skip
     write_atomic(setting.out / "scores.json", (json.dumps(facts, indent=1) + "\n").encode())
     n_groups = len(facts["groups"])
+    head = write_model(
+        setting, outcome, last, trainee, facts=facts, known=known, name=args.input.name
+    )
+    write_predictions(
+        setting, outcome, last, head, cells, embedded=embedded, with_counts=not args.no_counts,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    write_atomic(setting.out / REPORT, page(setting, outcome, facts, shown).encode())
     return [
         line,
         f"{facts['n_cells']} cells of {n_groups} groups of {args.group}, {examples.n_folds} folds, "
         f"{args.seeds} seeds",
         shown.to_string(),
-        f"written to {setting.out}",
+        f"written to {setting.out}: report.html, predictions.h5ad, model",
     ]

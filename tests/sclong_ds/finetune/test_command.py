@@ -9,11 +9,16 @@ Covers
 `sclong_ds/finetune/trainee.py`
 `sclong_ds/finetune/scored/baselines.py`
 `sclong_ds/finetune/scored/compare.py`
+`sclong_ds/finetune/written/figures.py`
+`sclong_ds/finetune/written/model.py`
+`sclong_ds/finetune/written/page.py`
+`sclong_ds/finetune/written/predictions.py`
 `sclong_ds/finetune/written/results.py`
 `sclong_ds/exported/head.py`
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +27,15 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from exported import named_genes, write_model
 from launching import ROOT, environment
 from scipy.sparse import csr_matrix
 
 from sclong_ds.__main__ import main
+from sclong_ds.exported.head import read_head
+from sclong_ds.exported.model_dir import load_model
+from sclong_ds.exported.training_cells import read_training_cells
 
 N_GENES, N_CELLS, DONORS = 60, 96, 6
 GENES = named_genes(N_GENES)
@@ -58,9 +67,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def words(folder: Path, out: str, *more: str) -> list[str]:
+def words(folder: Path, out: str, *more: str, model: str = "exported") -> list[str]:
     return [
-        str(folder / "exported"), str(folder / "cells.h5ad"), "--group", "donor", "--folds", "3",
+        str(folder / model), str(folder / "cells.h5ad"), "--group", "donor", "--folds", "3",
         "--out", str(folder / out), "--min-genes-mapped", "1", "--device", "cpu", *more,
         "tracking.enabled=false", "tracking.system_metrics_every_s=0",
     ]  # fmt: skip
@@ -77,7 +86,26 @@ def statuses(folder: Path) -> dict[str, int]:
         "frozen": (words(folder, "frozen", *LABELS), None),
         "stopped": (words(folder, "resumed", *LABELS, every), 5),
         "resumed": (words(folder, "resumed", *LABELS, every), None),
-        "head": (words(folder, "head", *LABELS, "--mode", "head"), None),
+        "head": (words(folder, "head", *LABELS, "--mode", "head", "--hidden", "16"), None),
+        "lora": (
+            words(
+                folder,
+                "lora",
+                *LABELS,
+                "--mode",
+                "lora",
+                "--max-epochs",
+                "2",
+                "engine.activation_checkpointing=true",
+            ),
+            None,
+        ),
+        "again": (
+            words(
+                folder, "again", *LABELS, "--mode", "all", "--max-epochs", "1", model="lora/model"
+            ),
+            None,
+        ),
         "age": (
             words(
                 folder,
@@ -108,7 +136,8 @@ def scores(folder: Path, out: str) -> dict[str, dict[str, float]]:
 
 
 def test_each_ends_as_it_should(statuses):
-    assert statuses == {"frozen": 0, "stopped": 75, "resumed": 0, "head": 0, "age": 0}
+    ended = dict.fromkeys(statuses, 0) | {"stopped": 75}
+    assert statuses == ended
 
 
 @pytest.mark.parametrize("out", ["frozen", "head"])
@@ -134,6 +163,58 @@ def test_a_fit_that_was_stopped_continues_as_if_it_had_not_been(statuses, folder
     events = (folder / "resumed" / "events.jsonl").read_text()
     assert '"KILLED"' in events
     assert '"resume"' in events
+
+
+@pytest.mark.parametrize("out", ["head", "lora", "age"])
+def test_the_written_model_embeds_and_predicts_as_the_last_fit_did(statuses, folder, out, tmp_path):
+    label = "age" if out == "age" else "kind"
+    arguments = [str(folder / out / "model"), str(folder / "cells.h5ad"), "--device", "cpu"]
+    arguments += ["--out", str(tmp_path / "e.h5ad"), "--min-genes-mapped", "1"]
+    assert main(["embed", *arguments]) == 0
+    given = anndata.read_h5ad(tmp_path / "e.h5ad")
+    found = anndata.read_h5ad(folder / out / "predictions.h5ad")
+    np.testing.assert_allclose(found.obsm["X_sclong"], given.obsm["X_sclong"], atol=1e-4)
+    columns = [name for name in found.obs if name.startswith(f"predicted_{label}")]
+    last = found.obs[f"predicted_{label}_by"] == "final"
+    assert last.sum() == (0 if out == "age" else 4)
+    assert len(columns) == 4
+    for name in columns:
+        if not name.endswith("_by"):
+            assert found.obs[name].notna().all()
+            own, embedded = found.obs[name][last], given.obs[name][last]
+            if own.dtype.kind == "f":
+                np.testing.assert_allclose(own, embedded, atol=1e-4)
+            else:
+                assert own.astype(str).tolist() == embedded.astype(str).tolist()
+
+
+def test_lora_changes_the_chosen_stacks_alone_and_the_cells_are_now_known(statuses, folder):
+    before, after = (load_model(folder / name) for name in ("exported", "lora/model"))
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    changed = {name.partition(".")[0] for (name, old), new in pairs if not torch.equal(old, new)}
+    assert changed == {"large_encoder", "mini_encoder", "decoder"}
+    known = read_training_cells(folder / "lora" / "model")
+    counts = csr_matrix(made_cells().X.astype(np.int64))
+    assert known is not None
+    assert known.hold(counts).tolist() == [False] * 4 + [True] * (N_CELLS - 4)
+    leak = json.loads((folder / "again" / "scores.json").read_text())["training_cells"]
+    assert f"{N_CELLS - 4} of {N_CELLS - 4} cells were in training" in leak
+
+
+def test_a_damaged_head_is_named(statuses, folder, tmp_path):
+    copy = shutil.copytree(folder / "head" / "model", tmp_path / "model")
+    text = (copy / "head.json").read_text()
+    (copy / "head.json").write_text(text.replace('"temperature"', '"warmth"'))
+    with pytest.raises(ValueError, match=r"head\.json: damaged"):
+        read_head(copy)
+
+
+def test_the_page_has_the_verdict_the_table_and_the_pictures(statuses, folder):
+    for out, pictures in (("head", 2), ("age", 1)):
+        text = (folder / out / "report.html").read_text()
+        verdict = json.loads((folder / out / "scores.json").read_text())["verdict"]
+        assert verdict in text
+        assert text.count("data:image/png") == pictures
 
 
 def test_another_fine_tuning_in_the_same_folder_is_refused(folder, capsys):
