@@ -21,6 +21,7 @@ from sclong_ds.engine.deepspeed_engine import Engine
 PARTS = {
     "gene_encoder": ("gene_encoder",),
     "expression_encoder": ("expression_encoder",),
+    "cell_vector": ("cell_vector",),
     "large": ("to_large", "large_encoder", "from_large"),
     "mini": ("mini_encoder",),
     "decoder": ("decoder", "norm"),

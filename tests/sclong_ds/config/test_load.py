@@ -30,6 +30,7 @@ def test_presets_are_there_and_complete():
         "sclong_100m",
         "sclong_1gpu",
         "sclong_1b",
+        "sclong_100m_recommended",
         "sclong_1b_recommended",
     } <= set(preset_names())
 
@@ -42,13 +43,20 @@ def test_every_preset_loads_and_survives_a_round_trip(name, tmp_path):
     assert load_config(copy) == config
 
 
-def test_the_recommended_1b_is_the_published_one_except_for_what_its_comment_argues():
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("sclong_1b", {"lr"}), ("sclong_100m", set())],
+)
+def test_a_recommended_preset_is_the_published_one_except_for_what_its_comment_argues(name, own):
     published, recommended = (
-        to_yaml(load_config(name)).splitlines() for name in ("sclong_1b", "sclong_1b_recommended")
+        to_yaml(load_config(n)).splitlines() for n in (name, f"{name}_recommended")
     )
     changed = {line.split(":")[0].strip() for line in set(recommended) - set(published)}
-    assert changed == {"routing", "zero_genes", "gene_bias", "lr"}
-    assert load_config("sclong_1b_recommended").model.routing == "expressed"
+    assert changed - {"gene_bias"} == own | {
+        "routing", "zero_genes", "cell_offset", "cell_vector"
+    }  # fmt: skip
+    model = load_config(f"{name}_recommended").model
+    assert (model.routing, model.gene_bias, model.cell_vector) == ("expressed", True, "svd")
 
 
 @pytest.mark.parametrize("name", preset_names())

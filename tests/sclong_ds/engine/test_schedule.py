@@ -11,6 +11,7 @@ from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 PUBLISHED = {
     "sclong_1b": (2000, 45000), "sclong_1b_recommended": (2000, 45000),
     "sclong_1gpu": (500, 20000), "sclong_100m": (1000, 50000),
+    "sclong_100m_recommended": (1000, 50000),
     "sclong_tiny": (40, 640), "sclong_reference": (1200610, 3601830),
 }  # fmt: skip
 """Steps of warm-up and of decay by preset, at the preset's own length."""

@@ -7,6 +7,7 @@ from scipy.sparse import csr_matrix
 from small_model import G, cells, small_graph, small_model
 
 from sclong_ds.config.load import load_config
+from sclong_ds.engine.gradient_norms import PARTS
 from sclong_ds.exported.choose_recipe import candidates, without_context
 from sclong_ds.model.pooling import Part, Recipe
 from sclong_ds.model.sclong import ScLong
@@ -79,6 +80,12 @@ def test_gradients():
         return torch.func.functional_call(part, dict(zip(names, given, strict=True)), (x, visible))
 
     assert torch.autograd.gradcheck(vectors, weights)
+
+
+def test_the_gradients_norms_know_its_part():
+    children = {name for name, _ in moved().named_children()}
+    assert "cell_vector" in children
+    assert children <= {child for own in PARTS.values() for child in own}
 
 
 def test_every_weight_is_trained():
