@@ -2,9 +2,9 @@
 
     python docs/write_reference.py
 
-Reads the configuration's sections and presets, the parsers of all commands, and the table of exit
-statuses; writes config.md, cli.md and exit-status.md beside the other pages. A test compares them
-with the code.
+Reads the configuration's sections and presets, the parsers of all commands, the table of exit
+statuses and the names of metrics; writes config.md, cli.md, exit-status.md and metrics.md beside
+the other pages. A test compares them with the code.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -23,6 +24,7 @@ import sclong_ds.__main__ as sclong
 from sclong_ds.config import sections
 from sclong_ds.config.load import load_config, preset_names
 from sclong_ds.job import exit_status
+from sclong_ds.run_folder import metric_names
 
 FOLDER = Path(__file__).parent / "reference"
 _NOTE = "<!-- Written by docs/write_reference.py; change the code, then run it again. -->\n"
@@ -35,6 +37,7 @@ def pages() -> dict[str, str]:
         "config.md": _config_page(),
         "cli.md": _cli_page(),
         "exit-status.md": _exit_status_page(),
+        "metrics.md": _metrics_page(),
     }
 
 
@@ -159,6 +162,36 @@ def _statuses() -> Iterator[tuple[int, str]]:
     for part in _text(text).rstrip(".").split("; "):
         number, meaning = part.split(" ", 1)
         yield int(number), meaning
+
+
+def _metrics_page() -> str:
+    lines = [
+        "# Names of metrics\n",
+        _NOTE,
+        "Columns of metrics.jsonl, in MLflow and the other trackers under the same names; a figure "
+        "of a baseline is `val/BASELINE/FIGURE`, of "
+        f"{', '.join(f'`{name}`' for name in metric_names.BASELINES)}. "
+        "[All that is recorded](../operate/review-in-mlflow.md)\n",
+        "| name | meaning |",
+        "|---|---|",
+    ]
+    body = ast.parse(inspect.getsource(metric_names)).body
+    for node, after in itertools.pairwise(body):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            meaning = _text(str(ast.literal_eval(after.value))) if said else _MEANINGS[
+                str(node.value.value)]  # fmt: skip
+            lines.append(f"| `{node.value.value}` | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+_MEANINGS = {
+    "train/loss": "Mean squared error of the hidden values of the step's cells.",
+    "val/mse": "Mean squared error of the hidden values of held-out cells.",
+    "val/pearson": "Correlation of predicted and true hidden values.",
+    "val/baseline_pearson": "The same of the per-gene mean.",
+}
+"""Of names that need no word in the code."""
 
 
 def _text(text: str | None) -> str:
