@@ -32,7 +32,7 @@ from sclong_ds.job import failures
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
 from sclong_ds.run_folder.identity import node_name
-from sclong_ds.training.run_checks import check_inputs, check_run_folder
+from sclong_ds.training.run_checks import check_inputs, check_launch, check_run_folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         if config.run.dir is not None and not args.dry_run:
             run_dir = Path(config.run.dir)
+        check_launch()
         check_inputs(config)
         stop = StopRequest()
         rank = int(os.environ.get("RANK", "0"))
@@ -143,6 +144,7 @@ def train(config: RunConfig) -> Path:
         FileNotFoundError: A file that the configuration names is absent.
         RuntimeError: A device or another rank failed.
     """
+    check_launch()
     check_inputs(config)
     stop = StopRequest()
     try:

@@ -29,6 +29,9 @@ def one_machine(local_size: int) -> bool:
     Args:
         local_size: Ranks on this machine; 0 where the launcher does not tell.
     """
+    # The launcher deepspeed counts its machines; LOCAL_WORLD_SIZE may be left from another one.
+    if os.environ.get("CROSS_SIZE", "1") != "1":
+        return False
     # The agent of torchrun has a store of its own, which its ranks must take.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return False

@@ -73,7 +73,8 @@ def report(error: Exception, run_dir: Path | None) -> int:
             f": {sys.executable} cannot import what training needs; use the environment that "
             f"requirements.txt was installed in, or install it again"
         )
-    rank = int(os.environ.get("RANK", "0"))
+    told = os.environ.get("RANK", "0")
+    rank = int(told) if told.isdecimal() else 0
     # A message that finds no room, in a log on a full disk, must not change the status.
     with contextlib.suppress(OSError):
         if isinstance(error, RuntimeError):

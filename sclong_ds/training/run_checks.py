@@ -18,6 +18,41 @@ from sclong_ds.config.sections import ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.run_folder.credentials import without_credentials
 
+_OF_A_RANK = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCH = (
+    "start training with slurm/pretrain.sh, the deepspeed launcher or torchrun, or set RANK, "
+    "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process"
+)
+
+
+def check_launch() -> None:
+    """Check what a launcher told this process of the ranks.
+
+    Raises:
+        ValueError: Several tasks were started without a word about their ranks, and each would
+            train alone in the same run folder; or some of what a rank needs is missing or no
+            number.
+    """
+    if "RANK" not in os.environ:
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if os.environ.get(name, "") not in ("", "1"):
+                raise ValueError(
+                    f"{name}={os.environ[name]}, but RANK is not set: each task would train alone "
+                    f"in the same run.dir; {_LAUNCH}"
+                )
+        return
+    missing = [name for name in ("RANK", *_OF_A_RANK) if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"RANK is set, but {' and '.join(missing)} not; {_LAUNCH}")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise ValueError(f"{name}: got '{os.environ[name]}', must be a whole number; {_LAUNCH}")
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise ValueError(
+            f"RANK: got {os.environ['RANK']}, must be below WORLD_SIZE={os.environ['WORLD_SIZE']}; "
+            f"{_LAUNCH}"
+        )
+
 
 def check_inputs(config: RunConfig) -> None:
     """Check what the command line must name, before anything is imported or joined.

@@ -71,16 +71,18 @@ def test_torch_meets_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "local_size", "agent", "expected"),
-    [("1", 0, None, True), ("4", 4, None, True), ("4", 2, None, False), ("4", 0, None, False),
-     ("4", 4, "True", False)],
+    ("world_size", "local_size", "told", "expected"),
+    [("1", 0, {}, True), ("4", 4, {}, True), ("4", 2, {}, False), ("4", 0, {}, False),
+     ("4", 4, {"TORCHELASTIC_USE_AGENT_STORE": "True"}, False),
+     ("4", 4, {"CROSS_SIZE": "2"}, False), ("4", 4, {"CROSS_SIZE": "1"}, True)],
 )  # fmt: skip
 def test_one_machine_is_told_by_the_launcher(
     monkeypatch: pytest.MonkeyPatch,
-    world_size: str, local_size: int, agent: str | None, expected: bool,
+    world_size: str, local_size: int, told: dict[str, str], expected: bool,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", world_size)
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    if agent:
-        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "CROSS_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
     assert one_machine(local_size) is expected
