@@ -9,6 +9,10 @@
 #     -- --config sclong_1b
 #
 #   --manifest FILE     datasets, as for `python -m data_prep convert`
+#   --from "..."        instead: what `python -m data_prep fetch --from` takes, such as
+#                       "cellxgene --organism human --primary-only"; the list is made here and now and
+#                       pinned in DIR/sources, and each task of convert fetches, converts and removes
+#                       file by file, with --convert "--keep-bytes 200GB"
 #   --out DIR           folder to make: DIR/corpus, DIR/graph.npz and the run folder DIR/run
 #   --tasks N           tasks of the array that converts (1)
 #   --keep-going        continue without datasets that cannot be converted; without it the chain ends
@@ -25,11 +29,12 @@
 set -euo pipefail
 
 main() {
-  local manifest="" out="" tasks=1 after_convert=afterok
+  local manifest="" from="" out="" tasks=1 after_convert=afterok
   local convert="" finalize="" graph="" prep="" train=""
   while (($#)); do
     case $1 in
       --manifest) manifest=$(value "$@") ;;
+      --from) from=$(value "$@") ;;
       --out) out=$(value "$@") ;;
       --tasks) tasks=$(value "$@") ;;
       --convert) convert=$(value "$@") ;;
@@ -54,12 +59,22 @@ main() {
     fail "$PWD is not the project: run it from the project root, or set SCLONG_HOME"
   fi
   if [[ -z $out || $# == 0 ]]; then fail "--out DIR and, after --, --config PRESET|FILE are needed"; fi
-  if [[ ! -f $manifest ]]; then fail "--manifest '$manifest': no such file"; fi
+  if [[ -n $from && -n $manifest ]]; then fail "give --manifest or --from, not both"; fi
+  if [[ -z $from && ! -f $manifest ]]; then fail "--manifest '$manifest': no such file"; fi
   if [[ ! $tasks =~ ^[1-9][0-9]*$ ]]; then fail "--tasks $tasks: got no number above 0"; fi
   home="${SCLONG_HOME:-$PWD}"
   mkdir -p "$out"
-  manifest=$(realpath "$manifest")
   out=$(realpath "$out")
+  if [[ -n $from ]]; then
+    (
+      # shellcheck source-path=SCRIPTDIR source=env.sh
+      source "$home/slurm/env.sh"
+      # shellcheck disable=SC2086 # several options in one string
+      $SCLONG_CONTAINER python -m data_prep fetch --from $from --out "$out/sources" --list >&2
+    ) || exit 2
+    manifest="$out/sources/manifest.tsv"
+  fi
+  manifest=$(realpath "$manifest")
 
   local training=("$@" run.dir="$out/run" data.corpus="$out/corpus" model.gene_graph="$out/graph.npz")
   # The training begins hours after this.

@@ -119,3 +119,23 @@ def test_a_refused_job_ends_the_submission_and_says_what_is_queued(tmp_path: Pat
     assert refused == "sbatch: error: no"
     assert message.startswith("error: Slurm refused the job of verify")
     assert set(message.split("scancel ")[1].split()) == {"1", "2"}
+
+
+def test_the_list_of_public_datasets_is_made_and_pinned_before_the_chain(tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls\n')
+    sbatch.chmod(0o755)
+    (tmp_path / "list.txt").write_text("a\tfile:///data/a.h5ad\n")
+    done = subprocess.run(
+        ["bash", "slurm/pipeline.sh", "--from", f"{tmp_path}/list.txt", "--convert",
+         "--keep-bytes 1GB", "--out", tmp_path / "out", "--", *SMALL],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == NAMES
+    manifest = tmp_path / "out" / "sources" / "manifest.tsv"
+    assert "a\tfile:///data/a.h5ad\t" in manifest.read_text()
+    assert (manifest.parent / "fetch.lock.json").is_file()
+    first = (tmp_path / "calls").read_text().splitlines()[0]
+    assert f"convert {manifest} --out {tmp_path}/out/corpus --keep-bytes 1GB" in first
