@@ -76,7 +76,7 @@ class Follower:
             self._begin(lambda: self._close(ending))
         return self._collect(wait_s=wait_s) and not self._in_trouble
 
-    def _begin(self, work: Callable[[], None]) -> None:
+    def _begin(self, work: Callable[[], object]) -> None:
         def run() -> None:
             try:
                 work()
