@@ -16,6 +16,7 @@ cell's row in its source. Whatever is added later meets the same rule.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ SplitBy = Literal["auto", "dataset", "donor", "cell"]
 RULE_FILE = "split.json"
 VERSION = 1
 _CURE = "restore it from a copy of the corpus, or delete it to draw the split again"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +180,12 @@ def read_rule(corpus: Path) -> SplitRule | None:
 def _earlier(catalogue: Mapping[str, Any]) -> SplitRule | None:
     found = catalogue.get("options", {})
     unit, known = catalogue.get("split_unit"), {f.name for f in fields(SplitOptions)}
-    # Which single cells it held out is not told by their names.
+    if unit == "cell":
+        _log.warning(
+            "the corpus was split by single cells by an earlier version, which does not tell which "
+            "ones it held out: the split is drawn again, and a run that goes on is validated on "
+            "cells that it may have trained on"
+        )
     if unit not in ("donor", "dataset") or not known <= found.keys():
         return None
     options = {name: found[name] for name in known}

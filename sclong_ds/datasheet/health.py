@@ -55,7 +55,8 @@ class Health:
 
     def lines(self) -> list[str]:
         """Return the verdict and a line for each finding."""
-        head = "fit to train on" if not self.findings else f"{len(self.findings)} findings"
+        n = len(self.findings)
+        head = f"{n} finding{'s' * (n != 1)}" if n else "fit to train on"
         return [
             f"health of the corpus: {self.verdict.upper()} ({head})",
             *(f"  {f.level}: {f.reason}; {f.cure}" for f in self.findings),

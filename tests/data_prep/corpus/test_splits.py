@@ -281,6 +281,19 @@ def test_a_corpus_that_an_earlier_version_split_keeps_its_groups(
     assert finalize(folder)["hash"] == after["hash"]
 
 
+def test_an_earlier_split_by_single_cells_is_drawn_again_with_a_warning(
+    stage_corpus: Stage, counts: Counts, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = stage_corpus({"only": counts(1, 30)}, donors={"only": ["p"] * 30})
+    catalogue = finalize(folder)
+    (folder / "split.json").unlink()
+    write_catalogue(
+        folder, {k: v for k, v in catalogue.items() if k not in ("split_rule", "split_shares")}
+    )
+    assert finalize(folder)["split_unit"] == "cell"
+    assert "the split is drawn again" in caplog.text
+
+
 def test_no_validation_split(stage_corpus: Stage, three: dict[str, sparse.csr_matrix]) -> None:
     folder = stage_corpus(three)
     result = finalize(folder, validation_fraction=0.0)

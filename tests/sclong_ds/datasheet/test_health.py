@@ -67,6 +67,7 @@ def test_single_cells_and_order() -> None:
     assert [finding.level for finding in health.findings] == ["red", "amber"]
     assert health.as_json()["verdict"] == "red"
     assert "donors are in training, too" in health.lines()[2]
+    assert health.lines()[0].endswith("RED (2 findings)")
 
 
 def test_what_an_earlier_version_did_not_record_is_not_judged() -> None:
