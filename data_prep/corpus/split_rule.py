@@ -183,7 +183,7 @@ def _earlier(catalogue: Mapping[str, Any]) -> SplitRule | None:
     if unit == "cell":
         _log.warning(
             "the corpus was split by single cells by an earlier version, which does not tell which "
-            "ones it held out: the split is drawn again, and a run that goes on is validated on "
+            "ones it held out: the split is drawn again, and a resumed run is validated on "
             "cells that it may have trained on"
         )
     if unit not in ("donor", "dataset") or not known <= found.keys():
