@@ -77,7 +77,7 @@ class ValueHead(nn.Module):
         predicted = self.body(h) @ self.weight + bias
         if self.cell_weight is not None:
             assert cell is not None
-            weight = self.cell_weight
+            weight: Tensor = self.cell_weight
             if positions is None:
                 weight = weight.expand(len(h), -1, -1)
             else:
