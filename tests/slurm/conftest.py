@@ -119,10 +119,11 @@ class SlurmCluster:
         command = ["sbatch", "--parsable", f"--output={log}", *options, f"slurm/{script}"]
         return self.command(*command, *map(str, args), env=env).split(";")[0]
 
-    def preempt(self) -> None:
-        """Take both nodes for a moment for a job that goes first."""
+    def preempt(self, nodes: str = ",".join(NODES)) -> None:
+        """Take nodes for a moment for a job that goes first."""
         log = f"--output={self.folder}/jobs/urgent-%j.out"
-        options = ("--partition=urgent", "--nodes=2", "--exclusive", log)
+        number = f"--nodes={len(nodes.split(','))}"
+        options = ("--partition=urgent", number, f"--nodelist={nodes}", "--exclusive", log)
         self.command("sbatch", *options, "--wrap=sleep 1")
 
     def kill_ranks(self, node: str) -> None:
