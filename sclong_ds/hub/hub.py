@@ -203,7 +203,7 @@ def push_to_hub(
         api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
         api.create_repo(name, private=private, exist_ok=True)
         files = [path for path in sorted(folder.iterdir()) if path.name != CARD]
-        content = [(path.name, str(path)) for path in files]
+        content: list[tuple[str, str | bytes]] = [(path.name, str(path)) for path in files]
         content += [(name, text.encode()) for name, text in texts.items()]
         operations = [
             hub.CommitOperationAdd(path_in_repo=place, path_or_fileobj=what)
