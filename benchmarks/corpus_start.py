@@ -42,7 +42,7 @@ GENES_PER_CELL = 1_932
 CELLS_PER_CHUNK = 271
 CHUNKS_PER_SHARD = 32
 DISK_BYTES = 2 * 10**9
-BATCH, GROUP_CHUNKS, PREFETCH, GROUPS_MADE = 256, 30, 4, 3
+BATCH, LANES, PREFETCH = 256, 256, 4
 TARGET_S, TARGET_MIB = 2.0, 300.0
 
 
@@ -80,11 +80,11 @@ def make(folder: Path, n_cells: int) -> None:
             ],
         },
     )
-    stream = open_stream(Corpus(folder), seed=0, group_chunks=GROUP_CHUNKS)
-    groups = stream.groups(0)
-    for _ in range(GROUPS_MADE):
-        chunks = np.searchsorted(chunk_rows, next(groups).rows, side="right") - 1
-        _write_shards(folder / "cells.zarr", payloads, np.unique(chunks))
+    stream = open_stream(Corpus(folder), seed=0, lanes=LANES, batch=BATCH)
+    reads = stream.reads(0, stop=BATCH * 2**8, lanes=None)
+    rows = [int(next(reads).visits()[1][0]) for _ in range(2 * LANES)]
+    chunks = np.searchsorted(chunk_rows, rows, side="right") - 1
+    _write_shards(folder / "cells.zarr", payloads, np.unique(chunks))
 
 
 def _write_cells(path: Path, chunk_rows: NDArray[np.int64], n_genes: int) -> dict[str, bytes]:
@@ -185,14 +185,12 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     ended("imports")
     corpus = Corpus(folder)
     ended("open the corpus")
-    stream = open_stream(corpus, seed=0, group_chunks=GROUP_CHUNKS)
+    stream = open_stream(corpus, seed=0, lanes=LANES, batch=BATCH)
     ended("order of the cells")
-    group = next(stream.groups(0))
-    ended("first group: its cells")
-    chunks = np.unique(np.searchsorted(corpus.chunk_rows, group.rows, side="right") - 1)
-    for chunk in chunks.tolist():
-        corpus.read_packed(chunk)
-    ended("first group: read")
+    _, rows, _ = next(stream.reads(0, stop=None, lanes=None)).visits()
+    ended("first chunk: its cells")
+    corpus.read_packed(int(np.searchsorted(corpus.chunk_rows, rows[0], side="right")) - 1)
+    ended("first chunk: read")
     with CellLoader(
         corpus, stream=stream, cells_seen=0, rank=0, world_size=8, train_batch_size=BATCH,
         micro_batch_size=BATCH // 8, prefetch_batches=PREFETCH,
@@ -204,9 +202,9 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     sizes = [dataset.n_cells for dataset in corpus.datasets]
     names = [dataset.dataset_id for dataset in corpus.datasets]
     weights = dataset_weights(sizes, names, exponent=0.5, max_repeats=4)
-    weighted = open_stream(corpus, seed=0, group_chunks=GROUP_CHUNKS, weights=weights)
-    next(weighted.groups(0))
-    ended("weighted order, first group")
+    weighted = open_stream(corpus, seed=0, lanes=LANES, batch=BATCH, weights=weights)
+    next(weighted.reads(0, stop=None, lanes=None)).visits()
+    ended("weighted order, first chunk")
     fresh = Corpus(folder)
     ended("open it once more")
     tables = ("chunk_rows", "gap_crc32c", "count_crc32c", "row_entries", "row_nnz", "row_total")
@@ -241,8 +239,8 @@ def main() -> int:
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return 0
-    if args.cells < CELLS_PER_CHUNK * GROUP_CHUNKS * 4:
-        parser.error(f"--cells {args.cells}: at least {CELLS_PER_CHUNK * GROUP_CHUNKS * 4}")
+    if args.cells < CELLS_PER_CHUNK * LANES * 4:
+        parser.error(f"--cells {args.cells}: at least {CELLS_PER_CHUNK * LANES * 4}")
     folder = Path(tempfile.mkdtemp(prefix="corpus-start-", dir=args.out))
     try:
         if shutil.disk_usage(folder).free < DISK_BYTES:

@@ -88,6 +88,7 @@ if __name__ == "__main__":
     # a wrong command is told at once, and the start can be seen and stopped meanwhile.
     failures.run_to_end(main)
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -280,7 +281,7 @@ def next_batch(opened: Opened, counted: Counted, loader: CellLoader) -> tuple[St
     n_targets, n_skipped = sum_or_raise(opened.ranks, mine, skipped, problem=problem)
     assert batch is not None
     counted.skipped_cells += n_skipped
-    if n_skipped == len(batch.cell_ids):
+    if n_skipped == batch.n_cells:
         raise UnreadableCellsError(
             f"none of the {n_skipped} cells of step {step} could be read: is "
             f"{opened.cells.corpus.location} still there? Start the same command again when it is"
@@ -337,12 +338,13 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
     counted.state = replace(
         counted.state,
         step=step,
-        cells_seen=counted.state.cells_seen + len(batch.cell_ids),
+        cells_seen=counted.state.cells_seen + batch.n_cells,
         skipped_steps=counted.guard.skipped,
     )
     figures |= {"train/n_targets": n_targets, SKIPPED_METRIC: counted.guard.skipped}
-    # Equal in two runs whose step had the same cells in the same order.
-    figures["data/cells_crc32"] = zlib.crc32(batch.cell_ids.astype("<i8").tobytes())
+    if opened.ranks.rank == 0:
+        # Equal in two runs whose step had the same cells in the same order.
+        figures["data/cells_crc32"] = zlib.crc32(batch.cell_ids.astype("<i8").tobytes())
     return figures | {f"perf/{name}_s": seconds for name, seconds in timer.seconds().items()}
 
 
@@ -354,7 +356,9 @@ def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
     """
     done, applied = run.counted.state.step, run.opened.engine.was_step_applied()
     loss, grad_norm = figures["train/loss"], figures["train/grad_norm"]
-    step, cells = done + 1, batch.cell_ids.tolist()
+    # What rank 0 says is recorded; the others spare themselves finding the cells of all ranks.
+    own = np.concatenate([micro.cell_ids for micro in batch.micro_batches])
+    step, cells = done + 1, (batch.cell_ids if run.opened.ranks.rank == 0 else own).tolist()
 
     def record(event: str) -> None:
         run.opened.tracker.event(event, step=step, loss=loss, grad_norm=grad_norm, cell_ids=cells)

@@ -51,10 +51,21 @@ class StepBatch:
 
     micro_batches: list[CellBatch]
     """One for each accumulation step."""
-    cell_ids: NDArray[np.int64]
-    """(train_batch_size,) the global batch, all ranks; fewer in the last batch before `stop_at`."""
+    n_cells: int
+    """Cells of the global batch, all ranks: train_batch_size, or fewer in the last before
+    `stop_at`."""
+    find_ids: Callable[[], NDArray[np.int64]]
+    """Finds `cell_ids`."""
     skipped: int = 0
     """Cells of this rank's share that have no counts because their chunk is damaged."""
+
+    @property
+    def cell_ids(self) -> NDArray[np.int64]:
+        """(n_cells,) rows of the global batch, all ranks, in the order of the stream.
+
+        With more than one rank they are worked out when asked for, about 1 us a cell.
+        """
+        return self.find_ids()
 
 
 def empty_bytes(size_bytes: int) -> NDArray[np.uint8]:

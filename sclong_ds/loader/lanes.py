@@ -26,7 +26,7 @@ the visits to one cell are about as far apart as the chunk allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -37,8 +37,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from sclong_ds.loader.order import (
     CellWeights,
+    ChunkRead,
     Draw,
     EpochDraw,
+    Visited,
     Visits,
     philox,
     split_borders,
@@ -46,23 +48,6 @@ from sclong_ds.loader.order import (
 )
 
 _LANES = 2**62  # second counter word of the permutations; those of `CellStream` stay below
-
-Visited = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-"""(visits,) positions in the stream, rows, passes."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ChunkRead:
-    """A chunk to read, and the visits that need it."""
-
-    chunk: int
-    """Number of the chunk among those of the split."""
-    first: int
-    """Position in the stream before which no visit needs it."""
-    last: int
-    """Position after which no visit needs it."""
-    visits: Callable[[], Visited]
-    """Returns the visits; those of other ranks may be among them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,13 +184,7 @@ class LaneStream:
     def reads(
         self, start: int, *, stop: int | None = None, lanes: NDArray[np.int64] | None = None
     ) -> Iterator[ChunkRead]:
-        """Yield the chunks to read from a position on, in the order in which they are needed.
-
-        Args:
-            start: Position of the first visit that is wanted.
-            stop: Position after the last one. None: there is none.
-            lanes: The lanes that are wanted. None: all.
-        """
+        """Yield the chunks to read from a position on, see `CellOrder`."""
         wanted = np.full(self.lanes, lanes is None)
         wanted[[] if lanes is None else lanes] = True
         for number in count(start // self.epoch_visits):
@@ -216,38 +195,28 @@ class LaneStream:
             use = lasts >= start if stop is None else (lasts >= start) & (firsts < stop)
             places, firsts, lasts = places[use], np.maximum(firsts[use], start), lasts[use]
             for k in np.argsort(firsts, kind="stable").tolist():
-                place = int(places[k])
-                yield ChunkRead(
-                    int(epoch.chunks[place]), int(firsts[k]), int(lasts[k]),
-                    partial(self._read_visits, epoch, place),
-                )  # fmt: skip
+                visits = partial(self._read_visits, epoch, int(places[k]))
+                yield ChunkRead(int(firsts[k]), int(lasts[k]), visits)
 
     def places(
-        self, start: int, n: int, *, micro_batch_size: int, world_size: int, batch: int
+        self, start: int, *, micro_batch_size: int, world_size: int, batch: int
     ) -> NDArray[np.int64]:
-        """Return where the visits of a batch stand when they are put in order for the ranks.
+        """Return where the visits of a batch stand in the order of the ranks, see `CellOrder`.
 
-        Rank r of W gets the places from r * batch / W to (r + 1) * batch / W - 1.
-
-        Args:
-            start: Position of the first visit of the batch.
-            n: Its visits.
-            micro_batch_size: Ignored; the micro-batches of a rank follow each other.
-            world_size: Ignored; the lanes are in the same order for any number of ranks.
-            batch: Ignored; cells of a whole batch.
+        They are sorted by lane, whatever the number of ranks.
         """
-        places = np.empty(n, np.int64)
-        lanes = self.lane_of(np.arange(start, start + n))
-        places[np.argsort(lanes, kind="stable")] = np.arange(n)
+        places = np.empty(batch, np.int64)
+        lanes = self.lane_of(np.arange(start, start + batch))
+        places[np.argsort(lanes, kind="stable")] = np.arange(batch)
         return places
 
     def repeats_after(self, batch: int) -> int:
-        """Return the number of batches after which the places of their visits repeat.
-
-        Args:
-            batch: Cells of a batch.
-        """
+        """Return the number of batches after which the lanes of their visits repeat."""
         return lcm(batch, self.slots) // batch
+
+    def chunks_in_use(self, lanes: int) -> tuple[int, int]:
+        """Return a chunk for each lane and one more, and a quarter more to read ahead."""
+        return lanes + 1, lanes + max(4, lanes // 4)
 
     def _epoch(self, number: int) -> _Epoch:
         last = self._last

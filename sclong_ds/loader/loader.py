@@ -1,25 +1,27 @@
 """The loader: one order of cells for any number of ranks, exact resume, reading in the background.
 
-    stream = open_stream(Corpus("CORPUS"), seed=0, group_chunks=30)
+    stream = open_stream(Corpus("CORPUS"), seed=0, lanes=256, batch=256)
     with CellLoader(corpus, stream=stream, cells_seen=0, rank=0, world_size=1,
                     train_batch_size=256, micro_batch_size=64, prefetch_batches=4) as loader:
         for step in loader: ...
 
-Order. `sclong_ds.loader.order` defines one endless stream of cells. Global batch b is the visits
-[b * B, (b + 1) * B) of it; a batch may hold the end of one epoch and the beginning of the next; no
-visit is dropped or repeated. Rank r of W takes, of micro-step j, the visits [(j * W + r) * m, + m)
-of the batch. The position is one integer, the number of visits so far, valid for any W. A stream
-that ends (`stop_at`) may end with a short batch: the ranks beyond its end get micro-batches without
+Order. `sclong_ds.loader.lanes` defines one endless stream of cells (`sclong_ds.loader.order` the
+one that runs of earlier versions keep). Global batch b is the visits [b * B, (b + 1) * B) of it; a
+batch may hold the end of one epoch and the beginning of the next; no visit is dropped or repeated.
+Each rank gets the same number of visits of every batch, and reads the chunks of those alone. The
+position is one integer, the number of visits so far, valid for any number of ranks. A stream that
+ends (`stop_at`) may end with a short batch: the ranks beyond its end get micro-batches without
 cells, so that every rank makes the same number of steps.
 
-Threads. One reads and decompresses groups of chunks into buffers that are used again, two groups
-ahead; one gathers or decodes this rank's cells, no others, straight into the buffers of a step.
-They start with the first `next`, in the process that calls it. Every rank reads every group.
+Threads. Some read and decompress chunks into buffers that are used again; one gathers or decodes
+this rank's cells straight into the buffers of a step. They start with the first `next`, in the
+process that calls it.
 
-Memory of a rank, in bytes: 6 * group_chunks * chunk_entries for the groups (30 chunks of 2^19
-entries: 94 MB), and (prefetch_batches + 2) times this rank's share of a batch, or once without
-prefetching. A cell takes packed 16 + 2 * entries, csr 8 * non-zero values, dense 4 * genes. Packed
-and csr buffers grow with the largest share so far, by a quarter more than needed.
+Memory of a rank, in bytes: 2 * chunk_entries for each chunk that it holds (1 MB for chunks of 2^19
+entries), which are its lanes and a quarter more: on W ranks with 256 lanes 320 / W, at least 5; 50
+for each visit that is known ahead; and (prefetch_batches + 2) times this rank's share of a batch,
+or once without prefetching. A cell takes packed 16 + 2 * entries, csr 8 * non-zero values, dense
+4 * genes. Packed and csr buffers grow with the largest share so far, by a quarter more than needed.
 """
 
 from __future__ import annotations
@@ -37,10 +39,15 @@ from numpy.typing import NDArray
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.loader.batches import CellBatch, StepBatch, empty_bytes
-from sclong_ds.loader.order import CellStream, CellWeights
+from sclong_ds.loader.lanes import LaneStream, lanes_for
+from sclong_ds.loader.order import CellOrder, CellStream, CellWeights
 from sclong_ds.loader.threads import LoaderPlan, LoaderThreads, Output
 
-_GROUP_CHUNKS = 8  # 25 MB of buffers
+MOST_LANES = 256
+"""Chunks in use at a time on one rank, unless told otherwise: 256 MB of chunks of 2^19 entries."""
+MEMORY_BYTES = 512_000_000
+"""What the chunks and steps of a rank may take, unless told otherwise."""
+_READ_THREADS, _REMOTE_READ_THREADS = 4, 16  # on this machine as many as it has cores
 
 __all__ = ["CellBatch", "CellLoader", "Output", "StepBatch", "log1p_normalise", "open_stream"]
 
@@ -50,21 +57,26 @@ def open_stream(
     *,
     split: str = "train",
     seed: int,
-    group_chunks: int,
+    group_chunks: int | None = None,
+    lanes: int | None = None,
+    batch: int | None = None,
     weights: NDArray[np.int64] | None = None,
-) -> CellStream:
+) -> CellOrder:
     """Return the order in which the cells of a split are visited.
 
     Args:
         corpus: The corpus; its chunks never straddle a split border.
         split: Name of the split.
         seed: `run.seed`.
-        group_chunks: Chunks that are shuffled together.
+        group_chunks: For the order by groups: chunks that are shuffled together.
+        lanes: For the order by lanes: their number, see `lanes.lanes_for`.
+        batch: For the order by lanes: cells of a batch.
         weights: (datasets,) fixed-point weights, see `order.dataset_weights` and
             `order.explicit_weights`; None visits every cell once an epoch.
 
     Raises:
-        ValueError: No such split, a split without cells, or weights that do not fit the corpus.
+        ValueError: No such split, a split without cells, weights that do not fit the corpus, or
+            neither group_chunks nor both lanes and batch.
     """
     if split not in corpus.splits:
         raise ValueError(f"split '{split}': this corpus has {', '.join(corpus.splits)}")
@@ -73,13 +85,27 @@ def open_stream(
             f"weights of shape {weights.shape}: the corpus has {len(corpus.datasets)} datasets"
         )
     cells, bounds = corpus.splits[split], np.asarray(corpus.chunk_rows)
-    return CellStream(
-        # An empty split leaves one border, or none.
-        np.append(bounds[(bounds >= cells.start) & (bounds < cells.stop)], cells.stop),
-        seed=seed,
-        group_chunks=group_chunks,
-        weights=None if weights is None else CellWeights(weights, corpus),
-    )
+    # An empty split leaves one border, or none.
+    borders = np.append(bounds[(bounds >= cells.start) & (bounds < cells.stop)], cells.stop)
+    of_cells = None if weights is None else CellWeights(weights, corpus)
+    if group_chunks is not None and lanes is batch is None:
+        return CellStream(borders, seed=seed, group_chunks=group_chunks, weights=of_cells)
+    if group_chunks is not None or lanes is None or batch is None:
+        raise ValueError("open_stream takes lanes and batch, or group_chunks")
+    return LaneStream(borders, seed=seed, lanes=lanes, batch=batch, weights=of_cells)
+
+
+def most_lanes(corpus: Corpus, batch: int, *, most: int, memory_bytes: int) -> int:
+    """Return the number of lanes of a new run, so that one rank alone can hold their chunks.
+
+    Args:
+        corpus: The corpus.
+        batch: Cells of a batch.
+        most: Most lanes.
+        memory_bytes: What chunks and steps of a rank may take; a quarter is left for the steps.
+    """
+    fitting = memory_bytes * 3 // 4 // (2 * corpus.chunk_entries) - 1
+    return lanes_for(batch, most=max(1, min(most, fitting)))
 
 
 class CellLoader:
@@ -104,7 +130,7 @@ class CellLoader:
         corpus: Corpus,
         *,
         train_batch_size: int,
-        stream: CellStream | None = None,
+        stream: CellOrder | None = None,
         cells_seen: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -116,6 +142,8 @@ class CellLoader:
         stop_at: int | None = None,
         finish: Callable[[CellBatch], Any] | None = None,
         allocate: Callable[[int], NDArray[np.uint8]] = empty_bytes,
+        memory_bytes: int | None = MEMORY_BYTES,
+        read_threads: int | None = None,
     ) -> None:
         """Check the arguments; nothing is read before the first `next`.
 
@@ -136,20 +164,29 @@ class CellLoader:
             finish: Called in a thread with each micro-batch; its result becomes `extra`.
             allocate: Makes the buffers that counts are written to, uint8 of the size asked for; one
                 for each micro-batch of a step. For instance pinned memory.
+            memory_bytes: Most memory for chunks and steps; None: as much as the order asks for.
+            read_threads: Threads that read; None: as many as cores, up to 4, or 16 for a remote
+                corpus.
 
         Raises:
-            ValueError: Sizes that do not divide, or settings that are unknown or would be ignored.
+            ValueError: Sizes that do not divide, settings that are unknown or would be ignored, or
+                less memory than is in use at a time.
         """
         if stream is None:
-            stream = open_stream(corpus, seed=0, group_chunks=_GROUP_CHUNKS)
+            memory = memory_bytes or MEMORY_BYTES
+            lanes = most_lanes(corpus, train_batch_size, most=MOST_LANES, memory_bytes=memory)
+            stream = open_stream(corpus, seed=0, lanes=lanes, batch=train_batch_size)
         if micro_batch_size is None:
             micro_batch_size = train_batch_size // max(world_size, 1)
         self._plan = LoaderPlan(
             corpus, stream, rank, world_size, train_batch_size, micro_batch_size, prefetch_batches,
-            output, target_sum, on_damage, stop_at, finish, allocate,
+            output, target_sum, on_damage, stop_at, finish, allocate, memory_bytes,
+            _threads_for(corpus) if read_threads is None else read_threads,
         )  # fmt: skip
         if cells_seen < 0:
             raise ValueError(f"cells_seen {cells_seen}: must be at least 0")
+        if memory_bytes is not None:
+            self._plan.places(self._plan.share(cells_seen))
         self.stream, self.position = stream, cells_seen
         self.waited_s, self.skipped_cells = 0.0, 0
         self._threads: LoaderThreads | None = None
@@ -174,7 +211,7 @@ class CellLoader:
         started = time.perf_counter()
         try:
             step = self._running_threads().next_step()
-            self.position += len(step.cell_ids)
+            self.position += step.n_cells
             self.skipped_cells += step.skipped
             return step
         except BaseException:
@@ -223,3 +260,10 @@ class CellLoader:
         if self._finalizer is not None:
             self._finalizer()
         self._threads = self._finalizer = None
+
+
+def _threads_for(corpus: Corpus) -> int:
+    """Return the number of threads that read a corpus."""
+    if not corpus.location.is_local:
+        return _REMOTE_READ_THREADS
+    return min(_READ_THREADS, len(os.sched_getaffinity(0)))

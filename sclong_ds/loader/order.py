@@ -23,8 +23,9 @@ Only their sums at the chunk borders are kept; numpy and the standard library on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Protocol
 
@@ -88,8 +89,77 @@ class Visits:
     passes: NDArray[np.int64]
 
 
+Visited = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""(visits,) positions in the stream, rows, passes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkRead:
+    """A chunk to read, and the visits that need it."""
+
+    first: int
+    """Position in the stream before which no visit needs it."""
+    last: int
+    """Position after which no visit needs it."""
+    visits: Callable[[], Visited]
+    """Returns the visits, at least one; those of other ranks may be among them."""
+
+
+class CellOrder(Protocol):
+    """An endless order of cells that a loader can read."""
+
+    epoch_visits: int
+    """Visits of an epoch."""
+
+    def between(self, start: int, stop: int) -> Visits:
+        """Return the visits at the positions `start` to `stop` - 1."""
+
+    def reads(
+        self, start: int, *, stop: int | None, lanes: NDArray[np.int64] | None
+    ) -> Iterator[ChunkRead]:
+        """Yield the chunks to read from a position on, in the order in which they are needed.
+
+        Args:
+            start: Position of the first visit that is wanted.
+            stop: Position after the last one. None: there is none.
+            lanes: The lanes that are wanted. None: all.
+        """
+
+    def lane_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the lane of each position."""
+
+    def places(
+        self, start: int, *, micro_batch_size: int, world_size: int, batch: int
+    ) -> NDArray[np.int64]:
+        """Return where the visits of a batch stand when they are put in order for the ranks.
+
+        Rank r of W gets the places from r * batch / W to (r + 1) * batch / W - 1, and of them the
+        first `micro_batch_size` in its first micro-batch, and so on.
+
+        Args:
+            start: Position of the first visit of the batch.
+            micro_batch_size: Cells of a micro-batch.
+            world_size: Number of ranks.
+            batch: Cells of a batch.
+        """
+
+    def repeats_after(self, batch: int) -> int:
+        """Return the number of batches after which the lanes of their visits repeat.
+
+        Args:
+            batch: Cells of a batch.
+        """
+
+    def chunks_in_use(self, lanes: int) -> tuple[int, int]:
+        """Return how many chunks are in use at a time, and how many to hold with those ahead.
+
+        Args:
+            lanes: Number of lanes that are read.
+        """
+
+
 class CellStream:
-    """The endless global order of cells.
+    """The endless global order of cells by groups of chunks.
 
     Attributes:
         n_cells: Cells of the split.
@@ -171,6 +241,52 @@ class CellStream:
                     return
                 parts, start = [], end
                 end = start + size if stop is None else min(start + size, stop)
+
+    def between(self, start: int, stop: int) -> Visits:
+        """Return the visits at the positions `start` to `stop` - 1."""
+        return next(self.batches(start, size=stop - start))
+
+    def reads(
+        self, start: int, *, stop: int | None = None, lanes: NDArray[np.int64] | None = None
+    ) -> Iterator[ChunkRead]:
+        """Yield the chunks to read from a position on, see `CellOrder`; there is one lane."""
+        for group in self.groups(start):
+            if stop is not None and group.start >= stop:
+                return
+            first = max(start, group.start)
+            rows = group.rows[first - group.start : None if stop is None else stop - group.start]
+            chunks = np.searchsorted(self._bounds, rows, side="right") - 1
+            order = np.argsort(chunks, kind="stable")
+            for of_chunk in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1):
+                visited = partial(self._visited, group, first + of_chunk)
+                yield ChunkRead(first, first + int(of_chunk[-1]), visited)
+
+    def _visited(self, group: Group, positions: NDArray[np.int64]) -> Visited:
+        passes = np.full(len(positions), group.pass_number)
+        return positions, group.rows[positions - group.start], passes
+
+    def lane_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the lane of each position: the only one."""
+        return np.zeros_like(positions)
+
+    def places(
+        self, start: int, *, micro_batch_size: int, world_size: int, batch: int
+    ) -> NDArray[np.int64]:
+        """Return where the visits of a batch stand in the order of the ranks, see `CellOrder`.
+
+        The ranks take turns, a micro-batch each.
+        """
+        turn, cell = np.divmod(np.arange(batch), micro_batch_size)
+        micro_step, rank = np.divmod(turn, world_size)
+        return rank * (batch // world_size) + micro_step * micro_batch_size + cell
+
+    def repeats_after(self, batch: int) -> int:
+        """Return 1: the places of a batch are those of every other."""
+        return 1
+
+    def chunks_in_use(self, lanes: int) -> tuple[int, int]:
+        """Return the chunks of two groups, and of three: the last one of an epoch may be small."""
+        return 2 * self.group_chunks, 3 * self.group_chunks
 
     def _rows(self, chunk: int, draw: Draw | None) -> NDArray[np.int64]:
         """Return the cells of a chunk that a pass visits."""

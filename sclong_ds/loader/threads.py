@@ -1,9 +1,9 @@
-"""The threads behind a `CellLoader`: one reads groups of chunks ahead, one assembles batches.
+"""The threads behind a `CellLoader`: some read chunks ahead, one assembles batches.
 
-Buffers are reused: a group's buffers from the assembling thread back to the reading one, a step's
-buffers from the training loop back to the assembling thread. There are three of the former and
-`prefetch_batches` + 2 of the latter, which bounds what is read ahead. Without prefetching nothing
-can overlap: the caller assembles its batches itself, in one buffer that stays in the cache.
+A step's buffers are used again: they go from the training loop back to the assembling thread. There
+are `prefetch_batches` + 2 of them, which bounds what is assembled ahead; `sclong_ds.loader.reading`
+bounds what is read ahead. Without prefetching nothing can overlap: the caller assembles its batches
+itself, in one buffer that stays in the cache.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.corpus.byte_code import PackedCells
-from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.batches import (
     Buffer,
@@ -31,24 +29,18 @@ from sclong_ds.loader.batches import (
     DenseOutput,
     PackedOutput,
     StepBatch,
-    empty_bytes,
 )
-from sclong_ds.loader.order import CellStream, Group, Visits
+from sclong_ds.loader.order import CellOrder
 from sclong_ds.loader.pool import CellPool
+from sclong_ds.loader.reading import ChunkReader, StoppedError
+from sclong_ds.loader.shares import Share
 
 log = logging.getLogger(__name__)
 
 Output = Literal["packed", "csr", "dense", "dense_norm"]
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")
 WAIT_WARNING_S = 30.0
-_GROUPS_IN_MEMORY = 3  # in use, and read ahead: the last of an epoch may be small, and the next
 _JOIN_S = 10.0  # a thread that hangs on a dead disk is left behind: it is a daemon
-
-
-@functools.cache
-def say_skipped(damage: str) -> None:
-    """Log that cells are read without their counts, once a process for each damaged chunk."""
-    log.warning("%s. Cells read with it are skipped: they go through without counts", damage)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +48,7 @@ class LoaderPlan:
     """What a loader was asked to do."""
 
     corpus: Corpus
-    stream: CellStream
+    stream: CellOrder
     rank: int
     world_size: int
     batch: int
@@ -68,6 +60,8 @@ class LoaderPlan:
     stop_at: int | None
     finish: Callable[[CellBatch], Any] | None
     allocate: Callable[[int], NDArray[np.uint8]]
+    memory_bytes: int | None
+    read_threads: int
 
     def __post_init__(self) -> None:
         if min(self.batch, self.micro, self.world_size) < 1:
@@ -93,74 +87,101 @@ class LoaderPlan:
             )
         if self.on_damage not in ("stop", "skip"):
             raise ValueError(f"on_damage '{self.on_damage}': allowed are stop and skip")
+        if self.read_threads < 1:
+            raise ValueError(f"read_threads {self.read_threads}: must be at least 1")
+
+    @property
+    def steps_in_memory(self) -> int:
+        """Steps whose buffers exist."""
+        return self.prefetch_batches + 2 if self.prefetch_batches else 1
+
+    def share(self, start: int) -> Share:
+        """Return the visits of the rank from a position on."""
+        return Share(
+            self.stream, start=start, stop=self.stop_at, batch=self.batch, micro=self.micro,
+            rank=self.rank, world_size=self.world_size,
+        )  # fmt: skip
+
+    def places(self, share: Share) -> int:
+        """Return how many chunks to hold in memory.
+
+        Args:
+            share: Of the rank.
+
+        Raises:
+            ValueError: `memory_bytes` is less than what is in use at a time.
+        """
+        least, enough = self.stream.chunks_in_use(len(share.lanes))
+        n_chunks = 2 * (len(self.corpus.chunk_rows) - 1)
+        if self.memory_bytes is None:
+            return min(enough, n_chunks)
+        steps = self.steps_in_memory * share.size * step_bytes_a_cell(self.corpus, self.output)
+        a_chunk = 2 * self.corpus.chunk_entries
+        fitting = (self.memory_bytes - steps) // a_chunk
+        if fitting < min(least, n_chunks):
+            raise ValueError(
+                f"data.loader_memory {self.memory_bytes / 1e6:.0f} MB: this rank has {least} "
+                f"chunks of {a_chunk / 1e6:.1f} MB in use at a time, and {self.steps_in_memory} "
+                f"steps of {share.size} cells ({steps / 1e6:.0f} MB): set it to at least "
+                f"{(steps + least * a_chunk) / 1e6:.0f}, or use more ranks"
+            )
+        return min(enough, fitting, n_chunks)
 
 
-class _Stopped(Exception):
-    """Ends a thread that was told to stop."""
+def step_bytes_a_cell(corpus: Corpus, output: Output = "packed") -> int:
+    """Return about how much memory a cell takes in the buffers of a step.
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _GroupBuffers:
-    """Room for the bytes of a group of chunks."""
-
-    gap: NDArray[np.uint8]
-    count: NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _LoadedGroup:
-    """A group in memory: its pool, and for each visit the cell in the pool."""
-
-    start: int
-    """Position of the first visit, at or after the loader's start."""
-    pool: CellPool
-    cells: NDArray[np.int64]
-    damaged: NDArray[np.bool_]
-    """(visits,)"""
-    buffers: _GroupBuffers
+    Args:
+        corpus: The corpus, whose mean cell counts.
+        output: As for `CellLoader`.
+    """
+    if output in ("dense", "dense_norm"):
+        return 4 * corpus.n_genes
+    values = corpus.cells.n_values // max(1, len(corpus))
+    return 10 * values if output == "csr" else 16 + 3 * values
 
 
 class LoaderThreads:
-    """The two threads of a loader from one position on, and the queues between them."""
+    """The threads of a loader from one position on, and the queues between them."""
 
     def __init__(self, plan: LoaderPlan, start: int) -> None:
         self.pid = os.getpid()
-        self.reading: str | None = None
         self._plan, self._start, self._stopped = plan, start, False
-        self._chunk_rows = np.asarray(plan.corpus.chunk_rows)
+        self._share = plan.share(start)
+        self._reader = ChunkReader(
+            plan.corpus, plan.stream, self._share, start=start, stop=plan.stop_at,
+            batch=plan.batch, places=plan.places(self._share), on_damage=plan.on_damage,
+        )  # fmt: skip
         # Each has one thread that waits for it. The number of buffers bounds these queues.
-        self._free_groups: queue.SimpleQueue[_GroupBuffers | None] = queue.SimpleQueue()
-        self._groups: queue.SimpleQueue[_LoadedGroup | BaseException | None] = queue.SimpleQueue()
         # The buffers given back last are taken first: they may still be in the cache.
         self._free_steps: queue.LifoQueue[list[Buffer] | None] = queue.LifoQueue()
         self._steps: queue.SimpleQueue[tuple[list[Buffer], StepBatch] | BaseException] = (
             queue.SimpleQueue()
         )
         self._lent: list[Buffer] | None = None
-        self._group: _LoadedGroup | None = None
-        chunks = min(plan.stream.group_chunks, len(self._chunk_rows) - 1)
-        group_bytes = chunks * plan.corpus.chunk_entries
-        for _ in range(_GROUPS_IN_MEMORY):
-            self._free_groups.put(_GroupBuffers(empty_bytes(group_bytes), empty_bytes(group_bytes)))
-        self._micro_batches = plan.batch // (plan.micro * plan.world_size)
+        micro_batches = self._share.size // plan.micro
         self._buffers = [
-            [Buffer(plan.allocate) for _ in range(self._micro_batches)]
-            for _ in range(plan.prefetch_batches + 2 if plan.prefetch_batches else 1)
+            [Buffer(plan.allocate) for _ in range(micro_batches)]
+            for _ in range(plan.steps_in_memory)
         ]
         for buffers in self._buffers:
             self._free_steps.put(buffers)
         self._assembled = self._assemble_steps()
-        works: list[tuple[str, Callable[[], None], queue.SimpleQueue[Any]]] = [
-            ("cells-read", self._read_groups, self._groups)
+        works: list[tuple[str, Callable[[], None]]] = [
+            ("cells-read", self._reader.work) for _ in range(plan.read_threads)
         ]
         if plan.prefetch_batches:
-            works.append(("cells-assemble", self._assemble_ahead, self._steps))
+            works.append(("cells-assemble", self._assemble_ahead))
         self._running = [
-            threading.Thread(target=self._guarded, args=(work, report), name=name, daemon=True)
-            for name, work, report in works
+            threading.Thread(target=work, name=name, daemon=True) for name, work in works
         ]
         for thread in self._running:
             thread.start()
+
+    @property
+    def reading(self) -> str | None:
+        """What is being read at this moment."""
+        return self._reader.reading
 
     def next_step(self) -> StepBatch:
         """Return the next step, and take back the buffers of the one before."""
@@ -179,24 +200,13 @@ class LoaderThreads:
             # They are the parent's, and a lock of its queues may have been held at the fork.
             return
         self._stopped = True
-        for waited_for in (self._free_groups, self._groups, self._free_steps):
-            waited_for.put(None)
+        self._reader.stop()
+        self._free_steps.put(None)
 
     def join(self) -> None:
         """Wait until the threads have ended."""
         for thread in self._running:
             thread.join(timeout=_JOIN_S)
-
-    def _guarded(
-        self, work: Callable[[], None], report: queue.SimpleQueue[BaseException | Any]
-    ) -> None:
-        try:
-            work()
-        except _Stopped:
-            pass
-        except BaseException as error:  # noqa: BLE001
-            # Whatever it is: the training loop waits for this thread and must learn of its end.
-            report.put(error)
 
     def _get(self, source: queue.SimpleQueue[Any] | queue.LifoQueue[Any]) -> Any:
         """Wait for an item; one that takes long is said to, with what is being read."""
@@ -206,142 +216,100 @@ class LoaderThreads:
                 item = source.get(timeout=WAIT_WARNING_S)
                 break
             except queue.Empty:
-                if threading.current_thread() not in self._running:
-                    log.warning(
-                        "waiting for cells since %.0f s: %s",
-                        time.monotonic() - started,
-                        f"reading {self.reading}" if self.reading else "assembling a batch",
-                    )
+                self._say_waiting(started)
         if self._stopped:
-            raise _Stopped
+            raise StoppedError
         if isinstance(item, BaseException):
             raise item
         return item
 
-    def _read_groups(self) -> None:
-        stop_at = self._plan.stop_at
-        for group in self._plan.stream.groups(self._start):
-            if stop_at is not None and group.start >= stop_at:
-                return
-            self._groups.put(self._load(group, self._get(self._free_groups)))
-
-    def _load(self, group: Group, buffers: _GroupBuffers) -> _LoadedGroup:
-        """Read the chunks of a group that hold visits between the loader's start and end."""
-        skip, stop_at = max(0, self._start - group.start), self._plan.stop_at
-        rows = group.rows[skip : None if stop_at is None else stop_at - group.start]
-        chunk_of = np.searchsorted(self._chunk_rows, rows, side="right") - 1
-        chunks, which = np.unique(chunk_of, return_inverse=True)
-        size = self._plan.corpus.chunk_entries
-        read, damaged = [], []
-        for k, chunk in enumerate(chunks.tolist()):
-            part = slice(k * size, (k + 1) * size)
-            cells, bad = self._read(chunk, (buffers.gap[part], buffers.count[part]))
-            read.append(cells)
-            damaged.append(np.full(len(cells.row_nnz), bad))
-        entries = np.concatenate([cells.row_entries for cells in read])
-        n_cells = np.array([len(cells.row_entries) for cells in read])
-        before = np.cumsum(n_cells) - n_cells
-        chunk_starts = size * np.arange(len(read)) - np.concatenate(
-            ([0], np.cumsum([len(cells.gap) for cells in read[:-1]], dtype=np.int64))
+    def _say_waiting(self, started: float) -> None:
+        """Log what the training loop waits for; its own threads may wait as long as they like."""
+        if threading.current_thread() in self._running:
+            return
+        reading = self.reading
+        log.warning(
+            "waiting for cells since %.0f s: %s",
+            time.monotonic() - started,
+            f"reading {reading}" if reading else "assembling a batch",
         )
-        starts = np.cumsum(entries, dtype=np.int64) - entries + np.repeat(chunk_starts, n_cells)
-        pool = CellPool(
-            buffers.gap,
-            buffers.count,
-            starts,
-            entries,
-            np.concatenate([cells.row_nnz for cells in read]),
-            np.concatenate([cells.row_total for cells in read]),
-        )
-        in_pool = before[which] + rows - self._chunk_rows[chunk_of]
-        return _LoadedGroup(
-            group.start + skip, pool, in_pool, np.concatenate(damaged)[in_pool], buffers
-        )
-
-    def _read(
-        self, chunk: int, out: tuple[NDArray[np.uint8], NDArray[np.uint8]]
-    ) -> tuple[PackedCells, bool]:
-        """Read a chunk; a damaged one that may be skipped is read as cells without counts."""
-        if self._stopped:
-            raise _Stopped
-        corpus = self._plan.corpus
-        self.reading = f"chunk {chunk} of {corpus.location}"
-        try:
-            return corpus.read_packed(chunk, out=out), False
-        except DamagedChunk as error:
-            if self._plan.on_damage == "stop":
-                raise
-            say_skipped(str(error))
-            n = int(self._chunk_rows[chunk + 1] - self._chunk_rows[chunk])
-            nothing = np.zeros(n, np.uint32)
-            return PackedCells(
-                out[0][:0], out[1][:0], nothing, nothing, nothing.astype(np.int64)
-            ), True
-        finally:
-            self.reading = None
 
     def _assemble_ahead(self) -> None:
-        if self._plan.output in ("dense", "dense_norm"):
-            # Memory comes with the first touch, which takes longer than a batch: before the first.
-            for buffer in (b for buffers in self._buffers for b in buffers):
-                buffer.reserve(4 * self._plan.micro * self._plan.corpus.n_genes).fill(0)
-        for item in self._assembled:
-            self._steps.put(item)
+        try:
+            if self._plan.output in ("dense", "dense_norm"):
+                # Memory comes with the first touch, which takes longer than a batch: before the
+                # first.
+                for buffer in (b for buffers in self._buffers for b in buffers):
+                    buffer.reserve(4 * self._plan.micro * self._plan.corpus.n_genes).fill(0)
+            for item in self._assembled:
+                self._steps.put(item)
+        except StoppedError:
+            pass
+        except BaseException as error:  # noqa: BLE001
+            # Whatever it is: the training loop waits for this thread and must learn of its end.
+            self._steps.put(error)
 
     def _assemble_steps(self) -> Iterator[tuple[list[Buffer], StepBatch]]:
-        plan = self._plan
-        for visits in plan.stream.batches(self._start, size=plan.batch, stop=plan.stop_at):
+        plan, number, position = self._plan, 0, self._start
+        while plan.stop_at is None or position < plan.stop_at:
             buffers: list[Buffer] = self._get(self._free_steps)
-            batches = [self._micro_batch(visits, j, buffer) for j, buffer in enumerate(buffers)]
+            end = position + plan.batch
+            end = end if plan.stop_at is None else min(end, plan.stop_at)
+            started = time.monotonic()
+            while not self._reader.wait_for(end, timeout_s=WAIT_WARNING_S):
+                self._say_waiting(started)
+            batches, first = [], number * self._share.size
+            sizes = self._share.micro_batches(number)
+            for j, (n, buffer) in enumerate(zip(sizes, buffers, strict=True)):
+                batches.append(self._micro_batch(first + j * plan.micro, n, buffer))
+            self._reader.release(end)
             skipped = sum(int(b.skipped.sum()) for b in batches if b.skipped is not None)
-            yield buffers, StepBatch(batches, visits.rows, skipped)
+            yield (
+                buffers,
+                StepBatch(batches, end - position, self._ids(batches, position, end), skipped),
+            )
+            number, position = number + 1, end
 
-    def _micro_batch(self, visits: Visits, j: int, buffer: Buffer) -> CellBatch:
-        plan, n = self._plan, len(visits.rows)
-        first = min((j * plan.world_size + plan.rank) * plan.micro, n)
-        mine = slice(first, min(first + plan.micro, n))
-        rows = visits.rows[mine]
-        out = self._output(rows, buffer)
-        skipped = np.zeros(len(rows), np.bool_)
-        done = 0
-        for group, part in self._visited(visits.start + mine.start, visits.start + mine.stop):
-            cells = group.cells[part]
-            try:
-                out.put(group.pool, cells)
-            except ValueError as error:
-                here = ", ".join(map(str, rows[done : done + min(len(cells), 4)]))
-                raise ValueError(
-                    f"{plan.corpus.location}: rows {here}, ...: {error}; "
-                    f"run: python -m data_prep verify {plan.corpus.location}"
-                ) from None
-            skipped[done : done + len(cells)] = group.damaged[part]
-            done += len(cells)
-        batch = CellBatch(out.counts(), rows, visits.epochs[mine], visits.passes[mine], skipped)
+    def _ids(
+        self, batches: list[CellBatch], start: int, stop: int
+    ) -> Callable[[], NDArray[np.int64]]:
+        """Return what finds the cells of a global batch."""
+        stream = self._plan.stream
+        if self._plan.world_size > 1:
+            return functools.cache(lambda: stream.between(start, stop).rows)
+        places = stream.places(
+            start, micro_batch_size=self._plan.micro, world_size=1,
+            batch=self._plan.batch,
+        )  # fmt: skip
+        # Where the stream ends within the batch, the last ones are left out of the order of places.
+        order = np.argsort(np.argsort(places[: stop - start]))
+        return lambda: np.concatenate([b.cell_ids for b in batches])[order]
+
+    def _micro_batch(self, first: int, n: int, buffer: Buffer) -> CellBatch:
+        plan, reader = self._plan, self._reader
+        visits = reader.visits(first, first + n)
+        pool = CellPool(
+            reader.gap, reader.count, visits.start, visits.entries, visits.nnz, visits.total
+        )
+        out = self._output(pool, buffer)
+        try:
+            out.put(pool, np.arange(n))
+        except ValueError as error:
+            here = ", ".join(map(str, visits.rows[:4]))
+            raise ValueError(
+                f"{plan.corpus.location}: rows {here}, ...: {error}; "
+                f"run: python -m data_prep verify {plan.corpus.location}"
+            ) from None
+        batch = CellBatch(
+            out.counts(), visits.rows.copy(), visits.positions // plan.stream.epoch_visits,
+            visits.passes.copy(), visits.damaged.copy(),
+        )  # fmt: skip
         return batch if plan.finish is None else replace(batch, extra=plan.finish(batch))
 
-    def _visited(self, start: int, stop: int) -> Iterator[tuple[_LoadedGroup, slice]]:
-        """Yield the groups, and their parts, that hold the visits `start` to `stop` - 1.
-
-        Groups that the stream has passed give their buffers back.
-        """
-        while start < stop:
-            if self._group is None:
-                self._group = self._get(self._groups)
-            group: _LoadedGroup = self._group
-            end = min(stop, group.start + len(group.cells))
-            if start < end:
-                yield group, slice(start - group.start, end - group.start)
-                start = end
-            if end == group.start + len(group.cells):
-                self._group = None
-                self._free_groups.put(group.buffers)
-
-    def _output(
-        self, rows: NDArray[np.int64], buffer: Buffer
-    ) -> PackedOutput | CsrOutput | DenseOutput:
-        corpus, plan = self._plan.corpus, self._plan
+    def _output(self, pool: CellPool, buffer: Buffer) -> PackedOutput | CsrOutput | DenseOutput:
+        n_genes, plan = self._plan.corpus.n_genes, self._plan
         if plan.output == "packed":
-            return PackedOutput(corpus.cells.row_entries[rows], buffer)
+            return PackedOutput(pool.entries, buffer)
         if plan.output == "csr":
-            return CsrOutput(corpus.row_nnz[rows], buffer, n_genes=corpus.n_genes)
-        return DenseOutput(len(rows), buffer, n_genes=corpus.n_genes, target_sum=plan.target_sum)
+            return CsrOutput(pool.nnz, buffer, n_genes=n_genes)
+        return DenseOutput(len(pool.entries), buffer, n_genes=n_genes, target_sum=plan.target_sum)

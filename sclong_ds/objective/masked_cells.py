@@ -19,7 +19,7 @@ from sclong_ds.corpus.byte_code import encode
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.batches import CellBatch
-from sclong_ds.loader.threads import say_skipped
+from sclong_ds.loader.reading import say_skipped
 from sclong_ds.objective.batch import MaskedBatch, masked_batch, unpack
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.targets import VALIDATION_EPOCH, Prepared, prepare

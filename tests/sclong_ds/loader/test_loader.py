@@ -1,7 +1,7 @@
 """The loader: every rank gets its share of one stream, from any position, whatever happens.
 
 Covers also `sclong_ds/corpus/transform.py`, `sclong_ds/loader/batches.py`,
-`sclong_ds/loader/threads.py`.
+`sclong_ds/loader/reading.py`, `sclong_ds/loader/shares.py`, `sclong_ds/loader/threads.py`.
 """
 
 import gc
@@ -78,8 +78,14 @@ def corpus(corpora):
     return corpora[0]
 
 
-def open_loader(corpus, *, seed=0, group=2, weights=None, split="train", **options):
-    stream = open_stream(corpus, split=split, seed=seed, group_chunks=group, weights=weights)
+def order_of(group=2, lanes=None):
+    """Arguments of `open_stream` for either order."""
+    return {"group_chunks": group} if lanes is None else {"lanes": lanes[0], "batch": lanes[1]}
+
+
+def open_loader(corpus, *, seed=0, group=2, lanes=None, weights=None, split="train", **options):
+    order = order_of(group, lanes)
+    stream = open_stream(corpus, split=split, seed=seed, weights=weights, **order)
     defaults = {
         "cells_seen": 0, "rank": 0, "world_size": 1, "train_batch_size": 8, "micro_batch_size": 4,
         "prefetch_batches": 2,
@@ -146,29 +152,50 @@ WEIGHTS = np.array([ONE // 2, ONE * 7 // 4, ONE])
     seen=st.integers(0, 250),
     seed=st.integers(0, 99),
     group=st.integers(1, 5),
+    lanes=st.sampled_from([None, (8, 8), (24, 8), (3, 7)]),
     weights=st.sampled_from([None, WEIGHTS]),
     output=st.sampled_from(["packed", "csr", "dense"]),
     short=st.integers(0, 20),
     prefetch=st.integers(0, 2),
+    threads=st.integers(1, 3),
 )
 def test_ranks_together_deliver_the_stream(
-    corpora, which, world, micro, micro_steps, steps, seen, seed, group, weights, output, short,
-    prefetch,
+    corpora, which, world, micro, micro_steps, steps, seen, seed, group, lanes, weights, output,
+    short, prefetch, threads,
 ):  # fmt: skip
     batch = world * micro * micro_steps
     n = max(1, steps * batch - short)
     order = {"seed": seed, "weights": weights}
     ranks = [
         take(
-            corpora[which], group=group, cells_seen=seen, rank=rank, world_size=world,
-            train_batch_size=batch, micro_batch_size=micro, stop_at=seen + n, output=output,
-            prefetch_batches=prefetch, **order
+            corpora[which], group=group, lanes=lanes, cells_seen=seen, rank=rank,
+            world_size=world, train_batch_size=batch, micro_batch_size=micro, stop_at=seen + n,
+            output=output, prefetch_batches=prefetch, read_threads=threads, **order
         )
         for rank in range(world)
     ]  # fmt: skip
     assert {len(rank) for rank in ranks} == {-(-n // batch)}
     assert {len(step) for rank in ranks for step in rank} == {micro_steps}
-    assert in_order(ranks) == in_stream(corpora[which], n, start=seen, group_chunks=group, **order)
+    got = in_order(ranks)
+    expected = in_stream(corpora[which], n, start=seen, **order_of(group, lanes), **order)
+    if lanes is not None:  # the ranks share a batch in the order of the lanes
+        got, expected = (
+            [sorted(visits[k : k + batch]) for k in range(0, n, batch)]
+            for visits in (got, expected)
+        )
+    assert got == expected
+
+
+@pytest.mark.parametrize("lanes", [None, (8, 8), (24, 8)])
+def test_every_rank_knows_the_whole_batch_in_the_order_of_the_stream(corpora, lanes):
+    options = {"lanes": lanes, "cells_seen": 3, "stop_at": 30, "micro_batch_size": 2}
+    expected = [row for row, *_ in in_stream(corpora[0], 27, start=3, seed=0, **order_of(2, lanes))]
+    for world in (1, 2, 4):
+        for rank in range(world):
+            with open_loader(corpora[0], rank=rank, world_size=world, **options) as loader:
+                steps = [(step.n_cells, step.cell_ids.tolist()) for step in loader]
+            assert [n for n, _ in steps] == [8, 8, 8, 3]
+            assert [row for _, ids in steps for row in ids] == expected
 
 
 @settings(max_examples=10, deadline=None)
@@ -348,10 +375,10 @@ def cell_threads():
 
 
 def test_nothing_starts_before_the_first_step_and_nothing_stays_after_close(corpus):
-    loader = open_loader(corpus, prefetch_batches=1)
+    loader = open_loader(corpus, prefetch_batches=1, read_threads=3)
     assert not cell_threads()
     next(loader)
-    assert len(cell_threads()) == 2
+    assert len(cell_threads()) == 4
     loader.close()
     loader.close()
     assert not cell_threads()

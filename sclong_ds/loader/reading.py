@@ -1,0 +1,297 @@
+"""Reads the chunks of a rank's cells ahead of their use, with one or more threads.
+
+Chunks are read into places of one large buffer that are used again. For each visit of the rank a
+table holds where its cell lies in the buffer, in the order of the batches, so that a batch is put
+together from a slice of the table. A place is free again when the last visit that needs its chunk
+has been assembled. The places and the length of the table bound what is read ahead; a chunk that
+the batch being waited for needs is read in any case, and the buffer or the table grown for it.
+
+Threads take the chunks in the order in which they are needed, so errors come in this order too.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import logging
+import threading
+from collections import deque
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sclong_ds.corpus.byte_code import PackedCells
+from sclong_ds.corpus.cell_store import DamagedChunk
+from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.loader.batches import empty_bytes
+from sclong_ds.loader.order import CellOrder, ChunkRead
+from sclong_ds.loader.shares import Share
+
+log = logging.getLogger(__name__)
+
+_TABLE_LIVES = 3  # the table covers as many times the visits that the first chunk is in use for
+
+
+class StoppedError(Exception):
+    """Ends what waits for cells of a loader that was told to stop."""
+
+
+@functools.cache
+def say_skipped(damage: str) -> None:
+    """Log that cells are read without their counts, once a process for each damaged chunk."""
+    log.warning("%s. Cells read with it are skipped: they go through without counts", damage)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VisitTable:
+    """What is known of visits; (visits,) each."""
+
+    rows: NDArray[np.int64]
+    passes: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    start: NDArray[np.int64]
+    """First entry of the cell in the buffer."""
+    entries: NDArray[np.uint32]
+    nnz: NDArray[np.uint32]
+    total: NDArray[np.int64]
+    damaged: NDArray[np.bool_]
+
+    @classmethod
+    def of_length(cls, n: int) -> VisitTable:
+        """Return an empty table."""
+        types = {"entries": np.uint32, "nnz": np.uint32, "damaged": np.bool_}
+        return cls(*(np.zeros(n, types.get(f.name, np.int64)) for f in fields(cls)))
+
+    def at(self, where: slice | NDArray[np.int64]) -> VisitTable:
+        """Return some of the visits."""
+        return VisitTable(*(getattr(self, f.name)[where] for f in fields(self)))
+
+    def put(self, where: NDArray[np.int64], visits: VisitTable) -> None:
+        """Overwrite visits."""
+        for f in fields(self):
+            getattr(self, f.name)[where] = getattr(visits, f.name)
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A chunk that a thread has taken."""
+
+    read: ChunkRead
+    place: int
+    done: bool = False
+    error: BaseException | None = None
+    reading: str | None = None
+
+
+class ChunkReader:
+    """The threads that read for one rank from a position on.
+
+    Attributes:
+        gap: (places * chunk_entries,) the buffer, see `CellPool`.
+        count: The same.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        stream: CellOrder,
+        share: Share,
+        *,
+        start: int,
+        stop: int | None,
+        batch: int,
+        places: int,
+        on_damage: Literal["stop", "skip"],
+    ) -> None:
+        """Make the buffer; nothing is read before `work`.
+
+        Args:
+            corpus: Where the cells are.
+            stream: Their order.
+            share: The visits of the rank.
+            start: Position to start at.
+            stop: Position to end at; None: never.
+            batch: Visits of a batch of all ranks.
+            places: Chunks that the buffer holds.
+            on_damage: As for `CellLoader`.
+        """
+        self._corpus, self._share, self._start, self._batch = corpus, share, start, batch
+        self._on_damage = on_damage
+        self._chunk_rows = np.asarray(corpus.chunk_rows)
+        self._reads = stream.reads(start, stop=stop, lanes=share.lanes)
+        self._size = corpus.chunk_entries
+        self.gap, self.count = (empty_bytes(places * self._size) for _ in range(2))
+        self._free = list(range(places))[::-1]
+        self._in_use: list[tuple[int, int]] = []  # heap of (last position, place)
+        self._table = VisitTable.of_length(share.size)
+        self._length = share.size
+        self._changed = threading.Condition()
+        self._open: deque[_Task] = deque()
+        self._in_flight, self._stopped = 0, False
+        self._failed: BaseException | None = None
+        self._next: ChunkRead | None = None
+        self._begun = False
+        self._wanted = self._used = start
+
+    @property
+    def reading(self) -> str | None:
+        """What is being read at this moment, of all threads what is needed first."""
+        with self._changed:
+            return next((task.reading for task in self._open if task.reading), None)
+
+    def work(self) -> None:
+        """Read chunks until the end of the stream; what each of the threads does."""
+        while (task := self._take()) is not None:
+            try:
+                self._load(task)
+            except BaseException as error:  # noqa: BLE001
+                # Whatever it is: what waits for this chunk must learn of it.
+                task.error = error
+            with self._changed:
+                task.reading, self._in_flight = None, self._in_flight - 1
+                if task.error is None:
+                    task.done = True
+                    heapq.heappush(self._in_use, (task.read.last, task.place))
+                self._changed.notify_all()
+
+    def wait_for(self, position: int, *, timeout_s: float) -> bool:
+        """Wait until all visits before a position are in the table; False: it took too long.
+
+        Raises:
+            StoppedError: The reader was stopped.
+            DamagedChunk: One of their chunks is damaged.
+            OSError: One of their chunks cannot be read.
+        """
+        with self._changed:
+            self._wanted = position
+            self._changed.notify_all()
+            while self._covered() < position:
+                if not self._changed.wait(timeout_s):
+                    return False
+        return True
+
+    def visits(self, first: int, last: int) -> VisitTable:
+        """Return the visits of the share from number `first` to `last` - 1, all of one batch."""
+        place = first % self._length
+        return self._table.at(slice(place, place + last - first))
+
+    def release(self, position: int) -> None:
+        """Let go of what only visits before a position need."""
+        with self._changed:
+            self._used = position
+            while self._in_use and self._in_use[0][0] < position:
+                self._free.append(heapq.heappop(self._in_use)[1])
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Tell the threads and what waits for them to end, without waiting for them."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _covered(self) -> float:
+        """Return the position before which all visits are in the table."""
+        if self._stopped:
+            raise StoppedError
+        while self._open and self._open[0].done:
+            self._open.popleft()
+        if self._open:
+            if self._open[0].error is not None:
+                raise self._open[0].error
+            return self._open[0].read.first
+        if self._failed is not None:
+            raise self._failed
+        if not self._begun:
+            return self._start
+        return np.inf if self._next is None else self._next.first
+
+    def _take(self) -> _Task | None:
+        """Wait for a chunk that is to be read; None: there are no more."""
+        with self._changed:
+            if not self._begun:
+                self._begun = True
+                self._advance()
+            while not self._stopped and self._next is not None:
+                read = self._next
+                if not self._fits(read) and read.first < self._wanted and not self._in_flight:
+                    self._grow(read)
+                if self._fits(read):
+                    task = _Task(read, self._free.pop())
+                    self._open.append(task)
+                    self._in_flight += 1
+                    self._advance()
+                    return task
+                self._changed.wait()
+            self._changed.notify_all()
+            return None
+
+    def _advance(self) -> None:
+        try:
+            self._next = next(self._reads, None)
+        except BaseException as error:  # noqa: BLE001
+            self._failed, self._next = error, None
+
+    def _batches_until(self, read: ChunkRead) -> int:
+        """Return the batches from the first one that is not assembled to the last of a chunk."""
+        return (
+            (read.last - self._start) // self._batch - (self._used - self._start) // self._batch + 1
+        )
+
+    def _fits(self, read: ChunkRead) -> bool:
+        return bool(self._free) and self._batches_until(read) * self._share.size <= self._length
+
+    def _grow(self, read: ChunkRead) -> None:
+        """Make room for a chunk; no thread is writing to the buffer or the table."""
+        if not self._free:
+            places = len(self.gap) // self._size
+            more = empty_bytes(max(1, places // 4) * self._size)
+            self.gap, self.count = (np.concatenate((b, more)) for b in (self.gap, self.count))
+            self._free = list(range(places, len(self.gap) // self._size))[::-1]
+        length = self._share.size * self._batches_until(read)
+        if length > self._length:
+            length *= _TABLE_LIVES
+            first = (self._used - self._start) // self._batch * self._share.size
+            numbers = np.arange(first, first + self._length)
+            table = VisitTable.of_length(length)
+            table.put(numbers % length, self._table.at(numbers % self._length))
+            self._table, self._length = table, length
+
+    def _load(self, task: _Task) -> None:
+        """Read the chunk of a task and enter its visits in the table."""
+        positions, rows, passes = task.read.visits()
+        numbers = self._share.numbers(positions)
+        own = numbers >= 0
+        if not own.any():
+            return
+        numbers, rows = numbers[own], rows[own]
+        chunk = int(np.searchsorted(self._chunk_rows, rows[0], side="right")) - 1
+        first = task.place * self._size
+        here = slice(first, first + self._size)
+        cells, damaged = self._read(task, chunk, (self.gap[here], self.count[here]))
+        starts = np.cumsum(cells.row_entries, dtype=np.int64) - cells.row_entries + first
+        which = rows - self._chunk_rows[chunk]
+        visits = VisitTable(
+            rows, passes[own], positions[own], starts[which], cells.row_entries[which],
+            cells.row_nnz[which], cells.row_total[which], np.full(len(rows), damaged),
+        )  # fmt: skip
+        self._table.put(numbers % self._length, visits)
+
+    def _read(
+        self, task: _Task, chunk: int, out: tuple[NDArray[np.uint8], NDArray[np.uint8]]
+    ) -> tuple[PackedCells, bool]:
+        """Read a chunk; a damaged one that may be skipped is read as cells without counts."""
+        corpus = self._corpus
+        task.reading = f"chunk {chunk} of {corpus.location}"
+        try:
+            return corpus.read_packed(chunk, out=out), False
+        except DamagedChunk as error:
+            if self._on_damage == "stop":
+                raise
+            say_skipped(str(error))
+            n = int(self._chunk_rows[chunk + 1] - self._chunk_rows[chunk])
+            nothing = np.zeros(n, np.uint32)
+            return PackedCells(
+                out[0][:0], out[1][:0], nothing, nothing, nothing.astype(np.int64)
+            ), True
