@@ -32,7 +32,12 @@ from sclong_ds.job import failures
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
 from sclong_ds.run_folder.identity import node_name
-from sclong_ds.training.run_checks import check_inputs, check_launch, check_run_folder
+from sclong_ds.training.run_checks import (
+    check_inputs,
+    check_launch,
+    check_run_folder,
+    with_order_of_run,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,6 +97,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.engine.deepspeed_engine import (
     limit_norm,
     peak_memory_gib,
@@ -184,6 +190,7 @@ def train_as_rank(
 ) -> int:
     """Build the run, go through the optimizer steps, return the exit status."""
     run_dir = Path(str(config.run.dir))
+    config = with_order_of_run(run_dir, config)
     starting.phase("tracking", "MLflow")
     on_first_rank(lambda: check_tracking(config.tracking, run_dir))
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
@@ -198,10 +205,9 @@ def train_as_rank(
     outcome: Status = "FAILED"
     progress = Progress(counted.state.step, config.run.max_steps, shown=ranks.rank == 0)
     try:
-        position = counted.state.cells_seen
         with (
             opened.watchdog,
-            open_loader(opened.cells, config.engine, ranks, position=position) as loader,
+            open_loader(opened.cells, config.engine, ranks, state=counted.state) as loader,
         ):
             if not go_to_the_end(run, loader, progress):
                 outcome = "KILLED"
@@ -431,7 +437,7 @@ def record_step(run: Run, figures: dict[str, float], *, step_s: float) -> None:
 
 
 def open_loader(
-    cells: MaskedCells, engine: EngineConfig, ranks: Ranks, *, position: int
+    cells: MaskedCells, engine: EngineConfig, ranks: Ranks, *, state: TrainState
 ) -> CellLoader:
     """Open the loader.
 
@@ -439,25 +445,28 @@ def open_loader(
         cells: What it reads and prepares.
         engine: Section engine: the sizes of batches.
         ranks: The ranks.
-        position: Cells that the run has consumed.
+        state: Cells that the run has consumed, and its order of cells.
     """
     data, corpus = cells.data, cells.corpus
     stream = open_stream(
         corpus,
         seed=cells.seed,
-        group_chunks=data.shuffle_group_chunks,
         weights=weights_of(data, corpus),
+        group_chunks=None if state.lanes else data.shuffle_group_chunks,
+        lanes=state.lanes or None,
+        batch=state.lanes_batch or None,
     )
     return CellLoader(
         corpus,
         stream=stream,
-        cells_seen=position,
+        cells_seen=state.cells_seen,
         rank=ranks.rank,
         world_size=ranks.world_size,
         train_batch_size=engine.train_batch_size,
         micro_batch_size=engine.train_micro_batch_size_per_gpu,
         prefetch_batches=data.prefetch_batches,
         on_damage=data.on_damage,
+        memory_bytes=data.loader_memory * 10**6,
         finish=cells.prepare,
     )
 

@@ -41,6 +41,10 @@ class TrainState:
     """SHA-256 of `data.dataset_weights`."""
     skipped_steps: int = 0
     """Steps that were not applied because something was not finite."""
+    lanes: int = 0
+    """Lanes of the order of cells; 0: it is that by groups."""
+    lanes_batch: int = 0
+    """Cells of a batch when the run began, which the lanes were made for."""
     compared_after: int = 0
     """Last step at which it changed what validation measures; only later figures are compared with
     each other. 0: it never changed."""

@@ -62,7 +62,7 @@ def check(config: RunConfig, where: str) -> None:
     at_least_one = (
         "model.base_dim model.large_dim model.top_seq_len model.expression_hidden "
         "model.gene_encoder_layers data.shuffle_group_chunks data.prefetch_batches "
-        "data.max_repeats run.spike_window run.max_skipped_steps "
+        "data.max_repeats data.loader_memory run.spike_window run.max_skipped_steps "
         "engine.train_batch_size engine.train_micro_batch_size_per_gpu engine.timeout_s "
         "checkpoint.every_n_steps checkpoint.keep_last checkpoint.max_failed_saves "
         "tracking.flush_every_n_steps run.max_steps"

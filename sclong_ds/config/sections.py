@@ -150,8 +150,19 @@ class DataConfig:
     """Where the tables of a remote corpus are kept; null: SCLONG_CACHE, else ~/.cache/sclong_ds."""
     target_sum: float
     """Counts of a cell are scaled to this total before log1p (1.0e4 in scLong's data)."""
+    order: Literal["lanes", "groups"]
+    """Order in which cells are visited, fixed for a run. lanes: a batch takes its cells from
+    shuffle_group_chunks chunks that change at different times, and each rank reads the chunks of
+    its own cells alone; with weights a chunk is read once an epoch. groups: chunks are read and
+    shuffled in groups, and every rank reads all of them (runs of earlier versions, which keep
+    it)."""
     shuffle_group_chunks: int
-    """Chunks that are read and shuffled together; memory is about 3 MB a chunk."""
+    """lanes: most chunks in use at a time, fewer if the batch size or loader_memory asks for it;
+    one rank alone holds 1 MB for each and a quarter more, W ranks 1/W of that each. groups: chunks
+    that are read and shuffled together, 3 MB each on every rank."""
+    loader_memory: int
+    """MB (10^6 bytes) that a rank's chunks and prepared batches may take, whatever the number of
+    ranks."""
     prefetch_batches: int
     """Batches that a background thread keeps ready."""
     balance_by: Literal["none", "dataset", "tissue"]

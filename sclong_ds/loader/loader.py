@@ -158,24 +158,18 @@ class CellLoader:
             prefetch_batches: Steps kept ready; 0: the caller of `next` assembles each step itself.
             output: What `CellBatch.counts` is.
             target_sum: Total that dense_norm scales a cell to; None for the other outputs.
-            on_damage: stop: a damaged chunk is an error that `next` raises; skip: its cells keep
-                their place in the order, without counts.
+            on_damage: stop: `next` raises for a damaged chunk; skip: its cells have no counts.
             stop_at: Position at which the stream ends; None: never.
             finish: Called in a thread with each micro-batch; its result becomes `extra`.
-            allocate: Makes the buffers that counts are written to, uint8 of the size asked for; one
-                for each micro-batch of a step. For instance pinned memory.
+            allocate: Makes the uint8 buffers of counts, one a micro-batch; for instance pinned.
             memory_bytes: Most memory for chunks and steps; None: as much as the order asks for.
-            read_threads: Threads that read; None: as many as cores, up to 4, or 16 for a remote
-                corpus.
+            read_threads: None: as many as cores, up to 4; 16 for a remote corpus.
 
         Raises:
             ValueError: Sizes that do not divide, settings that are unknown or would be ignored, or
-                less memory than is in use at a time.
+                too little memory.
         """
-        if stream is None:
-            memory = memory_bytes or MEMORY_BYTES
-            lanes = most_lanes(corpus, train_batch_size, most=MOST_LANES, memory_bytes=memory)
-            stream = open_stream(corpus, seed=0, lanes=lanes, batch=train_batch_size)
+        stream = stream or _stream_for(corpus, train_batch_size, memory_bytes or MEMORY_BYTES)
         if micro_batch_size is None:
             micro_batch_size = train_batch_size // max(world_size, 1)
         self._plan = LoaderPlan(
@@ -267,3 +261,9 @@ def _threads_for(corpus: Corpus) -> int:
     if not corpus.location.is_local:
         return _REMOTE_READ_THREADS
     return min(_READ_THREADS, len(os.sched_getaffinity(0)))
+
+
+def _stream_for(corpus: Corpus, batch: int, memory_bytes: int) -> CellOrder:
+    """Return all training cells by lanes, with seed 0."""
+    lanes = most_lanes(corpus, batch, most=MOST_LANES, memory_bytes=memory_bytes)
+    return open_stream(corpus, seed=0, lanes=lanes, batch=batch)

@@ -20,6 +20,7 @@ from sclong_ds.engine.gradient_norms import GradientNorms
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.job.starting import Starting
 from sclong_ds.job.watchdog import Watchdog
+from sclong_ds.loader.loader import most_lanes
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.run_folder.identity import node_name
@@ -127,6 +128,11 @@ def first_state(given: Given, corpus: Corpus) -> TrainState:
         corpus: The corpus.
     """
     config = given.config
+    data, batch = config.data, config.engine.train_batch_size
+    lanes = 0
+    if data.order == "lanes":
+        most, memory = data.shuffle_group_chunks, data.loader_memory * 10**6
+        lanes = most_lanes(corpus, batch, most=most, memory_bytes=memory)
     return TrainState(
         step=0,
         cells_seen=0,
@@ -139,6 +145,8 @@ def first_state(given: Given, corpus: Corpus) -> TrainState:
         graph_hash=_hash_of(config.model.gene_graph),
         features_hash=_hash_of(config.model.random_features_file),
         weights_hash=_hash_of(config.data.dataset_weights),
+        lanes=lanes,
+        lanes_batch=batch if lanes else 0,
     )
 
 

