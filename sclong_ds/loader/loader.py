@@ -166,8 +166,7 @@ class CellLoader:
             read_threads: None: as many as cores, up to 4; 16 for a remote corpus.
 
         Raises:
-            ValueError: Sizes that do not divide, settings that are unknown or would be ignored, or
-                too little memory.
+            ValueError: Sizes that do not divide, wrong or ignored settings, too little memory.
         """
         stream = stream or _stream_for(corpus, train_batch_size, memory_bytes or MEMORY_BYTES)
         if micro_batch_size is None:
