@@ -190,7 +190,7 @@ def train_as_rank(
 ) -> int:
     """Build the run, go through the optimizer steps, return the exit status."""
     run_dir = Path(str(config.run.dir))
-    config = with_order_of_run(run_dir, config)
+    config = replace(config, data=with_order_of_run(run_dir, config.data))
     starting.phase("tracking", "MLflow")
     on_first_rank(lambda: check_tracking(config.tracking, run_dir))
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)

@@ -15,7 +15,7 @@ from typing import Any
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.config.history import read_saved
-from sclong_ds.config.sections import ObjectiveConfig, OptimConfig, RunConfig
+from sclong_ds.config.sections import DataConfig, ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.run_folder.credentials import without_credentials
 
@@ -107,29 +107,28 @@ def check_inputs(config: RunConfig) -> None:
         read_weights(Path(config.data.dataset_weights))
 
 
-def with_order_of_run(run_dir: Path, config: RunConfig) -> RunConfig:
-    """Return the configuration with the order of cells that a run by groups began with.
+def with_order_of_run(run_dir: Path, data: DataConfig) -> DataConfig:
+    """Return the data section with the order of cells that a run by groups began with.
 
     A run of an earlier version ends under its order, also where a preset has another one now.
 
     Args:
         run_dir: Run folder, which need not exist.
-        config: The configuration of this start.
+        data: The section of this start.
     """
     saved = run_dir / "config.yaml"
     try:
         before = read_saved(saved).get("data") if saved.is_file() else None
     except ValueError:
         # Named when the checkpoint is opened, whose own copy counts.
-        return config
-    if not isinstance(before, dict) or (before.get("order"), config.data.order) != (
+        return data
+    if not isinstance(before, dict) or (before.get("order"), data.order) != (
         "groups", "lanes"
     ):  # fmt: skip
-        return config
+        return data
     log.info("data.order: this run began with the order by groups and keeps it")
     chunks = before["shuffle_group_chunks"]
-    data = replace(config.data, order="groups", shuffle_group_chunks=chunks)
-    return replace(config, data=data)
+    return replace(data, order="groups", shuffle_group_chunks=chunks)
 
 
 def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
