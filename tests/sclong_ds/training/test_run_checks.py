@@ -59,14 +59,14 @@ def changes(tmp_path: Path, before: list[str], now: list[str]) -> dict[str, tupl
 
 
 def test_a_schedule_counts_as_changed_if_its_steps_are_others(tmp_path: Path) -> None:
-    in_steps = ["optim.warmup_steps=40", "optim.decay_steps=640"]
+    in_steps = ["optim.warmup_steps=20", "optim.decay_steps=320"]
     assert changes(tmp_path, in_steps, []) == {}
-    assert changes(tmp_path, [], ["run.max_steps=1280"]) == {
-        "run.max_steps": (640, 1280), "optim.warmup_steps": (40, 80),
-        "optim.decay_steps": (640, 1280),
+    assert changes(tmp_path, [], ["run.max_steps=640"]) == {
+        "run.max_steps": (320, 640), "optim.warmup_steps": (20, 40),
+        "optim.decay_steps": (320, 640),
     }  # fmt: skip
-    assert changes(tmp_path, in_steps, [*in_steps, "run.max_steps=1280"]) == {
-        "run.max_steps": (640, 1280)
+    assert changes(tmp_path, in_steps, [*in_steps, "run.max_steps=640"]) == {
+        "run.max_steps": (320, 640)
     }
 
 
