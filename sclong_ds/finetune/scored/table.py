@@ -10,7 +10,8 @@
 
 Each cell is predicted by fits that saw no cell of its group, and scored if its label was in
 training. Intervals hold 95% of 1,000 resamples of groups, of cells where there are fewer than 5
-groups. All rows get the same resamples. A row of several seeds has the mean of their scores.
+groups; ece has none, since a resample of few cells errs more by itself. All rows get the same
+resamples. A row of several seeds has the mean of their scores.
 
 Shapes: n scored cells, K classes, R resamples, S seeds.
 """
@@ -30,6 +31,8 @@ BINS = 15
 LABEL_SCORES = ("accuracy", "macro_f1", "nll", "ece")
 NUMBER_SCORES = ("mae", "rmse", "r2")
 LOWER_IS_BETTER = frozenset({"nll", "ece", "mae", "rmse"})
+BIASED = frozenset({"ece"})
+"""Scores of a resample that are not about those of all cells: they get no interval."""
 FINE_TUNED = "fine-tuned"
 
 
@@ -49,6 +52,7 @@ def row_of(found: Sequence[Scores]) -> Row:
     mean = Scores()
     for name in found[0].values:
         mean.values[name] = float(np.mean([s.values[name] for s in found]))
+    for name in found[0].draws:
         mean.draws[name] = np.mean([s.draws[name] for s in found], axis=0)
     spread = None
     if len(found) > 1:
@@ -117,7 +121,9 @@ def _sums(columns: NDArray[np.float64], groups: NDArray[np.str_]) -> NDArray[np.
 def _scores(**found: NDArray[np.float64]) -> Scores:
     scores = Scores()
     for name, draws in found.items():
-        scores.values[name], scores.draws[name] = float(draws[0]), draws[1:]
+        scores.values[name] = float(draws[0])
+        if name not in BIASED:
+            scores.draws[name] = draws[1:]
     return scores
 
 
@@ -163,8 +169,8 @@ def numbers_of(rows: Mapping[str, Row]) -> pd.DataFrame:
             for name in scores.values
             for end, value in zip(
                 ("", "_low", "_high"),
-                (_value(rows[row], name), *_bounds(scores, name)),
-                strict=True,
+                (_value(rows[row], name), *(scores.interval(name) or ())),
+                strict=False,
             )
         }
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("row")
@@ -176,11 +182,7 @@ def _value(row: Row, name: str) -> float:
     return value
 
 
-def _bounds(scores: Scores, name: str) -> tuple[float, float]:
-    low, high = interval(scores.draws[name])
-    return low, high
-
-
 def _shown(row: Row, name: str) -> str:
-    low, high = _bounds(row.scores, name)
-    return f"{_value(row, name):.3f} [{low:.3f}, {high:.3f}]"
+    bounds = row.scores.interval(name)
+    shown = "" if bounds is None else f" [{bounds.low:.3f}, {bounds.high:.3f}]"
+    return f"{_value(row, name):.3f}{shown}"

@@ -44,6 +44,16 @@ def test_calibration_error_is_that_of_its_definition():
     assert found == pytest.approx((2 * abs(0.55 - 0.5) + 2 * abs(0.95 - 1.0)) / 4)
 
 
+def test_every_interval_holds_its_score_and_a_calibration_error_has_none():
+    row = row_of([label_scores(shares(1.0, seed), TARGET, GROUPS) for seed in range(2)])
+    for name, value in row.scores.values.items():
+        bounds = row.scores.interval(name)
+        assert (bounds is None) == (name == "ece")
+        if bounds is not None:
+            assert value is not None
+            assert bounds.low <= value <= bounds.high
+
+
 def test_scores_of_numbers_are_those_of_scikit_learn():
     true = RNG.normal(50, 10, N)
     predicted = true + RNG.normal(0, 5, N)
