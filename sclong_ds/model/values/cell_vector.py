@@ -16,14 +16,15 @@ Shapes: B cells, G genes, C base width, n cells that a start is made from.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
-from scipy.sparse.linalg import svds
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 STARTING_SD = 0.02
 """Of the genes' vectors that no training cells gave."""
@@ -102,7 +103,9 @@ def principal_directions(
         (G, K) orthonormal columns by falling singular value, signs so that each column's sum is
         not negative: the same on every machine, up to rounding. K is 0 without cells.
     """
-    centred = csr_matrix(values, dtype=np.float64, copy=True)
+    from scipy.sparse.linalg import svds  # models are made on machines without scipy, too
+
+    centred = values.astype(np.float64)
     centred.data -= np.asarray(centre, dtype=np.float64)[centred.indices]
     k = min(k, min(centred.shape) - 1)
     if k < 1 or not np.any(centred.data):

@@ -31,6 +31,7 @@ from sclong_ds.model.sclong import ScLong
 N_GENES, N_CELLS, DEAD = 60, 8, 7
 GENES = named_genes(N_GENES)
 COUNTS = np.random.default_rng(0).poisson(1.0, (N_CELLS, N_GENES)) * (np.arange(N_GENES) != DEAD)
+COUNTS[:, 2] *= 3  # never the smallest value of a cell, which says what a single count is
 TYPES = ["b", "a", "a/x", "b", None, "a", "b", "b"]
 
 
