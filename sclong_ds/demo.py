@@ -1,7 +1,7 @@
 """`make demo`: real cells to a trained, exported, used model with the commands a user would type.
 
 430 human immune cells in three formats and one broken file are converted, finalized and verified;
-the gene graph is built; `sclong_tiny` is pretrained under ZeRO-3 on the GPUs, or on two CPU
+the gene graph is built; `sclong_tiny_recommended` is pretrained under ZeRO-3 on the GPUs, or on two CPU
 processes, interrupted and resumed; the model is exported, embeds the held-out
 cells, and a report is written. Everything goes below --out.
 """
@@ -111,12 +111,12 @@ def pretrain(out: Path) -> None:
     run_dir = out / "runs" / "demo"
     launch = [
         Path(sys.executable).parent / "deepspeed", *where(), "--master_port", free_port(),
-        "--module", "sclong_ds.pretrain", "--config", "sclong_tiny",
+        "--module", "sclong_ds.pretrain", "--config", "sclong_tiny_recommended",
         f"run.dir={run_dir}", f"data.corpus={out / 'corpus'}",
         f"model.gene_graph={out / 'graph.npz'}",
     ]  # fmt: skip
     devices = "GPU(s)" if n_gpus() else "CPU processes"
-    say(f"pretrain sclong_tiny with ZeRO-3 on {ranks()} {devices}")
+    say(f"pretrain sclong_tiny_recommended with ZeRO-3 on {ranks()} {devices}")
     process = subprocess.Popen(
         list(map(str, launch)), cwd=ROOT, env=environment(), start_new_session=True
     )

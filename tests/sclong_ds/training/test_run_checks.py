@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from sclong_ds.training.run_checks import (
     check_launch,
     refuse_changes,
     refuse_other_inputs,
-    with_order_of_run,
 )
 
 SAVED = TrainState(
@@ -59,14 +57,14 @@ def changes(tmp_path: Path, before: list[str], now: list[str]) -> dict[str, tupl
 
 
 def test_a_schedule_counts_as_changed_if_its_steps_are_others(tmp_path: Path) -> None:
-    in_steps = ["optim.warmup_steps=20", "optim.decay_steps=320"]
+    in_steps = ["optim.warmup_steps=40", "optim.decay_steps=640"]
     assert changes(tmp_path, in_steps, []) == {}
-    assert changes(tmp_path, [], ["run.max_steps=640"]) == {
-        "run.max_steps": (320, 640), "optim.warmup_steps": (20, 40),
-        "optim.decay_steps": (320, 640),
+    assert changes(tmp_path, [], ["run.max_steps=1280"]) == {
+        "run.max_steps": (640, 1280), "optim.warmup_steps": (40, 80),
+        "optim.decay_steps": (640, 1280),
     }  # fmt: skip
-    assert changes(tmp_path, in_steps, [*in_steps, "run.max_steps=640"]) == {
-        "run.max_steps": (320, 640)
+    assert changes(tmp_path, in_steps, [*in_steps, "run.max_steps=1280"]) == {
+        "run.max_steps": (640, 1280)
     }
 
 
@@ -127,31 +125,6 @@ def test_a_changed_key_is_said_or_refused(tmp_path: Path, key: str) -> None:
     (line,) = changed(checkpoint, accepted)
     assert line in str(error.value)
     assert "run.accept_changes" not in changed_settings(checkpoint / "config.yaml", accepted)
-
-
-def test_a_run_by_groups_keeps_its_order_under_a_preset_by_lanes(tmp_path: Path) -> None:
-    by_groups = ["data.order=groups", "data.shuffle_group_chunks=8"]
-    checkpoint = saved_run(tmp_path)
-    shutil.copy(checkpoint / "config.yaml", tmp_path)
-    now = load_config("sclong_tiny", ["data.order=lanes", "data.shuffle_group_chunks=256"])
-    with pytest.raises(ValueError, match=r"data\.order: 'groups' -> 'lanes'"):
-        refuse_changes(checkpoint, now)
-    kept = dataclasses.replace(now, data=with_order_of_run(tmp_path, now.data))
-    assert kept == load_config("sclong_tiny", by_groups)
-    refuse_changes(checkpoint, kept)
-
-
-def test_only_the_order_by_groups_is_kept(tmp_path: Path) -> None:
-    lanes = load_config("sclong_tiny", ["data.order=lanes"])
-    groups = load_config("sclong_tiny", ["data.shuffle_group_chunks=3"])
-    assert with_order_of_run(tmp_path / "new", lanes.data) == lanes.data
-    (tmp_path / "config.yaml").write_text(to_yaml(lanes))
-    assert with_order_of_run(tmp_path, lanes.data) == lanes.data
-    assert with_order_of_run(tmp_path, groups.data) == groups.data
-    (tmp_path / "config.yaml").write_text(to_yaml(load_config("sclong_tiny")))
-    assert with_order_of_run(tmp_path, groups.data) == groups.data
-    (tmp_path / "config.yaml").write_text("data: [")
-    assert with_order_of_run(tmp_path, lanes.data) == lanes.data
 
 
 def test_consent_does_not_cover_another_model_or_corpus(tmp_path: Path) -> None:
