@@ -1,8 +1,8 @@
 """`make demo`: real cells to a trained, exported, used model with the commands a user would type.
 
 430 human immune cells in three formats and one broken file are converted, finalized and verified;
-the gene graph is built; `sclong_tiny_recommended` is pretrained under ZeRO-3 on the GPUs, or on two CPU
-processes, interrupted and resumed; the model is exported, embeds the held-out
+the gene graph is built; `sclong_tiny_recommended` is pretrained under ZeRO-3 on the GPUs, or on
+two CPU processes, interrupted and resumed; the model is exported, embeds the held-out
 cells, and a report is written. Everything goes below --out.
 """
 
