@@ -44,7 +44,7 @@ START_S = 12.0
 """Longest wait before a kill during the start, seconds."""
 AHEAD_STEPS = 14
 """A start is killed at most so many steps after it began."""
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
