@@ -231,7 +231,7 @@ def test_a_first_node_that_hangs_in_its_own_check_is_named(tmp_path: Path) -> No
 
 
 def test_a_first_node_that_never_listens_is_named_by_another(tmp_path: Path) -> None:
-    (tmp_path / preflight.PREFLIGHT_FILE).write_text('{"life": "6.0"}')
+    (tmp_path / preflight.PREFLIGHT_FILE).write_text('{"life": "6.0", "bad_nodes": []}')
     port = _port()
     second = _start(1, port, tmp_path, timeout_s=2)
     (line,) = second.communicate(timeout=120)[1].splitlines()

@@ -203,7 +203,8 @@ def test_a_training_that_has_not_begun_says_what_preflight_found(
     begin(tmp_path, job="7", nodes="n[1-2]", max_stalled=3)
     with pytest.raises(FileNotFoundError, match=r"job 7 \(n\[1-2\]\) has not begun: see the log"):
         read_status(tmp_path)
-    verdict = {"life": "7.0", "problems": [{"nodes": ["n2"], "text": "no corpus"}]}
+    verdict = {"life": "7.0", "bad_nodes": ["n2"]}
+    verdict["problems"] = [{"nodes": ["n2"], "text": "no corpus"}]
     (tmp_path / "preflight.json").write_text(json.dumps(verdict))
     with pytest.raises(FileNotFoundError, match="has not begun: preflight: n2: no corpus"):
         read_status(tmp_path)
