@@ -11,7 +11,6 @@ the medians, and the smallest and largest ratio of a round.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data_prep import ROOT, adopt_orphans, timed
-from benchmarks.environment import environment
-from sclong_ds.files.atomic import write_atomic
+from benchmarks.environment import write_result
 
 ROUNDS = 5
 CASES = {"1 x 10,000 cells": (10_000, 1, 1), "8 x 1,000 cells, 2 jobs": (8_000, 8, 2)}
@@ -107,9 +105,7 @@ def main() -> int:
                 flush=True,
             )
     if args.json:
-        document = {"benchmark": "convert_pair", "other": str(other), **environment()}
-        document["result"] = result
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_result(args.json, "convert_pair", result, other=str(other))
     return 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import statistics
@@ -27,9 +26,8 @@ from typing import Any
 
 import h5py
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from sclong_ds.corpus.corpus import Corpus
-from sclong_ds.files.atomic import write_atomic
 
 ROOT = Path(__file__).parents[1]
 N_CELLS, ROUNDS = 10_000, 3
@@ -195,9 +193,7 @@ def main() -> int:
               f"{figures['cells_per_wall_s']:>9,.0f} {figures['peak_mib']:>7,.0f} "
               f"{figures['bytes_per_nonzero']:>8.3f} {size:>5.2f}x")  # fmt: skip
     if args.json:
-        document = {"benchmark": "data_prep", "input": str(source), **environment()}
-        document["result"] = result
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_result(args.json, "data_prep", result, input=str(source))
     return 0
 
 

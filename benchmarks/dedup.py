@@ -11,7 +11,6 @@ and the largest size of the files in FOLDER.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shutil
 import sys
@@ -22,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from data_prep.corpus.buckets import BucketRuns
 from data_prep.corpus.dedup import CELLS_PER_BUCKET, repeated_cells, write_digests
-from sclong_ds.files.atomic import write_atomic
 
 N_CELLS, SHARE_REPEATED = 48_024_242, 0.03
 CELLS_PER_RUN = 2**21
@@ -107,8 +105,7 @@ def main() -> int:
             else f"{name:<14} {value:>12,}"
         )
     if args.json:
-        document = {"benchmark": "dedup", **environment(), "result": result}
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_result(args.json, "dedup", result)
     return 0
 
 

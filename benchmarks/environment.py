@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -10,6 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from sclong_ds.files.atomic import write_atomic
 
 LIBRARIES = "torch triton numpy scipy zarr numcodecs anndata h5py pandas".split()
 
@@ -27,6 +30,19 @@ def environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in LIBRARIES},
         "commit": _commit(),
     }
+
+
+def write_result(path: Path, benchmark: str, result: Any, **about: str) -> None:
+    """Write what a benchmark found, with its origin, as JSON.
+
+    Args:
+        path: Target.
+        benchmark: Its name.
+        result: Plain values.
+        **about: What it was run on.
+    """
+    document = {"benchmark": benchmark, **about, **environment(), "result": result}
+    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def _version(library: str) -> str | None:

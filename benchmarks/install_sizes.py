@@ -11,7 +11,6 @@ requirements.txt; --find-links gives its CPU build. Needs uv and a package index
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -20,8 +19,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment
-from sclong_ds.files.atomic import write_atomic
+from benchmarks.environment import write_result
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,8 +83,7 @@ def main() -> int:
         result[name] = measure(args.out / f"env_{name}", wanted, args.find_links)
         print(f"{name:<10} {result[name]['mb']:>6,} MB  {result[name]['packages']:>4} packages")
     if args.json:
-        document = {"benchmark": "install_sizes", **environment(), "result": result}
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_result(args.json, "install_sizes", result)
     return 0
 
 

@@ -14,7 +14,6 @@ output is read before the first round and not counted, so that all is in the pag
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -24,9 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.loader_prepare import ROOT, SYNTHETIC, environ
-from sclong_ds.files.atomic import write_atomic
 
 ROUNDS, CELLS, BATCH, SEEDS = 15, 24_000, 256, (1, 2, 3, 4)
 KINDS = ("packed", "csr", "dense", "dense_norm")
@@ -204,9 +202,7 @@ def main() -> int:
         for reader in (*readers["here"], *readers["there"]):
             reader.close()
     if args.json:
-        document = {"benchmark": "loader_pair", "other": str(other), **environment()}
-        document["result"] = result
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_result(args.json, "loader_pair", result, other=str(other))
     return 0
 
 

@@ -31,7 +31,7 @@ import psutil
 from scipy import io, sparse
 from tqdm import tqdm
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.synthetic_corpus import cell_types, draw_cells
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import write_atomic
@@ -309,8 +309,7 @@ def main() -> int:
         per = cost["wall_s"] / args.datasets
         print(f"{command:<14} {cost['wall_s']:>8.1f} {per:>10.4f} {cost['peak_mib']:>9.0f}")
     if args.json:
-        document = {"benchmark": "simulate_datasets", **environment(), "result": result}
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_result(args.json, "simulate_datasets", result)
     return 0
 
 

@@ -13,7 +13,6 @@ FOLDER/manifest.tsv.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from tqdm import tqdm
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import write_atomic
@@ -175,8 +174,7 @@ def main() -> int:
     for name, value in result.items():
         print(f"{name:<26} {value:,.4g}" if isinstance(value, float) else f"{name:<26} {value:,}")
     if args.json:
-        document = {"benchmark": "synthetic_corpus", **environment(), "result": result}
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_result(args.json, "synthetic_corpus", result)
     return 0
 
 
