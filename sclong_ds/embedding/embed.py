@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ from anndata.io import sparse_dataset, write_elem
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.byte_code import MAX_COUNT
-from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells
-from sclong_ds.embedding.opening import cells_of, model_of
+from sclong_ds.embedding.opening import cells_of, count_inputs, model_of
 from sclong_ds.embedding.record import input_record, origin_of, record_of, training_record
 from sclong_ds.embedding.stored import UNS_KEY, measured_column, measured_record
 from sclong_ds.exported.head import FittedHead, read_head
@@ -146,7 +145,9 @@ def embed_counts(
         ValueError: Another number of genes than the model's, or measured genes are needed.
     """
     embedded = np.zeros((counts.shape[0], embedding_width(model)), dtype=np.float32)
-    for part, x, unmeasured in _inputs(model, counts, batch_size=batch_size, measured=measured):
+    for part, x, unmeasured in count_inputs(
+        model, counts, batch_size=batch_size, measured=measured
+    ):
         with torch.inference_mode():
             embedded[part] = model.embed(x, unmeasured=unmeasured).float().cpu().numpy()
         if on_cells is not None:
@@ -177,7 +178,9 @@ def pooled_counts(
         (n, P * C) float32; zero for a cell without counts.
     """
     pooled = np.zeros((counts.shape[0], len(parts) * model.config.base_dim), dtype=np.float32)
-    for part, x, unmeasured in _inputs(model, counts, batch_size=batch_size, measured=measured):
+    for part, x, unmeasured in count_inputs(
+        model, counts, batch_size=batch_size, measured=measured
+    ):
         with torch.inference_mode():
             found = torch.cat(model.pooled(x, parts, unmeasured=unmeasured), dim=1)
             pooled[part] = found.float().cpu().numpy()
@@ -232,29 +235,6 @@ def _joined(blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return the columns of consecutive cells as one."""
     names = blocks[0] if blocks else {}
     return {name: np.concatenate([block[name] for block in blocks]) for name in names}
-
-
-def _inputs(
-    model: ScLong, counts: csr_matrix, *, batch_size: int, measured: MeasuredGenes | None
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-    """Yield batches of cells: their rows, values (B, G), and genes that were not measured."""
-    if counts.shape[1] != model.n_genes:
-        raise ValueError(f"got counts of {counts.shape[1]} genes, the model has {model.n_genes}")
-    masks = model.transform.unmeasured == "mask"
-    if masks and measured is None:
-        raise ValueError(
-            "the model was trained with data.unmeasured=mask: it needs to know which genes the "
-            "input measures, which a corpus of version 1 does not record; embed the source files, "
-            "or finalize the corpus again"
-        )
-    device = next(model.parameters()).device
-    for start in range(0, counts.shape[0], batch_size):
-        part = slice(start, start + batch_size)
-        values = log1p_normalise(counts[part], target_sum=model.transform.target_sum)
-        unmeasured = None
-        if masks and measured is not None:
-            unmeasured = torch.from_numpy(measured.of(part).unmeasured()).to(device)
-        yield part, torch.from_numpy(values).to(device), unmeasured
 
 
 def embed_to_file(

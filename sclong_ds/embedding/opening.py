@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from data_prep.manifest.input_options import input_dataset
@@ -14,6 +15,7 @@ from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.hub.hub import model_folder
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.objective.measured import MeasuredGenes
 
 
 def model_of(args: argparse.Namespace) -> ScLong:
@@ -63,25 +65,50 @@ def model_inputs(
         batch_size: Cells at a time.
 
     Raises:
-        ValueError: The model needs to know what was measured, and the input does not say.
+        ValueError: As `count_inputs`.
     """
-    device = next(model.parameters()).device
-    masks, done = model.transform.unmeasured == "mask", 0
-    if masks and cells.measured is None:
+    done = 0
+    for block in cells.blocks():
+        rows = slice(done, done + block.counts.shape[0])
+        measured = None if cells.measured is None else cells.measured.of(rows)
+        batches = count_inputs(model, block.counts, batch_size=batch_size, measured=measured)
+        for part, x, unmeasured in batches:
+            yield x, unmeasured, slice(done + part.start, done + part.start + len(x))
+        done = rows.stop
+
+
+def count_inputs(
+    model: ScLong, counts: csr_matrix, *, batch_size: int, measured: MeasuredGenes | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield batches of cells: their rows, values (B, G), and genes that were not measured.
+
+    Args:
+        model: From `load_model`, with its `transform`.
+        counts: (n, G) raw counts in the model's gene order.
+        batch_size: Cells at a time.
+        measured: Genes that the inputs of the n cells name.
+
+    Raises:
+        ValueError: Another number of genes than the model's, or the model needs to know what was
+            measured and `measured` is None.
+    """
+    if counts.shape[1] != model.n_genes:
+        raise ValueError(f"got counts of {counts.shape[1]} genes, the model has {model.n_genes}")
+    masks = model.transform.unmeasured == "mask"
+    if masks and measured is None:
         raise ValueError(
             "the model was trained with data.unmeasured=mask: it needs to know which genes the "
-            "input measures, which this corpus does not record; give the source files"
+            "input measures, which a corpus of version 1 does not record; embed the source files, "
+            "or finalize the corpus again"
         )
-    for block in cells.blocks():
-        for start in range(0, block.counts.shape[0], batch_size):
-            part = block.counts[start : start + batch_size]
-            values = log1p_normalise(part, target_sum=model.transform.target_sum)
-            place = slice(done, done + part.shape[0])
-            hidden = None
-            if masks and cells.measured is not None:
-                hidden = torch.from_numpy(cells.measured.of(place).unmeasured()).to(device)
-            yield torch.from_numpy(values).to(device), hidden, place
-            done = place.stop
+    device = next(model.parameters()).device
+    for start in range(0, counts.shape[0], batch_size):
+        part = slice(start, start + batch_size)
+        values = log1p_normalise(counts[part], target_sum=model.transform.target_sum)
+        unmeasured = None
+        if masks and measured is not None:
+            unmeasured = torch.from_numpy(measured.of(part).unmeasured()).to(device)
+        yield part, torch.from_numpy(values).to(device), unmeasured
 
 
 def choose_device(name: str) -> torch.device:
