@@ -20,8 +20,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,8 +30,15 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.embedding.opening import model_inputs
 from sclong_ds.embedding.perturb import measure
-from sclong_ds.model.attention_use import cells_of, computed_weights, spread
-from sclong_ds.model.performer import CellSpans, SelfAttention
+from sclong_ds.model.attention_use import (
+    Projections,
+    attentions,
+    computed_weights,
+    looking,
+    spread,
+    without_compiling,
+)
+from sclong_ds.model.performer import SelfAttention
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
 
@@ -162,42 +167,18 @@ def attention_weights(model: ScLong, cells: Cells, sources: Sequence[int]) -> We
 @contextmanager
 def _decoder_rows(model: ScLong, rows: list[int], found: list[Tensor]) -> Iterator[None]:
     """Add the excess weights (P, N) of some tokens of a cell to `found`, for each decoder layer."""
-    decoder, handles = model.performers()["decoder"], []
-    compiled, decoder.compile_layers = decoder.compile_layers, False
-    for layer in decoder.layers:
-        attention: SelfAttention = layer.attention  # type: ignore[assignment]
-        seen: dict[str, Any] = {}
-        handles.append(attention.register_forward_pre_hook(partial(_remember, seen=seen)))
-        look = partial(_look, attention=attention, seen=seen, rows=rows, found=found)
-        handles.append(attention.to_qkv.register_forward_hook(look))
-    try:
+
+    def look(
+        _: str, attention: SelfAttention, features: Tensor | None, projections: Projections
+    ) -> None:
+        q, k, _values = next(projections)
+        own = computed_weights(q[rows], k, features, attention).weights.mean(0)
+        others = computed_weights(q[spread(len(q))], k, features, attention).weights
+        found.append((own - others.mean((0, 1))) * len(k))
+
+    decoder = [pair for pair in attentions(model) if pair[0].startswith("decoder.")]
+    with without_compiling([model.performers()["decoder"]]), looking(decoder, look):
         yield
-    finally:
-        decoder.compile_layers = compiled
-        for handle in handles:
-            handle.remove()
-
-
-def _remember(_: Any, inputs: tuple[Any, ...], *, seen: dict[str, Any]) -> None:
-    seen["features"] = inputs[1]
-    seen["cells"] = inputs[2] if len(inputs) > 2 else None
-
-
-def _look(
-    _: Any,
-    __: Any,
-    output: Any,
-    *,
-    attention: SelfAttention,
-    seen: dict[str, Any],
-    rows: list[int],
-    found: list[Tensor],
-) -> None:
-    spans: CellSpans | None = seen["cells"]
-    q, k, _values = next(iter(cells_of(output, attention, spans)))
-    own = computed_weights(q[rows], k, seen["features"], attention).weights.mean(0)
-    others = computed_weights(q[spread(len(q))], k, seen["features"], attention).weights
-    found.append((own - others.mean((0, 1))) * len(k))
 
 
 def gradient_weights(model: ScLong, cells: Cells, sources: Sequence[int]) -> Weights:

@@ -19,7 +19,7 @@ Shapes: P queries, N keys, H heads, K head width, M random features, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference import EPS
-from sclong_ds.model.performer import CellSpans, SelfAttention
+from sclong_ds.model.performer import CellSpans, Performer, SelfAttention
 from sclong_ds.model.sclong import ScLong
 
 LAYER_FIGURES = ("eps_share", "effective_keys", "beyond_mean")
@@ -36,6 +36,10 @@ QUERIES = 32
 """Queries of a cell and layer that are looked at, evenly spread; bounds time and memory."""
 SOFTMAX_TOKENS = 8192
 """Tokens of a cell up to which exact softmax is computed: its time grows with their square."""
+
+
+Projections = Iterator[tuple[Tensor, Tensor, Tensor]]
+"""Queries (P, H, K), keys and values (N, H, K) of each cell."""
 
 
 class Weights(NamedTuple):
@@ -135,16 +139,11 @@ def attention_figures(
     small = model.n_genes <= SOFTMAX_TOKENS or model.config.zero_genes is not None
     if small and any(stack.favor for stack in stacks.values()):
         passes["attention/softmax_mse"] = lambda: _exact_softmax(model)
-    sums, compiled = [], {name: stack.compile_layers for name, stack in stacks.items()}
-    try:
-        for stack in stacks.values():
-            stack.compile_layers = False  # a compiled layer does not call hooks
+    sums = []
+    with without_compiling(stacks.values()):
         for listening in passes.values():
             with listening():
                 sums.append(error().double())
-    finally:
-        for name, stack in stacks.items():
-            stack.compile_layers = compiled[name]
     names = [f"{name}.{i}" for name, stack in stacks.items() for i in range(len(stack.layers))]
     none = torch.zeros(len(LAYER_FIGURES) + 1, dtype=torch.float64, device=sums[0].device)
     flat = torch.cat([*sums, *(layers.get(name, none) for name in names)]) * counts
@@ -169,10 +168,28 @@ def _named(flat: list[float], passes: list[str], layers: Mapping[str, bool]) -> 
     return found
 
 
-def _attentions(model: ScLong) -> Iterator[tuple[str, SelfAttention]]:
+def attentions(model: ScLong) -> Iterator[tuple[str, SelfAttention]]:
+    """Yield the attention of every layer, by stack.layer."""
     for name, stack in model.performers().items():
         for i, layer in enumerate(stack.layers):
             yield f"{name}.{i}", layer.attention  # type: ignore[misc]
+
+
+@contextmanager
+def without_compiling(stacks: Iterable[Performer]) -> Iterator[None]:
+    """Run the layers of stacks as they are: a compiled layer does not call hooks.
+
+    Args:
+        stacks: Some Performers.
+    """
+    compiled = [(stack, stack.compile_layers) for stack in stacks]
+    try:
+        for stack, _ in compiled:
+            stack.compile_layers = False
+        yield
+    finally:
+        for stack, was in compiled:
+            stack.compile_layers = was
 
 
 @contextmanager
@@ -202,7 +219,7 @@ def _mean_of_values(model: ScLong, stack: str) -> Any:
     return _removed(
         [
             attention.to_qkv.register_forward_hook(without_queries_and_keys)
-            for name, attention in _attentions(model)
+            for name, attention in attentions(model)
             if name.partition(".")[0] == stack
         ]
     )
@@ -215,20 +232,43 @@ def _exact_softmax(model: ScLong) -> Any:
         x, _features, *rest = inputs
         return (x, None, *rest)
 
-    return _removed([a.register_forward_pre_hook(without_features) for _, a in _attentions(model)])
+    return _removed([a.register_forward_pre_hook(without_features) for _, a in attentions(model)])
 
 
 def _layer_sums(model: ScLong, sums: dict[str, Tensor]) -> Any:
     """Add the figures of every layer of the passes made within to `sums`, by layer."""
+
+    def look(
+        name: str, attention: SelfAttention, features: Tensor | None, projections: Projections
+    ) -> None:
+        for q, k, v in projections:
+            if len(q) and len(k):
+                found = computed_weights(q[spread(len(q))], k, features, attention)
+                part = cell_figures(found, v)
+                sums[name] = sums[name] + part if name in sums else part
+
+    return looking(attentions(model), look)
+
+
+def looking(
+    watched: Iterable[tuple[str, SelfAttention]],
+    look: Callable[[str, SelfAttention, Tensor | None, Projections], None],
+) -> Any:
+    """Show every attention of the passes made within to a function; compiled layers call no hooks.
+
+    Args:
+        watched: Attentions by name.
+        look: Takes the name, the attention, its random features and what `cells_of` yields.
+    """
     handles = []
-    for name, attention in _attentions(model):
+    for name, attention in watched:
         seen: dict[str, Any] = {}
 
         def remember(_: Any, inputs: tuple[Any, ...], seen: dict[str, Any] = seen) -> None:
             seen["features"] = inputs[1]
             seen["cells"] = inputs[2] if len(inputs) > 2 else None
 
-        def look(
+        def projected(
             _: Any,
             __: Any,
             output: Any,
@@ -237,14 +277,10 @@ def _layer_sums(model: ScLong, sums: dict[str, Tensor]) -> Any:
             attention: SelfAttention = attention,
             seen: Mapping[str, Any] = seen,
         ) -> None:
-            for q, k, v in cells_of(output, attention, seen["cells"]):
-                if len(q) and len(k):
-                    found = computed_weights(q[spread(len(q))], k, seen["features"], attention)
-                    part = cell_figures(found, v)
-                    sums[name] = sums[name] + part if name in sums else part
+            look(name, attention, seen["features"], cells_of(output, attention, seen["cells"]))
 
         handles.append(attention.register_forward_pre_hook(remember))
-        handles.append(attention.to_qkv.register_forward_hook(look))
+        handles.append(attention.to_qkv.register_forward_hook(projected))
     return _removed(handles)
 
 
@@ -266,9 +302,7 @@ def spread(count: int) -> list[int]:
     return sorted({round(i) for i in torch.linspace(0, count - 1, min(count, QUERIES)).tolist()})
 
 
-def cells_of(
-    output: Any, attention: SelfAttention, cells: CellSpans | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def cells_of(output: Any, attention: SelfAttention, cells: CellSpans | None) -> Projections:
     """Yield queries (P, H, K), keys and values (N, H, K) of each cell from a projection's output.
 
     Args:
