@@ -35,7 +35,7 @@ from sclong_ds.embedding.embed import plain_columns
 from sclong_ds.embedding.opening import cells_of, model_inputs, model_of
 from sclong_ds.embedding.record import origin_of, record_of
 from sclong_ds.embedding.stored import UNS_KEY
-from sclong_ds.files.atomic import partial_name, write_atomic
+from sclong_ds.files.atomic import whole_file, write_atomic
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
 
@@ -345,9 +345,8 @@ def write(table: AnnData, out: Path) -> None:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".h5ad":
-        partial = partial_name(out)
-        table.write_h5ad(partial)
-        partial.rename(out)
+        with whole_file(out) as partial:
+            table.write_h5ad(partial)
         return
     parts = []
     for i, name in enumerate(table.obs_names):

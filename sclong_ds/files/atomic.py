@@ -47,6 +47,24 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         raise
 
 
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give a new name to write a file to by a library; it appears when the block ends well.
+
+    What a failing block has left is removed; a kill leaves at most a partial file.
+
+    Args:
+        path: The file's final name; replaced if it exists.
+    """
+    partial = partial_name(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def partial_name(path: str | Path) -> Path:
     """Return a new name beside a file, for its content until it is complete.
 

@@ -1,4 +1,4 @@
-"""Reading npy and npz files: damage of any kind is one ValueError that names the file."""
+"""npy and npz files: read so that any damage is one ValueError with the name, and written whole."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from sclong_ds.files.atomic import read_file
+from sclong_ds.files.atomic import read_file, whole_file
 
 # A flipped bit of a zip header asks for a password or an unknown compression (RuntimeError), one of
 # a shape for more memory than there is.
@@ -26,6 +26,18 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def write_npz(path: str | Path, **arrays: ArrayLike) -> None:
+    """Write arrays; a reader sees the old file or the new one.
+
+    Args:
+        path: Target, replaced if it exists.
+        **arrays: By name.
+    """
+    with whole_file(path) as partial, partial.open("wb") as file:
+        named: dict[str, Any] = arrays
+        np.savez(file, **named)
 
 
 def read_npz(path: str | Path, *, cure: str) -> dict[str, NDArray[Any]]:

@@ -5,7 +5,7 @@ stopped continues from its newest checkpoint as if it had not been. Engine, chec
 ranks and learning rates are those of pretraining. Every rank calls these functions.
 
     DIR/fits/NAME/checkpoints/   while it runs
-    DIR/fits/NAME/best.pt, fit.json   best weights so far and where, also in each checkpoint
+    DIR/fits/NAME/best.safetensors, fit.json   best weights so far, also in a checkpoint
     DIR/fits/NAME/result.npz     outputs, when it is done
 
 Shapes: N cells, n cells of a fit, F features, K outputs.
@@ -35,8 +35,8 @@ from sclong_ds.checkpoint.save import begin_save, finish_save
 from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.engine.deepspeed_engine import Engine, initialize, set_hyper_parameters
 from sclong_ds.engine.ranks import on_first_rank, sum_over_ranks
-from sclong_ds.files.atomic import partial_name, write_atomic
-from sclong_ds.files.npz import read_npz
+from sclong_ds.files.atomic import whole_file, write_atomic
+from sclong_ds.files.npz import read_npz, write_npz
 from sclong_ds.finetune.setting import Setting
 from sclong_ds.finetune.trainee import Trainee, trainable
 
@@ -245,16 +245,16 @@ def _kept(setting: Setting, plan: Plan, folder: Path) -> Trainee:
 def _write(folder: Path, found: Fitted, weights: dict[str, Tensor] | None) -> None:
     """Write the result of a fit; its checkpoints are no longer needed."""
     if weights is not None:
-        partial = partial_name(folder / KEPT)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
-        partial.rename(folder / KEPT)
-    partial = partial_name(folder / RESULT).with_suffix(".npz")
-    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in asdict(found).items()}
-    np.savez(partial, **arrays)
-    partial.rename(folder / RESULT)
+        _write_weights(folder / KEPT, weights)
+    write_npz(folder / RESULT, **asdict(found))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for name in (BEST, POSITION):
         (folder / name).unlink(missing_ok=True)
+
+
+def _write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    with whole_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
 
 
 def _read(folder: Path) -> Fitted:
@@ -274,9 +274,7 @@ def _save(
     """Save a checkpoint of a fit, with its best weights so far."""
 
     def write() -> None:
-        partial = partial_name(folder / BEST)
-        save_file({name: tensor.contiguous() for name, tensor in best.items()}, partial)
-        partial.rename(folder / BEST)
+        _write_weights(folder / BEST, best)
         text = asdict(position) | {"best_loss": repr(position.best_loss)}
         write_atomic(folder / POSITION, (json.dumps(text) + "\n").encode())
 

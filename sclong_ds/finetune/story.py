@@ -29,8 +29,8 @@ from sclong_ds.exported.head import HeadShape
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import read_training_cells, share_in_training
-from sclong_ds.files.atomic import partial_name, write_atomic
-from sclong_ds.files.npz import read_npz
+from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.npz import read_npz, write_npz
 from sclong_ds.finetune.examples import Examples, choose_examples
 from sclong_ds.finetune.fit import Fitted, Plan, fit, mean_steps
 from sclong_ds.finetune.scored.compare import Fold, Outcome, compare
@@ -261,7 +261,7 @@ class Story:
             pooled = read_npz(path, cure="remove it")["pooled"]
         else:
             pooled = self._pooled(parts)
-            on_first_rank(lambda: _save_array(path, pooled))
+            on_first_rank(lambda: write_npz(path, pooled=pooled))
         width = self.model.config.base_dim
         columns = {part: slice(i * width, (i + 1) * width) for i, part in enumerate(parts)}
         features = np.concatenate([pooled[:, columns[part]] for part in shape.parts], axis=1)
@@ -349,9 +349,3 @@ class Story:
 
 def _nothing(stage: str, done: int, total: int) -> None:
     """Show no progress: another rank does."""
-
-
-def _save_array(path: Path, pooled: NDArray[np.float32]) -> None:
-    partial = partial_name(path).with_suffix(".npz")
-    np.savez(partial, pooled=pooled)
-    partial.rename(path)

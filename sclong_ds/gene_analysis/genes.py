@@ -27,7 +27,7 @@ from sclong_ds.embedding.opening import cells_of, model_of
 from sclong_ds.embedding.perturb import genes_of
 from sclong_ds.embedding.record import origin_of, record_of
 from sclong_ds.embedding.stored import UNS_KEY
-from sclong_ds.files.atomic import partial_name, write_atomic
+from sclong_ds.files.atomic import whole_file, write_atomic
 from sclong_ds.gene_analysis.benchmark import (
     count_vectors,
     level_areas,
@@ -96,9 +96,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{path}: {len(edges)} edges of {edges['source'].nunique()} genes")
     if args.benchmark:
         _benchmark(args, model, read, table)
-    partial = partial_name(args.out)
-    table.write_h5ad(partial)
-    partial.rename(args.out)
+    with whole_file(args.out) as partial:
+        table.write_h5ad(partial)
     print(f"{args.out}: {table.n_obs} genes, {', '.join(table.obsm)}")
     return 0
 
@@ -206,22 +205,13 @@ def _benchmark(args: argparse.Namespace, model: ScLong, read: Read | None, table
         edges, weights = model.gene_encoder.graph
         shape = (model.n_genes, model.n_genes)
         rows["gene_graph"] = coo_matrix((weights, (edges[1], edges[0])), shape=shape).tocsr()
-    parts = []
-    for name, sets, smallest in (
-        (
-            "GO",
-            go_terms(
-                args.model_dir / "genes.tsv",
-                model.genes,
-                graph,
-                obo=args.obo,
-                associations=args.associations,
-            ),
-            SIZES[0],
-        ),
-        ("known sets", gold_sets(model.genes, known=graph is not None), 5),
-    ):
-        parts.append(_scored(name, sets, smallest, rows, scored, means, args.seed))
+    files = {"obo": args.obo, "associations": args.associations}
+    terms = go_terms(args.model_dir / "genes.tsv", model.genes, graph, **files)
+    known = gold_sets(model.genes, known=graph is not None)
+    parts = [
+        _scored("GO", terms, SIZES[0], rows, scored, means, args.seed),
+        _scored("known sets", known, 5, rows, scored, means, args.seed),
+    ]
     path = beside(args.out, "benchmark.tsv")
     text = pd.concat(parts).to_csv(sep="\t", float_format="%.4f")
     write_atomic(path, text.encode())

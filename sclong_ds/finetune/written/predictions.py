@@ -24,7 +24,7 @@ from sclong_ds.embedding.record import input_record, record_of
 from sclong_ds.embedding.stored import UNS_KEY, measured_column, measured_record
 from sclong_ds.exported.head import FittedHead, prediction_columns
 from sclong_ds.exported.model_dir import load_model
-from sclong_ds.files.atomic import partial_name
+from sclong_ds.files.atomic import whole_file
 from sclong_ds.finetune.fit import Fitted
 from sclong_ds.finetune.scored.compare import Outcome
 from sclong_ds.finetune.setting import Setting
@@ -78,9 +78,8 @@ def write_predictions(
             | measured_record(cells.measured)
         },
     )
-    partial = partial_name(setting.out / PREDICTIONS)
-    table.write_h5ad(partial, compression="gzip")
-    partial.rename(setting.out / PREDICTIONS)
+    with whole_file(setting.out / PREDICTIONS) as partial:
+        table.write_h5ad(partial, compression="gzip")
 
 
 def columns_of(

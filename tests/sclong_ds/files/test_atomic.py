@@ -10,6 +10,7 @@ from sclong_ds.files.atomic import (
     partial_name,
     remove_partials,
     remove_partials_of,
+    whole_file,
     write_atomic,
 )
 
@@ -34,6 +35,18 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_atomic(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_failing_block_leaves_the_old_file_and_nothing_else(tmp_path):
+    with whole_file(tmp_path / "a") as partial:
+        partial.write_text("old")
+        assert not (tmp_path / "a").exists()
+        assert is_partial(partial)
+    with pytest.raises(RuntimeError), whole_file(tmp_path / "a") as partial:  # noqa: PT012
+        partial.write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sclong_ds.files.npz import read_npy, read_npz
+from sclong_ds.files.npz import read_npy, read_npz, write_npz
 
 
 def test_sound_files(tmp_path: Path) -> None:
@@ -20,6 +20,15 @@ def test_sound_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_npy(tmp_path / "x.npy", cure=""), np.eye(3))
     with pytest.raises(FileNotFoundError, match=r"absent\.npz"):
         read_npz(tmp_path / "absent.npz", cure="")
+
+
+def test_written_arrays_are_read_and_replace_those_before(tmp_path: Path) -> None:
+    for value in (1, 2):
+        write_npz(tmp_path / "x.npz", a=np.full(3, value), n=value)
+        found = read_npz(tmp_path / "x.npz", cure="")
+        assert found["a"].tolist() == [value] * 3
+        assert int(found["n"]) == value
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
 def test_damage_is_one_line_with_the_file(tmp_path: Path) -> None:
