@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from sclong_ds.exported.manifest import CURE
 from sclong_ds.files.sealed_json import read_object
 from sclong_ds.files.versions import refuse_later
-from sclong_ds.model.pooling import Part, check_part
+from sclong_ds.model.pooling import Part, stored_parts
 
 HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
 _FORMAT, _VERSION = "sclong_ds-head", 1
@@ -258,9 +258,7 @@ def read_head(folder: Path) -> FittedHead | None:
     try:
         if (content["format"], content["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"no {_FORMAT} of version {_VERSION}")
-        parts = tuple(Part(*part) for part in content["shape"]["parts"])
-        for part in parts:
-            check_part(part)
+        parts = stored_parts(content["shape"]["parts"])
         head = Head(HeadShape(**(content["shape"] | {"parts": parts})))
         weights = load_file(folder / HEAD_WEIGHTS)
         centroids, precision = (

@@ -25,7 +25,7 @@ from sclong_ds.exported.manifest import CURE
 from sclong_ds.files.npz import read_npz
 from sclong_ds.files.sealed_json import read_object
 from sclong_ds.files.versions import refuse_later
-from sclong_ds.model.pooling import MEAN, Part, Recipe, check_part
+from sclong_ds.model.pooling import MEAN, Recipe, stored_parts
 
 RECIPE, STATISTICS = "embedding.json", "embedding.npz"
 _FORMAT, _VERSION = "sclong_ds-embedding-recipe", 1
@@ -123,10 +123,7 @@ def _read(folder: Path, base_dim: int, prefix: str) -> Recipe | None:
     if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(f"{path}: damaged (no {_FORMAT} of version {_VERSION}); {CURE}")
     try:
-        parts = tuple(Part(*part) for part in content[f"{prefix}parts"])
-        scaling = str(content["scaling"])
-        for part in parts:
-            check_part(part)
+        parts, scaling = stored_parts(content[f"{prefix}parts"]), str(content["scaling"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}); {CURE}") from None
     if not parts:

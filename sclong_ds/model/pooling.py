@@ -22,9 +22,9 @@ Shapes: B cells, G genes, C base width, W width of the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,22 @@ class Recipe:
 
 MEAN = Recipe((Part("decoder", "expressed"),))
 """The recipe of models that carry none."""
+
+
+def stored_parts(stored: Iterable[Any]) -> tuple[Part, ...]:
+    """Return the parts that a file names.
+
+    Args:
+        stored: Layer and weights of each.
+
+    Raises:
+        TypeError: Not two texts each.
+        ValueError: As `check_part`.
+    """
+    parts = tuple(Part(*part) for part in stored)
+    for part in parts:
+        check_part(part)
+    return parts
 
 
 def check_part(part: Part) -> None:

@@ -38,7 +38,13 @@ def fit_temperature(outputs: NDArray[np.floating], target: NDArray[np.int64]) ->
 
 def nll(shares: NDArray[np.float64], target: NDArray[np.int64]) -> float:
     """Return the mean negative log likelihood of labels (n,) by probabilities (n, K)."""
-    return float(-np.log(np.maximum(shares[np.arange(len(target)), target], 1e-12)).mean())
+    return float(losses(shares, target).mean())
+
+
+def losses(shares: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the negative log likelihood (n,) of labels (n,) by probabilities (n, K)."""
+    chosen = shares[np.arange(len(target)), target]
+    return np.asarray(-np.log(np.maximum(chosen, 1e-12)))
 
 
 def judge_labels(

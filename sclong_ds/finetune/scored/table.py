@@ -26,6 +26,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sclong_ds.evaluation.scores import Layout, Scores, interval, resampled_sums
+from sclong_ds.finetune.scored.calibration import losses
 
 BINS = 15
 LABEL_SCORES = ("accuracy", "macro_f1", "nll", "ece")
@@ -74,9 +75,15 @@ def label_scores(
     predicted, confidence = shares.argmax(axis=1), shares.max(axis=1)
     true, given = np.eye(width)[target], np.eye(width)[predicted]
     right = (predicted == target).astype(np.float64)
-    losses = -np.log(np.maximum(shares[np.arange(n), target], 1e-12))
     members = np.eye(BINS)[bins_of(confidence)]
-    columns = [true * given, true, given, losses[:, None], np.ones((n, 1)), right[:, None]]
+    columns = [
+        true * given,
+        true,
+        given,
+        losses(shares, target)[:, None],
+        np.ones((n, 1)),
+        right[:, None],
+    ]
     columns += [members * (confidence - right)[:, None]]
     sums = _sums(np.concatenate(columns, axis=1), groups)
     hits, n_true, n_given, loss, count, n_right, gaps = np.split(
