@@ -198,9 +198,11 @@ class ChunkReader:
         while self._open and self._open[0].done:
             self._open.popleft()
         if self._open:
-            if self._open[0].error is not None:
-                raise self._open[0].error
-            return self._open[0].read.first
+            first, error = self._open[0].read.first, self._open[0].error
+            # What was read ahead and failed does not concern the steps before it.
+            if error is not None and first < self._wanted:
+                raise error
+            return first
         if self._failed is not None:
             raise self._failed
         if not self._begun:

@@ -463,15 +463,20 @@ def damaged(tmp_path):
     return corpus, range(int(corpus.chunk_rows[2]), int(corpus.chunk_rows[4]))
 
 
-def test_damage_stops_the_loop_and_says_where(damaged):
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(("group", "lanes"), [(1, None), (3, None), (2, (2, 8)), (2, (8, 8))])
+def test_damage_stops_the_loop_where_it_is_met_and_says_where(damaged, group, lanes, prefetch):
+    """All batches before it are given, however far ahead its chunk was read."""
     corpus, lost = damaged
-    with open_loader(corpus, group=1) as loader:
+    rows = [row for row, *_ in in_stream(corpus, 61, seed=0, **order_of(group, lanes))]
+    whole = next(i for i, row in enumerate(rows) if row in lost) // 8 * 8
+    with open_loader(corpus, group=group, lanes=lanes, prefetch_batches=prefetch) as loader:
         delivered = []
         with pytest.raises(DamagedChunk, match=r"gap/c/1.*restore"):  # noqa: PT012
             while True:
                 delivered += [i for b in next(loader).micro_batches for i in b.cell_ids]
-        assert loader.position == len(delivered)
-        assert not set(delivered) & set(lost)
+        assert loader.position == len(delivered) == whole
+        assert delivered == rows[:whole]
         # The next call tries again.
         with pytest.raises(DamagedChunk):
             next(loader)
