@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import positive_share, whole
+from sclong_ds.command_line import positive, positive_share, whole
 from sclong_ds.planning.devices import DEVICES
 
 SCLONG_CELLS = 48_024_242
@@ -25,12 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mfu",
         default=0.4,
         type=positive_share,
-        help="share of the peak reached (default: %(default)s)",
+        help="share of the peak that a rank reaches while it computes (default: %(default)s)",
+    )
+    add(
+        "--network-gbit",
+        default=400.0,
+        type=positive,
+        metavar="GBIT",
+        help="to the other nodes, Gbit/s of a node in one direction (default: %(default)s)",
     )
     add(
         "--cells",
         type=whole(1),
         help=f"cells of an epoch (default: those of data.corpus, else {SCLONG_CELLS})",
     )
+    add("--verbose", action="store_true", help="also tables of parts and of all ZeRO stages")
     add("--json", action="store_true", help="print one JSON document instead of tables")
     add("overrides", nargs="*", metavar="key=value", help="as in training: engine.ds_config=zero1")

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from sclong_ds.config.load import load_config
@@ -24,7 +24,6 @@ from sclong_ds.config.sections import (
     DataConfig,
     EngineConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     RunConfig,
 )
@@ -34,17 +33,16 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.datasheet.health import Health, health_of
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
-from sclong_ds.objective.targets import target_count
 from sclong_ds.planning.arguments import SCLONG_CELLS
+from sclong_ds.planning.choice import Chooser, Workload
 from sclong_ds.planning.costs import (
     activation_bytes,
     backward_flops_per_cell,
     flops_per_cell,
     parameter_counts,
     recompute_flops_per_cell,
-    training_flops_per_cell,
 )
-from sclong_ds.planning.devices import GIB, Device, find_device
+from sclong_ds.planning.devices import Device, find_device
 from sclong_ds.planning.memory import (
     Setup,
     Zero,
@@ -52,36 +50,11 @@ from sclong_ds.planning.memory import (
     memory_per_rank,
     zero_settings,
 )
-from sclong_ds.planning.verdict import verdict_of
+from sclong_ds.planning.step_time import Site, StepTime
+from sclong_ds.planning.text import format_plan
 
 SCLONG_EXPRESSED = 1_800
 """Expressed genes of a typical cell, when there is no data.corpus."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Where a run is planned."""
-
-    nodes: int
-    gpus_per_node: int
-    device: str
-    """Key of `DEVICES` or `cpu`."""
-    mfu: float
-    """Model FLOP/s utilisation: share of the peak that forward and backward reach; what activation
-    checkpointing recomputes does not count."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What a run is planned for."""
-
-    n_genes: int
-    n_edges: int
-    """Edges of the gene graph; 0 without one."""
-    cells: int
-    """Training cells of one epoch."""
-    n_expressed: int
-    """Expressed genes of a cell, on average."""
 
 
 def make_plan(
@@ -107,65 +80,53 @@ def make_plan(
             f"model.top_seq_len: got {model.top_seq_len}, must be below the number of genes {genes}"
         )
     device = find_device(site.device, ranks_per_node=site.gpus_per_node)
-    setup = Setup(
-        site.nodes * site.gpus_per_node, site.device == "cpu", genes, work.n_edges,
-        **_cell(config.objective, work),
-    )  # fmt: skip
-    zero = zero_settings(ds_config)
+    zero, engine = zero_settings(ds_config), config.engine
+    chooser = Chooser(model, engine, config.objective, site, device, work)
+    cell = work.wanted(config.objective)
     parameters, steps = _with_total(parameter_counts(model, genes)), config.run.max_steps
-    flops = _flops_plan(model, config.engine, config.objective, work)
     batch = [key for key in ds_config if "batch_size" in key or "accumulation" in key]
+    recompute, micro = engine.activation_checkpointing, engine.train_micro_batch_size_per_gpu
+    repeated = recompute_flops_per_cell(model, genes, **cell) if recompute else 0
     return {
         **asdict(site),
         **asdict(work),
-        "world_size": setup.world_size,
+        "world_size": site.world_size,
         "device": {"name": site.device, **asdict(device)},
-        "precision": config.engine.precision,
+        "precision": engine.precision,
         "parameters": parameters,
-        "flops_per_cell": {key: flops[key] for key in ("forward", "backward", "recompute")},
+        "flops_per_cell": {
+            "forward": _with_total(flops_per_cell(model, genes, work.n_edges, **cell)),
+            "backward": _with_total(backward_flops_per_cell(model, genes, work.n_edges, **cell)),
+            "recompute": repeated,
+        },
         "batch": {key: ds_config[key] for key in batch},
-        "memory": _memory_plan(model, config.engine, zero, setup, device),
+        "memory": _memory_plan(model, engine, zero, chooser.setup, device),
         "time": _time_plan(
-            site,
-            work,
-            training_flops=flops["training"],
-            peak_flops_per_s=device.flops_per_s(config.engine.precision),
-            step_cells=config.engine.train_batch_size,
-            max_steps=steps,
+            chooser.time(zero, recompute=recompute, micro_batch=micro), chooser, max_steps=steps
         )
         | _schedule_plan(config.optim, max_steps=steps),
+        "fastest": _fastest_plan(chooser, max_steps=steps),
         "checkpoint": _checkpoint_plan(
             config.checkpoint,
             parameters["total"],
-            model_weight_bytes=0 if zero.stage == 3 else _element_bytes(config.engine),
-            world_size=setup.world_size,
+            model_weight_bytes=0 if zero.stage == 3 else chooser.element_bytes,
+            world_size=site.world_size,
             max_steps=steps,
         ),
     }
 
 
-def _flops_plan(
-    model: ModelConfig, engine: EngineConfig, objective: ObjectiveConfig, work: Workload
-) -> dict[str, Any]:
-    """Count the FLOPs of a cell by part, and those of training one."""
-    genes, edges, cell = work.n_genes, work.n_edges, _cell(objective, work)
-    recomputes, micro = engine.activation_checkpointing, engine.train_micro_batch_size_per_gpu
+def _fastest_plan(chooser: Chooser, *, max_steps: int) -> dict[str, Any] | None:
+    """Return the fastest setting that fits, and what to add to the command line to have it."""
+    choice = chooser.fastest()
+    if choice is None:
+        return None
     return {
-        "forward": _with_total(flops_per_cell(model, genes, edges, **cell)),
-        "backward": _with_total(backward_flops_per_cell(model, genes, edges, **cell)),
-        "recompute": recompute_flops_per_cell(model, genes, **cell) if recomputes else 0,
-        "training": training_flops_per_cell(model, genes, edges, micro_batch=micro, **cell),
+        "overrides": choice.overrides(chooser.engine),
+        "peak_bytes": choice.peak_bytes,
+        "run_hours": max_steps * choice.time.step_s / 3600,
+        "bound_by": choice.time.bound_by,
     }
-
-
-def _element_bytes(engine: EngineConfig) -> int:
-    return 2 if engine.precision == "bf16" else 4
-
-
-def _cell(objective: ObjectiveConfig, work: Workload) -> dict[str, int]:
-    """Return expressed and predicted genes of an average cell."""
-    wanted = target_count(work.n_expressed, objective)
-    return {"n_expressed": work.n_expressed, "n_wanted": wanted}
 
 
 def _with_total(parts: dict[str, int]) -> dict[str, int]:
@@ -176,7 +137,7 @@ def _memory_plan(
     model: ModelConfig, engine: EngineConfig, zero: Zero, setup: Setup, device: Device
 ) -> dict[str, Any]:
     """Predict memory as configured, and in all stages, offloaded, recomputed or not."""
-    e = _element_bytes(engine)
+    e = 2 if engine.precision == "bf16" else 4
     micro, usable = engine.train_micro_batch_size_per_gpu, device.usable_bytes()
 
     def row(other: Zero, recompute: bool) -> dict[str, Any]:
@@ -226,42 +187,39 @@ def _memory_plan(
     }
 
 
-def _time_plan(
-    site: Site,
-    work: Workload,
-    *,
-    training_flops: float,
-    peak_flops_per_s: float,
-    step_cells: int,
-    max_steps: int,
-) -> dict[str, Any]:
-    """Predict rates and times at the stated utilisation.
+def _time_plan(step: StepTime, chooser: Chooser, *, max_steps: int) -> dict[str, Any]:
+    """Predict rates and times.
 
     Args:
-        site: Nodes, ranks and utilisation.
-        work: Genes, edges and cells.
-        training_flops: Of forward and backward, per cell.
-        peak_flops_per_s: Of a rank's device.
-        step_cells: Cells per optimizer step.
+        step: Predicted time of a step as configured.
+        chooser: Model, site and cells.
         max_steps: Length of the run.
     """
-    per_rank = peak_flops_per_s * site.mfu / training_flops
-    all_ranks = per_rank * site.nodes * site.gpus_per_node
-    cells, run_cells = work.cells, max_steps * step_cells
+    site, cells, batch = chooser.site, chooser.work.cells, chooser.engine.train_batch_size
+    all_ranks = batch / step.step_s
+    per_rank, flops = all_ranks / site.world_size, step.training_flops
+    peak, run_cells = chooser.device.flops_per_s(chooser.engine.precision), max_steps * batch
     return {
-        "training_flops_per_cell": training_flops,
+        "training_flops_per_cell": flops,
         "cells_per_s_per_rank": per_rank,
         "cells_per_s": all_ranks,
-        "step_time_s": step_cells / all_ranks,
-        "steps_per_epoch": math.ceil(cells / step_cells),
+        "reached_mfu": per_rank * flops / peak,
+        "step_time_s": step.step_s,
+        "micro_batch": {
+            "compute_s": step.compute_s,
+            "host_s": step.host_s,
+            "links_s": step.links_s,
+            "overlapped": step.overlapped,
+            "bound_by": step.bound_by,
+        },
+        "update_s": step.update_s,
+        "steps_per_epoch": math.ceil(cells / batch),
         "epoch_hours": cells / all_ranks / 3600,
         "gpu_hours_per_epoch": cells / per_rank / 3600,
         "run_steps": max_steps,
         "run_epochs": run_cells / cells,
         "run_hours": run_cells / all_ranks / 3600,
         "run_gpu_hours": run_cells / per_rank / 3600,
-        # Every rank reads and decompresses the cells of all, and decodes its own.
-        "read_cells_per_s_per_rank": all_ranks,
         "decoded_cells_per_s_per_rank": per_rank,
     }
 
@@ -308,125 +266,6 @@ def _checkpoint_plan(
     }
 
 
-def format_plan(plan: Mapping[str, Any]) -> str:
-    """Return the plan as text: the verdict, a line per figure, tables of parts and ZeRO stages.
-
-    Args:
-        plan: What `make_plan` returns.
-    """
-    batch, edges = plan["batch"], plan["n_edges"]
-    lines = [
-        verdict_of(plan),
-        "",
-        f"{_counted(plan['nodes'], 'node')} x {plan['gpus_per_node']} {plan['device']['name']} = "
-        f"{_counted(plan['world_size'], 'rank')}, {plan['precision']}; {plan['n_genes']:,} genes, "
-        + (f"{edges:,} graph edges" if edges else "no gene graph given"),
-        f"{batch['train_batch_size']} cells per step = {batch['train_micro_batch_size_per_gpu']} "
-        f"per rank x {_counted(plan['world_size'], 'rank')} x "
-        f"{batch['gradient_accumulation_steps']} accumulated",
-        "",
-        *_cost_lines(plan),
-        "",
-        *_memory_lines(plan),
-        "",
-        *_time_lines(plan),
-    ]
-    return "\n".join(lines)
-
-
-def _counted(number: int, one: str) -> str:
-    return f"{number:,} {one}{'s' * (number != 1)}"
-
-
-def _cost_lines(plan: Mapping[str, Any]) -> list[str]:
-    flops, training = plan["flops_per_cell"], plan["time"]["training_flops_per_cell"]
-    lines = [f"{'Exact':20}{'parameters':>16}{'forward':>14}{'backward':>14}  GFLOP per cell"]
-    for part, count in plan["parameters"].items():
-        both = [f"{flops[way].get(part, 0) / 1e9:14,.3f}" for way in ("forward", "backward")]
-        lines.append(f"  {part:18}{count:>16,}{''.join(both)}")
-    lines.append(
-        f"  {training / 1e9:,.1f} GFLOP to train a cell; gene_encoder runs once per micro-batch"
-    )
-    if flops["recompute"]:
-        lines.append(
-            f"  activation checkpointing repeats {flops['recompute'] / 1e9:,.1f} GFLOP per cell "
-            f"({flops['recompute'] / training:.0%} more)"
-        )
-    return lines
-
-
-def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
-    memory, switch = plan["memory"], {True: "on", False: "off"}
-    lines = [
-        f"Memory per rank, predicted, GiB (ZeRO-{memory['stage']}, activation checkpointing "
-        f"{switch[memory['activation_checkpointing']]}, micro-batch {memory['micro_batch']})"
-    ]
-    notes = {"offloaded": "  in the host's memory, not on the device"}
-    lines += [
-        f"  {name:18}{_gib(size):>10}{notes.get(name, '')}"
-        for name, size in memory["parts_bytes"].items()
-        if size
-    ]
-    lines += [
-        f"  {'peak':18}{_gib(memory['peak_bytes']):>10}  "
-        f"{'fits' if memory['fits'] else 'DOES NOT FIT'}: {_gib(memory['usable_bytes'])} usable of "
-        f"{plan['device']['memory_gib']:.1f}",
-        "",
-        f"  {'ZeRO':6}{'offload':9}{'checkpointing':15}{'weights':>9}{'gradients':>11}"
-        f"{'optimizer':>11}{'buffers':>9}{'activations':>13}{'peak':>9}{'host':>9}   "
-        "largest micro-batch (one that divides the batch)",
-    ]
-    lines += [_memory_row(row, switch) for row in memory["stages"]]
-    return lines
-
-
-def _memory_row(row: Mapping[str, Any], switch: Mapping[bool, str]) -> str:
-    """Return one line of the table; what is not there at the same time is not in the peak."""
-    part = row["parts_bytes"]
-    optimizer = part["master_weights"] + part["adam_moments"]
-    buffers = part["reduce_buckets"] + part["gathered_layers"] + part["batch_constants"]
-    return (
-        f"  {row['stage']:<6}{switch[row['offload']]:9}{switch[row['activation_checkpointing']]:15}"
-        f"{_gib(part['weights']):>9}{_gib(part['gradients']):>11}{_gib(optimizer):>11}"
-        f"{_gib(buffers):>9}{_gib(part['activations']):>13}{_gib(row['peak_bytes']):>9}"
-        f"{_gib(part['offloaded']):>9}   "
-        f"{row['largest_micro_batch']} ({row['largest_dividing_micro_batch']})"
-    )
-
-
-def _time_lines(plan: Mapping[str, Any]) -> list[str]:
-    time, saved = plan["time"], plan["checkpoint"]
-    warning = time["unfinished_schedule"]
-    hours = "rank-hours" if plan["device"]["name"] == "cpu" else "GPU-hours"
-    lines = [
-        f"Time, predicted at {plan['mfu']:.0%} of peak, validation and checkpoints not included",
-        f"  {time['cells_per_s']:,.4g} cells/s, {time['cells_per_s_per_rank']:,.4g} per rank, "
-        f"{time['step_time_s']:,.4g} s per step",
-        f"  epoch of {plan['cells']:,} cells: {time['steps_per_epoch']:,} steps, "
-        f"{time['epoch_hours']:,.4g} h, {time['gpu_hours_per_epoch']:,.4g} {hours}",
-        f"  run.max_steps {time['run_steps']:,}: {time['run_epochs']:.3g} epochs, "
-        f"{time['run_hours']:,.4g} h, {time['run_gpu_hours']:,.4g} {hours}; the learning rate of "
-        f"the last step is {time['last_learning_rate_share']:.0%} of optim.lr",
-        *([f"  WARNING: {warning}"] if warning else []),
-        f"  the loader of every rank must read {time['read_cells_per_s_per_rank']:,.4g} cells/s, "
-        f"those of all ranks, and decode {time['decoded_cells_per_s_per_rank']:,.4g} of them",
-        "",
-        f"Checkpoint {_gib(saved['bytes'])} GiB every {saved['every_n_steps']} steps; disk for "
-        f"those kept and the next {_gib(saved['disk_bytes'])} GiB, to continue with other ranks "
-        f"{_gib(saved['conversion_bytes'])} GiB more; exported model "
-        f"{_gib(saved['exported_bytes'])} GiB",
-    ]
-    if saved["host_copy_bytes"]:
-        copied = _gib(saved["host_copy_bytes"])
-        lines.append(f"  checkpoint.asynchronous: a copy of {copied} GiB in a rank's host memory")
-    return lines
-
-
-def _gib(size: float) -> str:
-    value = size / GIB
-    return f"{value:,.2f}" if value >= 1 else f"{value:.4f}"
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the plan; return the exit status.
 
@@ -436,8 +275,9 @@ def run(args: argparse.Namespace) -> int:
     """
     config = load_config(args.config, args.overrides)
     site = Site(
-        nodes=args.nodes, gpus_per_node=args.gpus_per_node, device=args.device, mfu=args.mfu
-    )
+        nodes=args.nodes, gpus_per_node=args.gpus_per_node, device=args.device, mfu=args.mfu,
+        network_gbit=args.network_gbit,
+    )  # fmt: skip
     find_device(site.device, ranks_per_node=site.gpus_per_node)
     work = _workload(config.data, config.model.gene_graph, args.cells)
     # DeepSpeed, imported for keys that no shipped JSON has, prints which accelerator it found.
@@ -447,7 +287,7 @@ def run(args: argparse.Namespace) -> int:
     health = _health(config.data)
     if health is not None:
         plan["health"] = health.as_json()
-    text = format_plan(plan) + (f"\n{health.text()}" if health else "")
+    text = format_plan(plan, verbose=args.verbose) + (f"\n{health.text()}" if health else "")
     print(json.dumps(plan, indent=2) if args.json else text)
     return 0
 

@@ -1,4 +1,4 @@
-"""The one sentence that a plan begins with: whether it fits, how long it takes, what it sees."""
+"""The sentences that a plan begins with: whether it fits, how long it takes, what is faster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sclong_ds.planning.devices import GIB
+
+IDLE = 0.5
+"""Share of the usable memory above which it is said to stay unused."""
 
 
 def verdict_of(plan: Mapping[str, Any]) -> str:
@@ -20,21 +23,38 @@ def verdict_of(plan: Mapping[str, Any]) -> str:
     place += ("es" if on_cpu else "s") * (ranks != 1)
     peak, usable = memory["peak_bytes"] / GIB, memory["usable_bytes"] / GIB
     if not memory["fits"]:
-        most = memory["largest_dividing_micro_batch"]
-        cure = (
-            f"a micro-batch of {most} fits"
-            if most
-            else "no micro-batch fits: see the table for ZeRO stages and offloading that do"
-        )
         return (
             f"It DOES NOT FIT on {place}: {peak:,.1f} GiB a rank with a micro-batch of "
-            f"{memory['micro_batch']}, {usable:,.1f} GiB usable; {cure}."
+            f"{memory['micro_batch']}, {usable:,.1f} GiB usable."
         )
+    bound = time["micro_batch"]["bound_by"]
     return (
         f"It fits on {place} ({peak:,.1f} of {usable:,.1f} GiB usable) and takes "
         f"{span(time['run_hours'])} for {time['run_steps']:,} steps, "
-        f"{time['run_epochs']:,.3g} epochs of {plan['cells']:,} cells, at {plan['mfu']:.0%} of the "
-        f"peak."
+        f"{time['run_epochs']:,.3g} epochs of {plan['cells']:,} cells, bound by {bound}."
+    )
+
+
+def advice_of(plan: Mapping[str, Any]) -> str | None:
+    """Return the setting to take instead of the configured one; None where that is as good.
+
+    Args:
+        plan: What `make_plan` returns.
+    """
+    memory, time, fastest = plan["memory"], plan["time"], plan["fastest"]
+    if fastest is None:
+        return "No shipped setting fits here: use more ranks, or devices with more memory."
+    if not fastest["overrides"]:
+        return None
+    usable, idle = memory["usable_bytes"], 1 - memory["peak_bytes"] / memory["usable_bytes"]
+    begins, times = "", ""
+    if memory["fits"]:
+        begins = f"{idle:.0%} of the memory stays unused. " if idle > IDLE else ""
+        times = f", {time['run_hours'] / fastest['run_hours']:.2f} times as fast"
+    return (
+        f"{begins}The fastest setting that fits{times} ({span(fastest['run_hours'])}, "
+        f"{fastest['peak_bytes'] / GIB:,.1f} of {usable / GIB:,.1f} GiB, bound by "
+        f"{fastest['bound_by']}): add {' '.join(fastest['overrides'])}"
     )
 
 

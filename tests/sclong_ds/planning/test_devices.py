@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sclong_ds.planning.devices import DEVICES, GIB, device_of_name, find_device
+from sclong_ds.planning.devices import DEVICES, GIB, cpu_rank, device_of_name, find_device
 
 
 @pytest.mark.parametrize(
@@ -15,13 +15,18 @@ from sclong_ds.planning.devices import DEVICES, GIB, device_of_name, find_device
         ("NVIDIA B200", "b200"),
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx_pro_6000"),
     ],
 )
 def test_devices_are_known_by_the_names_that_cuda_gives_them(name: str, key: str):
     assert device_of_name(name) is DEVICES[key]
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA RTX 4000 Ada", "Tesla T4", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA GH200 480GB", "NVIDIA RTX 4000 Ada", "NVIDIA RTX 6000 Ada Generation", "Tesla T4", ""],
+)
 def test_others_are_not_guessed(name: str):
     assert device_of_name(name) is None
 
@@ -30,7 +35,23 @@ def test_a_node_of_cpus_is_divided_among_its_ranks():
     one, two = (find_device("cpu", ranks_per_node=n) for n in (1, 2))
     assert two.memory_gib == one.memory_gib / 2
     assert two.flops_per_s("fp32") == one.flops_per_s("fp32") / 2
-    assert one.flops_per_s("bf16") < one.flops_per_s("fp32")
+
+
+@pytest.mark.parametrize(
+    ("sets", "fp32", "bf16"),
+    [
+        ({"sse2"}, 1.0, 0.2),
+        ({"avx2", "fma"}, 2.0, 0.4),
+        ({"avx2", "avx512f"}, 4.0, 0.8),
+        ({"avx2", "avx512f", "avx512_bf16"}, 4.0, 8.0),
+        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, 4.0, 32.0),
+    ],
+)
+def test_a_cpu_counts_by_what_it_multiplies(sets: set[str], fp32: float, bf16: float):
+    """In units of 48 GFLOP/s: 16 FLOP per cycle of a core at 3 GHz."""
+    device = cpu_rank(sets, cores=2, memory_gib=8)
+    assert device.flops_per_s("fp32") == pytest.approx(2 * 48e9 * fp32)
+    assert device.flops_per_s("bf16") == pytest.approx(2 * 48e9 * bf16)
 
 
 def test_a_gpu_keeps_its_memory_and_a_part_of_it_is_usable():

@@ -12,6 +12,7 @@ import pytest
 
 from sclong_ds.config.load import load_config
 from sclong_ds.planning.arguments import add_arguments
+from sclong_ds.planning.choice import Workload
 from sclong_ds.planning.costs import flops_per_cell, parameter_counts
 from sclong_ds.planning.memory import (
     Setup,
@@ -20,14 +21,9 @@ from sclong_ds.planning.memory import (
     memory_per_rank,
     zero_settings,
 )
-from sclong_ds.planning.plan import (
-    SCLONG_CELLS,
-    Site,
-    Workload,
-    format_plan,
-    make_plan,
-    run,
-)
+from sclong_ds.planning.plan import SCLONG_CELLS, make_plan, run
+from sclong_ds.planning.step_time import Site
+from sclong_ds.planning.text import format_plan
 
 GENES = 27_874
 ZERO3 = zero_settings({"zero_optimization": {"stage": 3}})
@@ -109,8 +105,9 @@ def test_zero_settings_reads_the_json_and_knows_the_defaults():
 def plan_of(preset="sclong_1b", *overrides, cells=1_000_000, **site):
     config = load_config(preset, overrides)
     engine = config.engine
-    site = Site(**({"nodes": 2, "gpus_per_node": 8, "device": "h100", "mfu": 0.4} | site))
-    world = site.nodes * site.gpus_per_node
+    usual = {"nodes": 2, "gpus_per_node": 8, "device": "h100", "mfu": 0.4, "network_gbit": 400.0}
+    site = Site(**(usual | site))
+    world = site.world_size
     ds_config = {
         "train_batch_size": engine.train_batch_size,
         "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu,
@@ -126,7 +123,8 @@ def test_time_follows_from_flops_and_utilisation():
     plan = plan_of()
     time, batch = plan["time"], plan["batch"]
     reached = 0.4 * 989e12 * 16
-    assert time["read_cells_per_s_per_rank"] == time["cells_per_s"]
+    assert time["micro_batch"]["bound_by"] == "arithmetic"
+    assert time["reached_mfu"] == pytest.approx(0.4)
     assert time["decoded_cells_per_s_per_rank"] * 16 == pytest.approx(time["cells_per_s"])
     assert time["cells_per_s"] * time["training_flops_per_cell"] == pytest.approx(reached)
     assert time["gpu_hours_per_epoch"] == pytest.approx(16 * time["epoch_hours"])
@@ -147,7 +145,7 @@ def test_memory_table_has_every_stage_and_the_configured_one():
     assert [r["parts_bytes"]["offloaded"] > 0 for r in rows] == [r["offload"] for r in rows]
     for on_device, offloaded in zip(rows[::4], rows[2::4], strict=True):
         assert on_device["states_bytes"] > offloaded["states_bytes"]
-    configured = rows[9]
+    configured = rows[8]
     assert {k: memory[k] for k in configured} == configured
     assert all(64 % r["largest_dividing_micro_batch"] == 0 for r in rows)
     for without, with_recompute in zip(rows[::2], rows[1::2], strict=True):
@@ -159,7 +157,7 @@ def test_plan_has_the_parts_that_the_model_has():
     plan = plan_of("sclong_1b", "model.contextual_encoder=mini", "model.gene_encoder=none")
     parts = ["gene_encoder", "expression_encoder", "mini_encoder", "decoder", "norm", "head"]
     assert list(plan["parameters"]) == [*parts, "total"]
-    assert "large" not in format_plan(plan).partition("Memory")[0]
+    assert "large" not in format_plan(plan, verbose=True).partition("Memory")[0]
     only_large = plan_of("sclong_1b", "model.contextual_encoder=large")
     assert "mini_encoder" not in only_large["flops_per_cell"]["forward"]
     dual = plan_of()
@@ -209,10 +207,10 @@ def test_exact_attention_of_the_large_encoder_alone():
 
 
 def test_says_when_it_does_not_fit():
-    plan = plan_of("sclong_1b", "engine.activation_checkpointing=false", device="rtx4090")
+    plan = plan_of("sclong_1b", device="rtx4090")
     assert plan["memory"]["fits"] is False
-    assert "DOES NOT FIT" in format_plan(plan)
-    assert "DOES NOT FIT" not in format_plan(plan_of())
+    assert "DOES NOT FIT" in format_plan(plan, verbose=False)
+    assert "DOES NOT FIT" not in format_plan(plan_of(), verbose=False)
 
 
 def command(*words):
@@ -259,7 +257,7 @@ def test_disk_is_for_all_checkpoints_that_stay(capsys):
 
 
 def test_text_shows_parameters_and_overrides(capsys):
-    assert command("--config", "sclong_tiny", "engine.ds_config=zero1",
+    assert command("--config", "sclong_tiny", "engine.ds_config=zero1", "--verbose",
                    "--nodes", "1", "--gpus-per-node", "2", "--device", "cpu") == 0  # fmt: skip
     text = capsys.readouterr().out
     counts = parameter_counts(load_config("sclong_tiny").model, GENES)
