@@ -1,6 +1,6 @@
 """The plan's predictions follow the stated rules (its exact figures: `test_costs.py`).
 
-Covers also `sclong_ds/planning/arguments.py`.
+Covers also `sclong_ds/planning/arguments.py` and `sclong_ds/planning/text.py`.
 """
 
 import argparse
