@@ -19,7 +19,9 @@ class FileServer:
         """
         self.files = files
         self.fault: Callable[[int], str] = lambda number: ""
-        """From the number of a request to "", a status, "cut" (its body breaks off) or "reset"."""
+        """From the number of a request to "", a status, "cut" (its body breaks off), "changed" (a
+        byte of it is another), "hang" (until `released`) or "reset"."""
+        self.released = threading.Event()
         self.requests = 0
         self.port = 0
         self._server: ThreadingHTTPServer | None = None
@@ -74,10 +76,15 @@ class FileServer:
         status = int(fault) if fault.isdecimal() else 404 if content is None else 200
         whole = len(content or b"")
         body = (content or b"") if status == 200 else b"reduce your rate"
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
         if status == 200 and asked:
-            first, last = int(asked[1]), int(asked[2] or whole - 1)
+            first, last = int(asked[1] or max(0, whole - int(asked[2]))), whole - 1
+            last = int(asked[2]) if asked[1] and asked[2] else last
             body, status = body[first : last + 1], 206
+        if fault == "changed" and with_body:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if fault == "hang":
+            self.released.wait(30)
         request.send_response(status)
         request.send_header("Content-Length", str(len(body)))
         request.send_header("Accept-Ranges", "bytes")

@@ -16,7 +16,7 @@ PACKAGES = ("sclong_ds", "kernels", "data_prep")
 FLOORS = {
     "sclong_ds": [
         {"files", "progress", "command_line"},
-        {"config"},
+        {"config", "remote"},
         {"corpus", "run_folder", "engine", "sweep"},
         {"loader", "model", "checkpoint", "recorders", "datasheet"},
         {"tracking"},
@@ -39,7 +39,7 @@ FLOORS = {
     ],
 }
 """Packages by floor; a package imports from lower floors only."""
-DATA_PREP_MAY_USE = {"files", "progress", "command_line", "corpus", "datasheet"}
+DATA_PREP_MAY_USE = {"files", "remote", "progress", "command_line", "corpus", "datasheet"}
 """Packages of sclong_ds: the formats on disk, and what every command needs."""
 PLACES = {
     "torch": {

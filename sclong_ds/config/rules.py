@@ -57,7 +57,7 @@ def check(config: RunConfig, where: str) -> None:
     at_least_zero = (
         "optim.warmup_steps model.feature_redraw_interval run.validate_every_n_steps "
         "run.validation_cells run.seed run.spike_zscore run.profile_step model.projection_seed "
-        "tracking.system_metrics_every_s"
+        "tracking.system_metrics_every_s data.cells_cache"
     )
     at_least_one = (
         "model.base_dim model.large_dim model.top_seq_len model.expression_hidden "

@@ -148,6 +148,10 @@ class DataConfig:
     (s3://...); required for training."""
     cache_dir: str | None
     """Where the tables of a remote corpus are kept; null: SCLONG_CACHE, else ~/.cache/sclong_ds."""
+    cells_cache: int
+    """MB (10^6 bytes) of cells of remote corpora that a machine keeps in the same place, for all of
+    its ranks and runs together, so that later epochs and starts do not ask for them again; 0:
+    none. Set it where cache_dir is on a disk of the machine."""
     target_sum: float
     """Counts of a cell are scaled to this total before log1p (1.0e4 in scLong's data)."""
     order: Literal["lanes", "groups"]

@@ -41,6 +41,7 @@ this module:
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -229,6 +230,9 @@ class CellStore:
     @cached_property
     def chunk_rows(self) -> NDArray[np.int64]:
         """(chunks + 1,) first cell of each chunk."""
+        # Who asks for it reads cells, which takes all of these.
+        needed = [f"{table}/{file}" for table in self._own_tables for file in ("zarr.json", "c/0")]
+        self.location.fetch([*needed, *(f"{stream}/zarr.json" for stream in STREAMS)])
         rows = self.table("chunk_rows")
         ends = (int(rows[0]), int(rows[-1])) if len(rows) else None
         if ends != (0, self.n_cells) or (np.diff(rows) < 0).any():
@@ -255,7 +259,8 @@ class CellStore:
 
     @cached_property
     def _streams(self) -> tuple[ShardedArray, ...]:
-        streams = tuple(ShardedArray(self.location / name) for name in STREAMS)
+        sized = self.location.is_local or self.version == 1
+        streams = tuple(ShardedArray(self.location / n, checks_size=sized) for n in STREAMS)
         for stream in streams:
             size = stream.chunk_entries
             if (size, len(stream)) != (self.chunk_entries, len(self.chunk_rows) - 1):
@@ -314,8 +319,7 @@ class CellStore:
                 f"{used} entries in a chunk of {size}", chunk, f"{self.location}/row_entries/c/0"
             )
         if used:
-            for number, buffer in enumerate(out):
-                self._read_stream(number, chunk, buffer[:size])
+            self._read_streams(chunk, [buffer[:size] for buffer in out])
         gap, count = (buffer[:used] for buffer in out)
         if own and used < size // 2:
             # A view would keep the whole buffer: a thousand small stores are a thousand of them.
@@ -327,6 +331,33 @@ class CellStore:
             np.array(self.row_nnz[rows]),
             np.array(self.row_total[rows]),
         )
+
+    def _read_streams(self, chunk: int, buffers: list[NDArray[np.uint8]]) -> None:
+        """Read a chunk of both streams; of a remote store at the same time."""
+        if self.location.is_local:
+            for number, buffer in enumerate(buffers):
+                self._read_stream(number, chunk, buffer)
+            return
+        failures: list[Exception] = []
+
+        def read_other() -> None:
+            try:
+                self._read_stream(1, chunk, buffers[1])
+            except Exception as error:  # noqa: BLE001
+                # Whatever it is: who waits for the chunk must learn of it.
+                failures.append(error)
+
+        _ = self._streams, self._checksums  # opened by one thread
+        # A daemon: a process can end while a server does not answer.
+        other = threading.Thread(target=read_other, name="cells-read-count", daemon=True)
+        other.start()
+        try:
+            self._read_stream(0, chunk, buffers[0])
+        finally:
+            # It writes to the buffer until it ends.
+            other.join()
+        if failures:
+            raise failures[0]
 
     def _read_stream(self, number: int, chunk: int, buffer: NDArray[np.uint8]) -> None:
         stream, checksums = self._streams[number], self._checksums[number]

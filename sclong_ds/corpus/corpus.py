@@ -96,13 +96,17 @@ class Corpus:
     Opening it reads no cells; it can be pickled and opened in every process.
     """
 
-    def __init__(self, path: str | Path, cache_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, path: str | Path, cache_dir: str | Path | None = None, *, cells_cache: int = 0
+    ) -> None:
         """Open a corpus folder.
 
         Args:
             path: Folder that `python -m data_prep finalize` has completed, or its URL.
             cache_dir: Where to keep what is downloaded from a URL; when None, as in
                 `sclong_ds.corpus.location`.
+            cells_cache: Bytes that cells read from a URL may take there, of all corpora and
+                processes of the machine together.
 
         Raises:
             FileNotFoundError: No such folder, or not finalized.
@@ -114,9 +118,10 @@ class Corpus:
         # The catalogue holds a checksum of every other file: a changed corpus, another version.
         version = catalogue_checksum(self.catalogue)
         self.location = Location(
-            path, cache_dir=cache_dir, version=version, files=self.catalogue.get("files")
-        )
-        self._opened_as = path, cache_dir, version
+            path, cache_dir=cache_dir, version=version, files=self.catalogue.get("files"),
+            kept_bytes=cells_cache,
+        )  # fmt: skip
+        self._opened_as = path, cache_dir, cells_cache, version
         self.cells = CellStore(self.location / "cells.zarr")
         self.hash: str = self.catalogue["hash"]
         """Content hash: changes when any cell, its place, the genes or the splits change."""
@@ -131,7 +136,7 @@ class Corpus:
                 f"{len(self.cells)}; run: python -m data_prep finalize {path}"
             )
 
-    def __reduce__(self) -> tuple[Any, tuple[str | Path, str | Path | None, str]]:
+    def __reduce__(self) -> tuple[Any, tuple[str | Path, str | Path | None, int, str]]:
         """Pickle as a place; what lies there must be the same corpus when it is opened again."""
         return _opened_again, self._opened_as
 
@@ -341,10 +346,12 @@ class Corpus:
         return obs.fillna("")
 
 
-def _opened_again(path: str | Path, cache_dir: str | Path | None, version: str) -> Corpus:
+def _opened_again(
+    path: str | Path, cache_dir: str | Path | None, cells_cache: int, version: str
+) -> Corpus:
     """Return a corpus that was pickled; it was another process that opened it before."""
-    corpus = Corpus(path, cache_dir)
-    if corpus._opened_as[2] != version:
+    corpus = Corpus(path, cache_dir, cells_cache=cells_cache)
+    if corpus._opened_as[-1] != version:
         raise ValueError(f"{path}: another corpus than before lies there; start again")
     return corpus
 

@@ -6,7 +6,8 @@
 
 Files that are needed whole (catalogue, genes, row tables) are downloaded once into a cache, where
 all processes of a machine share them: `cache_dir`, else $SCLONG_CACHE, else ~/.cache/sclong_ds.
-Cells are read by ranges and never cached. fsspec is imported for a remote folder only.
+Cells are read by ranges (`sclong_ds.remote.ranges`), which are kept in the same place where that is
+asked for (`sclong_ds.remote.range_cache`). fsspec is imported for a remote folder only.
 
 A folder opened with a record of its files gives a process no file that differs from it: each is
 compared when it is first asked for, and a damaged copy in the cache is downloaded once more. A file
@@ -18,16 +19,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
-from sclong_ds.files.atomic import locked, named_errors, partial_name, read_file
+from sclong_ds.files.atomic import locked, named_errors, partial_name, read_file, sync_folder
 from sclong_ds.files.checksums import check_file
 from sclong_ds.files.storage import CutError, UnusableUrlError, ask_storage
+from sclong_ds.remote.range_cache import RangeCache
+from sclong_ds.remote.ranges import RangeRequests, client_options, try_once
 
 CACHE_VARIABLE = "SCLONG_CACHE"
-_BLOCK_BYTES = 2**24
+_FETCHED_AT_ONCE = 16
+_FIRST_PAUSE_S = 0.1  # of a range: its batch waits, and only its own few bytes are asked for again
 T = TypeVar("T")
 
 
@@ -41,6 +47,7 @@ class Location:
         cache_dir: str | Path | None = None,
         version: str | None = None,
         files: Mapping[str, Sequence[int]] | None = None,
+        kept_bytes: int = 0,
     ) -> None:
         """Name a folder.
 
@@ -51,6 +58,8 @@ class Location:
                 asking the server again; another version never finds it. Without it the server is
                 asked for the file's state (size, entity tag or time of change) first.
             files: Size and CRC-32C of every file that is read whole; None: there is no record.
+            kept_bytes: What the cache may hold of files that are read in parts, of all corpora
+                together; it holds none of a folder without a version.
         """
         self.url = str(url) if isinstance(url, Path) else url.rstrip("/") or "/"
         self.version = version
@@ -60,8 +69,13 @@ class Location:
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         path = self.url.removeprefix("file://")
         self.is_local = "://" not in path
+        self._kept_bytes, self._kept = kept_bytes, None
+        if kept_bytes > 0 and version is not None and not self.is_local:
+            self._kept = RangeCache(
+                self._base / "cells", of=f"{self.url}\n{version}", limit_bytes=kept_bytes
+            )
         self._folder = Path(path) if self.is_local else None
-        self._opened: tuple[int, Any, str] | None = None
+        self._opened: tuple[int, Any, str, RangeRequests] | None = None
 
     def __repr__(self) -> str:
         return f"Location({self.url!r})"
@@ -78,12 +92,14 @@ class Location:
     def __reduce__(self) -> tuple[Any, ...]:
         # Connections belong to a process: the copy makes its own.
         files = None if self._record is None else self._record.files
-        return _unpickled, (self._root, self._inside, self._cache_dir, self.version, files)
+        options = self._cache_dir, self.version, files, self._kept_bytes
+        return _unpickled, (self._root, self._inside, *options)
 
     def __truediv__(self, name: str) -> Location:
         """Return the folder `name` inside this one."""
         inside = Location(f"{self.url}/{name}", cache_dir=self._cache_dir, version=self.version)
-        inside._root, inside._record = self._root, self._record
+        inside._root, inside._record, inside._kept = self._root, self._record, self._kept
+        inside._kept_bytes = self._kept_bytes
         return inside
 
     @property
@@ -156,7 +172,7 @@ class Location:
             return read_file(self._folder / name)
         return self._ask(name, lambda files, path: bytes(files.cat_file(path)))
 
-    def read_range(self, name: str, start: int, length: int) -> bytes:
+    def read_range(self, name: str, start: int, length: int, *, fresh: bool = False) -> bytes:
         """Return a part of a file; fewer bytes than `length` where the file ends before.
 
         No descriptor is kept, so that neither threads nor forked processes share one: opening a
@@ -166,6 +182,7 @@ class Location:
             name: File inside the folder.
             start: First byte.
             length: Number of bytes.
+            fresh: Ask for it even if it is in the cache, where it may be damaged.
 
         Raises:
             FileNotFoundError: No such file.
@@ -177,16 +194,51 @@ class Location:
                     return _read_at(handle, start, length)
             finally:
                 os.close(handle)
-        if length == 0:
-            return b""
+        return b"" if length == 0 else self._part(name, start, length, fresh=fresh)
 
-        def part(files: Any, path: str) -> bytes:
-            data = bytes(files.cat_file(path, start=start, end=start + length))
+    def read_end(self, name: str, length: int, *, fresh: bool = False) -> bytes:
+        """Return the last bytes of a file, by one request; fewer where it has no more.
+
+        Args:
+            name: File inside the folder.
+            length: Number of bytes, at least 1.
+            fresh: As for `read_range`.
+
+        Raises:
+            FileNotFoundError: No such file.
+        """
+        if self._folder is not None:
+            return self.read_range(name, max(0, self.size(name) - length), length)
+        return self._part(name, -length, length, fresh=fresh)
+
+    def _part(self, name: str, start: int, length: int, *, fresh: bool) -> bytes:
+        """Return a part of a remote file, from its end where `start` is negative."""
+        full = self._full_name(name)
+        if self._kept is not None and not fresh:
+            kept = self._kept.get(full, start, length)
+            if kept is not None:
+                return kept
+
+        def attempt() -> bytes:
+            _, root, ranges = self._filesystem()
+            data = ranges.read(f"{root}/{name}", start, None if start < 0 else start + length)
             if len(data) > length:
                 raise OSError(f"asked for {length} bytes, got {len(data)}: no range requests here")
             return data
 
-        return self._ask(name, part)
+        return ask_storage(f"{self.url}/{name}", attempt, first_pause_s=_FIRST_PAUSE_S)
+
+    def keep_part(self, name: str, start: int, length: int, data: bytes) -> None:
+        """Put a part of a remote file, that was found to be sound, into the cache if there is one.
+
+        Args:
+            name: File inside the folder.
+            start: First byte; negative: counted from the end.
+            length: Number of bytes.
+            data: The part.
+        """
+        if self._kept is not None:
+            self._kept.put(self._full_name(name), start, length, data)
 
     def local_path(self, name: str) -> Path:
         """Return a path of a whole file on this machine, downloading a remote one once.
@@ -215,6 +267,29 @@ class Location:
             self._record.check(path, full, of=f" (copy of {self.url}/{name})")
         return path
 
+    def fetch(self, names: Iterable[str]) -> None:
+        """Download files that will be needed, several at a time; what fails is said at their use.
+
+        Args:
+            names: Files inside the folder; those not on record are left out.
+        """
+        if self._record is None or self._folder is not None:
+            return
+
+        left = iter([name for name in names if self.exists(name)])
+
+        def work() -> None:
+            for name in left:
+                with suppress(OSError, ValueError):
+                    self._copy(name)
+
+        # Daemons: a process can end while a server does not answer.
+        threads = [Thread(target=work, daemon=True) for _ in range(_FETCHED_AT_ONCE)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
     def _copy(self, name: str, *, damaged: Path | None = None) -> Path:
         """Return a path of a file on this machine; another copy if the one there is damaged."""
         if self._folder is not None:
@@ -229,17 +304,24 @@ class Location:
         # One process at a time; without locks several download, and a rename keeps that safe.
         with locked(target.with_name(f".{target.name}.lock")):
             if not target.is_file() or damaged is not None:
-                self._ask(name, lambda files, path: _download(files, path, target))
+                known = (
+                    None if self._record is None else self._record.files[self._full_name(name)][0]
+                )
+                self._ask(name, lambda files, path: _download(files, path, target, size=known))
         return target
+
+    @property
+    def _base(self) -> Path:
+        """The folder of all caches."""
+        return self._cache_dir or Path(
+            os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sclong_ds"
+        )
 
     def _cached(self, name: str, state: str) -> Path:
         """Return the place of a file in the cache: one folder for each URL and state of it."""
-        base = self._cache_dir or Path(
-            os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sclong_ds"
-        )
         key = hashlib.sha256(f"{self._root}\n{state}".encode()).hexdigest()[:16]
         readable = re.sub(r"[^A-Za-z0-9.]+", "-", self._root)[-60:].strip("-")
-        return base / f"{readable}-{key}" / self._inside / name
+        return self._base / f"{readable}-{key}" / self._inside / name
 
     def _ask(self, name: str, action: Callable[[Any, str], T]) -> T:
         """Ask the server until it answers or the time for that is over (`files.storage`).
@@ -249,18 +331,18 @@ class Location:
         where = f"{self.url}/{name}" if name else self.url
 
         def attempt() -> T:
-            files, root = self._filesystem()
+            files, root, _ = self._filesystem()
             return action(files, f"{root}/{name}" if name else root)
 
         return ask_storage(where, attempt)
 
-    def _filesystem(self) -> tuple[Any, str]:
+    def _filesystem(self) -> tuple[Any, str, RangeRequests]:
         # A forked process must not use the connections and event loop of its parent.
         if self._opened is None or self._opened[0] != os.getpid():
             from fsspec.core import url_to_fs
 
             try:
-                self._opened = (os.getpid(), *url_to_fs(self.url))
+                files, root = url_to_fs(self.url, **client_options(self.url))
             except ImportError as error:
                 raise UnusableUrlError(
                     f"{self.url}: reading this URL needs a package that is not installed "
@@ -269,7 +351,9 @@ class Location:
             except ValueError as error:
                 text = f"{self.url}: {error}; give a path or an fsspec URL"
                 raise UnusableUrlError(text) from None
-        return self._opened[1], self._opened[2].rstrip("/")
+            try_once(files)
+            self._opened = os.getpid(), files, root.rstrip("/"), RangeRequests(files)
+        return self._opened[1:]
 
 
 class _Record:
@@ -293,8 +377,9 @@ def _unpickled(
     cache_dir: Path | None,
     version: str | None,
     files: Mapping[str, Sequence[int]] | None,
+    kept_bytes: int,
 ) -> Location:
-    root = Location(url, cache_dir=cache_dir, version=version, files=files)
+    root = Location(url, cache_dir=cache_dir, version=version, files=files, kept_bytes=kept_bytes)
     return root / inside if inside else root
 
 
@@ -309,18 +394,16 @@ def _read_at(handle: int, start: int, length: int) -> bytes:
     return data
 
 
-def _download(files: Any, path: str, target: Path) -> None:
+def _download(files: Any, path: str, target: Path, *, size: int | None) -> None:
     """Copy a remote file to its place in the cache, whole or not at all."""
     temporary = partial_name(target)
     try:
-        with temporary.open("xb") as copy, files.open(path, "rb") as source:
-            while block := source.read(_BLOCK_BYTES):
-                copy.write(block)
-            copy.flush()
-            os.fsync(copy.fileno())
-        found, expected = temporary.stat().st_size, files.size(path)
-        if found != expected:
+        files.get_file(path, str(temporary))
+        found = temporary.stat().st_size
+        # A file that is another than on record is no cut one.
+        if found != size and found != (expected := files.size(path)):
             raise CutError(f"{found} of {expected} bytes arrived")
+        sync_folder(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

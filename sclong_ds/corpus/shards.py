@@ -26,6 +26,7 @@ from sclong_ds.files.atomic import read_file
 _CODECS = (["bytes", "zstd", "crc32c"], ["bytes", "crc32c"])
 _CHECKSUM_BYTES = 4
 _NOT_WRITTEN = 2**64 - 1
+_TRIES = 5
 _CACHED_INDICES = 8192  # of 32 chunks: 0.6 KB each; a corpus of 48 million cells has 5,600 shards
 
 
@@ -36,17 +37,19 @@ class DamagedShard(ValueError):
 class ShardedArray:
     """A 1-D uint8 array in shards; safe for threads and forked processes, keeps no file open."""
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, *, checks_size: bool = True) -> None:
         """Read the description of the array.
 
         Args:
             location: Folder of the array.
+            checks_size: Compare the size of each shard with its index; of no use where the checksum
+                of every chunk that is read is known, and one more request to a server.
 
         Raises:
             FileNotFoundError: No array there.
             ValueError: Not an array of the supported kind.
         """
-        self.location = location
+        self.location, self._checks_size = location, checks_size
         about = read_metadata(location)
         try:
             length, shard, inner, compressed = _layout(about)
@@ -129,10 +132,7 @@ class ShardedArray:
         offset, length = self._index(shard)[place].tolist()
         if offset == length == _NOT_WRITTEN:
             return None, 0
-        data = self.location.read_range(self.shard_name(chunk), offset, length)
-        if len(data) != length:
-            raise DamagedShard(f"the file is cut: {len(data)} of the chunk's {length} bytes")
-        return _verified(data, "chunk")
+        return self._sound(self.shard_name(chunk), offset, length, "chunk")
 
     def _index(self, shard: int) -> NDArray[np.uint64]:
         """Return (chunks, 2) offset and length of each chunk of a shard."""
@@ -140,20 +140,41 @@ class ShardedArray:
         if cached is not None and cached[0] == shard:
             return cached[1]
         name, length = f"c/{shard}", 16 * self._chunks_per_shard + _CHECKSUM_BYTES
-        size = self.location.size(name)
-        if size < length:
-            raise DamagedShard(f"the file is cut: {size} bytes, its index alone has {length}")
-        data = self.location.read_range(name, size - length, length)
-        if len(data) != length:
-            raise DamagedShard(f"the file is cut: {len(data)} of its index's {length} bytes")
-        index = _verified(data, "index")[0].view("<u8").reshape(-1, 2)
+        index = self._sound(name, -length, length, "index")[0].view("<u8").reshape(-1, 2)
         lengths = index[:, 1]
         written = int(lengths[lengths != _NOT_WRITTEN].sum()) + length
-        if written != size:
+        if self._checks_size and written != (size := self.location.size(name)):
             # With whole chunks lost, others of the same length would pass for them.
             raise DamagedShard(f"the file has {size} bytes, of {written} that its index names")
         self._indices[shard % _CACHED_INDICES] = shard, index
         return index
+
+    def _sound(
+        self, name: str, start: int, length: int, what: str
+    ) -> tuple[NDArray[np.uint8], int]:
+        """Return a part of a file without the checksum at its end, and the checksum.
+
+        One that arrives changed or cut from another machine is asked for again: its checksum tells
+        whether it is the file or the way.
+        """
+        tries = 1 if self.location.is_local else _TRIES
+        for attempt in range(1, tries + 1):
+            if start < 0:
+                data = self.location.read_end(name, length, fresh=attempt > 1)
+            else:
+                data = self.location.read_range(name, start, length, fresh=attempt > 1)
+            try:
+                if len(data) != length:
+                    whose = "its index's" if what == "index" else "the chunk's"
+                    raise DamagedShard(f"the file is cut: {len(data)} of {whose} {length} bytes")
+                content = _verified(data, what)
+            except DamagedShard:
+                if attempt == tries:
+                    raise
+            else:
+                self.location.keep_part(name, start, length, data)
+                return content
+        raise AssertionError("unreachable")
 
 
 def read_metadata(location: Location) -> dict[str, Any]:

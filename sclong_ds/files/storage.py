@@ -57,12 +57,13 @@ class CutError(OSError):
     """Less arrived than the server holds."""
 
 
-def ask_storage(where: str, attempt: Callable[[], T]) -> T:
+def ask_storage(where: str, attempt: Callable[[], T], *, first_pause_s: float | None = None) -> T:
     """Return what an attempt gives, after as many as the deadline allows.
 
     Args:
         where: URL that is asked for.
         attempt: Asks once; must be harmless to repeat.
+        first_pause_s: Pause before the second attempt; None: half a second.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -71,7 +72,7 @@ def ask_storage(where: str, attempt: Callable[[], T]) -> T:
         ValueError: The URL is of no use, as the attempt raises it; or WAIT_VARIABLE is no number.
     """
     wait_s = _wait_s()
-    began, pause_s = time.monotonic(), _FIRST_PAUSE_S
+    began, pause_s = time.monotonic(), first_pause_s or _FIRST_PAUSE_S
     while True:
         try:
             return attempt()

@@ -47,7 +47,7 @@ MOST_LANES = 256
 """Chunks in use at a time on one rank, unless told otherwise: 256 MB of chunks of 2^19 entries."""
 MEMORY_BYTES = 512_000_000
 """What the chunks and steps of a rank may take, unless told otherwise."""
-_READ_THREADS, _REMOTE_READ_THREADS = 4, 16  # on this machine as many as it has cores
+_READ_THREADS, _REMOTE_READ_THREADS = 4, 32  # on this machine as many as it has cores
 
 __all__ = ["CellBatch", "CellLoader", "Output", "StepBatch", "log1p_normalise", "open_stream"]
 
@@ -163,7 +163,7 @@ class CellLoader:
             finish: Called in a thread with each micro-batch; its result becomes `extra`.
             allocate: Makes the uint8 buffers of counts, one a micro-batch; for instance pinned.
             memory_bytes: Most memory for chunks and steps; None: as much as the order asks for.
-            read_threads: None: as many as cores, up to 4; 16 for a remote corpus.
+            read_threads: None: as many as cores, up to 4; 32 for a remote corpus.
 
         Raises:
             ValueError: Sizes that do not divide, wrong or ignored settings, too little memory.

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 Output = Literal["packed", "csr", "dense", "dense_norm"]
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")
 WAIT_WARNING_S = 30.0
+_REMOTE_AHEAD = 24  # more chunks: an answer takes as long as reading many from a disk
 _JOIN_S = 10.0  # a thread that hangs on a dead disk is left behind: it is a daemon
 
 
@@ -112,6 +113,7 @@ class LoaderPlan:
             ValueError: `memory_bytes` is less than what is in use at a time.
         """
         least, enough = self.stream.chunks_in_use(len(share.lanes))
+        enough += 0 if self.corpus.location.is_local else _REMOTE_AHEAD
         n_chunks = 2 * (len(self.corpus.chunk_rows) - 1)
         if self.memory_bytes is None:
             return min(enough, n_chunks)

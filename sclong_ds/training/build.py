@@ -94,7 +94,7 @@ def open_corpus(data: DataConfig) -> Corpus:
             not say which genes its datasets measure, and `data.unmeasured` asks for it.
     """
     assert data.corpus is not None
-    corpus = Corpus(data.corpus, cache_dir=data.cache_dir)
+    corpus = Corpus(data.corpus, cache_dir=data.cache_dir, cells_cache=data.cells_cache * 10**6)
     if corpus.gene_stats.target_sum != data.target_sum:
         raise ValueError(
             f"data.target_sum: got {data.target_sum:g}, "

@@ -158,6 +158,7 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
             "corpus",
             "dataset_weights",
             "cache_dir",
+            "cells_cache",
             "prefetch_batches",
             "on_damage",
             "loader_memory",

@@ -85,7 +85,7 @@ def test_unreadable_chunk_is_named(
     write_store(tmp_path / "cells.zarr", random_counts(7, n_cells=20))
     store = CellStore(tmp_path / "cells.zarr")
 
-    def fail(*args: object) -> bytes:
+    def fail(*args: object, **options: object) -> bytes:
         raise OSError(kind, os.strerror(kind))
 
     store.read_packed(0)

@@ -1,0 +1,1 @@
+"""Remote files read in parts: limits, second requests, and what a machine keeps of them."""
