@@ -30,7 +30,8 @@ def save_and_show(saver, state, *, must):
     with torch.no_grad():
         seen = opened.engine(x, (x > 3) & (x < 3.5))
     if must and opened.ranks.rank == 0:
-        torch.save((x, seen), sys.argv[1])
+        kind = next(opened.engine.parameters()).dtype
+        torch.save((x, seen, kind), sys.argv[1])
     opened.engine.train()
 
 pretrain.begin, Saver.save = begin_and_keep, save_and_show
@@ -48,9 +49,9 @@ if sys.argv[3:] == ["zero3"]:
     # Under ZeRO-3 DeepSpeed's own linear layer adds the bias after the product, with a rounding.
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
     torch.nn.functional.linear = zero3_linear_wrap
-x, expected = torch.load(sys.argv[1])
+x, expected, kind = torch.load(sys.argv[1])
 with torch.no_grad():
-    found = sclong_ds.load_model(sys.argv[2]).to(expected.dtype)(x, (x > 3) & (x < 3.5))
+    found = sclong_ds.load_model(sys.argv[2]).to(kind)(x, (x > 3) & (x < 3.5))
 assert torch.equal(found, expected), f"{(found - expected).abs().max()} apart"
 """
 

@@ -4,7 +4,7 @@ r"""Train candidate recipes side by side on real cells and print a table.
         --seeds 0 1 "as today:" "offset: model.cell_offset=visible optim.lr=0.01"
     python -m benchmarks.recipe --out results.jsonl --table
 
-A candidate is `NAME: KEY=VALUE ...`, overrides of `sclong_tiny` (`benchmarks/recipe/training.py`
+A candidate is `NAME: KEY=VALUE ...`, overrides of a preset (`benchmarks/recipe/training.py`
 names the few keys that are the study's own). Each run adds a line to --out when it ends; a run that
 is there already is not repeated. The figures are those of `sclong_ds.objective.scores` on hidden
 values of datasets that were held out whole; one thread.
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", help="finalized corpus with held-out datasets")
     parser.add_argument("--graph", help="gene graph of its vocabulary")
     parser.add_argument("--out", type=Path, required=True, help="file of results, a line each")
+    parser.add_argument("--config", default="sclong_tiny", help="preset that candidates change")
     parser.add_argument("--genes", type=int, default=1200, help="most expressed genes to keep")
     parser.add_argument("--top", type=int, default=256, help="model.top_seq_len")
     parser.add_argument("--validation-cells", type=int, default=60, help="of each held-out dataset")
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if not args.table:
-        base = load_config("sclong_tiny")
+        base = load_config(args.config)
         panel = read_panel(
             args.corpus,
             args.graph,
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if any(r["name"] == about["name"] and r["seed"] == seed for r in read(args.out)):
                     continue
                 own = [f"model.top_seq_len={args.top}", *about["keys"]]
-                found = about | run(study, own, seed=seed)
+                found = about | run(study, own, seed=seed, preset=args.config)
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
     print(table(read(args.out)))

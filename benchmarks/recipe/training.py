@@ -6,13 +6,20 @@ control or has not earned one, begins with `study.`:
 - `study.graph=permuted`: the gene graph with its genes permuted (another permutation each seed).
 - `study.vectors_sd=1`: gene vectors and the gene table start at normal(0, sd).
 - `study.qk_scale=2`: queries and keys of all stacks start at so many times their size.
+- `study.gene_vectors=svd`: gene vectors and the gene table start at the principal directions.
+- `study.parts=vector`: no transformer: the head alone, with the cell's vector.
+- `study.attention=uniform`: every stack is trained with the mean of its values for attention.
+- `study.transformer_rate=5`: so many times the rate for all but the cell's vector and the head.
+- `study.cell_into=decoder`: a learned projection of the cell's vector is added to the tokens that
+  the decoder reads; it starts at 0.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -80,23 +87,33 @@ class Study:
         return found
 
 
-def run(study: Study, overrides: list[str], *, seed: int) -> dict[str, Any]:
+def run(
+    study: Study, overrides: list[str], *, seed: int, preset: str = "sclong_tiny"
+) -> dict[str, Any]:
     """Train one candidate and return its figures, CPU seconds and number of parameters."""
     extra = dict(o[len(PREFIX) :].split("=") for o in overrides if o.startswith(PREFIX))
-    config = load_config("sclong_tiny", [o for o in overrides if not o.startswith(PREFIX)])
+    config = load_config(preset, [o for o in overrides if not o.startswith(PREFIX)])
     torch.manual_seed(seed)
     net = build(study.panel, config, extra, seed=seed)
     if "qk_scale" in extra:
         scale_queries_and_keys(net, float(extra["qk_scale"]))
+    change(net, extra)
     started = time.process_time()
-    train(net, study.panel, config, seed=seed)
+    train(net, study.panel, config, seed=seed, factor=float(extra.get("transformer_rate", 1)))
     seconds = time.process_time() - started
     predicted = predict(net, study)
     figures = study.figures(predicted)
     errors = study.cell_errors(predicted)
-    if hasattr(net, "large_encoder"):
-        with uniform_attention(net.large_encoder):
-            figures["uniform_large_mse"] = study.figures(predict(net, study))["val/mse"]
+    if extra.get("parts") != "vector":
+        stacks = net.performers()
+        for name, stack in stacks.items():
+            with uniform_attention(stack):
+                mse = study.figures(predict(net, study))["val/mse"]
+            figures[f"uniform_{name.removesuffix('_encoder')}_mse"] = mse
+        with ExitStack() as all_of_them:
+            for stack in stacks.values():
+                all_of_them.enter_context(uniform_attention(stack))
+            figures["uniform_all_mse"] = study.figures(predict(net, study))["val/mse"]
     visits = config.run.max_steps * config.engine.train_batch_size
     parameters = sum(p.numel() for p in net.parameters())
     about = {"seed": seed, "visits": visits, "cpu_s": seconds, "parameters": parameters}
@@ -128,6 +145,10 @@ def build(panel: Panel, config: RunConfig, extra: dict[str, str], *, seed: int) 
         if extra.get("graph") == "permuted":
             graph = rng.permutation(n_genes)[graph[0]], graph[1]
     vectors = None
+    start = _cell_start(panel, config)
+    if extra.get("gene_vectors") == "svd":
+        found = principal_directions(_train_values(panel), start.centre, config.model.base_dim)
+        vectors = found * np.sqrt(n_genes)
     if "vectors_sd" in extra:
         vectors = rng.normal(0, float(extra["vectors_sd"]), (n_genes, config.model.base_dim))
     return ScLong(
@@ -136,29 +157,41 @@ def build(panel: Panel, config: RunConfig, extra: dict[str, str], *, seed: int) 
         graph=graph,
         gene_vectors=vectors,
         output_mean=first_output(config.model, panel.stats),
-        cell_start=_cell_start(panel, config),
+        cell_start=start,
     )
 
 
-def _cell_start(panel: Panel, config: RunConfig) -> CellStart | None:
+def _cell_start(panel: Panel, config: RunConfig) -> CellStart:
     """Return what the cell's vector starts from, as training does, of all training cells."""
     centre = panel.stats.mean_expressed
     if config.model.cell_vector != "svd":
         return CellStart(centre, None)
-    values = csr_matrix(panel.train.values(np.arange(len(panel.train.rows))).numpy())
-    return CellStart(centre, principal_directions(values, centre, config.model.base_dim))
+    found = principal_directions(_train_values(panel), centre, config.model.base_dim)
+    return CellStart(centre, found)
 
 
-def train(net: ScLong, panel: Panel, config: RunConfig, *, seed: int) -> None:
-    """Train for run.max_steps, one batch after the other through shuffled epochs."""
+def _train_values(panel: Panel) -> csr_matrix:
+    return csr_matrix(panel.train.values(np.arange(len(panel.train.rows))).numpy())
+
+
+def train(net: ScLong, panel: Panel, config: RunConfig, *, seed: int, factor: float = 1.0) -> None:
+    """Train for run.max_steps, one batch after the other through shuffled epochs.
+
+    All but the cell's vector and the head has `factor` times the rate.
+    """
     optim, batch = config.optim.in_steps(config.run.max_steps), config.engine.train_batch_size
-    optimizer = torch.optim.AdamW(
-        parameter_groups(net, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
-    )
+    direct = {id(p) for n, p in net.named_parameters() if n.startswith(("cell_vector", "head"))}
+    groups = [
+        {**group, "params": own, "factor": times}
+        for group in parameter_groups(net, optim)
+        for times, inside in ((1.0, True), (factor, False))
+        if (own := [p for p in group["params"] if (id(p) in direct) == inside])
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     visits = _visits(len(panel.train.rows), seed)
     for step in range(config.run.max_steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step)
+            group["lr"] = group["factor"] * learning_rate(optim, step)
         some = [next(visits) for _ in range(batch)]
         rows, epoch = np.array([row for row, _ in some]), some[0][1]
         drawn = panel.train.targets(rows, config.objective, seed=seed, epoch=epoch)
@@ -197,6 +230,49 @@ def predict(net: ScLong, study: Study) -> NDArray[np.floating]:
         ]
     net.train()
     return torch.cat(parts).numpy()
+
+
+def change(net: ScLong, extra: dict[str, str]) -> None:
+    """Change an untrained model as the study's own keys say."""
+    if extra.get("parts") == "vector":
+        net._represent = MethodType(_nothing, net)  # type: ignore[method-assign]
+        return
+    if extra.get("attention") == "uniform":
+        for stack in net.performers().values():
+            uniform_attention(stack).__enter__()
+    if extra.get("cell_into") == "decoder":
+        _cell_into_decoder(net)
+
+
+def _nothing(
+    net: ScLong, x: torch.Tensor, _mask: Any, positions: torch.Tensor | None, *_rest: Any
+) -> dict[str, torch.Tensor]:
+    shape = x.shape if positions is None else positions.shape
+    return {"decoder": x.new_zeros(*shape, net.config.base_dim)}
+
+
+def _cell_into_decoder(net: ScLong) -> None:
+    """Add a learned projection of the cell's vector to every token of the decoder."""
+    width = net.config.base_dim
+    net.into_norm = torch.nn.LayerNorm(width)
+    net.into = torch.nn.Linear(width, width)
+    torch.nn.init.zeros_(net.into.weight)
+    torch.nn.init.zeros_(net.into.bias)
+    seen: list[torch.Tensor] = []
+
+    def note(_net: Any, args: tuple[Any, ...]) -> None:
+        x, mask = args[0], args[1]
+        seen[:] = [net.into(net.into_norm(net.cell_vector(x, (x > 0) & ~mask)))]
+
+    def add(_stack: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens, cells = args[0], args[1]
+        if cells is None:
+            return (tokens + seen[0][:, None], *args[1:])
+        lengths = torch.tensor(cells.lengths)
+        return (tokens + seen[0].repeat_interleave(lengths, 0), *args[1:])
+
+    net.register_forward_pre_hook(note)
+    net.decoder.register_forward_pre_hook(add)
 
 
 def scale_queries_and_keys(net: ScLong, factor: float) -> None:

@@ -335,7 +335,7 @@ def _head_bytes(model: ModelConfig, n_genes: int, n_wanted: int | None, e: int) 
     wanted, c = n_genes if n_wanted is None else n_wanted, model.base_dim
     kept = wanted * c * e * (3 if model.head == "mlp" else 1)
     if model.cell_vector != "none" and n_wanted is not None:
-        kept += wanted * c * e  # a copy of the weights of these genes
+        kept += wanted * c * max(e, 4)  # a copy of the weights of these genes, in fp32
     return kept + _offset_bytes(model, n_genes, wanted)
 
 
@@ -353,8 +353,9 @@ def _offset_bytes(model: ModelConfig, n_genes: int, wanted: int) -> int:
 
 def _cell_vector_bytes(model: ModelConfig, n_genes: int, e: int) -> int:
     """Return what `model.cell_vector` keeps of a cell, bytes."""
-    # Which values are visible, unless the offset keeps it already; values less their centres; the
-    # MLP's inputs and result, of which two are twice as wide.
+    # In fp32: which values are visible, unless the offset keeps it already; values less their
+    # centres; the MLP's inputs and result, of which two are twice as wide.
+    e = max(e, 4)
     visible = 0 if model.cell_offset == "visible" else n_genes
     return visible + n_genes * e + 7 * model.base_dim * e + 8
 

@@ -184,7 +184,10 @@ def _gathered(model: ModelConfig, zero: Zero, setup: Setup, partitioned: int) ->
 
 
 def _batch_constants(model: ModelConfig, setup: Setup, e: int) -> int:
-    """Return the bytes that a micro-batch of any size needs: gene encoder, random features."""
+    """Return the bytes that a micro-batch of any size needs.
+
+    Gene encoder, random features, the genes' vectors of `model.cell_vector` in fp32.
+    """
     size = adjacency = features = 0
     if model.gene_encoder != "none":
         size = (setup.n_genes + model.pad_token) * model.base_dim
@@ -194,7 +197,9 @@ def _batch_constants(model: ModelConfig, setup: Setup, e: int) -> int:
     for s, _, _ in stacks(model, setup.n_genes).values():
         if model.attention_of(s) == "favor":
             features += 4 * s.depth * s.features() * s.dim_head
-    return size * (e * (2 * model.gene_encoder_layers - 1) + 2 * 4) + adjacency + features
+    wide = 4 * setup.n_genes * model.base_dim if model.cell_vector != "none" and e < 4 else 0
+    encoder = size * (e * (2 * model.gene_encoder_layers - 1) + 2 * 4)
+    return encoder + adjacency + features + wide
 
 
 def largest_micro_batch(

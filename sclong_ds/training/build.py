@@ -55,14 +55,21 @@ def open_model(given: Given, corpus: Corpus) -> tuple[ScLong, InitialWeights | N
         ValueError: A file of the model does not fit, or the model of `run.init_from` is another.
     """
     config = given.config
+    # If all checkpoints turn out to be damaged, the start ends: no run trains from what is left out
+    # of a model that one is going to fill.
+    resumes = on_first_rank(lambda: bool(complete_checkpoints(given.run_dir / "checkpoints")))
+    weights = None
+    if not resumes:
+        weights = initial_weights(
+            config.run.init_from, config.model, corpus, target_sum=config.data.target_sum
+        )
+    given_weights = resumes or weights is not None
     model = build_partitioned(
-        lambda: make_model(config.model, corpus), seed=config.run.seed, ds_config=given.ds_config
+        lambda: make_model(config.model, corpus, restored=given_weights),
+        seed=config.run.seed,
+        ds_config=given.ds_config,
     )
     set_options(model, config.engine, given.ds_config)
-    weights = initial_weights(
-        config.run.init_from, config.model, corpus, target_sum=config.data.target_sum,
-        run_dir=given.run_dir,
-    )  # fmt: skip
     if weights is not None:
         fill_parameters(model, weights)
     return model, weights
@@ -136,7 +143,7 @@ def set_options(model: ScLong, engine: EngineConfig, ds_config: dict[str, Any]) 
 
 
 def initial_weights(
-    init_from: str | None, model: ModelConfig, corpus: Corpus, *, target_sum: float, run_dir: Path
+    init_from: str | None, model: ModelConfig, corpus: Corpus, *, target_sum: float
 ) -> InitialWeights | None:
     """Return the weights that a new run starts from, if not from random ones.
 
@@ -144,8 +151,6 @@ def initial_weights(
         ValueError: The model of `run.init_from` is not the run's.
     """
     if init_from is None:
-        return None
-    if on_first_rank(lambda: bool(complete_checkpoints(run_dir / "checkpoints"))):
         return None
     folder = Path(init_from)
     on_first_rank(lambda: check_initial_model(folder, model, corpus.genes, target_sum=target_sum))
@@ -173,10 +178,15 @@ def read_gene_vectors(path: str) -> np.ndarray:
     return vectors
 
 
-def make_model(model: ModelConfig, corpus: Corpus) -> ScLong:
+def make_model(model: ModelConfig, corpus: Corpus, *, restored: bool = False) -> ScLong:
     """Build the model for a corpus.
 
     Built from its genes, the gene graph, and the data's mean as the first prediction.
+
+    Args:
+        model: The `model` section.
+        corpus: The corpus.
+        restored: All weights are replaced afterwards: what would only be a start is not computed.
     """
     stats = corpus.gene_stats
     graph = (
@@ -193,7 +203,7 @@ def make_model(model: ModelConfig, corpus: Corpus) -> ScLong:
         gene_vectors=vectors,
         features=features,
         output_mean=first_output(model, stats),
-        cell_start=cell_start(model, corpus),
+        cell_start=None if restored else cell_start(model, corpus),
     )
 
 

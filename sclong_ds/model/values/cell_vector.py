@@ -11,6 +11,9 @@ principal directions of training cells the model starts as a principal component
 error the rest of the model then lowers. The vector is trained to summarise the cell: it predicts
 what was hidden. Not in scLong.
 
+In float32 at least, also where the weights are bf16: a sum over thousands of genes that every
+prediction reads would carry its rounding into all of them.
+
 Shapes: B cells, G genes, C base width, n cells that a start is made from.
 """
 
@@ -39,6 +42,21 @@ class CellStart(NamedTuple):
     """(G, K) orthonormal columns, the first of C; None: random vectors."""
 
 
+class _WideNorm(nn.LayerNorm):
+    """Layer norm in the precision of its input, whatever that of its weights is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class _WideLinear(nn.Linear):
+    """Linear layer in the precision of its input, whatever that of its weights is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class CellVector(nn.Module):
     """Reads the vector of a cell from its visible values.
 
@@ -52,8 +70,8 @@ class CellVector(nn.Module):
         super().__init__()
         self.centre = nn.Parameter(torch.zeros(n_genes))
         self.vectors = nn.Parameter(torch.randn(n_genes, dim) * STARTING_SD)
-        self.norm = nn.LayerNorm(dim)
-        self.body = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU())
+        self.norm = _WideNorm(dim)
+        self.body = nn.Sequential(_WideLinear(dim, 2 * dim), nn.GELU())
         # As the head, what is added starts at nothing. Parameters of this module: those of a layer
         # are divided among the ranks as soon as it is made, and can be set no more.
         self.down = nn.Parameter(torch.zeros(dim, 2 * dim))
@@ -64,15 +82,17 @@ class CellVector(nn.Module):
                 fill_columns(self.vectors, start)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Return the vectors (B, C); of a cell without visible values that of nothing.
+        """Return the vectors (B, C), float32 at least; of a cell that shows nothing, of nothing.
 
         Args:
             x: (B, G) values.
             visible: (B, G) bool, the values that count.
         """
-        above = torch.where(visible, x.to(self.centre.dtype) - self.centre, 0.0)
-        z = above @ self.vectors
-        return z + nn.functional.linear(self.body(self.norm(z)), self.down, self.shift)
+        kind = torch.promote_types(self.centre.dtype, torch.float32)
+        above = torch.where(visible, x.to(kind) - self.centre.to(kind), 0.0)
+        z = above @ self.vectors.to(kind)
+        wide = self.body(self.norm(z))
+        return z + nn.functional.linear(wide, self.down.to(kind), self.shift.to(kind))
 
 
 def fill_columns(weight: Tensor, start: CellStart | None) -> None:

@@ -68,21 +68,25 @@ class ValueHead(nn.Module):
 
         With `positions` (B, P) int64, predict (B, P) from the representations (B, P, C) there. The
         cell's offset needs the cells' values x (B, G) and which of them count, `visible` (B, G);
-        predictions are float32 at least then.
+        predictions are float32 at least then, and with vectors of cells.
         """
         bias: Tensor = self.bias
         if positions is not None and len(bias) > 1:
             # By indexing: its backward pass adds up in a fixed order on a GPU too.
             bias = bias[positions]
-        predicted = self.body(h) @ self.weight + bias
+        found = self.body(h) @ self.weight
+        if self.offset != "none" or cell is not None:
+            # What is added to it is float32, and a gene's bias is most of its prediction.
+            found = found.to(torch.promote_types(found.dtype, torch.float32))
+        predicted = found + bias
         if self.cell_weight is not None:
             assert cell is not None
             weight: Tensor = self.cell_weight
             if positions is None:
-                weight = weight.expand(len(h), -1, -1)
+                weight = weight.to(cell.dtype).expand(len(h), -1, -1)
             else:
-                weight = weight[positions]
-            predicted = predicted + torch.bmm(weight, cell.to(weight.dtype)[..., None])[..., 0]
+                weight = weight[positions].to(cell.dtype)
+            predicted = predicted + torch.bmm(weight, cell[..., None])[..., 0]
         if self.offset == "none":
             return predicted
         assert x is not None

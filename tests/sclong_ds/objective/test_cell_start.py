@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
 
 from sclong_ds.config.load import load_config
@@ -11,6 +12,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.model.values.cell_vector import principal_directions
 from sclong_ds.objective.cell_start import cell_start
+from sclong_ds.training.build import make_model
 
 
 def with_start(kind):
@@ -39,6 +41,22 @@ def test_without_directions_no_cell_is_read(small_corpus, monkeypatch):
     found = cell_start(with_start("random"), corpus)
     assert found is not None
     assert found.directions is None
+
+
+def test_a_model_that_will_be_filled_reads_no_cell(small_corpus, monkeypatch):
+    corpus = Corpus(small_corpus)
+    model = dataclasses.replace(
+        load_config("sclong_tiny").model, cell_vector="svd", gene_encoder="embedding",
+        top_seq_len=64,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    whole = make_model(model, corpus)
+    monkeypatch.setattr(Corpus, "rows", None)
+    torch.manual_seed(3)
+    rest = make_model(model, corpus, restored=True)
+    started = {"cell_vector.centre", "cell_vector.vectors", "head.cell_weight"}
+    for (name, one), other in zip(whole.named_parameters(), rest.parameters(), strict=True):
+        assert torch.equal(one, other) == (name not in started), name
 
 
 def test_damaged_cells_are_left_out_and_named(small_corpus, tmp_path, caplog):

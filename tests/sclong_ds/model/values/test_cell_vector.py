@@ -1,5 +1,7 @@
 """The cell's vector: what it sees, where it starts, its gradients."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,27 @@ def test_a_cell_does_not_depend_on_its_batch_and_may_be_empty():
     for b in range(6):
         alone = model(x[b : b + 1], (mask & (x > 0))[b : b + 1])[0]
         assert (whole[b] - alone).norm() <= 1e-6 * alone.norm()
+
+
+@pytest.mark.parametrize("offset", ["none", "poisson"])
+def test_bf16_weights_are_the_only_rounding(offset):
+    """The vector and what it adds are those of float32 arithmetic on the weights as they are."""
+    model = moved(cell_offset=offset, gene_bias=True).bfloat16()
+    x, mask = cells(6)
+    visible, vector = (x > 0) & ~mask, model.cell_vector
+    found = vector(x, visible)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, copy.deepcopy(vector).float()(x, visible))
+    h = torch.randn(6, G, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    given = {"x": x, "visible": visible, "cell": found}
+    wide = copy.deepcopy(model.head).float()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        wide.weight.zero_()
+    assert torch.equal(model.head(h, **given), wide(h.float(), **given))
+    positions = torch.tensor([[3, 11, 59]]).repeat(6, 1)
+    some = model.head(h[:, :3], positions, **given)
+    assert torch.allclose(some, wide(h.float(), **given)[:, [3, 11, 59]], rtol=1e-5)
 
 
 def test_gradients():
