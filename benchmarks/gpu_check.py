@@ -1,9 +1,10 @@
-"""Everything about the kernels and the model that needs a GPU, in nine minutes.
+"""Everything about the kernels, the model and the product that needs a GPU, in nine minutes.
 
     python -m benchmarks.gpu_check [--budget 540] [--json OUT] [--reference PATH] [--only STAGE,...]
     python -m benchmarks.gpu_check --device cpu --tiny      the same stages, small, without a GPU
 
-Needs torch, triton and numpy, for `model` and `reference` also pyyaml and torch-geometric. Stages,
+Needs torch, triton and numpy, for `model` and `reference` also pyyaml and torch-geometric, for
+`step` what `sclong_ds.pretrain` needs: without it the stage says what is missing. Stages,
 each in a process of its own with its own time limit, so that a failure or a hang in one leaves the
 others alone; whatever a stage found is written to OUT at once:
 
@@ -12,6 +13,8 @@ others alone; whatever a stage found is written to OUT at once:
     correctness  output and gradients against float64, bits twice and alone, next to literal code
     timing       each kernel, forward and backward against literal code, torch.compile and flash
     model        a training step of the published configuration: cells/s, MFU, peak memory
+    step         the product: `sclong_ds.pretrain` on one rank, by ZeRO stage, recomputed or not,
+                 compiled or not: cells/s, times of the GPU by part, of Python, of waiting for data
     reference    with --reference: the released model from a checkout of its code, beside it
     sweep        block sizes around the chosen ones, the three best of each kernel
 
@@ -44,6 +47,7 @@ STAGES: dict[str, tuple[str, float]] = {
     "correctness": ("gpu_attention", 100),
     "timing": ("gpu_timing", 120),
     "model": ("gpu_model", 150),
+    "step": ("gpu_step", 240),
     "reference": ("gpu_model", 75),
     "sweep": ("gpu_timing", 90),
 }

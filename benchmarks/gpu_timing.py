@@ -169,10 +169,10 @@ def trial_plans(name: str, m: int, chosen: Any) -> list[Any]:
 
     wide = name in WIDE
     plans = [chosen]
-    for rows in (32, 64) if wide else (64, 128):
+    for rows in (32, 64, 128) if wide else (64, 128):
         for size in (128, 256) if wide else (32, 64):
             features, tail = feature_split(m, size) if wide else (size, 0)
-            for warps, stages in itertools.product((4, 8), (2, 3)):
+            for warps, stages in itertools.product((4, 8), (1, 2, 3)):
                 block = replace(
                     getattr(chosen, name),
                     rows=rows,

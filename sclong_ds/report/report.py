@@ -311,6 +311,7 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
     for name, metric, scale, unit in (
         ("Step time, median", "perf/step_time_s", 1.0, "s"),
         ("Waiting for data, median", "perf/data_wait_s", 1000.0, "ms a step"),
+        ("Python's share of the work, median", "perf/host_s", 1000.0, "ms a step"),
         ("Model FLOP/s utilisation, median", "perf/mfu", 100.0, "%"),
     ):
         value = record.median(metric)
