@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def disturb(
             Disturbed(command=command.name, fault=fault, calls=counts[fault], at=at, path=path,
                       state=state, wrong="; ".join(filter(None, wrong)))
         )  # fmt: skip
+        print(*asdict(found[-1]).values(), flush=True)
     return found
 
 

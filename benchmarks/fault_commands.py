@@ -7,6 +7,7 @@ products, in parts that may change one by one: datasets of a staging, checkpoint
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -51,17 +52,31 @@ class Command:
     """The state, of `benchmarks.disturbed.STATES`, of a unit that is neither old nor new."""
 
 
-def _build_convert(products: Path, place: Path) -> None:
-    """Stage two datasets, then change the source of one; the other two were never staged."""
+def _build_convert(products: Path, place: Path, *, datasets: slice = slice(None)) -> None:
+    """Stage one or two datasets, then change the last of them; others were never staged.
+
+    Args:
+        products: Folder of the products.
+        place: Folder to fill.
+        datasets: Which of `CELLS` there are; the first two of them are staged.
+    """
     sources = fresh_copy(products / "sources", place / "sources")
     manifest = sources / "manifest.tsv"
-    lines = manifest.read_text().splitlines(keepends=True)
+    lines = _only(manifest, datasets)
     manifest.write_text("".join(lines[:3]))
     must(convert(sources, place / "corpus"))
     manifest.write_text("".join(lines))
-    changed = list(CELLS)[1]
+    changed = list(CELLS)[datasets][:2][-1]
     other = products / "other-sources" / f"{changed}.h5ad"
     (sources / other.name).write_bytes(other.read_bytes())
+
+
+def _only(manifest: Path, datasets: slice) -> list[str]:
+    """Return the first line of a manifest and those of some datasets; drop the other sources."""
+    header, *lines = manifest.read_text().splitlines(keepends=True)
+    for name in set(CELLS) - set(list(CELLS)[datasets]):
+        manifest.with_name(f"{name}.h5ad").unlink()
+    return [header, *lines[datasets]]
 
 
 def _units_convert(place: Path) -> dict[str, Any]:
@@ -82,11 +97,17 @@ def _failed(content: Any) -> str:
     return "failed" if found else "third"
 
 
-def _build_finalize(products: Path, place: Path) -> None:
-    """Finish a corpus of all datasets but one, then stage that one too."""
+def _build_finalize(products: Path, place: Path, *, datasets: slice = slice(None)) -> None:
+    """Finish a corpus of all datasets but one, then stage that one too.
+
+    Args:
+        products: Folder of the products.
+        place: Folder to fill.
+        datasets: Which of `CELLS` there are.
+    """
     sources = fresh_copy(products / "sources", place / "sources")
     manifest = sources / "manifest.tsv"
-    lines = manifest.read_text().splitlines(keepends=True)
+    lines = _only(manifest, datasets)
     manifest.write_text("".join(lines[:-1]))
     must(convert(sources, place / "corpus"))
     must(finalize(place / "corpus"))
@@ -244,6 +265,17 @@ COMMANDS: dict[str, Command] = {
             between=lambda content: "third" if content else "killed",
         ),
         Command(
+            name="convert-one", needs=("staging",), units=_units_convert, between=_failed,
+            build=functools.partial(_build_convert, datasets=slice(1, 2)),
+            run=lambda place: convert(place / "sources", place / "corpus"),
+        ),
+        Command(
+            name="finalize-two", needs=("staging",), units=_units_finalize,
+            build=functools.partial(_build_finalize, datasets=slice(2)),
+            run=lambda place: finalize(place / "corpus"),
+            between=lambda content: "third" if content else "killed",
+        ),
+        Command(
             name="save", needs=(), build=_build_save, units=_units_save,
             run=lambda place: _save(place, 3),
         ),
@@ -261,4 +293,4 @@ COMMANDS: dict[str, Command] = {
         ),
     )
 }  # fmt: skip
-"""Name to command."""
+"""Name to command; of convert-one and finalize-two, every call can be tried in minutes."""

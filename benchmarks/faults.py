@@ -11,7 +11,8 @@ reject every change.
 `calls`: a command is run again and again; in run n the n-th system call of a kind below its folder
 fails (or the process is killed there). The command must end in one clear error or succeed, leave
 the products as they were or wholly new, and give the bytes of an undisturbed run when it is run
-again.
+again. The session's log, in the folder of the products, gains a line with each. Every call of
+convert-one, finalize-two, save, export and embed can be tried; of the others, take `--every`.
 
 Both print a table and every outcome that is wrong; exit status 1: there is one. `--json` writes the
 table to a file. Embeddings are HDF5, which has no checksum: their files are not damaged here.
@@ -43,6 +44,7 @@ from benchmarks.fault_commands import COMMANDS
 from benchmarks.fault_products import MAKERS, product, remove
 
 USED = (
+    "data_prep.convert.bundled_resolver",
     "data_prep.convert.convert",
     "data_prep.corpus.finalize",
     "data_prep.graph.gene_vectors",

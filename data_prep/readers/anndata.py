@@ -19,6 +19,7 @@ from data_prep.readers.arrays import (
     csc_blocks,
     csr_blocks,
     dense_matrix_blocks,
+    part_inside,
     require_inside,
 )
 from data_prep.readers.columns import table_of, text_of
@@ -140,9 +141,7 @@ def _texts(root: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in NAMES:
         try:
-            require_inside(root, "uns")
-            require_inside(root["uns"], name)
-            value = root["uns"][name][()]
+            value = part_inside(root, f"uns/{name}")[()]
         except (ValueError, TypeError, KeyError, OSError, RuntimeError, AttributeError) as error:
             if failed_call(error):
                 raise
@@ -162,14 +161,15 @@ def _places(root: Any) -> tuple[list[_Place], dict[str, str]]:
     # Before AnnData 0.7 the raw matrix was stored as the groups "raw.X" and "raw.var".
     for where, frame in (("raw/X", "raw/var"), ("raw.X", "raw.var")):
         if where in root and frame in root:
+            require_inside(root, frame)
             raw, unread = table_of(root, frame).names(root)
             notes |= {f"raw.{name}": reason for name, reason in unread.items()}
             places.append(_Place(name="raw.X", where=where, genes=raw))
-    layers = sorted(root["layers"]) if "layers" in root else []
+    layers = sorted(part_inside(root, "layers")) if "layers" in root else []
     places += [
         _Place(name=f"layers/{name}", where=f"layers/{name}", genes=genes) for name in layers
     ]
-    empty = [place for place in places if _is_null(root[place.where])]
+    empty = [place for place in places if _is_null(part_inside(root, place.where))]
     notes |= {place.name: "nothing is stored (null)" for place in empty}
     return [place for place in places if place not in empty], notes
 
@@ -181,8 +181,7 @@ def _is_null(element: Any) -> bool:
 
 
 def _matrix(root: Any, opened: Open, place: _Place, scratch: Path | None) -> Matrix:
-    require_inside(root, place.where)
-    element = root[place.where]
+    element = part_inside(root, place.where)
     is_array = hasattr(element, "shape")
     if is_array:
         if len(element.shape) != 2:
@@ -197,7 +196,11 @@ def _matrix(root: Any, opened: Open, place: _Place, scratch: Path | None) -> Mat
             return _unread(root, place, f"is stored as '{kind or 'unknown'}'")
     shape = (int(stored[0]), int(stored[1]))
     check_size(*shape)
-    parts = [element] if is_array else [element[name] for name in ("data", "indices", "indptr")]
+    parts = (
+        [element]
+        if is_array
+        else [part_inside(element, name) for name in ("data", "indices", "indptr")]
+    )
     lacking = next((found for part in parts if (found := missing_filter(part))), "")
     if lacking:
         cure = f"is compressed with HDF5 filter {lacking}: pip install hdf5plugin, or h5repack it"

@@ -8,6 +8,7 @@ unpacked once. Matrices stored across the cells (CSC, dense in chunks of many ce
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -43,7 +44,7 @@ def csr_blocks(opened: Open, where: str, shape: tuple[int, int]) -> Blocks:
 
     def blocks() -> Iterator[sparse.csr_matrix]:
         with opened() as root:
-            group = root[where]
+            group = part_inside(root, where)
             row_ptr = _pointers(group, shape[0])
             for start, stop in row_blocks(row_ptr):
                 first, last = int(row_ptr[start]), int(row_ptr[stop])
@@ -70,7 +71,7 @@ def csc_blocks(opened: Open, where: str, shape: tuple[int, int], *, scratch: Pat
 
     def entries() -> Iterator[Entries]:
         with opened() as root:
-            group = root[where]
+            group = part_inside(root, where)
             pointers = _pointers(group, shape[1])
             for first in range(0, int(pointers[-1]), BLOCK_ENTRIES):
                 last = min(first + BLOCK_ENTRIES, int(pointers[-1]))
@@ -78,7 +79,7 @@ def csc_blocks(opened: Open, where: str, shape: tuple[int, int], *, scratch: Pat
                 yield rows, line_numbers(pointers, first, last), data
 
     with opened() as root:
-        n_entries = int(root[where]["data"].shape[0])
+        n_entries = int(part_inside(root, f"{where}/data").shape[0])
     return gathered(entries, shape=shape, n_entries=n_entries, scratch=scratch)
 
 
@@ -95,9 +96,10 @@ def dense_matrix_blocks(
         scratch: See `readers_gather.gathered`.
     """
     with opened() as root:
-        stored = root[where]
+        stored = part_inside(root, where)
         check_chunks(stored, where)
-        if isinstance(stored, h5py.Dataset):
+        # What fills up a chunk that is missing would be taken for counts.
+        if isinstance(stored, h5py.Dataset) or stored.fill_value:
             require_whole(stored, where)
         # Of a sharded zarr array the shard is what is read; h5py has no such thing.
         chunks = getattr(stored, "shards", None) or stored.chunks
@@ -222,8 +224,9 @@ def _overflow(pointers: npt.NDArray[np.int64], n_values: int) -> str:
 def require_whole(array: Any, what: str) -> None:
     """Refuse an array of which a part was never written; it would be read as zeros.
 
-    Writers of zarr leave out chunks of zeros only, so this holds for arrays that cannot be zero. A
-    header of HDF5 may claim any size without a single value.
+    Writers of zarr leave out chunks of the fill value, zero in nearly every array, so this is asked
+    of arrays that cannot be zero, or that are filled with something else. A header of HDF5 may
+    claim any size without a single value.
 
     Args:
         array: zarr or h5py array.
@@ -277,9 +280,30 @@ def require_inside(root: Any, where: str) -> None:
                 f"{where} is a link to {link.filename}, another file; copy it into this one"
             )
         found = place.get(part)
+        # A link inside of the file may lead to one that leaves it.
+        if found is not None and found.file.filename != root.file.filename:
+            raise ValueError(
+                f"{where} is a link that leads to {Path(os.fsdecode(found.file.filename)).name}, "
+                "another file; copy it into this one"
+            )
         if not isinstance(found, h5py.Group):
             return
         place = found
+
+
+def part_inside(root: Any, where: str) -> Any:
+    """Return a part of an opened file, which must lie in the same file.
+
+    Args:
+        root: The root group, h5py or zarr.
+        where: Path of the part.
+
+    Raises:
+        ValueError: It is a link to another file.
+        KeyError: It is not there.
+    """
+    require_inside(root, where)
+    return root[where]
 
 
 def check_chunks(array: Any, what: str) -> None:
@@ -324,8 +348,9 @@ def _pointers(group: Any, n_lines: int) -> npt.NDArray[np.int64]:
         )
     if n_values:
         require_whole(group["data"], f"{group.name}/data")
-        # Where no line has two values, all of them may lie in column 0.
-        if (pointers[1:] - pointers[:-1]).max() > 1:
+        # Where no line has two values, all of them may lie in column 0, which zarr leaves out.
+        is_hdf5 = isinstance(group["indices"], h5py.Dataset)
+        if is_hdf5 or (pointers[1:] - pointers[:-1]).max() > 1:
             require_whole(group["indices"], f"{group.name}/indices")
     return pointers
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data_prep.readers.arrays import Open, require_inside, require_whole
+from data_prep.readers.arrays import Open, part_inside, require_inside, require_whole
 from data_prep.readers.containers import failed_call
 from data_prep.source.source import Annotations, StringArray, check_size
 
@@ -134,9 +134,10 @@ def column_values(parent: Any, name: str) -> Any:
         return decoded(_whole(element))
     inside = set(element)
     if {"codes", "categories"} <= inside:
-        return _categorical(_whole(element["codes"]), column_values(element, "categories"))
+        codes = _whole(part_inside(element, "codes"))
+        return _categorical(codes, column_values(element, "categories"))
     if {"values", "mask"} <= inside:
-        return _nullable(column_values(element, "values"), _whole(element["mask"]))
+        return _nullable(column_values(element, "values"), _whole(part_inside(element, "mask")))
     raise ValueError(f"it is stored as '{kind or 'a group'}', which is not read")
 
 

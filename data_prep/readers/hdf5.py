@@ -15,6 +15,7 @@ from data_prep.readers.arrays import (
     Open,
     csr_blocks,
     dense_matrix_blocks,
+    part_inside,
     require_inside,
     require_whole,
 )
@@ -135,14 +136,14 @@ def open_tenx(path: Path, *, genome: str) -> Source:
             where, genes = "matrix", _tenx_features(root["matrix"])
         else:
             where = pick_genome(_genome_groups(root), genome)
-            group = root[where]
+            group = part_inside(root, where)
             genes = {"genes": _strings(group, "genes")}
             if "gene_names" in group:
                 genes["gene_names"] = _strings(group, "gene_names")
             genes["genome"] = np.full(len(genes["genes"]), where, dtype=object)
         barcodes = _strings(root[where], "barcodes")
         # 10x stores genes x cells by column, which is cells x genes by row.
-        n_genes, n_cells = (int(size) for size in root[where]["shape"][:])
+        n_genes, n_cells = (int(size) for size in part_inside(root, f"{where}/shape")[:])
     n_named = len(next(iter(genes.values())))
     unequal = any(len(values) != n_named for values in genes.values())
     if n_cells != len(barcodes) or n_named != n_genes or unequal:
@@ -166,8 +167,7 @@ def open_tenx(path: Path, *, genome: str) -> Source:
 
 def _tenx_features(matrix: Any) -> dict[str, StringArray]:
     """Return names, types and genomes of the features of a version 3 file."""
-    require_inside(matrix, "features")
-    features = matrix["features"]
+    features = part_inside(matrix, "features")
     columns = {"id": _strings(features, "id"), "name": _strings(features, "name")}
     for name in ("feature_type", "genome"):
         if name in features:
@@ -191,14 +191,18 @@ def open_loom(path: Path, *, scratch: Path | None) -> Source:
         require_inside(root, "matrix")
         n_genes, n_cells = _loom_shape(root["matrix"])
         # Genes first: cells may be many more, and what names them is read only if it fits.
-        genes, unread = _gene_names(root["row_attrs"], n_genes)
+        genes, unread = _gene_names(part_inside(root, "row_attrs"), n_genes)
         notes |= unread
-        layers = sorted(root["layers"]) if "layers" in root else []
+        layers = sorted(part_inside(root, "layers")) if "layers" in root else []
         places = {"X": "matrix"} | {f"layers/{name}": f"layers/{name}" for name in layers}
         for name, where in places.items():
-            if root[where].shape != (n_genes, n_cells):
+            if part_inside(root, where).shape != (n_genes, n_cells):
                 raise ValueError(f"{name} has the shape {root[where].shape}, not that of matrix")
-        cells = [name for name, values in root["col_attrs"].items() if _is_list(values, n_cells)]
+        cells = [
+            name
+            for name, values in part_inside(root, "col_attrs").items()
+            if _is_list(values, n_cells)
+        ]
         named = next((name for name in _CELL_NAMES if name in cells), None)
         if named is None:
             require_whole(root["matrix"], "matrix")
@@ -267,14 +271,12 @@ def _loom_obs(opened: Open, names: Sequence[str], n_cells: int) -> Annotations:
 
 def _whole_attribute(group: Any, name: str) -> npt.NDArray[Any]:
     """Return an attribute that was written as a whole, texts as objects."""
-    require_inside(group, name)
-    require_whole(group[name], f"{group.name}/{name}")
+    require_whole(part_inside(group, name), f"{group.name}/{name}")
     return decoded(group[name][:])
 
 
 def _strings(group: Any, name: str) -> StringArray:
-    require_inside(group, name)
-    dataset = group[name]
+    dataset = part_inside(group, name)
     if getattr(dataset, "shape", None) is None or len(dataset.shape) != 1:
         raise ValueError(f"{dataset.name} is no list of names")
     check_size(dataset.shape[0], 0)

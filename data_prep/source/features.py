@@ -5,7 +5,8 @@ Under a gene's name (antibody CD4 is the gene CD4, too) their counts would be ad
 they are taken out before anything looks at names:
 
 - **Types.** Where a column says the type of each feature (`feature_types`, `feature_type`,
-  `modality`, or any column that names a type of 10x Genomics), only genes are kept. Gene biotypes
+  `modality`, or any column that names a type of 10x Genomics, or holds such words as gene, protein
+  and peak alone), only genes are kept. Gene biotypes
   (`feature_type` of CELLxGENE: protein_coding, lncRNA, ...) are not such types. A matrix without
   types takes those of another matrix of the file by the names of the features (raw.X from X).
 - **Names.** Without types, a feature is out if one of its names is that of an antibody, hashtag or
@@ -254,7 +255,10 @@ def _are_types(types: set[str], column: str) -> bool:
     """
     plain = {_plain(value) for value in types}
     if column not in _TYPE_COLUMNS:
-        return bool(plain & _TENX_TYPES)
+        # Genes beside something else, and no other word; gene_type may mean rna and protein coding.
+        alone = plain <= _GENES | _OTHERS | {""} and "gene" not in column and "bio" not in column
+        both = alone and plain & _GENES and plain & _OTHERS
+        return bool(plain & _TENX_TYPES or both)
     if plain & (_GENES | _OTHERS) or any(_is_damaged(value) for value in types if value):
         return True
     biotypes = any(_BIOTYPE.search(value) for value in types)

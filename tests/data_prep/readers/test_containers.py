@@ -270,6 +270,50 @@ def test_data_that_lie_in_another_file_are_refused(tmp_path: Path) -> None:
         values(opened(path))
 
 
+def all_values(path: Path) -> list[list[np.ndarray]]:
+    """Return the blocks of every matrix."""
+    return [[block.toarray() for block in matrix.blocks()] for matrix in opened(path).matrices]
+
+
+@pytest.mark.parametrize("part", ["X", "X/data", "var", "obs", "layers", "raw/X", "raw/var"])
+def test_a_link_inside_of_the_file_may_not_lead_out_of_it(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "a.h5ad"
+    made = cells()
+    made.layers["more"] = made.X.copy()
+    made.raw = made.copy()
+    for name in ("other.h5ad", "a.h5ad"):
+        made.write_h5ad(tmp_path / name)
+    with h5py.File(path, "r+") as root:
+        root.move(part, "moved")
+        root[part] = h5py.SoftLink("/moved")
+    assert all_values(path)
+    with h5py.File(path, "r+") as root:
+        del root[part]
+        root["out"] = h5py.ExternalLink("other.h5ad", "/")
+        root[part] = h5py.SoftLink(f"/out/{part}")
+    with pytest.raises(ValueError, match=r"is a link that leads to other\.h5ad, another file"):
+        all_values(path)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_what_fills_a_missing_chunk_is_no_count(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "a.zarr"
+    with anndata.settings.override(zarr_write_format=version):
+        cells().write_zarr(path)
+    root = zarr.open_group(path, mode="r+", use_consolidated=False)
+    shape = cells().shape
+    for fill, lost in ((0, False), (3, True)):
+        del root["X"]
+        array = root.create_array("X", shape=shape, chunks=(2, 5), dtype="i4", fill_value=fill)
+        array[:2] = 4
+        zarr.consolidate_metadata(path)
+        if lost:
+            with pytest.raises(ValueError, match=r"X: .* chunks are missing"):
+                opened(path)
+        else:
+            assert values(opened(path))[:2].sum() == 8 * shape[1]
+
+
 def test_values_that_were_never_written(tmp_path: Path) -> None:
     path = tmp_path / "a.h5ad"
     cells().write_h5ad(path)

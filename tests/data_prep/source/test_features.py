@@ -67,6 +67,15 @@ def test_a_type_of_10x_tells_under_any_column_name() -> None:
     assert set(matrix.gene_columns) == {"column 1"}
 
 
+@pytest.mark.parametrize("words", [("gene", "protein"), ("RNA", "ADT"), ("mRNA", "sgRNA")])
+def test_genes_beside_something_else_and_no_other_word_are_types(words: tuple[str, str]) -> None:
+    types = [words[0]] * 20 + [words[1]] * 3
+    names = [*SYMBOLS, "CD4", "CD19", "GENE3"]
+    assert kept({"index": names, "type": types})[1] == list(range(20))
+    for column, other in (("gene_type", types), ("type", [*types[:-1], "linker"])):
+        assert kept({"index": names, column: other})[1] == list(range(23))
+
+
 def test_short_words_for_types() -> None:
     types = ["rna"] * 18 + ["prot", "hto"]
     matrix, found = kept({"index": SYMBOLS, "modality": types})
