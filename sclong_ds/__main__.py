@@ -21,6 +21,7 @@ COMMANDS = {
         "sclong_ds.planning.plan",
         "memory, FLOPs and GPU-hours of a run, before submitting it",
     ),
+    "bench-loader": ("sclong_ds.loader.bench", "cells a second that this machine can read"),
     "export": ("sclong_ds.exported.export", "checkpoint to a model folder (safetensors)"),
     "import-reference": (
         "sclong_ds.released.import_reference",

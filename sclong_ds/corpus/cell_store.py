@@ -285,6 +285,13 @@ class CellStore:
                 )
         return tables
 
+    def has_read(self) -> tuple[int, int]:
+        """Return bytes of cells that this object has read, and requests to a server for them."""
+        return (
+            sum(stream.read_bytes for stream in self._streams),
+            sum(stream.location.requests for stream in self._streams),
+        )
+
     def read_packed(
         self, chunk: int, *, out: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
     ) -> PackedCells:

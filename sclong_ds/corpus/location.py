@@ -240,6 +240,12 @@ class Location:
         if self._kept is not None:
             self._kept.put(self._full_name(name), start, length, data)
 
+    @property
+    def requests(self) -> int:
+        """Requests for parts of files that this process has sent to the server of this folder."""
+        own = self._opened is not None and self._opened[0] == os.getpid()
+        return self._opened[3].asked if own and self._opened is not None else 0
+
     def local_path(self, name: str) -> Path:
         """Return a path of a whole file on this machine, downloading a remote one once.
 

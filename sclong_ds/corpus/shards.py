@@ -63,6 +63,8 @@ class ShardedArray:
         self.chunk_entries: int = inner
         """Bytes of a chunk."""
         self._compressed, self._chunks_per_shard = compressed, shard // inner
+        self.read_bytes = 0
+        """Bytes read so far; threads that read at the same time may leave some out."""
         # One slot for a shard number modulo the slots: reading and setting an item need no lock,
         # so that a fork at any moment leaves nothing locked.
         self._indices: dict[int, tuple[int, NDArray[np.uint64]]] = {}
@@ -163,6 +165,7 @@ class ShardedArray:
                 data = self.location.read_end(name, length, fresh=attempt > 1)
             else:
                 data = self.location.read_range(name, start, length, fresh=attempt > 1)
+            self.read_bytes += len(data)
             try:
                 if len(data) != length:
                     whose = "its index's" if what == "index" else "the chunk's"

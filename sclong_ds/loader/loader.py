@@ -18,8 +18,9 @@ this rank's cells straight into the buffers of a step. They start with the first
 process that calls it.
 
 Memory of a rank, in bytes: 2 * chunk_entries for each chunk that it holds (1 MB for chunks of 2^19
-entries), which are its lanes and a quarter more: on W ranks with 256 lanes 320 / W, at least 5; 50
-for each visit that is known ahead; and (prefetch_batches + 2) times this rank's share of a batch,
+entries), which are its lanes and a quarter more: on W ranks with 256 lanes 320 / W, at least 5, 24
+more of a remote corpus; 49 for each visit that is known ahead, up to four times the visits to those
+chunks; what the threads are reading; and (prefetch_batches + 2) times this rank's share of a batch,
 or once without prefetching. A cell takes packed 16 + 2 * entries, csr 8 * non-zero values, dense
 4 * genes. Packed and csr buffers grow with the largest share so far, by a quarter more than needed.
 """
@@ -41,12 +42,19 @@ from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.loader.batches import CellBatch, StepBatch, empty_bytes
 from sclong_ds.loader.lanes import LaneStream, lanes_for
 from sclong_ds.loader.order import CellOrder, CellStream, CellWeights
-from sclong_ds.loader.threads import LoaderPlan, LoaderThreads, Output
+from sclong_ds.loader.threads import (
+    LoaderPlan,
+    LoaderThreads,
+    Output,
+    chunk_bytes,
+    step_bytes_a_cell,
+)
 
 MOST_LANES = 256
 """Chunks in use at a time on one rank, unless told otherwise: 256 MB of chunks of 2^19 entries."""
 MEMORY_BYTES = 512_000_000
 """What the chunks and steps of a rank may take, unless told otherwise."""
+_STEPS = 6  # in memory, with the usual prefetch_batches
 _READ_THREADS, _REMOTE_READ_THREADS = 4, 32  # on this machine as many as it has cores
 
 __all__ = ["CellBatch", "CellLoader", "Output", "StepBatch", "log1p_normalise", "open_stream"]
@@ -102,9 +110,12 @@ def most_lanes(corpus: Corpus, batch: int, *, most: int, memory_bytes: int) -> i
         corpus: The corpus.
         batch: Cells of a batch.
         most: Most lanes.
-        memory_bytes: What chunks and steps of a rank may take; a quarter is left for the steps.
+        memory_bytes: What chunks and steps of a rank may take; a quarter is left for the steps, or
+            what those of one rank take.
     """
-    fitting = memory_bytes * 3 // 4 // (2 * corpus.chunk_entries) - 1
+    steps = _STEPS * batch * step_bytes_a_cell(corpus)
+    steps += _threads_for(corpus) * corpus.chunk_entries
+    fitting = (memory_bytes - max(memory_bytes // 4, steps)) // chunk_bytes(corpus) - 1
     return lanes_for(batch, most=max(1, min(most, fitting)))
 
 

@@ -110,6 +110,8 @@ class CellOrder(Protocol):
 
     epoch_visits: int
     """Visits of an epoch."""
+    passes: int
+    """Passes of an epoch, 1 without weights."""
 
     def between(self, start: int, stop: int) -> Visits:
         """Return the visits at the positions `start` to `stop` - 1."""

@@ -74,6 +74,15 @@ class VisitTable:
             getattr(self, f.name)[where] = getattr(visits, f.name)
 
 
+def visit_bytes() -> int:
+    """Return the memory that tables take for a visit to a chunk in use.
+
+    It counts as many times as the table covers it, and once more while the table grows.
+    """
+    one = VisitTable.of_length(1)
+    return (_TABLE_LIVES + 1) * sum(getattr(one, f.name).nbytes for f in fields(one))
+
+
 @dataclass(slots=True, eq=False)
 class _Task:
     """A chunk that a thread has taken."""

@@ -32,7 +32,7 @@ from sclong_ds.loader.batches import (
 )
 from sclong_ds.loader.order import CellOrder
 from sclong_ds.loader.pool import CellPool
-from sclong_ds.loader.reading import ChunkReader, StoppedError
+from sclong_ds.loader.reading import ChunkReader, StoppedError, visit_bytes
 from sclong_ds.loader.shares import Share
 
 log = logging.getLogger(__name__)
@@ -118,16 +118,32 @@ class LoaderPlan:
         if self.memory_bytes is None:
             return min(enough, n_chunks)
         steps = self.steps_in_memory * share.size * step_bytes_a_cell(self.corpus, self.output)
-        a_chunk = 2 * self.corpus.chunk_entries
+        a_chunk = chunk_bytes(self.corpus, self.stream.epoch_visits)
+        # A thread holds a stored chunk while it reads it.
+        steps += self.read_threads * self.corpus.chunk_entries
         fitting = (self.memory_bytes - steps) // a_chunk
         if fitting < min(least, n_chunks):
             raise ValueError(
                 f"data.loader_memory {self.memory_bytes / 1e6:.0f} MB: this rank has {least} "
                 f"chunks of {a_chunk / 1e6:.1f} MB in use at a time, and {self.steps_in_memory} "
-                f"steps of {share.size} cells ({steps / 1e6:.0f} MB): set it to at least "
-                f"{(steps + least * a_chunk) / 1e6:.0f}, or use more ranks"
+                f"steps of {share.size} cells ({steps / 1e6:.0f} MB with what is being read): set "
+                f"it to at least {(steps + least * a_chunk) / 1e6:.0f}, or use more ranks"
             )
         return min(enough, fitting, n_chunks)
+
+
+def chunk_bytes(corpus: Corpus, epoch_visits: int | None = None) -> int:
+    """Return about how much memory a chunk takes: its bytes, and what is known of its visits.
+
+    Args:
+        corpus: The corpus, whose mean cells of a chunk count.
+        epoch_visits: Visits of an epoch to the training cells; None: one to each.
+    """
+    cells, trained = len(corpus), len(corpus.splits["train"])
+    visits = cells / max(1, len(corpus.chunk_rows) - 1)
+    if epoch_visits is not None and trained:
+        visits *= max(1.0, epoch_visits / trained)
+    return 2 * corpus.chunk_entries + round(visits * visit_bytes())
 
 
 def step_bytes_a_cell(corpus: Corpus, output: Output = "packed") -> int:

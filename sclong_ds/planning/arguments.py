@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import positive, positive_share, whole
+from sclong_ds.command_line import local_path, positive, positive_share, whole
 from sclong_ds.planning.devices import DEVICES
 
 SCLONG_CELLS = 48_024_242
@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cells",
         type=whole(1),
         help=f"cells of an epoch (default: those of data.corpus, else {SCLONG_CELLS})",
+    )
+    add(
+        "--loader",
+        type=local_path,
+        metavar="FILE",
+        help="what `bench-loader --json` measured on a node: is reading fast enough?",
     )
     add("--verbose", action="store_true", help="also tables of parts and of all ZeRO stages")
     add("--json", action="store_true", help="print one JSON document instead of tables")

@@ -30,7 +30,7 @@ from sclong_ds.config.sections import (
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.datasheet.health import Health, health_of
+from sclong_ds.datasheet.health import health_of
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 from sclong_ds.planning.arguments import SCLONG_CELLS
@@ -43,6 +43,7 @@ from sclong_ds.planning.costs import (
     recompute_flops_per_cell,
 )
 from sclong_ds.planning.devices import Device, find_device
+from sclong_ds.planning.loading import as_plan, loading, read_rate, sampling
 from sclong_ds.planning.memory import (
     Setup,
     Zero,
@@ -279,12 +280,22 @@ def run(args: argparse.Namespace) -> int:
         network_gbit=args.network_gbit,
     )  # fmt: skip
     find_device(site.device, ranks_per_node=site.gpus_per_node)
-    work = _workload(config.data, config.model.gene_graph, args.cells)
+    corpus = _corpus(config.data)
+    work = _workload(corpus, config.model.gene_graph, args.cells)
+    sampled = sampling(config.data, corpus, work.cells)
+    rate = None if args.loader is None else read_rate(args.loader)
     # DeepSpeed, imported for keys that no shipped JSON has, prints which accelerator it found.
     with contextlib.redirect_stdout(sys.stderr):
         ds_config = resolve_ds_config(config.engine, world_size=site.nodes * site.gpus_per_node)
     plan = {"config": args.config} | make_plan(config, ds_config, site=site, work=work)
-    health = _health(config.data)
+    plan["loading"] = as_plan(
+        loading(
+            config.data, sampled=sampled, cells=work.cells, n_expressed=work.n_expressed,
+            batch=config.engine.train_batch_size, cells_per_s=plan["time"]["cells_per_s"],
+            nodes=site.nodes, world_size=site.world_size, rate=rate,
+        )
+    )  # fmt: skip
+    health = None if corpus is None else health_of(corpus.catalogue)
     if health is not None:
         plan["health"] = health.as_json()
     text = format_plan(plan, verbose=args.verbose) + (f"\n{health.text()}" if health else "")
@@ -292,16 +303,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _health(data: DataConfig) -> Health | None:
-    """Return the verdict on the corpus, if the configuration names one."""
-    if not data.corpus:
-        return None
-    return health_of(Corpus(data.corpus, cache_dir=data.cache_dir).catalogue)
+def _corpus(data: DataConfig) -> Corpus | None:
+    """Open the corpus, if the configuration names one."""
+    return Corpus(data.corpus, cache_dir=data.cache_dir) if data.corpus else None
 
 
-def _workload(data: DataConfig, graph: str | None, cells: int | None) -> Workload:
+def _workload(corpus: Corpus | None, graph: str | None, cells: int | None) -> Workload:
     """Count genes, edges and training cells of the files that the configuration names."""
-    corpus = Corpus(data.corpus, cache_dir=data.cache_dir) if data.corpus else None
     genes = corpus.genes if corpus else GeneVocabulary.bundled()
     n_edges = len(read_gene_graph(graph, genes_hash=genes.hash)[1]) if graph else 0
     known = len(corpus.splits["train"]) if corpus else SCLONG_CELLS

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sclong_ds.planning.devices import GIB
+from sclong_ds.planning.loading import loading_lines
 from sclong_ds.planning.verdict import advice_of, verdict_of
 
 
@@ -34,6 +35,7 @@ def format_plan(plan: Mapping[str, Any], *, verbose: bool) -> str:
         *_memory_lines(plan, verbose=verbose),
         "",
         *_time_lines(plan),
+        *(["", *loading_lines(plan)] if "loading" in plan else []),
     ]
     if not verbose:
         lines += ["", "Tables of parts, of memory and of all ZeRO stages: --verbose"]

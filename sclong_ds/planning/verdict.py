@@ -28,6 +28,8 @@ def verdict_of(plan: Mapping[str, Any]) -> str:
             f"{memory['micro_batch']}, {usable:,.1f} GiB usable."
         )
     bound = time["micro_batch"]["bound_by"]
+    if plan.get("loading", {}).get("too_slow"):
+        bound = f"{bound} if cells came fast enough: reading them is TOO SLOW (see below)"
     return (
         f"It fits on {place} ({peak:,.1f} of {usable:,.1f} GiB usable) and takes "
         f"{span(time['run_hours'])} for {time['run_steps']:,} steps, "

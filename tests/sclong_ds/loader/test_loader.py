@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.loader import threads as loading
-from sclong_ds.loader.loader import CellLoader, open_stream
+from sclong_ds.loader.loader import CellLoader, most_lanes, open_stream
 from sclong_ds.loader.order import ONE
 
 GENES = 40
@@ -310,6 +311,54 @@ def test_finish_works_on_every_micro_batch_in_a_thread(corpus):
         for _ in range(5):
             for batch in next(loader).micro_batches:
                 assert batch.extra == corpus.row_total[batch.cell_ids].sum()
+
+
+@pytest.fixture(scope="module")
+def many_cells(tmp_path_factory):
+    """A corpus of small cells: what is known of their visits takes more than their bytes."""
+    folder = tmp_path_factory.mktemp("many")
+    return make_corpus(folder / "c", n_train=30_000, chunk_entries=2**14, chunks_per_shard=4)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "memory_bytes", "output", "weighted"),
+    [
+        (1, 1_000_000, "packed", False), (1, 2_000_000, "csr", False),
+        (1, 2_000_000, "dense", False), (4, 1_000_000, "packed", False),
+        (1, 4_000_000, "packed", True),
+    ],
+)  # fmt: skip
+def test_the_memory_of_a_rank_stays_within_its_limit(
+    many_cells, world_size, memory_bytes, output, weighted
+):
+    batch = 256
+    lanes = most_lanes(many_cells, batch, most=256, memory_bytes=memory_bytes)
+    assert lanes > 1
+    options = {
+        "lanes": (lanes, batch), "train_batch_size": batch, "world_size": world_size,
+        "micro_batch_size": batch // world_size, "output": output, "memory_bytes": memory_bytes,
+        "weights": np.array([ONE, 2 * ONE, 3 * ONE]) if weighted else None, "prefetch_batches": 4,
+    }  # fmt: skip
+
+    def read(steps):
+        with open_loader(many_cells, **options) as loader:
+            for _ in range(steps):
+                next(loader)
+
+    read(1)  # compiles, and opens the tables
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        read(60)
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert memory_bytes / 20 < peak <= memory_bytes
+
+
+def test_more_lanes_than_fit_are_refused(many_cells):
+    with pytest.raises(ValueError, match=r"data\.loader_memory .* set it to at least"):
+        open_loader(many_cells, lanes=(64, 64), train_batch_size=64, memory_bytes=2_000_000)
 
 
 def test_errors_of_finish_reach_the_training_loop(corpus):
