@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("sclong_ds", "kernels", "data_prep")
 FLOORS = {
     "sclong_ds": [
-        {"files", "progress", "command_line"},
+        {"files", "progress", "command_line", "page"},
         {"config", "remote"},
         {"corpus", "run_folder", "engine", "sweep"},
         {"loader", "model", "checkpoint", "recorders", "datasheet"},
@@ -39,7 +39,7 @@ FLOORS = {
     ],
 }
 """Packages by floor; a package imports from lower floors only."""
-DATA_PREP_MAY_USE = {"files", "remote", "progress", "command_line", "corpus", "datasheet"}
+DATA_PREP_MAY_USE = {"files", "remote", "progress", "command_line", "page", "corpus", "datasheet"}
 """Packages of sclong_ds: the formats on disk, and what every command needs."""
 PLACES = {
     "torch": {
@@ -60,6 +60,7 @@ PLACES = {
         "data_prep.report",
     },
     "tqdm": {"sclong_ds.progress"},
+    "jinja2": {"sclong_ds.page"},
     "kernels": {"sclong_ds.model", "sclong_ds.training"},
     "data_prep": {
         "sclong_ds.embedding", "sclong_ds.evaluation", "sclong_ds.gene_analysis",

@@ -190,7 +190,7 @@ def _new(*, height: float = HEIGHT) -> tuple[Figure, Axes]:
 
 
 def _number_axis(axes: Axes, *, percent: bool = False) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=not percent))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{100 * value:.3g}%" if percent else _compact(value))
     )

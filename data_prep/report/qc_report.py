@@ -12,30 +12,30 @@ licences, and a table of all that can be searched and sorted. Memory: about 30 b
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from data_prep.ledger.ledger import LedgerEntry, count_statuses, origin_of
 from data_prep.report import qc_figures
 from data_prep.report.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
+from data_prep.report.qc_tables import BADGES, COLUMNS, SOURCE_COLUMNS, cell, number, sheet
 from sclong_ds.datasheet.citations import UNKNOWN
 from sclong_ds.datasheet.health import health_of
 from sclong_ds.files.atomic import write_atomic
+from sclong_ds.page import html
+from sclong_ds.page.words import counted
 
 TEMPLATE = Path(__file__).parents[1] / "resources" / "qc_report.html"
 FEW_DATASETS = 24
 """Up to so many, each dataset has a bar of its own; more are drawn as distributions."""
 WORST = 20
-_LONG = ("reason", "restored", "title", "citation")
-"""Columns of sentences."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,12 +49,14 @@ def run(args: argparse.Namespace) -> int:
         "counts": count_statuses([dataset.entry for dataset in summary.datasets]),
         "n_pending": len(summary.pending),
         "n_cells": summary.n_cells,
-        "median_genes": _number(summary.median_genes),
-        "median_counts": _number(summary.median_counts),
+        "median_genes": number(summary.median_genes),
+        "median_counts": number(summary.median_counts),
         "dropped_cells": dropped_cells(summary),
         "warnings": {d.entry["dataset_id"]: d.entry["warnings"] for d in _warned(summary)},
     }
-    text = f"{args.out}: {summary.n_cells} cells of {len(summary.used)} datasets"
+    text = (
+        f"{args.out}: {counted(summary.n_cells, 'cell')} of {counted(len(summary.used), 'dataset')}"
+    )
     print(json.dumps(facts, indent=1) if args.json else text)
     return 0
 
@@ -65,51 +67,58 @@ def page(summary: Summary) -> str:
     Args:
         summary: Of a corpus.
     """
-    parts = [_health(summary), _datasets(summary), _warnings(summary)]
+    sections = [*_health(summary), _datasets(summary), *_warnings(summary)]
     if summary.used:
-        parts += [_cells(summary), _coverage(summary), _restored(summary)]
-        parts += [_losses(summary), _standing_out(summary), _sources(summary)]
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(summary.corpus.resolve().name),
+        sections += [_cells(summary), _coverage(summary), *_restored(summary)]
+        sections += [_losses(summary), *_standing_out(summary), _sources(summary)]
+    return html.render(
+        TEMPLATE,
+        title=summary.corpus.resolve().name,
+        kind="data report",
         status=_status(summary),
-        facts=_facts(summary),
-        body="\n".join(parts),
-        table=_table(_COLUMNS, summary.datasets, name="datasets"),
+        facts=html.cards(_facts(summary)),
+        sections=sections,
+        datasets=sheet(COLUMNS, summary.datasets, id="datasets", tall=True),
         footer=_footer(summary),
     )
 
 
-def _status(summary: Summary) -> str:
+def _section(title: str, **content: Any) -> dict[str, Any]:
+    """Return what the template reads of a section: badge, text, findings, figures, tables."""
+    empty = {"id": "", "badge": None, "text": "", "findings": (), "figures": (), "tables": ()}
+    return {"title": title, **empty, **content}
+
+
+def _status(summary: Summary) -> Markup:
     if summary.catalogue is None:
-        text = ("not finalized: cells as staged, duplicates still among them; "
-                "run <code>python -m data_prep finalize</code>")  # fmt: skip
-        return f'<span class="tag excluded">staged</span> {text}'
+        text = (
+            "not finalized: cells as staged, duplicates still among them; run sclong-prep finalize"
+        )
+        return html.badge("warn", "staged") + text
     waiting = [d for d in summary.datasets if d.entry["status"] == "ok" and d.info is None]
     if waiting:
-        text = f"{len(waiting)} datasets were converted after it: run finalize again"
-        return f'<span class="tag excluded">corpus is older</span> {html.escape(text)}'
+        number = counted(len(waiting), "dataset")
+        text = f"{number} converted after it: run finalize again"
+        return html.badge("warn", "corpus is older") + text
     unit = {"cell": "single cells"}.get(summary.catalogue["split_unit"])
     held_out = unit or f"whole {summary.catalogue['split_unit']}s"
-    return f'<span class="tag ok">finished corpus</span> validation and test hold {held_out}'
+    return html.badge("good", "finished corpus") + f"validation and test hold {held_out}"
 
 
-def _health(summary: Summary) -> str:
+def _health(summary: Summary) -> list[dict[str, Any]]:
     """Return the verdict on the finished corpus, with what to do."""
     if summary.catalogue is None:
-        return ""
+        return []
     health = health_of(summary.catalogue)
-    tags = {"green": "ok", "amber": "excluded", "red": "failed"}
-    rows = "".join(
-        f'<li><span class="tag {tags[f.level]}">{f.level}</span> {html.escape(f.reason)}; '
-        f"{html.escape(f.cure)}.</li>"
-        for f in health.findings
-    )
-    text = f"<ul>{rows}</ul>" if rows else "<p>Nothing speaks against training on it.</p>"
-    tag = f'<span class="tag {tags[health.verdict]}">{health.verdict}</span>'
-    return f"<h2>Health {tag}</h2>{text}"
+    kinds = {"green": "good", "amber": "warn", "red": "bad"}
+    findings = [(kinds[f.level], f.level, f"{f.reason}; {f.cure}.") for f in health.findings]
+    text = "" if findings else "Nothing speaks against training on it."
+    badge = kinds[health.verdict], health.verdict
+    return [_section("Health", badge=badge, text=text, findings=findings)]
 
 
-def _facts(summary: Summary) -> str:
+def _facts(summary: Summary) -> list[tuple[str, str, str]]:
+    """Return the main figures: name, value, and what goes with it."""
     entries = [dataset.entry for dataset in summary.datasets]
     statuses = count_statuses(entries)
     numbers = statuses | ({"pending": len(summary.pending)} if summary.pending else {})
@@ -130,48 +139,51 @@ def _facts(summary: Summary) -> str:
     warned = _warned(summary)
     if warned:
         number = sum(len(dataset.entry["warnings"]) for dataset in warned)
-        facts.append(("warnings", f"{number:,}", f"about {len(warned):,} datasets"))
+        facts.append(("warnings", f"{number:,}", f"about {counted(len(warned), 'dataset')}"))
     if summary.catalogue:
         sizes = {name: stop - start for name, (start, stop) in summary.catalogue["splits"].items()}
         held = ", ".join(f"{n:,} {name}" for name, n in sizes.items() if name != "train" and n)
         facts.append(("training cells", f"{sizes['train']:,}", held))
-    return "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}"
-        f"<small>{html.escape(note)}</small></dd></div>"
-        for name, value, note in facts
-    )
+    return facts
 
 
-def _datasets(summary: Summary) -> str:
+def _datasets(summary: Summary) -> dict[str, Any]:
     statuses = count_statuses([dataset.entry for dataset in summary.datasets])
     colors = {"ok": qc_figures.BLUE, "excluded": qc_figures.ORANGE, "failed": qc_figures.RED}
     parts = [(name, number, colors[name]) for name, number in statuses.items()]
-    figures = [
-        _figure("Outcome of the datasets", "", qc_figures.stacked(parts, xlabel="datasets")),
-    ]
+    seen = ", ".join(f"{number:,} {name}" for name, number in statuses.items())
+    picture = qc_figures.stacked(parts, xlabel="datasets")
+    figures = [_figure("Outcome of the datasets", "", picture, seen)]
     if summary.used:
         sizes = {d.entry["dataset_id"]: float(d.n_cells) for d in summary.used}
         figures.append(_per_dataset("Cells a dataset", sizes, xlabel="cells", log=True))
-    text = f'<h2>Datasets</h2><div class="plots">{"".join(figures)}</div>'
     groups: dict[tuple[str, str], list[str]] = {}
     for dataset in summary.datasets:
         entry = dataset.entry
         if entry["status"] != "ok":
             groups.setdefault((entry["status"], _pattern(entry)), []).append(entry["dataset_id"])
-    if not groups:
-        return text
-    rows = "".join(
-        f'<tr><td class="n">{len(names):,}</td><td>{_tag(status)}</td>'
-        f'<td class="long">{html.escape(reason)}</td>'
-        f"<td>{html.escape(', '.join(names[:3]))}{' …' if len(names) > 3 else ''}</td></tr>"
+    rows = [
+        (
+            "",
+            [
+                cell(f"{len(names):,}", "n"),
+                cell(status, badge=BADGES[status]),
+                cell(reason, "long"),
+                cell(f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"),
+            ],
+        )
         for (status, reason), names in sorted(groups.items(), key=lambda item: -len(item[1]))
-    )
-    head = '<tr><th class="n">datasets</th><th>outcome</th><th>reason</th><th>for example</th></tr>'
-    return (
-        f"{text}<h3>Why datasets are not used</h3><p>N stands for a number, FILE and DATASET for a "
-        'name; the full text is in the last table.</p><div class="scroll">'
-        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
-    )
+    ]
+    why = {
+        "title": "Why datasets are not used",
+        "text": "N stands for a number, FILE and DATASET for a name; the full text is in the last "
+        "table.",
+        "head": [("datasets", True), ("outcome", False), ("reason", False), ("for example", False)],
+        "rows": rows,
+        "id": "",
+        "tall": False,
+    }
+    return _section("Datasets", figures=figures, tables=[why] if groups else [])
 
 
 def _warned(summary: Summary) -> list[Dataset]:
@@ -180,94 +192,99 @@ def _warned(summary: Summary) -> list[Dataset]:
     return sorted(found, key=lambda dataset: -len(dataset.entry["warnings"]))
 
 
-def _warnings(summary: Summary) -> str:
-    """Return a table of what looks wrong with datasets that are used all the same, or ''."""
+def _warnings(summary: Summary) -> list[dict[str, Any]]:
+    """Return a table of what looks wrong with datasets that are used all the same, if any."""
     warned = _warned(summary)
     if not warned:
-        return ""
-    rows = "".join(
-        f"<tr><td>{html.escape(dataset.entry['dataset_id'])}</td>"
-        f'<td class="long">{html.escape(warning)}</td></tr>'
+        return []
+    rows = [
+        ("", [cell(dataset.entry["dataset_id"]), cell(warning, "long")])
         for dataset in warned
         for warning in dataset.entry["warnings"]
+    ]
+    text = (
+        f"{len(rows):,} about {len(warned):,} of the datasets used: what looks wrong and does not "
+        "exclude a dataset."
     )
-    number = sum(len(dataset.entry["warnings"]) for dataset in warned)
-    return (
-        f'<h2 id="warnings">Warnings</h2><p>{number:,} about {len(warned):,} of the datasets used: '
-        "what looks wrong and does not exclude a dataset.</p>"
-        '<div class="scroll tall"><table><thead><tr><th>dataset</th><th>warning</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    head = [("dataset", False), ("warning", False)]
+    sheet = {"title": "", "text": "", "head": head, "rows": rows, "id": "", "tall": True}
+    return [_section("Warnings", id="warnings", text=text, tables=[sheet])]
 
 
-def _cells(summary: Summary) -> str:
+def _cells(summary: Summary) -> dict[str, Any]:
     counts, genes = summary.density.sum(axis=1), summary.density.sum(axis=0)
+    median = f"median {_whole(summary.median_genes)}", f"median {_whole(summary.median_counts)}"
+    cells = counted(summary.n_cells, "cell")
     figures = [
         _figure("Genes a cell", "genes of the vocabulary with at least one count",
                 qc_figures.histogram(genes, EDGES, xlabel="genes a cell", ylabel="cells",
-                                     median=summary.median_genes, log=True)),
+                                     median=summary.median_genes, log=True),
+                f"Histogram of {cells}, {median[0]}"),
         _figure("Counts a cell", "after mapping to the vocabulary",
                 qc_figures.histogram(counts, EDGES, xlabel="counts a cell", ylabel="cells",
-                                     median=summary.median_counts, log=True)),
+                                     median=summary.median_counts, log=True),
+                f"Histogram of {cells}, {median[1]}"),
         _figure("Genes and counts of the cells", "a second cloud is often another technology",
-                qc_figures.density(summary.density, EDGES, EDGES)),
+                qc_figures.density(summary.density, EDGES, EDGES),
+                f"Density of {cells} by counts and genes, around {median[1]} and {median[0]}"),
         _figure("Median cell of each dataset", "points far off the others are worth a look",
                 qc_figures.dataset_points(
                     np.array([d.median_counts for d in summary.used]),
                     np.array([d.median_genes for d in summary.used]),
-                    np.array([d.entry["counts_kept"] or 0.0 for d in summary.used]))),
+                    np.array([d.entry["counts_kept"] or 0.0 for d in summary.used])),
+                f"{counted(len(summary.used), 'dataset')}, medians of "
+                f"{_range([d.median_counts for d in summary.used])} counts and "
+                f"{_range([d.median_genes for d in summary.used])} genes a cell"),
     ]  # fmt: skip
-    return f'<h2>Cells</h2><div class="plots">{"".join(figures)}</div>'
+    return _section("Cells", figures=figures)
 
 
-def _coverage(summary: Summary) -> str:
+def _coverage(summary: Summary) -> dict[str, Any]:
     kept = {d.entry["dataset_id"]: d.entry["counts_kept"] or 0.0 for d in summary.used}
     mapped = {d.entry["dataset_id"]: float(d.entry["n_genes_mapped"]) for d in summary.used}
     figures = [
         _per_dataset("Counts kept", kept, xlabel="counts on known genes", percent=True),
         _per_dataset("Genes mapped", mapped, xlabel="genes of the vocabulary reached"),
     ]
-    return (
-        "<h2>Coverage</h2><p>How much of each dataset fell on genes of the vocabulary. Low values "
-        "mean old gene names, another annotation, or a dataset with a selection of genes.</p>"
-        f'<div class="plots">{"".join(figures)}</div>'
+    text = (
+        "How much of each dataset fell on genes of the vocabulary. Low values mean old gene names, "
+        "another annotation, or a dataset with a selection of genes."
     )
+    return _section("Coverage", text=text, figures=figures)
 
 
-def _restored(summary: Summary) -> str:
-    """Return a table of the datasets whose counts are not those of the file, or ''."""
+def _restored(summary: Summary) -> list[dict[str, Any]]:
+    """Return a table of the datasets whose counts are not those of the file, if any."""
     restored = [dataset for dataset in summary.used if dataset.entry["restored"]]
     if not restored:
-        return ""
+        return []
     names = ("dataset", "tissue", "cells", "dropped", "matrix", "restored")
-    columns = [column for column in _COLUMNS if column[0] in names]
-    return (
-        f"<h2>Restored counts</h2><p>The files of {len(restored):,} datasets hold no raw counts; "
-        "they were computed back, with a proof for each cell. Cells without one are dropped.</p>"
-        f'<div class="scroll">{_table(columns, restored)}</div>'
+    columns = [column for column in COLUMNS if column[0] in names]
+    verb = "holds" if len(restored) == 1 else "hold"
+    text = (
+        f"{counted(len(restored), 'dataset')} {verb} no raw counts; they were computed back, with "
+        "a proof for each cell. Cells without one are dropped."
     )
+    return [_section("Restored counts", text=text, tables=[sheet(columns, restored)])]
 
 
-def _losses(summary: Summary) -> str:
+def _losses(summary: Summary) -> dict[str, Any]:
     tissues: Counter[str] = Counter()
     for dataset in summary.used:
         tissues[dataset.entry["tissue"].strip() or "not given"] += dataset.n_cells
     shown = dict(tissues.most_common(WORST))
     if len(tissues) > WORST:
         shown[f"{len(tissues) - WORST} others"] = tissues.total() - sum(shown.values())
-    figures = [
-        _figure(
-            "Cells by tissue", "as the manifest names it", qc_figures.bars(shown, xlabel="cells")
-        )
-    ]
+    picture = qc_figures.bars(shown, xlabel="cells")
+    figures = [_figure("Cells by tissue", "as the manifest names it", picture, _listed(shown))]
     dropped = dropped_cells(summary)
     if dropped:
         picture = qc_figures.bars(dropped, xlabel="cells left out", color=qc_figures.ORANGE)
-        figures.append(_figure("Cells left out, by reason", "", picture))
-    return f'<h2>Tissues and cells left out</h2><div class="plots">{"".join(figures)}</div>'
+        figures.append(_figure("Cells left out, by reason", "", picture, _listed(dropped)))
+    return _section("Tissues and cells left out", figures=figures)
 
 
-def _standing_out(summary: Summary) -> str:
+def _standing_out(summary: Summary) -> list[dict[str, Any]]:
     """Return tables of the datasets with the least coverage, the poorest cells, most loss."""
     tables = []
     names = (
@@ -280,7 +297,7 @@ def _standing_out(summary: Summary) -> str:
         "counts a cell",
         "dropped",
     )
-    columns = [column for column in _COLUMNS if column[0] in names]
+    columns = [column for column in COLUMNS if column[0] in names]
     orders: Sequence[tuple[str, Callable[[Dataset], float]]] = (
         ("Fewest counts on known genes", lambda d: d.entry["counts_kept"] or 0.0),
         ("Most gene names of several genes", lambda d: -d.ambiguous),
@@ -291,31 +308,32 @@ def _standing_out(summary: Summary) -> str:
         middle = float(np.median([key(dataset) for dataset in summary.used]))
         worst = [d for d in sorted(summary.used, key=key)[:WORST] if key(d) < middle]
         if worst:
-            tables.append(f'<h3>{title}</h3><div class="scroll">{_table(columns, worst)}</div>')
+            tables.append(sheet(columns, worst, title=title))
     if not tables:
-        return ""
+        return []
     text = f"At most {WORST} each, of those below the median dataset."
-    return f"<h2>Datasets that stand out</h2><p>{text}</p>{''.join(tables)}"
+    return [_section("Datasets that stand out", text=text, tables=tables)]
 
 
-def _sources(summary: Summary) -> str:
+def _sources(summary: Summary) -> dict[str, Any]:
     """Return the table of titles, publications and licences, or how to record them."""
+    title = "Sources and licences"
     named = [dataset for dataset in summary.used if origin_of(dataset.entry)]
     if not named:
-        return (
-            "<h2>Sources and licences</h2><p>No dataset names its title, publication or licence: "
-            "give them in the manifest columns title, doi, licence, version and citation, and run "
-            "convert and finalize again.</p>"
+        text = (
+            "No dataset names its title, publication or licence: give them in the manifest columns "
+            "title, doi, licence, version and citation, and run convert and finalize again."
         )
+        return _section(title, text=text)
     licences: Counter[str] = Counter()
     for dataset in summary.used:
         licences[origin_of(dataset.entry).get("licence", UNKNOWN)] += 1
-    counted = ", ".join(f"{name} ({number:,})" for name, number in licences.most_common())
-    return (
-        f"<h2>Sources and licences</h2><p>Datasets by licence: {html.escape(counted)}. The same, "
-        "with how to cite each, is CITATIONS.md of the finished corpus.</p>"
-        f'<div class="scroll tall">{_table(_SOURCE_COLUMNS, named)}</div>'
+    numbers = ", ".join(f"{name} ({number:,})" for name, number in licences.most_common())
+    text = (
+        f"Datasets by licence: {numbers}. The same, with how to cite each, is CITATIONS.md of the "
+        "finished corpus."
     )
+    return _section(title, text=text, tables=[sheet(SOURCE_COLUMNS, named, tall=True)])
 
 
 def _per_dataset(
@@ -325,10 +343,11 @@ def _per_dataset(
     xlabel: str,
     log: bool = False,
     percent: bool = False,
-) -> str:
+) -> Markup:
     """Draw a bar for each of a few datasets, the distribution of many."""
     if len(values) <= FEW_DATASETS:
-        return _figure(title, "", qc_figures.bars(values, xlabel=xlabel, percent=percent))
+        picture = qc_figures.bars(values, xlabel=xlabel, percent=percent)
+        return _figure(title, "", picture, _listed(values, percent=percent))
     numbers = np.array(list(values.values()))
     low, high = float(numbers.min()), float(numbers.max())
     n_bins = int(np.clip(2 * np.sqrt(len(numbers)), 10, 40))
@@ -341,14 +360,30 @@ def _per_dataset(
         np.histogram(numbers, edges)[0], edges, xlabel=xlabel, ylabel="datasets",
         median=float(np.median(numbers)), log=log, percent=percent,
     )  # fmt: skip
-    return _figure(title, f"distribution over {len(values):,} datasets", picture)
+    seen = f"Histogram of {len(values):,} datasets, {_range(numbers, percent=percent)} {xlabel}"
+    return _figure(title, f"distribution over {len(values):,} datasets", picture, seen)
 
 
-def _figure(title: str, note: str, picture: str) -> str:
-    title, note = html.escape(title), html.escape(note)
-    # The picture is text for screen readers by its title alone.
-    picture = picture.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-    return f"<figure><figcaption>{title}<span>{note}</span></figcaption>{picture}</figure>"
+def _figure(title: str, note: str, picture: str, seen: str) -> Markup:
+    """Return a figure; `seen` is what it shows, for who does not see it."""
+    note = f"{note[0].upper()}{note[1:]}." if note else ""
+    return html.image(picture.encode(), "image/svg+xml", title, note, seen=f"{seen}.")
+
+
+def _listed(values: Mapping[str, float], *, percent: bool = False) -> str:
+    """Return what bars show, in words."""
+    return ", ".join(f"{name} {_shown(value, percent)}" for name, value in values.items())
+
+
+def _range(values: Iterable[float], *, percent: bool = False) -> str:
+    numbers = [value for value in values if value == value]
+    if not numbers:
+        return "no"
+    return f"{_shown(min(numbers), percent)} to {_shown(max(numbers), percent)}"
+
+
+def _shown(value: float, percent: bool) -> str:
+    return f"{value:.1%}" if percent else f"{value:,.0f}"
 
 
 def _pattern(entry: LedgerEntry) -> str:
@@ -359,102 +394,15 @@ def _pattern(entry: LedgerEntry) -> str:
     return re.sub(r"(?<![\w.])-?\d[\d.,]*(?:e[+-]?\d+)?%?", "N", reason)
 
 
-Column = tuple[str, bool, Callable[[Dataset], Any]]
-"""Heading, whether it is a number, and the value of a dataset."""
-
-
-def _split(dataset: Dataset) -> str:
-    names = [name for name, n in dataset.info.split_cells.items() if n] if dataset.info else []
-    return ", ".join(names)
-
-
-_COLUMNS: tuple[Column, ...] = (
-    ("dataset", False, lambda d: d.entry["dataset_id"]),
-    ("outcome", False, lambda d: d.entry["status"]),
-    ("tissue", False, lambda d: d.entry["tissue"]),
-    ("cells", True, lambda d: d.n_cells or None),
-    ("dropped", True, lambda d: f"{d.lost:.1%}" if d.lost == d.lost else None),
-    ("repeats", True, lambda d: d.info.duplicates_dropped if d.info else None),
-    ("genes mapped", True, lambda d: d.entry["n_genes_mapped"] or None),
-    ("counts kept", True, lambda d: _percent(d.entry["counts_kept"])),
-    ("ambiguous names", True, lambda d: d.entry["gene_names"].get("ambiguous")),
-    ("genes a cell", True, lambda d: _number(d.median_genes)),
-    ("counts a cell", True, lambda d: _number(d.median_counts)),
-    ("warnings", True, lambda d: len(d.entry["warnings"]) or None),
-    ("split", False, _split),
-    ("format", False, lambda d: d.entry["format"] or ""),
-    ("matrix", False, lambda d: d.entry["matrix"] or ""),
-    ("restored", False, lambda d: d.entry["restored"]),
-    ("reason", False, lambda d: d.entry["reason"]),
-)
-
-
-def _fact(name: str) -> Column:
-    return name, False, lambda d: origin_of(d.entry).get(name, "")
-
-
-_SOURCE_COLUMNS: tuple[Column, ...] = (
-    *(column for column in _COLUMNS if column[0] in ("dataset", "cells")),
-    *map(_fact, ("title", "licence", "version", "doi", "citation")),
-)
-
-
-def _table(columns: Sequence[Column], datasets: Sequence[Dataset], *, name: str = "") -> str:
-    """Return a table; one with a name gets headings that the page's script sorts by."""
-    heads = "".join(
-        f"<th{_class(numeric)}>{f'<button>{title}</button>' if name else title}</th>"
-        for title, numeric, _ in columns
-    )
-    rows = []
-    for dataset in datasets:
-        cells = []
-        for title, numeric, value_of in columns:
-            value = value_of(dataset)
-            if numeric:
-                cells.append(_numeric_cell(value))
-            elif title == "outcome":
-                cells.append(f"<td>{_tag(value)}</td>")
-            else:
-                kind = ' class="long"' if title in _LONG and value else ""
-                cells.append(f"<td{kind}>{html.escape(value)}</td>")
-        rows.append(f'<tr data-status="{dataset.entry["status"]}">{"".join(cells)}</tr>')
-    ident = f' id="{name}"' if name else ""
-    return f"<table{ident}><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _numeric_cell(value: float | str | None) -> str:
-    if value is None:
-        return '<td class="n" data-v=""></td>'
-    if isinstance(value, str):
-        return f'<td class="n" data-v="{value.rstrip("%")}">{value}</td>'
-    return f'<td class="n" data-v="{value:g}">{value:,.0f}</td>'
-
-
-def _class(numeric: bool) -> str:
-    return ' class="n"' if numeric else ""
-
-
-def _tag(status: str) -> str:
-    return f'<span class="tag {status}">{status}</span>'
-
-
 def _footer(summary: Summary) -> str:
     if summary.catalogue is None:
         return "Written by sclong_ds from the ledger and the staged cells."
     catalogue = summary.catalogue
     return (
-        f"Written by sclong_ds from the ledger and the corpus {catalogue['hash'][:16]}: "
+        f"Written by sclong_ds from the ledger and the corpus {catalogue['hash'][:12]}: "
         f"{catalogue['n_genes']:,} genes, seed {catalogue['options']['seed']}."
     )
 
 
-def _number(value: float) -> float | None:
-    return None if value != value else value
-
-
 def _whole(value: float) -> str:
     return "none" if value != value else f"{value:,.0f}"
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1%}"

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.report import words
-from sclong_ds.report.words import duration, number
+from sclong_ds.page import words
+from sclong_ds.page.words import duration, number
 from sclong_ds.run_folder.metric_names import (
     MEAN_MSE,
     MEAN_PEARSON,

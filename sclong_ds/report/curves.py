@@ -132,6 +132,24 @@ def curve_figure(rows: Sequence[Row], name: str, *, ylabel: str, smooth: bool = 
     return figure
 
 
+def told(rows: Sequence[Row], curves: Mapping[str, str], *, against: str = "step") -> str:
+    """Return what a picture of curves shows, for who does not see it.
+
+    Args:
+        rows: Metric rows.
+        curves: Metric to its name; one without values is left out.
+        against: Key of `X_AXES`.
+    """
+    parts = []
+    for metric, name in curves.items():
+        x, values = series(rows, metric, against)
+        if len(values):
+            ends = f"from {values[0]:.4g} at {x[0]:,.6g} to {values[-1]:.4g} at {x[-1]:,.6g}"
+            span = f"between {values.min():.4g} and {values.max():.4g}"
+            parts.append(f"{name} {ends}, {span}")
+    return f"By {X_AXES[against]}: {'; '.join(parts)}." if parts else ""
+
+
 def png_bytes(figure: Figure) -> bytes:
     """Return the figure as PNG, 160 dots per inch."""
     buffer = io.BytesIO()

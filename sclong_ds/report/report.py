@@ -17,18 +17,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import html
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sclong_ds.files.atomic import write_atomic
-from sclong_ds.report import compare, words
+from sclong_ds.page import html as page
+from sclong_ds.page import words
+from sclong_ds.page.words import clock, duration, number
+from sclong_ds.report import compare
 from sclong_ds.report import curves as plots
-from sclong_ds.report import html as page
 from sclong_ds.report.figures import bin_error_figure, bin_numbers
 from sclong_ds.report.validation_page import (
     attention_section,
@@ -36,7 +38,6 @@ from sclong_ds.report.validation_page import (
     validation_section,
     verdict_sentence,
 )
-from sclong_ds.report.words import clock, duration, number
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.metric_names import (
     LOSS,
@@ -85,6 +86,13 @@ _CURVES = (
     ("mem/peak_gib", "Memory peak", "GiB", False, "Of rank 0 since it started."),
     ("train/skipped_steps", "Skipped steps", "so far", False, "Not finite, hence not applied."),
 )
+_LOSSES = {
+    LOSS: "training",
+    MSE: "validation",
+    MEAN_MSE: "per-gene mean",
+    STRONGEST_MSE: "strongest baseline",
+}
+"""Curves of the pictures of the loss, and their names."""
 _PICTURES = {
     "predicted_vs_true": "Masked values of held-out cells: on the dashed line the prediction is "
     "the value that was hidden.",
@@ -123,10 +131,10 @@ def write_report(records: Sequence[RunRecord], out: Path) -> None:
 
 def build_page(record: RunRecord) -> str:
     """Return the whole HTML page of a run; every text of the run is escaped."""
-    body = "\n".join(
+    body = page.join(
         [
             _damage(record),
-            f'<p class="verdict">{html.escape(verdict_sentence(record))}</p>',
+            page.verdict(verdict_sentence(record)),
             _cards(record),
             page.section("What was run", _what_was_run(record)),
             page.section("Training", _training(record)),
@@ -166,29 +174,33 @@ def build_comparison(records: Sequence[RunRecord]) -> str:
             smooth = not metric.startswith("val/")  # a validation is a mean already
             figure = plots.runs_figure(runs, metric, ylabel=title, against=against, smooth=smooth)
             caption = f"{title[0].upper()}{title[1:]} by {plots.X_AXES[against]}"
-            curves.append(_figure(figure, caption, ""))
+            told = (
+                plots.told(rows, {metric: f"{name}:"}, against=against)
+                for name, rows in runs.items()
+            )
+            curves.append(_figure(figure, caption, "", " ".join(told)))
     notes = [other_validations(record) for record in records if record.n_other_validations]
     kinds = {is_hidden_only(record.validation[-1]) for record in records if record.validation}
     if len(kinds) > 1:
         notes.append(compare.TWO_KINDS)
-    curves += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
+    curves += [page.note(note) for note in notes]
     differences = compare.settings_table(records)
     settings = (
         page.table(["setting", *names], differences)
         if differences
-        else '<p class="note">The runs have the same settings.</p>'
+        else page.note("The runs have the same settings.")
     )
-    body = "\n".join(
+    body = page.join(
         [
             page.section("Figures", page.table(["", *names], figures, numeric=True)),
-            page.section("Curves", "".join(curves)),
+            page.section("Curves", page.join(curves)),
             page.section("Settings that differ", settings),
         ]
     )
     folders = ", ".join(str(record.folder) for record in records)
     return page.document(
         f"{len(records)} runs compared",
-        status=html.escape(" · ".join(names)),
+        status=" · ".join(names),
         body=body,
         footer=f"Written {_now()} from {folders}.",
     )
@@ -198,16 +210,15 @@ def _now() -> str:
     return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
-def _damage(record: RunRecord) -> str:
+def _damage(record: RunRecord) -> Markup:
     """Return what is not as the run wrote it, for whoever reads the page."""
     if not record.damage:
-        return ""
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in record.damage)
+        return Markup("")
     text = "Files of this run were changed or lost; what is shown may be wrong:"
-    return f"<p>{text}</p><ul>{lines}</ul>"
+    return page.bullets(text, record.damage)
 
 
-def _status_line(record: RunRecord) -> str:
+def _status_line(record: RunRecord) -> Markup:
     kind, text = _STATUS.get(str(record.run.get("status")), ("live", "Status not recorded"))
     parts = [f"step {record.steps:,}"]
     restarts = record.run.get("restarts")
@@ -219,10 +230,10 @@ def _status_line(record: RunRecord) -> str:
     if record.run.get("commit"):
         commit = str(record.run["commit"])
         parts.append(commit if commit.startswith("version") else f"commit {commit[:12]}")
-    return f'<span class="badge {kind}">{text}</span>{html.escape(" · ".join(parts))}'
+    return page.badge(kind, text) + " · ".join(parts)
 
 
-def _cards(record: RunRecord) -> str:
+def _cards(record: RunRecord) -> Markup:
     cards: list[tuple[str, str, str]] = []
     if record.validation:
         last = record.validation[-1]
@@ -242,12 +253,7 @@ def _cards(record: RunRecord) -> str:
     if math.isfinite(speed):
         sub = f"median; {duration(record.wall_time_s)} in all"
         cards.append(("Cells per second", number(speed), sub))
-    blocks = (
-        f'<div class="card"><b>{html.escape(name)}</b><strong>{html.escape(value)}</strong>'
-        f"<span>{html.escape(sub)}</span></div>"
-        for name, value, sub in cards
-    )
-    return f'<div class="cards">{"".join(blocks)}</div>'
+    return page.cards(cards)
 
 
 def _against(mse: float, mean: float) -> str:
@@ -267,7 +273,7 @@ def _against_pearson(row: Mapping[str, float]) -> str:
     return f"per-gene mean predictor {number(other)}" if math.isfinite(other) else ""
 
 
-def _what_was_run(record: RunRecord) -> str:
+def _what_was_run(record: RunRecord) -> Markup:
     summary = record.summary
     parameters = summary.pop("parameters", None)
     summary.pop("expression_bins", None)
@@ -287,7 +293,7 @@ def _what_was_run(record: RunRecord) -> str:
             for name, value in parts.items()
         ]
     tables = [page.key_table(left), page.key_table(_results(record))]
-    return f'<div class="pair">{"".join(f"<div>{t}</div>" for t in tables if t)}</div>'
+    return page.pair([table for table in tables if table])
 
 
 def _results(record: RunRecord) -> list[tuple[str, str]]:
@@ -328,9 +334,9 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
     return rows
 
 
-def _training(record: RunRecord) -> str:
+def _training(record: RunRecord) -> Markup:
     if not record.train:
-        return '<p class="note">No training step was logged.</p>'
+        return page.note("No training step was logged.")
     rows = [*record.train, *record.validation]
     blocks = [
         _figure(
@@ -339,6 +345,7 @@ def _training(record: RunRecord) -> str:
             "Mean squared error of the hidden expression values. The dashed line predicts every "
             "gene's mean over the training cells, the solid grey one is the strongest baseline: a "
             "model that learned nothing more ends there.",
+            plots.told(rows, _LOSSES),
         )
     ]
     small = [
@@ -346,6 +353,7 @@ def _training(record: RunRecord) -> str:
             plots.loss_figure(rows, against=against, wide=False),
             f"Masked MSE by {plots.X_AXES[against]}",
             "Pauses between two starts are left out." if against == HOURS else "",
+            plots.told(rows, _LOSSES, against=against),
         )
         for against in ("cells_seen", HOURS)
         if any(against in row for row in record.train)
@@ -353,11 +361,11 @@ def _training(record: RunRecord) -> str:
     for name, title, label, smooth, text in _CURVES:
         if series(record.train, name)[1].any():
             figure = plots.curve_figure(record.train, name, ylabel=label, smooth=smooth)
-            small.append(_figure(figure, title, text))
-    return "".join(blocks) + f'<div class="grid">{"".join(small)}</div>'
+            small.append(_figure(figure, title, text, plots.told(record.train, {name: title})))
+    return page.join(blocks) + page.grid(small)
 
 
-def _validation(record: RunRecord) -> str:
+def _validation(record: RunRecord) -> Markup:
     text = validation_section(record)
     last = record.validation[-1] if record.validation else {}
     if bin_numbers(last) and not any(p.stem == "expression_bins" for p in record.images):
@@ -367,10 +375,10 @@ def _validation(record: RunRecord) -> str:
     return text
 
 
-def _pictures(record: RunRecord) -> str:
+def _pictures(record: RunRecord) -> Markup:
     """Return the newest pictures, and which validation they show."""
     if record.pictured_step is None:
-        return ""
+        return Markup("")
     note = f"Of the validation at step {record.pictured_step:,}."
     last = int(record.validation[-1]["step"]) if record.validation else record.pictured_step
     if last > record.pictured_step:
@@ -382,7 +390,7 @@ def _pictures(record: RunRecord) -> str:
     shown = sorted(
         record.images, key=lambda p: order.index(p.stem) if p.stem in order else len(order)
     )
-    return f'<p class="note">{html.escape(note)}</p>' + "".join(
+    return page.note(note) + page.join(
         page.image(
             path.read_bytes(),
             "image/png",
@@ -393,7 +401,7 @@ def _pictures(record: RunRecord) -> str:
     )
 
 
-def _nodes(record: RunRecord) -> str:
+def _nodes(record: RunRecord) -> Markup:
     """Return a chart of what the nodes were busy with, all of them in one."""
     blocks = []
     for suffix, title, label in (
@@ -412,11 +420,14 @@ def _nodes(record: RunRecord) -> str:
         }
         if any(runs.values()):
             figure = plots.runs_figure(runs, title, ylabel=label, against=HOURS, wide=False)
-            blocks.append(_figure(figure, title, "By node."))
-    return f'<div class="grid">{"".join(blocks)}</div>' if blocks else ""
+            told = " ".join(
+                plots.told(rows, {title: f"{node}:"}, against=HOURS) for node, rows in runs.items()
+            )
+            blocks.append(_figure(figure, title, "By node.", told))
+    return page.grid(blocks)
 
 
-def _sessions_table(record: RunRecord) -> str:
+def _sessions_table(record: RunRecord) -> Markup:
     body = [
         [
             str(n), clock(s.start), clock(s.end), duration(s.end - s.start),
@@ -442,9 +453,9 @@ def _ending(record: RunRecord, number_of_start: int) -> str:
     return "running, or killed without a word"
 
 
-def _events_table(record: RunRecord) -> str:
+def _events_table(record: RunRecord) -> Markup:
     if not record.events:
-        return ""
+        return Markup("")
     shown = record.events[-_MAX_EVENTS:]
     body = []
     for event in shown:
@@ -455,18 +466,15 @@ def _events_table(record: RunRecord) -> str:
     if len(shown) < len(record.events):
         count = f"Last {len(shown)} of {count}"
     table = page.table(["Time", "Step", "Event", "Details"], body)
-    return f"<br><details><summary>{count}</summary>{table}</details>"
+    return page.folded(count, table)
 
 
-def _details(record: RunRecord) -> str:
+def _details(record: RunRecord) -> Markup:
     names = {
         "config.yaml": "Resolved configuration (config.yaml)",
         "ds_config.json": "Resolved DeepSpeed configuration (ds_config.json)",
     }
-    blocks = [
-        f"<details><summary>{names[name]}</summary><pre>{html.escape(text)}</pre></details>"
-        for name, text in record.texts.items()
-    ]
+    blocks = [page.folded(names[name], page.code(text)) for name, text in record.texts.items()]
     environment = record.run.get("environment") or {}
     keys = ("run_id", "mlflow_run_id", "mlflow_tracking_uri", "slurm_job_id", "commit")
     ids = [(k, without_credentials(str(record.run[k]))) for k in keys if record.run.get(k)]
@@ -477,9 +485,9 @@ def _details(record: RunRecord) -> str:
     ]
     table = page.key_table(ids + [(k, str(v)) for k, v in environment.items()] + hashes)
     if table:
-        blocks.append(f"<details open><summary>Environment and ids</summary>{table}</details>")
-    return "".join(blocks)
+        blocks.append(page.folded("Environment and ids", table, unfolded=True))
+    return page.join(blocks)
 
 
-def _figure(figure: Figure, title: str, text: str) -> str:
-    return page.image(plots.svg_bytes(figure), "image/svg+xml", title, text)
+def _figure(figure: Figure, title: str, text: str, seen: str = "") -> Markup:
+    return page.image(plots.svg_bytes(figure), "image/svg+xml", title, text, seen=seen)

@@ -5,15 +5,15 @@ All of it is of hidden values alone, in runs whose rows have `val/n_hidden`.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping
 
 import numpy as np
+from markupsafe import Markup
 
+from sclong_ds.page import html as page
+from sclong_ds.page.words import cell, counted, number
 from sclong_ds.report import compare
-from sclong_ds.report import html as page
-from sclong_ds.report.words import cell, counted, number
 from sclong_ds.run_folder.metric_names import (
     BASELINES,
     DATASET_MSE,
@@ -98,21 +98,21 @@ def verdict_sentence(record: RunRecord) -> str:
     )
 
 
-def validation_section(record: RunRecord) -> str:
+def validation_section(record: RunRecord) -> Markup:
     """Return the HTML on the validations of a run; nothing where there are none."""
     if not record.validation:
-        return ""
+        return Markup("")
     last = record.validation[-1]
     parts = [_headline(last), _predictors(last), _datasets(last)]
     final = compare.scores_table(last, record.summary.get("expression_bins"))
     if final:
         head = ["last validation", "values", *compare.SCORE_HEAD]
         note = "Beside each figure that of the predictor that knows every gene's mean."
-        parts.append(page.table(head, final, numeric=True) + _note(note))
+        parts.append(page.table(head, final, numeric=True) + page.note(note))
     parts.append(_history(record.validation))
     if record.n_other_validations:
-        parts.append(_note(other_validations(record)))
-    return "<br>".join(part for part in parts if part)
+        parts.append(page.note(other_validations(record)))
+    return page.join(part for part in parts if part)
 
 
 def other_validations(record: RunRecord) -> str:
@@ -124,11 +124,11 @@ def other_validations(record: RunRecord) -> str:
     )
 
 
-def attention_section(record: RunRecord) -> str:
+def attention_section(record: RunRecord) -> Markup:
     """Return the HTML on what attention does; nothing where no validation measured it."""
     rows = [row for row in record.validation if ATTENTION_MSE in row]
     if not rows:
-        return ""
+        return Markup("")
     row = rows[-1]
     whole, names = row[ATTENTION_MSE], list(row)
     body = [["as it is", f"{whole:.4f}", ""]]
@@ -141,7 +141,7 @@ def attention_section(record: RunRecord) -> str:
                 what = f"attention of the {name} by the mean of values"
             body.append([what, f"{row[key]:.4f}", _change(row[key], whole, unused=is_mean)])
     head = ["replaced", "MSE of hidden values", "in words"]
-    text = f"<p>Step {int(row['step']):,}, on a few validation cells.</p>"
+    text = page.paragraph(f"Step {int(row['step']):,}, on a few validation cells.")
     text += page.table(head, body, numeric=True)
     layers = dict.fromkeys(
         key.split("/")[1] for key in names if key.startswith("attention/") and key.count("/") == 2
@@ -156,8 +156,8 @@ def attention_section(record: RunRecord) -> str:
             ]
         )
     ]
-    text += "<br>" + page.table(["layer", *(title for _, title in figures)], lines, numeric=True)
-    return text + _note(
+    text += page.table(["layer", *(title for _, title in figures)], lines, numeric=True)
+    return text + page.note(
         "FAVOR+ adds a constant, eps, to all its features: the part of the denominator that it "
         "makes gives every key the same weight. Effective keys: 1 means that every key gets the "
         "same weight, which is the mean of values. A stack whose attention can be replaced by the "
@@ -180,15 +180,15 @@ def _change(error: float, whole: float, *, unused: bool) -> str:
     return words
 
 
-def _headline(row: Mapping[str, float]) -> str:
-    return f"<p>Step {int(row['step']):,}: {html.escape(sentence(row))}.</p>"
+def _headline(row: Mapping[str, float]) -> Markup:
+    return page.paragraph(f"Step {int(row['step']):,}: {sentence(row)}.")
 
 
-def _predictors(row: Mapping[str, float]) -> str:
+def _predictors(row: Mapping[str, float]) -> Markup:
     """Return the table of all predictors: the strongest baseline, the model, the others."""
     best = strongest(row)
     if best is None:
-        return ""
+        return Markup("")
     known = [name for name in BASELINES if of_baseline(name, MSE) in row]
     others = sorted(
         (name for name in known if name != best), key=lambda name: row[of_baseline(name, MSE)]
@@ -211,15 +211,15 @@ def _predictors(row: Mapping[str, float]) -> str:
         "what a model has learnt is what it predicts better than the strongest baseline. Within a "
         "cell: which genes are high in it. Per gene: in which cells of a dataset a gene is high."
     )
-    return page.table(head, body, numeric=True) + _note(note)
+    return page.table(head, body, numeric=True) + page.note(note)
 
 
-def _datasets(row: Mapping[str, float]) -> str:
+def _datasets(row: Mapping[str, float]) -> Markup:
     """Return the table of errors by dataset."""
     best = strongest(row)
     names = sorted(key.removeprefix(DATASET_MSE) for key in row if key.startswith(DATASET_MSE))
     if best is None or not names:
-        return ""
+        return Markup("")
     body = []
     for name in names:
         ours = row[f"{DATASET_MSE}{name}"]
@@ -229,19 +229,15 @@ def _datasets(row: Mapping[str, float]) -> str:
     return page.table(head, body, numeric=True)
 
 
-def _history(rows: Rows) -> str:
+def _history(rows: Rows) -> Markup:
     """Return the table of validations, a row each, thinned."""
     columns = [(key, name) for key, name in _COLUMNS if any(key in row for row in rows)]
     picked = _spread(rows, _MAX_ROWS)
     body = [[cell(row.get(key, math.nan), key) for key, _ in columns] for row in picked]
     text = page.table([name for _, name in columns], body, numeric=True)
     if len(picked) < len(rows):
-        text += _note(f"{len(picked)} of {len(rows)} validations, evenly spread.")
+        text += page.note(f"{len(picked)} of {len(rows)} validations, evenly spread.")
     return text
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
 
 
 def _spread(rows: Rows, count: int) -> Rows:

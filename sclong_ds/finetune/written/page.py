@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,8 +16,8 @@ from sclong_ds.finetune.written.figures import (
     confusion_figure,
     numbers_figure,
 )
+from sclong_ds.page import html
 from sclong_ds.report.curves import png_bytes
-from sclong_ds.report.html import document, image, key_table, section, table
 
 REPORT = "report.html"
 
@@ -33,24 +32,24 @@ def page(setting: Setting, outcome: Outcome, facts: Mapping[str, Any], shown: Da
         shown: The table as text, the strongest row first.
     """
     rows = [[str(row), *shown.loc[row].tolist()] for row in shown.index]
-    scores = table(["row", *map(str, shown.columns)], rows, numeric=True)
-    pictures = "".join(
-        image(png_bytes(figure), "image/png", title, text)
+    scores = html.table(["row", *map(str, shown.columns)], rows, numeric=True)
+    pictures = [
+        html.image(png_bytes(figure), "image/png", title, text)
         for title, text, figure in _figures(setting, outcome)
-    )
+    ]
     intervals = (
         "Intervals hold 95% of 1,000 resamples of groups, or of cells where there are fewer than "
         "5 groups. Every row predicts the same cells, from the same training groups, calibrated on "
         "the same held-out groups."
     )
     body = (
-        section("Scores", f"{scores}<p class='note'>{html.escape(intervals)}</p>")
-        + section("Predictions of held-out groups", f"<div class='grid'>{pictures}</div>")
-        + section("Cells and calibration", key_table(list(_shown_facts(facts))))
+        html.section("Scores", scores + html.note(intervals))
+        + html.section("Predictions of held-out groups", html.grid(pictures))
+        + html.section("Cells and calibration", html.key_table(list(_shown_facts(facts))))
     )
-    return document(
+    return html.document(
         f"{facts['label']}, mode {facts['mode']}",
-        status=html.escape(f"{facts['verdict']}."),
+        status=f"{facts['verdict']}.",
         body=body,
         footer=f"{setting.out}",
         kind="fine-tuning report",

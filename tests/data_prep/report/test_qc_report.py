@@ -1,7 +1,7 @@
 """The quality report: right figures, whole page, safe text, few and many datasets.
 
 Covers also `data_prep/report/arguments.py`, `data_prep/report/qc_figures.py`,
-`data_prep/report/qc_summary.py`.
+`data_prep/report/qc_summary.py`, `data_prep/report/qc_tables.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.links += [v or "" for k, v in attrs if k in ("src", "href") or k == "xlink:href"]
-        if tag not in ("meta", "input"):
+        if tag not in ("meta", "input", "img"):
             self.stack.append(tag)
         if tag == "table":
             self.inside = given.get("id") == "datasets"
@@ -123,12 +123,22 @@ def test_page_is_whole_and_escaped(corpus: Path) -> None:
     assert page(summarize(corpus)) == text
 
 
+def test_alt_texts_say_what_is_seen(corpus: Path) -> None:
+    text = page(summarize(corpus))
+    assert 'alt="Outcome of the datasets. 2 ok, 1 excluded, 1 failed."' in text
+    assert 'alt="Cells a dataset. a 50, b 31."' in text
+    assert 'alt="Counts kept. a 50.0%, b 100.0%."' in text
+    assert 'alt="Genes a cell. Histogram of 81 cells, median ' in text
+    assert 'alt="Median cell of each dataset. 2 datasets, medians of ' in text
+    assert text.count('<input type="checkbox"') == text.count("<figure>") > 5
+
+
 def test_health_is_on_top_with_what_to_do(corpus: Path) -> None:
     assert "<h2>Health" not in page(summarize(corpus))
     finalize(corpus, split_by="cell")
     text = page(summarize(corpus))
     top = text[text.index("<h2>Health") : text.index("<h2>Datasets")]
-    assert '<span class="tag failed">red</span>' in top
+    assert '<span class="badge bad">red</span>' in top
     assert "validation cells, fewer than 60; add datasets" in top
     Page(text)
 
@@ -188,7 +198,7 @@ def test_many_datasets_are_drawn_as_distributions(stage_corpus: Stage, counts: C
     text = page(summarize(folder))
     found = Page(text)
     assert len(found.rows) == 30
-    assert text.count("distribution over 30 datasets") == 3
+    assert text.count("Distribution over 30 datasets.") == 3
     worst = text[text.index("Fewest counts on known genes") : text.index("Fewest genes a cell")]
     assert re.findall(r"<td>(d\d\d)</td>", worst) == [f"d{i:02d}" for i in range(15)]
 

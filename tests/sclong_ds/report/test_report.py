@@ -1,8 +1,7 @@
 """The report page of a run, its figures and what `compare` says of several.
 
 Covers also `sclong_ds/report/arguments.py`, `sclong_ds/report/compare.py`,
-`sclong_ds/report/html.py`, `sclong_ds/report/validation_page.py`, `sclong_ds/report/words.py`,
-`sclong_ds/run_folder/record.py`.
+`sclong_ds/report/validation_page.py`, `sclong_ds/run_folder/record.py`.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import pytest
 from sclong_ds.__main__ import main
 from sclong_ds.report import arguments, compare, report
 from sclong_ds.report import curves as plots
-from sclong_ds.report import html as page_html
 from sclong_ds.report.figures import prediction_density_figure
 from sclong_ds.run_folder.files import RunFolder, update_run_json
 from sclong_ds.run_folder.record import RunRecord, read_run
@@ -182,10 +180,14 @@ def test_hashes_are_short_and_last_and_parts_have_names(run_dir: Path) -> None:
     assert "1 restart · " in page.text
 
 
-def test_an_image_tells_what_is_seen_and_grows_at_a_click() -> None:
-    text = page_html.image(b"x", "image/png", "A <b>", "What it shows.")
-    assert 'alt="A &lt;b&gt;. What it shows."' in text
-    assert text.count('<input type="checkbox"') == 1
+def test_alt_texts_say_what_the_curves_do(run_dir: Path) -> None:
+    text = report.build_page(read_run(run_dir))
+    assert (
+        'alt="Masked MSE. By optimizer step: training from 30 at 1 to 1 at 30, between 1 and'
+        in text
+    )
+    assert "validation from 1.2 at 10 to 0.4 at 30, between 0.4 and 1.2" in text
+    assert "per-gene mean from 0.8 at 10 to 0.8 at 30" in text
 
 
 def test_page_says_which_validation_the_pictures_show(run_dir: Path, tmp_path: Path) -> None:
