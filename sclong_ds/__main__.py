@@ -32,6 +32,10 @@ COMMANDS = {
         "sclong_ds.embedding.perturb",
         "what moves in a model when genes of cells are changed",
     ),
+    "perturb-bench": (
+        "sclong_ds.perturb_bench.bench",
+        "effects of unseen perturbations, predicted beside simple predictors",
+    ),
     "genes": (
         "sclong_ds.gene_analysis.genes",
         "vectors of genes, networks of them, and scores beside controls",
@@ -64,6 +68,7 @@ ARGUMENTS = {
     "import-reference": "sclong_ds.released.arguments",
     "embed": "sclong_ds.embedding.embed_arguments",
     "perturb": "sclong_ds.embedding.perturb_arguments",
+    "perturb-bench": "sclong_ds.perturb_bench.arguments",
     "genes": "sclong_ds.gene_analysis.arguments",
     "evaluate": "sclong_ds.evaluation.evaluate_arguments",
     "finetune": "sclong_ds.finetune.arguments",

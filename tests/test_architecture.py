@@ -24,7 +24,7 @@ FLOORS = {
         {"hub"},
         {"planning", "embedding", "released", "report"},
         {"training", "evaluation", "gene_analysis"},
-        {"finetune"},
+        {"finetune", "perturb_bench"},
         {"pretrain", "demo", "__main__", "restarts", "preflight", "mlflow_model"},
     ],
     "data_prep": [
@@ -47,7 +47,8 @@ PLACES = {
         "sclong_ds.exported", "sclong_ds.hub", "sclong_ds.job", "sclong_ds.embedding",
         "sclong_ds.released",
         "sclong_ds.evaluation", "sclong_ds.gene_analysis", "sclong_ds.training",
-        "sclong_ds.finetune", "sclong_ds.pretrain", "sclong_ds.demo", "kernels",
+        "sclong_ds.finetune", "sclong_ds.perturb_bench", "sclong_ds.pretrain", "sclong_ds.demo",
+        "kernels",
     },
     "triton": {"kernels"},
     "torch_geometric": {"sclong_ds.model"},

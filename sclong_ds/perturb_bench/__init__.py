@@ -1,0 +1,1 @@
+"""Predictions of what unseen perturbations do, beside simple predictors."""

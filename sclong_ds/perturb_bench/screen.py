@@ -1,0 +1,188 @@
+"""A screen: control cells, perturbed cells, and what each perturbation did.
+
+Shapes: N cells, G genes, P perturbations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, vstack
+from scipy.stats import false_discovery_control, mannwhitneyu
+
+from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.embedding.cells import Cells
+
+MOST_CELLS = 500
+"""Of controls and of each perturbation, that the tests of single genes read."""
+_GENES_AT_ONCE = 2000
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screen:
+    """Perturbations and their measured effects."""
+
+    names: tuple[str, ...]
+    """(P,) values of the column."""
+    targets: tuple[tuple[int, ...], ...]
+    """(P,) columns of the perturbed genes."""
+    control: NDArray[np.float64]
+    """(G,) mean of the control cells, log1p of normalised counts."""
+    deltas: NDArray[np.float64]
+    """(P, G) mean of the perturbed cells less that of the controls."""
+    ranked: NDArray[np.int64]
+    """(P, G) genes by falling evidence of a change, the targets last."""
+    n_changed: NDArray[np.int64]
+    """(P,) genes, targets left out, whose change has a false discovery rate below 5%."""
+    controls: csr_matrix
+    """(N, G) raw counts of the control cells."""
+    control_rows: NDArray[np.int64]
+    """(N,) where they are in the input."""
+    values: csr_matrix
+    """(N, G) log1p of normalised counts of the control cells."""
+
+
+def read_screen(
+    cells: Cells,
+    genes: GeneVocabulary,
+    *,
+    key: str,
+    control: str,
+    separator: str,
+    min_cells: int,
+    target_sum: float,
+    seed: int,
+) -> Screen:
+    """Read a screen.
+
+    Args:
+        cells: From `open_cells`.
+        genes: Of the model.
+        key: obs column.
+        control: Its value for unperturbed cells.
+        separator: Between genes perturbed together.
+        min_cells: Fewest cells of a perturbation, and of the controls.
+        target_sum: Of the model's transform.
+        seed: Of the choice of cells.
+
+    Raises:
+        ValueError: No such column, no controls, or fewer than four usable perturbations.
+    """
+    if key not in cells.obs:
+        there = ", ".join(map(str, cells.obs)) or "none"
+        raise ValueError(f"--perturbation {key}: obs has no such column; it has {there}")
+    column = cells.obs[key]
+    labels = column.astype(object).where(column.isna(), column.astype(str)).fillna("").to_numpy(str)
+    if (labels == control).sum() < min_cells:
+        raise ValueError(
+            f"--control {control}: {(labels == control).sum()} cells of '{key}' have this value, "
+            f"{min_cells} are needed; it has {', '.join(sorted(set(labels) - {''})[:10])}"
+        )
+    named = _perturbations(labels, genes, control, separator, min_cells)
+    counts = vstack([block.counts for block in cells.blocks()], format="csr")
+    counts.eliminate_zeros()
+    rng = np.random.default_rng(seed)
+    rows = np.flatnonzero(labels == control)
+    values = _values(counts[rows], target_sum)
+    mean = _mean(values)
+    few = _values(counts[_some(rows, rng)], target_sum).toarray()
+    deltas, ranked, changed = [], [], []
+    for name, targets in named.items():
+        own = np.flatnonzero(labels == name)
+        deltas.append(_mean(_values(counts[own], target_sum)) - mean)
+        p = _evidence(_values(counts[_some(own, rng)], target_sum).toarray(), few)
+        # By p, then by the size of the change: p of clear changes are all zero.
+        order = np.lexsort((-np.abs(deltas[-1]), p))
+        ranked.append(np.concatenate([order[~np.isin(order, targets)], targets]))
+        others = np.delete(p, targets)
+        changed.append(int((false_discovery_control(others) < 0.05).sum()))
+    return Screen(
+        names=tuple(named), targets=tuple(named.values()), control=mean, deltas=np.array(deltas),
+        ranked=np.array(ranked), n_changed=np.array(changed), controls=counts[rows],
+        control_rows=rows, values=values,
+    )  # fmt: skip
+
+
+def _perturbations(
+    labels: NDArray[np.str_], genes: GeneVocabulary, control: str, separator: str, min_cells: int
+) -> Mapping[str, tuple[int, ...]]:
+    """Return the columns of the genes of each usable perturbation."""
+    columns = {symbol: i for i, symbol in reversed(list(enumerate(genes.symbols)))}
+    columns |= genes.index
+    found: dict[str, tuple[int, ...]] = {}
+    unknown, rare = [], []
+    names, numbers = np.unique(labels, return_counts=True)
+    for name, number in zip(names.tolist(), numbers.tolist(), strict=True):
+        if name in ("", control):
+            continue
+        parts = [part.strip() for part in name.split(separator)]
+        parts = [part for part in parts if part != control]
+        if not parts or any(part not in columns for part in parts):
+            unknown.append(name)
+        elif number < min_cells:
+            rare.append(name)
+        else:
+            found[name] = tuple(sorted({columns[part] for part in parts}))
+    for what, left in (
+        ("genes that the model lacks", unknown),
+        (f"fewer than {min_cells} cells", rare),
+    ):
+        if left:
+            _log.warning("%d perturbations left out, %s: %s", len(left), what, ", ".join(left[:10]))
+    if len(found) < 4:
+        raise ValueError(
+            f"{len(found)} perturbations have known genes and {min_cells} cells; 4 are needed "
+            f"({len(unknown)} with genes that the model lacks, {len(rare)} with fewer cells)"
+        )
+    return found
+
+
+def _some(rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    if len(rows) <= MOST_CELLS:
+        return rows
+    return np.sort(rng.choice(rows, MOST_CELLS, replace=False))
+
+
+def _values(counts: csr_matrix, target_sum: float) -> csr_matrix:
+    """Return the model's input, sparse, of raw counts."""
+    parts = [
+        csr_matrix(log1p_normalise(counts[start : start + 256], target_sum=target_sum))
+        for start in range(0, counts.shape[0], 256)
+    ]
+    return vstack(parts, format="csr")
+
+
+def _mean(values: csr_matrix) -> NDArray[np.float64]:
+    return np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
+
+
+def _evidence(
+    perturbed: NDArray[np.floating], controls: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Return p (G,) of a rank-sum test of each gene; 1 for genes that are zero in all cells."""
+    p = np.ones(perturbed.shape[1])
+    alive = np.flatnonzero((perturbed != 0).any(axis=0) | (controls != 0).any(axis=0))
+    for start in range(0, len(alive), _GENES_AT_ONCE):
+        part = alive[start : start + _GENES_AT_ONCE]
+        test = mannwhitneyu(perturbed[:, part], controls[:, part], method="asymptotic")
+        p[part] = np.nan_to_num(test.pvalue, nan=1.0)
+    return p
+
+
+def folds_of(n: int, *, folds: int, seed: int) -> NDArray[np.int64]:
+    """Return the fold (P,) of each of n perturbations, in equal numbers.
+
+    Args:
+        n: P.
+        folds: How many; P at most.
+        seed: Of the division.
+    """
+    found = np.empty(n, dtype=np.int64)
+    found[np.random.default_rng(seed).permutation(n)] = np.arange(n) % min(folds, n)
+    return found
