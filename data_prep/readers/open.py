@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from scipy import sparse
@@ -37,6 +38,7 @@ from data_prep.readers.containers import (
     HDF5_SIGNATURE,
     ZIP_SIGNATURE,
     failed_call,
+    hdf5_file,
 )
 from data_prep.source.features import genes_only
 from data_prep.source.source import (
@@ -191,6 +193,28 @@ def readable(path: Path) -> Iterator[None]:
         if failed := failed_call(error):
             raise OSError(failed.errno, failed.strerror, str(path)) from error
         raise ValueError(_named(name, error)) from error
+
+
+@contextmanager
+def h5ad_beside_counts(path: Path) -> Iterator[Any]:
+    """Open an h5ad file for what is stored beside its counts; errors are as those of the counts.
+
+    Args:
+        path: An input of any format.
+
+    Yields:
+        The open file; None if it is no h5ad.
+
+    Raises:
+        ValueError: As `readable`, for all that is read in the block, too.
+        OSError: As `readable`.
+    """
+    with readable(path):
+        if not path.is_file() or detect_format(path) != "h5ad":
+            yield None
+            return
+        with hdf5_file(path) as file:
+            yield file
 
 
 def _guarded(matrix: Matrix, path: Path) -> Matrix:

@@ -10,12 +10,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from anndata.io import read_elem
 from pandas import DataFrame
 
-from data_prep.readers.open import detect_format
+from data_prep.readers.open import h5ad_beside_counts
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.objective.measured import MeasuredGenes
 
@@ -64,11 +63,10 @@ def measured_again(path: Path, obs: DataFrame, genes: GeneVocabulary) -> Measure
 
     Raises:
         ValueError: The record does not fit the file, or was made for other genes.
+        OSError: The disk or server failed.
     """
-    if not path.is_file() or detect_format(path) != "h5ad":
-        return None
-    with h5py.File(path) as file:
-        if f"uns/{UNS_KEY}" not in file:
+    with h5ad_beside_counts(path) as file:
+        if file is None or f"uns/{UNS_KEY}" not in file:
             return None
         if f"uns/{UNS_KEY}/measured" not in file:
             _log.warning(

@@ -24,7 +24,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import h5py
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -33,7 +32,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from data_prep.readers.open import detect_format
+from data_prep.readers.open import h5ad_beside_counts
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.embedding.embed import KEY
 from sclong_ds.embedding.opening import cells_of, model_of
@@ -150,18 +149,17 @@ def stored_embedding(path: Path, *, model: ScLong, model_dir: Path) -> np.ndarra
 
     Raises:
         ValueError: The embeddings are there, but not the counts that the baselines need.
+        OSError: The disk or server failed.
     """
-    if not path.is_file() or detect_format(path) != "h5ad":
-        return None
-    with h5py.File(path) as file:
-        if f"obsm/{KEY}" not in file or f"uns/{UNS_KEY}" not in file:
+    with h5ad_beside_counts(path) as file:
+        if file is None or f"obsm/{KEY}" not in file or f"uns/{UNS_KEY}" not in file:
             return None
         if not made_by(read_elem(file[f"uns/{UNS_KEY}"]), model=model, model_dir=model_dir):
             _log.info("%s holds embeddings of another model; embedding again", path)
             return None
         if "X" not in file:
             raise ValueError(
-                f"{path} holds no counts, which the baselines need: "
+                "it holds no counts, which the baselines need: "
                 "embed without --no-counts, or name the source file"
             )
         return np.asarray(file[f"obsm/{KEY}"][:], dtype=np.float32)

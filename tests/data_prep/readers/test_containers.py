@@ -22,7 +22,7 @@ import zarr
 from scipy import sparse
 
 from data_prep.readers import containers as readers_containers
-from data_prep.readers.open import detect_format, open_source
+from data_prep.readers.open import detect_format, h5ad_beside_counts, open_source
 from data_prep.source.source import Source
 
 COUNTS = np.random.default_rng(5).poisson(0.8, (6, 5)).astype(np.float32)
@@ -268,6 +268,22 @@ def test_data_that_lie_in_another_file_are_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="X/data lies in other files"):
         values(opened(path))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, ValueError])
+def test_a_disk_that_fails_beside_the_counts_is_named(tmp_path: Path, error: type) -> None:
+    path = tmp_path / "a.h5ad"
+    cells().write_h5ad(path)
+    said = "Can't synchronously open (file read failed: errno = 5, error message = 'Input/output'"
+    with pytest.raises(OSError, match="Input/output error") as caught, h5ad_beside_counts(path):
+        raise error(said)
+    assert (caught.value.errno, caught.value.filename) == (5, str(path))
+    with pytest.raises(ValueError, match=r"^a\.h5ad: ") as wrong, h5ad_beside_counts(path):
+        raise error("no such part")
+    assert not isinstance(wrong.value, OSError)
+    (tmp_path / "a.txt").write_text("x,G1\n")
+    with h5ad_beside_counts(tmp_path / "a.txt") as file:
+        assert file is None
 
 
 def all_values(path: Path) -> list[list[np.ndarray]]:
