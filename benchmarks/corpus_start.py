@@ -81,7 +81,7 @@ def make(folder: Path, n_cells: int) -> None:
         },
     )
     stream = open_stream(Corpus(folder), seed=0, lanes=LANES, batch=BATCH)
-    reads = stream.reads(0, stop=BATCH * 2**8, lanes=None)
+    reads = stream.reads(0, stop=None, lanes=None)
     rows = [int(next(reads).visits()[1][0]) for _ in range(2 * LANES)]
     chunks = np.searchsorted(chunk_rows, rows, side="right") - 1
     _write_shards(folder / "cells.zarr", payloads, np.unique(chunks))

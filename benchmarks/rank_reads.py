@@ -98,6 +98,7 @@ def run_rank(argv: list[str]) -> int:
 
     from sclong_ds.corpus.corpus import Corpus
     from sclong_ds.loader.loader import CellLoader
+    from sclong_ds.loader.pool import CellPool, gather_packed
 
     folder, order, weighted, batch, world_size, rank = argv
     corpus, batch_cells, ranks = Corpus(folder), int(batch), int(world_size)
@@ -106,8 +107,11 @@ def run_rank(argv: list[str]) -> int:
         "stream": stream, "rank": int(rank), "world_size": ranks, "read_threads": 1,
         "train_batch_size": batch_cells, "micro_batch_size": batch_cells // ranks,
     }  # fmt: skip
-    with CellLoader(corpus, stop_at=batch_cells, **options) as loader:
-        next(loader)  # compiles the kernels
+    # Compiles the kernel. A loader would already take the memory that is to be measured.
+    one = corpus.read_packed(0)
+    starts = np.cumsum(one.row_entries, dtype=np.int64) - one.row_entries
+    pool = CellPool(one.gap, one.count, starts, one.row_entries, one.row_nnz, one.row_total)
+    gather_packed(pool, np.arange(1))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     before, cpu, wall, cells = _bytes_read(), time.process_time(), time.perf_counter(), 0
     first = None

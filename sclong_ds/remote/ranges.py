@@ -22,6 +22,8 @@ CONNECT_S, READ_S = 5.0, 20.0
 SLOWEST_BYTES_S = 250_000
 """A whole answer may take READ_S and its bytes at this rate."""
 CONNECTIONS = 128
+_FROM_END = frozenset({"http", "https", "s3", "s3a", "gs", "gcs"})
+"""Protocols whose clients ask for the last bytes of a file without its size; adlfs cannot."""
 _KNOWN, _FEWEST, _QUICKEST_S = 200, 20, 0.1
 _SECOND_SHARE, _SECONDS_AT_FIRST = 0.05, 2
 
@@ -75,6 +77,9 @@ class RangeRequests:
         """
         self._files = files
         self._asynchronous = bool(getattr(files, "async_impl", False) and files.loop)
+        protocols = getattr(files, "protocol", ())
+        protocols = {protocols} if isinstance(protocols, str) else set(protocols)
+        self._from_end = self._asynchronous and bool(protocols & _FROM_END)
         self._took_s: deque[float] = deque(maxlen=_KNOWN)
         self._patience_s: float | None = None
         self.asked = self.sent_twice = 0
@@ -90,11 +95,11 @@ class RangeRequests:
         Raises:
             Exception: As the client does.
         """
+        if start < 0 and not self._from_end:
+            start = max(0, int(self._files.size(path)) + start)
         if not self._asynchronous:
             self.asked += 1
-            # Not every one of these counts from the end by itself.
-            first = start if start >= 0 else max(0, int(self._files.size(path)) + start)
-            return bytes(self._files.cat_file(path, start=first, end=stop))
+            return bytes(self._files.cat_file(path, start=start, end=stop))
         loop = self._files.loop
         return asyncio.run_coroutine_threadsafe(self._first(path, start, stop), loop).result()
 

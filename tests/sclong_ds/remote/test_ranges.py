@@ -28,13 +28,19 @@ class Files:
     """An asynchronous file system that takes as long as it is told."""
 
     async_impl = True
+    protocol: str | tuple[str, ...] = "s3"
 
     def __init__(self) -> None:
+        self.sizes = 0
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.waits: list[float | Exception] = []
         self.asked = self.ended = 0
+
+    def size(self, path: str) -> int:
+        self.sizes += 1
+        return len(CONTENT)
 
     async def _cat_file(self, path: str, start: int, end: int | None) -> bytes:
         self.asked += 1
@@ -88,6 +94,15 @@ def test_a_storage_that_is_slow_as_a_whole_gets_few_requests_twice(
     for _ in range(30):
         requests.read("x", 0, 9)
     assert requests.sent_twice <= 3 + 0.05 * requests.asked
+
+
+@pytest.mark.parametrize(("protocol", "sizes"), [("abfs", 1), (("s3", "s3a"), 0), ("gs", 0)])
+def test_the_last_bytes_come_without_the_size_where_a_client_can(
+    files: Files, protocol: str | tuple[str, ...], sizes: int
+) -> None:
+    files.protocol = protocol
+    assert RangeRequests(files).read("x", -7, None) == CONTENT[-7:]
+    assert files.sizes == sizes
 
 
 def test_one_that_fails_waits_for_the_other(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
