@@ -8,8 +8,8 @@
     finalize CORPUS                 drop duplicates, split, shuffle, write the corpus
     verify CORPUS                   read the corpus again and check everything
     report CORPUS --out FILE        quality report of a corpus: one HTML page
-    gene-graph --out FILE           gene graph from the Gene Ontology
-    gene-vectors CORPUS --out FILE  gene vectors from co-expression
+    gene-graph --out FILE           make a gene graph from the Gene Ontology
+    gene-vectors CORPUS --out FILE  make gene vectors from co-expression
 
 Exit status: 0 done; 1 the work failed, with one line on stderr; 2 wrong usage; 130 or 143 ended by
 SIGINT or SIGTERM. With `--json` one JSON document goes to stdout; progress and logs always go to
@@ -39,7 +39,7 @@ from data_prep.arguments import (
     chosen_genes,
 )
 from sclong_ds import __version__
-from sclong_ds.command_line import local_path, missing_package, share, whole
+from sclong_ds.command_line import add_example, local_path, missing_package, share, whole
 
 COMMANDS = {
     "fetch": "fetch public datasets, and list them for convert",
@@ -50,9 +50,22 @@ COMMANDS = {
     "finalize": "drop duplicates, split, shuffle, write the corpus",
     "verify": "read the corpus again and check everything",
     "report": "write the quality report of a corpus as one HTML page",
-    "gene-graph": "gene graph from the Gene Ontology",
-    "gene-vectors": "gene vectors from co-expression",
+    "gene-graph": "make a gene graph from the Gene Ontology",
+    "gene-vectors": "make gene vectors from co-expression",
 }
+EXAMPLES = {
+    "fetch": "--from cellxgene --organism human --tissue blood --out public --dry-run",
+    "manifest": "h5ad_files --out manifest.tsv",
+    "convert": "manifest.tsv --out corpus",
+    "status": "corpus",
+    "forget": "corpus blood_2021",
+    "finalize": "corpus --validation-fraction 0.05",
+    "verify": "corpus --sources 1000",
+    "report": "corpus --out qc.html",
+    "gene-graph": "--out graph.npz",
+    "gene-vectors": "corpus --out vectors.npz",
+}
+"""Command to an example of its arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +130,8 @@ def _run(arguments: Sequence[str]) -> int:
 def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser; only the command in `arguments` has its arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep", description="Prepare single-cell datasets for pretraining."
+        prog="sclong-prep" if Path(sys.argv[0]).name == "sclong-prep" else "python -m data_prep",
+        description="Prepare single-cell datasets for pretraining.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -148,6 +162,7 @@ def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         )
         if name == chosen:
             add[name](command)
+            add_example(command, EXAMPLES[name])
     return parser
 
 
@@ -172,9 +187,7 @@ def _delegate(
 
 
 def _add_manifest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=local_path, metavar="FOLDER", help="folder tree with datasets"
-    )
+    parser.add_argument("folder", type=local_path, metavar="DIR", help="folder tree with datasets")
     parser.add_argument(
         "--out", type=local_path, metavar="FILE", help="manifest to write (default: print it)"
     )
@@ -258,19 +271,22 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
     )
     _add_corpus(parser)
     parser.add_argument(
-        "--seed", type=whole(0), help="of the split and the order of cells (default: 0)"
+        "--seed",
+        metavar="N",
+        type=whole(0),
+        help="of the split and the order of cells (default: 0)",
     )
     parser.add_argument(
         "--validation-fraction",
         type=share,
-        metavar="F",
+        metavar="SHARE",
         help="share of cells to validate on, about "
         f"(default: {DEFAULT_VALIDATION_FRACTION}, none with --validation-datasets)",
     )
     parser.add_argument(
         "--test-fraction",
         type=share,
-        metavar="F",
+        metavar="SHARE",
         help="the same for tests (default: 0)",
     )
     parser.add_argument(
@@ -347,7 +363,11 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         help="read N drawn cells again from their sources, in a second, slow way, and compare",
     )
     parser.add_argument(
-        "--seed", type=whole(0), default=0, help="of the draw of these cells (default: 0)"
+        "--seed",
+        metavar="N",
+        type=whole(0),
+        default=0,
+        help="of the draw of these cells (default: 0)",
     )
     parser.add_argument(
         "--require-sources",

@@ -7,30 +7,34 @@ from __future__ import annotations
 
 import argparse
 import logging
+import runpy
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from sclong_ds import __version__
-from sclong_ds.command_line import missing_package, parse_arguments
+from sclong_ds.command_line import add_example, missing_package, parse_arguments
 
 COMMANDS = {
-    "config": ("sclong_ds.config.show", "all keys of a preset or file, as YAML to edit"),
+    "config": ("sclong_ds.config.show", "print all keys of a preset or file, as YAML to edit"),
     "plan": (
         "sclong_ds.planning.plan",
-        "memory, FLOPs and GPU-hours of a run, before submitting it",
+        "estimate memory, FLOPs and GPU-hours of a run before it is submitted",
     ),
-    "bench-loader": ("sclong_ds.loader.bench", "cells a second that this machine can read"),
-    "export": ("sclong_ds.exported.export", "checkpoint to a model folder (safetensors)"),
+    "bench-loader": (
+        "sclong_ds.loader.bench",
+        "measure how many cells a second this machine can read",
+    ),
+    "export": ("sclong_ds.exported.export", "write a checkpoint as a model folder (safetensors)"),
     "import-reference": (
         "sclong_ds.released.import_reference",
-        "published scLong checkpoint to a model folder",
+        "write a published scLong checkpoint as a model folder",
     ),
-    "embed": ("sclong_ds.embedding.embed", "cells to embeddings, AnnData out"),
+    "embed": ("sclong_ds.embedding.embed", "embed cells, into a new AnnData file"),
     "perturb": (
         "sclong_ds.embedding.perturb",
-        "what moves in a model when genes of cells are changed",
+        "measure what moves in a model when genes of cells are changed",
     ),
     "perturb-bench": (
         "sclong_ds.perturb_bench.bench",
@@ -38,30 +42,60 @@ COMMANDS = {
     ),
     "genes": (
         "sclong_ds.gene_analysis.genes",
-        "vectors of genes, networks of them, and scores beside controls",
+        "write vectors and networks of genes, with scores beside controls",
     ),
     "evaluate": (
         "sclong_ds.evaluation.evaluate",
-        "zero-shot scores of embeddings against baselines",
+        "score embeddings without training, against baselines",
     ),
     "finetune": (
         "sclong_ds.finetune.command",
         "train a model, or a head on it, on labelled cells, beside baselines",
     ),
-    "verify": ("sclong_ds.exported.verify", "a run, checkpoint or model against its checksums"),
-    "status": ("sclong_ds.report.status", "how a run is doing, from its files"),
-    "report": ("sclong_ds.report.report", "one HTML page about a run, or about several"),
-    "compare": ("sclong_ds.report.compare", "settings and figures of several runs, side by side"),
-    "slurm": ("sclong_ds.job.scripts", "the batch scripts for Slurm, into a folder"),
-    "ui": ("sclong_ds.tracking.ui", "MLflow's pages of the runs of a folder, in the browser"),
-    "sync": ("sclong_ds.tracking.sync", "what MLflow lacks of a run that is over"),
-    "push": ("sclong_ds.hub.hub", "exported model to the Hugging Face hub"),
+    "verify": (
+        "sclong_ds.exported.verify",
+        "compare a run, checkpoint or model with its checksums",
+    ),
+    "status": ("sclong_ds.report.status", "print how a run is doing, from its files"),
+    "report": ("sclong_ds.report.report", "write one HTML page about a run, or about several"),
+    "compare": (
+        "sclong_ds.report.compare",
+        "print settings and figures of several runs, side by side",
+    ),
+    "slurm": ("sclong_ds.job.scripts", "write the batch scripts for Slurm into a folder"),
+    "ui": ("sclong_ds.tracking.ui", "open MLflow's pages of the runs of a folder in the browser"),
+    "sync": ("sclong_ds.tracking.sync", "send MLflow what it lacks of a run that is over"),
+    "push": ("sclong_ds.hub.hub", "send an exported model to the Hugging Face hub"),
     "log-model": (
         "sclong_ds.embedding.mlflow_model",
-        "exported model to MLflow, and to its registry",
+        "log an exported model to MLflow, and to its registry",
     ),
+    "completion": ("sclong_ds.completion", "print the completion of a shell for both programs"),
 }
 """Command to module and help; a module has add_arguments(parser) and run(args)."""
+EXAMPLES = {
+    "config": "sclong_tiny > mine.yaml",
+    "plan": "--config sclong_1b --nodes 16 --gpus-per-node 8",
+    "bench-loader": "corpus --ranks 8 --json loader.json",
+    "export": "runs/first --out model",
+    "import-reference": "--checkpoint X.pth --hyper-params X.pkl --genes X.txt --out model",
+    "embed": "model cells.h5ad --out embedded.h5ad",
+    "perturb": "model cells.h5ad --genes GATA1 --mode delete --out effects.tsv",
+    "genes": "model --out genes.h5ad --benchmark",
+    "evaluate": "model cells.h5ad --label cell_type --out scores",
+    "finetune": "model cells.h5ad --label cell_type --group donor --out typed",
+    "verify": "runs/first",
+    "status": "runs/first",
+    "report": "runs/first --out report.html",
+    "compare": "runs/first runs/second",
+    "slurm": "jobs",
+    "ui": "runs --open",
+    "sync": "runs/first",
+    "push": "model my-lab/my-model --private",
+    "log-model": "model --run runs/first --register sclong",
+    "completion": "bash >> ~/.bashrc",
+}
+"""Command to an example of its arguments."""
 ARGUMENTS = {
     "plan": "sclong_ds.planning.arguments",
     "export": "sclong_ds.exported.arguments",
@@ -84,6 +118,14 @@ def prepare_data() -> int:
     return data_prep()
 
 
+FORWARDED = {
+    "train": (
+        "sclong_ds.pretrain",
+        "pretrain on one rank; for more: deepspeed --module sclong_ds.pretrain",
+    ),
+    "prep": ("data_prep.__main__", "prepare datasets for pretraining, as sclong-prep does"),
+}
+"""Commands that another program's module runs with the words behind them."""
 _JOINS_RANKS = {"finetune"}
 """Commands whose process ends as a rank must, see `sclong_ds.job.failures.run_to_end`."""
 
@@ -92,15 +134,22 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser; only the command in `argv` is imported and has its arguments."""
     parser = argparse.ArgumentParser(
         prog="sclong" if Path(sys.argv[0]).name == "sclong" else "python -m sclong_ds",
-        description="Train with `deepspeed --module sclong_ds.pretrain`; "
-        "these commands go with it.",
+        description="Pretrain, look into and use models of single cells.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in FORWARDED.items():
+        commands.add_parser(name, help=text)
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if list(argv[:1]) == [name]:
             import_module(ARGUMENTS.get(name, module)).add_arguments(command)
+            add_example(command, EXAMPLES[name])
     return parser
 
 
@@ -110,6 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The deepspeed launcher puts --local_rank=N in front; ranks read the environment.
     words = sys.argv[1:] if argv is None else argv
     argv = [word for word in words if not word.startswith("--local_rank=")]
+    if own_process and argv and argv[0] in FORWARDED:
+        sys.argv = [sys.argv[0], *argv[1:]]
+        runpy.run_module(FORWARDED[argv[0]][0], run_name="__main__", alter_sys=True)
     args = parse_arguments(parser(argv), argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True

@@ -73,6 +73,17 @@ def parse_arguments(
     return args
 
 
+def add_example(command: argparse.ArgumentParser, words: str) -> None:
+    """Put an example at the end of a command's help.
+
+    Args:
+        command: Has its arguments and perhaps an epilog.
+        words: Arguments of the command.
+    """
+    example = f"example:\n  {command.prog} {words}".replace("%", "%%")
+    command.epilog = f"{command.epilog.rstrip()}\n\n{example}" if command.epilog else example
+
+
 def local_path(text: str) -> Path:
     """Return a path of the command line; a URL would become a folder named `s3:`.
 

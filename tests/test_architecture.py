@@ -26,6 +26,7 @@ FLOORS = {
         {"training", "evaluation", "gene_analysis"},
         {"finetune", "perturb_bench"},
         {"pretrain", "demo", "__main__", "restarts", "preflight", "mlflow_model"},
+        {"completion"},
     ],
     "data_prep": [
         {"source", "ledger", "arguments"},
@@ -65,7 +66,7 @@ PLACES = {
     "kernels": {"sclong_ds.model", "sclong_ds.training"},
     "data_prep": {
         "sclong_ds.embedding", "sclong_ds.evaluation", "sclong_ds.gene_analysis",
-        "sclong_ds.__main__", "sclong_ds.demo",
+        "sclong_ds.__main__", "sclong_ds.demo", "sclong_ds.completion",
     },
 }  # fmt: skip
 """The only packages that import a library, or another top-level package."""

@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=local_path, metavar="MANIFEST", help="list of datasets")
     parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")
     parser.add_argument(
-        "--task", type=whole(0), metavar="I", help="do every N-th dataset from the I-th on, from 0"
+        "--task",
+        type=whole(0),
+        metavar="N",
+        help="number of this task, from 0: one in --tasks datasets is its own",
     )
     parser.add_argument("--tasks", type=whole(1), metavar="N", help="number of tasks (with --task)")
     parser.add_argument(
@@ -122,7 +125,7 @@ def _add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-mito-fraction",
         type=share,
-        metavar="F",
+        metavar="SHARE",
         help="drop cells with a larger mitochondrial share of all their counts (default: no limit)",
     )
     for name, text in (
@@ -132,7 +135,7 @@ def _add_thresholds(parser: argparse.ArgumentParser) -> None:
         value = getattr(default, name)
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(
-            flag, type=share, default=value, metavar="F", help=f"{text} (default: {value})"
+            flag, type=share, default=value, metavar="SHARE", help=f"{text} (default: {value})"
         )
 
 

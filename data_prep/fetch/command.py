@@ -27,15 +27,12 @@ from sclong_ds.files.atomic import read_file, write_atomic
 _MARK = "# written by data_prep fetch; the next one replaces it\n"
 """First line of a manifest."""
 _EPILOG = """\
-The first run writes which files it takes to OUT/fetch.lock.json, with version, bytes and, once a
+The first run writes which files it takes to DIR/fetch.lock.json, with version, bytes and, once a
 file was fetched, its SHA-256; later runs, here or elsewhere (--lock), take exactly these. What is
 there and whole is not fetched again; what was broken off continues where it stopped, after kill -9
-too. OUT/manifest.tsv lists what is there for `convert`. With --list it names the addresses instead
+too. DIR/manifest.tsv lists what is there for `convert`. With --list it names the addresses instead
 and nothing is fetched: `convert --keep-bytes` then fetches, converts and deletes file by file.
-Files that lie in OUT and were not fetched by this command are never changed or removed.
-
-  python -m data_prep fetch --from cellxgene --organism human --primary-only --out raw --dry-run
-  python -m data_prep fetch --from addresses.txt --out raw --max-rate 50MB
+Files that lie in DIR and were not fetched by this command are never changed or removed.
 """
 
 
@@ -55,12 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cellxgene; http(s), s3, gs, ftp or file addresses; or a text file with one a line, "
         "each perhaps behind a dataset id and a tab (default: the lock file)",
     )
-    parser.add_argument("--out", type=local_path, required=True, metavar="OUT", help="a folder")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="a folder")
     parser.add_argument(
-        "--lock", type=local_path, metavar="FILE", help="lock file (default: OUT/fetch.lock.json)"
+        "--lock", type=local_path, metavar="FILE", help="lock file (default: DIR/fetch.lock.json)"
     )
     parser.add_argument(
-        "--manifest", type=local_path, metavar="FILE", help="default: OUT/manifest.tsv"
+        "--manifest",
+        type=local_path,
+        metavar="FILE",
+        help="list for convert (default: DIR/manifest.tsv)",
     )
     parser.add_argument(
         "--update", action="store_true", help="make the list again, though there is a lock file"

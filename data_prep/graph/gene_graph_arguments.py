@@ -25,11 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", required=True, help="graph to write (.npz); a .png of the degrees goes beside it"
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="graph to write (.npz); a .png of the degrees goes beside it",
     )
     add_ontology_arguments(parser)
     parser.add_argument(
         "--genes",
+        metavar="FILE",
         default=GENE_TABLE,
         help="genes and their order: a CORPUS/genes.tsv, a table with ensembl_id, symbol, class "
         "and optionally entrez_ids, or one id a line (default: the bundled 27,874 genes, which "
@@ -41,11 +45,13 @@ def add_ontology_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the files of the Gene Ontology."""
     parser.add_argument(
         "--obo",
+        metavar="FILE",
         default=GO_FOLDER / "go-basic.obo.gz",
         help="Gene Ontology, go-basic.obo, .gz or not (default: the bundled release 2022-07-01)",
     )
     parser.add_argument(
         "--associations",
+        metavar="FILE",
         default=GO_FOLDER / "gene2go.gz",
         help="NCBI gene2go or GAF 2.x, .gz or not (default: the bundled human gene2go, 2022-09-12)",
     )
@@ -54,6 +60,7 @@ def add_ontology_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--taxid",
+        metavar="ID",
         type=int,
         default=HUMAN,
         help="organism of the associations (default: %(default)s, human)",
@@ -62,7 +69,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
         "--namespace",
         nargs="+",
         default=sorted(NAMESPACES.values()),
-        metavar="NS",
+        metavar="NAME",
         help="branches of GO to use: BP MF CC (default: all three)",
     )
     parser.add_argument(
@@ -82,12 +89,14 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threshold",
+        metavar="SHARE",
         type=float,
         default=THRESHOLD,
         help="keep edges with a Jaccard index above it (default: %(default)s)",
     )
     parser.add_argument(
         "--neighbours",
+        metavar="N",
         type=int,
         default=NEIGHBOURS,
         help="best sources per gene, besides itself (default: %(default)s)",

@@ -29,6 +29,16 @@ INPUT_COLUMNS = (
     "min_counts",
 )
 """Columns of `manifest.COLUMNS` that are options of one input."""
+_METAVARS = {
+    "format": "FORMAT",
+    "counts": "MATRIX",
+    "gene_column": "NAME",
+    "id_type": "TYPE",
+    "gene_list": "FILE",
+    "genome": "NAME",
+    "min_genes": "N",
+    "min_counts": "N",
+}
 _OWN_TEXT = {
     "min_genes": "leave out cells with fewer expressed genes of the model (default: keep every "
     "cell; unfiltered barcodes are then refused)",
@@ -56,7 +66,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
             type=types.get(name, str),
             choices=choices.get(name),
             default=Dataset.__dataclass_fields__[name].default,
-            metavar=name.upper(),
+            metavar=_METAVARS[name],
             help=_OWN_TEXT.get(name, COLUMNS[name]).replace("%", "%%"),
         )
 

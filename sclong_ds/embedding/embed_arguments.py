@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m sclong_ds embed`."""
     add_input_arguments(parser)
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="OUT.h5ad", help="file to write"
+        "--out", type=local_path, required=True, metavar="FILE", help="file to write"
     )
     parser.add_argument(
         "--no-counts", action="store_true", help="leave the counts (X) out of the file"

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--genes",
         required=True,
-        metavar="A,B;C",
+        metavar="GENES",
         help="what to perturb, symbols or Ensembl ids: sets divided by ';', the genes of a set, "
         "perturbed together, by ','",
     )

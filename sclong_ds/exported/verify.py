@@ -253,9 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", type=local_path, metavar="RUN|CHECKPOINT|MODEL", help="folder to check"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.epilog = (
-        "Example: python -m sclong_ds verify runs/first. Exit status: 0 sound, 1 problems."
-    )
+    parser.epilog = "Exit status: 0 sound, 1 problems."
 
 
 def run(args: argparse.Namespace) -> int:

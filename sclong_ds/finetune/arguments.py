@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_fitting(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of folds, seeds, stopping and LoRA."""
     add = parser.add_argument
-    add("--folds", type=whole(3), default=5, metavar="K", help="folds (default %(default)s)")
+    add("--folds", type=whole(3), default=5, metavar="N", help="folds (default %(default)s)")
     add("--seeds", type=whole(1), default=3, metavar="N", help="seeds (default %(default)s)")
     add("--seed", type=whole(0), default=0, metavar="N", help="first seed (default %(default)s)")
     add(
@@ -113,11 +113,11 @@ def _add_head(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="stacks that lora adds to, with commas (default %(default)s)",
     )
-    add("--rank", type=whole(1), default=8, metavar="R", help="rank of lora (default %(default)s)")
+    add("--rank", type=whole(1), default=8, metavar="N", help="rank of lora (default %(default)s)")
     add(
         "--lora-scale",
         type=positive_share,
         default=1.0,
-        metavar="SCALE",
+        metavar="FACTOR",
         help="factor on what lora adds (default %(default)s)",
     )

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--of",
-        metavar="A,B",
+        metavar="GENES",
         help="genes whose edges are wanted, symbols or Ensembl ids (default for cosine: all)",
     )
     parser.add_argument(

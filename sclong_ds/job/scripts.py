@@ -21,7 +21,7 @@ _VENV = 'default_venv="$root/.venv"'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the folder."""
-    parser.add_argument("folder", type=local_path, metavar="FOLDER", help="gets a folder slurm/")
+    parser.add_argument("folder", type=local_path, metavar="DIR", help="gets a folder slurm/")
 
 
 def run(args: argparse.Namespace) -> int:

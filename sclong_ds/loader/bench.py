@@ -37,17 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("corpus", metavar="CORPUS", help="folder of a finalized corpus, or an fsspec URL of one")
     add("--ranks", type=whole(1), default=1, metavar="N", help="ranks of this machine (default: 1)")
     add(
-        "--world-size", type=whole(1), metavar="W",
+        "--world-size", type=whole(1), metavar="N",
         help="ranks of the whole run, of which these are the first (default: N)",
     )  # fmt: skip
-    add("--batch", type=whole(1), default=1024, metavar="B", help="cells of a step, all ranks")
+    add("--batch", type=whole(1), default=1024, metavar="N", help="cells of a step, all ranks")
     add("--output", choices=OUTPUTS, default="packed", help="training takes packed (default)")
-    add("--seconds", type=positive, default=10.0, metavar="S", help="how long (default: 10)")
+    add("--seconds", type=positive, default=10.0, metavar="SECONDS", help="how long (default: 10)")
     add("--memory", type=whole(1), default=512, metavar="MB",
         help="data.loader_memory (default: %(default)s)")  # fmt: skip
-    add("--cache-dir", type=Path, help="data.cache_dir, for a URL")
+    add("--cache-dir", metavar="DIR", type=Path, help="data.cache_dir, for a URL")
     add("--cells-cache", type=whole(0), default=0, metavar="MB", help="data.cells_cache, for a URL")
-    add("--json", type=Path, metavar="OUT", help="write the figures to a file, for plan --loader")
+    add("--json", type=Path, metavar="FILE", help="write the figures to a file, for plan --loader")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

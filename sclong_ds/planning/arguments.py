@@ -19,10 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE|PRESET", help="complete YAML or name of a preset")
     add("--nodes", required=True, type=whole(1), metavar="N", help="number of nodes")
-    add("--gpus-per-node", required=True, type=whole(1), metavar="M", help="ranks on each node")
-    add("--device", default="h100", help=f"{', '.join(DEVICES)} or cpu (default: %(default)s)")
+    add("--gpus-per-node", required=True, type=whole(1), metavar="N", help="ranks on each node")
+    add(
+        "--device",
+        metavar="NAME",
+        default="h100",
+        help=f"{', '.join(DEVICES)} or cpu (default: %(default)s)",
+    )
     add(
         "--mfu",
+        metavar="SHARE",
         default=0.4,
         type=positive_share,
         help="share of the peak that a rank reaches while it computes (default: %(default)s)",
@@ -36,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--cells",
+        metavar="N",
         type=whole(1),
         help=f"cells of an epoch (default: those of data.corpus, else {SCLONG_CELLS})",
     )

@@ -13,21 +13,22 @@ from sclong_ds.command_line import local_path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m sclong_ds import-reference`."""
     for name, metavar, text in (
-        ("--checkpoint", "X.pth", "checkpoint of the released code"),
-        ("--hyper-params", "X.pkl", "its pickled constructor arguments"),
-        ("--genes", "X.txt", "its genes in input order, one name a line, or a gene table"),
+        ("--checkpoint", "FILE", "checkpoint of the released code"),
+        ("--hyper-params", "FILE", "its pickled constructor arguments"),
+        ("--genes", "FILE", "its genes in input order, one name a line, or a gene table"),
         ("--out", "MODEL_DIR", "folder to make"),
     ):
         parser.add_argument(name, type=local_path, required=True, metavar=metavar, help=text)
     parser.add_argument(
         "--gene-graph",
         type=local_path,
-        metavar="GRAPH.npz",
+        metavar="FILE",
         help="graph of `python -m data_prep gene-graph --genes X.txt` to use instead of the one in "
         "the constructor arguments",
     )
     parser.add_argument(
         "--target-sum",
+        metavar="N",
         type=float,
         default=1.0e4,
         help="counts of a cell after scaling, before log1p (default: %(default)g)",

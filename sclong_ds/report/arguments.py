@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
+        metavar="FILE",
         type=local_path,
         default=Path("report.html"),
         help="page to write (default: %(default)s)",

@@ -42,7 +42,7 @@ _ARTIFACTS = "mlartifacts"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `python -m sclong_ds ui`."""
     parser.add_argument(
-        "runs", type=local_path, metavar="RUNS", help="folder of runs with mlflow.db, or a run's"
+        "runs", type=local_path, metavar="DIR", help="folder of runs with mlflow.db, or a run's"
     )
     parser.add_argument("--port", type=whole(1), metavar="N", help="port (default: a free one)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
