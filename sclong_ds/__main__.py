@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "perturb-bench": (
         "sclong_ds.perturb_bench.bench",
-        "effects of unseen perturbations, predicted beside simple predictors",
+        "score predicted effects of unseen perturbations beside simple predictors",
     ),
     "genes": (
         "sclong_ds.gene_analysis.genes",
@@ -81,6 +81,7 @@ EXAMPLES = {
     "import-reference": "--checkpoint X.pth --hyper-params X.pkl --genes X.txt --out model",
     "embed": "model cells.h5ad --out embedded.h5ad",
     "perturb": "model cells.h5ad --genes GATA1 --mode delete --out effects.tsv",
+    "perturb-bench": "model screen.h5ad --perturbation guide --control none --out scores.tsv",
     "genes": "model --out genes.h5ad --benchmark",
     "evaluate": "model cells.h5ad --label cell_type --out scores",
     "finetune": "model cells.h5ad --label cell_type --group donor --out typed",

@@ -43,12 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("manifest", type=local_path, metavar="MANIFEST", help="list of datasets")
     parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")
-    parser.add_argument(
-        "--task",
-        type=whole(0),
-        metavar="N",
-        help="number of this task, from 0: one in --tasks datasets is its own",
-    )
+    parser.add_argument("--task", type=whole(0), metavar="N", help="this one of --tasks, from 0")
     parser.add_argument("--tasks", type=whole(1), metavar="N", help="number of tasks (with --task)")
     parser.add_argument(
         "--jobs", type=whole(1), default=1, metavar="N", help="datasets at a time (default: 1)"

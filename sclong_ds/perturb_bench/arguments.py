@@ -33,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the perturbation does to its genes: the model reads control cells with them "
         "changed so (default %(default)s)",
     )
-    add("--out", type=local_path, required=True, metavar="FILE.tsv", help="new table of scores")
+    add("--out", type=local_path, required=True, metavar="FILE", help="new .tsv table of scores")
     add(
         "--folds",
         type=whole(2),
         default=5,
-        metavar="K",
+        metavar="N",
         help="folds of perturbations: each is predicted from the others (default %(default)s)",
     )
     add(
