@@ -309,13 +309,22 @@ def _build(
     ]
     ends = np.cumsum([0, *(sum(info.split_cells[name] for info in infos) for name in SPLITS)])
     splits = {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
-    stats = gene_statistics(cells, range(*splits["train"]), progress=progress)
-    write_statistics(work / "gene_stats.npz", stats)
+    _write_gene_statistics(work / "gene_stats.npz", cells, range(*splits["train"]), progress)
     genes.write(work / "genes.tsv")
     _write_annotations(work, staged)
     _write_measured_genes(work / "measured_genes.npy", staged, genes)
     write_atomic(work / CITATIONS, citations_text(infos).encode())
     return _catalogue(cells, genes, plan, splits, infos)
+
+
+def _write_gene_statistics(
+    path: Path, cells: CellStore, train: range, progress: Progress | None
+) -> None:
+    """Write the statistics of the training cells, if an earlier run has not."""
+    try:
+        read_npz(path, cure="it is made again")
+    except (OSError, ValueError):
+        write_statistics(path, gene_statistics(cells, train, progress=progress))
 
 
 def _kept_cells(

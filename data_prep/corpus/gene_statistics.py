@@ -5,6 +5,7 @@ A value is log1p(target_sum * count / total of the cell), as the loader computes
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy.sparse import csr_matrix
 from data_prep.corpus.dedup import Progress
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import GeneStats
+from sclong_ds.files.atomic import write_atomic
 
 TARGET_SUM = 1.0e4
 _SMALL_COUNTS = 32
@@ -98,9 +100,10 @@ def _values(cells: csr_matrix, totals: NDArray[np.int64], target_sum: float) -> 
 
 
 def write_statistics(path: Path, stats: GeneStats) -> None:
-    """Write statistics as the npz that `Corpus.gene_stats` reads."""
+    """Write statistics as the npz that `Corpus.gene_stats` reads, whole or not at all."""
+    content = io.BytesIO()
     np.savez(
-        path,
+        content,
         n_expressing=stats.n_expressing,
         total_counts=stats.total_counts,
         mean_expressed=stats.mean_expressed,
@@ -108,3 +111,4 @@ def write_statistics(path: Path, stats: GeneStats) -> None:
         var_expressed_all=stats.var_expressed_all,
         target_sum=stats.target_sum,
     )
+    write_atomic(path, content.getvalue())

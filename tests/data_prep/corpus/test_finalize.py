@@ -253,12 +253,24 @@ def test_failure_before_publishing_keeps_the_old_corpus(
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
+    def not_again(*_: object, **__: object) -> None:
+        raise AssertionError("a finished stage is done again")
+
     for step in ("find_duplicates", "write_permuted", "gene_statistics", "sync_tree"):
         with monkeypatch.context() as patch:
             patch.setattr(finalize_module, step, fail)
             with pytest.raises(OSError, match="disk full"):
                 finalize(folder, seed=2)
         assert digests(folder) == before
+    with monkeypatch.context() as patch:
+        # None of the stages that were finished is done again.
+        for step in ("find_duplicates", "write_permuted", "gene_statistics", "sync_tree"):
+            patch.setattr(finalize_module, step, fail if step == "sync_tree" else not_again)
+        with pytest.raises(OSError, match="disk full"):
+            finalize(folder, seed=2)
+    # What is of no use of them is.
+    (path,) = folder.glob(".finalize-*/gene_stats.npz")
+    path.write_bytes(path.read_bytes()[:-100])
     # What the failed runs have made is taken up, and gives what one run gives.
     assert len(list(folder.glob(".finalize-*"))) == 1
     hash_after = finalize(folder, seed=2)["hash"]
