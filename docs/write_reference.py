@@ -3,8 +3,9 @@
     python docs/write_reference.py
 
 Reads the configuration's sections and presets, the parsers of all commands, the table of exit
-statuses and the names of metrics; writes config.md, cli.md, exit-status.md and metrics.md beside
-the other pages. A test compares them with the code.
+statuses, the names of metrics and the public names of `sclong_ds`; writes config.md, cli.md,
+exit-status.md and metrics.md beside the other pages, and the last part of python-api.md. A test
+compares them with the code.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import data_prep.__main__ as data_prep
+import sclong_ds
 import sclong_ds.__main__ as sclong
 from sclong_ds.config import sections
 from sclong_ds.config.load import load_config, preset_names
 from sclong_ds.job import exit_status
 from sclong_ds.run_folder import metric_names
 
+ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "reference"
+_NAMES = "## Names"
+"""Heading of what follows from the code in python-api.md."""
 _NOTE = "<!-- Written by docs/write_reference.py; change the code, then run it again. -->\n"
 _WIDTH = 100
 
@@ -38,6 +43,7 @@ def pages() -> dict[str, str]:
         "cli.md": _cli_page(),
         "exit-status.md": _exit_status_page(),
         "metrics.md": _metrics_page(),
+        "python-api.md": _python_page(),
     }
 
 
@@ -183,6 +189,53 @@ def _metrics_page() -> str:
                 str(node.value.value)]  # fmt: skip
             lines.append(f"| `{node.value.value}` | {meaning} |")
     return "\n".join(lines) + "\n"
+
+
+def _python_page() -> str:
+    """Return the page as it is, with the names below its last heading."""
+    written, _, _ = (FOLDER / "python-api.md").read_text(encoding="utf-8").partition(_NAMES)
+    lines = [f"{written.rstrip()}\n", f"{_NAMES}\n", _NOTE]
+    for name in sclong_ds.__all__:
+        path = ROOT / f"{sclong_ds._HOMES[name].replace('.', '/')}.py"
+        found = [
+            node
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
+        ]
+        lines.append(f"### {name}\n")
+        if not found:  # another module's, under this name
+            lines.append(f"Of `{sclong_ds._HOMES[name]}`.\n")
+            continue
+        call = _call(found[0])
+        lines.append(f"```python\n{name}({call})\n```\n")
+        lines.append(f"{_docstring(found[0])}\n")
+    return "\n".join(lines)
+
+
+def _call(node: ast.FunctionDef | ast.ClassDef) -> str:
+    """Return the arguments of a function or of a class's constructor."""
+    if isinstance(node, ast.FunctionDef):
+        return ast.unparse(node.args)
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            return ast.unparse(method.args).removeprefix("self").removeprefix(", ")
+    fields_of = [ast.unparse(item) for item in node.body if isinstance(item, ast.AnnAssign)]
+    return ", ".join(fields_of)
+
+
+def _docstring(node: ast.FunctionDef | ast.ClassDef) -> str:
+    """Return a docstring as Markdown: the text, then a list of arguments, returns and errors."""
+    text, lines = inspect.cleandoc(ast.get_docstring(node) or ""), []
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if re.fullmatch(r"(Args|Returns|Raises|Source|Yields|Example|Examples):", line):
+            lines += ["", f"**{line[:-1]}**", ""]
+        elif indent == 4 and re.match(r"\s+\*{0,2}\w+(?: \([^)]*\))?: ", line):
+            name, _, meaning = line.strip().partition(": ")
+            lines.append(f"- `{name}`: {meaning}")
+        else:
+            lines.append(line.strip())
+    return "\n".join(lines)
 
 
 _MEANINGS = {

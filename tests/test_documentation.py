@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -18,11 +19,34 @@ write_reference = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(write_reference)
 
 
-@pytest.mark.parametrize("name", ["config.md", "cli.md", "exit-status.md", "metrics.md"])
+@pytest.mark.parametrize(
+    "name", ["config.md", "cli.md", "exit-status.md", "metrics.md", "python-api.md"]
+)
 def test_reference_says_what_the_code_says(name: str) -> None:
     # Versions of Python break the lines of a help text in other places.
     written = (DOCS / "reference" / name).read_text().split()
     assert written == write_reference.pages()[name].split(), "run: python docs/write_reference.py"
+
+
+def test_the_page_on_run_folders_names_every_file_of_the_code() -> None:
+    page = (DOCS / "reference" / "run-folder.md").read_text()
+    modules = [
+        *(ROOT / "sclong_ds" / "run_folder").glob("*.py"),
+        *(ROOT / "sclong_ds" / "recorders").glob("*.py"),
+        *(ROOT / "sclong_ds" / f"{name}.py" for name in ("job/failures", "job/restarts",
+                                                        "tracking/tracker", "training/saving")),
+    ]  # fmt: skip
+    names = set()
+    for path in modules:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                kind = node.targets[0].id.rpartition("_")[2]
+                if kind in ("FILE", "DIR", "FOLDER", "COPIED"):
+                    parts = ast.walk(node.value)
+                    names |= {str(part.value) for part in parts if isinstance(part, ast.Constant)}
+    assert {"metrics.jsonl", "system", "failure.json", "config.yaml"} <= names
+    missing = {name for name in names if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", page)}
+    assert missing == set(), "docs/reference/run-folder.md does not say what these are"
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
