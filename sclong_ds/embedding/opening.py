@@ -10,10 +10,10 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from data_prep.manifest.input_options import input_dataset
-from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.hub.hub import model_folder
+from sclong_ds.model.counts_input import model_input
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
 
@@ -104,11 +104,11 @@ def count_inputs(
     device = next(model.parameters()).device
     for start in range(0, counts.shape[0], batch_size):
         part = slice(start, start + batch_size)
-        values = log1p_normalise(counts[part], target_sum=model.transform.target_sum)
-        unmeasured = None
-        if masks and measured is not None:
-            unmeasured = torch.from_numpy(measured.of(part).unmeasured()).to(device)
-        yield part, torch.from_numpy(values).to(device), unmeasured
+        unknown = measured.of(part).unmeasured() if masks and measured is not None else None
+        x, unmeasured = model_input(
+            counts[part], target_sum=model.transform.target_sum, unmeasured=unknown, device=device
+        )
+        yield part, x, unmeasured
 
 
 def choose_device(name: str) -> torch.device:

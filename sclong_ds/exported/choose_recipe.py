@@ -38,6 +38,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import short_digests
+from sclong_ds.model.counts_input import model_input
 from sclong_ds.model.pooling import MEAN, Part, Recipe, scaling_map
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
@@ -322,17 +323,18 @@ def _pooled(
     with torch.inference_mode():
         for start in range(0, len(rows), _BATCH):
             some = slice(start, start + _BATCH)
-            values = log1p_normalise(counts[some], target_sum=model.transform.target_sum)
-            unmeasured = None
+            unknown = None
             if masks and corpus.measured_genes is not None:
-                table = ~corpus.measured_genes[corpus.row_dataset[rows[some]]]
-                unmeasured = torch.from_numpy(table).to(device)
-            x = torch.from_numpy(values).to(device)
+                unknown = ~corpus.measured_genes[corpus.row_dataset[rows[some]]]
+            x, unmeasured = model_input(
+                counts[some], target_sum=model.transform.target_sum, unmeasured=unknown,
+                device=device,
+            )  # fmt: skip
             for part, pooled in zip(
                 parts, model.pooled(x, parts, unmeasured=unmeasured), strict=True
             ):
                 found[part].append(pooled.float().cpu())
-            on_cells(len(values))
+            on_cells(len(x))
     return {part: torch.cat(some) for part, some in found.items()}
 
 

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.engine.ranks import Ranks
 from sclong_ds.exported.head import Head, HeadShape
 from sclong_ds.exported.model_dir import load_model
@@ -24,6 +23,7 @@ from sclong_ds.finetune.sections import Sections
 from sclong_ds.finetune.trainee import Trainee, add_low_rank
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.watchdog import Watchdog
+from sclong_ds.model.counts_input import model_input
 
 _REFERENCE_CELLS = 2000
 _ABSENT = -1e4
@@ -112,12 +112,12 @@ class Setting:
         device = self.ranks.device
         if self.on_features:
             return torch.from_numpy(self.features[rows]).to(device), None
-        values = log1p_normalise(self.examples.counts[rows], target_sum=self.target_sum)
-        unmeasured = None
-        if self.masks and self.examples.measured is not None:
-            these = self.examples.measured.of(rows).unmeasured()
-            unmeasured = torch.from_numpy(these).to(device)
-        return torch.from_numpy(values).to(device), unmeasured
+        measured = self.examples.measured if self.masks else None
+        unmeasured = None if measured is None else measured.of(rows).unmeasured()
+        return model_input(
+            self.examples.counts[rows], target_sum=self.target_sum, unmeasured=unmeasured,
+            device=device,
+        )  # fmt: skip
 
     def loss(self, outputs: Tensor, rows: NDArray[np.int64], train: NDArray[np.int64]) -> Tensor:
         """Return the mean loss of cells: weighted cross-entropy, or squared error of numbers.

@@ -1,7 +1,8 @@
 """`embed`: order, pooling, independence of batches, harmonisation, refusals.
 
 Covers also `sclong_ds/embedding/cells.py`, `sclong_ds/embedding/embed_arguments.py`,
-`sclong_ds/embedding/opening.py`, `sclong_ds/embedding/record.py`, `sclong_ds/embedding/stored.py`.
+`sclong_ds/embedding/opening.py`, `sclong_ds/embedding/record.py`, `sclong_ds/embedding/stored.py`,
+`sclong_ds/model/counts_input.py`.
 """
 
 import argparse
