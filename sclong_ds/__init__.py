@@ -8,6 +8,8 @@ Public names, imported on first use so that `import sclong_ds` costs nothing:
 - `push_to_hub(MODEL_DIR, "ORG/NAME")`: the same to the Hugging Face hub; `load_model` takes
   hf://ORG/NAME too.
 - `embed(model, cells)`: embeddings (n, W) of AnnData, a DataFrame or a file.
+- `predict(MODEL_DIR, cells)`: what a fine-tuned model says of cells, a DataFrame.
+- `gene_vectors(model)`: the vectors (G, C) of a model's genes, before any cell is seen.
 - `evaluate(model, cells, label=...)`: scores of these embeddings beside baselines.
 - `Corpus(PATH)`: a finalized corpus; `GeneVocabulary`: its genes.
 - `CellLoader(corpus, train_batch_size=...)`: batches of cells in training order for any training
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from sclong_ds.config.load import load_config
     from sclong_ds.corpus.corpus import Corpus
     from sclong_ds.corpus.genes import GeneVocabulary
-    from sclong_ds.embedding.in_memory import embed
+    from sclong_ds.embedding.in_memory import embed, predict
     from sclong_ds.evaluation.in_memory import evaluate
+    from sclong_ds.gene_analysis.genes import gene_vectors
     from sclong_ds.hub.hub import load_model, push_to_hub
     from sclong_ds.loader.loader import CellLoader, open_stream
     from sclong_ds.model.sclong import ScLong
@@ -39,9 +42,11 @@ __all__ = [
     "embed",
     "evaluate",
     "favor_attention",
+    "gene_vectors",
     "load_config",
     "load_model",
     "open_stream",
+    "predict",
     "push_to_hub",
     "train",
 ]
@@ -53,9 +58,11 @@ _HOMES = {
     "embed": "sclong_ds.embedding.in_memory",
     "evaluate": "sclong_ds.evaluation.in_memory",
     "favor_attention": "kernels.favor_attention",
+    "gene_vectors": "sclong_ds.gene_analysis.genes",
     "load_config": "sclong_ds.config.load",
     "load_model": "sclong_ds.hub.hub",
     "open_stream": "sclong_ds.loader.loader",
+    "predict": "sclong_ds.embedding.in_memory",
     "push_to_hub": "sclong_ds.hub.hub",
     "train": "sclong_ds.pretrain",
 }

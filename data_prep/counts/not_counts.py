@@ -18,6 +18,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 _EQUAL_SUMS = 0.02
+_MILLION = 2e-3
 LARGEST_LOG = 25.0
 """No count has a larger natural logarithm (7e10); larger values are not logarithms."""
 _WHOLE = 1e-3
@@ -176,6 +177,13 @@ def describe_whole(counts: sparse.csr_matrix) -> str:
     """
     totals = np.asarray(counts.sum(axis=1)).ravel()
     totals = totals[totals > 0]
+    # A few bulk samples are enough: rounding leaves sums near a million, subsampling equal ones.
+    near = len(totals) > 1 and bool((np.abs(totals / 1e6 - 1) < _MILLION).all())
+    if near and totals.min() < totals.max():
+        return (
+            f"looks like TPM or CPM, rounded, not counts (rows add up to {totals.min()} to "
+            f"{totals.max()})"
+        )
     if len(totals) < _FEWEST_CELLS:
         return ""
     genes_a_cell = counts.nnz / len(totals)

@@ -1,7 +1,8 @@
-"""Embed cells from Python: `sclong_ds.embed`.
+"""Embed cells from Python, or predict what a fine-tuned model learnt: `embed`, `predict`.
 
     model = sclong_ds.load_model("MODEL_DIR")
     adata.obsm["X_sclong"] = sclong_ds.embed(model, adata)
+    adata.obs = adata.obs.join(sclong_ds.predict("FINETUNED/model", adata))
 
 The rules are those of `python -m sclong_ds embed`: raw counts, human genes by
 Ensembl id or symbol, in X, raw or a layer; what is refused there is refused here, with the same
@@ -19,14 +20,24 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from anndata import AnnData
-from pandas import DataFrame
+from pandas import DataFrame, concat
 from pandas.api.types import is_numeric_dtype
 from scipy.sparse import csr_matrix
 
 from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 from data_prep.manifest.input_options import input_dataset
+from sclong_ds.command_line import HUB, WEB
 from sclong_ds.embedding.cells import Cells, open_cells
-from sclong_ds.embedding.embed import embed_counts, embedding_width, plain_columns
+from sclong_ds.embedding.embed import (
+    embed_and_predict,
+    embed_counts,
+    embedding_width,
+    plain_columns,
+)
+from sclong_ds.embedding.opening import choose_device
+from sclong_ds.exported.head import read_head
+from sclong_ds.exported.model_dir import load_model
+from sclong_ds.hub.hub import model_folder
 from sclong_ds.model.sclong import ScLong
 
 CellSource: TypeAlias = AnnData | DataFrame | str | Path
@@ -85,6 +96,64 @@ def embed(
             )
             done = rows.stop
         return np.concatenate(parts)
+
+
+def predict(
+    model: str | Path,
+    cells: CellSource,
+    *,
+    batch_size: int = 8,
+    device: str = "auto",
+    min_genes_mapped: int = MIN_GENES_MAPPED,
+    min_share_mapped: float = MIN_SHARE_MAPPED,
+    counts: str = "auto",
+    gene_column: str = "auto",
+    id_type: str = "auto",
+    gene_list: Path | None = None,
+    genome: str = "auto",
+) -> DataFrame:
+    """Return what a fine-tuned model predicts of cells, a row for each, in their order.
+
+    Args:
+        model: The folder `model` that `finetune` wrote, or its address.
+        cells: As for `embed`.
+        batch_size: As for `embed`.
+        device: auto, cpu or cuda.
+        min_genes_mapped: As for `embed`, like all that follow.
+        min_share_mapped: Smallest share (0 to 1) of the input's genes that the model must know.
+        counts: Where the raw counts are.
+        gene_column: Column of `var` with the gene names.
+        id_type: What the genes are named by.
+        gene_list: File with the names of the genes where `cells` holds none.
+        genome: The genome to read where `cells` holds several.
+
+    Returns:
+        The columns that `embed` adds to `obs`: `predicted_LABEL`, of labels
+        `predicted_LABEL_probability`, of numbers `predicted_LABEL_error`, and
+        `predicted_LABEL_unknown`; the index holds the names of the cells.
+
+    Raises:
+        FileNotFoundError: No such model or path.
+        ValueError: A model that was not fine-tuned, or what `embed` refuses.
+    """
+    folder = model_folder(model if str(model).startswith((HUB, *WEB)) else Path(model))
+    head = read_head(folder)
+    if head is None:
+        raise ValueError(f"{folder} predicts nothing: give the folder model/ that `finetune` wrote")
+    loaded = load_model(folder, device=choose_device(device))
+    how: dict[str, Any] = {"counts": counts, "gene_column": gene_column, "id_type": id_type}
+    how |= {"gene_list": gene_list, "genome": genome}
+    with opened_cells(loaded, cells, (), min_genes_mapped, min_share_mapped, how) as opened:
+        parts, done = [], 0
+        for block in opened.blocks():
+            rows = slice(done, done + block.counts.shape[0])
+            measured = None if opened.measured is None else opened.measured.of(rows)
+            _, columns = embed_and_predict(
+                loaded, block.counts, head, batch_size=batch_size, measured=measured
+            )
+            parts.append(DataFrame(columns, index=opened.obs.index[rows]))
+            done = rows.stop
+        return concat(parts)
 
 
 @contextmanager

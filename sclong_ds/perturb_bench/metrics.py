@@ -103,7 +103,7 @@ def summary(scores: Mapping[str, pd.DataFrame], *, simple: set[str], seed: int) 
     drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
     rows = {}
     for name in sorted(scores, key=lambda name: (name not in simple, -means[name])):
-        row = {}
+        row: dict[str, float] = {}
         for metric in METRICS:
             row |= _bounded(metric, scores[name][metric].to_numpy(), drawn)
         gain = scores[name]["delta_pearson"] - scores[best]["delta_pearson"]

@@ -175,6 +175,20 @@ SPREAD = np.rint(4e3 * FEW / FEW.sum(axis=1, keepdims=True))
 """Values so small that rounding moves the totals by 4 %, with no 1 among them."""
 
 
+def test_rounded_tpm_of_a_few_bulk_samples_is_taken_only_by_name() -> None:
+    rng = np.random.default_rng(5)
+    bulk = rng.negative_binomial(3, 3 / (3 + np.exp(rng.normal(2, 2, (3, 2000)))))
+    per_length = bulk / np.exp(rng.normal(7, 0.7, 2000))
+    tpm = np.rint(1e6 * per_length / per_length.sum(axis=1, keepdims=True))
+    with pytest.raises(UnusableError, match="X looks like TPM or CPM, rounded, not counts"):
+        choose_counts([matrix(tpm)], "auto")
+    assert chosen([matrix(tpm)], "X") == "X"
+    assert chosen([matrix(bulk)], "auto") == "X"
+    # Counts that were subsampled to a million each are counts.
+    shares = rng.dirichlet(np.ones(2000))
+    assert chosen([matrix(rng.multinomial(1_000_000, shares, 3))], "auto") == "X"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

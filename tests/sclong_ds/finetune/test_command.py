@@ -33,6 +33,7 @@ from launching import ROOT, environment
 from scipy.sparse import csr_matrix
 
 from sclong_ds.__main__ import main
+from sclong_ds.embedding.in_memory import predict
 from sclong_ds.exported.head import read_head
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import read_training_cells
@@ -186,6 +187,16 @@ def test_the_written_model_embeds_and_predicts_as_the_last_fit_did(statuses, fol
                 np.testing.assert_allclose(own, embedded, atol=1e-4)
             else:
                 assert own.astype(str).tolist() == embedded.astype(str).tolist()
+    how = {"device": "cpu", "min_genes_mapped": 1}
+    table = predict(folder / out / "model", made_cells(), **how)
+    assert table.index.tolist() == given.obs_names.tolist()
+    for name in table:
+        if table[name].dtype.kind == "f":
+            np.testing.assert_allclose(table[name], given.obs[name], atol=1e-5)
+        else:
+            assert table[name].astype(str).tolist() == given.obs[name].astype(str).tolist()
+    with pytest.raises(ValueError, match="predicts nothing: give the folder model/"):
+        predict(folder / "exported", made_cells(), **how)
 
 
 def test_lora_changes_the_chosen_stacks_alone_and_the_cells_are_now_known(statuses, folder):
