@@ -118,7 +118,7 @@ from sclong_ds.loader.batches import StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.loader.weights import weights_of
 from sclong_ds.model.random_features import redraw_index
-from sclong_ds.objective.batch import masked_squared_error
+from sclong_ds.objective.losses import loss_of, n_scored, outputs_of
 from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.progress import progress_bar
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
@@ -280,7 +280,7 @@ def next_batch(opened: Opened, counted: Counted, loader: CellLoader) -> tuple[St
     except (ValueError, OSError) as error:
         problem = str(error)
     else:
-        mine = sum(int(b.extra.targets.n_targets.sum()) for b in batch.micro_batches)
+        mine = sum(n_scored(b.extra.targets, opened.cells.model) for b in batch.micro_batches)
         skipped = batch.skipped
     # From here on a rank waits for the others; one that still reads is in an earlier phase.
     opened.watchdog.beat(step, "targets")
@@ -303,11 +303,10 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
     step, timer = done + 1, StepTimer(ranks.device)
     lr = set_hyper_parameters(engine, config.optim, done - skipped, max_steps=config.run.max_steps)
     model.redraw_features(redraw_index(config.model, done))
-    # The loss is the mean over the targets of the global batch, whatever the number of ranks,
-    # micro-batches and targets of a cell. DeepSpeed averages over ranks and micro-batches; the
-    # weight undoes that.
+    # The loss is the mean over the targets of the global batch, however they are divided. DeepSpeed
+    # averages over ranks and micro-batches; the weight undoes that.
     weight = ranks.world_size * len(batch.micro_batches) / max(n_targets, 1)
-    squared_error = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for micro_batch in batch.micro_batches:
         # A step of many micro-batches takes longer than a launcher waits for its ranks to end.
         if any_rank_must_stop(ranks, opened.stop):
@@ -321,21 +320,22 @@ def train_step(run: Run, batch: StepBatch, n_targets: int) -> dict[str, float] |
                 positions=masked.positions,
                 lengths=micro_batch.extra.lengths,
                 unmeasured=masked.unmeasured,
+                outputs=outputs_of(config.model, config.objective),
             )
-            loss = masked_squared_error(predicted, masked.true, masked.valid)
+            loss = loss_of(predicted, masked, config.model, config.objective)
         watchdog.beat(step, "backward")
         with timer.part("backward"):
             engine.backward(loss * weight)
         with timer.part("optimizer"):
             opened.gradient_norms.measure()
             engine.step()
-        squared_error += loss.detach()
+        total += loss.detach()
     if config.model.mask_vector_max_norm is not None and engine.was_step_applied():
         limit_norm(model.expression_encoder.mask_vector, config.model.mask_vector_max_norm)
     watchdog.beat(step, "loss")
-    dist.all_reduce(squared_error)
+    dist.all_reduce(total)
     figures = {
-        "train/loss": squared_error.item() / max(n_targets, 1),
+        "train/loss": total.item() / max(n_targets, 1),
         "train/grad_norm": float(engine.get_global_grad_norm()),
         "train/lr": lr,
         **opened.gradient_norms.figures(),

@@ -36,7 +36,10 @@ from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.model import performer
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model.values.cell_vector import CellStart, principal_directions
-from sclong_ds.objective.batch import masked_squared_error
+from sclong_ds.model.values.value_head import one_count
+from sclong_ds.model.values.zero_head import expressed_chance
+from sclong_ds.objective.batch import MaskedBatch
+from sclong_ds.objective.losses import ExpressedScore, loss_of, n_scored, outputs_of
 from sclong_ds.objective.scores import TargetTable, scores
 from sclong_ds.objective.targets import Targets
 from sclong_ds.planning.costs import training_flops_per_cell
@@ -114,6 +117,8 @@ def run(
             for stack in stacks.values():
                 all_of_them.enter_context(uniform_attention(stack))
             figures["uniform_all_mse"] = study.figures(predict(net, study))["val/mse"]
+    if config.model.zero_head:
+        figures |= expressed_figures(net, study, config)
     visits = config.run.max_steps * config.engine.train_batch_size
     parameters = sum(p.numel() for p in net.parameters())
     about = {"seed": seed, "visits": visits, "cpu_s": seconds, "parameters": parameters}
@@ -188,6 +193,7 @@ def train(net: ScLong, panel: Panel, config: RunConfig, *, seed: int, factor: fl
         if (own := [p for p in group["params"] if (id(p) in direct) == inside])
     ]
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    outputs = outputs_of(config.model, config.objective)
     visits = _visits(len(panel.train.rows), seed)
     for step in range(config.run.max_steps):
         for group in optimizer.param_groups:
@@ -197,11 +203,12 @@ def train(net: ScLong, panel: Panel, config: RunConfig, *, seed: int, factor: fl
         drawn = panel.train.targets(rows, config.objective, seed=seed, epoch=epoch)
         x = panel.train.values(rows)
         positions = torch.from_numpy(drawn.positions)
-        predicted = net(x, hidden_mask(x.shape, drawn), positions=positions)
-        valid = torch.from_numpy(drawn.valid)
-        error = masked_squared_error(predicted, x.gather(1, positions), valid)
+        hidden, valid = hidden_mask(x.shape, drawn), torch.from_numpy(drawn.valid)
+        found = net(x, hidden, positions=positions, outputs=outputs)
+        masked = MaskedBatch(x, hidden, positions, valid, x.gather(1, positions))
+        error = loss_of(found, masked, config.model, config.objective)
         optimizer.zero_grad()
-        (error / valid.sum()).backward()
+        (error / n_scored(drawn, config.model)).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), config.engine.gradient_clipping)
         optimizer.step()
 
@@ -273,6 +280,36 @@ def _cell_into_decoder(net: ScLong) -> None:
 
     net.register_forward_pre_hook(note)
     net.decoder.register_forward_pre_hook(add)
+
+
+def expressed_figures(net: ScLong, study: Study, config: RunConfig) -> dict[str, float]:
+    """Return the product's figures of the zero head, on hidden targets with zeros among them.
+
+    `expressed/K` is how often genes are expressed of which it says K / 10 to (K + 1) / 10, and
+    `said/K` the mean of what it says of them.
+    """
+    panel, cells = study.panel, study.panel.held_out
+    share = config.objective.mask_prob / config.objective.zero_mask_prob
+    level = np.asarray(first_output(config.model, panel.stats))
+    score = ExpressedScore(level, share, torch.device("cpu"))
+    drawn = cells.targets(np.arange(len(cells.rows)), config.objective, seed=0, epoch=-1)
+    positions, hidden = torch.from_numpy(drawn.positions), hidden_mask(study.x.shape, drawn)
+    masked = MaskedBatch(
+        study.x, hidden, positions, torch.from_numpy(drawn.valid), study.x.gather(1, positions)
+    )
+    with torch.inference_mode():
+        visible = (study.x > 0) & ~hidden
+        one, cell = one_count(study.x, visible), net.cell_vector(study.x, visible)
+        eta = net.zero_head(cell, one, positions)
+    score.add(eta, masked)
+    found = score.compute()
+    is_value, said = (masked.true > 0).double(), expressed_chance(eta).double()
+    weight = torch.where(masked.true > 0, 1.0, share) * torch.from_numpy(drawn.hidden & drawn.valid)
+    for k in range(10):
+        own = weight * ((said * 10).floor().clamp(max=9) == k)
+        found[f"expressed/{k}"] = float((is_value * own).sum() / own.sum())
+        found[f"said/{k}"] = float((said * own).sum() / own.sum())
+    return found
 
 
 def scale_queries_and_keys(net: ScLong, factor: float) -> None:

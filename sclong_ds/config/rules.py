@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 from sclong_ds.config.sections import (
+    COUNT_OFFSETS,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -44,6 +45,7 @@ def check(config: RunConfig, where: str) -> None:
         *_objective_rules(config.objective),
         *_checkpoint_rules(config.checkpoint),
         *_model_rules(config.model),
+        *_loss_rules(config.model, config.objective),
         *_optim_rules(config.optim),
         (
             (config.tracking.picture_cells or 0) >= 0,
@@ -117,6 +119,29 @@ def _objective_rules(o: ObjectiveConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def _loss_rules(m: ModelConfig, o: ObjectiveConfig) -> list[tuple[bool, str]]:
+    """Return what must hold between model and objective, and the message if it does not."""
+    likelihood = o.loss == "likelihood"
+    return [
+        (
+            not likelihood or m.cell_offset in COUNT_OFFSETS,
+            f"objective.loss=likelihood needs model.cell_offset=poisson or negative_binomial, the "
+            f"distribution of counts; got {m.cell_offset}",
+        ),
+        (
+            not likelihood or o.zero_mask_prob == 0 or m.zero_head,
+            f"objective.loss=likelihood is of counts of 1 or more: zero targets "
+            f"(objective.zero_mask_prob={o.zero_mask_prob}) need model.zero_head=true",
+        ),
+        (
+            not m.zero_head or (o.zero_mask_prob > 0 and o.mask_prob_range is None),
+            f"model.zero_head learns from zero targets, of which each stands for mask_prob / "
+            f"zero_mask_prob: needs objective.zero_mask_prob above 0 (got {o.zero_mask_prob}) and "
+            f"objective.mask_prob_range=null",
+        ),
+    ]
+
+
 def _checkpoint_rules(c: CheckpointConfig) -> list[tuple[bool, str]]:
     """Return what must hold in the checkpoint section, and the message if it does not."""
     every, kept = c.every_n_steps, c.keep_every_n_steps
@@ -165,6 +190,12 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
             m.cell_offset == "none" or m.gene_bias,
             f"model.cell_offset={m.cell_offset} is measured from the genes' biases: needs "
             f"model.gene_bias=true",
+        ),
+        (
+            not m.zero_head or (m.cell_vector != "none" and m.cell_offset in COUNT_OFFSETS),
+            f"model.zero_head reads the cell's vector and starts at the genes' rates: needs "
+            f"model.cell_vector=random or svd (got {m.cell_vector}) and model.cell_offset=poisson "
+            f"or negative_binomial (got {m.cell_offset})",
         ),
         (
             m.random_features_file is None or "favor" in kinds,

@@ -7,7 +7,9 @@ import math
 from typing import Literal
 
 POISSON_COUNTS = 64
-"""Largest count whose chance `model.cell_offset: poisson` computes."""
+"""Largest count whose chance `model.cell_offset: poisson` and `negative_binomial` compute."""
+COUNT_OFFSETS = ("poisson", "negative_binomial")
+"""Of `model.cell_offset`: those with which the head predicts the log of a rate."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,19 +97,26 @@ class ModelConfig:
     gene_bias: bool
     """One learned output bias per gene, initialised at the gene's mean expressed value in the
     training cells."""
-    cell_offset: Literal["none", "visible", "poisson"]
+    cell_offset: Literal["none", "visible", "poisson", "negative_binomial"]
     """How a cell's depth enters its predictions, so that the model learns what it does not explain;
     needs gene_bias. visible: one number per cell is added, the mean over its visible expressed
     genes of value minus gene bias (an additive two-way model). poisson: the head predicts a gene's
     log rate, and the value is that expected of a Poisson count of 1 or more at the cell's depth (a
     zero-truncated Poisson regression with the log depth as offset); the smallest visible value is
-    taken for one count, so counts must be whole. none: nothing (scLong)."""
+    taken for one count, so counts must be whole. negative_binomial: the same of a negative binomial
+    count, with a learned dispersion per gene; for objective.loss=likelihood, which teaches it.
+    none: nothing (scLong)."""
     cell_vector: Literal["none", "random", "svd"]
     """A vector of the cell, made of its visible values, that every prediction reads beside its
     gene's representation: the values less the gene's mean, summed with a learned vector per gene,
     and an MLP. random: these vectors start at normal(0, 0.02); svd: they start at the principal
     directions of the first training cells, and so the model at a principal component imputation.
     none: scLong."""
+    zero_head: bool
+    """A second head for the chance that a gene is expressed at all, read from the cell's vector and
+    depth, so that `predict` gives P(expressed) and the expected value. Learns from zero targets:
+    needs cell_vector, cell_offset=poisson or negative_binomial, objective.zero_mask_prob above 0
+    and mask_prob_range null."""
     attention: Literal["favor", "softmax"]
     """Attention of the stacks that do not set their own. favor: FAVOR+ random features, linear in
     the genes; softmax: exact attention, quadratic (random_features, favor_eps, stabiliser_scope and
@@ -201,6 +210,11 @@ class ObjectiveConfig:
     """Share of a cell's zero genes that are targets too (0 in scLong)."""
     replace_prob: float
     """Share of the targets whose value is hidden; the rest keep it (0.9 in scLong)."""
+    loss: Literal["mse", "likelihood"]
+    """Of a target above 0. mse: squared error of its value (scLong). likelihood: negative log
+    likelihood of its count, known to be 1 or more, under the distribution that model.cell_offset
+    names: poisson or negative_binomial. Other zero targets than those of model.zero_head have
+    none."""
     target_rounding: Literal["exact", "float32"]
     """exact: ceil(mask_prob * n) targets of n values; float32: the product is rounded to float32
     before, which makes one more at some n (the released code)."""

@@ -25,7 +25,7 @@ PARTS = {
     "large": ("to_large", "large_encoder", "from_large"),
     "mini": ("mini_encoder",),
     "decoder": ("decoder", "norm"),
-    "head": ("head",),
+    "head": ("head", "zero_head"),
 }
 """Metric name to the children of `ScLong` that it covers."""
 

@@ -372,7 +372,7 @@ or `python -m sclong_ds embed MODEL_DIR cells.h5ad --out embedded.h5ad`.
 expressed values were hidden and predicted in training. For a gene without counts it is not the
 value of the cell, which is 0, and does not say whether the gene is expressed: do not use it as a
 profile, to fill in zeros, or as the response to a perturbation.
-
+{_ZERO_HEAD if model.get("zero_head") else ""}
 Input: raw counts in the order of genes.tsv, transformed by log1p({target_sum:g} * count / total),
 where the total is over these genes. `embed` takes raw counts and does this itself.
 
@@ -385,6 +385,11 @@ in the large encoder, gene encoder: {model["gene_encoder"]}.
 
 {_fine_tuned(provenance)}{_embedding(chosen)}
 {_source(provenance) if imported else _training(provenance)}"""
+
+
+_ZERO_HEAD = """
+`model.predict(x)` gives that chance (`expressed`), this value and their product (`expected`).
+"""
 
 
 def _stacks(model: Mapping[str, Any]) -> str:

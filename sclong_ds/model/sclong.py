@@ -20,6 +20,7 @@ remaining ones, P wanted genes, C base width, D large width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +41,19 @@ from sclong_ds.model.routing import (
 )
 from sclong_ds.model.values.cell_vector import CellStart, CellVector
 from sclong_ds.model.values.expression_encoder import ExpressionEncoder
-from sclong_ds.model.values.value_head import ValueHead
+from sclong_ds.model.values.value_head import Output, ValueHead, one_count
+from sclong_ds.model.values.zero_head import ZeroHead, expressed_chance
+
+
+class Prediction(NamedTuple):
+    """What a model with a zero head says of the genes of cells, (B, G) each."""
+
+    expressed: Tensor
+    """Chance that a cell like this, read as deeply, shows the gene at all."""
+    given_expressed: Tensor
+    """Expected value, given that it does: what the model itself returns."""
+    expected: Tensor
+    """The product: expected value, zeros included."""
 
 
 class ScLong(nn.Module):
@@ -112,6 +125,8 @@ class ScLong(nn.Module):
             cell_genes=0 if config.cell_vector == "none" else n_genes,
             start=cell_start,
         )
+        if config.zero_head:
+            self.zero_head = ZeroHead(base, np.broadcast_to(output_mean, n_genes))
 
     def _performer(self, name: str, dim: int, features: Mapping[str, Tensor] | None) -> Performer:
         sizes: PerformerConfig = getattr(self.config, name)
@@ -127,12 +142,13 @@ class ScLong(nn.Module):
         positions: Tensor | None = None,
         lengths: Sequence[int] | None = None,
         unmeasured: Tensor | None = None,
+        outputs: Sequence[Output] = ("value",),
     ) -> Tensor:
         """Predict the value of every gene, or of some, given that the gene is expressed.
 
         Training hides expressed values alone, unless `objective.zero_mask_prob` is above 0. For a
         gene with zero counts the prediction is the value that it would have were it expressed,
-        not what to expect of the cell.
+        not what to expect of the cell: that is what `predict` says, of a model with a zero head.
 
         Args:
             x: Transformed expression (B, G), >= 0, in the model's gene order.
@@ -144,17 +160,48 @@ class ScLong(nn.Module):
                 otherwise, and with `model.zero_genes`. None counts them, for which a GPU waits.
             unmeasured: (B, G) bool, genes of which nothing is known, whatever `x` holds there: they
                 are encoded as hidden values are, and routed as unexpressed. None: all are known.
+            outputs: What to say of the genes, `eta` last: the losses need other things than values.
 
         Returns:
-            (B, G), or (B, P), predicted values.
+            (B, G), or (B, P), predicted values; with several `outputs` (Q, B, G) or (Q, B, P).
         """
         h = self._represent(x, mask, positions, lengths, unmeasured)["decoder"]
         if self.config.cell_offset == "none" and self.config.cell_vector == "none":
-            return self.head(h, positions)
+            return self.head(h, positions, outputs=outputs)
         unknown = unknown_genes(mask, unmeasured, routing="top")
         visible = x > 0 if unknown is None else (x > 0) & ~unknown
         cell = None if self.config.cell_vector == "none" else self.cell_vector(x, visible)
-        return self.head(h, positions, x=x, visible=visible, cell=cell)
+        of_head = [name for name in outputs if name != "eta"]
+        found = self.head(h, positions, x=x, visible=visible, cell=cell, outputs=of_head)
+        if len(of_head) == len(outputs):
+            return found
+        eta = self.zero_head(cell, one_count(x, visible), positions)
+        return torch.cat([found.reshape(-1, *eta.shape), eta[None]])
+
+    def predict(
+        self, x: Tensor, mask: Tensor | None = None, *, unmeasured: Tensor | None = None
+    ) -> Prediction:
+        """Predict of every gene the chance that it is expressed, and its expected value.
+
+        A value that is visible is part of what its own gene's chance is read from: hide it to ask
+        what the rest of the cell says.
+
+        Args:
+            x: As in `forward`.
+            mask: As in `forward`.
+            unmeasured: As in `forward`.
+
+        Raises:
+            ValueError: The model has no zero head.
+        """
+        if not self.config.zero_head:
+            raise ValueError(
+                "predict: the model has no zero head, so it knows values of expressed genes alone; "
+                "train with model.zero_head=true, or call the model for these values"
+            )
+        value, eta = self(x, mask, unmeasured=unmeasured, outputs=("value", "eta"))
+        chance = expressed_chance(eta)
+        return Prediction(chance, value, chance * value)
 
     def encode(
         self,

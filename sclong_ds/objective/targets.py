@@ -38,12 +38,14 @@ class Targets:
         hidden: (B, P) bool, values the model must not see; False at padding.
         valid: (B, P) bool, False at padding.
         n_targets: (B,) int64 targets of each cell.
+        n_values: (B,) int64 those of them that are no zeros.
     """
 
     positions: NDArray[np.int64]
     hidden: NDArray[np.bool_]
     valid: NDArray[np.bool_]
     n_targets: NDArray[np.int64]
+    n_values: NDArray[np.int64]
 
 
 def target_count(n_nonzero: int, objective: ObjectiveConfig) -> int:
@@ -92,14 +94,15 @@ def draw_targets(
             passes.tolist(), cell_ids.tolist(), epochs.tolist(), strict=True,
         )
     ]  # fmt: skip
-    n_targets = np.array([len(genes) for genes, _ in draws], dtype=np.int64)
+    n_targets = np.array([len(genes) for genes, _, _ in draws], dtype=np.int64)
+    n_values = np.array([n for _, _, n in draws], dtype=np.int64)
     width = WIDTH_STEP * max(1, math.ceil(n_targets.max(initial=0) / WIDTH_STEP))
     positions = np.zeros((len(draws), width), dtype=np.int64)
     hidden = np.zeros((len(draws), width), dtype=bool)
-    for b, (genes, replaced) in enumerate(draws):
+    for b, (genes, replaced, _) in enumerate(draws):
         positions[b, : len(genes)] = genes
         hidden[b, : len(genes)] = replaced
-    return Targets(positions, hidden, np.arange(width) < n_targets[:, None], n_targets)
+    return Targets(positions, hidden, np.arange(width) < n_targets[:, None], n_targets, n_values)
 
 
 def _draw_cell(
@@ -109,8 +112,8 @@ def _draw_cell(
     seed: int,
     n_genes: int,
     none_of: NDArray[np.bool_] | None,
-) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
-    """Return a cell's target genes and which are hidden.
+) -> tuple[NDArray[np.integer], NDArray[np.bool_], int]:
+    """Return a cell's target genes, which are hidden, and how many are no zeros.
 
     `counter` is (pass, cell, epoch); `none_of` (G,) genes that are no targets, or None.
     """
@@ -129,13 +132,13 @@ def _draw_cell(
     count = _ceil_share(n_zero, objective.zero_mask_prob, objective.target_rounding)
     # An unreadable cell keeps its place with no counts and gets no targets.
     if count == 0 or len(genes) == 0:
-        return targets, hidden
+        return targets, hidden, len(targets)
     zeros = rng.choice(n_zero, count, replace=False, shuffle=False)
     others = genes if none_of is None else np.union1d(genes, np.flatnonzero(none_of))
     # The number of zero genes before each other gene says how many of those come first.
     zeros += np.searchsorted(others - np.arange(len(others)), zeros, side="right")
     more = rng.random(count) < objective.replace_prob
-    return np.concatenate((targets, zeros)), np.concatenate((hidden, more))
+    return np.concatenate((targets, zeros)), np.concatenate((hidden, more)), len(targets)
 
 
 def _ceil_share(n: int, share: float, rounding: str) -> int:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 
-from sclong_ds.config.sections import POISSON_COUNTS, ModelConfig, PerformerConfig
+from sclong_ds.config.sections import COUNT_OFFSETS, POISSON_COUNTS, ModelConfig, PerformerConfig
 
 
 def top_genes(model: ModelConfig, n_expressed: int | None = None) -> int:
@@ -112,11 +112,15 @@ def parameter_shapes(model: ModelConfig, n_genes: int) -> dict[str, list[tuple[i
         slopes = [(n_genes, c)]
         cell["cell_vector"] = [(n_genes,), (n_genes, c), (c,), (c,), (2 * c, c), (2 * c,)]
         cell["cell_vector"] += [(c, 2 * c), (c,)]
+    if model.cell_offset == "negative_binomial":
+        slopes = [(n_genes,), *slopes]
+    zeros = {"zero_head": [(n_genes,), (n_genes,), (n_genes, c)]} if model.zero_head else {}
     return (
         shapes
         | {"norm": [(c,), (c,)]}
         | cell
         | {"head": [*mlp_head, (c,), (n_genes if model.gene_bias else 1,), *slopes]}
+        | zeros
     )
 
 
@@ -240,6 +244,8 @@ def _flops(
         summed, body = 2 * n_genes * c, 2 * 2 * c * 2 * c
         flops["cell_vector"] = (summed + body, 2 * summed + 2 * body)
         flops["head"] = (mlp + 2 * vector, 2 * mlp + vector + 2 * vector)
+    if model.zero_head:
+        flops["zero_head"] = (vector, 2 * vector)
     if model.contextual_encoder != "mini":
         flops |= {"to_large": (cross, 2 * cross), "from_large": (cross, 2 * cross)}
     for name, (stack, width, n) in stacks(model, n_genes, n_expressed).items():
@@ -308,8 +314,7 @@ def activation_bytes(
         "norm": n * (c * e + stats),
         "head": _head_bytes(model, n_genes, n_wanted, e),
     }
-    if model.cell_vector != "none":
-        parts["cell_vector"] = _cell_vector_bytes(model, n_genes, e)
+    parts |= _cell_parts(model, n_genes, wanted, e)
     packed = model.routing == "expressed"
     if model.contextual_encoder != "mini":
         # Two int64 permutations, the top genes that to_large reads: of packed cells a view.
@@ -343,12 +348,24 @@ def _offset_bytes(model: ModelConfig, n_genes: int, wanted: int) -> int:
     """Return what `model.cell_offset` keeps of a cell, bytes, in fp32 at least."""
     if model.cell_offset == "visible":
         return n_genes + 8  # which values are visible, and their number
-    if model.cell_offset == "poisson":
-        counts = 4 * POISSON_COUNTS
+    if model.cell_offset in COUNT_OFFSETS:
+        # Of a negative binomial count also what the gamma functions and the dispersion need.
+        counts = 4 * POISSON_COUNTS * (1 if model.cell_offset == "poisson" else 3)
         # The chance of each count, and what else the expected value needs; of the cell the values
         # of counts, and half a count's.
         return wanted * (counts + 5 * 4 + 1) + counts + 4
     return 0
+
+
+def _cell_parts(model: ModelConfig, n_genes: int, wanted: int, e: int) -> dict[str, int]:
+    """Return what the parts that read the cell as a whole keep of it, bytes."""
+    parts = {}
+    if model.cell_vector != "none":
+        parts["cell_vector"] = _cell_vector_bytes(model, n_genes, e)
+    if model.zero_head:
+        # In fp32 a copy of the weights and slopes of these genes, and the log depth.
+        parts["zero_head"] = wanted * (model.base_dim + 1) * 4 + 4
+    return parts
 
 
 def _cell_vector_bytes(model: ModelConfig, n_genes: int, e: int) -> int:
@@ -421,7 +438,7 @@ def peak_activation_bytes(
     stored = sum(kept.values())
     # The gradients of the predictions and of what they are made from: all else is still kept.
     wanted = n_genes if n_wanted is None else n_wanted
-    counts = 2 * 4 * POISSON_COUNTS if model.cell_offset == "poisson" else 0
+    counts = 2 * 4 * POISSON_COUNTS if model.cell_offset in COUNT_OFFSETS else 0
     peak = micro_batch * (stored + wanted * (4 + model.base_dim * e + counts))
     for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
         inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width

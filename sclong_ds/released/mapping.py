@@ -78,6 +78,7 @@ def reference_config(state: Mapping[str, Tensor], *, top_seq_len: int) -> ModelC
         gene_bias=False,
         cell_offset="none",
         cell_vector="none",
+        zero_head=False,
         attention="favor",
         favor_eps=1e-4,
         random_features="orthogonal_qr",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
-from sclong_ds.config.sections import DataConfig, EngineConfig, ModelConfig
+from sclong_ds.config.sections import COUNT_OFFSETS, DataConfig, EngineConfig, ModelConfig
 from sclong_ds.corpus.corpus import Corpus, GeneStats
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.datasheet.health import health_of
@@ -210,10 +210,10 @@ def make_model(model: ModelConfig, corpus: Corpus, *, restored: bool = False) ->
 def first_output(model: ModelConfig, stats: GeneStats) -> float | NDArray[np.float64]:
     """Return the head's first output, one number or one per gene (G,).
 
-    The mean value; with `model.cell_offset: poisson` the log of the mean share of a cell's counts,
-    scaled as values are.
+    The mean value; where `model.cell_offset` names a distribution of counts the log of the mean
+    share of a cell's counts, scaled as values are.
     """
-    if model.cell_offset == "poisson":
+    if model.cell_offset in COUNT_OFFSETS:
         share = stats.total_counts / max(1, stats.total_counts.sum())
         return np.log(stats.target_sum * np.maximum(share, LEAST_SHARE))
     return stats.mean_expressed if model.gene_bias else stats.mean_expressed_all

@@ -29,11 +29,13 @@ from sclong_ds.model.random_features import redraw_index
 from sclong_ds.model.routing import unknown_genes
 from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.objective.batch import MaskedBatch
+from sclong_ds.objective.losses import ExpressedScore
 from sclong_ds.objective.metrics import MaskedMetrics, routed_large
 from sclong_ds.objective.nearest_cells import NearestCells
 from sclong_ds.objective.scores import MODEL, TargetTable, scores
 from sclong_ds.run_folder.metric_names import BASELINES, MSE
 from sclong_ds.run_folder.rows import judged, sentence
+from sclong_ds.training.build import first_output
 from sclong_ds.training.pictured import Pictures
 from sclong_ds.training.run import Opened
 from sclong_ds.training.saving import Saver
@@ -113,20 +115,27 @@ class Validation:
             self._baselines = self._fitted_baselines()
         metrics = MaskedMetrics(self._cells.corpus.gene_stats.mean_expressed, self._ranks.device)
         tables: list[dict[str, np.ndarray]] = []
-        for batch, masked, predicted in self._predictions(rows):
-            if predicted is None:
+        chance = self._expressed_score()
+        for batch, masked, found in self._predictions(rows):
+            if found is None:
                 self._engine.train()
                 return False
+            predicted, eta = found
+            if chance is not None and eta is not None:
+                chance.add(eta, masked)
             unseen = masked.valid & _hidden_targets(masked)
             large = _in_large(self._cells.model, masked)
             metrics.add(predicted, masked.true, unseen, masked.positions, large)
             tables.append(self._table(batch, masked, predicted))
         dist.all_reduce(metrics.sums)
+        if chance is not None:
+            dist.all_reduce(chance.sums)
         attention = self._attention(rows)
         self._engine.train()
         everyone = _of_all_ranks(self._ranks, tables)
         figures = (
             metrics.compute()
+            | (chance.compute() if chance is not None else {})
             | _scores(self._cells.corpus, everyone)
             | attention
             | {
@@ -144,8 +153,8 @@ class Validation:
 
     def _predictions(
         self, rows: np.ndarray
-    ) -> Iterator[tuple[CellBatch, MaskedBatch, Tensor | None]]:
-        """Yield this rank's cells, their targets, and what the model predicts there.
+    ) -> Iterator[tuple[CellBatch, MaskedBatch, tuple[Tensor, Tensor | None] | None]]:
+        """Yield this rank's cells, their targets, and what the model says there as `_predicted`.
 
         A prediction is None when a rank was asked to stop.
         """
@@ -228,7 +237,7 @@ class Validation:
             found = torch.zeros(2, dtype=torch.float64, device=ranks.device)
             for masked, lengths, unseen in batches:
                 self._watchdog.beat(self._step, "validation: attention")
-                squared = (self._predicted(masked, lengths).double() - masked.true).square()
+                squared = (self._predicted(masked, lengths)[0].double() - masked.true).square()
                 found += torch.stack([torch.where(unseen, squared, 0.0).sum(), unseen.sum()])
             return found
 
@@ -240,16 +249,29 @@ class Validation:
         prepared = self._cells.prepare(batch)
         return self._cells.to_device(batch, prepared), prepared.lengths
 
-    def _predicted(self, masked: MaskedBatch, lengths: list[int] | None) -> Tensor:
-        """Return what the model predicts at the targets (B, P)."""
-        predicted: Tensor = self._engine(
+    def _predicted(
+        self, masked: MaskedBatch, lengths: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return predicted values (B, P) at the targets, and what the zero head says, if any."""
+        some = self._cells.model.zero_head
+        found: Tensor = self._engine(
             masked.x,
             masked.hidden,
             positions=masked.positions,
             lengths=lengths,
             unmeasured=masked.unmeasured,
+            outputs=("value", "eta") if some else ("value",),
         )
-        return predicted
+        return (found[0], found[1]) if some else (found, None)
+
+    def _expressed_score(self) -> ExpressedScore | None:
+        """Return what scores the zero head, of a model that has one."""
+        model, objective = self._cells.model, self._cells.objective
+        if not model.zero_head:
+            return None
+        share = objective.mask_prob / objective.zero_mask_prob
+        level = first_output(model, self._cells.corpus.gene_stats)
+        return ExpressedScore(np.asarray(level), share, self._ranks.device)
 
     def _table(
         self, batch: CellBatch, masked: MaskedBatch, predicted: Tensor

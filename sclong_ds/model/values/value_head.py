@@ -6,15 +6,24 @@ Shapes: B cells, G genes, P wanted genes, C base width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sclong_ds.config.sections import POISSON_COUNTS
+from sclong_ds.config.sections import COUNT_OFFSETS, POISSON_COUNTS
 from sclong_ds.model.values.cell_vector import CellStart, fill_columns
 
+Output = Literal["value", "log_level", "log_dispersion", "eta"]
+"""What is said of a gene: its value, given that it is expressed; the log of its mean before log1p;
+the log of the dispersion of its counts; what the zero head says (`zero_head.py`)."""
+DISPERSIONS = (-4.0, 7.0)
+"""Logs of dispersions: from far beyond a Poisson distribution's variance to one like it."""
 _LARGE_RATE = 40.0
+_LARGE_RATE_OF_WIDE = 8.0
+"""Of a negative binomial distribution, whose counts reach further."""
 
 
 class ValueHead(nn.Module):
@@ -51,6 +60,9 @@ class ValueHead(nn.Module):
         else:
             self.weight = nn.Parameter(torch.zeros(dim))
             self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
+        # Starts at a variance of mean + mean^2.
+        n_dispersions = self.bias.numel() if offset == "negative_binomial" else 0
+        self.dispersion = nn.Parameter(torch.zeros(n_dispersions)) if n_dispersions else None
         self.cell_weight = nn.Parameter(torch.zeros(cell_genes, dim)) if cell_genes else None
         if self.cell_weight is not None:
             fill_columns(self.cell_weight, start)
@@ -63,12 +75,14 @@ class ValueHead(nn.Module):
         x: Tensor | None = None,
         visible: Tensor | None = None,
         cell: Tensor | None = None,
+        outputs: Sequence[Output] = ("value",),
     ) -> Tensor:
         """Return predicted values (B, G) for representations (B, G, C) and vectors of cells (B, C).
 
         With `positions` (B, P) int64, predict (B, P) from the representations (B, P, C) there. The
         cell's offset needs the cells' values x (B, G) and which of them count, `visible` (B, G);
-        predictions are float32 at least then, and with vectors of cells.
+        predictions are float32 at least then, and with vectors of cells. With other `outputs` than
+        the value return (Q, B, P), one after the other.
         """
         bias: Tensor = self.bias
         if positions is not None and len(bias) > 1:
@@ -87,13 +101,30 @@ class ValueHead(nn.Module):
             else:
                 weight = weight[positions].to(cell.dtype)
             predicted = predicted + torch.bmm(weight, cell[..., None])[..., 0]
+        dispersion = None
+        if self.dispersion is not None:
+            dispersion = self.dispersion.to(predicted.dtype).clamp(*DISPERSIONS)
+            dispersion = (
+                dispersion.expand_as(predicted) if positions is None else dispersion[positions]
+            )
+        found = {"log_level": predicted, "log_dispersion": dispersion}
+        if "value" in outputs:
+            found["value"] = self._value(predicted, dispersion, x, visible)
+        if len(outputs) > 1:
+            return torch.stack([found[name] for name in outputs])
+        return found[outputs[0]]
+
+    def _value(
+        self, level: Tensor, dispersion: Tensor | None, x: Tensor | None, visible: Tensor | None
+    ) -> Tensor:
+        """Return the values (B, P) for what was predicted, with the cell's offset."""
         if self.offset == "none":
-            return predicted
+            return level
         assert x is not None
         assert visible is not None
-        if self.offset == "poisson":
-            return expected_value(predicted, one_count(x, visible))
-        return predicted + cell_offset(x, visible, self.bias)
+        if self.offset in COUNT_OFFSETS:
+            return expected_value(level, one_count(x, visible), dispersion)
+        return level + cell_offset(x, visible, self.bias)
 
 
 def cell_offset(x: Tensor, visible: Tensor, bias: Tensor) -> Tensor:
@@ -117,25 +148,37 @@ def one_count(x: Tensor, visible: Tensor) -> Tensor:
     return torch.where(visible.any(1, keepdim=True), smallest, 0.0).expm1()
 
 
-def expected_value(log_level: Tensor, one: Tensor) -> Tensor:
-    """Return the expected log1p value of a Poisson count that is known to be 1 or more.
+def expected_value(log_level: Tensor, one: Tensor, log_dispersion: Tensor | None = None) -> Tensor:
+    """Return the expected log1p value of a count that is known to be 1 or more.
 
-    Rates above `_LARGE_RATE` counts have the expansion to second order of the mean. float32 at
-    least.
+    Rates above `_LARGE_RATE` counts have the expansion to second order of the mean; those above
+    `_LARGE_RATE_OF_WIDE` of a negative binomial distribution the mean of the log of a gamma
+    distribution, for values far above log1p(0). float32 at least.
 
     Args:
         log_level: (B, P) log of the mean, in units of the values before log1p.
         one: (B, 1) what a single count is in these units; 0: as if counts had no noise.
+        log_dispersion: (B, P) log of r, with the variance mean + mean^2 / r; None: Poisson.
     """
     log_level = log_level.to(torch.promote_types(log_level.dtype, torch.float32))
     log_rate = log_level - one.clamp(min=1e-6).log()
-    up = log_level.sigmoid()
-    large = nn.functional.softplus(log_level) - 0.5 * one * up * (1 - up)
     k = torch.arange(1, POISSON_COUNTS + 1, dtype=log_level.dtype, device=log_level.device)
-    few = log_rate.clamp(max=math.log(_LARGE_RATE))[..., None]
-    chance = (k * few - torch.lgamma(k + 1)).softmax(-1)
+    if log_dispersion is None:
+        border = math.log(_LARGE_RATE)
+        up = log_level.sigmoid()
+        large = nn.functional.softplus(log_level) - 0.5 * one * up * (1 - up)
+        few = log_rate.clamp(max=border)[..., None]
+        logs = k * few - torch.lgamma(k + 1)
+    else:
+        border = math.log(_LARGE_RATE_OF_WIDE)
+        log_r = log_dispersion.to(log_level.dtype)
+        r = log_r.exp()
+        large = nn.functional.softplus(log_level + torch.digamma(r) - log_r)
+        few, r = log_rate.clamp(max=border)[..., None], r[..., None]
+        logs = torch.lgamma(k + r) - torch.lgamma(k + 1) - k * nn.functional.softplus(r.log() - few)
+    chance = logs.softmax(-1)
     small = (chance * torch.log1p(k * one[..., None])).sum(-1)
-    return torch.where(log_rate > math.log(_LARGE_RATE), large, small)
+    return torch.where(log_rate > border, large, small)
 
 
 def pairwise_sum(values: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ def test_padding_does_not_uncover_gene_0():
     counts = sparse.csr_matrix(np.ones((2, 5), np.uint32))
     positions, hidden = np.zeros((2, 64), np.int64), np.zeros((2, 64), bool)
     hidden[0, 0] = True
-    targets = Targets(positions, hidden, np.arange(64) < np.ones((2, 1)), np.ones(2, np.int64))
+    targets = Targets(
+        positions, hidden, np.arange(64) < np.ones((2, 1)), *2 * [np.ones(2, np.int64)]
+    )
     batch = on(CPU, counts, targets)
     assert batch.hidden.dtype == torch.bool
     assert batch.hidden.tolist() == [[True, False, False, False, False], [False] * 5]

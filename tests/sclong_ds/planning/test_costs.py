@@ -1,5 +1,6 @@
 """What follows from the shapes of the model: equal to what torch counts."""
 
+import functools
 import weakref
 from dataclasses import replace
 
@@ -110,7 +111,16 @@ def test_parameters_equal_the_model_on_the_meta_device(preset):
     assert parameter_counts(model, GENES) == counts
 
 
-@pytest.mark.parametrize("changes", VARIANTS)
+ZERO_HEAD = {
+    "zero_genes": 9,
+    "zero_head": True,
+    "cell_vector": "random",
+    "cell_offset": "negative_binomial",
+    "gene_bias": True,
+}
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS, {**ZERO_HEAD, "routing": "expressed"}])
 def test_parameters_of_variants(changes):
     model = small(**changes)
     parts = {
@@ -178,6 +188,7 @@ def test_flops_equal_those_torch_counts(changes):
         {"zero_genes": 9, "attention": "softmax", "decoder": stack(2, 2, 6, 7, 2)},
         {"zero_genes": 60, "contextual_encoder": "mini"},
         {"zero_genes": 9, "cell_vector": "svd", "cell_offset": "poisson"},
+        ZERO_HEAD,
     ],
 )
 def test_flops_of_fewer_tokens_and_predictions(changes, n_expressed, n_wanted):
@@ -187,6 +198,9 @@ def test_flops_of_fewer_tokens_and_predictions(changes, n_expressed, n_wanted):
     net, batch = built(model, 37), inputs(cells, 37, n_expressed)
     positions = None if n_wanted is None else torch.arange(n_wanted).expand(cells, -1)
     numbers = {"n_expressed": n_expressed, "n_wanted": n_wanted}
+    if model.zero_head:
+        # Both outputs are in the loss; of a likelihood the level is, and not the value.
+        net.forward = functools.partial(net.forward, outputs=("log_level", "eta"))
     forward, backward = (
         count(model, 37, **numbers) for count in (flops_per_cell, backward_flops_per_cell)
     )
@@ -327,6 +341,21 @@ def test_kept_activations_of_some_predictions(offset, cell, n_wanted):
         model, 37, element_bytes=4, recompute=False, n_expressed=7, n_wanted=n_wanted
     )
     assert 0 <= per_cell - sum(parts.values()) <= 12 + 16 * n_wanted
+
+
+@pytest.mark.parametrize("n_wanted", [3, 20])
+def test_kept_activations_of_the_zero_head(n_wanted):
+    model = small(routing="expressed", **ZERO_HEAD)
+    cells = [built(model, 37) for _ in range(2)]
+    for one, outputs in zip(cells, (("value",), ("value", "eta")), strict=True):
+        one.forward = functools.partial(one.forward, outputs=outputs)
+    both = [
+        kept_bytes(one, 6, 37, 7, n_wanted) - kept_bytes(one, 2, 37, 7, n_wanted) for one in cells
+    ]
+    parts = activation_bytes(
+        model, 37, element_bytes=4, recompute=False, n_expressed=7, n_wanted=n_wanted
+    )
+    assert (both[1] - both[0]) / 4 == parts["zero_head"]
 
 
 class PeakBytes(TorchDispatchMode):
