@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from scipy import sparse
@@ -45,6 +45,29 @@ START_S = 12.0
 AHEAD_STEPS = 14
 """A start is killed at most so many steps after it began."""
 PATIENCE_S = 600.0
+
+
+class Process(Protocol):
+    """What is needed of a `subprocess.Popen`."""
+
+    def poll(self) -> int | None:
+        """Return the exit status, None while it runs."""
+
+    def wait(self) -> int:
+        """Wait for the end and return the exit status."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send a signal, unless it has ended."""
+
+    def kill(self) -> None:
+        """Kill it."""
+
+
+class Start(Protocol):
+    """Starts ranks, as `start_ranks` does."""
+
+    def __call__(self, n_ranks: int, command: Sequence[str], /, *, log: Path) -> Sequence[Process]:
+        """Return the ranks, that of rank 0 first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +152,19 @@ def settings(run_dir: Path, corpus: Path, **overrides: object) -> list[str]:
     return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
 
 
+def environments(n_ranks: int) -> list[dict[str, str]]:
+    """Return the environment of each rank of a run on this machine's CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    size = {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        env | size | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_ranks)
+    ]
+
+
 def start_ranks(
     n_ranks: int, command: Sequence[str], *, log: Path
 ) -> list[subprocess.Popen[bytes]]:
@@ -139,23 +175,17 @@ def start_ranks(
         command: Arguments of Python, for instance `-m sclong_ds.pretrain ...`.
         log: File that the output of all ranks is added to.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    size = {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with log.open("ab") as output:
         return [
             subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                env=env | size | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=env,
             )
-            for rank in range(n_ranks)
+            for env in environments(n_ranks)
         ]  # fmt: skip
 
 
-def end_ranks(ranks: Iterable[subprocess.Popen[bytes]]) -> None:
+def end_ranks(ranks: Iterable[Process]) -> None:
     """End ranks as a launcher does when one of them has died: TERM, a while, then KILL."""
     alive = [rank for rank in ranks if rank.poll() is None]
     for rank in alive:
@@ -182,7 +212,7 @@ def openings(run_dir: Path) -> list[int]:
 
 def kill_at_random(
     command: Sequence[str], run_dir: Path, *, n_ranks: int, moment: Moment,
-    rng: random.Random, log: Path, ahead_steps: int = AHEAD_STEPS,
+    rng: random.Random, log: Path, ahead_steps: int = AHEAD_STEPS, start: Start = start_ranks,
 ) -> Kill | None:  # fmt: skip
     """Start a run and kill one of its ranks at a moment; None: it was done before.
 
@@ -194,12 +224,13 @@ def kill_at_random(
         rng: Decides when, and which rank.
         log: File for the output of the ranks.
         ahead_steps: "training" is at most as many steps after the start's first.
+        start: Starts the ranks; tests have a quicker way.
     """
     victim, starts = rng.randrange(n_ranks), len(openings(run_dir))
     after_s, steps = rng.uniform(0, START_S), rng.randint(1, ahead_steps)
     within_step_s = rng.uniform(0, 0.3)
     started = time.monotonic()
-    ranks = start_ranks(n_ranks, command, log=log)
+    ranks = start(n_ranks, command, log=log)
 
     def opened() -> list[int]:
         return openings(run_dir)[starts:]
@@ -233,9 +264,7 @@ def kill_at_random(
     )  # fmt: skip
 
 
-def wait_until(
-    condition: Callable[[], bool], *, while_all: Iterable[subprocess.Popen[bytes]]
-) -> bool:
+def wait_until(condition: Callable[[], bool], *, while_all: Iterable[Process]) -> bool:
     """Wait for a condition; False: a process has ended before it held."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
@@ -247,18 +276,19 @@ def wait_until(
     return True
 
 
-def train(command: Sequence[str], *, n_ranks: int, log: Path) -> None:
+def train(command: Sequence[str], *, n_ranks: int, log: Path, start: Start = start_ranks) -> None:
     """Run a command on some ranks to its end.
 
     Args:
         command: Arguments of Python.
         n_ranks: Number of ranks.
         log: File for the output of the ranks.
+        start: Starts the ranks; tests have a quicker way.
 
     Raises:
         RuntimeError: A rank failed.
     """
-    ranks = start_ranks(n_ranks, command, log=log)
+    ranks = start(n_ranks, command, log=log)
 
     def over() -> bool:
         status = [rank.poll() for rank in ranks]

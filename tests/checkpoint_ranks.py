@@ -1,7 +1,7 @@
 """Save, fail to save, and load on every rank of a small ZeRO-3 engine; one process per rank.
 
-Launched with `deepspeed --no_local_rank tests/checkpoint_ranks.py FOLDER [SMALL_DISK]`; rank N
-writes what it saw to FOLDER/rank_N.json.
+Started on each rank as `tests/checkpoint_ranks.py FOLDER [SMALL_DISK]`; rank N writes
+what it saw to FOLDER/rank_N.json.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Build a preset's model as training does and write what memory it took; one process per rank.
 
-Launched with `deepspeed --no_local_rank tests/instantiate_partitioned.py FOLDER PRESET
-[key=value ...]`; each rank writes FOLDER/rank_N.json: the resident memory before the model was
-built, its peak, and the bytes of the whole model.
+Started on each rank as `tests/instantiate_partitioned.py FOLDER PRESET [key=value ...]`; each rank
+writes FOLDER/rank_N.json: the resident memory before the model was built, its peak, and the bytes
+of the whole model.
 """
 
 from __future__ import annotations

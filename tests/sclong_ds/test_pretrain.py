@@ -24,11 +24,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from launching import PORT, ROOT, deepspeed_command, environment, run_module
+from launching import (
+    PORT,
+    ROOT,
+    deepspeed_command,
+    environment,
+    run_module,
+    start_ranks,
+    train,
+)
 from safetensors.numpy import load_file
 from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 
-from benchmarks.random_kills import end_ranks, last_step, openings, start_ranks, train
+from benchmarks.random_kills import end_ranks, last_step, openings
 from sclong_ds.config.load import load_config
 from sclong_ds.model.random_features import drawn_features
 from sclong_ds.run_folder.files import read_events

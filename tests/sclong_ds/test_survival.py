@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from launching import run_module
+from launching import run_module, start_ranks, train
 from small_disk import CANNOT_MOUNT, small_disk
 
 from benchmarks.random_kills import (
@@ -27,8 +27,6 @@ from benchmarks.random_kills import (
     make_corpus,
     openings,
     settings,
-    start_ranks,
-    train,
     wait_until,
 )
 from sclong_ds.checkpoint.on_disk import complete_checkpoints, damage, name_of
@@ -100,7 +98,14 @@ def test_killed_at_random_equals_straight_through(straight, corpus, tmp_path):
     args = settings(run_dir, corpus, **MIXED, **{"run.max_steps": STEPS})
     for moment in ("saving", "training"):
         kill = kill_at_random(
-            [*PRETRAIN, *args], run_dir, n_ranks=2, moment=moment, rng=rng, log=log, ahead_steps=2
+            [*PRETRAIN, *args],
+            run_dir,
+            n_ranks=2,
+            moment=moment,
+            rng=rng,
+            log=log,
+            ahead_steps=2,
+            start=start_ranks,
         )
         print(kill)  # noqa: T201
         assert kill is not None, "the run was done before the kill"

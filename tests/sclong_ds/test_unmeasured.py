@@ -11,10 +11,9 @@ import anndata
 import numpy as np
 import pytest
 from conftest import RESOURCES
-from launching import run_module
+from launching import run_module, train
 from safetensors.numpy import load_file
 
-from benchmarks.random_kills import train
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.run_folder.rows import read_metrics

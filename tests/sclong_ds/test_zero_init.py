@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from launching import PORT, ROOT, environment
+from launching import ROOT, environment
 
+from benchmarks.random_kills import train
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.planning.costs import parameter_counts
@@ -20,18 +21,12 @@ RANKS = 2
 
 def instantiate(folder: Path, *overrides: str) -> list[dict[str, int]]:
     """Build sclong_1b on two ranks and return the memory figures of each."""
-    command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(RANKS),
-        "--master_port", str(PORT), "--no_local_rank",
-        str(ROOT / "tests" / "instantiate_partitioned.py"), str(folder), "sclong_1b", *overrides,
-    ]  # fmt: skip
+    script = ROOT / "tests" / "instantiate_partitioned.py"
     # Every tensor of 1 MB or more gets pages of its own and gives them back when it is freed: what
     # is measured is what the process holds, not the holes that glibc's heap keeps (0.9 GB here).
-    own_pages = environment() | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=own_pages, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with mock.patch.dict(os.environ, environment() | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}):
+        train([str(script), str(folder), "sclong_1b", *overrides], n_ranks=RANKS,
+              log=folder / "log")  # fmt: skip
     return [json.loads((folder / f"rank_{i}.json").read_text()) for i in range(RANKS)]
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, deepspeed_command, environment
+from launching import ROOT, environment
+from launching import train as train_ranks
 
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.rows import read_metrics
@@ -23,6 +24,7 @@ STEPS, SAVED = 8, 4
 
 
 def train(ranks: int, run_dir: Path, corpus: Path, graph: Path, **changes: object) -> str:
+    """Train on some ranks, and return what they said."""
     settings = {
         "run.dir": run_dir, "data.corpus": corpus, "model.gene_graph": graph,
         "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 0,
@@ -31,12 +33,9 @@ def train(ranks: int, run_dir: Path, corpus: Path, graph: Path, **changes: objec
         "tracking.picture_cells": "null", "data.order": "lanes",
     } | changes  # fmt: skip
     args = ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in settings.items())]
-    done = subprocess.run(
-        deepspeed_command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout + done.stderr
+    log = run_dir.with_suffix(f".{len(list(run_dir.parent.glob('*.log')))}.log")
+    train_ranks(["-m", "sclong_ds.pretrain", *args], n_ranks=ranks, log=log)
+    return log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from exported import write_model
-from launching import ROOT, deepspeed_command, environment, run_module
+from launching import run_module, train
 from safetensors.torch import load_file
 
 from sclong_ds.config.load import load_config
@@ -70,10 +69,7 @@ def test_run_starts_from_the_weights_it_is_given(model_dir, small_corpus, tmp_pa
         "model.random_features_file": features,
     }  # fmt: skip
     command = ["--config", "sclong_tiny", *overrides(model_dir, **settings)]
-    done = subprocess.run(
-        deepspeed_command(2, *command), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    train(["-m", "sclong_ds.pretrain", *command], n_ranks=2, log=tmp_path / "log")
     run_module("sclong_ds", "export", run_dir, "--out", tmp_path / "after")
     after = load_file(tmp_path / "after" / "model.safetensors")
     assert set(after) == set(before)
