@@ -43,20 +43,20 @@ def with_credentials(uri: str) -> str:
     return found if without_credentials(found) == without_credentials(uri) else uri
 
 
-def find_run_dir(run_id: str, *, uri: str | None = None, patient: bool = False) -> Path:
+def find_run_dir(run_id: str, *, patient: bool = False) -> Path:
     """Return the run folder of a run by its MLflow id or by the run_id of its run.json.
+
+    Looks into the store of MLFLOW_TRACKING_URI, else runs/mlflow.db below the working directory.
 
     Args:
         run_id: Either id.
-        uri: Tracking store; None: MLFLOW_TRACKING_URI, else runs/mlflow.db below the working
-            directory.
         patient: As `new_client`.
 
     Raises:
         FileNotFoundError: No such store, or the run's folder is not on this machine.
         ValueError: The store cannot be read or does not know the run.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
     file = sqlite_file(uri)
     if file is not None and not file.is_file():  # opening would create it
         raise FileNotFoundError(

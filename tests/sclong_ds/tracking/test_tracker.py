@@ -130,24 +130,28 @@ def test_one_mlflow_run_over_a_restart(
     assert written["mlflow_synced"] == {"metrics.jsonl": (run_dir / "metrics.jsonl").stat().st_size}
 
 
-def test_run_folder_is_found_by_either_id(store: str, tmp_path: Path) -> None:
+def test_run_folder_is_found_by_either_id(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tracker, run_id = start(make_config(uri=store), tmp_path / "run")
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish("FINISHED")
     own = read_run_json(tmp_path / "run")["run_id"]
-    assert find_run_dir(str(run_id), uri=store) == tmp_path / "run"
-    assert find_run_dir(own, uri=store) == tmp_path / "run"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert find_run_dir(str(run_id)) == tmp_path / "run"
+    assert find_run_dir(own) == tmp_path / "run"
     with pytest.raises(ValueError, match="nothing_like_it: neither a run folder nor a run"):
-        find_run_dir("nothing_like_it", uri=store)
+        find_run_dir("nothing_like_it")
     (tmp_path / "run").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="is not on this machine"):
-        find_run_dir(own, uri=store)
+        find_run_dir(own)
 
 
-def test_looking_up_an_id_creates_no_store(tmp_path: Path) -> None:
+def test_looking_up_an_id_creates_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "absent.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
     with pytest.raises(FileNotFoundError, match="set MLFLOW_TRACKING_URI"):
-        find_run_dir("abc", uri=f"sqlite:///{file}")
+        find_run_dir("abc")
     assert not file.exists()
 
 
