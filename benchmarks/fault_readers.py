@@ -103,7 +103,7 @@ CORPUS: dict[str, Reader] = {
     "obs": _corpus(lambda c: c.obs(np.arange(len(c))).to_csv()),
     "genes": _corpus(lambda c: (c.genes.ids, c.genes.symbols, c.genes.classes)),
     "gene_stats": _corpus(lambda c: _arrays(c.gene_stats)),
-    "datasets": _corpus(lambda c: repr(c.datasets)),
+    "datasets": _corpus(lambda c: (repr(c.datasets), _arrays(np.asarray(c.row_source)))),
     "measured_genes": _corpus(_measured),
     "loader": _corpus(_loader),
 }  # fmt: skip

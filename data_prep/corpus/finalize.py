@@ -266,9 +266,15 @@ def _open_staged(corpus: Path, entry: LedgerEntry, genes: GeneVocabulary) -> Sta
             f"{folder}: the ledger calls {name} ok but its cells are missing; convert it again"
         ) from None
     if cells.n_genes != len(genes):
-        raise ValueError(f"{folder}: cells of {cells.n_genes} genes, the corpus has {len(genes)}")
+        raise ValueError(
+            f"{folder}/cells.zarr: cells of {cells.n_genes} genes, the corpus has {len(genes)}; "
+            "convert it again"
+        )
     if len(cells) != entry["n_cells"]:
-        raise ValueError(f"{folder}: {len(cells)} cells, its ledger entry has {entry['n_cells']}")
+        raise ValueError(
+            f"{folder}/cells.zarr: {len(cells)} cells, its ledger entry has {entry['n_cells']}; "
+            "convert it again"
+        )
     if "source_row" not in cells.tables:
         raise ValueError(f"{folder}: no table source_row; convert the dataset again")
     return Staged(dataset_id=name, folder=folder, ledger=entry, cells=cells)
