@@ -20,6 +20,7 @@ import io
 import json
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "tutorials"
+FOLDER = Path(__file__).resolve().parent / "tutorials"
 NAMES = (
     "pretrain_and_review",
     "h5ad_to_umap",
@@ -234,10 +235,15 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(contextlib.chdir(folder))
-        for name in args.names or NAMES:
-            cells = run_tutorial(name)
-            if not args.check:
-                write(name, cells)
+        names = args.names or NAMES
+        if len(names) > 1:  # each in a process of its own, as a notebook is
+            for name in names:
+                words = [name, "--folder", ".", *(["--check"] if args.check else [])]
+                subprocess.run([sys.executable, str(Path(__file__).resolve()), *words], check=True)
+            return 0
+        cells = run_tutorial(names[0])
+        if not args.check:
+            write(names[0], cells)
     return 0
 
 
