@@ -21,6 +21,8 @@ Output = Literal["value", "log_level", "log_dispersion", "eta"]
 the log of the dispersion of its counts; what the zero head says (`zero_head.py`)."""
 DISPERSIONS = (-4.0, 7.0)
 """Logs of dispersions: from far beyond a Poisson distribution's variance to one like it."""
+_LOG_DISPERSION = 2.3
+"""At the start: a variance of mean + mean^2 / 10."""
 _LARGE_RATE = 40.0
 _LARGE_RATE_OF_WIDE = 8.0
 """Of a negative binomial distribution, whose counts reach further."""
@@ -60,9 +62,10 @@ class ValueHead(nn.Module):
         else:
             self.weight = nn.Parameter(torch.zeros(dim))
             self.bias = nn.Parameter(torch.tensor(np.atleast_1d(mean), dtype=torch.float32))
-        # Starts at a variance of mean + mean^2.
         n_dispersions = self.bias.numel() if offset == "negative_binomial" else 0
-        self.dispersion = nn.Parameter(torch.zeros(n_dispersions)) if n_dispersions else None
+        self.dispersion = (
+            nn.Parameter(torch.full((n_dispersions,), _LOG_DISPERSION)) if n_dispersions else None
+        )
         self.cell_weight = nn.Parameter(torch.zeros(cell_genes, dim)) if cell_genes else None
         if self.cell_weight is not None:
             fill_columns(self.cell_weight, start)
