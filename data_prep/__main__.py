@@ -40,6 +40,7 @@ from data_prep.arguments import (
 )
 from sclong_ds import __version__
 from sclong_ds.command_line import add_example, local_path, missing_package, share, whole
+from sclong_ds.page.words import counted
 
 COMMANDS = {
     "fetch": "fetch public datasets, and list them for convert",
@@ -208,8 +209,9 @@ def _run_manifest(args: argparse.Namespace) -> int:
     elif not args.out:
         print(format_manifest(draft), end="")
     print(
-        f"{args.folder}: {len(draft['datasets'])} datasets, {len(draft['unreadable'])} files that "
-        f"cannot be read, {len(draft['skipped'])} that are not data",
+        f"{args.folder}: {counted(len(draft['datasets']), 'dataset')}, "
+        f"{counted(len(draft['unreadable']), 'file')} not readable, "
+        f"{counted(len(draft['skipped']), 'file')} without data",
         file=sys.stderr,
     )
     if not draft["datasets"]:
@@ -260,7 +262,7 @@ def _run_forget(args: argparse.Namespace) -> int:
         print(json.dumps({"forgotten": args.datasets, "finalize_again": finished}, indent=1))
     else:
         note = "; the finished corpus keeps its cells until the next finalize" if finished else ""
-        print(f"{args.corpus}: {len(args.datasets)} datasets forgotten{note}")
+        print(f"{args.corpus}: {counted(len(args.datasets), 'dataset')} forgotten{note}")
     return 0
 
 
@@ -402,7 +404,10 @@ def _run_verify(args: argparse.Namespace) -> int:
     else:
         print("\n".join(report["problems"]))
     if not report["ok"]:
-        print(f"error: {args.corpus}: {report['n_problems']} problems found", file=sys.stderr)
+        print(
+            f"error: {args.corpus}: {counted(report['n_problems'], 'problem')} found",
+            file=sys.stderr,
+        )
     return 0 if report["ok"] else 1
 
 
