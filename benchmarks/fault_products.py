@@ -24,8 +24,8 @@ from benchmarks.damage import Product, fresh_copy
 N_GENES = 300
 CELLS = {"blood": 20, "liver": 32, "lung": 44, "skin": 60}
 """Datasets and their cells."""
-FINISHED = ("cells.zarr", "obs", "corpus.json", "checksums.json", "gene_stats.npz",
-            "measured_genes.npy")  # fmt: skip
+FINISHED = ("cells.zarr", "obs", "columns", "corpus.json", "checksums.json",
+            "gene_stats.npz", "measured_genes.npy")  # fmt: skip
 """What finalize adds to a corpus folder."""
 BATCH = 8
 

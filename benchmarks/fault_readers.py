@@ -101,6 +101,9 @@ CORPUS: dict[str, Reader] = {
     "row_source": _corpus(lambda c: _arrays(np.asarray(c.row_source))),
     "chunk_rows": _corpus(lambda c: _arrays(np.asarray(c.chunk_rows))),
     "obs": _corpus(lambda c: c.obs(np.arange(len(c))).to_csv()),
+    "columns": _corpus(
+        lambda c: {name: (v.values, v.terms, _arrays(v.codes())) for name, v in c.columns.items()}
+    ),
     "genes": _corpus(lambda c: (c.genes.ids, c.genes.symbols, c.genes.classes)),
     "gene_stats": _corpus(lambda c: _arrays(c.gene_stats)),
     "datasets": _corpus(lambda c: (repr(c.datasets), _arrays(np.asarray(c.row_source)))),

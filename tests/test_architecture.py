@@ -16,7 +16,7 @@ PACKAGES = ("sclong_ds", "kernels", "data_prep")
 FLOORS = {
     "sclong_ds": [
         {"files", "progress", "command_line", "page"},
-        {"config", "remote"},
+        {"config", "remote", "annotations"},
         {"corpus", "run_folder", "engine", "sweep"},
         {"loader", "model", "checkpoint", "recorders", "datasheet"},
         {"tracking"},
@@ -30,6 +30,7 @@ FLOORS = {
     ],
     "data_prep": [
         {"source", "ledger", "arguments"},
+        {"annotations"},
         {"counts", "readers", "corpus", "graph", "report"},
         {"genes"},
         {"manifest"},
@@ -40,7 +41,9 @@ FLOORS = {
     ],
 }
 """Packages by floor; a package imports from lower floors only."""
-DATA_PREP_MAY_USE = {"files", "remote", "progress", "command_line", "page", "corpus", "datasheet"}
+DATA_PREP_MAY_USE = {
+    "files", "remote", "progress", "command_line", "page", "annotations", "corpus", "datasheet",
+}  # fmt: skip
 """Packages of sclong_ds: the formats on disk, and what every command needs."""
 PLACES = {
     "torch": {

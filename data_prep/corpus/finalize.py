@@ -5,11 +5,12 @@
 Reads CORPUS/settings.json, manifests/, ledger/ and staging/ (written by convert; datasets that are
 not `ok` are left out and listed; one that was never converted is an error). All inputs are compared
 with their checksums before they are used, and again before the corpus is published; no convert runs
-meanwhile. Writes genes.tsv, cells.zarr, obs/, gene_stats.npz, measured_genes.npy, CITATIONS.md,
-checksums.json and, last, corpus.json; `sclong_ds.corpus.corpus` describes them. Everything is built
-in `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the corpus that was there, or
-none. The same staging and options give the same bytes, and the same KEY: started again, the command
-continues after the last finished run, bucket or stage. Memory: about a GB plus ten bytes a cell.
+meanwhile. Writes genes.tsv, cells.zarr, obs/, columns/, gene_stats.npz, measured_genes.npy,
+CITATIONS.md, checksums.json and, last, corpus.json; `sclong_ds.corpus.corpus` describes them. All
+is built in `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the corpus that was
+there, or none. The same staging and options give the same bytes, and the same KEY: started again,
+the command continues after the last finished run, bucket or stage. Memory: about a GB plus ten
+bytes a cell.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.annotations.columns import Annotations, write_columns
 from data_prep.corpus.dedup import Progress, find_duplicates
 from data_prep.corpus.gene_statistics import gene_statistics, write_statistics
 from data_prep.corpus.inputs import Inputs, read_inputs
@@ -70,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 3
+_WORK_VERSION = 4
 """Raised when an interrupted run of an older program could not be continued."""
 
 
@@ -318,9 +320,24 @@ def _build(
     _write_gene_statistics(work / "gene_stats.npz", cells, range(*splits["train"]), progress)
     genes.write(work / "genes.tsv")
     _write_annotations(work, staged)
+    annotations = [
+        Annotations(
+            obs=work / "obs" / f"{s.dataset_id}.parquet",
+            n_cells=len(s.cells),
+            tissue=s.ledger["tissue"],
+        )
+        for s in staged
+    ]
+    no_columns = write_columns(work / "columns", annotations, cells, progress=progress)
     _write_measured_genes(work / "measured_genes.npy", staged, genes)
     write_atomic(work / CITATIONS, citations_text(infos).encode())
-    return _catalogue(cells, genes, plan, splits, infos)
+    catalogue = _catalogue(cells, genes, plan, splits, infos)
+    if no_columns:
+        catalogue["warnings"].append(
+            f"cell annotations of too many different values are no columns of the corpus: "
+            f"{', '.join(no_columns)}; Corpus.obs reads them all the same, more slowly"
+        )
+    return catalogue
 
 
 def _write_gene_statistics(

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PRODUCTS = (
     "cells.zarr",
     "obs",
+    "columns",
     "genes.tsv",
     "gene_stats.npz",
     "measured_genes.npy",

@@ -42,6 +42,28 @@ MAX_CELLS = 2**27
 cell, so that a header that claims more cells than this must not be believed."""
 MAX_FEATURES = 2**24
 """Features of one dataset, 17 million: a genome in tiles of 500 bases, beside genes, has 6."""
+USUAL_OBS_COLUMNS = (
+    "donor_id",
+    "donor",
+    "sample",
+    "batch",
+    "assay",
+    "cell_type",
+    "tissue",
+    "disease",
+    "sex",
+    "development_stage",
+    "suspension_type",
+    "is_primary_data",
+    "assay_ontology_term_id",
+    "cell_type_ontology_term_id",
+    "tissue_ontology_term_id",
+    "disease_ontology_term_id",
+    "sex_ontology_term_id",
+    "development_stage_ontology_term_id",
+)
+"""Cell annotations kept where the manifest names none: the usual ones, and CELLxGENE's with the
+terms of their ontologies."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 StringArray: TypeAlias = "npt.NDArray[np.object_]"

@@ -15,30 +15,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_prep.manifest.manifest import Dataset
-from data_prep.source.source import Annotations, Source
+from data_prep.source.source import USUAL_OBS_COLUMNS, Annotations, Source
 
-USUAL_OBS_COLUMNS = (
-    "donor_id",
-    "donor",
-    "sample",
-    "batch",
-    "assay",
-    "cell_type",
-    "tissue",
-    "disease",
-    "sex",
-    "development_stage",
-    "suspension_type",
-    "is_primary_data",
-    "assay_ontology_term_id",
-    "cell_type_ontology_term_id",
-    "tissue_ontology_term_id",
-    "disease_ontology_term_id",
-    "sex_ontology_term_id",
-    "development_stage_ontology_term_id",
-)
-"""Cell annotations kept where the manifest names none: the usual ones, and CELLxGENE's with the
-terms of their ontologies."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 

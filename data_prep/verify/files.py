@@ -29,11 +29,12 @@ CELLS = "row tables are those of the decoded cells"
 MEASURED = "counts are of measured genes only"
 ORIGIN = "row tables are those of the staged cells"
 ROWS = "datasets, splits and annotations fit the cells"
+COLUMNS = "columns are the annotations of the cells"
 DUPLICATES = "no cell is there twice"
 STATISTICS = "gene_stats.npz is of the training cells"
 _ALL = (
     SOURCES, LEDGER, STAGED, INPUTS, CATALOGUE, FILES, SUMS, CHUNKS, CELLS, MEASURED, ORIGIN, ROWS,
-    DUPLICATES, STATISTICS,
+    COLUMNS, DUPLICATES, STATISTICS,
 )  # fmt: skip
 _GONE = "not there any more"
 

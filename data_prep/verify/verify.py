@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.annotations.columns import Annotations, columns_of
 from data_prep.corpus.dedup import Progress, find_duplicates
 from data_prep.corpus.gene_statistics import gene_statistics
 from data_prep.corpus.split_rule import rule_of
@@ -27,6 +28,7 @@ from data_prep.verify.files import (
     CATALOGUE,
     CELLS,
     CHUNKS,
+    COLUMNS,
     DUPLICATES,
     MEASURED,
     ORIGIN,
@@ -124,6 +126,7 @@ def _check_contents(
     readable = _check_cells(corpus, links, problems, progress)
     _check_rows(corpus, problems)
     links.checked(ROWS, len(corpus.datasets))
+    _check_columns(corpus, links, problems)
     _check_origin(corpus, links, problems)
     if not readable:
         return
@@ -307,6 +310,36 @@ def _check_origin(corpus: Corpus, links: Links, problems: list[str]) -> None:
         links.checked(ORIGIN, n_staged)
     else:
         links.skipped(ORIGIN, "staging is not there any more")
+
+
+def _check_columns(corpus: Corpus, links: Links, problems: list[str]) -> None:
+    """Compare the columns of annotations with the tables of the datasets."""
+    stored = corpus.columns.stored
+    if not stored:
+        links.skipped(COLUMNS, "the corpus has none")
+        return
+    annotations = [
+        Annotations(
+            obs=corpus.obs_path(info.dataset_id),
+            n_cells=info.n_cells + info.duplicates_dropped,
+            tissue=info.tissue or "",
+        )
+        for info in corpus.datasets
+    ]
+    names = set()
+    for info, codes in columns_of(annotations, corpus.cells):
+        names.add(info.name)
+        if info not in stored:
+            problems.append(f"columns: {info.name} is not that of the annotations")
+            continue
+        found = corpus.columns[info.name].codes()
+        wrong = np.flatnonzero((found != codes) & ((found == found) | (codes == codes)))
+        if len(wrong):
+            problems.append(f"columns: {info.name} is wrong for cell {int(wrong[0])}")
+    problems += [
+        f"columns: no dataset has {info.name}" for info in stored if info.name not in names
+    ]
+    links.checked(COLUMNS, len(stored) + 1)
 
 
 def _check_statistics(corpus: Corpus, problems: list[str], progress: Progress | None) -> None:

@@ -89,7 +89,8 @@ def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
         (
             not uniform or d.balance_exponent == 1,
             f"data.balance_exponent={d.balance_exponent} with data.balance_by=none would be "
-            f"ignored: set balance_by to dataset or tissue, or the exponent to 1.0",
+            "ignored: set balance_by to dataset or a cell annotation (tissue, cell_type, ...), or "
+            "the exponent to 1.0",
         ),
         (
             uniform or d.dataset_weights is None,

@@ -178,11 +178,13 @@ class DataConfig:
     ranks."""
     prefetch_batches: int
     """Batches that a background thread keeps ready."""
-    balance_by: Literal["none", "dataset", "tissue"]
-    """What is sampled evenly: none visits every cell once an epoch; dataset or tissue gives each of
-    them a share proportional to its cells ** balance_exponent."""
+    balance_by: str
+    """What is sampled evenly: none visits every cell once an epoch; dataset, or a cell annotation
+    of the corpus (tissue, cell_type, assay, donor, ...), gives each of its values a share
+    proportional to its cells ** balance_exponent; cells of which it is not known are one value
+    more."""
     balance_exponent: float
-    """1: shares as in the corpus, 0: the same share for every dataset or tissue."""
+    """1: shares as in the corpus, 0: the same share for every value of balance_by."""
     max_repeats: int
     """Most visits to a cell in an epoch when sampling is balanced or weighted."""
     dataset_weights: str | None

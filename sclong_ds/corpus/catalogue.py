@@ -8,7 +8,7 @@ shards of the cells and `corpus.json`, with its size and CRC-32C: gene list, sta
 and the tables and descriptions of cells.zarr. Readers compare each of them when they first use it
 (`sclong_ds.corpus.location`). Among the tables are the checksums of all chunks of cells, so the
 catalogue vouches for every byte. Version 1 had no `files`; it is read without these checks.
-Version 3 added the origin of each dataset.
+Version 3 added the origin of each dataset, version 4 the columns of annotations.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.versions import refuse_later
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CORPUS_FORMAT = "sclong_ds-corpus"
 SPLITS = ("train", "validation", "test")
 CITATIONS = "CITATIONS.md"
 SINGLE_FILES = ("genes.tsv", "gene_stats.npz", "measured_genes.npy", CITATIONS, "checksums.json")
-"""Files of a corpus besides cells.zarr, obs/ and corpus.json."""
+"""Files of a corpus besides cells.zarr, obs/, columns/ and corpus.json."""
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHARD = re.compile(r"cells\.zarr/(gap|count)/c/.*")
 
@@ -183,7 +183,8 @@ def corpus_files(corpus: str | Path) -> list[str]:
     """
     corpus = Path(corpus)
     names = [name for name in SINGLE_FILES if (corpus / name).is_file()]
-    names += [path.relative_to(corpus).as_posix() for path in corpus.glob("obs/*.parquet")]
+    for pattern in ("obs/*.parquet", "columns/columns.json", "columns/*.codes"):
+        names += [path.relative_to(corpus).as_posix() for path in corpus.glob(pattern)]
     if (corpus / "cells.zarr").is_dir():
         names += [f"cells.zarr/{name}" for name in CellStore(corpus / "cells.zarr").file_names()]
     return sorted(names)

@@ -3,6 +3,7 @@
     corpus = Corpus("CORPUS")
     corpus.rows(corpus.split("train")[:64])        # 64 cells, CSR of integer counts
     corpus.to_anndata(corpus.split("validation"))  # with obs and var
+    corpus.obs(slice(0, 1000), columns=["cell_type", "tissue"])  # typed, without reading the rest
 
 The folder may be a path or a URL that fsspec understands (`s3://...`, `gs://...`): small files and
 row tables are then downloaded once, cells are read by ranges (`sclong_ds.corpus.location`).
@@ -10,15 +11,16 @@ row tables are then downloaded once, cells are read by ranges (`sclong_ds.corpus
 A corpus folder, written by `python -m data_prep finalize`, holds `corpus.json` (the catalogue,
 `sclong_ds.corpus.catalogue`), `cells.zarr` (all cells, split after split, shuffled; further tables
 dataset, obs_row, source_row), `genes.tsv`, `obs/DATASET.parquet` (annotation of the staged cells of
-each dataset), `gene_stats.npz`, `measured_genes.npy` and `checksums.json`. Each file is compared
-with the catalogue when it is first used in a process, each chunk of cells whenever it is read.
+each dataset), `columns/` (the same by cell of the corpus, `sclong_ds.annotations.columns`),
+`gene_stats.npz`, `measured_genes.npy` and `checksums.json`. Each file is compared with the
+catalogue when it is first used in a process, each chunk of cells whenever it is read.
 
 The cells themselves are read by `sclong_ds.corpus.cell_store`, where their format is described.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
+from sclong_ds.annotations.columns import CellColumn, CellColumns, Rows, positions
 from sclong_ds.corpus.byte_code import MAX_COUNT, PackedCells, decode, encode, slices_to_index
 from sclong_ds.corpus.catalogue import (
     SPLITS,
@@ -41,7 +44,7 @@ from sclong_ds.corpus.cell_store import CellStore, DamagedChunk
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.location import Location
 from sclong_ds.files.npz import read_npy, read_npz
-from sclong_ds.files.obs_table import read_obs
+from sclong_ds.files.obs_table import obs_names, read_obs
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -308,18 +311,65 @@ class Corpus:
         suffix = "tsv.gz" if self.catalogue["version"] == 1 else "parquet"
         return self.location.local_path(f"obs/{dataset_id}.{suffix}")
 
-    def obs(self, indices: ArrayLike) -> DataFrame:
+    @cached_property
+    def columns(self) -> CellColumns:
+        """The annotations of the cells as columns, by name; `dataset_id` alone before version 4.
+
+        Opening them reads no cells (`sclong_ds.annotations.columns`).
+        """
+        ids = ("", *(dataset.dataset_id for dataset in self.datasets))
+        dataset = CellColumn(
+            "dataset_id", "text", ids, None, len(self), lambda rows: self.row_dataset[rows] + 1
+        )
+        return CellColumns(self.location, len(self), [dataset])
+
+    def obs(self, rows: Rows = None, columns: Sequence[str] | None = None) -> DataFrame:
         """Return the annotations of chosen cells without reading their counts.
 
         Args:
-            indices: (cells,) positions.
+            rows: (cells,) positions, or a slice of them; None: all cells.
+            columns: Names, for instance cell_type or cell_type_ontology_term_id: those columns
+                alone, typed, from `columns`. None: all that the datasets keep, as text, from the
+                table of each dataset.
 
         Returns:
-            dataset_id, barcode and the kept columns, named by position in the corpus.
+            Without `columns`, dataset_id, barcode and the kept ones, named by position in the
+            corpus. With `columns` these, text as categories; what is no column of the corpus, as
+            barcode, and all of them before version 4, is read from the tables as text.
+
+        Raises:
+            IndexError: A position that the corpus lacks.
+            ValueError: A column that no dataset has.
         """
         import pandas as pd
 
-        wanted = np.asarray(indices, dtype=np.int64)
+        wanted = np.asarray(positions(rows, len(self)), dtype=np.int64)
+        if columns is None:
+            return self._obs_of_datasets(wanted)
+        missing = [name for name in columns if name not in self.columns]
+        texts = self._obs_of_datasets(wanted, missing) if missing else pd.DataFrame()
+        unknown = {*missing} - {*texts}
+        if unknown:
+            unknown -= {n for d in self.datasets for n in obs_names(self.obs_path(d.dataset_id))}
+        if unknown:
+            raise ValueError(
+                f"no cell annotation '{min(unknown)}' in {self.location}; there are "
+                f"{', '.join(sorted(self.columns))}, and barcode"
+            )
+        found: dict[str, Any] = {}
+        for name in columns:
+            if name in self.columns:
+                found[name] = self.columns[name].typed(wanted)
+            else:
+                found[name] = texts[name].to_numpy() if name in texts else ""
+        return pd.DataFrame(found, index=wanted.astype(str))
+
+    def _obs_of_datasets(
+        self, wanted: NDArray[np.int64], columns: Sequence[str] | None = None
+    ) -> DataFrame:
+        """Return annotations as text from the tables of the datasets."""
+        import pandas as pd
+
         dataset, obs_row = self.row_dataset[wanted], self.cells.table("obs_row")[wanted]
         parts = []
         # One sort for all datasets; a stable one keeps the cells of each in their order.
@@ -327,7 +377,7 @@ class Corpus:
         codes, starts = np.unique(dataset[order], return_index=True)
         for code, here in zip(codes, np.split(order, starts[1:]), strict=False):
             name = self.datasets[code].dataset_id
-            table = read_obs(self.obs_path(name))
+            table = read_obs(self.obs_path(name), columns=columns)
             rows = obs_row[here]
             if int(rows.min()) < 0 or int(rows.max()) >= len(table):
                 raise ValueError(

@@ -232,7 +232,10 @@ def _visited(corpus: Corpus, data: DataConfig) -> NDArray[np.bool_]:
     """Return (datasets,) whether a run trains on cells of each."""
     n_cells = np.array([dataset.split_cells.get("train", 0) for dataset in corpus.datasets])
     weights = weights_of(data, corpus)
-    return (n_cells > 0) if weights is None else (n_cells > 0) & (np.asarray(weights) > 0)
+    if isinstance(weights, np.ndarray):
+        return (n_cells > 0) & (weights > 0)
+    # Balanced by a column, every cell is visited.
+    return n_cells > 0
 
 
 def share_in_training(known: TrainingCells | None, n_found: int, n_cells: int) -> str:

@@ -11,9 +11,13 @@ Corpora of version 1 hold `DATASET.tsv.gz` instead, which `read_obs` reads too.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sclong_ds.files.atomic import write_atomic
 
@@ -67,11 +71,60 @@ def read_obs(path: str | Path, *, columns: Sequence[str] | None = None) -> DataF
     import pandas as pd
 
     path = Path(path)
-    try:
+    with _named_damage(path):
         if path.name.endswith(".tsv.gz"):
             wanted = None if columns is None else (lambda name: name in columns)
             return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, usecols=wanted)
         return _read_parquet(path, columns)
+
+
+def obs_names(path: str | Path) -> list[str]:
+    """Return the names of the columns without reading them.
+
+    Args:
+        path: A file of `write_obs`, or the `.tsv.gz` of a version 1 corpus.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A damaged file.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if path.name.endswith(".tsv.gz"):
+        return [*read_obs(path)]
+    with _named_damage(path), path.open("rb") as file:
+        return list(pq.ParquetFile(file).schema_arrow.names)
+
+
+def read_coded(path: str | Path, name: str) -> tuple[NDArray[np.int64], list[str]]:
+    """Read one column by its distinct values.
+
+    Args:
+        path: A file of `write_obs`.
+        name: A column that it has.
+
+    Returns:
+        (cells,) positions among the distinct values, and these.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A damaged file.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    with _named_damage(path), path.open("rb") as file:
+        content = pq.ParquetFile(file, page_checksum_verification=True)
+        coded = content.read(columns=[name])[name].combine_chunks().dictionary_encode()
+        return coded.indices.to_numpy().astype(np.int64), coded.dictionary.to_pylist()
+
+
+@contextmanager
+def _named_damage(path: Path) -> Iterator[None]:
+    """Raise what a file cannot be read for as one error that names it."""
+    try:
+        yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (ValueError, OSError, EOFError) as error:

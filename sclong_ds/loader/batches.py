@@ -7,8 +7,8 @@ whole (`counts`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,9 @@ class CellBatch:
     """(B,) cells of damaged chunks, which have no counts; always set by a loader."""
     extra: Any = None
     """What `finish` returned."""
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """(B,) codes of the annotations that the loader was asked for, positions in `values` of
+    `Corpus.columns`, 0 for unknown; of numbers without codes these."""
 
     @property
     def packed(self) -> PackedCells:

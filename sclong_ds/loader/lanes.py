@@ -36,12 +36,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sclong_ds.loader.order import (
-    CellWeights,
     ChunkRead,
     Draw,
     EpochDraw,
     Visited,
     Visits,
+    VisitWeights,
     philox,
     split_borders,
     visits_of_weights,
@@ -103,7 +103,7 @@ class LaneStream:
         seed: int,
         lanes: int,
         batch: int,
-        weights: CellWeights | None = None,
+        weights: VisitWeights | None = None,
     ) -> None:
         """Add up the weights, if any; takes no more than a block of cells at a time.
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -41,7 +41,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.loader.batches import CellBatch, StepBatch, empty_bytes
 from sclong_ds.loader.lanes import LaneStream, lanes_for
-from sclong_ds.loader.order import CellOrder, CellStream, CellWeights
+from sclong_ds.loader.order import CellOrder, CellStream, CellWeights, VisitWeights
 from sclong_ds.loader.threads import (
     LoaderPlan,
     LoaderThreads,
@@ -68,7 +68,7 @@ def open_stream(
     group_chunks: int | None = None,
     lanes: int | None = None,
     batch: int | None = None,
-    weights: NDArray[np.int64] | None = None,
+    weights: NDArray[np.int64] | VisitWeights | None = None,
 ) -> CellOrder:
     """Return the order in which the cells of a split are visited.
 
@@ -79,8 +79,8 @@ def open_stream(
         group_chunks: For the order by groups: chunks that are shuffled together.
         lanes: For the order by lanes: their number, see `lanes.lanes_for`.
         batch: For the order by lanes: cells of a batch.
-        weights: (datasets,) fixed-point weights, see `order.dataset_weights` and
-            `order.explicit_weights`; None visits every cell once an epoch.
+        weights: (datasets,) fixed-point weights, see `weights.dataset_weights` and
+            `weights.explicit_weights`, or those of a column; None visits every cell once an epoch.
 
     Raises:
         ValueError: No such split, a split without cells, weights that do not fit the corpus, or
@@ -88,19 +88,20 @@ def open_stream(
     """
     if split not in corpus.splits:
         raise ValueError(f"split '{split}': this corpus has {', '.join(corpus.splits)}")
-    if weights is not None and weights.shape != (len(corpus.datasets),):
-        raise ValueError(
-            f"weights of shape {weights.shape}: the corpus has {len(corpus.datasets)} datasets"
-        )
+    if isinstance(weights, np.ndarray):
+        if weights.shape != (len(corpus.datasets),):
+            raise ValueError(
+                f"weights of shape {weights.shape}: the corpus has {len(corpus.datasets)} datasets"
+            )
+        weights = CellWeights(weights, corpus)
     cells, bounds = corpus.splits[split], np.asarray(corpus.chunk_rows)
     # An empty split leaves one border, or none.
     borders = np.append(bounds[(bounds >= cells.start) & (bounds < cells.stop)], cells.stop)
-    of_cells = None if weights is None else CellWeights(weights, corpus)
     if group_chunks is not None and lanes is batch is None:
-        return CellStream(borders, seed=seed, group_chunks=group_chunks, weights=of_cells)
+        return CellStream(borders, seed=seed, group_chunks=group_chunks, weights=weights)
     if group_chunks is not None or lanes is None or batch is None:
         raise ValueError("open_stream takes lanes and batch, or group_chunks")
-    return LaneStream(borders, seed=seed, lanes=lanes, batch=batch, weights=of_cells)
+    return LaneStream(borders, seed=seed, lanes=lanes, batch=batch, weights=weights)
 
 
 def most_lanes(corpus: Corpus, batch: int, *, most: int, memory_bytes: int) -> int:
@@ -155,6 +156,7 @@ class CellLoader:
         allocate: Callable[[int], NDArray[np.uint8]] = empty_bytes,
         memory_bytes: int | None = MEMORY_BYTES,
         read_threads: int | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         """Check the arguments; nothing is read before the first `next`.
 
@@ -175,6 +177,7 @@ class CellLoader:
             allocate: Makes the uint8 buffers of counts, one a micro-batch; for instance pinned.
             memory_bytes: Most memory for chunks and steps; None: as much as the order asks for.
             read_threads: None: as many as cores, up to 4; 32 for a remote corpus.
+            columns: Annotations that `CellBatch.columns` gives, names in `Corpus.columns`.
 
         Raises:
             ValueError: Sizes that do not divide, wrong or ignored settings, too little memory.
@@ -185,12 +188,9 @@ class CellLoader:
         self._plan = LoaderPlan(
             corpus, stream, rank, world_size, train_batch_size, micro_batch_size, prefetch_batches,
             output, target_sum, on_damage, stop_at, finish, allocate, memory_bytes,
-            _threads_for(corpus) if read_threads is None else read_threads,
+            _threads_for(corpus) if read_threads is None else read_threads, tuple(columns),
         )  # fmt: skip
-        if cells_seen < 0:
-            raise ValueError(f"cells_seen {cells_seen}: must be at least 0")
-        if memory_bytes is not None:
-            self._plan.places(self._plan.share(cells_seen))
+        self._plan.check_start(cells_seen)
         self.stream, self.position = stream, cells_seen
         self.waited_s, self.skipped_cells = 0.0, 0
         self._threads: LoaderThreads | None = None

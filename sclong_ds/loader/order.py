@@ -51,9 +51,16 @@ class DatasetColumn(Protocol):
         """(cells,) position of the cell's dataset."""
 
 
+class VisitWeights(Protocol):
+    """How often each cell is visited."""
+
+    def of(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the weights of the cells `start` to `stop` - 1; 2^16 is one visit an epoch."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CellWeights:
-    """How often each cell is visited."""
+    """How often each cell is visited, by its dataset."""
 
     datasets: NDArray[np.int64]
     """(datasets,) weight of the cells of each dataset; 2^16 is one visit an epoch, 0 none."""
@@ -177,7 +184,7 @@ class CellStream:
         *,
         seed: int,
         group_chunks: int,
-        weights: CellWeights | None = None,
+        weights: VisitWeights | None = None,
     ) -> None:
         """Add up the weights, if any; takes no more than a block of cells at a time.
 
@@ -388,7 +395,7 @@ def split_borders(chunk_rows: ArrayLike) -> NDArray[np.int64]:
 
 
 def visits_of_weights(
-    bounds: NDArray[np.int64], weights: CellWeights
+    bounds: NDArray[np.int64], weights: VisitWeights
 ) -> tuple[NDArray[np.int64], int, int]:
     """Return (n + 1,) weights before each chunk border, passes of an epoch, visits of a pass.
 
@@ -410,7 +417,7 @@ def visits_of_weights(
     return sums, passes, pass_visits
 
 
-def _border_sums(bounds: NDArray[np.int64], weights: CellWeights) -> tuple[NDArray[np.int64], int]:
+def _border_sums(bounds: NDArray[np.int64], weights: VisitWeights) -> tuple[NDArray[np.int64], int]:
     """Return (n + 1,) sums of the weights before each chunk border, and the largest weight."""
     sums, largest = np.zeros(len(bounds), np.int64), 0
     first = 0

@@ -63,6 +63,7 @@ class LoaderPlan:
     allocate: Callable[[int], NDArray[np.uint8]]
     memory_bytes: int | None
     read_threads: int
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.batch, self.micro, self.world_size) < 1:
@@ -90,6 +91,23 @@ class LoaderPlan:
             raise ValueError(f"on_damage '{self.on_damage}': allowed are stop and skip")
         if self.read_threads < 1:
             raise ValueError(f"read_threads {self.read_threads}: must be at least 1")
+        for name in self.columns:
+            if name not in self.corpus.columns:
+                raise ValueError(
+                    f"columns: {self.corpus.location} has no column '{name}', it has "
+                    f"{', '.join(sorted(self.corpus.columns))}"
+                )
+
+    def check_start(self, cells_seen: int) -> None:
+        """Check what depends on the position of the first visit.
+
+        Raises:
+            ValueError: A negative position, or too little memory.
+        """
+        if cells_seen < 0:
+            raise ValueError(f"cells_seen {cells_seen}: must be at least 0")
+        if self.memory_bytes is not None:
+            self.places(self.share(cells_seen))
 
     @property
     def steps_in_memory(self) -> int:
@@ -320,7 +338,8 @@ class LoaderThreads:
             ) from None
         batch = CellBatch(
             out.counts(), visits.rows.copy(), visits.positions // plan.stream.epoch_visits,
-            visits.passes.copy(), visits.damaged.copy(),
+            visits.passes.copy(), visits.damaged.copy(), None,
+            {name: plan.corpus.columns[name].codes(visits.rows) for name in plan.columns},
         )  # fmt: skip
         return batch if plan.finish is None else replace(batch, extra=plan.finish(batch))
 

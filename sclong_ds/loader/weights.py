@@ -1,37 +1,62 @@
-"""How often the datasets of a corpus are visited: fixed-point weights from the `data` section."""
+"""How often the cells of a corpus are visited: fixed-point weights from the `data` section.
+
+Cells are weighed by their dataset, or by the value of a column of annotations.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.annotations.columns import CellColumn
 from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.order import ONE
 
+_BLOCK_CELLS = 2**20
 
-def weights_of(data: DataConfig, corpus: Corpus) -> NDArray[np.int64] | None:
-    """Return the weight of the training cells of each dataset, or None to visit all cells alike.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ColumnWeights:
+    """How often each cell is visited, by its value in a column."""
+
+    by_code: NDArray[np.int64]
+    """(values,) weight of the cells of each code; 2^16 is one visit an epoch, 0 none."""
+    column: CellColumn
+
+    def of(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the weights of the cells `start` to `stop` - 1."""
+        return self.by_code[self.column.codes(slice(start, stop))]
+
+
+def weights_of(data: DataConfig, corpus: Corpus) -> NDArray[np.int64] | ColumnWeights | None:
+    """Return the weights of the training cells, or None to visit all cells alike.
 
     Args:
         data: The `data` section.
         corpus: The corpus.
 
     Returns:
-        (datasets,) weights; 2^16 is one visit an epoch.
+        (datasets,) weights, 2^16 for one visit an epoch; or weights by the values of a column.
 
     Raises:
-        ValueError: Weights that do not fit the corpus, or more visits than data.max_repeats.
+        ValueError: Weights or a column that do not fit the corpus, or more visits than
+            data.max_repeats.
         FileNotFoundError: No such file of weights.
     """
     n_cells = [dataset.split_cells.get("train", 0) for dataset in corpus.datasets]
     ids = [dataset.dataset_id for dataset in corpus.datasets]
+    if data.balance_by not in ("none", "dataset") and data.balance_by in corpus.columns:
+        return _column_weights(data, corpus)
     if data.balance_by != "none":
+        if data.balance_by not in ("dataset", "tissue"):
+            raise ValueError(_no_column(data.balance_by, corpus))
         groups = ids if data.balance_by == "dataset" else [d.tissue for d in corpus.datasets]
         if not any(groups):
             raise ValueError(
@@ -55,6 +80,47 @@ def weights_of(data: DataConfig, corpus: Corpus) -> NDArray[np.int64] | None:
             f"lower its weight or raise data.max_repeats"
         )
     return weights
+
+
+def _column_weights(data: DataConfig, corpus: Corpus) -> ColumnWeights:
+    """Return the weights that give each value of a column its share.
+
+    Raises:
+        ValueError: A column of numbers without codes, or one that no training cell has a value of.
+    """
+    column, train = corpus.columns[data.balance_by], corpus.splits["train"]
+    if column.values is None:
+        few = sorted(name for name, found in corpus.columns.items() if found.values)
+        raise ValueError(
+            f"data.balance_by={data.balance_by}: every cell may have another number; name a column "
+            f"of few values: {', '.join(few)}"
+        )
+    n_cells = np.zeros(len(column.values), np.int64)
+    for start in range(train.start, train.stop, _BLOCK_CELLS):
+        codes = column.codes(slice(start, min(start + _BLOCK_CELLS, train.stop)))
+        n_cells += np.bincount(codes, minlength=len(n_cells))
+    if len(train) and not n_cells[1:].any():
+        raise ValueError(
+            f"data.balance_by={data.balance_by}: no training cell of {corpus.location} has a value"
+        )
+    # Two ids of an ontology may have one name.
+    groups = [value or None for value in column.values]
+    weights = dataset_weights(
+        n_cells.tolist(), groups, exponent=data.balance_exponent, max_repeats=data.max_repeats
+    )
+    return ColumnWeights(weights, column)
+
+
+def _no_column(name: str, corpus: Corpus) -> str:
+    """Return what to do about a column that a corpus lacks."""
+    there = sorted({"dataset", *corpus.columns} - {"dataset_id"})
+    older = not corpus.columns.stored
+    cure = (
+        "the corpus was made before annotations were columns: finalize it again, its cells stay"
+        if older
+        else "or convert with obs_columns and finalize again"
+    )
+    return f"data.balance_by={name}: {corpus.location} has {', '.join(there)}; {cure}"
 
 
 def read_weights(path: Path) -> dict[str, float]:

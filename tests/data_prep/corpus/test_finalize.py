@@ -390,5 +390,5 @@ def test_progress_reaches_the_end_of_every_stage(
         last[stage] = (done, total)
 
     finalize(stage_corpus(three), progress=record)
-    assert list(last) == ["duplicates", "scatter", "write", "statistics"]
+    assert list(last) == ["duplicates", "scatter", "write", "statistics", "columns"]
     assert all(done == total for done, total in last.values())

@@ -29,6 +29,7 @@ from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.loader import threads as loading
 from sclong_ds.loader.loader import CellLoader, most_lanes, open_stream
 from sclong_ds.loader.order import ONE
+from sclong_ds.loader.weights import ColumnWeights
 
 GENES = 40
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")
@@ -240,6 +241,29 @@ def test_other_splits_and_weights_of_datasets(corpus):
     seen = [row for row, *_ in in_order([take(corpus, weights=weights, stop_at=n)])]
     assert {corpus.row_dataset[row] for row in seen} == {1, 2}
     assert abs(sum(corpus.row_dataset[row] == 1 for row in seen) - 40) <= 2
+
+
+def test_a_batch_has_the_columns_that_were_asked_for(corpus):
+    for options in ({}, {"lanes": (4, 8), "world_size": 2, "rank": 1}):
+        options |= {"columns": ["dataset_id"], "stop_at": 24}
+        with open_loader(corpus, **options) as loader:
+            for batch in (batch for step in loader for batch in step.micro_batches):
+                codes = batch.columns["dataset_id"]
+                names = np.array(corpus.columns["dataset_id"].values)[codes]
+                expected = [f"d{corpus.row_dataset[row]}" for row in batch.cell_ids]
+                assert names.tolist() == expected
+    with pytest.raises(ValueError, match="has no column 'cell_type', it has dataset_id"):
+        open_loader(corpus, columns=["cell_type"])
+
+
+def test_a_column_weighs_cells_as_their_datasets_do(corpus):
+    by_dataset = np.array([0, 2 * ONE, ONE])
+    by_column = ColumnWeights(np.array([0, *by_dataset]), corpus.columns["dataset_id"])
+    for lanes in (None, (4, 8)):
+        options = {"lanes": lanes, "stop_at": 40, "check": False}
+        assert take(corpus, weights=by_column, **options) == take(
+            corpus, weights=by_dataset, **options
+        )
 
 
 def test_the_four_outputs_agree(corpus):

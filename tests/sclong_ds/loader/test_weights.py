@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from sclong_ds.annotations.columns import CellColumn
 from sclong_ds.config.load import load_config
 from sclong_ds.loader.order import ONE
-from sclong_ds.loader.weights import read_weights, weights_of
+from sclong_ds.loader.weights import ColumnWeights, read_weights, weights_of
 
 CELLS = np.array([100, 300, 0, 400])
 
@@ -26,7 +28,7 @@ def corpus(*tissues: str | None) -> Any:
         SimpleNamespace(dataset_id=f"d{i}", tissue=tissue, split_cells=cells)
         for i, (cells, tissue) in enumerate(zip(splits, tissues or (None,) * 4, strict=True))
     ]
-    return SimpleNamespace(datasets=datasets, location="s3://bucket/corpus")
+    return SimpleNamespace(datasets=datasets, location="s3://bucket/corpus", columns={})
 
 
 def visits(weights: Any) -> list[float]:
@@ -53,6 +55,55 @@ def test_datasets_of_a_tissue_share_its_part():
     assert visits(weights) == pytest.approx([100, 300, 0, 400], rel=1e-3)
     weights = weights_of(balanced, corpus("blood", "lung", None, "lung"))
     assert visits(weights) == pytest.approx([400, 400 * 3 / 7, 0, 400 * 4 / 7], rel=1e-3)
+
+
+class Columns(dict[str, Any]):
+    """Columns of a corpus of 20 training cells and 4 more."""
+
+    stored = ("one",)
+
+    def __init__(self, **codes: NDArray[Any]) -> None:
+        values = ("", "rare", "often", "often")
+        super().__init__(
+            {
+                name: CellColumn(
+                    name, "text", None if found.dtype == float else values, None, len(found),
+                    found.__getitem__,
+                )
+                for name, found in codes.items()
+            }
+        )  # fmt: skip
+
+
+def annotated(**codes: NDArray[Any]) -> Any:
+    return SimpleNamespace(
+        datasets=(), location="corpus", columns=Columns(**codes), splits={"train": range(2, 22)}
+    )
+
+
+def test_the_values_of_a_column_get_equal_shares_whatever_their_dataset():
+    codes = np.array([1, 1, *([1] * 4), *([2] * 5), *([3] * 5), *([0] * 6), 2, 2])
+    balanced = data(balance_by="cell_type", balance_exponent=0.0, max_repeats=9)
+    weights = weights_of(balanced, annotated(cell_type=codes))
+    assert isinstance(weights, ColumnWeights)
+    of_cells = weights.of(0, 24) / ONE
+    # Unknown is one value more; two ids of one name share its part.
+    for code, n in ((1, 4), (2, 10), (3, 10), (0, 6)):
+        assert of_cells[codes == code] == pytest.approx(20 / 3 / n, rel=1e-3)
+
+
+def test_columns_that_cannot_be_balanced_say_what_can():
+    balanced = data(balance_by="assay", max_repeats=3)
+    some = annotated(cell_type=np.zeros(24, int), share=np.zeros(24))
+    with pytest.raises(ValueError, match="corpus has cell_type, dataset, share; or convert with"):
+        weights_of(balanced, some)
+    some.columns.stored = ()
+    with pytest.raises(ValueError, match="finalize it again, its cells stay"):
+        weights_of(balanced, some)
+    with pytest.raises(ValueError, match="no training cell of corpus has a value"):
+        weights_of(data(balance_by="cell_type"), some)
+    with pytest.raises(ValueError, match="name a column of few values: cell_type"):
+        weights_of(data(balance_by="share"), some)
 
 
 def test_tissues_that_nobody_named_are_an_error_also_of_a_remote_corpus():

@@ -1,0 +1,1 @@
+"""Annotations of the cells of all datasets, put together for the corpus."""

@@ -1,0 +1,1 @@
+"""Annotations of cells: one table of columns for a whole corpus."""
