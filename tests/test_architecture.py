@@ -118,6 +118,28 @@ def tops(name: str) -> set[str]:
     return {i.split(".")[0] for i in IMPORTS[name]}
 
 
+def test_the_page_about_the_house_has_every_package():
+    page = (ROOT / "docs" / "explain" / "house.md").read_text()
+    (tree,) = re.findall(r"```\n(.*?)```", page, re.DOTALL)
+    packages = {
+        path.parent.relative_to(ROOT)
+        for name in PACKAGES
+        for path in (ROOT / name).glob("*/__init__.py")
+    }
+    assert packages
+    # On the line of its floor, whole or after the one beside it: `a/b/` or `c/`.
+    missing = [
+        str(package)
+        for package in sorted(packages)
+        if not re.search(
+            rf"^{package}/|^{package.parent}/.*[ ;]{package.name}/", tree, re.MULTILINE
+        )
+    ]
+    assert not missing
+    named = re.findall(r"^((?:sclong_ds|data_prep)/\w+)/", tree, re.MULTILINE)
+    assert not [name for name in named if not (ROOT / name / "__init__.py").exists()]
+
+
 def test_kernels_import_torch_and_triton_only():
     allowed = {"kernels", "torch", "triton", *sys.stdlib_module_names}
     for name in MODULES:
