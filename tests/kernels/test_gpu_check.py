@@ -29,6 +29,7 @@ class {RELEASED_CLASS}(torch.nn.Module):
 NEEDED = {
     "torch",
     "triton",
+    "jinja2",
     "numpy",
     "yaml",
     "torch_geometric",
@@ -37,8 +38,8 @@ NEEDED = {
     "tqdm",
     "requests",
 }
-"""What the machine with the GPU must have, with what torch-geometric needs; the project's other
-requirements are hidden."""
+"""What the machine with the GPU must have, with what torch and torch-geometric need; the project's
+other requirements are hidden."""
 HIDE = """
 import sys
 from importlib.machinery import PathFinder
