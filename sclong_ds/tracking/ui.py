@@ -35,6 +35,8 @@ from sclong_ds.run_folder.files import RUN_FILE, read_run_json
 from sclong_ds.tracking.client import new_client, one_line, sqlite_file
 
 _START_S = 120.0
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end the server with the command: Ctrl-C, `kill`, a terminal that is closed."""
 _ARTIFACTS = "mlartifacts"
 """Folder beside mlflow.db, see `sclong_ds.tracking.store`."""
 
@@ -148,13 +150,16 @@ def serve(uri: str, *, port: int, open_it: bool) -> int:
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
         "--workers", "1", "--backend-store-uri", uri,
     ]  # fmt: skip
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in _ENDING:  # `&` in a script has SIGINT ignored; nohup means what it says
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
-        )  # fmt: skip
+        process = None
         try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+            )  # fmt: skip
             if not _answers(process, port):
                 output.seek(0)
                 lines = output.read().decode(errors="replace").strip().splitlines()
@@ -165,7 +170,10 @@ def serve(uri: str, *, port: int, open_it: bool) -> int:
         except KeyboardInterrupt:
             return 0
         finally:
-            _end(process)
+            for number in _ENDING:  # a second Ctrl-C must not leave the server behind
+                signal.signal(number, signal.SIG_IGN)
+            if process is not None:
+                _end(process)
 
 
 def _pages(uri: str, server: str) -> list[str]:

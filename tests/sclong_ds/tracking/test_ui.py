@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from launching import ROOT, environment
 
 from sclong_ds.__main__ import main
 from sclong_ds.run_folder.files import update_run_json
 from sclong_ds.tracking.ui import serve, store_of, with_paths_of_here
+
+SHOWN = """
+import sys
+from sclong_ds.tracking import ui
+
+ui._pages = lambda uri, server: [server]
+sys.exit(ui.serve("sqlite:///any", port=ui.free_port(), open_it=False))
+"""
+SERVER = """
+import http.server, os, subprocess, sys
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"OK")
+
+worker = subprocess.Popen(["sleep", "1000"])
+with open(os.environ["NUMBERS"], "w") as file:
+    print(os.getpid(), worker.pid, file=file)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
+"""
+"""Stands for `mlflow server`, which has workers."""
 
 
 def write_store(folder: Path, *uris: str) -> Path:
@@ -82,3 +111,41 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) ->
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port}: Address already in use; give another"):
             serve(f"sqlite:///{tmp_path / 'mlflow.db'}", port=port, open_it=False)
+
+
+@pytest.mark.parametrize("sent", [["INT"], ["TERM"], ["HUP"], ["INT", "INT"]], ids="-".join)
+def test_the_server_ends_with_the_command_however_that_is_ended(
+    tmp_path: Path, sent: list[str]
+) -> None:
+    (tmp_path / "mlflow.py").write_text(SERVER)
+    numbers = tmp_path / "numbers"
+    # As a shell's script starts what it puts into the background: SIGINT is ignored.
+    command = ["bash", "-c", 'trap "" INT; exec "$@"', "-", sys.executable, "-c", SHOWN]
+    paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "NUMBERS": str(numbers)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment() | paths, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    printed = [process.stdout.readline() for _ in range(2)]
+    started = [int(number) for number in numbers.read_text().split()]
+    try:
+        assert printed[1] == "Ctrl-C ends the server.\n"
+        assert all(_runs(number) for number in started)
+        for name in sent:
+            process.send_signal(getattr(signal, f"SIG{name}"))
+        assert process.wait(timeout=60) == 0
+        assert not any(_runs(number) for number in started)
+    finally:
+        process.kill()
+        process.communicate()
+        for number in started:
+            if _runs(number):
+                os.kill(number, signal.SIGKILL)
+
+
+def _runs(number: int) -> bool:
+    """Return whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
