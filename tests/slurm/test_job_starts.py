@@ -246,3 +246,20 @@ def test_a_step_that_slurm_refuses_ends_the_job_with_its_reason(slurm: Any, tmp_
     (line,) = [line for line in job.log.splitlines() if line.startswith("error: Slurm refuses")]
     assert "distribution" in line
     assert "submit the corrected command" in line
+
+
+@pytest.mark.parametrize("wrong", ["a mistyped SCLONG_VENV", "--export=NONE without .venv"])
+def test_a_wrong_environment_ends_in_a_line(slurm: Any, tmp_path: Path, wrong: str) -> None:
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    options = ["sbatch", "--parsable", f"--output={slurm.folder}/jobs/%x-%j.out"]
+    env, said = {"SCLONG_VENV": "/no/such/venv"}, "SCLONG_VENV=/no/such/venv has no bin/python"
+    if wrong.startswith("--export"):
+        options, env, said = [*options, "--export=NONE"], {}, "cannot import torch, deepspeed and"
+    arguments = ("slurm/pretrain.sh", "--config", "sclong_tiny", f"run.dir={tmp_path / 'run'}")
+    job = slurm.wait(slurm.command(*options, *arguments, env=env, cwd=tmp_path))
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 2, 0)
+    (line, *_) = lines = job.log.partition("\n--- ")[0].strip().splitlines()
+    assert len(lines) == 1, job.log
+    assert line.startswith("error: ")
+    assert said in line
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ OTHER = {
     "optim.cycle_gamma": "0.5",
     "objective.mask_prob": "0.3", "objective.mask_prob_range": "[0.1, 0.2]",
     "objective.zero_mask_prob": "0.1", "objective.replace_prob": "0.8",
-    "objective.target_rounding": "float32",
+    "objective.target_rounding": "float32", "objective.loss": "likelihood",
     "engine.ds_config": "zero3_offload", "engine.train_batch_size": "8",
     "engine.train_micro_batch_size_per_gpu": "2", "engine.gradient_clipping": "0.5",
     "engine.precision": "bf16", "engine.activation_checkpointing": "true",
@@ -90,11 +91,20 @@ NEEDED = {
 """What such a value demands of other keys."""
 
 
-def saved_run(tmp_path: Path) -> Path:
-    """Return the checkpoint of a run of sclong_tiny, as far as its configuration."""
+MODEL_OF = {"objective.loss": ["model.cell_offset=poisson"]}
+"""What such a value demands of the model, which a run keeps from its start."""
+
+
+def saved_run(tmp_path: Path, overrides: Sequence[str] = ()) -> Path:
+    """Return the checkpoint of a run of sclong_tiny, as far as its configuration.
+
+    Args:
+        tmp_path: Where to write it.
+        overrides: Its `key=value` settings.
+    """
     checkpoint = tmp_path / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "config.yaml").write_text(to_yaml(load_config("sclong_tiny")))
+    (checkpoint / "config.yaml").write_text(to_yaml(load_config("sclong_tiny", overrides)))
     return checkpoint
 
 
@@ -110,8 +120,9 @@ def test_every_key_of_three_sections_has_another_value() -> None:
 @pytest.mark.parametrize("key", OTHER)
 def test_a_changed_key_is_said_or_refused(tmp_path: Path, key: str) -> None:
     """The objective needs consent; precision is refused with the state, see above."""
-    checkpoint = saved_run(tmp_path)
-    overrides = [f"{key}={OTHER[key]}", *NEEDED.get(key, [])]
+    of_model = MODEL_OF.get(key, [])
+    checkpoint = saved_run(tmp_path, of_model)
+    overrides = [f"{key}={OTHER[key]}", *NEEDED.get(key, []), *of_model]
     config = load_config("sclong_tiny", overrides)
     assert key in changed_settings(checkpoint / "config.yaml", config)
     if not key.startswith("objective."):
