@@ -174,7 +174,7 @@ import time
 from sclong_ds.job import failures; from sclong_ds import pretrain
 from sclong_ds.corpus.corpus import Corpus
 
-read, squared_error, calls = Corpus.read_packed, pretrain.masked_squared_error, []
+read, loss_of, calls = Corpus.read_packed, pretrain.loss_of, []
 
 def slow(*args, **kwargs):
     time.sleep(2)
@@ -183,9 +183,9 @@ def slow(*args, **kwargs):
 def poisoned(*args):
     calls.append(args)
     faults = {9: float("nan"), 89: 1e3}
-    return squared_error(*args) * faults.get(len(calls), 1)
+    return loss_of(*args) * faults.get(len(calls), 1)
 
-Corpus.read_packed, pretrain.masked_squared_error = slow, poisoned
+Corpus.read_packed, pretrain.loss_of = slow, poisoned
 failures.run_to_end(pretrain.main)
 """
 """A disk that takes two seconds for a chunk, a NaN in the third step, a spike in the 23rd."""
