@@ -39,6 +39,9 @@ class TrainState:
     """SHA-256 of the file of random features."""
     weights_hash: str | None = None
     """SHA-256 of `data.dataset_weights`."""
+    balance_hash: str | None = None
+    """Of the weights by `data.balance_by`, see `loader.weights.balance_hash`; earlier versions,
+    which weighed by datasets alone, wrote none."""
     skipped_steps: int = 0
     """Steps that were not applied because something was not finite."""
     lanes: int = 0

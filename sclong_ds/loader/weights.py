@@ -5,6 +5,7 @@ Cells are weighed by their dataset, or by the value of a column of annotations.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,36 @@ def weights_of(data: DataConfig, corpus: Corpus) -> NDArray[np.int64] | ColumnWe
             f"lower its weight or raise data.max_repeats"
         )
     return weights
+
+
+BY_COLUMN = "column "
+"""Beginning of the hash of weights by the values of a column."""
+
+
+def balance_hash(data: DataConfig, corpus: Corpus) -> str | None:
+    """Return a hash of the weights that `data.balance_by` gives; None if it gives none.
+
+    The corpus's own hash does not cover its annotations, from which these weights come.
+
+    Args:
+        data: The `data` section.
+        corpus: The corpus.
+
+    Raises:
+        ValueError: As `weights_of`.
+    """
+    if data.balance_by == "none":
+        return None
+    weights, found = weights_of(data, corpus), hashlib.sha256()
+    if not isinstance(weights, ColumnWeights):
+        assert weights is not None
+        found.update(weights.astype("<i8").tobytes())
+        return found.hexdigest()
+    train = corpus.splits["train"]
+    for start in range(train.start, train.stop, _BLOCK_CELLS):
+        of_cells = weights.of(start, min(start + _BLOCK_CELLS, train.stop))
+        found.update(of_cells.astype("<i8").tobytes())
+    return BY_COLUMN + found.hexdigest()
 
 
 def _column_weights(data: DataConfig, corpus: Corpus) -> ColumnWeights:

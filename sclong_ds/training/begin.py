@@ -21,6 +21,7 @@ from sclong_ds.files.atomic import file_sha256
 from sclong_ds.job.starting import Starting
 from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.loader.loader import most_lanes
+from sclong_ds.loader.weights import balance_hash
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.run_folder.identity import node_name
@@ -145,6 +146,7 @@ def first_state(given: Given, corpus: Corpus) -> TrainState:
         graph_hash=_hash_of(config.model.gene_graph),
         features_hash=_hash_of(config.model.random_features_file),
         weights_hash=_hash_of(config.data.dataset_weights),
+        balance_hash=balance_hash(data, corpus),
         lanes=lanes,
         lanes_batch=batch if lanes else 0,
     )

@@ -17,6 +17,7 @@ from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import DataConfig, ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
+from sclong_ds.loader.weights import BY_COLUMN
 from sclong_ds.run_folder.credentials import without_credentials
 
 log = logging.getLogger(__name__)
@@ -268,6 +269,14 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
             f"run.dir={run_dir}: cannot resume, {', '.join(changed)} differ from the "
             f"checkpoint's; use the same corpus, gene graph, random features, dataset weights and "
             f"run.seed, or a new run.dir"
+        )
+    # Earlier versions wrote no hash of weights, and weighed by datasets alone.
+    by_column = (now.balance_hash or "").startswith(BY_COLUMN)
+    if found.balance_hash != now.balance_hash and (found.balance_hash or by_column):
+        raise ValueError(
+            f"run.dir={run_dir}: cannot resume, data.balance_by weighs the cells otherwise than "
+            f"before, since the annotations of the corpus are others (finalize writes them); take "
+            f"the corpus as it was, or a new run.dir"
         )
 
 

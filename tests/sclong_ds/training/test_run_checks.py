@@ -44,6 +44,26 @@ def test_another_corpus_or_any_other_input_is_refused_by_name(tmp_path: Path, na
         refuse_other_inputs(tmp_path, SAVED, now)
 
 
+@pytest.mark.parametrize(
+    ("saved", "now", "goes_on"),
+    [
+        ("a", "a", True), ("a", "b", False), ("a", "column a", False),
+        ("column a", "column a", True), ("column a", "column b", False), ("column a", "a", False),
+        # Of a version that wrote none: it weighed by datasets.
+        (None, "a", True), (None, "column a", False), (None, None, True),
+    ],
+)  # fmt: skip
+def test_cells_that_would_be_weighed_otherwise_are_refused(
+    tmp_path: Path, saved: str | None, now: str | None, goes_on: bool
+) -> None:
+    found, begins = (dataclasses.replace(SAVED, balance_hash=hash_) for hash_ in (saved, now))
+    if goes_on:
+        refuse_other_inputs(tmp_path, found, begins)
+        return
+    with pytest.raises(ValueError, match=r"data\.balance_by weighs the cells otherwise"):
+        refuse_other_inputs(tmp_path, found, begins)
+
+
 def changed(checkpoint: Path, config: RunConfig) -> list[str]:
     """Return what a configuration measures otherwise than a checkpoint's."""
     cells = config.run.validation_cells
