@@ -123,8 +123,10 @@ def test_the_server_ends_with_the_command_however_that_is_ended(
     command = ["bash", "-c", 'trap "" INT; exec "$@"', "-", sys.executable, "-c", SHOWN]
     paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "NUMBERS": str(numbers)}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment() | paths, stdout=subprocess.PIPE, text=True
-    )
+        command, cwd=tmp_path, env=environment() | paths, stdout=subprocess.PIPE, text=True,
+        # The tests may themselves run under nohup, whose children ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None
     printed = [process.stdout.readline() for _ in range(2)]
     started = [int(number) for number in numbers.read_text().split()]
