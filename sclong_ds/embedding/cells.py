@@ -75,6 +75,14 @@ class Cells:
     warnings: tuple[str, ...] = ()
     """What looks wrong with the input."""
 
+    def placed_blocks(self) -> Iterator[tuple[slice, CountBlock, MeasuredGenes | None]]:
+        """Yield all cells in order: the place of a block, the block, and what its cells measure."""
+        done = 0
+        for block in self.blocks():
+            place = slice(done, done + block.counts.shape[0])
+            yield place, block, None if self.measured is None else self.measured.of(place)
+            done = place.stop
+
 
 def open_cells(
     path: Path,

@@ -273,13 +273,12 @@ def embed_to_file(
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_hdf5(out) as (file, written), count_progress("embed", n_cells, "cells") as on_cells:
         embedded = _begin_anndata(file, n_cells, model, with_counts=with_counts)
-        for block in cells.blocks():
-            part = slice(done, done + block.counts.shape[0])
+        for part, block, measured in cells.placed_blocks():
             n_genes_mapped[part] = np.diff(block.counts.indptr)
             n_counts[part] = np.asarray(block.counts.sum(axis=1)).ravel()
             embedded[part], columns = embed_and_predict(
                 model, block.counts, head, batch_size=batch_size, on_cells=on_cells,
-                measured=None if cells.measured is None else cells.measured.of(part),
+                measured=measured,
             )  # fmt: skip
             predicted.append(columns)
             if with_counts:

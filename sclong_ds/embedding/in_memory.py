@@ -87,14 +87,11 @@ def embed(
         "genome": genome,
     }
     with opened_cells(model, cells, (), min_genes_mapped, min_share_mapped, how) as opened:
-        parts, done = [np.zeros((0, embedding_width(model)), dtype=np.float32)], 0
-        for block in opened.blocks():
-            rows = slice(done, done + block.counts.shape[0])
-            measured = None if opened.measured is None else opened.measured.of(rows)
+        parts = [np.zeros((0, embedding_width(model)), dtype=np.float32)]
+        for _, block, measured in opened.placed_blocks():
             parts.append(
                 embed_counts(model, block.counts, batch_size=batch_size, measured=measured)
             )
-            done = rows.stop
         return np.concatenate(parts)
 
 
@@ -144,15 +141,12 @@ def predict(
     how: dict[str, Any] = {"counts": counts, "gene_column": gene_column, "id_type": id_type}
     how |= {"gene_list": gene_list, "genome": genome}
     with opened_cells(loaded, cells, (), min_genes_mapped, min_share_mapped, how) as opened:
-        parts, done = [], 0
-        for block in opened.blocks():
-            rows = slice(done, done + block.counts.shape[0])
-            measured = None if opened.measured is None else opened.measured.of(rows)
+        parts = []
+        for place, block, measured in opened.placed_blocks():
             _, columns = embed_and_predict(
                 loaded, block.counts, head, batch_size=batch_size, measured=measured
             )
-            parts.append(DataFrame(columns, index=opened.obs.index[rows]))
-            done = rows.stop
+            parts.append(DataFrame(columns, index=opened.obs.index[place]))
         return concat(parts)
 
 

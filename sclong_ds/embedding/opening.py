@@ -67,14 +67,11 @@ def model_inputs(
     Raises:
         ValueError: As `count_inputs`.
     """
-    done = 0
-    for block in cells.blocks():
-        rows = slice(done, done + block.counts.shape[0])
-        measured = None if cells.measured is None else cells.measured.of(rows)
+    for place, block, measured in cells.placed_blocks():
         batches = count_inputs(model, block.counts, batch_size=batch_size, measured=measured)
         for part, x, unmeasured in batches:
-            yield x, unmeasured, slice(done + part.start, done + part.start + len(x))
-        done = rows.stop
+            first = place.start + part.start
+            yield x, unmeasured, slice(first, first + len(x))
 
 
 def count_inputs(
