@@ -130,12 +130,11 @@ def ridge_deltas(
     errors = np.zeros(len(_STRENGTHS))
     for fold in range(int(inner.max()) + 1):
         fit, held = train[inner != fold], train[inner == fold]
-        for number, strength in enumerate(_STRENGTHS):
-            found = _ridge(features, deltas, fit, held, strength)
+        for number, found in enumerate(_ridge(features, deltas, fit, held, _STRENGTHS)):
             errors[number] += float(np.square(found - deltas[held]).sum())
     # Of equal ones the strongest: its prediction is nearest to the mean change.
     best = len(errors) - 1 - int(np.argmin(errors[::-1]))
-    return _ridge(features, deltas, train, test, _STRENGTHS[best])
+    return next(_ridge(features, deltas, train, test, [_STRENGTHS[best]]))
 
 
 def _ridge(
@@ -143,12 +142,14 @@ def _ridge(
     deltas: Floats,
     train: NDArray[np.int64],
     test: NDArray[np.int64],
-    strength: float,
-) -> Floats:
+    strengths: Sequence[float],
+) -> Iterator[Floats]:
+    """Yield the changes (test, G) that each strength predicts."""
     x, mean = standardised_features(features, train), deltas[train].mean(axis=0)
-    products = x[train] @ x[train].T
-    weights = np.linalg.solve(products + strength * np.eye(len(train)), deltas[train] - mean)
-    return np.asarray(mean + x[test] @ x[train].T @ weights)
+    products, between = x[train] @ x[train].T, x[test] @ x[train].T
+    for strength in strengths:
+        weights = np.linalg.solve(products + strength * np.eye(len(train)), deltas[train] - mean)
+        yield np.asarray(mean + between @ weights)
 
 
 def standardised_features(features: Floats, train: NDArray[np.int64]) -> Floats:
