@@ -116,7 +116,6 @@ from sclong_ds.engine.ranks import (
 from sclong_ds.job.exit_status import STOP_STATUS
 from sclong_ds.loader.batches import StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
-from sclong_ds.loader.weights import weights_of
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.objective.losses import loss_of, n_scored, outputs_of
 from sclong_ds.objective.masked_cells import MaskedCells
@@ -451,7 +450,7 @@ def open_loader(
     stream = open_stream(
         corpus,
         seed=cells.seed,
-        weights=weights_of(data, corpus),
+        weights=cells.weights,
         group_chunks=None if state.lanes else data.shuffle_group_chunks,
         lanes=state.lanes or None,
         batch=state.lanes_batch or None,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,15 +37,16 @@ class ColumnWeights:
         return self.by_code[self.column.codes(slice(start, stop))]
 
 
-def weights_of(data: DataConfig, corpus: Corpus) -> NDArray[np.int64] | ColumnWeights | None:
+Weights: TypeAlias = NDArray[np.int64] | ColumnWeights
+"""(datasets,) weights, 2^16 for one visit an epoch; or weights by the values of a column."""
+
+
+def weights_of(data: DataConfig, corpus: Corpus) -> Weights | None:
     """Return the weights of the training cells, or None to visit all cells alike.
 
     Args:
         data: The `data` section.
         corpus: The corpus.
-
-    Returns:
-        (datasets,) weights, 2^16 for one visit an epoch; or weights by the values of a column.
 
     Raises:
         ValueError: Weights or a column that do not fit the corpus, or more visits than
@@ -87,26 +89,22 @@ BY_COLUMN = "column "
 """Beginning of the hash of weights by the values of a column."""
 
 
-def balance_hash(data: DataConfig, corpus: Corpus) -> str | None:
+def balance_hash(data: DataConfig, weights: Weights | None, train: range) -> str | None:
     """Return a hash of the weights that `data.balance_by` gives; None if it gives none.
 
     The corpus's own hash does not cover its annotations, from which these weights come.
 
     Args:
         data: The `data` section.
-        corpus: The corpus.
-
-    Raises:
-        ValueError: As `weights_of`.
+        weights: What `weights_of` returns for it.
+        train: The training cells.
     """
-    if data.balance_by == "none":
+    if data.balance_by == "none" or weights is None:
         return None
-    weights, found = weights_of(data, corpus), hashlib.sha256()
+    found = hashlib.sha256()
     if not isinstance(weights, ColumnWeights):
-        assert weights is not None
         found.update(weights.astype("<i8").tobytes())
         return found.hexdigest()
-    train = corpus.splits["train"]
     for start in range(train.start, train.stop, _BLOCK_CELLS):
         of_cells = weights.of(start, min(start + _BLOCK_CELLS, train.stop))
         found.update(of_cells.astype("<i8").tobytes())

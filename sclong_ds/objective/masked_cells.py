@@ -20,6 +20,7 @@ from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.loader.reading import say_skipped
+from sclong_ds.loader.weights import Weights
 from sclong_ds.objective.batch import MaskedBatch, masked_batch, unpack
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.targets import VALIDATION_EPOCH, Prepared, prepare
@@ -38,6 +39,8 @@ class MaskedCells:
     device: torch.device
     measured: MeasuredGenes | None
     """With data.unmeasured=mask: which genes the cells' datasets measure."""
+    weights: Weights | None
+    """How often the training cells are visited; None: all alike."""
 
     def prepare(self, batch: CellBatch) -> Prepared:
         """Draw the targets of packed cells.

@@ -21,7 +21,7 @@ from sclong_ds.files.atomic import file_sha256
 from sclong_ds.job.starting import Starting
 from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.loader.loader import most_lanes
-from sclong_ds.loader.weights import balance_hash
+from sclong_ds.loader.weights import Weights, balance_hash, weights_of
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.run_folder.identity import node_name
@@ -71,13 +71,15 @@ def begin(given: Given, starting: Starting) -> Run:
         log_health(corpus)
     starting.phase("model", "the model and its optimizer, or another rank that makes them")
     model, weights = open_model(given, corpus)
-    state = first_state(given, corpus)
+    sampling = weights_of(config.data, corpus)
+    state = first_state(given, corpus, sampling)
     check_same_on_all_ranks(given, state, model)
     describe(given, corpus, model)
     engine = open_engine(given, model, weights, waits=starting.waits)
     cells = MaskedCells(
         corpus=corpus, data=config.data, objective=config.objective, model=config.model,
         seed=config.run.seed, device=ranks.device, measured=measured_genes(config.data, corpus),
+        weights=sampling,
     )  # fmt: skip
     opened = Opened(
         ranks=ranks,
@@ -121,12 +123,13 @@ def assemble(given: Given, opened: Opened, counted: Counted) -> Run:
     )
 
 
-def first_state(given: Given, corpus: Corpus) -> TrainState:
+def first_state(given: Given, corpus: Corpus, weights: Weights | None) -> TrainState:
     """Return the state of a run that has not made a step.
 
     Args:
         given: What the start is given.
         corpus: The corpus.
+        weights: Of its training cells.
     """
     config = given.config
     data, batch = config.data, config.engine.train_batch_size
@@ -146,7 +149,7 @@ def first_state(given: Given, corpus: Corpus) -> TrainState:
         graph_hash=_hash_of(config.model.gene_graph),
         features_hash=_hash_of(config.model.random_features_file),
         weights_hash=_hash_of(config.data.dataset_weights),
-        balance_hash=balance_hash(data, corpus),
+        balance_hash=balance_hash(data, weights, corpus.splits["train"]),
         lanes=lanes,
         lanes_batch=batch if lanes else 0,
     )

@@ -98,26 +98,31 @@ def test_the_values_of_a_column_get_equal_shares_whatever_their_dataset():
         assert of_cells[codes == code] == pytest.approx(20 / 3 / n, rel=1e-3)
 
 
+def hash_of(settings: Any, cells: Any) -> str | None:
+    """Return the hash of the weights that settings give the cells 2 to 21."""
+    return balance_hash(settings, weights_of(settings, cells), range(2, 22))
+
+
 def test_a_hash_of_the_weights_follows_what_the_cells_are_balanced_by():
     codes = np.array([1] * 6 + [2] * 18)
     balanced = data(balance_by="cell_type", balance_exponent=0.0, max_repeats=9)
-    first, again = (balance_hash(balanced, annotated(cell_type=codes.copy())) for _ in range(2))
+    first, again = (hash_of(balanced, annotated(cell_type=codes.copy())) for _ in range(2))
     assert first == again
     assert first is not None
     assert first.startswith(BY_COLUMN)
     swapped = codes.copy()
     swapped[[5, 6]] = swapped[[6, 5]]  # as many of each value, of other cells
-    moved = balance_hash(balanced, annotated(cell_type=swapped))
+    moved = hash_of(balanced, annotated(cell_type=swapped))
     assert moved is not None
     assert moved != first
     by_tissue = data(balance_by="tissue", balance_exponent=0.0, max_repeats=9)
     lung, renamed = (
-        balance_hash(by_tissue, corpus("lung", other, None, "liver")) for other in ("liver", "lung")
+        hash_of(by_tissue, corpus("lung", other, None, "liver")) for other in ("liver", "lung")
     )
     assert lung is not None
     assert not lung.startswith(BY_COLUMN)
     assert renamed != lung
-    assert balance_hash(data(), corpus()) is None
+    assert hash_of(data(), corpus()) is None
 
 
 def test_columns_that_cannot_be_balanced_say_what_can():

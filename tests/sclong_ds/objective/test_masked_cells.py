@@ -19,6 +19,7 @@ from sclong_ds.objective.masked_cells import MaskedCells
 def cells_of(corpus: Path, *settings: str) -> MaskedCells:
     config = load_config("sclong_tiny", settings)
     return MaskedCells(
+        weights=None,
         corpus=Corpus(corpus), data=config.data, objective=config.objective, model=config.model,
         seed=0, device=torch.device("cpu"), measured=None,
     )  # fmt: skip
