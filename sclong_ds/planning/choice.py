@@ -146,12 +146,13 @@ class Chooser:
         """
         fitting: list[Choice] = []
         names = dict.fromkeys((self.engine.ds_config, *IN_MEMORY, OFFLOADED))
+        settings = {name: self._zero(name) for name in names}
         for offloaded in (False, True):
             fitting = [
                 choice
-                for name in names
-                if self._zero(name).offload_optimizer == offloaded
-                for choice in self._fitting(name)
+                for name, zero in settings.items()
+                if zero.offload_optimizer == offloaded
+                for choice in self._fitting(name, zero)
             ]
             if fitting:
                 break
@@ -170,18 +171,17 @@ class Chooser:
             ),
         )
 
-    def _fitting(self, name: str) -> Iterator[Choice]:
-        """Yield the settings of a shipped DeepSpeed JSON that fit."""
+    def _fitting(self, name: str, zero: Zero) -> Iterator[Choice]:
+        """Yield the settings of a DeepSpeed JSON that fit."""
         world, usable = self.site.world_size, self.device.usable_bytes()
         share = self.engine.train_batch_size // world
-        zero = self._zero(name)
         for recompute in (False, True):
             for micro in (m for m in range(1, share + 1) if share % m == 0):
                 memory = memory_per_rank(
                     self.model, zero, self.setup, micro_batch=micro,
                     element_bytes=self.element_bytes, recompute=recompute,
                 )  # fmt: skip
-                peak = memory.peak() + self.setup.on_cpu * memory.offloaded
+                peak = memory.filled(on_cpu=self.setup.on_cpu)
                 if peak > usable:
                     break
                 yield Choice(

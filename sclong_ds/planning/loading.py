@@ -16,6 +16,7 @@ from typing import Any
 
 from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.location import Location
 from sclong_ds.loader.bench import FORMAT
 from sclong_ds.loader.lanes import lanes_for
 from sclong_ds.loader.loader import open_stream
@@ -98,7 +99,7 @@ def loading(
     read_times = float(math.ceil(world_size / lanes)) if by_lanes else float(world_size * passes)
     on_node = cells_per_s / nodes
     decoded = on_node * read_times * cells / visits
-    remote = data.corpus is not None and "://" in data.corpus.removeprefix("file://")
+    remote = data.corpus is not None and not Location(data.corpus).is_local
     cpu_us = REMOTE_CPU_US if remote else CPU_US
     cpu_us = rate["cpu_us_per_cell"] if rate else cpu_us * n_expressed / VALUES
     chunks = decoded * n_expressed / CHUNK_VALUES

@@ -59,6 +59,14 @@ class Memory:
         layers = self.gathered_layers + self.batch_constants + self.activations
         return self.states() + max(self.reduce_buckets + layers, self.optimizer_step)
 
+    def filled(self, *, on_cpu: bool) -> int:
+        """Return the bytes of a rank's device at the peak: a CPU's holds what is offloaded too.
+
+        Args:
+            on_cpu: Whether the device is the host itself.
+        """
+        return self.peak() + on_cpu * self.offloaded
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -226,7 +234,7 @@ def largest_micro_batch(
         memory = memory_per_rank(
             model, zero, setup, micro_batch=cells, element_bytes=element_bytes, recompute=recompute
         )
-        return memory.peak() + setup.on_cpu * memory.offloaded <= usable_bytes
+        return memory.filled(on_cpu=setup.on_cpu) <= usable_bytes
 
     low, high = 0, 1
     while fits(high):

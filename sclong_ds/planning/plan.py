@@ -22,8 +22,6 @@ from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
-    EngineConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
 )
@@ -42,10 +40,9 @@ from sclong_ds.planning.costs import (
     parameter_counts,
     recompute_flops_per_cell,
 )
-from sclong_ds.planning.devices import Device, find_device
+from sclong_ds.planning.devices import find_device
 from sclong_ds.planning.loading import as_plan, loading, read_rate, sampling
 from sclong_ds.planning.memory import (
-    Setup,
     Zero,
     largest_micro_batch,
     memory_per_rank,
@@ -101,7 +98,7 @@ def make_plan(
             "recompute": repeated,
         },
         "batch": {key: ds_config[key] for key in batch},
-        "memory": _memory_plan(model, engine, zero, chooser.setup, device),
+        "memory": _memory_plan(chooser, zero),
         "time": _time_plan(
             chooser.time(zero, recompute=recompute, micro_batch=micro), chooser, max_steps=steps
         )
@@ -134,12 +131,10 @@ def _with_total(parts: dict[str, int]) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
-def _memory_plan(
-    model: ModelConfig, engine: EngineConfig, zero: Zero, setup: Setup, device: Device
-) -> dict[str, Any]:
+def _memory_plan(chooser: Chooser, zero: Zero) -> dict[str, Any]:
     """Predict memory as configured, and in all stages, offloaded, recomputed or not."""
-    e = 2 if engine.precision == "bf16" else 4
-    micro, usable = engine.train_micro_batch_size_per_gpu, device.usable_bytes()
+    model, engine, setup, e = chooser.model, chooser.engine, chooser.setup, chooser.element_bytes
+    micro, usable = engine.train_micro_batch_size_per_gpu, chooser.device.usable_bytes()
 
     def row(other: Zero, recompute: bool) -> dict[str, Any]:
         memory = memory_per_rank(
