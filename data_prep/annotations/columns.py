@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,10 @@ class Annotations:
     tissue: str
     """As in the manifest, empty if not given."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    """One dataset while columns are made."""
-
-    obs: Path
-    names: tuple[str, ...]
-    n_cells: int
-    tissue: str
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The columns of the table."""
+        return tuple(obs_names(self.obs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +95,9 @@ def write_columns(
     folder.mkdir()
     infos: list[ColumnInfo] = []
     left_out = []
-    tables = _tables(datasets)
-    plans = _plans(tables)
+    plans = _plans(datasets)
     for number, plan in enumerate(plans, start=1):
-        found = _column(plan, tables, cells)
+        found = _column(plan, datasets, cells)
         if found is None:
             left_out.append(plan.name)
         else:
@@ -123,29 +118,16 @@ def columns_of(
         datasets: By their number in the table `dataset`.
         cells: Of the corpus.
     """
-    tables = _tables(datasets)
-    for plan in _plans(tables):
-        found = _column(plan, tables, cells)
+    for plan in _plans(datasets):
+        found = _column(plan, datasets, cells)
         if found is not None:
             yield found
 
 
-def _tables(datasets: Sequence[Annotations]) -> list[_Table]:
-    return [
-        _Table(
-            obs=dataset.obs,
-            names=tuple(obs_names(dataset.obs)),
-            n_cells=dataset.n_cells,
-            tissue=dataset.tissue.strip(),
-        )
-        for dataset in datasets
-    ]
-
-
-def _plans(tables: Sequence[_Table]) -> list[_Plan]:
+def _plans(tables: Sequence[Annotations]) -> list[_Plan]:
     """Return the columns to make, by name."""
     names = {name for table in tables for name in table.names} - {*_NO_COLUMNS}
-    if any(table.tissue for table in tables):
+    if any(table.tissue.strip() for table in tables):
         names.add("tissue")
     both = any({_DONOR, _DONOR_ID} <= {*table.names} for table in tables)
     one_donor = bool({_DONOR, _DONOR_ID} & names) and not both
@@ -165,7 +147,7 @@ def _plans(tables: Sequence[_Table]) -> list[_Plan]:
 
 
 def _column(
-    plan: _Plan, tables: Sequence[_Table], cells: CellStore
+    plan: _Plan, tables: Sequence[Annotations], cells: CellStore
 ) -> tuple[ColumnInfo, NDArray[Any]] | None:
     """Return a column in the order of the corpus; None if its values are too many."""
     staged = np.empty(sum(table.n_cells for table in tables), np.uint32)
@@ -193,7 +175,7 @@ def _column(
 
 
 def _numbers(
-    plan: _Plan, tables: Sequence[_Table], cells: CellStore
+    plan: _Plan, tables: Sequence[Annotations], cells: CellStore
 ) -> tuple[ColumnInfo, NDArray[Any]] | None:
     """Return a column of numbers without codes; None if some value is no number."""
     staged = np.empty(sum(table.n_cells for table in tables), np.float64)
@@ -209,14 +191,14 @@ def _numbers(
     return info, _in_corpus_order(staged, tables, cells)
 
 
-def _pairs(plan: _Plan, table: _Table) -> tuple[NDArray[np.int64], list[Pair]]:
+def _pairs(plan: _Plan, table: Annotations) -> tuple[NDArray[np.int64], list[Pair]]:
     """Return the column of a dataset: (cells,) positions among pairs, and these."""
     source = next((name for name in plan.sources if name in table.names), None)
     codes, values = np.zeros(table.n_cells, np.int64), [""]
     if source is not None:
         codes, values = read_coded(table.obs, source)
     elif plan.name == "tissue":
-        values = [table.tissue]
+        values = [table.tissue.strip()]
     if plan.terms is None or plan.terms not in table.names:
         return codes, [(value, "") for value in values]
     term_codes, terms = read_coded(table.obs, plan.terms)
@@ -227,7 +209,7 @@ def _pairs(plan: _Plan, table: _Table) -> tuple[NDArray[np.int64], list[Pair]]:
 
 
 def _in_corpus_order(
-    staged: NDArray[Any], tables: Sequence[_Table], cells: CellStore
+    staged: NDArray[Any], tables: Sequence[Annotations], cells: CellStore
 ) -> NDArray[Any]:
     """Return what belongs to the staged cells of all datasets for the cells of the corpus."""
     firsts = np.cumsum([0, *(table.n_cells for table in tables)])
