@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,8 +32,8 @@ STEPS, WARM = 8, 3
 """Steps of a case, and of these the first that are not counted."""
 LEAST_S = {False: 30.0, True: 90.0}
 """A case, with compiled layers or not, is not started with less time left."""
-CELLS, EXPRESSED = 512, 0.07
-"""Training cells, and the share of genes that one expresses."""
+CELLS, VALIDATION, EXPRESSED = 512, 32, 0.07
+"""Cells, and the share of genes that one expresses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +89,9 @@ def step(args: argparse.Namespace) -> Iterator[Row]:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = random_corpus(folder / "corpus", n_genes=200 if args.tiny else None)
+        corpus = random_corpus(
+            folder / "corpus", n_genes=200 if args.tiny else len(GeneVocabulary.bundled())
+        )
         for number, case in enumerate(cases(tiny=args.tiny)):
             left = args.deadline - time.monotonic()
             if left < LEAST_S[case.compiled] and not args.tiny:
@@ -101,6 +102,7 @@ def step(args: argparse.Namespace) -> Iterator[Row]:
 
 def _measured(case: Case, corpus: Path, run_dir: Path, left: float, args: Any) -> Row:
     """Start a run, wait for its steps, end it and return their medians."""
+    from benchmarks.random_kills import environments
     from sclong_ds.run_folder.rows import read_metrics
 
     small = ["model.top_seq_len=64", "model.zero_genes=null"] if args.tiny else []
@@ -110,12 +112,7 @@ def _measured(case: Case, corpus: Path, run_dir: Path, left: float, args: Any) -
         f"run.max_steps={STEPS + 1000}", "run.validate_every_n_steps=0", "tracking.enabled=false",
         "tracking.picture_cells=null", "checkpoint.every_n_steps=100000",
     ]  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    env = os.environ | {name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()}
-    env |= {"DS_ACCELERATOR": args.device}
+    env = environments(1)[0] | {"DS_ACCELERATOR": args.device}
     log = run_dir.with_suffix(".log")
     with log.open("w") as out:
         run = subprocess.Popen(
@@ -157,42 +154,17 @@ def _figures(rows: list[dict[str, Any]]) -> Row:
     return found
 
 
-def random_corpus(folder: Path, *, n_genes: int | None) -> Path:
-    """Write a corpus of random cells with the genes of the vocabulary, or the first of them.
+def random_corpus(folder: Path, *, n_genes: int) -> Path:
+    """Write a corpus of random cells of one dataset, as many genes expressed as usual.
 
     Args:
         folder: Folder to make.
-        n_genes: Number of genes; None: all.
+        n_genes: Number of genes.
     """
-    from scipy import sparse
+    from benchmarks.random_kills import write_corpus
 
-    from sclong_ds.corpus.catalogue import DatasetInfo, write_catalogue
-    from sclong_ds.corpus.cell_writer import CellWriter
-
-    rng, folder_of_cells = np.random.default_rng(0), folder / "cells.zarr"
-    folder.mkdir(parents=True)
-    bundled = GeneVocabulary.bundled()
-    columns = (bundled.ids, bundled.symbols, bundled.classes)
-    genes = GeneVocabulary(*(column[:n_genes] for column in columns))
-    genes.write(folder / "genes.tsv")
-    n, train = len(genes), CELLS
-    cells = sparse.random(train + 32, n, density=EXPRESSED, format="csr", random_state=rng)
-    cells.data = rng.geometric(0.5, cells.nnz).astype(np.uint32)
-    with CellWriter(folder_of_cells, n_genes=n, chunk_entries=2**18, chunks_per_shard=2) as writer:
-        for rows in (slice(0, train), slice(train, train + 32)):
-            part = cells[rows].astype(np.uint32)
-            writer.append(part, source={"dataset": np.zeros(part.shape[0], np.uint32)})
-            writer.end_chunk()
-    total = np.asarray(cells[:train].sum(axis=0)).ravel()
-    np.savez(
-        folder / "gene_stats.npz", n_expressing=np.asarray((cells[:train] > 0).sum(axis=0)).ravel(),
-        total_counts=total, mean_expressed=np.ones(n), mean_expressed_all=1.0,
-        var_expressed_all=1.0, target_sum=1e4,
-    )  # fmt: skip
-    about = dict.fromkeys(DatasetInfo.__dataclass_fields__) | {"duplicates_dropped": 0}
-    dataset = about | {"dataset_id": "random", "n_cells": train + 32,
-                       "split_cells": {"train": train}}  # fmt: skip
-    splits = {"train": [0, train], "validation": [train, train + 32], "test": [train + 32] * 2}
-    catalogue = {"hash": "random", "genes_hash": genes.hash, "n_cells": train + 32}
-    write_catalogue(folder, catalogue | {"splits": splits, "datasets": [dataset]})
-    return folder
+    rng, shape = np.random.default_rng(0), (CELLS + VALIDATION, n_genes)
+    counts = np.where(rng.random(shape) < EXPRESSED, rng.geometric(0.5, shape), 0)
+    counts[:, 0] = 1  # no cell is empty
+    dataset = np.zeros(len(counts), np.uint32)
+    return write_corpus(folder, counts, dataset, n_validation=VALIDATION, chunk_entries=2**18)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from benchmarks.environment import environment
@@ -92,23 +93,43 @@ def make_corpus(folder: Path) -> Path:
     Args:
         folder: Folder to make.
     """
+    rng = np.random.default_rng(0)
+    rates = rng.lognormal(-1.5, 1.2, (2, N_GENES))
+    dataset = (np.arange(N_CELLS) % 4 == 0).astype(np.uint32)
+    counts = rng.poisson(rates[dataset])
+    return write_corpus(folder, counts, dataset, n_validation=N_VALIDATION, chunk_entries=4096)
+
+
+def write_corpus(
+    folder: Path,
+    counts: NDArray[np.int64],
+    dataset: NDArray[np.uint32],
+    *,
+    n_validation: int,
+    chunk_entries: int,
+) -> Path:
+    """Write a corpus of given cells, of as many genes of the vocabulary as they have.
+
+    Args:
+        folder: Folder to make.
+        counts: (N, G), those of the validation cells last.
+        dataset: (N,) number of each cell's dataset.
+        n_validation: Cells of the validation.
+        chunk_entries: Entries of a chunk.
+    """
     from sclong_ds.corpus.catalogue import DatasetInfo, write_catalogue
     from sclong_ds.corpus.cell_writer import CellWriter
     from sclong_ds.corpus.genes import GeneVocabulary
 
-    rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    genes = GeneVocabulary.bundled()
+    genes, (n_cells, n_genes) = GeneVocabulary.bundled(), counts.shape
     columns = (genes.ids, genes.symbols, genes.classes)
-    genes = GeneVocabulary(*(column[:N_GENES] for column in columns))
+    genes = GeneVocabulary(*(column[:n_genes] for column in columns))
     genes.write(folder / "genes.tsv")
-    rates = rng.lognormal(-1.5, 1.2, (2, N_GENES))
-    dataset = (np.arange(N_CELLS) % 4 == 0).astype(np.uint32)
-    counts = rng.poisson(rates[dataset])
-    train = N_CELLS - N_VALIDATION
-    options = {"n_genes": N_GENES, "chunk_entries": 4096, "chunks_per_shard": 2}
+    train = n_cells - n_validation
+    options = {"n_genes": n_genes, "chunk_entries": chunk_entries, "chunks_per_shard": 2}
     with CellWriter(folder / "cells.zarr", **options) as writer:
-        for rows in (slice(0, train), slice(train, N_CELLS)):
+        for rows in (slice(0, train), slice(train, n_cells)):
             cells = sparse.csr_matrix(counts[rows].astype(np.uint32))
             writer.append(cells, source={"dataset": dataset[rows]})
             writer.end_chunk()
@@ -124,10 +145,10 @@ def make_corpus(folder: Path) -> Path:
     datasets = [
         about | {"dataset_id": f"d{i}", "n_cells": int((dataset == i).sum()),
                  "split_cells": {"train": int((dataset[:train] == i).sum())}}
-        for i in range(2)
+        for i in range(int(dataset.max()) + 1)
     ]  # fmt: skip
-    splits = {"train": [0, train], "validation": [train, N_CELLS], "test": [N_CELLS, N_CELLS]}
-    catalogue = {"hash": "random", "genes_hash": genes.hash, "n_cells": N_CELLS}
+    splits = {"train": [0, train], "validation": [train, n_cells], "test": [n_cells, n_cells]}
+    catalogue = {"hash": "random", "genes_hash": genes.hash, "n_cells": n_cells}
     write_catalogue(folder, catalogue | {"splits": splits, "datasets": datasets})
     return folder
 
