@@ -47,6 +47,7 @@ from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split, read_dono
 from data_prep.corpus.work_folder import discard, open_work
 from data_prep.ledger.ledger import LedgerEntry, count_statuses, origin_of, read_ledger
 from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
+from data_prep.source.measured import MEASURED, pack, read_measured
 from sclong_ds.corpus.catalogue import (
     CITATIONS,
     SPLITS,
@@ -66,13 +67,13 @@ from sclong_ds.files.atomic import (
     sync_tree,
     write_atomic,
 )
-from sclong_ds.files.npz import read_npy, read_npz
+from sclong_ds.files.npz import read_npz
 
 logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 4
+_WORK_VERSION = 5
 """Raised when an interrupted run of an older program could not be continued."""
 
 
@@ -317,7 +318,10 @@ def _build(
     ]
     ends = np.cumsum([0, *(sum(info.split_cells[name] for info in infos) for name in SPLITS)])
     splits = {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
-    _write_gene_statistics(work / "gene_stats.npz", cells, range(*splits["train"]), progress)
+    measured = np.stack([read_measured(s.folder, len(genes)) for s in staged])
+    _write_measured_genes(work / MEASURED, measured)
+    train = range(*splits["train"])
+    _write_gene_statistics(work / "gene_stats.npz", cells, train, measured, progress)
     genes.write(work / "genes.tsv")
     _write_annotations(work, staged)
     annotations = [
@@ -329,7 +333,6 @@ def _build(
         for s in staged
     ]
     no_columns = write_columns(work / "columns", annotations, cells, progress=progress)
-    _write_measured_genes(work / "measured_genes.npy", staged, genes)
     write_atomic(work / CITATIONS, citations_text(infos).encode())
     catalogue = _catalogue(cells, genes, plan, splits, infos)
     if no_columns:
@@ -341,13 +344,17 @@ def _build(
 
 
 def _write_gene_statistics(
-    path: Path, cells: CellStore, train: range, progress: Progress | None
+    path: Path,
+    cells: CellStore,
+    train: range,
+    measured: NDArray[np.bool_],
+    progress: Progress | None,
 ) -> None:
     """Write the statistics of the training cells, if an earlier run has not."""
     try:
         read_npz(path, cure="it is made again")
     except (OSError, ValueError):
-        write_statistics(path, gene_statistics(cells, train, progress=progress))
+        write_statistics(path, gene_statistics(cells, train, measured, progress=progress))
 
 
 def _kept_cells(
@@ -378,20 +385,10 @@ def _write_annotations(work: Path, staged: Sequence[Staged]) -> None:
             raise ValueError(f"{s.folder / 'obs.parquet'}: changed while finalize was at work")
 
 
-def _write_measured_genes(path: Path, staged: Sequence[Staged], genes: GeneVocabulary) -> None:
-    """Write (datasets, genes / 8) uint8: the staged bits of all datasets."""
-    rows = []
-    for s in staged:
-        source, shape = s.folder / "measured_genes.npy", (-(-len(genes) // 8),)
-        bits = read_npy(source, cure="convert the dataset again")
-        if bits.shape != shape or bits.dtype != np.uint8:
-            raise ValueError(
-                f"{source}: {bits.dtype}{bits.shape} instead of uint8{shape}; convert the dataset "
-                "again"
-            )
-        rows.append(bits)
+def _write_measured_genes(path: Path, measured: NDArray[np.bool_]) -> None:
+    """Write (datasets, genes / 8) uint8, the bits of all datasets."""
     content = io.BytesIO()
-    np.save(content, np.stack(rows))
+    np.save(content, pack(measured))
     write_atomic(path, content.getvalue())
 
 

@@ -2,10 +2,9 @@
 
 Reads the files of the dataset. Writes `cells.zarr` (a cell store of `sclong_ds.corpus.corpus` with
 the row table `source_row`, the row of each cell in its source), `obs.parquet` (`annotations.py`)
-and `measured_genes.npy` ((genes / 8,) uint8, `np.packbits(bitorder="little")` over the vocabulary
-genes that the file names: what it does not name was not measured, and is not zero). Cells are
-streamed in blocks, so that memory does not grow with the dataset. Everything is read back and
-compared before the folder gets its name.
+and `measured_genes.npy` (`data_prep.source.measured`). Cells are streamed in blocks, so that memory
+does not grow with the dataset. Everything is read back and compared before the folder gets its
+name.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from data_prep.ledger.ledger import LedgerEntry, ledger_path, staged_files
 from data_prep.manifest.address import without_secrets
 from data_prep.manifest.manifest import Dataset
 from data_prep.readers.open import open_source
+from data_prep.source.measured import MEASURED, pack
 from data_prep.source.source import UnusableError
 from data_prep.staging.annotations import annotation_table, read_annotations
 from data_prep.staging.chosen_cells import primary_warning, unwanted_cells
@@ -148,8 +148,8 @@ def _write(
     )
     write_obs(staged / "obs.parquet", obs)
     entry["obs_columns"] = list(obs.columns[1:])
-    with (staged / "measured_genes.npy").open("wb") as file:
-        np.save(file, np.packbits(opened.gene_map.measured, bitorder="little"))
+    with (staged / MEASURED).open("wb") as file:
+        np.save(file, pack(opened.gene_map.measured))
     check_cells(staged / "cells.zarr", written, n_genes=opened.gene_map.n_genes)
     check_obs(staged / "obs.parquet", obs)
 

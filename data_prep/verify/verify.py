@@ -344,10 +344,16 @@ def _check_columns(corpus: Corpus, links: Links, problems: list[str]) -> None:
 
 def _check_statistics(corpus: Corpus, problems: list[str], progress: Progress | None) -> None:
     stored = corpus.gene_stats
+    # A corpus of an earlier version has no figures of measuring cells.
+    measured = None if stored.n_measuring is None else corpus.measured_genes
     found = gene_statistics(
-        corpus.cells, corpus.splits["train"], target_sum=stored.target_sum, progress=progress
+        corpus.cells,
+        corpus.splits["train"],
+        measured,
+        target_sum=stored.target_sum,
+        progress=progress,
     )
-    exact = ("n_expressing", "total_counts")
+    exact = ("n_expressing", "total_counts", "n_measuring", "counts_measuring")
     close = ("mean_expressed", "mean_expressed_all", "var_expressed_all")
     wrong = [n for n in exact if not np.array_equal(getattr(stored, n), getattr(found, n))]
     # log1p differs in the last bit between processors.

@@ -21,7 +21,7 @@ The cells themselves are read by `sclong_ds.corpus.cell_store`, where their form
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -91,6 +91,16 @@ class GeneStats:
     """Population variance of all non-zero values."""
     target_sum: float
     """Total to which a cell is scaled."""
+    n_measuring: NDArray[np.int64] | None = None
+    """(G,) training cells whose dataset measures the gene; None in corpora of earlier versions,
+    which take every cell for measuring all."""
+    counts_measuring: NDArray[np.int64] | None = None
+    """(G,) sum of all counts of those cells."""
+
+    def share(self) -> NDArray[np.float64]:
+        """Return (G,) the share of each gene in the counts of the cells that measure it."""
+        of = self.total_counts.sum() if self.counts_measuring is None else self.counts_measuring
+        return self.total_counts / np.maximum(of, 1)
 
 
 class Corpus:
@@ -244,14 +254,15 @@ class Corpus:
         path = self.location.local_path("gene_stats.npz")
         found: dict[str, Any] = dict(read_npz(path, cure=self._cure))
         single = {"mean_expressed_all", "var_expressed_all", "target_sum"}
-        for field in fields(GeneStats):
+        known = [f for f in fields(GeneStats) if f.name in found or f.default is MISSING]
+        for field in known:
             expected = () if field.name in single else (self.n_genes,)
             if field.name not in found or found[field.name].shape != expected:
                 raise ValueError(
                     f"{path}: damaged (no {field.name} of shape {expected}); {self._cure}"
                 )
         numbers = {name: float(found[name]) for name in single}
-        return GeneStats(**{field.name: found[field.name] for field in fields(GeneStats)} | numbers)
+        return GeneStats(**{field.name: found[field.name] for field in known} | numbers)
 
     @cached_property
     def measured_genes(self) -> NDArray[np.bool_] | None:

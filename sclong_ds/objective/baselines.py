@@ -7,7 +7,8 @@ a model has learnt is what it predicts better than these:
 - `gene_mean`: the gene's mean value over the training cells that express it.
 - `offset`: that plus one number per cell, the mean of (value - gene mean) over its visible values.
 - `poisson`: the expected value of a Poisson count of 1 or more, whose mean is the gene's share of
-  all training counts times the cell's depth. The smallest visible value stands for one count.
+  the counts of the training cells that measure it, times the cell's depth. The smallest visible
+  value stands for one count.
 - `linear`: least squares over hidden values of training cells, in (1, m, o, s, m o, m s, m m) with
   the gene mean m, the offset o and the smallest visible value s.
 
@@ -52,8 +53,8 @@ class DepthBaselines:
 
     def __init__(self, stats: GeneStats, device: torch.device) -> None:
         self._mean = torch.as_tensor(stats.mean_expressed, dtype=torch.float64, device=device)
-        counts = torch.as_tensor(stats.total_counts, dtype=torch.float64, device=device)
-        self._share = (counts / counts.sum().clamp(min=1)).clamp(min=1e-9)
+        share = torch.as_tensor(stats.share(), dtype=torch.float64, device=device)
+        self._share = share.clamp(min=1e-9)
         self._target_sum = stats.target_sum
         self.normal = torch.zeros(N_FEATURES, N_FEATURES + 1, dtype=torch.float64, device=device)
         self._weights: Tensor | None = None

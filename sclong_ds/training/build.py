@@ -211,9 +211,8 @@ def first_output(model: ModelConfig, stats: GeneStats) -> float | NDArray[np.flo
     """Return the head's first output, one number or one per gene (G,).
 
     The mean value; where `model.cell_offset` names a distribution of counts the log of the mean
-    share of a cell's counts, scaled as values are.
+    share of the counts of a cell that measures the gene, scaled as values are.
     """
     if model.cell_offset in COUNT_OFFSETS:
-        share = stats.total_counts / max(1, stats.total_counts.sum())
-        return np.log(stats.target_sum * np.maximum(share, LEAST_SHARE))
+        return np.log(stats.target_sum * np.maximum(stats.share(), LEAST_SHARE))
     return stats.mean_expressed if model.gene_bias else stats.mean_expressed_all

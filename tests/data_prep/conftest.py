@@ -12,6 +12,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.ledger.ledger import empty_entry, staged_files, write_entry
+from data_prep.source.measured import MEASURED, pack
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.obs_table import write_obs
@@ -41,6 +42,8 @@ def stage_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageCorpus
         datasets: Mapping[str, sparse.csr_matrix],
         *,
         donors: Mapping[str, Sequence[str]] | None = None,
+        measured: Mapping[str, np.ndarray] | None = None,
+        obs: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
         not_ok: Mapping[str, str] | None = None,
         name: str = "corpus",
         chunk_entries: int = 4096,
@@ -64,11 +67,13 @@ def stage_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageCorpus
             ) as writer:
                 # Odd rows only: the source had cells that were not staged.
                 writer.append(matrix, source={"source_row": 2 * np.arange(matrix.shape[0]) + 1})
-            obs = {"barcode": [f"{dataset_id}-{row}" for row in range(matrix.shape[0])]}
+            table = {"barcode": [f"{dataset_id}-{row}" for row in range(matrix.shape[0])]}
             if donors and dataset_id in donors:
-                obs["donor"] = list(donors[dataset_id])
-            write_obs(folder / "obs.parquet", pd.DataFrame(obs))
-            np.save(folder / "measured_genes.npy", np.packbits(np.ones(N_GENES, bool)))
+                table["donor"] = list(donors[dataset_id])
+            table |= {name: list(texts) for name, texts in (obs or {}).get(dataset_id, {}).items()}
+            write_obs(folder / "obs.parquet", pd.DataFrame(table))
+            genes_of = (measured or {}).get(dataset_id, np.ones(N_GENES, bool))
+            np.save(folder / MEASURED, pack(genes_of))
             entry = empty_entry(
                 dataset_id, Path("x.h5ad"), organism="human", tissue="blood", settings_hash="s"
             )
