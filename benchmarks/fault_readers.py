@@ -207,7 +207,7 @@ def read_encoded(folder: Path) -> Any:
     model = sclong_ds.load_model(folder)
     x = torch.log1p(torch.arange(2 * len(model.genes)).reshape(2, -1) % 7).float()
     with torch.inference_mode():
-        values = [model(x).numpy().tobytes(), model.encode(x).numpy().tobytes()]
+        values = [model(x).numpy().tobytes(), model.encode(x, genes="all").numpy().tobytes()]
     genes = (model.genes.ids, model.genes.symbols, model.genes.classes)
     return values, repr(model.transform), genes
 

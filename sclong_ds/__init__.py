@@ -5,9 +5,11 @@ Public names, imported on first use so that `import sclong_ds` costs nothing:
 - `load_config(PRESET_OR_FILE, overrides)`: a run's configuration.
 - `train(config)`: train in this process; returns the run folder.
 - `load_model(MODEL_DIR, device=...)`: an exported model as a torch module, a `ScLong`.
-- `push_to_hub(MODEL_DIR, "ORG/NAME")`: the same to the Hugging Face hub; `load_model` takes
-  hf://ORG/NAME too.
-- `embed(model, cells)`: embeddings (n, W) of AnnData, a DataFrame or a file.
+- `from_pretrained("hf://ORG/NAME")`: the same name for the same; `save_pretrained(model, DIR)` and
+  `push_to_hub(model, "ORG/NAME")` write and publish it. All three are methods of `ScLong` too.
+- `embed(model, cells)`: embeddings (n, W) of AnnData, a DataFrame or a file; `Reading`: how to read
+  them.
+- `align(cells, model)`: the cells as AnnData in the model's gene order.
 - `predict(MODEL_DIR, cells)`: what a fine-tuned model says of cells, a DataFrame.
 - `gene_vectors(model)`: the vectors (G, C) of a model's genes, before any cell is seen.
 - `evaluate(model, cells, label=...)`: scores of these embeddings beside baselines.
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
     from sclong_ds.config.load import load_config
     from sclong_ds.corpus.corpus import Corpus
     from sclong_ds.corpus.genes import GeneVocabulary
-    from sclong_ds.embedding.in_memory import embed, predict
+    from sclong_ds.embedding.in_memory import Reading, align, embed, predict
     from sclong_ds.evaluation.in_memory import evaluate
     from sclong_ds.gene_analysis.genes import gene_vectors
-    from sclong_ds.hub.hub import load_model, push_to_hub
+    from sclong_ds.hub.hub import from_pretrained, load_model, push_to_hub, save_pretrained
     from sclong_ds.loader.loader import CellLoader, open_stream
     from sclong_ds.model.sclong import ScLong
     from sclong_ds.pretrain import train
@@ -38,32 +40,40 @@ __all__ = [
     "CellLoader",
     "Corpus",
     "GeneVocabulary",
+    "Reading",
     "ScLong",
+    "align",
     "embed",
     "evaluate",
     "favor_attention",
+    "from_pretrained",
     "gene_vectors",
     "load_config",
     "load_model",
     "open_stream",
     "predict",
     "push_to_hub",
+    "save_pretrained",
     "train",
 ]
 _HOMES = {
     "CellLoader": "sclong_ds.loader.loader",
     "Corpus": "sclong_ds.corpus.corpus",
     "GeneVocabulary": "sclong_ds.corpus.genes",
+    "Reading": "sclong_ds.embedding.in_memory",
     "ScLong": "sclong_ds.model.sclong",
+    "align": "sclong_ds.embedding.in_memory",
     "embed": "sclong_ds.embedding.in_memory",
     "evaluate": "sclong_ds.evaluation.in_memory",
     "favor_attention": "kernels.favor_attention",
+    "from_pretrained": "sclong_ds.hub.hub",
     "gene_vectors": "sclong_ds.gene_analysis.genes",
     "load_config": "sclong_ds.config.load",
     "load_model": "sclong_ds.hub.hub",
     "open_stream": "sclong_ds.loader.loader",
     "predict": "sclong_ds.embedding.in_memory",
     "push_to_hub": "sclong_ds.hub.hub",
+    "save_pretrained": "sclong_ds.hub.hub",
     "train": "sclong_ds.pretrain",
 }
 

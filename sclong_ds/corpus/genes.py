@@ -10,10 +10,11 @@ corpus, a gene graph and a model fit together only if the `hash` of their vocabu
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -63,6 +64,30 @@ class GeneVocabulary:
     def index(self) -> Mapping[str, int]:
         """Column of each id."""
         return {gene: position for position, gene in enumerate(self.ids)}
+
+    def columns(self, names: Iterable[str]) -> list[int]:
+        """Return the columns of genes, in the order given.
+
+        Args:
+            names: Ensembl ids or symbols; of a symbol that several genes have, the first.
+
+        Raises:
+            ValueError: A gene that is not there.
+        """
+        found = []
+        for name in names:
+            column = self.index.get(name, self._of_symbol.get(name))
+            if column is None:
+                near = difflib.get_close_matches(name, [*self.index, *self._of_symbol], n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"the model has no gene '{name}'{hint}")
+            found.append(column)
+        return found
+
+    @cached_property
+    def _of_symbol(self) -> Mapping[str, int]:
+        """Column of the first gene of each symbol."""
+        return {symbol: i for i, symbol in reversed(list(enumerate(self.symbols)))}
 
     @classmethod
     def read(cls, path: str | Path) -> GeneVocabulary:

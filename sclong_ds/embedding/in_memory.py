@@ -1,4 +1,4 @@
-"""Embed cells from Python, or predict what a fine-tuned model learnt: `embed`, `predict`.
+"""Cells and a model in Python: `embed`, `align`, and `predict` what a fine-tuned model learnt.
 
     model = sclong_ds.load_model("MODEL_DIR")
     adata.obsm["X_sclong"] = sclong_ds.embed(model, adata)
@@ -12,21 +12,22 @@ reason. Nothing is written, and the caller's AnnData stays as it is.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 from anndata import AnnData
 from pandas import DataFrame, concat
 from pandas.api.types import is_numeric_dtype
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 from data_prep.manifest.input_options import input_dataset
 from sclong_ds.command_line import HUB, WEB
+from sclong_ds.corpus.transform import scale_of
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.embedding.embed import (
     embed_and_predict,
@@ -44,18 +45,27 @@ CellSource: TypeAlias = AnnData | DataFrame | str | Path
 """Raw counts: AnnData, a DataFrame of cells by genes, or the path of what `embed` reads."""
 
 
+class Reading(TypedDict, total=False):
+    """How cells are read; keywords of `embed`, `predict`, `evaluate` and `align`, all optional."""
+
+    min_genes_mapped: int
+    """Fewest genes of the model that the input must have."""
+    min_share_mapped: float
+    """Smallest share (0 to 1) of the input's genes that the model must know."""
+    counts: str
+    """Where the raw counts are: X, raw.X, layers/NAME; `auto` finds them."""
+    gene_column: str
+    """Column of `var` with the gene names; `auto`: the best one."""
+    id_type: str
+    """What the genes are named by: ensembl, symbol; `auto` looks at them."""
+    gene_list: Path | None
+    """File with the names of the genes where the cells have none."""
+    genome: str
+    """The genome to read where the cells are of several."""
+
+
 def embed(
-    model: ScLong,
-    cells: CellSource,
-    *,
-    batch_size: int = 8,
-    min_genes_mapped: int = MIN_GENES_MAPPED,
-    min_share_mapped: float = MIN_SHARE_MAPPED,
-    counts: str = "auto",
-    gene_column: str = "auto",
-    id_type: str = "auto",
-    gene_list: Path | None = None,
-    genome: str = "auto",
+    model: ScLong, cells: CellSource, *, batch_size: int = 8, **reading: Unpack[Reading]
 ) -> np.ndarray:
     """Return the embeddings of cells, a row for each, in their order.
 
@@ -63,13 +73,7 @@ def embed(
         model: From `load_model`.
         cells: Raw counts of n cells: AnnData, a DataFrame with genes as columns, or a path.
         batch_size: Cells at a time; changes memory and speed, not the result (beyond rounding).
-        min_genes_mapped: Fewest genes of the model that the input must have.
-        min_share_mapped: Smallest share (0 to 1) of the input's genes that the model must know.
-        counts: Where the raw counts are: X, raw.X, layers/NAME; `auto` finds them.
-        gene_column: Column of `var` with the gene names; `auto`: the best one.
-        id_type: What the genes are named by: ensembl, symbol; `auto` looks at them.
-        gene_list: File with the names of the genes where `cells` holds none.
-        genome: The genome to read where `cells` holds several.
+        **reading: How they are read: see `Reading`.
 
     Returns:
         (n, W) float32, C for each part of the model's recipe, to be kept in `adata.obsm`; zero for
@@ -79,14 +83,7 @@ def embed(
         FileNotFoundError: No such path.
         ValueError: Not counts of known human genes.
     """
-    how = {
-        "counts": counts,
-        "gene_column": gene_column,
-        "id_type": id_type,
-        "gene_list": gene_list,
-        "genome": genome,
-    }
-    with opened_cells(model, cells, (), min_genes_mapped, min_share_mapped, how) as opened:
+    with opened_cells(model, cells, (), reading) as opened:
         parts = [np.zeros((0, embedding_width(model)), dtype=np.float32)]
         for _, block, measured in opened.placed_blocks():
             parts.append(
@@ -95,19 +92,54 @@ def embed(
         return np.concatenate(parts)
 
 
+def align(cells: CellSource, model: ScLong, **reading: Unpack[Reading]) -> AnnData:
+    """Return cells in the gene order of a model: what `model`, `model.encode` and others read.
+
+        aligned = sclong_ds.align(adata, model)
+        x = torch.from_numpy(aligned[:8].layers["model_input"].toarray())
+        vectors = model.encode(x, genes=["CD3E", "CD19"])
+
+    Args:
+        cells: As for `embed`.
+        model: From `load_model`.
+        **reading: How they are read: see `Reading`.
+
+    Returns:
+        (n, G) AnnData, a row for each cell in its order: X the raw counts, layers["model_input"]
+        the values that the model reads, both sparse; `obs` of the input; `var` symbol, class, and
+        whether the input measures the gene.
+
+    Raises:
+        FileNotFoundError: No such path.
+        ValueError: Not counts of known human genes.
+    """
+    columns = list(cells.obs) if isinstance(cells, AnnData) else []
+    with opened_cells(model, cells, columns, reading) as opened:
+        blocks = [block.counts for block in opened.blocks()]
+        counts = vstack([csr_matrix((0, model.n_genes)), *blocks]).tocsr()
+        measured = opened.measured
+        obs = opened.obs
+    values = counts.astype(np.float32)
+    totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    scale = np.repeat(scale_of(totals, model.transform.target_sum), np.diff(counts.indptr))
+    values.data = np.log1p(counts.data * scale).astype(np.float32)
+    var = DataFrame(
+        {"symbol": model.genes.symbols, "class": model.genes.classes}, index=list(model.genes.ids)
+    )
+    if measured is not None:
+        var["measured"] = measured.table.any(axis=0)
+    return AnnData(
+        counts.astype(np.float32), obs=obs, var=plain_columns(var), layers={"model_input": values}
+    )
+
+
 def predict(
     model: str | Path,
     cells: CellSource,
     *,
     batch_size: int = 8,
     device: str = "auto",
-    min_genes_mapped: int = MIN_GENES_MAPPED,
-    min_share_mapped: float = MIN_SHARE_MAPPED,
-    counts: str = "auto",
-    gene_column: str = "auto",
-    id_type: str = "auto",
-    gene_list: Path | None = None,
-    genome: str = "auto",
+    **reading: Unpack[Reading],
 ) -> DataFrame:
     """Return what a fine-tuned model predicts of cells, a row for each, in their order.
 
@@ -116,13 +148,7 @@ def predict(
         cells: As for `embed`.
         batch_size: As for `embed`.
         device: auto, cpu or cuda.
-        min_genes_mapped: As for `embed`, like all that follow.
-        min_share_mapped: Smallest share (0 to 1) of the input's genes that the model must know.
-        counts: Where the raw counts are.
-        gene_column: Column of `var` with the gene names.
-        id_type: What the genes are named by.
-        gene_list: File with the names of the genes where `cells` holds none.
-        genome: The genome to read where `cells` holds several.
+        **reading: How they are read: see `Reading`.
 
     Returns:
         The columns that `embed` adds to `obs`: `predicted_LABEL`, of labels
@@ -138,9 +164,7 @@ def predict(
     if head is None:
         raise ValueError(f"{folder} predicts nothing: give the folder model/ that `finetune` wrote")
     loaded = load_model(folder, device=choose_device(device))
-    how: dict[str, Any] = {"counts": counts, "gene_column": gene_column, "id_type": id_type}
-    how |= {"gene_list": gene_list, "genome": genome}
-    with opened_cells(loaded, cells, (), min_genes_mapped, min_share_mapped, how) as opened:
+    with opened_cells(loaded, cells, (), reading) as opened:
         parts = []
         for place, block, measured in opened.placed_blocks():
             _, columns = embed_and_predict(
@@ -155,9 +179,7 @@ def opened_cells(
     model: ScLong,
     cells: CellSource,
     columns: tuple[str, ...] | list[str],
-    min_genes: int,
-    min_share: float,
-    how: Mapping[str, Any] | None = None,
+    reading: Reading,
 ) -> Iterator[Cells]:
     """Open cells as the commands do, for as long as the context lasts.
 
@@ -165,10 +187,18 @@ def opened_cells(
         model: Whose genes are read.
         cells: Raw counts.
         columns: Annotations to keep of cells that are in memory.
-        min_genes: Fewest genes of the model that the input must have.
-        min_share: Smallest share of the input's genes that the model must know.
-        how: How to read them, columns of a manifest; None takes the defaults.
+        reading: How to read them.
+
+    Raises:
+        TypeError: A name that is not in `Reading`.
     """
+    unknown = sorted(reading.keys() - Reading.__annotations__.keys())
+    if unknown:
+        allowed = ", ".join(Reading.__annotations__)
+        raise TypeError(f"{unknown[0]}: no such keyword; how cells are read: {allowed}")
+    how: dict[str, Any] = dict(reading)
+    min_genes = how.pop("min_genes_mapped", MIN_GENES_MAPPED)
+    min_share = how.pop("min_share_mapped", MIN_SHARE_MAPPED)
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(cells, str | Path):
             path = Path(cells)
@@ -181,7 +211,7 @@ def opened_cells(
             genes=model.genes,
             min_genes=min_genes,
             min_share=min_share,
-            dataset=replace(input_dataset(path), **(how or {})),
+            dataset=replace(input_dataset(path), **how),
         )
 
 

@@ -15,7 +15,6 @@ Shapes: S sets (named ones and those of their nulls), N null sets, G genes.
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,16 +153,10 @@ def genes_of(text: str, genes: GeneVocabulary, *, option: str = "--genes") -> li
     Raises:
         ValueError: A gene that the model lacks, or none.
     """
-    columns = {symbol: i for i, symbol in reversed(list(enumerate(genes.symbols)))}
-    columns |= genes.index
-    found = []
-    for name in (part.strip() for part in text.split(",")):
-        if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{option}: the model has no gene '{name}'{hint}")
-        found.append(columns[name])
-    return list(dict.fromkeys(found))
+    try:
+        return list(dict.fromkeys(genes.columns(part.strip() for part in text.split(","))))
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def mean_expression(model: ScLong, cells: Cells) -> np.ndarray:
@@ -270,11 +263,11 @@ def measure(
 
 
 def _represented(
-    model: ScLong, x: Tensor, routes_of: Tensor, unmeasured: Tensor | None
+    model: ScLong, x: Tensor, routes: Tensor, unmeasured: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the genes' representations (B, G, C) and the embeddings (B, W)."""
-    genes = model.encode(x, routes_of=routes_of, unmeasured=unmeasured)
-    parts = model.pooled(x, model.recipe.parts, routes_of=routes_of, unmeasured=unmeasured)
+    genes = model.encode(x, routes=routes, unmeasured=unmeasured, genes="all")
+    parts = model.pooled(x, model.recipe.parts, routes=routes, unmeasured=unmeasured)
     known = x if unmeasured is None else x.masked_fill(unmeasured, 0.0)
     found = torch.where((known > 0).any(dim=1, keepdim=True), model.recipe.apply(parts), 0.0)
     return genes.float(), found.float()

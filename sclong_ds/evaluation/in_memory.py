@@ -9,14 +9,12 @@ caller's AnnData stays as it is.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from anndata import AnnData
 from pandas import DataFrame
 
-from data_prep.genes.harmonize import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
-from sclong_ds.embedding.in_memory import CellSource, opened_cells
+from sclong_ds.embedding.in_memory import CellSource, Reading, opened_cells
 from sclong_ds.model.sclong import ScLong
 
 if TYPE_CHECKING:
@@ -32,11 +30,7 @@ def evaluate(
     group: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    counts: str = "auto",
-    gene_column: str = "auto",
-    id_type: str = "auto",
-    gene_list: Path | None = None,
-    genome: str = "auto",
+    **reading: Unpack[Reading],
 ) -> DataFrame:
     """Score the embeddings of labelled cells beside rows that any model must be better than.
 
@@ -49,11 +43,7 @@ def evaluate(
             are of cells.
         batch_size: Cells embedded at a time.
         seed: Of folds, resamples, clusters and untrained weights.
-        counts: As for `embed`, like all that follow.
-        gene_column: Column of `var` with the gene names.
-        id_type: What the genes are named by.
-        gene_list: File with the names of the genes where `cells` holds none.
-        genome: The genome to read where `cells` holds several.
+        **reading: How they are read: see `sclong_ds.Reading`.
 
     Returns:
         Scores (columns: see `sclong_ds.evaluation.scores`) of the representations (rows: sclong and
@@ -73,9 +63,7 @@ def evaluate(
         if absent:
             there = ", ".join(map(str, cells.obs)) or "none"
             raise ValueError(f"obs has no column {absent[0]!r}; it has {there}")
-    how: dict[str, Any] = {"counts": counts, "gene_column": gene_column, "id_type": id_type}
-    how |= {"gene_list": gene_list, "genome": genome}
-    with opened_cells(model, cells, columns, MIN_GENES_MAPPED, MIN_SHARE_MAPPED, how) as opened:
+    with opened_cells(model, cells, columns, reading) as opened:
         # scikit-learn takes a second to import, which `import sclong_ds` must not.
         from sclong_ds.evaluation.scored_cells import choose_cells
 

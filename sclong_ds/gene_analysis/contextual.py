@@ -66,7 +66,7 @@ def contextual_vectors(
     with torch.inference_mode(), count_progress("genes", len(cells.obs), "cells") as on_cells:
         for x, hidden, place in model_inputs(model, cells, batch_size=batch_size):
             expressed = x > 0 if hidden is None else (x > 0) & ~hidden
-            found = model.encode(x, unmeasured=hidden).float()
+            found = model.encode(x, unmeasured=hidden, genes="all").float()
             for row, group in enumerate(groups[place]):
                 if group >= 0:
                     known = expressed[row]

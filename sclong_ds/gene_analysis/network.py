@@ -154,7 +154,7 @@ def attention_weights(model: ScLong, cells: Cells, sources: Sequence[int]) -> We
                 rows = [place[sources[i]] for i in these]
                 found: list[Tensor] = []
                 with _decoder_rows(model, rows, found):
-                    model.encode(x, unmeasured=hidden)
+                    model.encode(x, unmeasured=hidden, genes="all")
                 excess = torch.stack(found).mean(0)[:, : len(tokens)].double().cpu().numpy()
                 keys = tokens.cpu().numpy()
                 for i, row in zip(these, excess, strict=True):

@@ -14,9 +14,9 @@ is $XDG_CACHE_HOME/sclong_ds/models, ~/.cache without it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import yaml
 
 from sclong_ds.command_line import HUB, WEB, local_path, need
+from sclong_ds.exported.described.model_card import CONFIG, front_matter, hub_config
 from sclong_ds.exported.manifest import CARD, MANIFEST, check_files, read_manifest
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.files.sealed_json import CHECKSUM
@@ -172,13 +173,39 @@ def _get(session: requests.Session, address: str, *, stream: bool = False) -> re
     return answer
 
 
-def push_to_hub(
-    model_dir: str | Path, name: str, *, licence: str | None = None, private: bool = False
-) -> str:
-    """Publish a model folder on the hub; its files are checked first.
+from_pretrained = load_model
+"""`load_model` under the name that users of the hub know."""
+
+
+def save_pretrained(model: ScLong, folder: str | Path) -> None:
+    """Write a model that was loaded, with its weights as they are now, into a new folder.
+
+    The folder is as `export` writes it, and that of the hub: README.md with front matter,
+    config.json, model.safetensors. With the weights that were loaded it is a copy. With others the
+    recipe of its embeddings stays, while validation figures and a fine-tuned head, which were of
+    the other weights, are left out.
 
     Args:
-        model_dir: Folder of `python -m sclong_ds export`.
+        model: From `load_model`, changed or not.
+        folder: To make.
+
+    Raises:
+        FileExistsError: It exists.
+        FileNotFoundError: The folder that the model came from is gone.
+        ValueError: A model that was not loaded: `train` and `export` write one.
+    """
+    from sclong_ds.exported.described.changed import write_changed
+
+    write_changed(model, Path(folder))
+
+
+def push_to_hub(
+    model: ScLong | str | Path, name: str, *, licence: str | None = None, private: bool = False
+) -> str:
+    """Publish a model on the hub; its files are checked first.
+
+    Args:
+        model: From `load_model`, changed or not, or a folder of `python -m sclong_ds export`.
         name: ORG/NAME of the repository, made if it is not there.
         licence: Identifier for the card, such as cc-by-4.0; None: the card says none.
         private: Whether a new repository is private.
@@ -189,20 +216,28 @@ def push_to_hub(
     Raises:
         FileNotFoundError: No such folder.
         OSError: The hub does not answer, or refuses.
-        ValueError: A damaged file.
+        ValueError: A damaged file, or a model that was not loaded.
     """
-    folder = Path(model_dir)
+    if isinstance(model, str | Path):
+        return _push(Path(model), name, licence=licence, private=private)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        save_pretrained(model, folder)
+        return _push(folder, name, licence=licence, private=private)
+
+
+def _push(folder: Path, name: str, *, licence: str | None, private: bool) -> str:
     if read_manifest(folder) is None:
         raise FileNotFoundError(f"{folder}/{MANIFEST}: missing; export the model again")
     check_files(folder)
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     card = (folder / CARD).read_text(encoding="utf-8")
-    texts = {CARD: front_matter(card, licence=licence), "config.json": hub_config(config)}
+    texts = {CARD: front_matter(card, licence=licence), CONFIG: hub_config(config)}
 
     def publish(hub: Any) -> Any:
         api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
         api.create_repo(name, private=private, exist_ok=True)
-        files = [path for path in sorted(folder.iterdir()) if path.name != CARD]
+        files = [path for path in sorted(folder.iterdir()) if path.name not in texts]
         content: list[tuple[str, str | bytes]] = [(path.name, str(path)) for path in files]
         content += [(name, text.encode()) for name, text in texts.items()]
         operations = [
@@ -212,32 +247,6 @@ def push_to_hub(
         return api.create_commit(name, operations=operations, commit_message="Publish the model")
 
     return str(_asked(f"{HUB}{name}", publish).commit_url)
-
-
-def hub_config(config: dict[str, Any]) -> str:
-    """Return config.json: by it the hub knows the library; config.yaml alone is read.
-
-    Args:
-        config: Content of config.yaml.
-    """
-    about = {"library_name": "sclong_ds", "model_type": "sclong", "architectures": ["ScLong"]}
-    return json.dumps(about | config, indent=2) + "\n"
-
-
-def front_matter(card: str, *, licence: str | None) -> str:
-    """Return a model card with what the hub reads at its head; a card that has one stays.
-
-    Args:
-        card: Markdown.
-        licence: Identifier, or None.
-    """
-    if card.startswith("---\n"):
-        return card
-    about: dict[str, Any] = {"library_name": "sclong_ds"}
-    if licence is not None:
-        about["license"] = licence
-    about["tags"] = ["biology", "single-cell", "transcriptomics", "scRNA-seq"]
-    return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n{card}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

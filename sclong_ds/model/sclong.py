@@ -20,7 +20,7 @@ remaining ones, P wanted genes, C base width, D large width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from sclong_ds.corpus.transform import Transform
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import CellSpans, Performer, select_tokens
 from sclong_ds.model.pooling import MEAN, Layer, Part, Recipe, pool_parts
+from sclong_ds.model.pretrained import Pretrained
 from sclong_ds.model.routing import (
     ReadGenes,
     expression_order,
@@ -56,7 +57,7 @@ class Prediction(NamedTuple):
     """The product: expected value, zeros included."""
 
 
-class ScLong(nn.Module):
+class ScLong(Pretrained, nn.Module):
     """The model.
 
     Args:
@@ -208,23 +209,45 @@ class ScLong(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         *,
+        genes: Sequence[str] | Sequence[int] | Tensor | Literal["all"],
         lengths: Sequence[int] | None = None,
         unmeasured: Tensor | None = None,
-        routes_of: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> Tensor:
-        """Return the contextual representations (B, G, C); arguments as `forward`.
+        """Return the contextual representations (B, P, C) of some genes of cells.
 
         Args:
             x: As in `forward`.
             mask: As in `forward`.
             lengths: As in `forward`.
+            genes: P genes: Ensembl ids or symbols, columns, or (B, P) int64 columns by cell. "all"
+                must be asked for: (B, G, C) of 27,874 genes and width 200 are 22 MB a cell. The
+                last layer is computed for the wanted genes alone.
             unmeasured: As in `forward`.
-            routes_of: (B, G) expression by whose values genes are read and divided between the
+            routes: (B, G) expression by whose values genes are read and divided between the
                 encoders; None: by `x`. Give that of the unperturbed cell to compare a perturbed
                 one with it: otherwise a deleted gene lets the gene of rank top_seq_len + 1 into the
                 large encoder, which moves that gene more than any effect of the deletion.
+
+        Raises:
+            ValueError: A gene that the model lacks, or names with a model that knows none.
         """
-        return self._represent(x, mask, None, lengths, unmeasured, routes_of=routes_of)["decoder"]
+        wanted = None if isinstance(genes, str) else self._columns(genes, x)
+        if isinstance(genes, str) and genes != "all":
+            raise ValueError(f'genes: got "{genes}", give a list of genes, or "all"')
+        return self._represent(x, mask, wanted, lengths, unmeasured, routes=routes)["decoder"]
+
+    def _columns(self, genes: Sequence[str] | Sequence[int] | Tensor, x: Tensor) -> Tensor:
+        """Return the columns (B, P) int64 of genes for cells x (B, G)."""
+        if not isinstance(genes, Tensor):
+            if isinstance(next(iter(genes), 0), str):
+                if not hasattr(self, "genes"):
+                    raise ValueError("genes: a model that was not loaded has columns and no names")
+                genes = self.genes.columns(map(str, genes))
+            genes = torch.tensor(genes, dtype=torch.int64)
+        if genes.numel() and not 0 <= int(genes.min()) <= int(genes.max()) < self.n_genes:
+            raise ValueError(f"genes: columns must be from 0 to {self.n_genes - 1}")
+        return genes.to(x.device).expand(len(x), -1)
 
     def pooled(
         self,
@@ -232,7 +255,7 @@ class ScLong(nn.Module):
         parts: Sequence[Part],
         *,
         unmeasured: Tensor | None = None,
-        routes_of: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> list[Tensor]:
         """Return weighted means of the genes' vectors, (B, C) for each part.
 
@@ -240,7 +263,7 @@ class ScLong(nn.Module):
             x: As in `forward`.
             parts: Which layers and weights.
             unmeasured: As in `forward`.
-            routes_of: As in `encode`.
+            routes: As in `encode`.
 
         Raises:
             ValueError: A part is the cell's vector, which the model has not.
@@ -254,7 +277,7 @@ class ScLong(nn.Module):
                 raise ValueError("the embedding's recipe reads a cell vector; the model has none")
             found["cell_vector"] = self.cell_vector(x, x > 0)
         if rest := tuple(layers - {"cell_vector"}):
-            found |= self._represent(x, None, None, None, unmeasured, rest, routes_of=routes_of)
+            found |= self._represent(x, None, None, None, unmeasured, rest, routes=routes)
         return pool_parts(found, x, parts)
 
     def embed(self, x: Tensor, *, unmeasured: Tensor | None = None) -> Tensor:
@@ -277,7 +300,7 @@ class ScLong(nn.Module):
         unmeasured: Tensor | None,
         layers: Sequence[Layer] = ("decoder",),
         *,
-        routes_of: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> dict[Layer, Tensor]:
         """Return the representations (B, G, C), or (B, P, C), behind some layers.
 
@@ -289,7 +312,7 @@ class ScLong(nn.Module):
             found["gene_vectors"] = genes[: self.n_genes]
         if set(layers) <= {"gene_vectors"}:
             return found
-        routed = x if routes_of is None else routes_of
+        routed = x if routes is None else routes
         if unmeasured is not None:
             x, routed = x.masked_fill(unmeasured, 0.0), routed.masked_fill(unmeasured, 0.0)
         no_value = unknown_genes(mask, unmeasured, routing="top")

@@ -261,7 +261,7 @@ def encode_targets(
     with torch.inference_mode(), count_progress("encode", len(rows), "cells") as on_cells:
         for _, x, unmeasured in batches:
             known = x > 0 if unmeasured is None else (x > 0) & ~unmeasured
-            found = model.encode(x, unmeasured=unmeasured)[0].double()
+            found = model.encode(x, unmeasured=unmeasured, genes="all")[0].double()
             # A gene without counts has a representation too; where no cell expresses it, that.
             weight = torch.where(known[0], 1.0, 1e-6).double()
             sums += (found * weight[:, None]).cpu().numpy()
@@ -298,7 +298,7 @@ def _moved(
             changed[row, list(genes)] = 0.0 if mode == "delete" else float(x.max())
         many = None if unmeasured is None else unmeasured.expand(len(part), -1)
         pooled = model.pooled(
-            changed, model.recipe.parts, unmeasured=many, routes_of=x.expand(len(part), -1)
+            changed, model.recipe.parts, unmeasured=many, routes=x.expand(len(part), -1)
         )
         found.append((model.recipe.apply(pooled) - before).double().cpu().numpy())
     return np.concatenate(found)

@@ -18,12 +18,14 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from launching import ROOT, environment
 from scipy.sparse import csr_matrix
 
 import sclong_ds
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.embedding.in_memory import embed
+from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.embedding.in_memory import align, embed
 from sclong_ds.evaluation.in_memory import evaluate
 from sclong_ds.exported.model_dir import load_model
 
@@ -89,6 +91,25 @@ def test_embed_gives_a_row_a_cell_and_leaves_the_input_as_it_is(cells: anndata.A
         embed(model, table + 0.25)
 
 
+def test_align_gives_the_order_of_the_model_and_what_it_reads(cells: anndata.AnnData) -> None:
+    model = load_model(MODEL / "model")
+    shuffled = cells[:, np.random.default_rng(1).permutation(cells.n_vars)[:300]].copy()
+    found = align(shuffled, model)
+    assert list(found.var_names) == list(model.genes.ids)
+    assert found.var["measured"].sum() == 300
+    assert list(found.obs["kind"]) == list(cells.obs["kind"])
+    there = found[:, shuffled.var_names]
+    np.testing.assert_array_equal(there.X.toarray(), shuffled.X.toarray())
+    assert found.X.sum() == shuffled.X.sum()
+    x = torch.from_numpy(found.layers["model_input"].toarray())
+    expected = log1p_normalise(csr_matrix(found.X), target_sum=model.transform.target_sum)
+    np.testing.assert_allclose(x, expected, rtol=1e-6)
+    with torch.inference_mode():
+        np.testing.assert_allclose(model.embed(x), embed(model, shuffled), rtol=1e-5, atol=1e-7)
+    with pytest.raises(TypeError, match="count: no such keyword; how cells are read: min_genes_"):
+        align(shuffled, model, count="X")
+
+
 def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> None:
     model = load_model(MODEL / "model")
     scores = evaluate(model, cells, label="kind", batch="day")
@@ -112,7 +133,7 @@ def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> 
 def test_the_examples_of_the_readme_run(cells: anndata.AnnData, tmp_path: Path) -> None:
     text = (ROOT / "docs/reference/python-api.md").read_text()
     examples = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sclong_ds" in c]
-    assert len(examples) == 2
+    assert len(examples) == 3
     shutil.copytree(MODEL / "model", tmp_path / "model")
     shutil.copytree(GOLDEN / "corpus_version_1", tmp_path / "corpus")
     shutil.copyfile(MODEL / "model" / "gene_graph.npz", tmp_path / "graph.npz")
@@ -122,7 +143,8 @@ def test_the_examples_of_the_readme_run(cells: anndata.AnnData, tmp_path: Path) 
     plain.write_h5ad(tmp_path / "cells.h5ad")
     ends = """
 assert cells.obsm["X_sclong"].shape == (24, 4), scores
-assert torch.isfinite(loss) and vectors.shape == (4, 400, 4) and position == 12
+assert torch.isfinite(loss) and vectors.shape == (4, 5, 4) and position == 12
+assert aligned.shape == (24, 400) and list(aligned.var_names) == list(model.genes.ids)
 before = (run_dir / "metrics.jsonl").read_text()
 # The same run, longer, in the same process; signals are again what they were.
 again = sclong_ds.load_config("sclong_tiny", [*settings, "run.max_steps=3"])

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from sclong_ds.embedding.embed import pooled_counts
+from sclong_ds.exported.described.changed import kept_recipe
 from sclong_ds.exported.head import FittedHead
 from sclong_ds.exported.manifest import model_digest
 from sclong_ds.exported.model_dir import FEATURES, GRAPH, load_model, write_model_dir
-from sclong_ds.exported.recipe_file import RECIPE, ChosenRecipe, read_judged
+from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import TrainingCells, short_digests
-from sclong_ds.files.sealed_json import read_object
 from sclong_ds.finetune.fit import Fitted
 from sclong_ds.finetune.scored.calibration import fit_reference
 from sclong_ds.finetune.scored.compare import Outcome
@@ -136,21 +136,13 @@ def _recipe(
     setting: Setting, source: Path, base: ScLong, changed: ScLong | None
 ) -> ChosenRecipe | None:
     """Return the recipe of the model before; of changed weights, with statistics of their own."""
-    if not (source / RECIPE).exists() or base.control is None:
-        return None
-    judged = read_judged(source)
-    found = ChosenRecipe(
-        recipe=base.recipe,
-        control=base.control,
-        facts=read_object(source / RECIPE)["chosen"],
-        judged=np.zeros(0, np.uint64) if judged is None else judged.digests,
-    )
-    if changed is None:
+    found = kept_recipe(base, source)
+    if changed is None or found is None:
         return found
     return replace(
         found,
-        recipe=_fitted(setting, changed, base.recipe),
-        control=_fitted(setting, changed, base.control),
+        recipe=_fitted(setting, changed, found.recipe),
+        control=_fitted(setting, changed, found.control),
     )
 
 

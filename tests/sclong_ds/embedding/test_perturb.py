@@ -57,8 +57,13 @@ def test_effects_are_those_of_single_cells_with_their_own_routing(model_dir, h5a
         changed = own.clone()
         changed[:, genes] = 0.0
         with torch.inference_mode():
-            kept = model.encode(changed, routes_of=own) - model.encode(own)
-            border = (model.encode(changed) - model.encode(own)).norm(dim=2).mean(dim=0).numpy()
+            kept = model.encode(changed, routes=own, genes="all") - model.encode(own, genes="all")
+            border = (
+                (model.encode(changed, genes="all") - model.encode(own, genes="all"))
+                .norm(dim=2)
+                .mean(dim=0)
+                .numpy()
+            )
         assert found.n_cells[i] == len(own)
         np.testing.assert_allclose(found.genes[i], kept.norm(dim=2).mean(dim=0), atol=1e-5)
         assert np.abs(found.genes[i] - border).max() > 1e-3

@@ -19,8 +19,9 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.embedding.embed import embed_counts
 from sclong_ds.exported import choose_recipe as chooser
 from sclong_ds.exported.choose_recipe import COUNTS, LABELS, Judge
+from sclong_ds.exported.described.model_card import model_card
 from sclong_ds.exported.manifest import check_files, model_digest, write_manifest
-from sclong_ds.exported.model_dir import load_model, model_card
+from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.recipe_file import (
     RECIPE,
     STATISTICS,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.catalogue import read_catalogue, write_catalogue
-from sclong_ds.exported.model_dir import _data
+from sclong_ds.exported.described.model_card import _data
 from sclong_ds.exported.training_cells import training_data_of
 
 CITED = {"title": "Immune cells", "licence": "CC BY 4.0", "doi": "10.1234/x"}

@@ -79,7 +79,7 @@ def test_contextual_vectors_are_means_over_the_expressing_cells_of_a_group(
     assert genes(model_dir, h5ad, "--out", out, *words) == 0
     found = anndata.read_h5ad(out)
     with torch.inference_mode():
-        encoded = model.encode(x).numpy()
+        encoded = model.encode(x, genes="all").numpy()
     of_group = {"contextual": [i for i, own in enumerate(TYPES) if own is not None]}
     for kind, key in (("a", "a"), ("b", "b"), ("a/x", "a|x")):
         of_group[f"contextual:{key}"] = [i for i, own in enumerate(TYPES) if own == kind]
@@ -177,7 +177,11 @@ def test_ablation_is_what_perturb_measures(model, cells, x):
     changed = own.clone()
     changed[:, 1] = 0
     with torch.inference_mode():
-        moved = (model.encode(changed, routes_of=own) - model.encode(own)).norm(dim=2).mean(0)
+        moved = (
+            (model.encode(changed, routes=own, genes="all") - model.encode(own, genes="all"))
+            .norm(dim=2)
+            .mean(0)
+        )
     np.testing.assert_allclose(found.values[0], moved, atol=1e-5)
 
 

@@ -1,4 +1,9 @@
-"""Models that lie elsewhere: published to a hub and fetched again, from web servers, refusals."""
+"""Models that lie elsewhere: published to a hub and fetched again, from web servers, refusals.
+
+Covers also `sclong_ds/model/pretrained.py`,
+`sclong_ds/exported/described/changed.py`
+and `sclong_ds/exported/described/model_card.py`.
+"""
 
 import json
 import shutil
@@ -17,8 +22,9 @@ from served_hub import Hub
 
 import sclong_ds
 from sclong_ds.__main__ import main
-from sclong_ds.exported.manifest import check_files
-from sclong_ds.hub.hub import front_matter, model_folder, push_to_hub
+from sclong_ds.exported.described.model_card import front_matter
+from sclong_ds.exported.manifest import check_files, model_digest
+from sclong_ds.hub.hub import model_folder, push_to_hub
 
 GENES = named_genes(60)
 
@@ -57,7 +63,9 @@ def test_a_published_model_is_loaded_by_its_address(hub, model_dir):
     assert json.loads(files["config.json"])["library_name"] == "sclong_ds"
     _, head, card = files["README.md"].decode().split("---\n", 2)
     assert yaml.safe_load(head)["license"] == "cc-by-4.0"
-    assert card == (model_dir / "README.md").read_text()
+    own = yaml.safe_load((model_dir / "README.md").read_text().split("---\n", 2)[1])
+    assert yaml.safe_load(head) == own | {"license": "cc-by-4.0"}
+    assert (model_dir / "README.md").read_text().endswith(card)
     here, there = (sclong_ds.load_model(place) for place in (model_dir, "hf://lab/blood"))
     x = torch.rand(2, len(GENES))
     with torch.inference_mode():
@@ -118,5 +126,31 @@ def test_a_damaged_model_is_not_published(hub, model_dir, tmp_path):
     assert not hub.repositories
 
 
-def test_front_matter_of_a_card_that_has_one_stays():
-    assert front_matter("---\na: 1\n---\n# Mine\n", licence="mit") == "---\na: 1\n---\n# Mine\n"
+def test_front_matter_of_a_card_that_has_one_is_kept_and_gets_the_licence():
+    card = front_matter("---\na: 1\n---\n# Mine\n", licence="mit")
+    _, head, rest = card.split("---\n", 2)
+    assert (yaml.safe_load(head), rest) == (
+        {"library_name": "sclong_ds", "a": 1, "license": "mit"}, "# Mine\n"
+    )  # fmt: skip
+    assert front_matter(card, licence=None) == card
+
+
+def test_a_model_is_saved_as_it_is_and_its_changes_are_said(hub, model_dir, tmp_path):
+    model = sclong_ds.ScLong.from_pretrained(model_dir)
+    model.save_pretrained(tmp_path / "same")
+    for path in model_dir.iterdir():
+        assert (tmp_path / "same" / path.name).read_bytes() == path.read_bytes()
+    assert json.loads((model_dir / "config.json").read_text())["model_type"] == "sclong"
+    with torch.no_grad():
+        model.norm.weight *= 2
+    model.push_to_hub("lab/changed")
+    found = sclong_ds.load_model("hf://lab/changed")
+    assert torch.equal(found.norm.weight, model.norm.weight)
+    assert check_files(found.folder)
+    record = json.loads((found.folder / "provenance.json").read_text())
+    assert record["weights_changed_after"] == model_digest(model_dir)
+    with pytest.raises(FileExistsError):
+        model.save_pretrained(model_dir)
+    by_hand = sclong_ds.ScLong(model.config, n_genes=60, graph=None)
+    with pytest.raises(ValueError, match="made by hand"):
+        by_hand.save_pretrained(tmp_path / "none")

@@ -40,7 +40,9 @@ def test_a_deleted_gene_lets_no_other_into_the_large_encoder(settings: dict[str,
     x[0, :20] = torch.arange(20.0, 0.0, -1.0) / 4
     read_by_mini = torch.arange(N_GENES)[TOP:]
     with torch.inference_mode():
-        torch.testing.assert_close(model.encode(x, routes_of=x), model.encode(x), rtol=0, atol=0)
+        torch.testing.assert_close(
+            model.encode(x, routes=x, genes="all"), model.encode(x, genes="all"), rtol=0, atol=0
+        )
         before = behind_encoders(model, x, x)
         for gene in range(TOP):
             deleted = x.clone()
@@ -53,13 +55,17 @@ def test_a_deleted_gene_lets_no_other_into_the_large_encoder(settings: dict[str,
             far = (moved - before).norm(dim=-1)
             others = far[[other for other in range(TOP) if other != gene]]
             assert far[TOP] > 10 * others.max(), "the gene of rank top_seq_len + 1"
-            other = (model.encode(deleted, routes_of=x) - model.encode(deleted)).abs().max()
+            other = (
+                (model.encode(deleted, routes=x, genes="all") - model.encode(deleted, genes="all"))
+                .abs()
+                .max()
+            )
             assert other > 1e-3
 
 
-def behind_encoders(model: ScLong, x: torch.Tensor, routes_of: torch.Tensor | None) -> torch.Tensor:
+def behind_encoders(model: ScLong, x: torch.Tensor, routes: torch.Tensor | None) -> torch.Tensor:
     """Return (G, C): the representation of each gene behind the encoders."""
-    layers = model._represent(x, None, None, None, None, ("encoders",), routes_of=routes_of)
+    layers = model._represent(x, None, None, None, None, ("encoders",), routes=routes)
     return layers["encoders"][0]
 
 
@@ -70,7 +76,7 @@ def test_pooled_parts_keep_the_routes_too() -> None:
     deleted[0, int(x[0].argmax())] = 0
     parts = [Part("decoder", "expressed")]
     with torch.inference_mode():
-        (kept,) = model.pooled(deleted, parts, routes_of=x)
-        encoded = model.encode(deleted, routes_of=x)
+        (kept,) = model.pooled(deleted, parts, routes=x)
+        encoded = model.encode(deleted, routes=x, genes="all")
     weights = (deleted > 0)[..., None]
     torch.testing.assert_close(kept, (encoded * weights).sum(1) / weights.sum(1))

@@ -82,7 +82,18 @@ def test_the_end_of_the_model_runs_on_the_chosen_genes_alone():
     x, mask = cells(3)
     model(x, mask, positions=chosen(x))
     assert rows == dict.fromkeys(parts, 9)
-    assert model.encode(x, mask).shape == (3, G, 16)
+    rows.clear()
+    every = model.encode(x, mask, genes="all")
+    assert every.shape == (3, G, 16)
+    assert rows == dict.fromkeys(parts, G)
+    assert close(model.encode(x, mask, genes=[4, 0]), every[:, [4, 0]], 1e-5)
+    assert rows["norm"] == 2
+    with pytest.raises(ValueError, match="columns must be from 0 to"):
+        model.encode(x, genes=[G])
+    with pytest.raises(ValueError, match="a model that was not loaded has columns"):
+        model.encode(x, genes=["CD3E"])
+    with pytest.raises(ValueError, match='give a list of genes, or "all"'):
+        model.encode(x, genes="CD3E")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""What a model folder says of itself: the model card, and what the hub reads."""
