@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, cast
 import yaml
 
 from sclong_ds.command_line import HUB, WEB, local_path, need
-from sclong_ds.exported.described.model_card import CONFIG, front_matter, hub_config
 from sclong_ds.exported.manifest import CARD, MANIFEST, check_files, read_manifest
 from sclong_ds.files.atomic import file_sha256
 from sclong_ds.files.sealed_json import CHECKSUM
@@ -227,6 +226,8 @@ def push_to_hub(
 
 
 def _push(folder: Path, name: str, *, licence: str | None, private: bool) -> str:
+    from sclong_ds.exported.described.model_card import CONFIG, front_matter, hub_config
+
     if read_manifest(folder) is None:
         raise FileNotFoundError(f"{folder}/{MANIFEST}: missing; export the model again")
     check_files(folder)

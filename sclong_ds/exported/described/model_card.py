@@ -63,7 +63,8 @@ vectors = model.encode(x, genes=["CD3E", "CD19"])   # (B, 2, {model["base_dim"]}
 
 or `python -m sclong_ds embed MODEL_DIR cells.h5ad --out embedded.h5ad`.
 
-{_INTENDED}`model(x)` is, for each gene, the value to expect given that the gene is expressed in the cell: only
+{_INTENDED}
+`model(x)` is, for each gene, the value to expect given that the gene is expressed in the cell: only
 expressed values were hidden and predicted in training. For a gene without counts it is not the
 value of the cell, which is 0, and does not say whether the gene is expressed: do not use it as a
 profile, to fill in zeros, or as the response to a perturbation.
@@ -93,7 +94,6 @@ fine-tuned and tested on donors of its own, to rank hypotheses. Not for diagnosi
 Genes of other species, and counts that are no counts, are refused. Score it beside simple baselines
 on your own cells before you rely on it (`python -m sclong_ds evaluate`); the figures below are of
 its own validation cells.
-
 """
 _ZERO_HEAD = """
 `model.predict(x)` gives that chance (`expressed`), this value and their product (`expected`).
