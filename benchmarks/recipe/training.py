@@ -12,13 +12,17 @@ control or has not earned one, begins with `study.`:
 - `study.transformer_rate=5`: so many times the rate for all but the cell's vector and the head.
 - `study.cell_into=decoder`: a learned projection of the cell's vector is added to the tokens that
   the decoder reads; it starts at 0.
+- `study.vector_steps=600`: the cell's vector and the head are trained alone for so many steps, then
+  frozen; run.max_steps then train the transformer on what they leave.
+- `study.curve=1500`: the hidden MSE is measured after every so many steps.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -102,7 +106,18 @@ def run(
         scale_queries_and_keys(net, float(extra["qk_scale"]))
     change(net, extra)
     started = time.process_time()
-    train(net, study.panel, config, seed=seed, factor=float(extra.get("transformer_rate", 1)))
+    first = int(extra.get("vector_steps", 0))
+    if first:
+        vector_first(net, study.panel, config, first, seed=seed)
+    curve: dict[str, float] = {}
+
+    def look(step: int) -> None:
+        if "curve" in extra and step % int(extra["curve"]) == 0:
+            curve[str(step)] = study.figures(predict(net, study))["val/mse"]
+            print(f"  step {step}: hidden MSE {curve[str(step)]:.5f}", flush=True)
+
+    factor = float(extra.get("transformer_rate", 1))
+    train(net, study.panel, config, seed=seed, factor=factor, after=look)
     seconds = time.process_time() - started
     predicted = predict(net, study)
     figures = study.figures(predicted)
@@ -119,10 +134,12 @@ def run(
             figures["uniform_all_mse"] = study.figures(predict(net, study))["val/mse"]
     if config.model.zero_head:
         figures |= expressed_figures(net, study, config)
-    visits = config.run.max_steps * config.engine.train_batch_size
+    visits = (config.run.max_steps + first) * config.engine.train_batch_size
     parameters = sum(p.numel() for p in net.parameters())
-    about = {"seed": seed, "visits": visits, "cpu_s": seconds, "parameters": parameters}
+    about: dict[str, Any] = {"seed": seed, "visits": visits, "cpu_s": seconds}
+    about["parameters"] = parameters
     cells = {"cell_dataset": study.panel.held_out.dataset.tolist(), "cell_errors": errors}
+    about["curve"] = curve
     return about | {"flops": visits * visit_flops(study.panel, config)} | figures | cells
 
 
@@ -179,10 +196,35 @@ def _train_values(panel: Panel) -> csr_matrix:
     return csr_matrix(panel.train.values(np.arange(len(panel.train.rows))).numpy())
 
 
-def train(net: ScLong, panel: Panel, config: RunConfig, *, seed: int, factor: float = 1.0) -> None:
+def vector_first(net: ScLong, panel: Panel, config: RunConfig, steps: int, *, seed: int) -> None:
+    """Train the cell's vector and the head alone, then freeze what predicts from the vector."""
+    whole, optim = net._represent, config.optim.in_steps(steps)
+    net._represent = MethodType(_nothing, net)  # type: ignore[method-assign]
+    alone = replace(config, optim=optim, run=replace(config.run, max_steps=steps))
+    train(net, panel, alone, seed=seed)
+    net._represent = whole  # type: ignore[method-assign]
+    with torch.no_grad():
+        # What the head says of no representation at all becomes part of its biases.
+        net.head.bias += net.head.body(torch.zeros(config.model.base_dim)) @ net.head.weight
+        net.head.weight.zero_()
+    frozen = [*net.cell_vector.parameters(), net.head.bias]
+    for weight in (*frozen, net.head.cell_weight):
+        weight.requires_grad_(False)
+
+
+def train(
+    net: ScLong,
+    panel: Panel,
+    config: RunConfig,
+    *,
+    seed: int,
+    factor: float = 1.0,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
     """Train for run.max_steps, one batch after the other through shuffled epochs.
 
-    All but the cell's vector and the head has `factor` times the rate.
+    All but the cell's vector and the head has `factor` times the rate. `after` is called with the
+    number of steps done.
     """
     optim, batch = config.optim.in_steps(config.run.max_steps), config.engine.train_batch_size
     direct = {id(p) for n, p in net.named_parameters() if n.startswith(("cell_vector", "head"))}
@@ -211,6 +253,7 @@ def train(net: ScLong, panel: Panel, config: RunConfig, *, seed: int, factor: fl
         (error / n_scored(drawn, config.model)).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), config.engine.gradient_clipping)
         optimizer.step()
+        after(step + 1)
 
 
 def _visits(n_cells: int, seed: int) -> Iterator[tuple[int, int]]:
