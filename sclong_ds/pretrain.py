@@ -17,6 +17,7 @@ import argparse
 import logging
 import math
 import os
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -28,16 +29,11 @@ from pathlib import Path
 from sclong_ds.command_line import need, parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import EngineConfig, RunConfig
+from sclong_ds.input_checks import check_inputs, check_launch, check_run_dir
 from sclong_ds.job import failures
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
 from sclong_ds.run_folder.identity import node_name
-from sclong_ds.training.run_checks import (
-    check_inputs,
-    check_launch,
-    check_run_folder,
-    with_order_of_run,
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,19 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(parser(), argv)
     run_dir = None
     try:
-        need("deepspeed", "numba", "pyarrow", extra="train")
-        config = load_config(args.config, args.overrides)
-        if config.run.dir is not None and not args.dry_run:
-            run_dir = Path(config.run.dir)
         check_launch()
-        check_inputs(config)
         stop = StopRequest()
         rank = int(os.environ.get("RANK", "0"))
         logging.basicConfig(
             level=logging.INFO if rank == 0 else logging.WARNING,
             format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True,
         )  # fmt: skip
-        with starting_of(run_dir, stop, timeout_s=config.engine.timeout_s) as starting:
+        with starting_of(stop) as starting:
+            # What is read here may lie on a file system that hangs, and so may the imports.
+            starting.waits(f"the configuration {args.config}")
+            need("deepspeed", "numba", "pyarrow", extra="train")
+            config = load_config(args.config, args.overrides)
+            starting.waits(f"the folder of run.dir={config.run.dir}")
+            folder = check_run_dir(config.run.dir)
+            run_dir = None if args.dry_run else folder
+            starting.of_run(run_dir, timeout_s=config.engine.timeout_s)
+            starting.waits("the files and folders that the configuration names")
+            check_inputs(config)
+            starting.phase("imports", f"the imports from {sys.prefix}")
             # This module by its name: run as a program, it ends here before the imports below.
             whole = import_module("sclong_ds.pretrain")
             return int(whole.train_in_group(config, stop, starting, args.dry_run))
@@ -80,12 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failures.report(error, run_dir)
 
 
-def starting_of(run_dir: Path | None, stop: StopRequest, *, timeout_s: int) -> Starting:
+def starting_of(stop: StopRequest) -> Starting:
     """Return the watch over this rank's start."""
-    return Starting(
-        run_dir, stop, rank=int(os.environ.get("RANK", "0")), node=node_name(),
-        timeout_s=timeout_s,
-    )  # fmt: skip
+    return Starting(stop, rank=int(os.environ.get("RANK", "0")), node=node_name())
 
 
 if __name__ == "__main__":
@@ -126,6 +125,7 @@ from sclong_ds.tracking.client import Status
 from sclong_ds.training.begin import Run, begin
 from sclong_ds.training.resume import open_run_folder
 from sclong_ds.training.run import Counted, Given, Opened
+from sclong_ds.training.run_checks import check_run_folder, with_order_of_run
 from sclong_ds.training.saving import PATIENCE
 from sclong_ds.training.timing import StepTimer
 
@@ -151,12 +151,13 @@ def train(config: RunConfig) -> Path:
         RuntimeError: A device or another rank failed.
     """
     check_launch()
+    check_run_dir(config.run.dir)
     check_inputs(config)
     stop = StopRequest()
     try:
         # The group stays: DeepSpeed cannot join a second one in the same process.
         # Not entered: a hang or Ctrl-C of a start must not end the caller's process.
-        starting = starting_of(None, stop, timeout_s=config.engine.timeout_s)
+        starting = starting_of(stop)
         ranks = join(starting, timeout_s=config.engine.timeout_s)
         status = train_as_rank(config, ranks, stop, starting, dry_run=False)
     finally:

@@ -23,7 +23,7 @@ FLOORS = {
         {"objective", "exported", "job"},
         {"hub"},
         {"planning", "embedding", "released", "report"},
-        {"training", "evaluation", "gene_analysis"},
+        {"training", "evaluation", "gene_analysis", "input_checks"},
         {"finetune", "perturb_bench"},
         {"pretrain", "demo", "__main__", "restarts", "preflight", "mlflow_model"},
         {"completion"},

@@ -1,6 +1,7 @@
 """The start of a run: phases that are shown, have an end, and can be stopped.
 
-    with Starting(run_dir, stop, rank=0, node="n1", timeout_s=1800) as starting:
+    with Starting(stop, rank=0, node="n1") as starting:
+        starting.of_run(run_dir, timeout_s=1800)
         starting.phase("corpus", "the corpus at /data/corpus")
 
 Until the training loop takes over, the main thread may hang where nothing can interrupt it: in a
@@ -20,7 +21,6 @@ import logging
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -57,27 +57,19 @@ class _Phase:
 class Starting:
     """Watches the start of a rank; a context manager, which `done` ends early.
 
-    Its first phase is that of the imports.
+    Its first phase is that of the settings. There is no heartbeat before `of_run`.
 
     Args:
-        run_dir: Run folder, for the heartbeat; None: no heartbeat.
         stop: The request to stop.
         rank: This rank.
         node: Name of this node.
-        timeout_s: Longest time of a phase, at least LEAST_TIMEOUT_S.
     """
 
-    def __init__(
-        self, run_dir: Path | None, stop: StopRequest, *, rank: int, node: str, timeout_s: float
-    ) -> None:
-        self._run_dir, self._stop, self._rank, self._node = run_dir, stop, rank, node
-        self._timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
-        # One that holds heartbeats alone was made by another rank of this start.
-        self._made_folder = run_dir is not None and (
-            not run_dir.exists() or os.listdir(run_dir) == ["heartbeat"]
-        )
-        imports = f"the imports from {sys.prefix}"
-        self._phase = _Phase("imports", imports, time.monotonic(), self._timeout_s)
+    def __init__(self, stop: StopRequest, *, rank: int, node: str) -> None:
+        self._stop, self._rank, self._node = stop, rank, node
+        self._run_dir: Path | None = None
+        self._made_folder, self._timeout_s = False, LEAST_TIMEOUT_S
+        self._phase = _Phase("settings", "its settings", time.monotonic(), self._timeout_s)
         self._notice_s, self._written = _FIRST_NOTICE_S, 0
         self._ended, self._news, self._failed = threading.Event(), threading.Event(), False
         self._pipe: tuple[int, ...] = ()
@@ -102,11 +94,27 @@ class Starting:
         self._failed = kind is not None and not self._ended.is_set()
         self.done()
 
+    def of_run(self, run_dir: Path | None, *, timeout_s: float) -> None:
+        """Tell which run starts; its heartbeat begins with the next phase, or a few seconds later.
+
+        A command that is refused at once makes no folder.
+
+        Args:
+            run_dir: Run folder, for the heartbeat; None: no heartbeat.
+            timeout_s: Longest time of a phase, at least LEAST_TIMEOUT_S.
+        """
+        self._timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
+        # One that holds heartbeats alone was made by another rank of this start.
+        self._made_folder = run_dir is not None and (
+            not run_dir.exists() or os.listdir(run_dir) == ["heartbeat"]
+        )
+        self._run_dir = run_dir
+
     def phase(self, name: str, waits_for: str, *, patience: float = 1.0) -> None:
         """Tell what begins.
 
         Args:
-            name: The phase: extensions, rendezvous, tracking, corpus, model or checkpoint.
+            name: The phase: imports, extensions, rendezvous, tracking, corpus, model or checkpoint.
             waits_for: What it waits for, in words.
             patience: It may take so many times the time-out.
         """
@@ -126,6 +134,8 @@ class Starting:
         self._ended.set()
         self._news.set()
         signal.set_wakeup_fd(-1)
+        with contextlib.suppress(BlockingIOError):  # full of signals, which wake it as well
+            os.write(self._pipe[1], b"\0")
         self._watcher.join()
         self._writer.join(_FILES_S)
         for end in self._pipe:

@@ -37,6 +37,9 @@ from sclong_ds.tracking.client import new_client, one_line, sqlite_file
 _START_S = 120.0
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end the server with the command: Ctrl-C, `kill`, a terminal that is closed."""
+_TASKS = "tags.`mlflow.parentRunId` != ''"
+_BY_NAME = "&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
+"""In its own order MLflow folds the tasks of a sweep away under their parent."""
 _ARTIFACTS = "mlartifacts"
 """Folder beside mlflow.db, see `sclong_ds.tracking.store`."""
 
@@ -193,12 +196,14 @@ def _pages(uri: str, server: str) -> list[str]:
             for i in ids
             if (found := client.search_runs([i], max_results=1, order_by=["start_time DESC"]))
         }
+        sweeps = {i for i in newest if client.search_runs([i], _TASKS, max_results=1)}
     except (MlflowException, OSError) as error:
         raise ValueError(f"tracking store {shown}: {one_line(error)}") from None
     if not newest:
         raise ValueError(f"tracking store {shown}: has no run yet; look again after the first step")
     order = sorted(newest, key=lambda i: newest[i], reverse=True)
-    return [f"{server}/#/experiments/{i}/runs?workflowType=machine_learning" for i in order]
+    page = f"{server}/#/experiments/{{}}/runs?workflowType=machine_learning"
+    return [page.format(i) + (_BY_NAME if i in sweeps else "") for i in order]
 
 
 def _say(line: str) -> None:

@@ -1,12 +1,8 @@
-"""What a training run checks before it starts or resumes, and its messages when it cannot.
-
-`check_inputs` runs before the imports that take long: nothing here needs torch.
-"""
+"""What a training run checks before it resumes, and its messages when it cannot."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,94 +14,8 @@ from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import DataConfig, ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.loader.weights import BY_COLUMN
-from sclong_ds.run_folder.credentials import without_credentials
 
 log = logging.getLogger(__name__)
-
-_OF_A_RANK = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LAUNCH = (
-    "start training with slurm/pretrain.sh, the deepspeed launcher or torchrun, or set RANK, "
-    "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process"
-)
-
-
-def check_launch() -> None:
-    """Check what a launcher told this process of the ranks.
-
-    Raises:
-        ValueError: Several tasks were started without a word about their ranks, and each would
-            train alone in the same run folder; or some of what a rank needs is missing or no
-            number.
-    """
-    if "RANK" not in os.environ:
-        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if os.environ.get(name, "") not in ("", "1"):
-                raise ValueError(
-                    f"{name}={os.environ[name]}, but RANK is not set: each task would train alone "
-                    f"in the same run.dir; {_LAUNCH}"
-                )
-        return
-    missing = [name for name in ("RANK", *_OF_A_RANK) if not os.environ.get(name)]
-    if missing:
-        raise ValueError(f"RANK is set, but {' and '.join(missing)} not; {_LAUNCH}")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ[name].isdecimal():
-            raise ValueError(f"{name}: got '{os.environ[name]}', must be a whole number; {_LAUNCH}")
-    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-        raise ValueError(
-            f"RANK: got {os.environ['RANK']}, must be below WORLD_SIZE={os.environ['WORLD_SIZE']}; "
-            f"{_LAUNCH}"
-        )
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Check what the command line must name, before anything is imported or joined.
-
-    Raises:
-        ValueError: A required setting is missing.
-        FileNotFoundError: A named file or folder does not exist.
-        PermissionError: The run folder cannot be made or written.
-    """
-    required = {
-        "data.corpus": (config.data.corpus, "the folder that `python -m data_prep finalize` made"),
-        "run.dir": (config.run.dir, "the run folder to make or to resume"),
-    }
-    if config.model.gene_encoder == "graph":
-        made = (
-            "the file that `python -m data_prep gene-graph` made (or model.gene_encoder=embedding)"
-        )
-        required["model.gene_graph"] = (config.model.gene_graph, made)
-    for key, (value, meaning) in required.items():
-        if value is None:
-            raise ValueError(f"{key} is not set: add {key}=PATH, {meaning}")
-    if "://" in str(config.run.dir):
-        raise ValueError(f"run.dir={config.run.dir}: must be a path, on a shared file system where "
-                         f"several nodes train, not a URL")  # fmt: skip
-    run_dir = Path(str(config.run.dir))
-    place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise PermissionError(f"run.dir={run_dir}: {place} is not a folder that can be written")
-    if without_credentials(config.tracking.uri or "") != (config.tracking.uri or ""):
-        raise ValueError(
-            "tracking.uri holds a user or password, which config.yaml and MLflow would show: give "
-            "the address alone, and the rest as MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or all of it as MLFLOW_TRACKING_URI"
-        )
-    for key, path in {
-        "model.gene_graph": config.model.gene_graph,
-        "model.gene_vectors": config.model.gene_vectors,
-        "model.random_features_file": config.model.random_features_file,
-    }.items():
-        if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"{key}={path}: no such file")
-    corpus = str(config.data.corpus)
-    if "://" not in corpus and not Path(corpus).is_dir():
-        raise FileNotFoundError(f"data.corpus={corpus}: no such folder")
-    if config.data.dataset_weights is not None:
-        # Imported late: few runs have such a file, and numpy and zarr come with it.
-        from sclong_ds.loader.weights import read_weights
-
-        read_weights(Path(config.data.dataset_weights))
 
 
 def with_order_of_run(run_dir: Path, data: DataConfig) -> DataConfig:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from launching import run_module, start_ranks, train
+from served_files import FileServer
 from small_disk import CANNOT_MOUNT, small_disk
 
 from benchmarks.random_kills import (
@@ -28,6 +29,7 @@ from benchmarks.random_kills import (
     openings,
     settings,
     wait_until,
+    write_corpus,
 )
 from sclong_ds.checkpoint.on_disk import complete_checkpoints, damage, name_of
 from sclong_ds.corpus.corpus import Corpus
@@ -282,6 +284,41 @@ def test_a_pending_checkpoint_that_fails_does_not_cost_the_last_one(corpus, tmp_
     assert [row["step"] for row in events(run_dir, "checkpoint_failed")] == [4]
     newest = complete_checkpoints(run_dir / "checkpoints")[0]
     assert (newest.name, damage(newest)) == ("step_00000006", None)
+
+
+def test_a_training_whose_storage_is_away_for_long_continues_as_if_it_had_not_been(
+    tmp_path, monkeypatch
+):
+    draw = np.random.default_rng(0)
+    counts, of = draw.poisson(0.3, (140, 200)), np.zeros(140, np.uint32)
+    # More chunks than are asked for in advance: some are read after the first step.
+    corpus = write_corpus(tmp_path / "corpus", counts, of, n_validation=8, chunk_entries=150)
+    files = {str(p.relative_to(corpus)): p.read_bytes() for p in corpus.rglob("*") if p.is_file()}
+    server, faults = FileServer(files), ["503", "cut", "reset", *[""] * 20]
+    steps = 16
+    changes = {"run.max_steps": steps, "optim.decay_steps": steps, "run.validate_every_n_steps": 0,
+               "engine.train_batch_size": 8, "model.large_encoder.depth": 1,
+               "data.prefetch_batches": 1, "data.cache_dir": tmp_path / "cache"}  # fmt: skip
+    calm, troubled = tmp_path / "calm", tmp_path / "troubled"
+    rows = troubled / "metrics.jsonl"
+    away = lambda: rows.exists() and rows.stat().st_size > 0  # noqa: E731
+    try:
+        run_module("sclong_ds.pretrain", *settings(calm, corpus, **changes))
+        server.fault = lambda number: "reset" if away() else str(draw.choice(faults))
+        monkeypatch.setenv("SCLONG_STORAGE_WAIT_S", "2")
+        command = ("sclong_ds.pretrain", *settings(troubled, server.url, **changes))
+        ended = run_module(*command, check=False)
+        assert ended.returncode == 71, ended.stderr
+        assert "given up after" in error_line(ended.stderr)
+        server.fault = lambda number: str(draw.choice(faults))
+        monkeypatch.setenv("SCLONG_STORAGE_WAIT_S", "60")
+        run_module(*command)
+    finally:
+        server.stop()
+    first, second = openings(troubled)
+    assert first == 0 < second < steps
+    for name in ("train/loss", "data/cells_crc32"):
+        assert column(troubled, name) == column(calm, name)
 
 
 def test_a_damaged_shard_stops_the_run_or_is_skipped(corpus, tmp_path):

@@ -27,8 +27,9 @@ starting.LEAST_TIMEOUT_S, starting._FILES_S = 0.0, 0.2
 how, folder, timeout_s = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 if how == "with its files":
     starting.os.replace = lambda *_: threading.Event().wait()
-run = starting.Starting(folder, StopRequest(), rank=0, node="n1", timeout_s=timeout_s)
+run = starting.Starting(StopRequest(), rank=0, node="n1")
 with run:
+    run.of_run(folder, timeout_s=timeout_s)
     run.phase("rendezvous", "3 other ranks")
     run.waits("nobody")
     if how == "fails":

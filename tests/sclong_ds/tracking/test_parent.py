@@ -12,6 +12,7 @@ from sclong_ds.config.load import load_config
 from sclong_ds.report import compare
 from sclong_ds.run_folder.files import read_run_json
 from sclong_ds.sweep.folder import write_sweep
+from sclong_ds.tracking import ui
 from sclong_ds.tracking.client import new_client
 from sclong_ds.tracking.parent import parent_of
 from sclong_ds.tracking.tracker import Tracker
@@ -59,6 +60,8 @@ def test_runs_of_a_sweep_share_a_parent_that_ends_with_the_last(
     arguments = argparse.Namespace(runs=[str(folder)], json=False)
     assert compare.run(arguments) == 0
     assert capsys.readouterr().out.split()[:2] == ["task_001", "task_002"]
+    (page,) = ui._pages(store, "http://127.0.0.1:1")
+    assert page.endswith("&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true")
 
 
 def test_a_run_outside_its_sweep_has_no_parent(tmp_path: Path, store: str) -> None:

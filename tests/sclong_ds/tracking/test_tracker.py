@@ -21,6 +21,7 @@ import pytest
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_dict
+from sclong_ds.input_checks import check_inputs
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import read_events, read_run_json, read_samples, update_run_json
 from sclong_ds.run_folder.identity import take_over_ids
@@ -31,7 +32,6 @@ from sclong_ds.tracking import sender as mlflow_store
 from sclong_ds.tracking import tracker as tracking
 from sclong_ds.tracking.client import find_run_dir, tracking_uri
 from sclong_ds.tracking.tracker import Tracker
-from sclong_ds.training.run_checks import check_inputs
 
 
 def make_config(*, uri: str | None, enabled: bool = True, lr: str = "0.001") -> RunConfig:

@@ -15,7 +15,6 @@ from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.training.run_checks import (
     changed_measure,
     changed_settings,
-    check_launch,
     refuse_changes,
     refuse_other_inputs,
 )
@@ -168,38 +167,3 @@ def test_consent_does_not_cover_another_model_or_corpus(tmp_path: Path) -> None:
 def test_validation_on_other_cells_measures_something_else(tmp_path: Path) -> None:
     config = load_config("sclong_tiny", ["run.validation_cells=9", "run.max_steps=9"])
     assert changed(saved_run(tmp_path), config) == ["run.validation_cells: 64 -> 9"]
-
-
-RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1",
-        "MASTER_PORT": "29500"}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("told", "said"),
-    [
-        ({}, None),
-        ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, None),
-        # What a shell keeps of another launcher says nothing of this one's ranks.
-        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS=4, but RANK is not set: each"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2, but RANK is not set"),
-        (RANK | {"SLURM_STEP_NUM_TASKS": "2"}, None),
-        ({"RANK": "0"}, "LOCAL_RANK and WORLD_SIZE and MASTER_ADDR and MASTER_PORT not"),
-        (RANK | {"MASTER_ADDR": ""}, "RANK is set, but MASTER_ADDR not"),
-        (RANK | {"MASTER_PORT": "tcp"}, "MASTER_PORT: got 'tcp', must be a whole number"),
-        (RANK | {"RANK": "2"}, "RANK: got 2, must be below WORLD_SIZE=2"),
-    ],
-)
-def test_what_a_launcher_tells_is_whole_or_refused(
-    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], said: str | None
-) -> None:
-    for name in (*RANK, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    if said is None:
-        check_launch()
-        return
-    with pytest.raises(ValueError, match=said) as error:
-        check_launch()
-    assert "slurm/pretrain.sh" in str(error.value)

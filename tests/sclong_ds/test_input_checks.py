@@ -1,0 +1,61 @@
+"""A command that cannot start is refused in its first moment, without the imports of training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from launching import ROOT
+
+from sclong_ds.input_checks import check_launch
+
+RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1",
+        "MASTER_PORT": "29500"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, None),
+        # What a shell keeps of another launcher says nothing of this one's ranks.
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS=4, but RANK is not set: each"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2, but RANK is not set"),
+        (RANK | {"SLURM_STEP_NUM_TASKS": "2"}, None),
+        ({"RANK": "0"}, "LOCAL_RANK and WORLD_SIZE and MASTER_ADDR and MASTER_PORT not"),
+        (RANK | {"MASTER_ADDR": ""}, "RANK is set, but MASTER_ADDR not"),
+        (RANK | {"MASTER_PORT": "tcp"}, "MASTER_PORT: got 'tcp', must be a whole number"),
+        (RANK | {"RANK": "2"}, "RANK: got 2, must be below WORLD_SIZE=2"),
+    ],
+)
+def test_what_a_launcher_tells_is_whole_or_refused(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], said: str | None
+) -> None:
+    for name in (*RANK, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    if said is None:
+        check_launch()
+        return
+    with pytest.raises(ValueError, match=said) as error:
+        check_launch()
+    assert "slurm/pretrain.sh" in str(error.value)
+
+
+def test_the_first_checks_import_nothing_that_takes_long() -> None:
+    long = ("numpy", "scipy", "torch", "deepspeed", "zarr", "pandas", "h5py", "mlflow")
+    program = (
+        "import os, sys, runpy\n"
+        "os._exit = sys.exit\n"
+        "sys.argv = ['pretrain', '--config', 'absent.yaml']\n"
+        "try:\n    runpy.run_module('sclong_ds.pretrain', run_name='__main__')\n"
+        f"finally:\n    print(sorted(set({long}) & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == "[]\n", done.stdout + done.stderr
