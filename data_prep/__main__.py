@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 
 from data_prep.arguments import (
     DEFAULT_VALIDATION_FRACTION,
+    NEAR_RULES,
     SPLIT_BY,
     add_codec,
     add_genes,
@@ -304,6 +305,14 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue without datasets that convert has not done yet",
     )
+    parser.add_argument(
+        "--near-duplicates",
+        choices=NEAR_RULES,
+        default=NEAR_RULES[0],
+        help="cells that are the same as one of a dataset with another gene list, on the genes of "
+        "both: primary leaves out those that is_primary_data calls copies of a primary one, drop "
+        "all but one, keep none",
+    )
     add_codec(parser)
     add_json(parser)
     parser.set_defaults(run=_run_finalize)
@@ -323,6 +332,7 @@ def _run_finalize(args: argparse.Namespace) -> int:
             split_by=args.split_by,
             validation_datasets=args.validation_datasets,
             codec=args.codec,
+            near_duplicates=args.near_duplicates,
             allow_missing=args.allow_missing,
             progress=progress,
         )

@@ -12,6 +12,8 @@ from sclong_ds.corpus.genes import GeneVocabulary
 
 SPLIT_BY = ("auto", "dataset", "donor", "cell")
 """What a split holds out as a whole."""
+NEAR_RULES = ("primary", "drop", "keep")
+"""Which near duplicates finalize leaves out (`data_prep.corpus.near.near_duplicates`)."""
 DEFAULT_VALIDATION_FRACTION = 0.05
 
 

@@ -31,9 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.annotations.columns import Annotations, write_columns
-from data_prep.corpus.dedup import Progress, find_duplicates
+from data_prep.corpus.dedup import Progress
 from data_prep.corpus.gene_statistics import gene_statistics, write_statistics
 from data_prep.corpus.inputs import Inputs, read_inputs
+from data_prep.corpus.near.kept_cells import Kept, kept_cells
+from data_prep.corpus.near.near_duplicates import NearRule
 from data_prep.corpus.permute import StagedCells, write_permuted
 from data_prep.corpus.publish import is_sealed, publish
 from data_prep.corpus.split_rule import (
@@ -73,7 +75,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 5
+_WORK_VERSION = 6
 """Raised when an interrupted run of an older program could not be continued."""
 
 
@@ -100,6 +102,7 @@ def finalize(
     split_by: SplitBy | None = None,
     validation_datasets: Sequence[str] = (),
     codec: Literal["zstd", "none"] = "zstd",
+    near_duplicates: NearRule = "primary",
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -117,6 +120,9 @@ def finalize(
         split_by: donor, dataset or cell; auto takes the first that gives enough groups.
         validation_datasets: Datasets to validate on, instead of a share.
         codec: zstd or none (twice the size, for fast local disks).
+        near_duplicates: Which cells to leave out that are the same as one of a dataset with another
+            gene list on the genes of both: `primary` those that are not primary data and stand
+            beside one that is, `drop` all but one, `keep` none.
         allow_missing: Continue without datasets that were to be converted and never were.
         progress: Called with (stage, cells done, cells in all).
 
@@ -143,7 +149,7 @@ def finalize(
         inputs = read_inputs(corpus)
         rule = _rule(corpus, given)
         pending = _pending(corpus, inputs.ledger, allow_missing=allow_missing)
-        catalogue = _finish(corpus, inputs, pending, rule, codec, progress)
+        catalogue = _finish(corpus, inputs, pending, rule, codec, near_duplicates, progress)
     for warning in (*catalogue["warnings"], *_dataset_warnings(corpus, catalogue["datasets"])):
         logger.warning("%s", warning)
     return catalogue
@@ -155,6 +161,7 @@ def _finish(
     pending: Sequence[Pending],
     rule: SplitRule,
     codec: Literal["zstd", "none"],
+    near: NearRule,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Build and publish the corpus, or what an earlier run has left of that; return the catalogue.
@@ -164,10 +171,10 @@ def _finish(
     """
     staged = _usable(corpus, inputs, rule)
     inputs.check()
-    work = open_work(corpus, _work_content(inputs, pending, rule, codec))
+    work = open_work(corpus, _work_content(inputs, pending, rule, [codec, near]))
     try:
         if not is_sealed(corpus, work):
-            catalogue = _build(work, staged, inputs.genes, rule, codec, progress)
+            catalogue = _build(work, staged, inputs.genes, rule, codec, near, progress)
             _seal(work, catalogue, inputs, pending)
         catalogue = publish(corpus, work)
     except ValueError:
@@ -207,12 +214,12 @@ def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> li
 
 
 def _work_content(
-    inputs: Inputs, pending: Sequence[Pending], rule: SplitRule, codec: str
+    inputs: Inputs, pending: Sequence[Pending], rule: SplitRule, options: Sequence[str]
 ) -> list[Any]:
     """Return what decides the corpus; the ledger holds the checksums of what is staged."""
     missing = [dataset.dataset_id for dataset in pending]
     ledger = [dict(entry) for entry in inputs.ledger]
-    return [_WORK_VERSION, rule.as_json(), codec, ledger, inputs.documents, missing]
+    return [_WORK_VERSION, rule.as_json(), *options, ledger, inputs.documents, missing]
 
 
 def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool) -> list[Pending]:
@@ -289,12 +296,14 @@ def _build(
     genes: GeneVocabulary,
     rule: SplitRule,
     codec: Literal["zstd", "none"],
+    near: NearRule,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Write all products except the checksums to `work`, where missing; return the catalogue."""
-    kept = _kept_cells(work, staged, progress)
+    measured = np.stack([read_measured(s.folder, len(genes)) for s in staged])
+    kept = kept_cells(work, {s.folder: s.cells for s in staged}, measured, near, progress=progress)
     groups = []
-    for s, here in zip(staged, kept, strict=True):
+    for s, here in zip(staged, kept.cells, strict=True):
         donors, donor = read_donors(s.folder / "obs.parquet", len(s.cells))
         rows = s.cells.table("source_row")
         groups.append(
@@ -304,7 +313,7 @@ def _build(
     if not (work / "cells.zarr").exists():
         datasets = [
             StagedCells(dataset_id=s.dataset_id, cells=s.cells, kept=here, split=split)
-            for s, here, split in zip(staged, kept, plan.codes, strict=True)
+            for s, here, split in zip(staged, kept.cells, plan.codes, strict=True)
         ]
         path = work / "cells.zarr"
         with CellWriter(path, n_genes=len(genes), codec=codec, resumable=True) as writer:
@@ -313,12 +322,10 @@ def _build(
             write_permuted(datasets, writer, seed=seed, scratch=scratch, progress=progress)
     cells = CellStore(work / "cells.zarr")
     infos = [
-        _dataset_info(s, here, split, group.donors)
-        for s, here, split, group in zip(staged, kept, plan.codes, groups, strict=True)
+        _dataset_info(s, kept, n, plan.codes[n], groups[n].donors) for n, s in enumerate(staged)
     ]
     ends = np.cumsum([0, *(sum(info.split_cells[name] for info in infos) for name in SPLITS)])
     splits = {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
-    measured = np.stack([read_measured(s.folder, len(genes)) for s in staged])
     _write_measured_genes(work / MEASURED, measured)
     train = range(*splits["train"])
     _write_gene_statistics(work / "gene_stats.npz", cells, train, measured, progress)
@@ -334,7 +341,8 @@ def _build(
     ]
     no_columns = write_columns(work / "columns", annotations, cells, progress=progress)
     write_atomic(work / CITATIONS, citations_text(infos).encode())
-    catalogue = _catalogue(cells, genes, plan, splits, infos)
+    catalogue = _catalogue(cells, genes, plan, splits, infos) | {"near_duplicates": near}
+    catalogue["warnings"] += kept.warnings()
     if no_columns:
         catalogue["warnings"].append(
             f"cell annotations of too many different values are no columns of the corpus: "
@@ -357,23 +365,6 @@ def _write_gene_statistics(
         write_statistics(path, gene_statistics(cells, train, measured, progress=progress))
 
 
-def _kept_cells(
-    work: Path, staged: Sequence[Staged], progress: Progress | None
-) -> list[NDArray[np.bool_]]:
-    """Return which cells of each dataset repeat no earlier one."""
-    path = work / "repeated.npz"
-    stores = [s.cells for s in staged]
-    try:
-        joined = read_npz(path, cure="it is made again")["repeated"]
-        repeated = np.split(joined, np.cumsum([len(store) for store in stores])[:-1])
-    except (OSError, ValueError, KeyError):
-        repeated = find_duplicates(stores, work / "digests", progress=progress)
-        content = io.BytesIO()
-        np.savez(content, repeated=np.concatenate(repeated))
-        write_atomic(path, content.getvalue())
-    return [~here for here in repeated]
-
-
 def _write_annotations(work: Path, staged: Sequence[Staged]) -> None:
     """Copy the annotations of the staged cells, nothing else being in their folder."""
     shutil.rmtree(work / "obs", ignore_errors=True)
@@ -394,10 +385,12 @@ def _write_measured_genes(path: Path, measured: NDArray[np.bool_]) -> None:
 
 def _dataset_info(
     s: Staged,
-    kept: NDArray[np.bool_],
+    cells: Kept,
+    number: int,
     split: NDArray[np.uint8],
     donors: tuple[str, ...] | None,
 ) -> DatasetInfo:
+    kept = cells.cells[number]
     per_split = np.bincount(split[kept], minlength=len(SPLITS))
     entry, known = s.ledger, cast("Mapping[str, Any]", s.ledger)
     return DatasetInfo(
@@ -420,6 +413,8 @@ def _dataset_info(
         origin=origin_of(entry),
         median_genes=entry["median_genes"],
         n_donors=len({*(donors or ())} - {""}),
+        near_dropped=cells.near_dropped[number],
+        near_kept=cells.near_kept[number],
     )
 
 

@@ -8,7 +8,8 @@ shards of the cells and `corpus.json`, with its size and CRC-32C: gene list, sta
 and the tables and descriptions of cells.zarr. Readers compare each of them when they first use it
 (`sclong_ds.corpus.location`). Among the tables are the checksums of all chunks of cells, so the
 catalogue vouches for every byte. Version 1 had no `files`; it is read without these checks.
-Version 3 added the origin of each dataset, version 4 the columns of annotations.
+Version 3 added the origin of each dataset, version 4 the columns of annotations,
+version 5 near duplicates.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.versions import refuse_later
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CORPUS_FORMAT = "sclong_ds-corpus"
 SPLITS = ("train", "validation", "test")
 CITATIONS = "CITATIONS.md"
@@ -47,7 +48,8 @@ class DatasetInfo:
     n_cells: int
     """Cells in the corpus."""
     duplicates_dropped: int
-    """Staged cells left out because an identical cell comes first."""
+    """Staged cells left out because another cell holds the same counts: of all genes, or of those
+    that both datasets name."""
     split_cells: Mapping[str, int]
     """Cells in each split."""
     n_genes_mapped: int | None
@@ -80,6 +82,11 @@ class DatasetInfo:
     """Median genes a cell, of the cells staged; None before version 3."""
     n_donors: int | None = None
     """Donors that it names; None before version 3."""
+    near_dropped: int | None = None
+    """Those of `duplicates_dropped` with a near duplicate: the same cell with another gene list;
+    None before version 5."""
+    near_kept: int | None = None
+    """Cells in the corpus with a near duplicate in it; None before version 5."""
     warnings: tuple[str, ...] | None = None
     """What to know about the dataset before training on it; None where no ledger records it."""
 
@@ -108,6 +115,7 @@ class Catalogue(TypedDict):
     split_shares: NotRequired[dict[str, dict[str, float]]]
     options: NotRequired[dict[str, Any]]
     duplicates_dropped: NotRequired[int]
+    near_duplicates: NotRequired[str]
     warnings: NotRequired[list[str]]
     unused: NotRequired[list[dict[str, Any]]]
     checksums_sha256: NotRequired[str]

@@ -169,6 +169,15 @@ def _sources(catalogue: Mapping[str, Any], datasets: Sequence[DatasetInfo]) -> I
             reason=f"{repeats / staged:.0%} of the cells repeated others and were dropped",
             cure="look for datasets that are in the manifest twice",
         )
+    near = sum(d.near_kept or 0 for d in datasets)
+    total = sum(d.n_cells for d in datasets)
+    if near > SOME * total:
+        yield Finding(
+            level="amber",
+            reason=f"{near / total:.0%} of the cells are the same as one of another gene list on "
+            f"the genes of both ({_named([d for d in datasets if d.near_kept])})",
+            cure="keep one of each (finalize --near-duplicates drop)",
+        )
     species = sorted({d.organism for d in datasets if d.organism})
     if len(species) > 1:
         yield Finding(

@@ -243,6 +243,15 @@ def test_killed_finalize_leaves_the_old_corpus_or_none(
         assert not list(corpus.glob(".finalize*"))
 
 
+STEPS = (
+    "data_prep.corpus.near.kept_cells.find_duplicates",
+    "data_prep.corpus.near.kept_cells.find_near_duplicates",
+    "data_prep.corpus.finalize.write_permuted",
+    "data_prep.corpus.finalize.gene_statistics",
+    "data_prep.corpus.finalize.sync_tree",
+)
+
+
 def test_failure_before_publishing_keeps_the_old_corpus(
     stage_corpus: Stage, three: dict[str, sparse.csr_matrix], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,16 +265,16 @@ def test_failure_before_publishing_keeps_the_old_corpus(
     def not_again(*_: object, **__: object) -> None:
         raise AssertionError("a finished stage is done again")
 
-    for step in ("find_duplicates", "write_permuted", "gene_statistics", "sync_tree"):
+    for step in STEPS:
         with monkeypatch.context() as patch:
-            patch.setattr(finalize_module, step, fail)
+            patch.setattr(step, fail)
             with pytest.raises(OSError, match="disk full"):
                 finalize(folder, seed=2)
         assert digests(folder) == before
     with monkeypatch.context() as patch:
         # None of the stages that were finished is done again.
-        for step in ("find_duplicates", "write_permuted", "gene_statistics", "sync_tree"):
-            patch.setattr(finalize_module, step, fail if step == "sync_tree" else not_again)
+        for step in STEPS:
+            patch.setattr(step, fail if step.endswith("sync_tree") else not_again)
         with pytest.raises(OSError, match="disk full"):
             finalize(folder, seed=2)
     # What is of no use of them is.

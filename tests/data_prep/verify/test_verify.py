@@ -192,7 +192,7 @@ def test_duplicates_and_statistics(
         return [np.zeros(len(store), bool) for store in stores]
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.corpus.finalize.find_duplicates", find_none)
+        patch.setattr("data_prep.corpus.near.kept_cells.find_duplicates", find_none)
         finalize(folder)
     assert any("1 cells repeat others" in problem for problem in verify(folder)["problems"])
     finalize(folder)

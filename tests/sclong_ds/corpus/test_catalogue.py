@@ -95,7 +95,7 @@ def test_every_changed_byte_of_the_catalogue_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "corpus.json"
     assert read_catalogue(tmp_path)["splits"] == MINIMAL["splits"]
     raw = path.read_bytes()
-    assert json.loads(raw)["version"] == 4
+    assert json.loads(raw)["version"] == 5
     for position in range(len(raw)):
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
         with pytest.raises(ValueError, match=r"corpus.json"):
