@@ -145,7 +145,7 @@ def run_settings(folder: Path, run_dir: Path, *, seed: int) -> list[str]:
         "run.dir": run_dir, "data.corpus": folder / "corpus", "run.seed": seed,
         "model.gene_graph": folder / "graph" / "graph.npz", "data.shuffle_group_chunks": 2,
         "model.base_dim": 8, "model.large_dim": 16, "model.top_seq_len": 16,
-        "model.expression_hidden": 4, "run.max_steps": 4,
+        "model.expression_hidden": 4, "run.max_steps": 4, "engine.train_batch_size": 4,
         "run.validate_every_n_steps": 2, "run.validation_cells": 8, "optim.decay_steps": 4,
         "optim.warmup_steps": 1, "checkpoint.every_n_steps": 2, "checkpoint.keep_last": 3,
         "tracking.enabled": "false", "tracking.picture_cells": "null",

@@ -165,7 +165,7 @@ def settings(run_dir: Path, corpus: Path, **overrides: object) -> list[str]:
         "run.dir": run_dir, "data.corpus": corpus, "data.shuffle_group_chunks": 2,
         "model.gene_encoder": "embedding", "model.top_seq_len": 64, "model.routing": "top",
         "model.zero_genes": "null", "run.max_steps": 160, "optim.warmup_steps": 10,
-        "optim.decay_steps": 160,
+        "optim.decay_steps": 160, "engine.train_batch_size": 4,
         "run.validate_every_n_steps": 10, "run.validation_cells": 8,
         "checkpoint.every_n_steps": 5, "checkpoint.keep_last": 3, "tracking.enabled": "false",
         "tracking.picture_cells": "null",

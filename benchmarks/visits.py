@@ -2,11 +2,12 @@
 
     python -m benchmarks.visits CORPUS --graph FILE [--readings NAME ...] [--seconds N] [--seeds N]
 
-Trains `sclong_tiny` on one thread, each reading for the same CPU-seconds, and prints for each the
-visits, visits per CPU-second and the mean squared error of hidden values of validation cells. The
-loop is plain torch: the product's model, targets, loss and optimizer, without DeepSpeed and the
-loader, whose share is the same for all readings. The learning rate follows the share of the
-CPU-seconds that are used, so that each reading has its whole schedule.
+Trains `sclong_tiny_published` with a bias per gene on one thread, each reading for the same
+CPU-seconds, and prints for each the visits, visits per CPU-second and the mean squared error of
+hidden values of validation cells. The loop is plain torch: the product's model, targets, loss and
+optimizer, without DeepSpeed and the loader, whose share is the same for all readings. The learning
+rate follows the share of the CPU-seconds that are used, so that each reading has its whole
+schedule.
 
 With --step it prints where the CPU-seconds of a micro-batch go instead: each part of the model,
 forward alone and with backward.
@@ -33,6 +34,7 @@ from sclong_ds.objective.targets import VALIDATION_EPOCH, Prepared, prepare
 from sclong_ds.training.build import make_model
 
 PACKED = ["model.routing=expressed"]
+BIAS = ["model.gene_bias=true"]
 READINGS = {
     "all": (1, 4, ["model.routing=top", "model.zero_genes=null"]),
     "all-4": (4, 4, ["model.routing=top", "model.zero_genes=null"]),
@@ -64,7 +66,7 @@ def main() -> None:
         for name in args.readings:
             micro, batch, changes = READINGS[name]
             settings = [f"model.gene_graph={args.graph}", f"run.seed={seed}"]
-            config = load_config("sclong_tiny", [*settings, *changes, *args.set])
+            config = load_config("sclong_tiny_published", [*BIAS, *settings, *changes, *args.set])
             if args.step:
                 print_step(name, config, corpus, micro)
                 continue

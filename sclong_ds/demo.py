@@ -1,7 +1,7 @@
 """`make demo`: real cells to a trained, exported, used model with the commands a user would type.
 
 430 human immune cells in three formats and one broken file are converted, finalized and verified;
-the gene graph is built; `sclong_tiny_recommended` is pretrained under ZeRO-3 on the GPUs, or on
+the gene graph is built; `sclong_tiny` is pretrained under ZeRO-3 on the GPUs, or on
 two CPU processes, interrupted and resumed; the model is exported, embeds the held-out
 cells, and a report is written. Everything goes below --out.
 """
@@ -23,6 +23,7 @@ import psutil
 
 from data_prep import __name__ as DATA_PREP
 from sclong_ds.command_line import local_path
+from sclong_ds.config.load import load_config
 from sclong_ds.engine.ports import free_port
 from sclong_ds.files.places import place_of
 from sclong_ds.run_folder.files import read_events, read_run_json
@@ -40,6 +41,7 @@ from sclong_ds.run_folder.rows import read_metrics, standing, strongest
 ROOT = Path(__file__).parents[1]
 CELLS = place_of("data_prep") / "resources" / "demo"
 HELD_OUT = "immune_c"
+BATCH = load_config("sclong_tiny").engine.train_batch_size
 INTERRUPT_AT = 60
 """Optimizer step after which the run is interrupted."""
 MARK = ".sclong_ds_demo"
@@ -111,12 +113,14 @@ def pretrain(out: Path) -> None:
     run_dir = out / "runs" / "demo"
     launch = [
         Path(sys.executable).parent / "deepspeed", *where(), "--master_port", free_port(),
-        "--module", "sclong_ds.pretrain", "--config", "sclong_tiny_recommended",
+        "--module", "sclong_ds.pretrain", "--config", "sclong_tiny",
         f"run.dir={run_dir}", f"data.corpus={out / 'corpus'}",
         f"model.gene_graph={out / 'graph.npz'}",
+        # A step as one micro-batch of each rank: the same sums in less time than cell by cell.
+        f"engine.train_micro_batch_size_per_gpu={BATCH // ranks()}",
     ]  # fmt: skip
     devices = "GPU(s)" if n_gpus() else "CPU processes"
-    say(f"pretrain sclong_tiny_recommended with ZeRO-3 on {ranks()} {devices}")
+    say(f"pretrain sclong_tiny with ZeRO-3 on {ranks()} {devices}")
     process = subprocess.Popen(
         list(map(str, launch)), cwd=ROOT, env=environment(), start_new_session=True
     )
@@ -224,10 +228,10 @@ def n_gpus() -> int:
 def ranks() -> int:
     """Return how many processes to train with.
 
-    The GPUs found (a divisor of the batch of 4), or 2 on a CPU.
+    The GPUs found (a divisor of the batch), or 2 on a CPU.
     """
     gpus = n_gpus()
-    return max(n for n in (1, 2, 4) if n <= gpus) if gpus else 2
+    return max(n for n in (1, 2, 4, 8) if n <= gpus) if gpus else 2
 
 
 def where() -> list[str]:

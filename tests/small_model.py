@@ -34,7 +34,7 @@ def small_model(seed: int = 0, graph: bool = True, **changes: Any) -> ScLong:
         "large_encoder": stack, "mini_encoder": stack, "decoder": stack, "gene_bias": False,
         "cell_offset": "none", "routing": "top", "zero_genes": None,
     }  # fmt: skip
-    config = dataclasses.replace(load_config("sclong_tiny").model, **(settings | changes))
+    config = dataclasses.replace(load_config("sclong_tiny_published").model, **(settings | changes))
     torch.manual_seed(seed)
     model = ScLong(config, n_genes=G, graph=small_graph() if graph else None)
     torch.nn.init.normal_(model.head.weight)  # the head starts at zero, which would hide the rest

@@ -50,7 +50,7 @@ sclong_ds.GeneVocabulary(*(tuple(c[i] for i in chosen) for c in columns)).write(
 # ## Train
 #
 # `train` runs in this process, on one rank; on several GPUs the same settings go behind
-# `deepspeed --module sclong_ds.pretrain --config sclong_tiny_recommended`. The gene graph is left
+# `deepspeed --module sclong_ds.pretrain --config sclong_tiny`. The gene graph is left
 # out here (`model.gene_encoder=embedding`), and so is MLflow (`tracking.enabled=false`).
 
 # %%
@@ -65,7 +65,7 @@ settings = [
     "tracking.enabled=false",
     "tracking.picture_cells=null",
 ]
-run_dir = sclong_ds.train(sclong_ds.load_config("sclong_tiny_recommended", settings))
+run_dir = sclong_ds.train(sclong_ds.load_config("sclong_tiny", settings))
 
 # %% [markdown]
 # ## Review

@@ -52,6 +52,8 @@ __all__ = [
 ]
 
 PRESETS_DIR = Path(__file__).resolve().parent / "presets"
+_RENAMED = {"sclong_tiny_recommended": "sclong_tiny", "sclong_100m_recommended": "sclong_100m"}
+"""Presets of earlier versions, and what they are called now."""
 
 
 def preset_names() -> list[str]:
@@ -76,8 +78,10 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = PRESETS_DIR / f"{source}.yaml" if str(source) in preset_names() else Path(source)
     if not path.is_file():
+        now = f"; it is {_RENAMED[str(source)]} now" if str(source) in _RENAMED else ""
         raise FileNotFoundError(
-            f"--config {source}: no such preset or file; presets are {', '.join(preset_names())}"
+            f"--config {source}: no such preset or file{now}; presets are "
+            f"{', '.join(preset_names())}"
         )
     tree = preset_tree(path.stem) if path.resolve().parent == PRESETS_DIR else _own_tree(path)
     for item in overrides:

@@ -54,7 +54,7 @@ def settings(run_dir, corpus, graph, **overrides):
         "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 30,
         "run.validation_cells": 21, "checkpoint.every_n_steps": 12, "checkpoint.keep_last": 5,
         "optim.decay_steps": STEPS, "tracking.enabled": "false",
-        "tracking.picture_cells": "null",
+        "tracking.picture_cells": "null", "engine.train_batch_size": 4,
     }  # fmt: skip
     return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
 

@@ -55,6 +55,7 @@ def run(corpus: Path, folder: Path, **changes: object) -> list[dict[str, float]]
         "model.gene_graph": "null", "model.top_seq_len": 64, "run.max_steps": STEPS,
         "run.validate_every_n_steps": 2, "run.validation_cells": 40,
         "checkpoint.every_n_steps": 2, "optim.decay_steps": 1000, "tracking.enabled": "false",
+        "engine.train_batch_size": 4,
         "tracking.picture_cells": "null", "objective.zero_mask_prob": 0.1,
     } | changes  # fmt: skip
     args = [f"{key}={value}" for key, value in settings.items()]

@@ -11,8 +11,8 @@ from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 PUBLISHED = {
     "sclong_1b": (2000, 45000), "sclong_1b_recommended": (2000, 45000),
     "sclong_1gpu": (500, 20000), "sclong_100m": (1000, 50000),
-    "sclong_100m_recommended": (1000, 50000),
-    "sclong_tiny": (40, 640), "sclong_tiny_recommended": (20, 320),
+    "sclong_tiny_published": (40, 640),
+    "sclong_tiny": (20, 320),
     "sclong_reference": (1200610, 3601830),
 }  # fmt: skip
 """Steps of warm-up and of decay by preset, at the preset's own length."""
@@ -49,7 +49,7 @@ def test_steps_that_are_set_stay() -> None:
     """As in every configuration that was saved before the schedule could follow."""
     fixed = ["optim.warmup_steps=40", "optim.decay_steps=640"]
     short, long = (load_config("sclong_tiny", [*fixed, f"run.max_steps={n}"]) for n in (640, 900))
-    assert rates(long)[:640] == rates(short) == rates(load_config("sclong_tiny"))
+    assert rates(long)[:640] == rates(short) == rates(load_config("sclong_tiny_published"))
     assert set(rates(long)[640:]) == {0.1}
     share = load_config("sclong_tiny", ["optim.decay_steps=640", "run.max_steps=900"])
     assert rates(share) == rates(long)

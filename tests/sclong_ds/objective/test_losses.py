@@ -164,10 +164,13 @@ def test_the_keys_that_need_each_other():
     zeros = ["model.zero_head=true", "objective.zero_mask_prob=0.01"]
     assert load_config("sclong_tiny", [*poisson, *zeros]).model.zero_head
     for given, message in (
-        (zeros, "model.zero_head reads the cell's vector"),
+        ([*zeros, "model.cell_vector=none"], "model.zero_head reads the cell's vector"),
         ([*poisson, zeros[0]], "zero_mask_prob above 0"),
         ([*poisson, *zeros, "objective.mask_prob_range=[0.1, 0.2]"], "mask_prob_range=null"),
-        (["objective.loss=likelihood"], "needs model.cell_offset=poisson"),
+        (
+            ["objective.loss=likelihood", "model.cell_offset=none"],
+            "needs model.cell_offset=poisson",
+        ),
         ([*poisson, "objective.loss=likelihood", zeros[1]], "zero targets"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from sclong_ds.__main__ import main
+from sclong_ds.config.load import preset_names
 from sclong_ds.planning.verdict import advice_of, span
 
 
@@ -70,13 +71,19 @@ def test_no_shipped_preset_that_is_meant_for_gpus_leaves_much_speed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     sites = {"sclong_1b": (8, 8), "sclong_1b_recommended": (8, 8), "sclong_1gpu": (1, 1),
-             "sclong_100m": (1, 4), "sclong_100m_recommended": (1, 4)}  # fmt: skip
+             "sclong_100m": (1, 4)}  # fmt: skip
     for preset, (nodes, gpus) in sites.items():
         command = ["plan", "--config", preset, "--nodes", str(nodes), "--gpus-per-node", str(gpus)]
         assert main([*command, "--json"]) == 0
         plan = json.loads(capsys.readouterr().out)
         assert plan["time"]["run_hours"] < 1.05 * plan["fastest"]["run_hours"], preset
         assert plan["memory"]["fits"], preset
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_has_a_verdict(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", preset, "--nodes", "1", "--gpus-per-node", "1"]) == 0
+    assert capsys.readouterr().out.startswith("It fits on 1 h100 GPU (")
 
 
 def test_where_nothing_fits_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

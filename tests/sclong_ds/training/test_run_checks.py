@@ -77,14 +77,14 @@ def changes(tmp_path: Path, before: list[str], now: list[str]) -> dict[str, tupl
 
 
 def test_a_schedule_counts_as_changed_if_its_steps_are_others(tmp_path: Path) -> None:
-    in_steps = ["optim.warmup_steps=40", "optim.decay_steps=640"]
+    in_steps = ["optim.warmup_steps=20", "optim.decay_steps=320"]
     assert changes(tmp_path, in_steps, []) == {}
-    assert changes(tmp_path, [], ["run.max_steps=1280"]) == {
-        "run.max_steps": (640, 1280), "optim.warmup_steps": (40, 80),
-        "optim.decay_steps": (640, 1280),
+    assert changes(tmp_path, [], ["run.max_steps=640"]) == {
+        "run.max_steps": (320, 640), "optim.warmup_steps": (20, 40),
+        "optim.decay_steps": (320, 640),
     }  # fmt: skip
-    assert changes(tmp_path, in_steps, [*in_steps, "run.max_steps=1280"]) == {
-        "run.max_steps": (640, 1280)
+    assert changes(tmp_path, in_steps, [*in_steps, "run.max_steps=640"]) == {
+        "run.max_steps": (320, 640)
     }
 
 
@@ -96,7 +96,7 @@ OTHER = {
     "objective.mask_prob": "0.3", "objective.mask_prob_range": "[0.1, 0.2]",
     "objective.zero_mask_prob": "0.1", "objective.replace_prob": "0.8",
     "objective.target_rounding": "float32", "objective.loss": "likelihood",
-    "engine.ds_config": "zero3_offload", "engine.train_batch_size": "8",
+    "engine.ds_config": "zero3_offload", "engine.train_batch_size": "16",
     "engine.train_micro_batch_size_per_gpu": "2", "engine.gradient_clipping": "0.5",
     "engine.precision": "bf16", "engine.activation_checkpointing": "true",
     "engine.attention_backend": "torch", "engine.compile_layers": "true", "engine.timeout_s": "9",
