@@ -88,8 +88,24 @@ def sclong(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+_RESOLVERS: dict[bytes, Any] = {}
+"""Resolver of each gene list; made once in the process that forks the trials."""
+
+
 def convert(sources: Path, corpus: Path) -> int:
     """Stage the datasets of `make_sources`."""
+    from data_prep.genes import gene_names
+    from sclong_ds.corpus.genes import GeneVocabulary
+
+    genes = (sources / "genes.tsv").read_bytes()
+    if genes not in _RESOLVERS:
+        _RESOLVERS[genes] = gene_names.resolver_of(GeneVocabulary.read(sources / "genes.tsv"))
+        _RESOLVERS[genes].read_name("no gene")
+    with mock.patch.object(gene_names, "resolver_of", return_value=_RESOLVERS[genes]):
+        return _convert(sources, corpus)
+
+
+def _convert(sources: Path, corpus: Path) -> int:
     return data_prep(
         "convert", sources / "manifest.tsv", "--out", corpus, "--genes", sources / "genes.tsv",
         "--min-genes-mapped", 10, "--min-genes", 1,

@@ -1,6 +1,6 @@
 """Try faults on every product: damaged files, failing system calls, kills at any of these calls.
 
-    python -m benchmarks.faults flips [--product NAME ...] [--per-file 3] [--limit N] [--seconds S]
+    python -m benchmarks.faults flips [--product NAME ...] [--files '*.pt'] [--per-file 3]
     python -m benchmarks.faults calls [--product NAME ...] [--every 1] [--limit N] [--seconds S]
 
 `flips`: each file of a product gets a flipped bit, is cut, dropped, replaced by the file of another
@@ -34,6 +34,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def flips(args: argparse.Namespace, work: Path) -> list[Trial]:
         if errors or not before:
             raise RuntimeError(f"{name}: cannot be read undamaged: {errors} {first.trace}")
         # By kind, so that little time still reaches every kind.
-        chosen = sample(what, args.per_file, rng)[: args.limit]
+        files = [file for file in what.files if any(fnmatch(file, p) for p in args.files)]
+        chosen = sample(what, files, args.per_file, rng)[: args.limit]
         for file, damage in chosen:
             if time.monotonic() > end:
                 break
@@ -231,9 +233,10 @@ def has_readers(name: str) -> bool:
     return name in READERS
 
 
-def sample(what: Product, per_file: int, rng: random.Random) -> list[tuple[str, Damage]]:
+def sample(
+    what: Product, files: list[str], per_file: int, rng: random.Random
+) -> list[tuple[str, Damage]]:
     """Return what to damage and how, kinds of files in turn; `per_file` flips and cuts of each."""
-    files = list(what.files)
     rng.shuffle(files)
     seen: Counter[str] = Counter()
     ranked = []
@@ -262,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("gate", choices=("flips", "calls"))
     parser.add_argument("--product", nargs="+", help="default: all")
+    parser.add_argument("--files", nargs="+", default=["*"], help="patterns; default: all")
     parser.add_argument("--per-file", type=int, default=3, help="flips and cuts a file; default 3")
     parser.add_argument("--every", type=int, default=1, help="every k-th call; default 1")
     parser.add_argument("--fault", nargs="+", choices=FAULTS, help="of calls; default: all")

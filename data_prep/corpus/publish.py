@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.corpus.split_rule import write_rule
 from sclong_ds.corpus.catalogue import read_catalogue
-from sclong_ds.files.atomic import file_sha256, partial_name, sync_folder, write_atomic
+from sclong_ds.files.atomic import file_sha256, partial_name, read_file, sync_folder, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def is_sealed(corpus: Path, work: Path) -> bool:
         path = places["checksums.json"] / "checksums.json"
         if file_sha256(path) != catalogue["checksums_sha256"]:
             raise ValueError(f"{path}: changed")
-        for name, digest in json.loads(path.read_bytes())["files"].items():
+        for name, digest in json.loads(read_file(path))["files"].items():
             path = places[name.partition("/")[0]] / name
             if file_sha256(path) != digest:
                 raise ValueError(f"{path}: changed")
@@ -86,7 +86,7 @@ def publish(corpus: Path, work: Path) -> dict[str, Any]:
                 asides[name] = _set_aside(corpus / name, work)
             os.replace(work / name, corpus / name)
         sync_folder(corpus)
-        write_atomic(corpus / "corpus.json", (work / "corpus.json").read_bytes())
+        write_atomic(corpus / "corpus.json", read_file(work / "corpus.json"))
         sync_folder(corpus)
     except OSError:
         _put_back(corpus, work, tried, asides)

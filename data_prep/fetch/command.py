@@ -325,7 +325,7 @@ def _write_manifest(
 
 
 def _refuse_foreign(manifest: Path) -> None:
-    if manifest.exists() and not manifest.read_bytes().startswith(_MARK.encode()):
+    if manifest.exists() and not read_file(manifest).startswith(_MARK.encode()):
         raise ValueError(f"{manifest} was not written by fetch; choose another --manifest")
 
 

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 from data_prep.fetch.item import Item
 from data_prep.ledger.ledger import is_safe_id
 from data_prep.manifest.address import check_address
-from sclong_ds.files.atomic import read_json, write_atomic
+from sclong_ds.files.atomic import read_file, read_json, write_atomic
 
 LOCK_VERSION = 1
 LOCK_NAME = "fetch.lock.json"
@@ -54,7 +54,7 @@ def write_lock(path: Path, lock: Lock) -> None:
     content = {"fetch_lock": LOCK_VERSION, "made": lock.made}
     content |= {"sources": lock.sources, "filters": lock.filters, "items": items}
     data = (json.dumps(content, indent=1) + "\n").encode()
-    if not path.exists() or path.read_bytes() != data:
+    if not path.exists() or read_file(path) != data:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
 

@@ -49,6 +49,7 @@ from data_prep.genes.spelling import (
 )
 from data_prep.source.source import Matrix, StringArray, UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.files.atomic import read_file
 
 RESOURCES = Path(__file__).parents[1] / "resources"
 ALIASES_PATH = RESOURCES / "symbol_aliases.tsv.gz"
@@ -428,7 +429,7 @@ def _aliases() -> Mapping[str, str]:
 
 def _read_names(path: Path) -> dict[str, str]:
     """Read a table whose first two columns are names and what they mean."""
-    header, _, rows = gzip.decompress(path.read_bytes()).decode().partition("\n")
+    header, _, rows = gzip.decompress(read_file(path)).decode().partition("\n")
     n_columns = header.count("\t") + 1
     cells = rows.removesuffix("\n").replace("\n", "\t").split("\t")
     return dict(zip(cells[::n_columns], cells[1::n_columns], strict=True))

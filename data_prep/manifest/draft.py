@@ -28,7 +28,7 @@ from data_prep.manifest.manifest import OBS_ROLES
 from data_prep.readers.open import detect_format, open_source
 from data_prep.source.source import Annotations, Matrix, Source, UnusableError
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import read_file, write_atomic
 from sclong_ds.progress import stage_progress
 
 _DATA = re.compile(r"(?i)\.(h5ad|h5mu|h5|hdf5|zarr\.zip|loom|npz|mtx|csv|tsv|txt)(\.gz)?$")
@@ -105,7 +105,7 @@ def write_draft(draft: Draft, path: Path) -> None:
         ValueError: It exists with other content: somebody may have worked on it.
     """
     data = format_manifest(draft).encode()
-    if path.exists() and path.read_bytes() != data:
+    if path.exists() and read_file(path) != data:
         raise ValueError(f"{path} exists with other content; delete it or choose another --out")
     write_atomic(path, data)
 

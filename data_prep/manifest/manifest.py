@@ -24,6 +24,7 @@ from data_prep.ledger.ledger import is_safe_id
 from data_prep.manifest.address import check_address, public_and_full
 from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.source.source import FORMATS
+from sclong_ds.files.atomic import read_file
 
 COLUMNS: Mapping[str, str] = {
     "dataset_id": "name of the dataset: letters, digits, '_', '-' and '.', unique (required)",
@@ -150,7 +151,7 @@ def read_manifest(path: str | Path) -> tuple[Dataset, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"manifest {path}: no such file")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"manifest {path}: not a text file ({error.reason} at byte {error.start})"

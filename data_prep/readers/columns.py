@@ -17,6 +17,7 @@ import pandas as pd
 
 from data_prep.readers.arrays import Open, part_inside, require_inside, require_whole
 from data_prep.readers.containers import failed_call
+from data_prep.source.features import is_kind_column, require_names_only
 from data_prep.source.source import Annotations, StringArray, check_size
 
 _CATEGORIES = "__categories"
@@ -31,7 +32,7 @@ class Table:
     columns: Mapping[str, Callable[[Any], pd.Series]]
     """What reads each column, given the root group."""
     text_columns: tuple[str, ...]
-    """Those that may hold texts, by their types."""
+    """Those that may hold texts, by their types, or hold kinds of features by their names."""
 
     def annotations(self, opened: Open) -> Annotations:
         """Return the columns as annotations of cells.
@@ -63,12 +64,15 @@ class Table:
             except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
                 if failed_call(error):
                     raise
-                notes[f"var/{name}"] = " ".join(str(error).split())
+                reason = " ".join(str(error).split())
+                require_names_only(name, reason)
+                notes[f"var/{name}"] = reason
                 continue
-            if isinstance(values.dtype, pd.CategoricalDtype):
+            # The kinds of features may be written as numbers.
+            if isinstance(values.dtype, pd.CategoricalDtype) or is_kind_column(name):
                 values = values.astype(object)
             if values.dtype == object:
-                found[name] = objects(values.fillna(""))
+                found[name] = objects(values.where(values.notna(), ""))
         return found, notes
 
 
@@ -84,7 +88,7 @@ def table_of(root: Any, where: str) -> Table:
     """
     element = root[where]
     if getattr(element, "dtype", None) is not None:
-        return _compound_table(element, where)
+        return _compound_table(root, where)
     index_name = text_of(element.attrs.get("_index", "_index"))
     require_inside(element, index_name)
     if index_name not in element:
@@ -103,7 +107,11 @@ def table_of(root: Any, where: str) -> Table:
     def reader(name: str) -> Callable[[Any], pd.Series]:
         return lambda again: _series(again[where], name, len(index))
 
-    text_columns = [name for name in names if name not in element or _may_be_text(element[name])]
+    text_columns = [
+        name
+        for name in names
+        if is_kind_column(name) or name not in element or _may_be_text(element[name])
+    ]
     return Table(
         index=index,
         columns={name: reader(name) for name in names},
@@ -165,8 +173,9 @@ def objects(values: Iterable[object]) -> StringArray:
     return np.array([str(value) for value in values], dtype=object)
 
 
-def _compound_table(element: Any, where: str) -> Table:
-    """Return a table of AnnData before 0.7: one array of records."""
+def _compound_table(root: Any, where: str) -> Table:
+    """Return a table of AnnData before 0.7: one array of records, categories beside it."""
+    element = root[where]
     fields = element.dtype.names
     if not fields:
         raise ValueError(f"{where} is an array of {element.dtype}, expected a table")
@@ -174,19 +183,40 @@ def _compound_table(element: Any, where: str) -> Table:
     index_name = "index" if "index" in fields else fields[0]
 
     def reader(name: str) -> Callable[[Any], pd.Series]:
-        return lambda root: _compound_series(root[where], name)
+        return lambda again: _compound_series(again, where, name)
 
     columns = [name for name in fields if name != index_name]
     return Table(
         index=objects(decoded(element[index_name])),
         columns={name: reader(name) for name in columns},
-        text_columns=tuple(name for name in columns if element.dtype[name].kind in "SUO"),
+        text_columns=tuple(
+            name
+            for name in columns
+            if element.dtype[name].kind in "SUO"
+            or is_kind_column(name)
+            or _old_categories(root, where, name) is not None
+        ),
     )
 
 
-def _compound_series(table: Any, name: str) -> pd.Series:
-    values = decoded(table[name])
+def _compound_series(root: Any, where: str, name: str) -> pd.Series:
+    values = decoded(root[where][name])
+    categories = _old_categories(root, where, name)
+    if categories is not None and values.dtype.kind in "iu":
+        names = decoded(np.atleast_1d(categories[()]))
+        # One name can stand for a column of obs and another of var.
+        if not values.size or (values.min() >= -1 and values.max() < len(names)):
+            values = _categorical(values, names)
     return pd.Series(values, dtype=values.dtype)
+
+
+def _old_categories(root: Any, where: str, name: str) -> Any:
+    """Return the array of a column's categories, which lie apart from it, or None."""
+    for group in ("raw.cat", "uns") if where.startswith("raw") else ("uns",):
+        place = f"{group}/{name}_categories"
+        if group in root and place in root:
+            return part_inside(root, place)
+    return None
 
 
 def _series(table: Any, name: str, n_rows: int) -> pd.Series:
@@ -205,6 +235,9 @@ def _may_be_text(element: Any) -> bool:
 
 
 def _categorical(codes: npt.NDArray[Any], categories: Any) -> Any:
+    if len(categories) > 1 and all(isinstance(name, str) and not name for name in categories):
+        # What zarr gives for a chunk that is not there.
+        raise ValueError(f"its {len(categories)} categories are all empty")
     if codes.dtype.kind not in "iu":
         raise ValueError(f"its category codes are {codes.dtype}, expected whole numbers")
     codes = codes.astype(np.int64)

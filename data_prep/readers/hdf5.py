@@ -27,7 +27,7 @@ from data_prep.readers.containers import (
     hdf5_root,
     writer_note,
 )
-from data_prep.source.features import pick_genome
+from data_prep.source.features import is_kind_column, pick_genome, require_names_only
 from data_prep.source.source import (
     Annotations,
     Matrix,
@@ -242,14 +242,19 @@ def _gene_names(group: Any, n_genes: int) -> tuple[dict[str, StringArray], dict[
     """Return the text attributes of the genes, and why others cannot be read."""
     found, notes = {}, {}
     for name, values in group.items():
-        if not _is_list(values, n_genes) or values.dtype.kind not in "SUO":
+        if not _is_list(values, n_genes):
+            require_names_only(name, "it is no list with one value a gene")
+            continue
+        if values.dtype.kind not in "SUO" and not is_kind_column(name):
             continue
         try:
             found[name] = objects(_whole_attribute(group, name))
         except (ValueError, OSError) as error:
             if failed_call(error):
                 raise
-            notes[f"row_attrs/{name}"] = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
+            require_names_only(name, reason)
+            notes[f"row_attrs/{name}"] = reason
     return found, notes
 
 

@@ -7,8 +7,9 @@ they are taken out before anything looks at names:
 - **Types.** Where a column says the type of each feature (`feature_types`, `feature_type`,
   `modality`, or any column that names a type of 10x Genomics, or holds such words as gene, protein
   and peak alone), only genes are kept. Gene biotypes
-  (`feature_type` of CELLxGENE: protein_coding, lncRNA, ...) are not such types. A matrix without
-  types takes those of another matrix of the file by the names of the features (raw.X from X).
+  (`feature_type` of CELLxGENE: protein_coding, lncRNA, ...) are not such types, and numbers that
+  differ are refused: what they stand for is not in the file. A matrix without types takes those of
+  another matrix of the file by the names of the features (raw.X from X).
 - **Names.** Without types, a feature is out if one of its names is that of an antibody, hashtag or
   guide (CD4_TotalSeqB, anti-CD4, HTO_1), or if it has a gene's name where nearly all others have an
   Ensembl id, and that gene is there by its id.
@@ -51,6 +52,7 @@ _TENX_TYPES = frozenset(
 )
 """Types that no column of something else holds, whatever its name."""
 _BIOTYPE = re.compile(r"(?i)gene|rna|coding|transcript|spike|\btec\b|ribozyme|^(ig|tr)_|ensembl")
+_NUMBER = re.compile(r"(?i)[+-]?\d+(\.\d*)?|true|false")
 _MOST_TYPES = 64
 _ALIKE = 0.9
 _GENOME_COLUMNS = frozenset({"genome", "genomes"})
@@ -105,6 +107,32 @@ class _Selection:
             reasons = np.full(len(out), reasons, dtype=object)
         self.left_out.update(Counter(str(reason) for reason in reasons[out]))
         self.keep &= ~out
+
+
+def is_kind_column(name: str) -> bool:
+    """Return whether a column of genes is called as those of feature types and genomes are.
+
+    Args:
+        name: Of the column.
+    """
+    return _plain(name) in _TYPE_COLUMNS | _GENOME_COLUMNS
+
+
+def require_names_only(name: str, reason: str) -> None:
+    """Refuse to go on without a column that may say which features are genes.
+
+    Args:
+        name: Of the column, which cannot be read.
+        reason: Why.
+
+    Raises:
+        ValueError: It is called as those of feature types and genomes are.
+    """
+    if is_kind_column(name):
+        raise ValueError(
+            f"the column '{name}' of the features, which may say what is a gene, cannot be read: "
+            f"{reason}; write it again, or remove it if all are genes"
+        )
 
 
 def genes_only(matrices: Sequence[Matrix], *, genome: str) -> tuple[Matrix, ...]:
@@ -238,11 +266,31 @@ def _by_type(columns: _Columns) -> _Selection:
     )
     for name, values in columns.items():
         types = {str(value) for value in values}
-        if len(types) <= _MOST_TYPES and _are_types(types, _plain(name)):
+        if _plain(name) in _TYPE_COLUMNS and _are_numbers(name, types):
+            selection.not_names.add(name)
+        elif len(types) <= _MOST_TYPES and _are_types(types, _plain(name)):
             selection.not_names.add(name)
             selection.typed = True
             _drop_types(selection, values, columns)
     return selection
+
+
+def _are_numbers(column: str, types: set[str]) -> bool:
+    """Return whether the values of a column of types are one number, which tells nothing.
+
+    Raises:
+        ValueError: They are different numbers.
+    """
+    numbers = sorted(types - {""})
+    if not numbers or not all(_NUMBER.fullmatch(value) for value in numbers):
+        return False
+    if len(types) > 1:
+        raise ValueError(
+            f"the column '{column}' of the features holds numbers ({', '.join(numbers[:4])}), "
+            f"which do not say what is a gene; write '{GENE_EXPRESSION}' for genes and another "
+            "word for the others, or remove the column if all are genes"
+        )
+    return True
 
 
 def _are_types(types: set[str], column: str) -> bool:

@@ -14,7 +14,7 @@ from data_prep.corpus.finalize import files_below
 from data_prep.corpus.publish import PRODUCTS
 from data_prep.corpus.split_rule import RULE_FILE, read_rule
 from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry
-from sclong_ds.files.atomic import file_sha256
+from sclong_ds.files.atomic import file_sha256, read_file
 from sclong_ds.files.checksums import check_file
 
 SOURCES = "drawn cells are those of the source files"
@@ -109,7 +109,7 @@ def check_files(
     if file_sha256(path) != catalogue.get("checksums_sha256"):
         problems.append("checksums.json: damaged (its checksum differs)")
         return 1
-    checksums = json.loads(path.read_bytes())
+    checksums = json.loads(read_file(path))
     for name, expected in checksums["files"].items():
         if not (corpus / name).is_file():
             problems.append(f"{name}: missing")

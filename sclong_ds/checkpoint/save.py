@@ -39,7 +39,7 @@ from sclong_ds.checkpoint.writer import CheckpointWriter, Written
 from sclong_ds.config.sections import CheckpointConfig
 from sclong_ds.engine.deepspeed_engine import Engine
 from sclong_ds.engine.ranks import on_first_rank
-from sclong_ds.files.atomic import listed, sync_folder, write_atomic
+from sclong_ds.files.atomic import listed, read_file, sync_folder, write_atomic
 from sclong_ds.run_folder.rows import Judged
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def _finish(saving: Saving, everyone: list[Written]) -> int:
         raise ValueError("; ".join(errors))
     folder, partial, settings = saving.folder, saving.partial, saving.settings
     for file in saving.files:
-        write_atomic(partial / file.name, file.read_bytes())
+        write_atomic(partial / file.name, read_file(file))
     state = json.dumps(asdict(saving.state), indent=2) + "\n"
     write_atomic(partial / "state.json", state.encode())
     written = {name: value for w in everyone for name, value in w.files.items()}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclong_ds.command_line import local_path
+from sclong_ds.files.atomic import read_file
 from sclong_ds.files.places import is_installed
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import recorded_ids
@@ -93,7 +94,7 @@ def log_model(model_dir: Path, *, run: str | None = None, register: str | None =
     from sclong_ds.exported.model_dir import read_description
 
     read_description(model_dir)
-    provenance = json.loads((model_dir / "provenance.json").read_text(encoding="utf-8"))
+    provenance = json.loads(read_file(model_dir / "provenance.json"))
     ids = _run_of(model_dir, provenance, run)
     uri = with_credentials(ids["mlflow_tracking_uri"])
     client = new_client(uri, patient=True)

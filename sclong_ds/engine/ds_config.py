@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.config.sections import EngineConfig
+from sclong_ds.files.atomic import read_file
 from sclong_ds.files.places import place_of
 
 DS_CONFIGS_DIR = place_of("ds_configs")
@@ -58,7 +59,7 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
             f"engine.ds_config={engine.ds_config}: no such file; shipped ones are {names}"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     _check_shape(config, path.name)

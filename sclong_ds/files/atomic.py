@@ -208,7 +208,7 @@ def read_json(path: str | Path, *, cure: str) -> Any:
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path}: not a file; {cure}")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: damaged (not JSON); {cure}") from None
 

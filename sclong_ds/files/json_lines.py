@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sclong_ds.files.atomic import read_file
+
 _CRC = re.compile(rb', "crc32": "([0-9a-f]{8})"}$')
 _LARGEST_STEP = 2**53
 
@@ -179,7 +181,7 @@ def is_number(value: object) -> bool:
 def _open_lines(path: Path) -> BinaryIO:
     """Open a JSON-lines file for appending, after cutting off an unfinished last line."""
     if path.exists():
-        data = path.read_bytes()
+        data = read_file(path)
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             os.truncate(path, whole)

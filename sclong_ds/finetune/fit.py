@@ -35,7 +35,7 @@ from sclong_ds.checkpoint.save import begin_save, finish_save
 from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.engine.deepspeed_engine import Engine, initialize, set_hyper_parameters
 from sclong_ds.engine.ranks import on_first_rank, sum_over_ranks
-from sclong_ds.files.atomic import whole_file, write_atomic
+from sclong_ds.files.atomic import read_file, whole_file, write_atomic
 from sclong_ds.files.npz import read_npz, write_npz
 from sclong_ds.finetune.setting import Setting
 from sclong_ds.finetune.trainee import Trainee, trainable
@@ -327,7 +327,7 @@ def _resume(
     if found is None:
         return Position(), start
     checkpoint = folder / "checkpoints" / found.name
-    text = json.loads((checkpoint / POSITION).read_text(encoding="utf-8"))
+    text = json.loads(read_file(checkpoint / POSITION))
     text["best_loss"] = float(text["best_loss"])
     _log.info("%s: resuming after step %d", plan.name, found.state.step)
     return Position(**text), dict(load_file(checkpoint / BEST))

@@ -29,7 +29,7 @@ from sclong_ds.exported.head import HeadShape
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import read_training_cells, share_in_training
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import read_file, write_atomic
 from sclong_ds.files.npz import read_npz, write_npz
 from sclong_ds.finetune.examples import Examples, choose_examples
 from sclong_ds.finetune.fit import Fitted, Plan, fit, mean_steps
@@ -188,7 +188,7 @@ class Story:
         held.append(lock_run_folder(self.out, wait_s=60))
         facts, path = self._facts(), self.out / IDENTITY
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = json.loads(read_file(path))
             changed = [name for name, value in facts.items() if before.get(name) != value]
             if changed:
                 raise ValueError(

@@ -25,7 +25,7 @@ import yaml
 
 from sclong_ds.command_line import HUB, WEB, local_path, need
 from sclong_ds.exported.manifest import CARD, MANIFEST, check_files, read_manifest
-from sclong_ds.files.atomic import file_sha256
+from sclong_ds.files.atomic import file_sha256, read_file
 from sclong_ds.files.sealed_json import CHECKSUM
 from sclong_ds.progress import count_progress
 
@@ -231,8 +231,8 @@ def _push(folder: Path, name: str, *, licence: str | None, private: bool) -> str
     if read_manifest(folder) is None:
         raise FileNotFoundError(f"{folder}/{MANIFEST}: missing; export the model again")
     check_files(folder)
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    card = (folder / CARD).read_text(encoding="utf-8")
+    config = yaml.safe_load(read_file(folder / "config.yaml"))
+    card = read_file(folder / CARD).decode("utf-8")
     texts = {CARD: front_matter(card, licence=licence), CONFIG: hub_config(config)}
 
     def publish(hub: Any) -> Any:

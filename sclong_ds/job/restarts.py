@@ -43,7 +43,7 @@ from sclong_ds.checkpoint.on_disk import complete_checkpoints, step_of
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import EngineConfig
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import read_file, write_atomic
 from sclong_ds.files.sealed_json import CHECKSUM, checksum_of, read_sound
 from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS, SRUN_STATUS, STOP_STATUS
 from sclong_ds.job.failures import FAILURE_FILE, read_failure, record, start_id
@@ -221,7 +221,7 @@ def read_starts(run_dir: Path) -> list[Start]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(read_file(path))
         # Earlier versions wrote no checksums.
         if any(CHECKSUM in row and row[CHECKSUM] != checksum_of(row) for row in rows):
             raise ValueError("a start does not have its checksum")

@@ -25,6 +25,7 @@ from pathlib import Path
 from sclong_ds.command_line import local_path, parse_arguments, whole
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
+from sclong_ds.files.atomic import read_file
 from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.sweep.folder import task_name, write_sweep
 
@@ -58,7 +59,7 @@ def read_tasks(path: Path) -> list[Task]:
         ValueError: It is no text, a line's quotes do not match, or there are no settings in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_file(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not a text file ({error}); write one line for each task"

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sclong_ds.annotations.columns import CellColumn
 from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.files.atomic import read_file
 from sclong_ds.loader.order import ONE
 
 _BLOCK_CELLS = 2**20
@@ -165,7 +166,7 @@ def read_weights(path: Path) -> dict[str, float]:
     if not path.is_file():
         raise FileNotFoundError(f"data.dataset_weights={path}: no such file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_file(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"data.dataset_weights={path}: not UTF-8 text ({error})") from None
     weights: dict[str, float] = {}

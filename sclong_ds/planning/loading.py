@@ -17,6 +17,7 @@ from typing import Any
 from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.location import Location
+from sclong_ds.files.atomic import read_file
 from sclong_ds.loader.bench import FORMAT
 from sclong_ds.loader.lanes import lanes_for
 from sclong_ds.loader.loader import open_stream
@@ -122,7 +123,7 @@ def read_rate(path: Path) -> dict[str, Any]:
         ValueError: It is no such file.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_file(path))
     except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:

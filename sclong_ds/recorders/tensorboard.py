@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sclong_ds.files.atomic import read_file
 from sclong_ds.recorders.recorder import About, Ending, Row
 
 FOLDER = "tensorboard"
@@ -59,7 +60,7 @@ class TensorBoard:
             step: Optimizer step.
             path: A PNG file.
         """
-        data = path.read_bytes()
+        data = read_file(path)
         width, height = struct.unpack(">II", data[16:24])
         image = self._summary.Image(
             height=height, width=width, colorspace=4, encoded_image_string=data

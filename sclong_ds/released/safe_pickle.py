@@ -28,6 +28,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from sclong_ds.files.atomic import read_file
+
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STORAGES = {
     f"torch.{name}Storage": _DTYPES[dtype]
@@ -70,7 +72,7 @@ def load_plain(path: str | Path) -> Any:
             zipped = file.read(2) == b"PK"
         if zipped and not zipfile.is_zipfile(path):
             raise ValueError("the file is incomplete (its end is missing); copy it again")
-        root = _from_zip(path) if zipped else _from_bytes(path.read_bytes(), _RULES)
+        root = _from_zip(path) if zipped else _from_bytes(read_file(path), _RULES)
         _measure(root, {})
     except _DAMAGE as error:
         reason = "".join(c if c.isprintable() else " " for c in str(error))[:300]

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import read_file, write_atomic
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.sealed_json import CHECKSUM, read_sound, write_sealed
 from sclong_ds.run_folder.files import PLOTS_DIR, picture_steps
@@ -121,7 +121,7 @@ def drop_after(run_dir: Path, step: int) -> None:
 def show(run_dir: Path, pictures: Path) -> None:
     """Copy the pictures of a validation to where the newest lie."""
     for picture in pictures.glob("*.png"):
-        write_atomic(run_dir / PLOTS_DIR / picture.name, picture.read_bytes())
+        write_atomic(run_dir / PLOTS_DIR / picture.name, read_file(picture))
 
 
 def seal_pictures(folder: Path) -> None:

@@ -19,7 +19,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.deepspeed_engine import count_parameters
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
-from sclong_ds.files.atomic import remove_partials, write_atomic
+from sclong_ds.files.atomic import read_file, remove_partials, write_atomic
 from sclong_ds.job.starting import Starting
 from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.run_folder.identity import take_over_ids
@@ -164,6 +164,6 @@ def write_inputs(given: Given, corpus: Corpus) -> None:
     parts = {GRAPH: model.gene_graph, FEATURES: model.random_features_file}
     for name, path in parts.items():
         if path:
-            write_atomic(run_dir / name, Path(path).read_bytes())
+            write_atomic(run_dir / name, read_file(path))
     if (run_dir / RUN_FILE).exists():  # until the start is recorded, `status` compares
         seal(run_dir)

@@ -19,6 +19,7 @@ from sclong_ds.exported.model_dir import (
 )
 from sclong_ds.exported.recipe_file import RECIPE, ChosenRecipe, read_judged
 from sclong_ds.exported.training_cells import read_training_cells
+from sclong_ds.files.atomic import read_file
 from sclong_ds.files.sealed_json import read_object
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.sclong import ScLong
@@ -49,7 +50,7 @@ def write_changed(model: ScLong, out: Path) -> None:
         check_files(source)
         shutil.copytree(source, out)
         return
-    provenance = json.loads((source / "provenance.json").read_text(encoding="utf-8"))
+    provenance = json.loads(read_file(source / "provenance.json"))
     for name in ("validation", "finetuned"):
         provenance.pop(name, None)
     provenance["weights_changed_after"] = model_digest(source)

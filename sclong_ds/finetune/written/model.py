@@ -26,6 +26,7 @@ from sclong_ds.exported.manifest import model_digest
 from sclong_ds.exported.model_dir import FEATURES, GRAPH, load_model, write_model_dir
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import TrainingCells, short_digests
+from sclong_ds.files.atomic import read_file
 from sclong_ds.finetune.fit import Fitted
 from sclong_ds.finetune.scored.calibration import fit_reference
 from sclong_ds.finetune.scored.compare import Outcome
@@ -66,7 +67,7 @@ def write_model(
     weights = base.state_dict() if trainee.model is None else merged_weights(trainee.model)
     head = fitted_head(setting, outcome, last, trainee, facts)
     cells = training_cells(setting, known, name)
-    provenance = json.loads((source / "provenance.json").read_text(encoding="utf-8"))
+    provenance = json.loads(read_file(source / "provenance.json"))
     provenance |= {"training_cells": cells.facts(), "finetuned": _record(setting, facts)}
     changed = trainee.model is not None
     write_model_dir(

@@ -127,6 +127,39 @@ def test_categories_as_before_version_0_8(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("place", ["uns", "raw.cat"])
+def test_categories_as_before_version_0_7(tmp_path: Path, place: str) -> None:
+    """Tables were arrays of records then, with codes whose names lie elsewhere."""
+    text = h5py.string_dtype()
+    with h5py.File(tmp_path / "a.h5ad", "w") as root:
+        root["X"] = np.ones((3, 2), np.float32)
+        obs = np.array(
+            [(b"a", 1, 5), (b"b", -1, 6), (b"c", 0, 7)],
+            [("index", "S1"), ("kind", "i1"), ("n", "i4")],
+        )
+        root["obs"] = obs
+        var = np.array([(b"A", 1), (b"B", 0)], [("index", "S1"), ("feature_types", "i1")])
+        root["var"] = root["raw.var"] = var
+        root["raw.X"] = np.ones((3, 2), np.float32)
+        root["uns/kind_categories"] = np.array(["B", "T"], dtype=text)
+        # Of something else with more codes than names.
+        root["uns/n_categories"] = np.array(["few"], dtype=text)
+        for name in {"uns", place}:
+            types = ["Antibody Capture", "Gene Expression"]
+            root[f"{name}/feature_types_categories"] = np.array(types, dtype=text)
+    found = opened(tmp_path / "a.h5ad")
+    assert found.obs["kind"].astype(object).where(lambda v: v.notna(), None).tolist() == [
+        "T",
+        None,
+        "B",
+    ]
+    assert found.obs["n"].tolist() == [5, 6, 7]
+    assert {matrix.name for matrix in found.matrices} == {"X", "raw.X"}
+    for matrix in found.matrices:
+        assert matrix.gene_columns["index"].tolist() == ["A"]
+        assert dict(matrix.left_out) == {"feature type Antibody Capture": 1}
+
+
 def test_foreign_bytes_in_names_and_annotations(tmp_path: Path) -> None:
     path = small(tmp_path / "a.h5ad")
     with h5py.File(path, "r+") as root:

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from scipy import sparse
 
 from data_prep.genes.gene_names import ALIASES_PATH, AMBIGUOUS_PATH
@@ -196,6 +197,20 @@ def test_features_that_name_no_genome_beside_one_alone_are_kept() -> None:
         assert matrix.gene_columns["index"].tolist() == ["CD4", "CD19", *SYMBOLS[2:]]
 
 
+@pytest.mark.parametrize("numbers", [[0, 1], [1, 0], [0.0, 1.0], [True, False], ["0", "1"]])
+@pytest.mark.parametrize("column", ["feature_types", "modality"])
+def test_numbers_do_not_say_what_is_a_gene(column: str, numbers: list[object]) -> None:
+    names = [*SYMBOLS, "CD4-1", "CD19-1", "CD3"]
+    for blank in (0, 2):
+        types = [str(numbers[0])] * (20 - blank) + [""] * blank + [str(numbers[1])] * 3
+        with pytest.raises(ValueError, match=rf"'{column}' of the features holds numbers \("):
+            kept({"index": names, column: types})
+    # One number for all is as good as none.
+    matrix, found = kept({"index": SYMBOLS, column: [str(numbers[0])] * 20})
+    assert found == list(range(20))
+    assert set(matrix.gene_columns) == {"index"}
+
+
 @pytest.mark.parametrize(
     ("human", "mouse", "genome"),
     [
@@ -283,3 +298,50 @@ def test_antibodies_stay_out_of_every_matrix_of_every_format(tmp_path: Path, kin
         [block] = matrix.blocks()
         np.testing.assert_array_equal(block.toarray(), VALUES[:, :20])
         assert not any("CD4_TotalSeqB" in names for names in matrix.gene_columns.values())
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr", "loom"])
+@pytest.mark.parametrize("dtype", ["i1", "u8", "f4", "?"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data", "ignore:Consolidated metadata")
+def test_types_stored_as_numbers_are_refused(tmp_path: Path, kind: str, dtype: str) -> None:
+    path = cite(tmp_path, kind)
+    place = "row_attrs" if kind == "loom" else "var"
+    group = zarr.open_group(path, mode="r+") if kind == "zarr" else h5py.File(path, "r+")
+    codes = np.repeat([0, 1], [20, 2]).astype(dtype)
+    try:
+        del group[f"{place}/feature_types"]
+        group[f"{place}/feature_types"] = codes
+    finally:
+        group.store.close() if kind == "zarr" else group.close()
+    if kind == "zarr":
+        # What was there before is in the consolidated metadata still, its chunks are not.
+        with pytest.raises(ValueError, match=r"'feature_types'.* cannot be read: its 2 categories"):
+            open_source(path, gene_share=lambda names: 1.0)
+        zarr.consolidate_metadata(path)
+    with pytest.raises(ValueError, match=rf"{path.name}: the column 'feature_types'.*numbers"):
+        open_source(path, gene_share=lambda names: 1.0)
+
+
+@pytest.mark.parametrize("values", [[1] * 12 + [2] * 8, ["1"] * 12 + ["2"] * 8])
+def test_genomes_stored_as_numbers_must_be_chosen(tmp_path: Path, values: list[object]) -> None:
+    cells = anndata.AnnData(sparse.csr_matrix(VALUES[:, :20]))
+    cells.obs_names, cells.var_names = ["a", "b", "c"], SYMBOLS
+    cells.var["genome"] = values
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(UnusableError, match=r"several genomes \(1, 2\)"):
+        open_source(tmp_path / "a.h5ad", gene_share=lambda names: 1.0)
+    found = open_source(tmp_path / "a.h5ad", gene_share=lambda names: 1.0, genome="2")
+    assert found.matrices[0].gene_columns["index"].tolist() == SYMBOLS[12:]
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "loom"])
+def test_a_column_of_types_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, kind: str
+) -> None:
+    path = cite(tmp_path, kind)
+    with h5py.File(path, "r+") as root:
+        place = "row_attrs/feature_types" if kind == "loom" else "var/feature_types"
+        del root[place]
+        root[place] = np.array([b"Gene Expression"] * 7)
+    with pytest.raises(ValueError, match=rf"{path.name}: the column 'feature_types'.*cannot be"):
+        open_source(path, gene_share=lambda names: 1.0)

@@ -1,5 +1,8 @@
+import errno
 import multiprocessing
 import os
+import pathlib
+import re
 import signal
 
 import pytest
@@ -13,6 +16,7 @@ from sclong_ds.files.atomic import (
     whole_file,
     write_atomic,
 )
+from sclong_ds.files.sealed_json import read_object
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
@@ -112,3 +116,28 @@ def test_shared_locks_go_together_and_exclusive_ones_do_not(tmp_path, first, sec
         assert ours.recv() is expected
     with locked(path, wait=False) as held:
         assert held
+
+
+def _manifest(path):
+    from data_prep.manifest.manifest import read_manifest
+
+    return read_manifest(path)
+
+
+def _ledger_entry(path):
+    from data_prep.ledger.ledger import read_entry
+
+    return read_entry(path)
+
+
+@pytest.mark.parametrize("reader", [_manifest, _ledger_entry, read_object])
+def test_a_disk_that_fails_while_a_file_is_read_is_named(tmp_path, monkeypatch, reader):
+    path = tmp_path / "some.json"
+    path.write_text("{}")
+
+    def damaged(self):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", damaged)
+    with pytest.raises(OSError, match=re.escape(f"Input/output error: '{path}'")):
+        reader(path)
