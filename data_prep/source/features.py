@@ -119,7 +119,7 @@ def is_kind_column(name: str) -> bool:
 
 
 def require_names_only(name: str, reason: str) -> None:
-    """Refuse to go on without a column that may say which features are genes.
+    """Refuse to do without a column that may say which features are genes.
 
     Args:
         name: Of the column, which cannot be read.
