@@ -4,9 +4,10 @@ A first pass writes runs: as many records as fit in memory, ordered by bucket. A
 one bucket from all runs at a time. Buckets are ranges of a 64-bit key, so the buckets in order,
 each sorted by its key, are all records sorted by key, whatever the number of buckets and runs.
 
-A run is a few files, `RUN.FIELD` and last `RUN.bounds.npz`, so it is there whole or does not count;
-who is started again asks how many there are and writes the next one. With the bounds of each bucket
-stands the CRC-32C of its records, which is compared whenever they are read.
+A run is a few files, `RUN.FIELD` and last `RUN.bounds.npz`, so it is there whole or does not count.
+Runs have numbers and are written in any order, by any number of processes; a bucket is read from
+all of them in the order of their numbers. With the bounds of each bucket stands the CRC-32C of its
+records, which is compared whenever they are read.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class BucketRuns:
         folder.mkdir(parents=True, exist_ok=True)
         self._bounds: list[dict[str, NDArray[Any]]] = []
         """Per run and field where each bucket begins, and by `_sums` of the field its checksums."""
-        while (path := self._path(len(self._bounds), "bounds.npz")).exists():
+        while (path := _path(folder, len(self._bounds), "bounds.npz")).exists():
             self._bounds.append(read_npz(path, cure="run finalize again"))
 
     def __len__(self) -> int:
@@ -92,33 +93,8 @@ class BucketRuns:
         bounds: Mapping[str, NDArray[np.int64]],
         blocks: Iterable[Mapping[str, NDArray[Any]]],
     ) -> None:
-        """Write one run.
-
-        Args:
-            bounds: Per field (n_buckets + 1,) where each bucket begins and the last one ends, in
-                values.
-            blocks: The values of all fields piece by piece, ordered by bucket.
-        """
-        run, sums = len(self._bounds), {field: _BucketSums(b) for field, b in bounds.items()}
-        with ExitStack() as stack:
-            files = {
-                field: stack.enter_context(self._path(run, field).open("wb")) for field in bounds
-            }
-            for block in blocks:
-                for field, values in block.items():
-                    values = np.ascontiguousarray(values)
-                    files[field].write(values.data)
-                    sums[field].add(values)
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        content = io.BytesIO()
-        document: dict[str, NDArray[Any]] = dict(bounds) | {
-            _sums(field): sums[field].crc32c for field in bounds
-        }
-        np.savez(content, **document)  # type: ignore[arg-type]
-        write_atomic(self._path(run, "bounds.npz"), content.getvalue())
-        self._bounds.append(document)
+        """Write one more run; as `write_run`."""
+        self._bounds.append(write_run(self.folder, len(self._bounds), bounds, blocks))
 
     def read(self, bucket: int, field: str, dtype: np.dtype | type) -> NDArray[Any]:
         """Return a field of all records of a bucket, run after run.
@@ -136,7 +112,7 @@ class BucketRuns:
         values = np.empty(sum(stop - start for start, stop in pieces), dtype)
         done = 0
         for run, (start, stop) in enumerate(pieces):
-            path, here = self._path(run, field), values[done : done + stop - start]
+            path, here = _path(self.folder, run, field), values[done : done + stop - start]
             if len(here):
                 with path.open("rb") as file:
                     file.seek(start * dtype.itemsize)
@@ -147,8 +123,49 @@ class BucketRuns:
             done += len(here)
         return values
 
-    def _path(self, run: int, field: str) -> Path:
-        return self.folder / f"{run:06d}.{field}"
+
+def write_run(
+    folder: Path,
+    run: int,
+    bounds: Mapping[str, NDArray[np.int64]],
+    blocks: Iterable[Mapping[str, NDArray[Any]]],
+) -> dict[str, NDArray[Any]]:
+    """Write one run; what a killed call has left of it is replaced.
+
+    Args:
+        folder: Of all runs.
+        run: Its number.
+        bounds: Per field (n_buckets + 1,) where each bucket begins and the last one ends, in
+            values.
+        blocks: The values of all fields piece by piece, ordered by bucket.
+
+    Returns:
+        The bounds, and the checksums of the buckets.
+    """
+    sums = {field: _BucketSums(b) for field, b in bounds.items()}
+    with ExitStack() as stack:
+        files = {
+            field: stack.enter_context(_path(folder, run, field).open("wb")) for field in bounds
+        }
+        for block in blocks:
+            for field, values in block.items():
+                values = np.ascontiguousarray(values)
+                files[field].write(values.data)
+                sums[field].add(values)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    content = io.BytesIO()
+    document: dict[str, NDArray[Any]] = dict(bounds) | {
+        _sums(field): sums[field].crc32c for field in bounds
+    }
+    np.savez(content, **document)  # type: ignore[arg-type]
+    write_atomic(_path(folder, run, "bounds.npz"), content.getvalue())
+    return document
+
+
+def _path(folder: Path, run: int, field: str) -> Path:
+    return folder / f"{run:06d}.{field}"
 
 
 class _BucketSums:

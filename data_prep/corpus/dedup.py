@@ -74,13 +74,27 @@ def write_digests(runs: BucketRuns, digests: NDArray[np.uint64], first_cell: int
         digests: (cells, 2) as `digest_cells` returns them.
         first_cell: Number of the first of the cells.
     """
-    bucket = bucket_of(digests[:, 0], runs.n_buckets)
+    bounds, records = digest_run(digests, first_cell, n_buckets=runs.n_buckets)
+    runs.append(bounds, [records])
+
+
+def digest_run(
+    digests: NDArray[np.uint64], first_cell: int, *, n_buckets: int
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.void]]]:
+    """Return bounds and records of a run of digests, for `buckets.write_run`.
+
+    Args:
+        digests: (cells, 2) as `digest_cells` returns them, of cells that follow each other.
+        first_cell: Number of the first of them.
+        n_buckets: Number of buckets.
+    """
+    bucket = bucket_of(digests[:, 0], n_buckets)
     order = np.argsort(bucket, kind="stable")
     records = np.empty(len(digests), _RECORD)
     records["high"], records["low"] = digests[order, 0], digests[order, 1]
     records["cell"] = first_cell + order
-    bounds = np.searchsorted(bucket[order], np.arange(runs.n_buckets + 1))
-    runs.append({"digest": bounds}, [{"digest": records}])
+    bounds = np.searchsorted(bucket[order], np.arange(n_buckets + 1))
+    return {"digest": bounds}, {"digest": records}
 
 
 def repeated_cells(runs: BucketRuns) -> Iterable[NDArray[np.uint64]]:
@@ -90,8 +104,18 @@ def repeated_cells(runs: BucketRuns) -> Iterable[NDArray[np.uint64]]:
         runs: All digests.
     """
     for bucket in range(runs.n_buckets):
-        records = runs.read(bucket, "digest", _RECORD)
-        order = np.lexsort((records["cell"], records["low"], records["high"]))
-        high, low = records["high"][order], records["low"][order]
-        same = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-        yield records["cell"][order[1:]][same]
+        yield repeated_in(runs, bucket)
+
+
+def repeated_in(runs: BucketRuns, bucket: int) -> NDArray[np.uint64]:
+    """Return the numbers of the cells of a bucket whose digest an earlier cell has.
+
+    Args:
+        runs: All digests.
+        bucket: The bucket.
+    """
+    records = runs.read(bucket, "digest", _RECORD)
+    order = np.lexsort((records["cell"], records["low"], records["high"]))
+    high, low = records["high"][order], records["low"][order]
+    same = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    return records["cell"][order[1:]][same]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from data_prep.corpus.split_rule import SplitOptions, SplitRule, in_order_of_arrival, unit_hash
 from sclong_ds.corpus.catalogue import SPLITS
-from sclong_ds.files.obs_table import read_obs
+from sclong_ds.files.obs_table import obs_length, obs_names, read_coded
 
 Unit = Literal["donor", "dataset", "cell"]
 _DONOR_COLUMNS = ("donor", "donor_id")
@@ -79,9 +79,8 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
     """Read the donor of every cell from a staged annotation table.
 
     Args:
-        path: Annotations of a dataset (`sclong_ds.files.obs_table`); the column `donor` (or
-        `donor_id`)
-            is used.
+        path: Annotations of a dataset (`sclong_ds.files.obs_table`); the column `donor`, or
+            `donor_id`, is used.
         n_cells: Number of staged cells, which the table must match.
 
     Returns:
@@ -91,19 +90,18 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
         ValueError: The table is damaged or has another number of rows.
     """
     try:
-        table = read_obs(path, columns=_DONOR_COLUMNS)
+        n_rows, present = obs_length(path), obs_names(path)
+        column = next((name for name in _DONOR_COLUMNS if name in present), None)
+        codes, values = read_coded(path, column) if column else (np.zeros(n_rows, np.int64), [])
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; or convert the dataset again") from None
-    if len(table) != n_cells:
-        raise ValueError(
-            f"{path}: {len(table)} rows for {n_cells} cells; convert the dataset again"
-        )
-    column = next((name for name in _DONOR_COLUMNS if name in table), None)
+    if n_rows != n_cells:
+        raise ValueError(f"{path}: {n_rows} rows for {n_cells} cells; convert the dataset again")
     if column is None:
-        return None, np.zeros(n_cells, np.int32)
+        return None, codes.astype(np.int32)
     names: dict[str, int] = {}
-    codes = [names.setdefault(name.strip(), len(names)) for name in table[column]]
-    return tuple(names), np.array(codes, np.int32)
+    places = [names.setdefault(value.strip(), len(names)) for value in values]
+    return tuple(names), np.array(places, np.int32)[codes]
 
 
 def plan_split(datasets: Sequence[SplitCells], rule: SplitRule) -> SplitPlan:

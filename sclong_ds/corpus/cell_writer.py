@@ -38,7 +38,13 @@ from sclong_ds.corpus.cell_store import (
 )
 from sclong_ds.corpus.location import Location
 from sclong_ds.corpus.shards import DamagedShard, ShardedArray
-from sclong_ds.files.atomic import partial_name, sync_folder, sync_tree, write_atomic
+from sclong_ds.files.atomic import (
+    link_or_copy,
+    partial_name,
+    sync_folder,
+    sync_tree,
+    write_atomic,
+)
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.npz import read_npz
 
@@ -204,6 +210,43 @@ class CellWriter:
         self._chunk, self._fill = self._chunk + 1, 0
         if self._chunk == self._shard.shape[1]:
             self._write_shard()
+
+    def adopt(self, path: str | Path) -> None:
+        """Add all cells of a finished store, its chunks and shards as they are.
+
+        The shards are linked, or copied where the file system has no links: the store stays. What
+        was added before must end with a whole shard.
+
+        Args:
+            path: A store of the same genes, sizes and tables.
+
+        Raises:
+            ValueError: It does not fit, or the last shard is not full.
+        """
+        store, per_shard = CellStore(path), self._shape[1]
+        if (store.n_genes, store.chunk_entries) != (self.n_genes, self.chunk_entries):
+            raise ValueError(f"{path}: {store.n_genes} genes in chunks of {store.chunk_entries}")
+        if self._chunk_rows[-1] != self._n_rows or len(self._crc32c[0]) % per_shard or self._chunk:
+            raise ValueError(f"{path}: the cells before it end within a shard")
+        names = (*ROW_TABLES, *store.tables)
+        self._append_tables({name: store.table(name) for name in names}, len(store))
+        n_chunks = len(store.chunk_rows) - 1
+        n_shards = -(-n_chunks // per_shard)
+        for stream, name in enumerate(STREAMS):
+            folder = self._store / name / "c"
+            folder.mkdir(exist_ok=True)
+            for shard in range(n_shards):
+                source = Path(path) / name / "c" / str(shard)
+                # A shard of zeros only is not written.
+                if source.exists():
+                    link_or_copy(source, folder / str(self._shards_written + shard))
+            self._crc32c[stream] += store.table(f"{name}_crc32c").tolist()
+            array = self._group[name]
+            assert isinstance(array, zarr.Array)
+            array.resize((len(self._crc32c[stream]) * self.chunk_entries,))
+        self._chunk_rows += (store.chunk_rows[1:] + self._n_rows).tolist()
+        self._n_rows, self._n_values = self._n_rows + len(store), self._n_values + store.n_values
+        self._shards_written += n_shards
 
     @property
     def n_rows(self) -> int:

@@ -20,6 +20,8 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
+"""What a file system says that cannot give a file another name."""
 _RANDOM_CHARS = 16 + len(".partial")
 
 
@@ -63,6 +65,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links.
+
+    Args:
+        source: The file.
+        target: Its other name, which is not taken.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with whole_file(target) as copy:
+            shutil.copyfile(source, copy)
 
 
 def partial_name(path: str | Path) -> Path:
