@@ -3,7 +3,7 @@
     python -m benchmarks.dedup --out FOLDER [--cells N] [--json OUT]
 
 Sends N seeded 128-bit digests (48,024,242 unless told otherwise, 3% of them repeats of earlier
-ones, at all distances) through `data_prep.corpus.dedup` as `finalize` does after it has read the
+ones, at all distances) through `data_prep.passes.dedup` as `finalize` does after it has read the
 cells, and checks that exactly the repeats are found. Prints the peak resident memory of the process
 and the largest size of the files in FOLDER.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import write_result
-from data_prep.corpus.buckets import BucketRuns
-from data_prep.corpus.dedup import CELLS_PER_BUCKET, repeated_cells, write_digests
+from data_prep.passes.buckets import BucketRuns
+from data_prep.passes.dedup import CELLS_PER_BUCKET, repeated_cells, write_digests
 
 N_CELLS, SHARE_REPEATED = 48_024_242, 0.03
 CELLS_PER_RUN = 2**21

@@ -37,6 +37,8 @@ from data_prep.arguments import (
     add_codec,
     add_genes,
     add_json,
+    add_tasks,
+    check_tasks,
     chosen_genes,
 )
 from sclong_ds import __version__
@@ -270,9 +272,16 @@ def _run_forget(args: argparse.Namespace) -> int:
 def _add_finalize(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Of a corpus that was finalized before the split stays, whatever was added: what is not\n"
-        "given is as then (CORPUS/split.json). Another seed or --split-by draws it again."
+        "given is as then (CORPUS/split.json). Another seed or --split-by draws it again.\n"
+        "The work is cut into units. The processes of --jobs share them, and so do the tasks of a\n"
+        "job array: started with the same options, any number of them in any order, they give the\n"
+        "same bytes, and what one that is killed has not done is done by the others."
     )
     _add_corpus(parser)
+    add_tasks(parser, "begin with the units of this one of --tasks, from 0")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=1, metavar="N", help="processes here (default: 1)"
+    )
     parser.add_argument(
         "--seed",
         metavar="N",
@@ -323,6 +332,8 @@ def _run_finalize(args: argparse.Namespace) -> int:
     from sclong_ds.datasheet.health import health_of
     from sclong_ds.progress import stage_progress
 
+    check_tasks(args)
+
     with stage_progress("cells") as progress:
         catalogue = finalize(
             args.corpus,
@@ -334,6 +345,9 @@ def _run_finalize(args: argparse.Namespace) -> int:
             codec=args.codec,
             near_duplicates=args.near_duplicates,
             allow_missing=args.allow_missing,
+            jobs=args.jobs,
+            task=args.task or 0,
+            tasks=args.tasks,
             progress=progress,
         )
     if args.json:

@@ -7,7 +7,7 @@ import math
 import re
 from contextlib import suppress
 
-from sclong_ds.command_line import local_path
+from sclong_ds.command_line import local_path, whole
 from sclong_ds.corpus.genes import GeneVocabulary
 
 SPLIT_BY = ("auto", "dataset", "donor", "cell")
@@ -61,6 +61,31 @@ def add_codec(parser: argparse.ArgumentParser) -> None:
         default="zstd",
         help="compression of the cells (default: zstd; none is twice as large)",
     )
+
+
+def add_tasks(parser: argparse.ArgumentParser, task: str) -> None:
+    """Add `--task` and `--tasks`, which `check_tasks` compares, and `usage_error`.
+
+    Args:
+        parser: Of the command.
+        task: What `--task` says.
+    """
+    parser.add_argument("--task", type=whole(0), metavar="N", help=task)
+    parser.add_argument("--tasks", type=whole(1), metavar="N", help="number of tasks (with --task)")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def check_tasks(args: argparse.Namespace) -> None:
+    """Refuse a task that none of the tasks is.
+
+    Args:
+        args: Parsed arguments of a command with `add_tasks`.
+    """
+    if (args.task is None) != (args.tasks is None):
+        args.usage_error("--task and --tasks go together")
+    if args.task is not None and args.task >= args.tasks:
+        allowed = f"with --tasks {args.tasks} it is 0 to {args.tasks - 1}"
+        args.usage_error(f"--task {args.task}: {allowed}")
 
 
 def byte_count(text: str) -> int:

@@ -6,16 +6,19 @@
 #SBATCH --ntasks=1
 #SBATCH --requeue
 #
-# Runs one `python -m data_prep` command; `convert` is shared out over the tasks of a job array.
+# Runs one `python -m data_prep` command; `convert` and `finalize` are shared out over the tasks of a
+# job array.
 #
 #   sbatch --array=0-63 [sbatch options] slurm/data_prep.sh convert MANIFEST --out CORPUS [options]
-#   sbatch [sbatch options] slurm/data_prep.sh finalize CORPUS [options]
+#   sbatch --array=0-63 [sbatch options] slurm/data_prep.sh finalize CORPUS [options]
 #   sbatch [sbatch options] slurm/data_prep.sh verify CORPUS
 #
 # Submit from the project root, or set SCLONG_HOME to it. Settings of the site: slurm/env.sh.
 # Task I of N takes the manifest's datasets that data_prep gives it (--task I --tasks N). A task that is
 # started again skips what is done. `convert` fails where a dataset failed, so after it use
 # --dependency=afterany, look at `python -m data_prep status CORPUS`, or correct and submit again.
+# Tasks of `finalize` do what no other one is at, whether all of them run or a few: one that begins
+# late finds the corpus finished. Without --array it runs as one job, --jobs N processes at a time.
 set -euo pipefail
 
 main() {
@@ -39,12 +42,12 @@ main() {
   exec $SCLONG_CONTAINER python -m data_prep "$@" "${share[@]}"
 }
 
-# Sets `share`, the part of the manifest that this array task converts.
+# Sets `share`, the part of the work that this array task takes.
 set_share() {
   # shellcheck disable=SC2153 # Slurm sets all of them
   local span=$((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN))
-  if [[ $1 != convert ]]; then
-    echo "error: --array is for 'convert'; '$1' runs as one job" >&2
+  if [[ $1 != convert && $1 != finalize ]]; then
+    echo "error: --array is for 'convert' and 'finalize'; '$1' runs as one job" >&2
     exit 2
   fi
   if ((span + 1 != SLURM_ARRAY_TASK_COUNT)); then

@@ -14,7 +14,7 @@
 #                       pinned in DIR/sources, and each task of convert fetches, converts and removes
 #                       file by file, with --convert "--keep-bytes 200GB"
 #   --out DIR           folder to make: DIR/corpus, DIR/graph.npz and the run folder DIR/run
-#   --tasks N           tasks of the array that converts (1)
+#   --tasks N           tasks of the arrays that convert and finalize (1)
 #   --keep-going        continue without datasets that cannot be converted; without it the chain ends
 #   --convert "..."     more options of `python -m data_prep convert`
 #   --finalize "..."    more options of `python -m data_prep finalize`
@@ -23,7 +23,7 @@
 #   --sbatch-train "..."  sbatch options of the training
 #
 # Options within quotes are split at spaces. The chain is
-#   convert (array) -> finalize -> verify and gene-graph -> pretrain
+#   convert (array) -> finalize (array) -> verify and gene-graph -> pretrain
 # A job begins when those before it have succeeded; when one fails, Slurm takes those after it out of
 # the queue. Every step can be submitted again by hand, and the whole too: what is done is skipped.
 set -euo pipefail
@@ -90,7 +90,7 @@ main() {
   {
     submit convert "" "--array=0-$((tasks - 1)) $prep" \
       data_prep.sh convert "$manifest" --out "$out/corpus" $convert
-    submit finalize "$after_convert:${ids[convert]}" "$prep" \
+    submit finalize "$after_convert:${ids[convert]}" "--array=0-$((tasks - 1)) $prep" \
       data_prep.sh finalize "$out/corpus" $finalize
     submit verify "afterok:${ids[finalize]}" "$prep" data_prep.sh verify "$out/corpus"
     submit gene-graph "afterok:${ids[finalize]}" "$prep" \

@@ -30,7 +30,7 @@ FLOORS = {
     ],
     "data_prep": [
         {"source", "ledger", "arguments"},
-        {"annotations"},
+        {"annotations", "passes"},
         {"counts", "readers", "corpus", "graph", "report"},
         {"genes"},
         {"manifest"},

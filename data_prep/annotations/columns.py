@@ -10,8 +10,7 @@ cell.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +26,6 @@ from sclong_ds.annotations.columns import (
     ColumnInfo,
     Kind,
     bits_of,
-    write_column,
-    write_index,
 )
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.files.obs_table import obs_names, read_coded
@@ -47,7 +44,7 @@ class Annotations:
     """The annotations of one dataset."""
 
     obs: Path
-    """Those of its staged cells."""
+    """Those of its staged cells, a file of `sclong_ds.files.obs_table`."""
     n_cells: int
     """Staged cells."""
     tissue: str
@@ -60,72 +57,40 @@ class Annotations:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class ColumnPlan:
     """Where a column comes from."""
 
     name: str
+    """Of the column."""
     sources: tuple[str, ...]
     """Names in the tables; a table gives the first that it has."""
     terms: str | None
+    """Name of the ids of its values in an ontology."""
     also: tuple[str, ...]
-
-
-def write_columns(
-    folder: Path,
-    datasets: Sequence[Annotations],
-    cells: CellStore,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> list[str]:
-    """Write the columns of a corpus, nothing else being in their folder.
-
-    Args:
-        folder: To make.
-        datasets: By their number in the table `dataset`.
-        cells: Of the corpus.
-        progress: Called after each column.
-
-    Returns:
-        Annotations that are no columns: their values are too many.
-
-    Raises:
-        ValueError: A damaged table of annotations.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    infos: list[ColumnInfo] = []
-    left_out = []
-    plans = _plans(datasets)
-    for number, plan in enumerate(plans, start=1):
-        found = _column(plan, datasets, cells)
-        if found is None:
-            left_out.append(plan.name)
-        else:
-            write_column(folder, len(infos), found[1], found[0].bits)
-            infos.append(found[0])
-        if progress:
-            progress("columns", number * len(cells), len(plans) * len(cells))
-    write_index(folder, infos, len(cells))
-    return left_out
+    """Other names of the column."""
 
 
 def columns_of(
     datasets: Sequence[Annotations], cells: CellStore
 ) -> Iterator[tuple[ColumnInfo, NDArray[Any]]]:
-    """Yield the columns that `write_columns` writes, one after the other.
+    """Yield the columns of a corpus, one after the other.
 
     Args:
         datasets: By their number in the table `dataset`.
         cells: Of the corpus.
     """
-    for plan in _plans(datasets):
-        found = _column(plan, datasets, cells)
+    for plan in plan_columns(datasets):
+        found = column_of(plan, datasets, cells)
         if found is not None:
             yield found
 
 
-def _plans(tables: Sequence[Annotations]) -> list[_Plan]:
-    """Return the columns to make, by name."""
+def plan_columns(tables: Sequence[Annotations]) -> list[ColumnPlan]:
+    """Return the columns to make, by name.
+
+    Args:
+        tables: By their number in the table `dataset`.
+    """
     names = {name for table in tables for name in table.names} - {*_NO_COLUMNS}
     if any(table.tissue.strip() for table in tables):
         names.add("tissue")
@@ -142,14 +107,23 @@ def _plans(tables: Sequence[Annotations]) -> list[_Plan]:
             if name == _DONOR_ID and _DONOR in names:
                 continue
             name, sources, also = _DONOR, (_DONOR, _DONOR_ID), (_DONOR_ID,)
-        plans.append(_Plan(name=name, sources=sources, terms=terms, also=also))
+        plans.append(ColumnPlan(name=name, sources=sources, terms=terms, also=also))
     return plans
 
 
-def _column(
-    plan: _Plan, tables: Sequence[Annotations], cells: CellStore
+def column_of(
+    plan: ColumnPlan, tables: Sequence[Annotations], cells: CellStore
 ) -> tuple[ColumnInfo, NDArray[Any]] | None:
-    """Return a column in the order of the corpus; None if its values are too many."""
+    """Return a column in the order of the corpus; None if its values are too many.
+
+    Args:
+        plan: Of `plan_columns`.
+        tables: By their number in the table `dataset`.
+        cells: Of the corpus.
+
+    Raises:
+        ValueError: A damaged table of annotations.
+    """
     staged = np.empty(sum(table.n_cells for table in tables), np.uint32)
     known: dict[Pair, int] = {("", ""): 0}
     first = 0
@@ -175,7 +149,7 @@ def _column(
 
 
 def _numbers(
-    plan: _Plan, tables: Sequence[Annotations], cells: CellStore
+    plan: ColumnPlan, tables: Sequence[Annotations], cells: CellStore
 ) -> tuple[ColumnInfo, NDArray[Any]] | None:
     """Return a column of numbers without codes; None if some value is no number."""
     staged = np.empty(sum(table.n_cells for table in tables), np.float64)
@@ -191,7 +165,7 @@ def _numbers(
     return info, _in_corpus_order(staged, tables, cells)
 
 
-def _pairs(plan: _Plan, table: Annotations) -> tuple[NDArray[np.int64], list[Pair]]:
+def _pairs(plan: ColumnPlan, table: Annotations) -> tuple[NDArray[np.int64], list[Pair]]:
     """Return the column of a dataset: (cells,) positions among pairs, and these."""
     source = next((name for name in plan.sources if name in table.names), None)
     codes, values = np.zeros(table.n_cells, np.int64), [""]

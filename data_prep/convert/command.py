@@ -13,7 +13,9 @@ from data_prep.arguments import (
     add_codec,
     add_genes,
     add_json,
+    add_tasks,
     byte_count,
+    check_tasks,
     chosen_genes,
 )
 from data_prep.convert.convert import convert
@@ -43,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("manifest", type=local_path, metavar="MANIFEST", help="list of datasets")
     parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")
-    parser.add_argument("--task", type=whole(0), metavar="N", help="this one of --tasks, from 0")
-    parser.add_argument("--tasks", type=whole(1), metavar="N", help="number of tasks (with --task)")
+    add_tasks(parser, "this one of --tasks, from 0")
     parser.add_argument(
         "--jobs", type=whole(1), default=1, metavar="N", help="datasets at a time (default: 1)"
     )
@@ -84,7 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_thresholds(parser)
     add_codec(parser)
     add_json(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def _add_thresholds(parser: argparse.ArgumentParser) -> None:
@@ -144,10 +144,7 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if a dataset failed.
     """
     usage_error: Callable[[str], NoReturn] = args.usage_error
-    if (args.task is None) != (args.tasks is None):
-        usage_error("--task and --tasks go together")
-    if args.task is not None and args.task >= args.tasks:
-        usage_error(f"--task {args.task}: with --tasks {args.tasks} it is 0 to {args.tasks - 1}")
+    check_tasks(args)
     if args.max_counts is not None and args.max_counts < args.min_counts:
         usage_error(f"--max-counts {args.max_counts} is below --min-counts {args.min_counts}")
     need("pyarrow", extra="prep")  # the workers write with it

@@ -34,12 +34,12 @@ from data_prep.convert.entry import is_taken, read_hash, taken
 from data_prep.convert.limits import DEFAULT_MINUTES, Limits, default_memory_gib
 from data_prep.convert.remote_sources import RemoteSources
 from data_prep.convert.workers import Worker
+from data_prep.ledger.corpus_lock import shared_corpus
 from data_prep.ledger.ledger import (
     LedgerEntry,
     dataset_lock,
     is_safe_id,
     ledger_path,
-    shared_corpus,
     staged_entry,
 )
 from data_prep.ledger.pending import known_names, record_manifest

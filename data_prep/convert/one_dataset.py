@@ -17,13 +17,13 @@ from data_prep.convert.entry import is_taken, new_entry, read_hash, taken
 from data_prep.convert.limits import memory_advice
 from data_prep.convert.source_identity import source_files
 from data_prep.genes.gene_names import GeneResolver
+from data_prep.ledger.corpus_lock import shared_corpus
 from data_prep.ledger.ledger import (
     LedgerEntry,
     check_staged,
     dataset_lock,
     is_older,
     previous_entry,
-    shared_corpus,
     staged_entry,
     write_entry,
 )

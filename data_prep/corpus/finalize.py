@@ -1,96 +1,56 @@
 """From converted datasets to a corpus: drop duplicates, split, shuffle, write, describe.
 
-    python -m data_prep finalize CORPUS
+    python -m data_prep finalize CORPUS [--jobs N] [--task I --tasks N]
 
 Reads CORPUS/settings.json, manifests/, ledger/ and staging/ (written by convert; datasets that are
 not `ok` are left out and listed; one that was never converted is an error). All inputs are compared
-with their checksums before they are used, and again before the corpus is published; no convert runs
-meanwhile. Writes genes.tsv, cells.zarr, obs/, columns/, gene_stats.npz, measured_genes.npy,
-CITATIONS.md, checksums.json and, last, corpus.json; `sclong_ds.corpus.corpus` describes them. All
-is built in `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves the corpus that was
-there, or none. The same staging and options give the same bytes, and the same KEY: started again,
-the command continues after the last finished run, bucket or stage. Memory: about a GB plus ten
-bytes a cell.
+with their checksums before they are used, and those that were written to again before the corpus is
+published; no convert runs meanwhile. Writes genes.tsv, cells.zarr, obs/, columns/, gene_stats.npz,
+measured_genes.npy, CITATIONS.md, checksums.json and, last, corpus.json; `sclong_ds.corpus.corpus`
+describes them. All is built in `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves
+the corpus that was there, or none. The same staging and options give the same bytes, and the same
+KEY: started again, the command continues after the last finished unit of work
+(`data_prep.corpus.build`). Processes share the units (`data_prep.passes.crew`): those of `--jobs`,
+and the tasks of a job array, of which any number may run, in any order. Memory: about a GB a
+process, and for the plan of the split 30 bytes a cell.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import shutil
-from collections import Counter
+import multiprocessing
+import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from data_prep.annotations.columns import Annotations, write_columns
-from data_prep.corpus.dedup import Progress
-from data_prep.corpus.gene_statistics import gene_statistics, write_statistics
+from data_prep.corpus.build import Build, Codec
 from data_prep.corpus.inputs import Inputs, read_inputs
-from data_prep.corpus.near.kept_cells import Kept, kept_cells
 from data_prep.corpus.near.near_duplicates import NearRule
-from data_prep.corpus.permute import StagedCells, write_permuted
 from data_prep.corpus.publish import is_sealed, publish
-from data_prep.corpus.split_rule import (
-    SplitBy,
-    SplitRule,
-    in_order_of_arrival,
-    read_rule,
-    resolve,
-)
-from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split, read_donors
-from data_prep.corpus.work_folder import discard, open_work
-from data_prep.ledger.ledger import LedgerEntry, count_statuses, origin_of, read_ledger
+from data_prep.corpus.seal import seal, unused
+from data_prep.corpus.split_rule import SplitBy, SplitRule, read_rule, resolve, rule_of
+from data_prep.corpus.staged import open_used
+from data_prep.corpus.work_folder import clear, discard, open_work, work_folder
+from data_prep.ledger.corpus_lock import alone_in_corpus, tasks_in_corpus
+from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
-from data_prep.source.measured import MEASURED, pack, read_measured
-from sclong_ds.corpus.catalogue import (
-    CITATIONS,
-    SPLITS,
-    DatasetInfo,
-    checked_files,
-    corpus_files,
-    write_catalogue,
-)
-from sclong_ds.corpus.cell_store import CellStore
-from sclong_ds.corpus.cell_writer import CellWriter
-from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.datasheet.citations import citations_text
-from sclong_ds.files.atomic import (
-    file_sha256,
-    locked,
-    named_errors,
-    sync_tree,
-    write_atomic,
-)
-from sclong_ds.files.npz import read_npz
+from data_prep.passes.crew import Crew, Parted, WorkIsGone, has_failed
+from data_prep.passes.dedup import Progress
+from sclong_ds.corpus.catalogue import read_catalogue
+from sclong_ds.corpus.location import Location
+from sclong_ds.corpus.shards import read_metadata
+from sclong_ds.files.atomic import file_sha256, named_errors
 
 logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 6
+_WORK_VERSION = 7
 """Raised when an interrupted run of an older program could not be continued."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Staged:
-    """One dataset that convert has staged."""
-
-    dataset_id: str
-    """Name of the dataset."""
-    folder: Path
-    """CORPUS/staging/DATASET_ID."""
-    ledger: LedgerEntry
-    """Its ledger entry."""
-    cells: CellStore
-    """Its cells."""
 
 
 def finalize(
@@ -101,9 +61,12 @@ def finalize(
     test_fraction: float | None = None,
     split_by: SplitBy | None = None,
     validation_datasets: Sequence[str] = (),
-    codec: Literal["zstd", "none"] = "zstd",
+    codec: Codec = "zstd",
     near_duplicates: NearRule = "primary",
     allow_missing: bool = False,
+    jobs: int = 1,
+    task: int = 0,
+    tasks: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build the corpus from everything that is staged.
@@ -124,6 +87,10 @@ def finalize(
             gene list on the genes of both: `primary` those that are not primary data and stand
             beside one that is, `drop` all but one, `keep` none.
         allow_missing: Continue without datasets that were to be converted and never were.
+        jobs: Processes on this machine.
+        task: Which of the tasks this is: where it begins among the units of work.
+        tasks: Number of tasks, started with the same options; each returns when all is done. None:
+            this is the only command, which makes the corpus again whatever is there.
         progress: Called with (stage, cells done, cells in all).
 
     Returns:
@@ -132,72 +99,253 @@ def finalize(
     Raises:
         FileNotFoundError: No such folder, or nothing was converted.
         ValueError: Datasets that were never converted, no usable dataset, impossible options,
-            inputs that are damaged or change meanwhile, or another finalize or a convert is at work
-            in the folder.
+            inputs that are damaged or change meanwhile, or another finalize or a convert at work.
     """
     corpus = Path(corpus)
-    given = {
+    given = _given(seed, validation_fraction, test_fraction, split_by, validation_datasets)
+    if not (corpus / "ledger").is_dir():
+        read_ledger(corpus)  # Says what to do; no lock file is made in a folder that is no corpus.
+    job = _Job(corpus, given, codec=codec, near=near_duplicates, allow_missing=allow_missing)
+    members = range(task * jobs, (task + 1) * jobs)
+    with named_errors(corpus):
+        if tasks is None:
+            catalogue = _as_one_command(job, members, progress)
+        else:
+            catalogue = _as_task(job, members, jobs * tasks, progress)
+    for warning in (*catalogue["warnings"], *_dataset_warnings(corpus, catalogue["datasets"])):
+        logger.warning("%s", warning)
+    return catalogue
+
+
+def _given(
+    seed: int | None,
+    validation_fraction: float | None,
+    test_fraction: float | None,
+    split_by: SplitBy | None,
+    validation_datasets: Sequence[str],
+) -> dict[str, Any]:
+    """Return the options of a split by the names of `SplitOptions`."""
+    return {
         "seed": seed,
         "validation_fraction": validation_fraction,
         "test_fraction": test_fraction,
         "split_by": split_by,
         "validation_datasets": tuple(validation_datasets),
     }
-    if not (corpus / "ledger").is_dir():
-        read_ledger(corpus)  # Says what to do; no lock file is made in a folder that is no corpus.
-    with _alone(corpus), named_errors(corpus):
-        inputs = read_inputs(corpus)
-        rule = _rule(corpus, given)
-        pending = _pending(corpus, inputs.ledger, allow_missing=allow_missing)
-        catalogue = _finish(corpus, inputs, pending, rule, codec, near_duplicates, progress)
-    for warning in (*catalogue["warnings"], *_dataset_warnings(corpus, catalogue["datasets"])):
-        logger.warning("%s", warning)
-    return catalogue
 
 
-def _finish(
-    corpus: Path,
-    inputs: Inputs,
-    pending: Sequence[Pending],
-    rule: SplitRule,
-    codec: Literal["zstd", "none"],
-    near: NearRule,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Build and publish the corpus, or what an earlier run has left of that; return the catalogue.
+class _Job:
+    """What one call of finalize is about."""
 
-    Raises:
-        ValueError: Impossible options or damaged staging; what was built is removed.
-    """
-    staged = _usable(corpus, inputs, rule)
-    inputs.check()
-    work = open_work(corpus, _work_content(inputs, pending, rule, [codec, near]))
-    try:
-        if not is_sealed(corpus, work):
-            catalogue = _build(work, staged, inputs.genes, rule, codec, near, progress)
-            _seal(work, catalogue, inputs, pending)
-        catalogue = publish(corpus, work)
-    except ValueError:
-        # The same command would fail again.
+    def __init__(
+        self,
+        corpus: Path,
+        given: Mapping[str, Any],
+        *,
+        codec: Codec,
+        near: NearRule,
+        allow_missing: bool,
+    ) -> None:
+        self.corpus, self.given, self.allow_missing = corpus, given, allow_missing
+        self.codec: Codec = codec
+        self.near: NearRule = near
+        self.inputs: Inputs
+        self.pending: list[Pending]
+
+    def read(self) -> None:
+        """Read what lies in the folder; staged files are not compared yet."""
+        self.inputs = read_inputs(self.corpus)
+        self.pending = _pending(self.corpus, self.inputs.ledger, allow_missing=self.allow_missing)
+
+    @property
+    def call(self) -> str:
+        """What all tasks of one work have in common."""
+        options = [*self.given.items(), self.codec, self.near]
+        missing = [dataset.dataset_id for dataset in self.pending]
+        return _hash([_WORK_VERSION, options, self.inputs.documents, missing])
+
+    def rule(self) -> SplitRule:
+        """Return the rule of the split: that of the corpus, and what is given now."""
+        before = read_rule(self.corpus)
+        rule = resolve(self.given, before)
+        if before is not None and rule.datasets != before.datasets:
+            logger.warning(
+                "%s: the split is drawn again (seed %s, split_by %s; before: %s, %s): validation "
+                "figures before and after cannot be compared, and earlier models were trained on "
+                "cells that are held out now",
+                *(self.corpus, rule.options.seed, rule.options.split_by),
+                *(before.options.seed, before.options.split_by),
+            )
+        return rule
+
+    def open(self, rule: SplitRule) -> Path:
+        """Return the work folder, with what an earlier run has left of this work."""
+        missing = [dataset.dataset_id for dataset in self.pending]
+        ledger = [dict(entry) for entry in self.inputs.ledger]
+        options = [rule.as_json(), self.codec, self.near]
+        content = [_WORK_VERSION, *options, ledger, self.inputs.documents, missing]
+        work = open_work(self.corpus, content)
+        sealed = (work / "corpus.json").exists()
+        if has_failed(work) or (sealed and not is_sealed(self.corpus, work)):
+            discard(work)
+            work = open_work(self.corpus, content)
+        return work
+
+    def is_finished(self, rule: SplitRule) -> bool:
+        """Tell whether the corpus is what this call would make; its cells are not read."""
+        try:
+            catalogue = read_catalogue(self.corpus)
+            sums = self.corpus / "checksums.json"
+            cells = read_metadata(Location(self.corpus / "cells.zarr"))
+            return (
+                catalogue.get("split_rule") == rule.as_json()
+                and catalogue.get("near_duplicates") == self.near
+                and catalogue.get("unused") == unused(self.inputs, self.pending)
+                and file_sha256(sums) == catalogue.get("checksums_sha256")
+                and json.loads(sums.read_bytes())["inputs"] == self.inputs.checksums()
+                and cells["attributes"]["codec"] == self.codec
+                and all((self.corpus / name).is_file() for name in catalogue["files"])
+            )
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def crew(self, work: Path, member: int, members: int, progress: Progress | None) -> Crew:
+        """Return one of the processes of the work."""
+        lock = self.corpus / ".locks" / "~units"
+        return Crew(work, lock, member=member, members=members, progress=progress)
+
+    def work_through(self, crew: Crew, rule: SplitRule) -> None:
+        """Do what is left of the work; return when it is sealed, whoever has done that.
+
+        Raises:
+            ValueError: Impossible options or damaged staging.
+        """
+        sealed = crew.work / "corpus.json"
+        if sealed.exists():
+            return
+        try:
+            staged = open_used(self.corpus, self.inputs, rule)
+            build = Build(
+                crew,
+                inputs=self.inputs,
+                staged=staged,
+                rule=rule,
+                codec=self.codec,
+                near=self.near,
+            )
+            build.make_products()
+            crew.run("seal", [0], lambda _: seal(build, self.pending))
+        except (OSError, ValueError):
+            # Others were faster, and move or have removed what this process was about to read.
+            if crew.work.is_dir() and not sealed.exists():
+                raise
+
+
+def _as_one_command(job: _Job, members: range, progress: Progress | None) -> dict[str, Any]:
+    """Make the corpus, or continue that, with no other command beside."""
+    with alone_in_corpus(job.corpus):
+        job.read()
+        rule = job.rule()
+        work = job.open(rule)
+        try:
+            with _others(job, work, rule, members[1:], len(members)):
+                crew = job.crew(work, 0, len(members), progress)
+                try:
+                    job.work_through(crew, rule)
+                finally:
+                    crew.close()
+            catalogue = publish(job.corpus, work)
+        except ValueError:
+            # The same command would fail again.
+            discard(work)
+            raise
         discard(work)
-        raise
-    discard(work)
-    return catalogue
+        return catalogue
 
 
-def _rule(corpus: Path, given: Mapping[str, Any]) -> SplitRule:
-    """Return the rule of the split: that of the corpus, and what is given now."""
-    before = read_rule(corpus)
-    rule = resolve(given, before)
-    if before is not None and rule.datasets != before.datasets:
-        logger.warning(
-            "%s: the split is drawn again (seed %s, split_by %s; before: %s, %s): validation "
-            "figures before and after cannot be compared, and earlier models were trained on cells "
-            "that are held out now",
-            *(corpus, rule.options.seed, rule.options.split_by),
-            *(before.options.seed, before.options.split_by),
-        )
-    return rule
+def _as_task(
+    job: _Job, members: range, n_members: int, progress: Progress | None
+) -> dict[str, Any]:
+    """Do a share of the work, and what others leave; return when the corpus is there."""
+    job.read()
+
+    def begin() -> dict[str, Any]:
+        job.inputs.check_documents()
+        rule = job.rule()
+        if job.is_finished(rule):
+            clear(job.corpus)
+            return {"call": job.call, "work": None}
+        return {"call": job.call, "work": job.open(rule).name, "rule": rule.as_json()}
+
+    with tasks_in_corpus(job.corpus, begin) as (said, _):
+        if said["call"] != job.call:
+            raise ValueError(
+                f"{job.corpus}: another finalize, with other options or of other datasets, is at "
+                "work here; wait for it"
+            )
+        if said["work"] is None:
+            return read_catalogue(job.corpus)
+        work, rule = work_folder(job.corpus, said["work"]), rule_of(said["rule"])
+        if not work.is_dir():
+            return read_catalogue(job.corpus)
+
+        def put_out(_: int) -> None:
+            publish(job.corpus, work)
+            discard(work)
+            raise WorkIsGone
+
+        with suppress(WorkIsGone), _others(job, work, rule, members[1:], n_members):
+            crew = job.crew(work, members[0], n_members, progress)
+            try:
+                job.work_through(crew, rule)
+                crew.run("publish", [0], put_out)
+            finally:
+                crew.close()
+        return read_catalogue(job.corpus)
+
+
+@contextmanager
+def _others(
+    job: _Job, work: Path, rule: SplitRule, members: range, n_members: int
+) -> Iterator[None]:
+    """Let more processes do units of the work as long as the block runs.
+
+    One that fails or is killed leaves its unit to the others.
+    """
+    context = multiprocessing.get_context("fork")
+    started = []
+    try:
+        for member in members:
+            arguments = job, work, rule, member, n_members
+            process = context.Process(target=_help, args=arguments, daemon=True)
+            process.start()
+            started.append(process)
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join()
+            process.close()
+
+
+def _help(job: _Job, work: Path, rule: SplitRule, member: int, n_members: int) -> None:
+    """Run in a process of its own."""
+    # Ctrl-C reaches all processes of a terminal; the parent ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    crew = job.crew(work, member, n_members, None)
+    crew.stop_with_parent = True
+    try:
+        job.work_through(crew, rule)
+    except (WorkIsGone, Parted):
+        return
+    except (ValueError, OSError) as error:
+        logger.debug("process %d of %d: %s", member, n_members, error)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -213,15 +361,6 @@ def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> li
     ]
 
 
-def _work_content(
-    inputs: Inputs, pending: Sequence[Pending], rule: SplitRule, options: Sequence[str]
-) -> list[Any]:
-    """Return what decides the corpus; the ledger holds the checksums of what is staged."""
-    missing = [dataset.dataset_id for dataset in pending]
-    ledger = [dict(entry) for entry in inputs.ledger]
-    return [_WORK_VERSION, rule.as_json(), *options, ledger, inputs.documents, missing]
-
-
 def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool) -> list[Pending]:
     """Return the datasets that were never converted; they are an error unless allowed."""
     pending = read_pending(corpus, ledger)
@@ -233,256 +372,3 @@ def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool
             "finalize with --allow-missing to continue without them"
         )
     return pending
-
-
-def _usable(corpus: Path, inputs: Inputs, rule: SplitRule) -> list[Staged]:
-    """Return the staged datasets, at least one, in the order in which they came."""
-    used = {entry["dataset_id"]: entry for entry in inputs.used}
-    staged = [
-        _open_staged(corpus, used[name], inputs.genes)
-        for name in in_order_of_arrival([*used], rule)
-    ]
-    if not staged:
-        found = ", ".join(f"{n} {status}" for status, n in count_statuses(inputs.ledger).items())
-        raise ValueError(
-            f"{corpus}: no usable dataset ({found}); see: python -m data_prep status {corpus}"
-        )
-    return staged
-
-
-@contextmanager
-def _alone(corpus: Path) -> Iterator[None]:
-    """Keep converts and other runs of finalize out of a corpus; the lock ends with the process."""
-    with locked(corpus / ".locks" / "~corpus", wait=False) as held:
-        if not held:
-            raise ValueError(
-                f"{corpus}: another finalize is at work here, or a convert or forget; wait for it"
-            )
-        yield
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Return all files below a folder, or the file itself, sorted."""
-    return [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _open_staged(corpus: Path, entry: LedgerEntry, genes: GeneVocabulary) -> Staged:
-    name = entry["dataset_id"]
-    folder = corpus / "staging" / name
-    try:
-        cells = CellStore(folder / "cells.zarr")
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder}: the ledger calls {name} ok but its cells are missing; convert it again"
-        ) from None
-    if cells.n_genes != len(genes):
-        raise ValueError(
-            f"{folder}/cells.zarr: cells of {cells.n_genes} genes, the corpus has {len(genes)}; "
-            "convert it again"
-        )
-    if len(cells) != entry["n_cells"]:
-        raise ValueError(
-            f"{folder}/cells.zarr: {len(cells)} cells, its ledger entry has {entry['n_cells']}; "
-            "convert it again"
-        )
-    if "source_row" not in cells.tables:
-        raise ValueError(f"{folder}: no table source_row; convert the dataset again")
-    return Staged(dataset_id=name, folder=folder, ledger=entry, cells=cells)
-
-
-def _build(
-    work: Path,
-    staged: Sequence[Staged],
-    genes: GeneVocabulary,
-    rule: SplitRule,
-    codec: Literal["zstd", "none"],
-    near: NearRule,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Write all products except the checksums to `work`, where missing; return the catalogue."""
-    measured = np.stack([read_measured(s.folder, len(genes)) for s in staged])
-    kept = kept_cells(work, {s.folder: s.cells for s in staged}, measured, near, progress=progress)
-    groups = []
-    for s, here in zip(staged, kept.cells, strict=True):
-        donors, donor = read_donors(s.folder / "obs.parquet", len(s.cells))
-        rows = s.cells.table("source_row")
-        groups.append(
-            SplitCells(dataset_id=s.dataset_id, donors=donors, donor=donor, kept=here, rows=rows)
-        )
-    plan = plan_split(groups, rule)
-    if not (work / "cells.zarr").exists():
-        datasets = [
-            StagedCells(dataset_id=s.dataset_id, cells=s.cells, kept=here, split=split)
-            for s, here, split in zip(staged, kept.cells, plan.codes, strict=True)
-        ]
-        path = work / "cells.zarr"
-        with CellWriter(path, n_genes=len(genes), codec=codec, resumable=True) as writer:
-            scratch = work / "scattered"
-            seed = rule.options.seed
-            write_permuted(datasets, writer, seed=seed, scratch=scratch, progress=progress)
-    cells = CellStore(work / "cells.zarr")
-    infos = [
-        _dataset_info(s, kept, n, plan.codes[n], groups[n].donors) for n, s in enumerate(staged)
-    ]
-    ends = np.cumsum([0, *(sum(info.split_cells[name] for info in infos) for name in SPLITS)])
-    splits = {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
-    _write_measured_genes(work / MEASURED, measured)
-    train = range(*splits["train"])
-    _write_gene_statistics(work / "gene_stats.npz", cells, train, measured, progress)
-    genes.write(work / "genes.tsv")
-    _write_annotations(work, staged)
-    annotations = [
-        Annotations(
-            obs=work / "obs" / f"{s.dataset_id}.parquet",
-            n_cells=len(s.cells),
-            tissue=s.ledger["tissue"],
-        )
-        for s in staged
-    ]
-    no_columns = write_columns(work / "columns", annotations, cells, progress=progress)
-    write_atomic(work / CITATIONS, citations_text(infos).encode())
-    catalogue = _catalogue(cells, genes, plan, splits, infos) | {"near_duplicates": near}
-    catalogue["warnings"] += kept.warnings()
-    if no_columns:
-        catalogue["warnings"].append(
-            f"cell annotations of too many different values are no columns of the corpus: "
-            f"{', '.join(no_columns)}; Corpus.obs reads them all the same, more slowly"
-        )
-    return catalogue
-
-
-def _write_gene_statistics(
-    path: Path,
-    cells: CellStore,
-    train: range,
-    measured: NDArray[np.bool_],
-    progress: Progress | None,
-) -> None:
-    """Write the statistics of the training cells, if an earlier run has not."""
-    try:
-        read_npz(path, cure="it is made again")
-    except (OSError, ValueError):
-        write_statistics(path, gene_statistics(cells, train, measured, progress=progress))
-
-
-def _write_annotations(work: Path, staged: Sequence[Staged]) -> None:
-    """Copy the annotations of the staged cells, nothing else being in their folder."""
-    shutil.rmtree(work / "obs", ignore_errors=True)
-    (work / "obs").mkdir()
-    for s in staged:
-        copy = work / "obs" / f"{s.dataset_id}.parquet"
-        shutil.copyfile(s.folder / "obs.parquet", copy)
-        if file_sha256(copy) != s.ledger["files"]["obs.parquet"][1]:
-            raise ValueError(f"{s.folder / 'obs.parquet'}: changed while finalize was at work")
-
-
-def _write_measured_genes(path: Path, measured: NDArray[np.bool_]) -> None:
-    """Write (datasets, genes / 8) uint8, the bits of all datasets."""
-    content = io.BytesIO()
-    np.save(content, pack(measured))
-    write_atomic(path, content.getvalue())
-
-
-def _dataset_info(
-    s: Staged,
-    cells: Kept,
-    number: int,
-    split: NDArray[np.uint8],
-    donors: tuple[str, ...] | None,
-) -> DatasetInfo:
-    kept = cells.cells[number]
-    per_split = np.bincount(split[kept], minlength=len(SPLITS))
-    entry, known = s.ledger, cast("Mapping[str, Any]", s.ledger)
-    return DatasetInfo(
-        dataset_id=s.dataset_id,
-        n_cells=int(kept.sum()),
-        duplicates_dropped=int((~kept).sum()),
-        split_cells=dict(zip(SPLITS, per_split.tolist(), strict=True)),
-        n_genes_mapped=entry["n_genes_mapped"],
-        counts_kept=entry["counts_kept"],
-        organism=entry["organism"],
-        tissue=entry["tissue"],
-        format=entry["format"],
-        source=entry["path"],
-        source_hash=entry["source_hash"],
-        n_cells_input=entry["n_cells_input"],
-        version=entry["version"],
-        matrix=entry["matrix"],
-        restored=entry["restored"],
-        warnings=tuple(known.get("warnings", ())),
-        origin=origin_of(entry),
-        median_genes=entry["median_genes"],
-        n_donors=len({*(donors or ())} - {""}),
-        near_dropped=cells.near_dropped[number],
-        near_kept=cells.near_kept[number],
-    )
-
-
-def _catalogue(
-    cells: CellStore,
-    genes: GeneVocabulary,
-    plan: SplitPlan,
-    splits: Mapping[str, list[int]],
-    datasets: Sequence[DatasetInfo],
-) -> dict[str, Any]:
-    return {
-        "n_cells": len(cells),
-        "n_genes": len(genes),
-        "n_values": cells.n_values,
-        "genes_hash": genes.hash,
-        "splits": dict(splits),
-        "split_unit": plan.unit,
-        "held_out": plan.held_out,
-        "options": asdict(plan.rule.options),
-        "split_rule": plan.rule.as_json(),
-        "split_shares": {name: asdict(share) for name, share in plan.shares.items()},
-        "datasets": [asdict(dataset) for dataset in datasets],
-        "duplicates_dropped": sum(dataset.duplicates_dropped for dataset in datasets),
-        "warnings": list(plan.warnings),
-    }
-
-
-def _seal(
-    work: Path, catalogue: dict[str, Any], inputs: Inputs, pending: Sequence[Pending]
-) -> None:
-    """Write checksums.json and, when all is on disk and the inputs are unchanged, corpus.json."""
-    ledger = inputs.ledger
-    catalogue["unused"] = [
-        {"dataset_id": e["dataset_id"], "status": e["status"], "reason": e["reason"]}
-        for e in ledger
-        if e["status"] != "ok"
-    ]
-    catalogue["unused"] += [
-        {"dataset_id": p.dataset_id, "status": "pending", "reason": "not converted"}
-        for p in pending
-    ]
-    left_out = Counter(dataset["status"] for dataset in catalogue["unused"])
-    if left_out:
-        catalogue["warnings"].append(
-            f"{left_out.total()} of {len(ledger) + len(pending)} datasets are left out "
-            f"({', '.join(f'{n} {status}' for status, n in sorted(left_out.items()))}); see: "
-            "python -m data_prep status"
-        )
-    catalogue |= _write_checksums(work, catalogue, inputs)
-    catalogue["files"] = checked_files(work, corpus_files(work))
-    inputs.check()
-    sync_tree(work)
-    write_catalogue(work, catalogue)
-
-
-def _write_checksums(work: Path, catalogue: Mapping[str, Any], inputs: Inputs) -> dict[str, str]:
-    """Write checksums.json; return the corpus hash and the hash of checksums.json itself."""
-    names = [name for name in corpus_files(work) if name != "checksums.json"]
-    files = {name: file_sha256(work / name) for name in names}
-    document = {"algorithm": "sha256", "files": files, "inputs": inputs.checksums()}
-    text = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
-    write_atomic(work / "checksums.json", text)
-    content = {
-        "genes": catalogue["genes_hash"],
-        "splits": catalogue["splits"],
-        "cells": {name: h for name, h in files.items() if name.startswith("cells.zarr/")},
-    }
-    return {
-        "hash": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
-        "checksums_sha256": hashlib.sha256(text).hexdigest(),
-    }

@@ -6,19 +6,21 @@ A value is log1p(target_sum * count / total of the cell), as the loader computes
 from __future__ import annotations
 
 import io
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from data_prep.corpus.dedup import Progress
+from data_prep.passes.dedup import Progress
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import GeneStats
 from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.npz import npz_bytes, read_npz
 
 TARGET_SUM = 1.0e4
+_OF_GENES = ("n_expressing", "total_counts", "values")
 _SMALL_COUNTS = 32
 """98 % of the counts of droplet data are below."""
 
@@ -44,43 +46,122 @@ def gene_statistics(
     Returns:
         The statistics; the same bytes for the same store.
     """
-    n_genes = store.n_genes
-    n_expressing, total_counts = np.zeros(n_genes, np.int64), np.zeros(n_genes, np.int64)
-    sums = np.zeros(n_genes, np.float64)
-    n_values, mean, squares = 0, 0.0, 0.0
+    sums = GeneSums.none(store.n_genes)
     for chunk in range(len(store.chunk_rows) - 1):
         first, last = int(store.chunk_rows[chunk]), int(store.chunk_rows[chunk + 1])
         if first < rows.start or last > rows.stop:
             continue
-        cells = store.read_chunk(chunk)
-        values = _values(cells, store.row_total[first:last], target_sum)
-        n_here, counts_here, sums_here = _of_genes(cells, values)
-        n_expressing += n_here
-        total_counts += counts_here
-        sums += sums_here
-        if len(values):
-            # Chan's update: sums of squares lose digits over 10^11 values.
-            mean_here, n_new = float(values.mean()), len(values)
-            delta = mean_here - mean
-            squares += float(np.square(values - mean_here, out=values).sum())
-            squares += delta**2 * n_values * n_new / (n_values + n_new)
-            n_values += n_new
-            mean += delta * n_new / n_values
+        sums.add(store.read_chunk(chunk), store.row_total[first:last], target_sum=target_sum)
         if progress:
             progress("statistics", last - rows.start, len(rows))
-    seen = n_expressing > 0
-    mean_expressed = np.full(n_genes, mean)
-    mean_expressed[seen] = sums[seen] / n_expressing[seen]
-    of = (None, None) if measured is None else of_measuring_cells(store, rows, measured)
-    return GeneStats(
+    of = None if measured is None else of_measuring_cells(store, rows, measured)
+    return sums.statistics(of, target_sum=target_sum)
+
+
+@dataclass(kw_only=True)
+class GeneSums:
+    """Sums over cells, from which their statistics follow; sums of some and of others add up."""
+
+    n_expressing: NDArray[np.int64]
+    """(G,) cells with a count."""
+    total_counts: NDArray[np.int64]
+    """(G,) sum of the counts."""
+    values: NDArray[np.float64]
+    """(G,) sum of the values."""
+    n_values: int = 0
+    """Values of all genes."""
+    mean: float = 0.0
+    """Of all values."""
+    squares: float = 0.0
+    """Sum of the squared distances of all values from it."""
+
+    @classmethod
+    def none(cls, n_genes: int) -> GeneSums:
+        """Return the sums over no cells."""
+        return cls(
+            n_expressing=np.zeros(n_genes, np.int64),
+            total_counts=np.zeros(n_genes, np.int64),
+            values=np.zeros(n_genes, np.float64),
+        )
+
+    def add(
+        self, cells: csr_matrix, totals: NDArray[np.int64], *, target_sum: float = TARGET_SUM
+    ) -> None:
+        """Add cells.
+
+        Args:
+            cells: (cells, G) counts.
+            totals: (cells,) sum of the counts of each.
+            target_sum: Total to which a cell is scaled.
+        """
+        values = _values(cells, totals, target_sum)
+        n_expressing, total_counts, sums = _of_genes(cells, values)
+        here = GeneSums(n_expressing=n_expressing, total_counts=total_counts, values=sums)
+        if len(values):
+            here.n_values, here.mean = len(values), float(values.mean())
+            here.squares = float(np.square(values - here.mean, out=values).sum())
+        self.join(here)
+
+    def join(self, other: GeneSums) -> None:
+        """Add the sums over other cells."""
+        for name in _OF_GENES:
+            getattr(self, name)[:] += getattr(other, name)
+        n_new = other.n_values
+        if n_new:
+            # Chan's update: sums of squares lose digits over 10^11 values.
+            delta = other.mean - self.mean
+            self.squares += other.squares
+            self.squares += delta**2 * self.n_values * n_new / (self.n_values + n_new)
+            self.n_values += n_new
+            self.mean += delta * n_new / self.n_values
+
+    def statistics(
+        self,
+        measuring: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+        *,
+        target_sum: float = TARGET_SUM,
+    ) -> GeneStats:
+        """Return the statistics of the cells that were added.
+
+        Args:
+            measuring: Of `of_measuring_cells`; None where it is not known.
+            target_sum: Total to which a cell was scaled.
+        """
+        seen = self.n_expressing > 0
+        mean_expressed = np.full(len(seen), self.mean)
+        mean_expressed[seen] = self.values[seen] / self.n_expressing[seen]
+        return GeneStats(
+            n_expressing=self.n_expressing,
+            total_counts=self.total_counts,
+            mean_expressed=mean_expressed,
+            mean_expressed_all=self.mean,
+            var_expressed_all=self.squares / self.n_values if self.n_values else 0.0,
+            target_sum=target_sum,
+            n_measuring=measuring[0] if measuring else None,
+            counts_measuring=measuring[1] if measuring else None,
+        )
+
+
+def write_sums(path: Path, sums: GeneSums) -> None:
+    """Write sums, whole or not at all."""
+    write_atomic(path, npz_bytes(**asdict(sums)))
+
+
+def read_sums(path: Path) -> GeneSums:
+    """Return what `write_sums` wrote.
+
+    Raises:
+        ValueError: A damaged file.
+    """
+    found = read_npz(path, cure="run finalize again")
+    n_expressing, total_counts, values = (found[name] for name in _OF_GENES)
+    return GeneSums(
         n_expressing=n_expressing,
         total_counts=total_counts,
-        mean_expressed=mean_expressed,
-        mean_expressed_all=mean,
-        var_expressed_all=squares / n_values if n_values else 0.0,
-        target_sum=target_sum,
-        n_measuring=of[0],
-        counts_measuring=of[1],
+        values=values,
+        n_values=int(found["n_values"]),
+        mean=float(found["mean"]),
+        squares=float(found["squares"]),
     )
 
 
@@ -95,7 +176,8 @@ def _of_genes(
     above = np.flatnonzero(cells.data > 1)
     more = np.bincount(genes[above], weights=cells.data[above] - 1.0, minlength=n_genes)
     sums = np.bincount(genes, weights=values, minlength=n_genes)
-    return here, here + more.astype(np.int64), sums
+    counts = (here + more).astype(np.int64)
+    return here.astype(np.int64), counts, np.asarray(sums, np.float64)
 
 
 def of_measuring_cells(

@@ -1,29 +1,24 @@
 """What finalize reads: settings, ledger and staged files, compared with their checksums.
 
 The ledger vouches for every staged file and each of its entries for itself. finalize compares all
-of them before it uses any, and once more before it publishes: what it publishes is what it read.
+staged files before it uses any (`data_prep.corpus.build`), and those that were written to once more
+before it publishes, with all of the ledger: what it publishes is what it read.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.ledger.ledger import (
     LedgerEntry,
-    check_staged,
     ledger_path,
     read_ledger,
     require_current,
 )
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import file_sha256, read_json
-
-_MOST_THREADS = 8
-"""SHA-256 runs without the GIL at 1 to 2 GB/s a core; eight are more than most disks give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +48,16 @@ class Inputs:
         }
         return self.documents | staged
 
-    def check(self) -> None:
-        """Compare all inputs with their checksums.
+    def check_documents(self) -> None:
+        """Compare settings.json and the ledger with their checksums.
 
         Raises:
-            ValueError: An input is missing, damaged or changed.
+            ValueError: One of them is missing or changed.
         """
         for name, digest in self.documents.items():
             path = self.corpus / name
             if not path.is_file() or file_sha256(path) != digest:
                 raise ValueError(f"{path}: changed while finalize was at work; start it again")
-        threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(lambda entry: check_staged(self.corpus, entry), self.used):
-                pass
 
 
 def read_inputs(corpus: Path) -> Inputs:
@@ -121,3 +112,8 @@ def _vocabulary(corpus: Path) -> GeneVocabulary:
             f"with, as {path.name} says; {cure}"
         )
     return genes
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return all files below a folder, or the file itself, sorted."""
+    return [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.files.atomic import is_partial, partial_name, remove_partials
+from sclong_ds.files.atomic import is_partial, remove_partials
 
 _log = logging.getLogger(__name__)
 
@@ -33,19 +33,41 @@ def open_work(corpus: Path, content: Any) -> Path:
     """
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     work = corpus / f"{_PREFIX}{key}"
+    clear(corpus, keep=work)
+    if work.exists():
+        _log.info("%s: continuing what an earlier run has begun", corpus)
+        remove_partials(work)
+    (work / "done").mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def clear(corpus: Path, *, keep: Path | None = None) -> None:
+    """Remove what earlier runs have left.
+
+    Args:
+        corpus: The corpus folder, in which no other finalize is at work.
+        keep: A work folder that stays.
+    """
     for other in sorted(corpus.glob(f"{_PREFIX}*")):
         if other.name.startswith(_OLD):
             shutil.rmtree(other)
-        elif other != work:
+        elif other != keep:
             discard(other)
     for path in corpus.glob(".corpus.json.*"):
         if is_partial(path):
             path.unlink()
-    if work.exists():
-        _log.info("%s: continuing what an earlier run has begun", corpus)
-        remove_partials(work)
-    work.mkdir(exist_ok=True)
-    return work
+
+
+def work_folder(corpus: Path, name: str) -> Path:
+    """Return the work folder that `open_work` has made for another process.
+
+    Args:
+        corpus: The corpus folder.
+        name: Name of the folder.
+    """
+    if not name.startswith(_PREFIX) or "/" in name:
+        raise ValueError(f"{corpus}: '{name}' is no work folder of finalize")
+    return corpus / name
 
 
 def discard(work: Path) -> None:
@@ -56,15 +78,4 @@ def discard(work: Path) -> None:
     """
     old = work.with_name(f"{_OLD}{secrets.token_hex(8)}")
     os.rename(work, old)
-    shutil.rmtree(old)
-
-
-def discard_scratch(folder: Path) -> None:
-    """Remove a folder inside one of `open_work`; what a kill leaves is removed by the next.
-
-    Args:
-        folder: The folder.
-    """
-    old = partial_name(folder)
-    os.rename(folder, old)
     shutil.rmtree(old)

@@ -5,8 +5,7 @@ same file; `python -m data_prep status` lists them. `finalize` takes the dataset
 
 An entry names every staged file with its size and SHA-256 and carries a checksum of itself:
 `check_staged` compares them before anything staged is used. `CORPUS/.locks/DATASET` is locked by
-whoever works on a dataset, `CORPUS/.locks/~corpus` by whoever changes the folder: shared by
-`convert` and `forget`, alone by `finalize`.
+whoever works on a dataset; `corpus_lock` keeps `finalize` away from those who change the folder.
 """
 
 from __future__ import annotations
@@ -393,22 +392,6 @@ def dataset_lock(corpus: Path, dataset_id: str, *, wait: bool = True) -> Iterato
     """
     with locked(corpus / ".locks" / dataset_id, wait=wait) as held:
         yield held
-
-
-@contextmanager
-def shared_corpus(corpus: Path) -> Iterator[None]:
-    """Keep `finalize` out of a corpus folder while it is changed; any number share it.
-
-    Args:
-        corpus: The corpus folder.
-
-    Raises:
-        ValueError: A finalize is at work there.
-    """
-    with locked(corpus / ".locks" / "~corpus", shared=True, wait=False) as held:
-        if not held:
-            raise ValueError(f"{corpus}: finalize is at work here; wait for it and start again")
-        yield
 
 
 def previous_entry(corpus: Path, dataset_id: str) -> LedgerEntry | None:

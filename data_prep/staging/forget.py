@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.ledger.ledger import dataset_lock, ledger_path, shared_corpus
+from data_prep.ledger.corpus_lock import shared_corpus
+from data_prep.ledger.ledger import dataset_lock, ledger_path
 from data_prep.ledger.pending import forget_in_manifests, known_names
 
 

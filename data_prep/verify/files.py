@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus.finalize import files_below
+from data_prep.corpus.inputs import files_below
 from data_prep.corpus.publish import PRODUCTS
 from data_prep.corpus.split_rule import RULE_FILE, read_rule
 from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry

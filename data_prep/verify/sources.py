@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.convert.entry import read_hash
-from data_prep.corpus.dedup import Progress
 from data_prep.counts.option import parse_counts
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.manifest.manifest import OBS_ROLES, Dataset
+from data_prep.passes.dedup import Progress
 from data_prep.source.source import Matrix
 from data_prep.staging.outcome import UNPROVEN
 from data_prep.staging.quality import MITOCHONDRIAL_IDS

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.annotations.columns import Annotations, columns_of
-from data_prep.corpus.dedup import Progress, find_duplicates
 from data_prep.corpus.gene_statistics import gene_statistics
 from data_prep.corpus.split_rule import rule_of
 from data_prep.corpus.splits import read_donors
+from data_prep.passes.dedup import Progress, find_duplicates
 from data_prep.verify.files import (
     CATALOGUE,
     CELLS,

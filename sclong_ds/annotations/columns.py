@@ -184,7 +184,11 @@ class _Stored:
     """The codes of a column on disk; mapped when they are first asked for."""
 
     def __init__(self, location: Folder, number: int, info: ColumnInfo, n_cells: int) -> None:
-        self._location, self._name, self._bits = location, _file_name(number), info.bits
+        self._location, self._name, self._bits = (
+            location,
+            f"columns/{column_name(number)}",
+            info.bits,
+        )
         self._n_cells = n_cells
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -251,7 +255,7 @@ def write_column(folder: Path, number: int, codes: NDArray[Any], bits: int) -> N
         codes: (cells,) codes; float64 for 64 bits.
         bits: Of a code.
     """
-    with whole_file(folder / Path(_file_name(number)).name) as path, path.open("wb") as file:
+    with whole_file(folder / column_name(number)) as path, path.open("wb") as file:
         if bits == 64:
             file.write(np.ascontiguousarray(codes, "<f8").data)
         else:
@@ -288,8 +292,9 @@ def write_index(folder: Path, infos: Sequence[ColumnInfo], n_cells: int) -> None
     write_atomic(folder / Path(INDEX).name, (text + "\n").encode())
 
 
-def _file_name(number: int) -> str:
-    return f"columns/{number:04d}.codes"
+def column_name(number: int) -> str:
+    """Return the name of the file with the codes of a column, inside the folder of columns."""
+    return f"{number:04d}.codes"
 
 
 def _read_index(location: Folder, n_cells: int) -> Iterator[ColumnInfo]:

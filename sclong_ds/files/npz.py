@@ -40,6 +40,13 @@ def write_npz(path: str | Path, **arrays: ArrayLike) -> None:
         np.savez(file, **named)
 
 
+def npz_bytes(**arrays: ArrayLike) -> bytes:
+    """Return the content of an npz file of some arrays, for `write_atomic`."""
+    content, named = io.BytesIO(), dict[str, Any](arrays)
+    np.savez(content, **named)
+    return content.getvalue()
+
+
 def read_npz(path: str | Path, *, cure: str) -> dict[str, NDArray[Any]]:
     """Return all arrays of an npz file, by name.
 

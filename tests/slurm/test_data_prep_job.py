@@ -92,7 +92,8 @@ def test_a_killed_array_task_is_made_good_by_the_same_command(slurm: Any, tmp_pa
     assert (refused.state, refused.exit_code) == ("FAILED", 1)
     assert "odd_7" in refused.log
     assert [(t.state, t.exit_code) for t in convert()] == [("COMPLETED", 0)] * 2
-    assert slurm.wait(slurm.sbatch("data_prep.sh", "finalize", corpus)).state == "COMPLETED"
+    job = slurm.sbatch("data_prep.sh", "finalize", corpus, options=("--array=0-2",))
+    assert {slurm.wait(f"{job}_{task}").state for task in range(3)} == {"COMPLETED"}
     run_module("data_prep", "convert", manifest, "--out", tmp_path / "straight")
     run_module("data_prep", "finalize", tmp_path / "straight")
     assert Corpus(corpus).hash == Corpus(tmp_path / "straight").hash
@@ -100,7 +101,7 @@ def test_a_killed_array_task_is_made_good_by_the_same_command(slurm: Any, tmp_pa
 
 @pytest.mark.parametrize(
     ("command", "array", "message"),
-    [("convert", "0,2", "without gaps"), ("finalize", "0-1", "'finalize' runs as one job")],
+    [("convert", "0,2", "without gaps"), ("verify", "0-1", "'verify' runs as one job")],
 )
 def test_an_array_that_would_lose_datasets_is_refused(
     slurm: Any, tmp_path: Path, command: str, array: str, message: str

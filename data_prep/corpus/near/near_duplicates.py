@@ -9,7 +9,7 @@ the genes costs no more than a sum; two different cells share one with probabili
 2. Where cells of two lists agree, the pair of lists is asked for with each of them.
 3. These cells are read again: the digest over all genes that the two lists share decides.
 
-All records go to disk in runs (`data_prep.corpus.buckets`), each of the three steps continues where
+All records go to disk in runs (`data_prep.passes.buckets`), each of the three steps continues where
 a killed one stopped. Memory: one bucket (about 300 MB) and four bytes a cell. Disk: 24 bytes a
 cell and set, and as much for near duplicates. Datasets that all name the same genes cost nothing.
 """
@@ -25,10 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from data_prep.corpus.buckets import BucketRuns, bucket_of, plan_runs
-from data_prep.corpus.dedup import CELLS_PER_BUCKET, RUN_BYTES, Progress
 from data_prep.corpus.near.gene_sets import FEWEST_GENES, GeneSets, gene_sets
-from data_prep.corpus.work_folder import discard_scratch
+from data_prep.passes.buckets import BucketRuns, bucket_of, discard_scratch, plan_runs
+from data_prep.passes.dedup import CELLS_PER_BUCKET, RUN_BYTES, Progress
 from sclong_ds.corpus.cell_store import CellStore
 
 NearRule = Literal["primary", "drop", "keep"]

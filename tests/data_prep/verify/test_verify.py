@@ -188,11 +188,11 @@ def test_duplicates_and_statistics(
         {"a": sparse.vstack([matrix, matrix[[4]]], format="csr"), "b": counts(2, 9)}
     )
 
-    def find_none(stores: list, *_: object, **__: object) -> list[np.ndarray]:
-        return [np.zeros(len(store), bool) for store in stores]
+    def find_none(*_: object) -> np.ndarray:
+        return np.zeros(0, np.uint64)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.corpus.near.kept_cells.find_duplicates", find_none)
+        patch.setattr("data_prep.corpus.build.repeated_in", find_none)
         finalize(folder)
     assert any("1 cells repeat others" in problem for problem in verify(folder)["problems"])
     finalize(folder)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from data_prep.corpus.permute import StagedCells, write_permuted
+from data_prep.passes.buckets import BucketRuns, plan_runs
+from data_prep.passes.permute import StagedCells, plan_layout, scatter_run, write_unit
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
 
@@ -34,10 +35,16 @@ def test_order_is_uniform(stage_corpus: Stage, tmp_path: Path) -> None:
             )
             for name in ("a", "b")
         ]
-        with CellWriter(tmp_path / f"{seed}.zarr", n_genes=600, chunk_entries=2**14) as writer:
-            write_permuted(
-                staged, writer, seed=seed, scratch=tmp_path / "scratch", bucket_bytes=2_000
-            )
+        layout = plan_layout(staged, seed=seed, chunk_entries=2**9, unit_chunks=2)
+        assert len(layout) > 5
+        scratch = tmp_path / f"scattered{seed}"
+        scratch.mkdir()
+        for number, run in enumerate(plan_runs([s.cells for s in staged], run_bytes=2_000)):
+            scatter_run(staged, run, layout, seed=seed, folder=scratch, number=number)
+        runs = BucketRuns(scratch, n_buckets=len(layout))
+        with CellWriter(tmp_path / f"{seed}.zarr", n_genes=600, chunk_entries=2**9) as writer:
+            for unit in range(len(layout)):
+                write_unit(runs, unit, layout, writer)
         result = CellStore(tmp_path / f"{seed}.zarr")
         origin = n * result.table("dataset").astype(int) + result.table("obs_row")
         np.testing.assert_array_equal(np.sort(origin), np.arange(2 * n))

@@ -10,8 +10,8 @@ import pytest
 from cell_values import as_tuples
 from scipy import sparse
 
-from data_prep.corpus.dedup import find_duplicates
 from data_prep.corpus.finalize import finalize
+from data_prep.passes.dedup import find_duplicates
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import Corpus
 
@@ -43,7 +43,7 @@ def test_duplicates_with_many_buckets(
     matrix = sparse.vstack([matrix, matrix[::3]], format="csr")
     folder = stage_corpus({"a": matrix, "b": matrix[10:15]})
     stores = [CellStore(folder / "staging" / name / "cells.zarr") for name in ("a", "b")]
-    monkeypatch.setattr("data_prep.corpus.dedup.CELLS_PER_BUCKET", 7)
+    monkeypatch.setattr("data_prep.passes.dedup.CELLS_PER_BUCKET", 7)
     first, second = find_duplicates(stores, tmp_path / "digests")
     np.testing.assert_array_equal(np.flatnonzero(first), np.arange(60, 80))
     assert second.all()

@@ -2,7 +2,7 @@
 
 A cell has one encoding (`sclong_ds.corpus.byte_code`), so equal bytes mean equal cells. The 128-bit
 BLAKE2b digests of the bytes go to disk in runs and are sorted bucket by bucket
-(`data_prep.corpus.buckets`), so memory stays at one bucket plus one byte a cell. Two different
+(`data_prep.passes.buckets`), so memory stays at one bucket plus one byte a cell. Two different
 cells of a corpus of 10^9 share a digest with probability 10^-21.
 """
 
@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpus.buckets import BucketRuns, bucket_of, plan_runs
-from data_prep.corpus.work_folder import discard_scratch
+from data_prep.passes.buckets import BucketRuns, bucket_of, discard_scratch, plan_runs
 from sclong_ds.corpus.byte_code import digest_cells
 from sclong_ds.corpus.cell_store import CellStore
 

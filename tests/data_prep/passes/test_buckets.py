@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.corpus.buckets import BucketRuns
+from data_prep.passes.buckets import BucketRuns
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<u4")])
 

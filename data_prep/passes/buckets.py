@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.corpus.cell_store import CellStore
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import partial_name, write_atomic
 from sclong_ds.files.checksums import crc32c
 from sclong_ds.files.npz import read_npz
 
@@ -188,3 +189,14 @@ class _BucketSums:
 
 def _sums(field: str) -> str:
     return f"{field}.crc32c"
+
+
+def discard_scratch(folder: Path) -> None:
+    """Remove a folder of runs; a kill never leaves half of it under its name.
+
+    Args:
+        folder: The folder.
+    """
+    old = partial_name(folder)
+    os.rename(folder, old)
+    shutil.rmtree(old)

@@ -1,0 +1,408 @@
+"""The stages in which the products of a corpus are made, each in units that processes share.
+
+    check        staged files, compared with their checksums: some datasets a unit
+    annotations  tables of annotations, copied and coded: some datasets a unit
+    duplicates   digests of cells, by run of chunks
+    repeated     cells whose digest an earlier cell has, by bucket of the digest
+    near         cells that nearly repeat others, in datasets with other gene lists: one unit
+    plan         split and layout of the store: one unit
+    scatter      cells by unit of the store, by run of chunks
+    write        shards, their checksums, statistics: some shards a unit
+    join         the store of all cells: one unit
+    columns      annotations in the order of the cells, by column
+    recheck      staged files: still those of `check`
+    seal         what is left, checksums and catalogue: one unit
+
+Units follow from what is staged, not from the number of processes (`data_prep.passes.crew`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.annotations.columns import Annotations, ColumnPlan, column_of, plan_columns
+from data_prep.corpus.gene_statistics import GeneSums, write_sums
+from data_prep.corpus.inputs import Inputs
+from data_prep.corpus.near.kept_cells import NearCounts, read_near, write_near
+from data_prep.corpus.near.near_duplicates import NearRule
+from data_prep.corpus.split_rule import SplitRule, rule_of
+from data_prep.corpus.splits import SplitCells, SplitPlan, SplitShare, plan_split, read_donors
+from data_prep.corpus.staged import Staged
+from data_prep.ledger.ledger import LedgerEntry, check_staged
+from data_prep.passes.buckets import BucketRuns, plan_runs, write_run
+from data_prep.passes.crew import Crew
+from data_prep.passes.dedup import CELLS_PER_BUCKET, digest_run, repeated_in
+from data_prep.passes.permute import Layout, StagedCells, plan_layout, scatter_run, write_unit
+from data_prep.source.measured import read_measured
+from sclong_ds.annotations.columns import write_column
+from sclong_ds.corpus.byte_code import PackedCells, decode, digest_cells
+from sclong_ds.corpus.catalogue import SPLITS
+from sclong_ds.corpus.cell_store import CellStore
+from sclong_ds.corpus.cell_writer import CHUNK_ENTRIES, CHUNKS_PER_SHARD, CellWriter
+from sclong_ds.files.atomic import file_sha256, remove_partials_of, write_atomic
+from sclong_ds.files.npz import npz_bytes, read_npz
+from sclong_ds.files.obs_table import write_coded
+
+MOST_BYTES, LEAST_BYTES, USUAL_UNITS = 2**28, 2**25, 64
+"""Encoded cells of a run: a share of all, within limits."""
+CELLS_OF_TABLES = 2**20
+"""Cells whose annotations are one unit."""
+LEFT_OUT = 255
+"""In place of a split: the cell repeats another."""
+STAGES = (
+    "check", "annotations", "duplicates", "repeated", "near", "plan", "scatter", "write", "join",
+    "columns", "recheck", "seal", "publish",
+)  # fmt: skip
+_CURE = "run finalize again"
+Codec = Literal["zstd", "none"]
+
+
+class Build:
+    """What every process of a finalize knows; its stages run in the order of STAGES."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        *,
+        inputs: Inputs,
+        staged: Sequence[Staged],
+        rule: SplitRule,
+        codec: Codec,
+        near: NearRule,
+    ) -> None:
+        """Describe the work.
+
+        Args:
+            crew: With the work folder.
+            inputs: What the corpus is made of.
+            staged: The datasets, in the order in which they came.
+            rule: How to split.
+            codec: Of the cells.
+            near: Which near duplicates to leave out.
+        """
+        self.crew, self.work, self.inputs, self.staged = crew, crew.work, inputs, staged
+        self.rule, self.codec, self.near = rule, codec, near
+        self.sizes = [len(s.cells) for s in staged]
+        self.firsts = np.cumsum([0, *self.sizes])
+        total = 2 * sum(int(s.cells.row_entries.sum(dtype=np.int64)) for s in staged)
+        self.unit_bytes = min(max(total // USUAL_UNITS, LEAST_BYTES), MOST_BYTES)
+
+    def make_products(self) -> None:
+        """Run the stages up to `recheck`."""
+        for name in ("coded", "obs", "digests", "repeated", "scattered", "units", "columns-made"):
+            (self.work / name).mkdir(exist_ok=True)
+        checked = self._in_groups([_staged_bytes(s.ledger) for s in self.staged], self.unit_bytes)
+        tables = self._in_groups(self.sizes, CELLS_OF_TABLES)
+        sizes = [
+            [sum(self.sizes[i] for i in unit) for unit in units] for units in (checked, tables)
+        ]
+        runs = [sum(self._n_cells(chunk) for chunk in run) for run in self._runs]
+        buckets = [0] * self._n_buckets
+        run = self.crew.run
+        run("check", sizes[0], lambda unit: [self._check(i) for i in checked[unit]])
+        run("annotations", sizes[1], lambda unit: _each(self._code, tables[unit]))
+        run("duplicates", runs, self._digest)
+        run("repeated", buckets, self._repeated)
+        run("near", [0], self._find_near)
+        run("plan", [0], self._plan)
+        run("scatter", runs, self._scatter)
+        run("write", self.layout.n_cells.tolist(), self._write)
+        run("join", [0], self._join)
+        run("columns", [len(self.cells)] * len(self.columns), self._column)
+        states = [state for unit in self.crew.results("check") for state in unit]
+
+        def recheck(place: int) -> None:
+            self._recheck(place, states[place])
+
+        run("recheck", sizes[0], lambda unit: _each(recheck, checked[unit]))
+
+    def _in_groups(self, sizes: Sequence[int], most: int) -> list[list[int]]:
+        """Return the places of datasets in groups of about a size, larger ones alone."""
+        groups: list[list[int]] = []
+        room = 0
+        for place, size in enumerate(sizes):
+            if room <= 0 or (size > room and size > most // 2):
+                groups.append([])
+                room = most
+            groups[-1].append(place)
+            room -= size
+        return groups
+
+    @cached_property
+    def _runs(self) -> list[list[tuple[int, int]]]:
+        return plan_runs([s.cells for s in self.staged], run_bytes=self.unit_bytes)
+
+    @property
+    def _n_buckets(self) -> int:
+        return max(1, -(-sum(self.sizes) // CELLS_PER_BUCKET))
+
+    def _n_cells(self, chunk: tuple[int, int]) -> int:
+        rows = self.staged[chunk[0]].cells.chunk_rows
+        return int(rows[chunk[1] + 1] - rows[chunk[1]])
+
+    def _check(self, place: int) -> dict[str, list[int]]:
+        """Compare the staged files of a dataset; return what tells whether they change."""
+        s = self.staged[place]
+        state = _state(s)
+        check_staged(self.inputs.corpus, s.ledger)
+        return state
+
+    def _recheck(self, place: int, state: dict[str, list[int]]) -> None:
+        """Refuse staged files that are no longer those that were used."""
+        if _state(self.staged[place]) != state:
+            check_staged(self.inputs.corpus, self.staged[place].ledger)
+
+    def _code(self, place: int) -> None:
+        """Copy the annotations of a dataset, and keep them by the codes of their values."""
+        s = self.staged[place]
+        copy = self.work / "obs" / f"{s.dataset_id}.parquet"
+        shutil.copyfile(s.folder / "obs.parquet", copy)
+        if file_sha256(copy) != s.ledger["files"]["obs.parquet"][1]:
+            raise ValueError(f"{s.folder / 'obs.parquet'}: changed while finalize was at work")
+        try:
+            write_coded(self._coded(s), copy, n_cells=len(s.cells), without=("barcode",))
+        except ValueError as error:
+            raise ValueError(f"{error}; or convert the dataset again") from None
+
+    def _coded(self, s: Staged) -> Path:
+        return self.work / "coded" / f"{s.dataset_id}.npz"
+
+    def _digest(self, number: int) -> None:
+        """Write the digests of a run of cells, by bucket."""
+        run = self._runs[number]
+        digests = [digest_cells(self.staged[i].cells.read_packed(chunk)) for i, chunk in run]
+        place, chunk = run[0]
+        first = int(self.firsts[place] + self.staged[place].cells.chunk_rows[chunk])
+        joined = np.concatenate(digests)
+        bounds, records = digest_run(joined, first, n_buckets=self._n_buckets)
+        write_run(self.work / "digests", number, bounds, [records])
+
+    def _repeated(self, bucket: int) -> None:
+        found = repeated_in(self._digests, bucket)
+        write_atomic(self._repeated_path(bucket), npz_bytes(cells=found))
+
+    @cached_property
+    def _digests(self) -> BucketRuns:
+        return BucketRuns(self.work / "digests", n_buckets=self._n_buckets)
+
+    def _repeated_path(self, bucket: int) -> Path:
+        return self.work / "repeated" / f"{bucket:06d}.npz"
+
+    def _all_repeated(self) -> NDArray[np.bool_]:
+        """Return (cells,) True for the cells of all datasets that repeat an earlier one exactly."""
+        repeated = np.zeros(int(self.firsts[-1]), bool)
+        for bucket in range(self._n_buckets):
+            repeated[read_npz(self._repeated_path(bucket), cure=_CURE)["cells"]] = True
+        return repeated
+
+    @cached_property
+    def measured(self) -> NDArray[np.bool_]:
+        """(datasets, G) genes that each dataset measures."""
+        n_genes = len(self.inputs.genes)
+        return np.stack([read_measured(s.folder, n_genes) for s in self.staged])
+
+    def _find_near(self, unit: int) -> dict[str, Any]:
+        """Write which cells are left out as near duplicates; return their numbers."""
+        tables, stores = [self._coded(s) for s in self.staged], [s.cells for s in self.staged]
+        first = self._by_dataset(~self._all_repeated())
+        path = self.work / "near.npz"
+        return asdict(write_near(path, tables, stores, first, self.measured, self.near))
+
+    def near_counts(self) -> NearCounts:
+        """Return the numbers of near duplicates; after the stage `near`."""
+        (found,) = self.crew.results("near")
+        return NearCounts(
+            near_dropped=tuple(found["near_dropped"]),
+            near_kept=tuple(found["near_kept"]),
+            n_left_out=found["n_left_out"],
+        )
+
+    def _plan(self, unit: int) -> dict[str, Any]:
+        """Write the split of each cell and the layout; return the rest of the split's plan."""
+        repeated = self._all_repeated() | read_near(self.work / "near.npz")
+        groups, n_donors = [], []
+        for s, here in zip(self.staged, self._by_dataset(~repeated), strict=True):
+            donors, donor = read_donors(self._coded(s), len(s.cells))
+            n_donors.append(len({*(donors or ())} - {""}))
+            rows = s.cells.table("source_row")
+            groups.append(
+                SplitCells(
+                    dataset_id=s.dataset_id, donors=donors, donor=donor, kept=here, rows=rows
+                )
+            )
+        plan = plan_split(groups, self.rule)
+        codes = np.where(repeated, np.uint8(LEFT_OUT), np.concatenate(plan.codes))
+        layout = plan_layout(
+            self._cells_of(codes),
+            seed=self.rule.options.seed,
+            chunk_entries=CHUNK_ENTRIES,
+            unit_chunks=self._unit_shards * CHUNKS_PER_SHARD,
+        )
+        write_atomic(self.work / "plan.npz", npz_bytes(codes=codes, **asdict(layout)))
+        shares = {name: asdict(share) for name, share in plan.shares.items()}
+        return {
+            "unit": plan.unit, "held_out": plan.held_out, "shares": shares,
+            "warnings": list(plan.warnings), "rule": plan.rule.as_json(), "n_donors": n_donors,
+        }  # fmt: skip
+
+    @property
+    def _unit_shards(self) -> int:
+        return max(1, self.unit_bytes // (2 * CHUNK_ENTRIES * CHUNKS_PER_SHARD))
+
+    def _by_dataset(self, cells: NDArray[Any]) -> list[NDArray[Any]]:
+        return np.split(cells, self.firsts[1:-1])
+
+    def _cells_of(self, codes: NDArray[np.uint8]) -> list[StagedCells]:
+        return [
+            StagedCells(dataset_id=s.dataset_id, cells=s.cells, kept=here != LEFT_OUT, split=here)
+            for s, here in zip(self.staged, self._by_dataset(codes), strict=True)
+        ]
+
+    @cached_property
+    def _planned(self) -> dict[str, NDArray[Any]]:
+        return read_npz(self.work / "plan.npz", cure=_CURE)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the units of the store begin; after the stage `plan`."""
+        names = ("split", "key", "n_cells")
+        return Layout(**{name: self._planned[name] for name in names})
+
+    @cached_property
+    def codes(self) -> list[NDArray[np.uint8]]:
+        """Per dataset (cells,) place in SPLITS, or LEFT_OUT; after the stage `plan`."""
+        return self._by_dataset(self._planned["codes"])
+
+    def plan(self) -> tuple[SplitPlan, list[int]]:
+        """Return the plan of the split, and the number of donors of each dataset."""
+        (found,) = self.crew.results("plan")
+        plan = SplitPlan(
+            unit=found["unit"],
+            codes=tuple(self.codes),
+            held_out=found["held_out"],
+            shares={name: SplitShare(**share) for name, share in found["shares"].items()},
+            warnings=tuple(found["warnings"]),
+            rule=rule_of(found["rule"]),
+        )
+        return plan, found["n_donors"]
+
+    @cached_property
+    def _to_scatter(self) -> list[StagedCells]:
+        return self._cells_of(self._planned["codes"])
+
+    def _scatter(self, number: int) -> None:
+        scatter_run(
+            self._to_scatter,
+            self._runs[number],
+            self.layout,
+            seed=self.rule.options.seed,
+            folder=self.work / "scattered",
+            number=number,
+        )
+
+    @cached_property
+    def _scattered(self) -> BucketRuns:
+        return BucketRuns(self.work / "scattered", n_buckets=len(self.layout))
+
+    def _writer(self, path: Path) -> CellWriter:
+        """Return a new writer; what a killed one has left is removed."""
+        shutil.rmtree(path, ignore_errors=True)
+        remove_partials_of(path)
+        return CellWriter(
+            path,
+            n_genes=len(self.inputs.genes),
+            codec=self.codec,
+            chunk_entries=CHUNK_ENTRIES,
+            chunks_per_shard=CHUNKS_PER_SHARD,
+        )
+
+    def unit_path(self, unit: int, suffix: str) -> Path:
+        """Return a file of a unit of the store."""
+        return self.work / "units" / f"{unit:06d}{suffix}"
+
+    def _write(self, unit: int) -> dict[str, str]:
+        """Write a unit of the store and its statistics; return the SHA-256 of its files."""
+        path, n_genes = self.unit_path(unit, ".zarr"), len(self.inputs.genes)
+        sums = GeneSums.none(n_genes)
+
+        def add(split: int, cells: PackedCells) -> None:
+            if SPLITS[split] == "train":
+                counts = decode(cells.gap, cells.count, cells.row_entries, n_genes)
+                sums.add(counts, cells.row_total)
+
+        with self._writer(path) as writer:
+            write_unit(self._scattered, unit, self.layout, writer, seen=add)
+        write_sums(self.unit_path(unit, ".sums.npz"), sums)
+        return {name: file_sha256(path / name) for name in CellStore(path).file_names()}
+
+    def _join(self, unit: int) -> dict[str, str]:
+        """Make one store of all units; return the SHA-256 of its shards."""
+        shards: dict[str, str] = {}
+        with self._writer(self.work / "cells.zarr") as writer:
+            for number, files in enumerate(self.crew.results("write")):
+                path, first = self.unit_path(number, ".zarr"), number * self._unit_shards
+                for name, digest in files.items():
+                    stream, middle, shard = (*name.split("/"), "", "")[:3]
+                    if middle == "c" and stream in ("gap", "count"):
+                        shards[f"cells.zarr/{stream}/c/{first + int(shard)}"] = digest
+                    elif file_sha256(path / name) != digest:
+                        raise ValueError(f"{path / name}: damaged; {_CURE}")
+                writer.adopt(path)
+        return shards
+
+    @cached_property
+    def cells(self) -> CellStore:
+        """All cells of the corpus; after the stage `join`."""
+        return CellStore(self.work / "cells.zarr")
+
+    @cached_property
+    def _annotations(self) -> list[Annotations]:
+        return [
+            Annotations(obs=self._coded(s), n_cells=len(s.cells), tissue=s.ledger["tissue"])
+            for s in self.staged
+        ]
+
+    @cached_property
+    def columns(self) -> list[ColumnPlan]:
+        """The columns to make; after the stage `annotations`."""
+        return plan_columns(self._annotations)
+
+    def _column(self, number: int) -> dict[str, Any] | None:
+        """Write a column; return what is to know of it, None where it has too many values."""
+        found = column_of(self.columns[number], self._annotations, self.cells)
+        if found is None:
+            return None
+        write_column(self.work / "columns-made", number, found[1], found[0].bits)
+        return asdict(found[0])
+
+
+def _each(do: Callable[[int], None], places: Sequence[int]) -> None:
+    for place in places:
+        do(place)
+
+
+def _staged_bytes(entry: LedgerEntry) -> int:
+    return sum(int(size) for size, _ in entry["files"].values())
+
+
+def _state(s: Staged) -> dict[str, list[int]]:
+    """Return what tells staged files that were written to from those that were not."""
+    state = {}
+    for path in sorted(s.folder.rglob("*")):
+        if path.is_file():
+            # Opening asks a network file system for the state of now.
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+            times = about.st_mtime_ns, about.st_ctime_ns
+            name = path.relative_to(s.folder).as_posix()
+            state[name] = [about.st_ino, about.st_size, *times]
+    return state

@@ -1,0 +1,219 @@
+"""The last products of a corpus: statistics, list of columns, checksums and catalogue."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.corpus.build import LEFT_OUT, Build
+from data_prep.corpus.gene_statistics import (
+    GeneSums,
+    of_measuring_cells,
+    read_sums,
+    write_statistics,
+)
+from data_prep.corpus.inputs import Inputs
+from data_prep.corpus.near.kept_cells import NearCounts
+from data_prep.corpus.splits import SplitPlan
+from data_prep.ledger.ledger import origin_of
+from data_prep.ledger.pending import Pending
+from data_prep.source.measured import MEASURED, pack
+from sclong_ds.annotations.columns import ColumnInfo, column_name, write_index
+from sclong_ds.corpus.catalogue import (
+    CITATIONS,
+    SPLITS,
+    DatasetInfo,
+    checked_files,
+    corpus_files,
+    write_catalogue,
+)
+from sclong_ds.datasheet.citations import citations_text
+from sclong_ds.files.atomic import file_sha256, link_or_copy, sync_tree, write_atomic
+
+
+def seal(build: Build, pending: Sequence[Pending]) -> None:
+    """Write what is left, and when all is on disk and the inputs are unchanged, corpus.json.
+
+    Args:
+        build: All stages of which are done.
+        pending: Datasets that were never converted.
+
+    Raises:
+        ValueError: An input has changed, or what other stages have made.
+    """
+    work, staged, inputs = build.work, build.staged, build.inputs
+    plan, n_donors = build.plan()
+    near = build.near_counts()
+    infos = [_dataset_info(build, near, n_donors[n], number=n) for n in range(len(staged))]
+    ends = np.cumsum([0, *(sum(info.split_cells[name] for info in infos) for name in SPLITS)])
+    splits = {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
+    _write_measured_genes(work / MEASURED, build.measured)
+    sums = GeneSums.none(len(inputs.genes))
+    for unit in range(len(build.layout)):
+        sums.join(read_sums(build.unit_path(unit, ".sums.npz")))
+    of = of_measuring_cells(build.cells, range(*splits["train"]), build.measured)
+    write_statistics(work / "gene_stats.npz", sums.statistics(of))
+    inputs.genes.write(work / "genes.tsv")
+    write_atomic(work / CITATIONS, citations_text(infos).encode())
+    catalogue = _catalogue(build, plan, splits, infos)
+    catalogue["near_duplicates"] = build.near
+    catalogue["warnings"] += near.warnings()
+    no_columns = _write_columns(build)
+    if no_columns:
+        catalogue["warnings"].append(
+            f"cell annotations of too many different values are no columns of the corpus: "
+            f"{', '.join(no_columns)}; Corpus.obs reads them all the same, more slowly"
+        )
+    _add_unused(catalogue, inputs, pending)
+    (shards,) = build.crew.results("join")
+    catalogue |= _write_checksums(work, catalogue, inputs, shards)
+    catalogue["files"] = checked_files(work, corpus_files(work))
+    inputs.check_documents()
+    sync_tree(work)
+    write_catalogue(work, catalogue)
+
+
+def unused(inputs: Inputs, pending: Sequence[Pending]) -> list[dict[str, Any]]:
+    """Return the datasets that are not in the corpus, for its catalogue.
+
+    Args:
+        inputs: With the ledger.
+        pending: Datasets that were never converted.
+    """
+    found = [
+        {"dataset_id": e["dataset_id"], "status": str(e["status"]), "reason": e["reason"]}
+        for e in inputs.ledger
+        if e["status"] != "ok"
+    ]
+    return found + [
+        {"dataset_id": p.dataset_id, "status": "pending", "reason": "not converted"}
+        for p in pending
+    ]
+
+
+def _add_unused(catalogue: dict[str, Any], inputs: Inputs, pending: Sequence[Pending]) -> None:
+    catalogue["unused"] = unused(inputs, pending)
+    left_out = Counter(dataset["status"] for dataset in catalogue["unused"])
+    if left_out:
+        catalogue["warnings"].append(
+            f"{left_out.total()} of {len(inputs.ledger) + len(pending)} datasets are left out "
+            f"({', '.join(f'{n} {status}' for status, n in sorted(left_out.items()))}); see: "
+            "python -m data_prep status"
+        )
+
+
+def _write_columns(build: Build) -> list[str]:
+    """Number the columns that were made, and list them; return those that are none."""
+    folder = build.work / "columns"
+    infos: list[ColumnInfo] = []
+    left_out: list[str] = []
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for number, found in enumerate(build.crew.results("columns")):
+        if found is None:
+            left_out.append(build.columns[number].name)
+            continue
+        made = build.work / "columns-made" / column_name(number)
+        link_or_copy(made, folder / column_name(len(infos)))
+        for name in ("values", "also", "terms"):
+            found[name] = None if found[name] is None else tuple(found[name])
+        infos.append(ColumnInfo(**found))
+    write_index(folder, infos, len(build.cells))
+    return left_out
+
+
+def _write_measured_genes(path: Path, measured: NDArray[np.bool_]) -> None:
+    """Write (datasets, genes / 8) uint8, the bits of all datasets."""
+    content = io.BytesIO()
+    np.save(content, pack(measured))
+    write_atomic(path, content.getvalue())
+
+
+def _dataset_info(build: Build, near: NearCounts, n_donors: int, *, number: int) -> DatasetInfo:
+    s, codes = build.staged[number], build.codes[number]
+    cells = np.bincount(codes, minlength=LEFT_OUT + 1)
+    entry, known = s.ledger, cast("Mapping[str, Any]", s.ledger)
+    return DatasetInfo(
+        dataset_id=s.dataset_id,
+        n_cells=int(len(codes) - cells[LEFT_OUT]),
+        duplicates_dropped=int(cells[LEFT_OUT]),
+        split_cells=dict(zip(SPLITS, cells[: len(SPLITS)].tolist(), strict=True)),
+        n_genes_mapped=entry["n_genes_mapped"],
+        counts_kept=entry["counts_kept"],
+        organism=entry["organism"],
+        tissue=entry["tissue"],
+        format=entry["format"],
+        source=entry["path"],
+        source_hash=entry["source_hash"],
+        n_cells_input=entry["n_cells_input"],
+        version=entry["version"],
+        matrix=entry["matrix"],
+        restored=entry["restored"],
+        warnings=tuple(known.get("warnings", ())),
+        origin=origin_of(entry),
+        median_genes=entry["median_genes"],
+        n_donors=n_donors,
+        near_dropped=near.near_dropped[number],
+        near_kept=near.near_kept[number],
+    )
+
+
+def _catalogue(
+    build: Build,
+    plan: SplitPlan,
+    splits: Mapping[str, list[int]],
+    datasets: Sequence[DatasetInfo],
+) -> dict[str, Any]:
+    cells, genes = build.cells, build.inputs.genes
+    return {
+        "n_cells": len(cells),
+        "n_genes": len(genes),
+        "n_values": cells.n_values,
+        "genes_hash": genes.hash,
+        "splits": dict(splits),
+        "split_unit": plan.unit,
+        "held_out": plan.held_out,
+        "options": asdict(plan.rule.options),
+        "split_rule": plan.rule.as_json(),
+        "split_shares": {name: asdict(share) for name, share in plan.shares.items()},
+        "datasets": [asdict(dataset) for dataset in datasets],
+        "duplicates_dropped": sum(dataset.duplicates_dropped for dataset in datasets),
+        "warnings": list(plan.warnings),
+    }
+
+
+def _write_checksums(
+    work: Path, catalogue: Mapping[str, Any], inputs: Inputs, shards: Mapping[str, str]
+) -> dict[str, str]:
+    """Write checksums.json; return the corpus hash and the hash of checksums.json itself.
+
+    Args:
+        work: With all other products.
+        catalogue: As far as it is known.
+        inputs: Of which the checksums are kept, too.
+        shards: SHA-256 of the shards, taken when they were written.
+    """
+    names = [name for name in corpus_files(work) if name != "checksums.json"]
+    files = {name: shards.get(name) or file_sha256(work / name) for name in names}
+    document = {"algorithm": "sha256", "files": files, "inputs": inputs.checksums()}
+    text = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+    write_atomic(work / "checksums.json", text)
+    content = {
+        "genes": catalogue["genes_hash"],
+        "splits": catalogue["splits"],
+        "cells": {name: h for name, h in files.items() if name.startswith("cells.zarr/")},
+    }
+    return {
+        "hash": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        "checksums_sha256": hashlib.sha256(text).hexdigest(),
+    }

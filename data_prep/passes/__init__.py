@@ -1,0 +1,1 @@
+"""Work over all cells in bounded memory: shared by processes, sorted on disk, in any order."""

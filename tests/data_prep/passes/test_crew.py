@@ -1,0 +1,175 @@
+"""Any number of processes, begun in any order and killed anywhere, give the same corpus.
+
+Covers also `data_prep/ledger/corpus_lock.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scipy import sparse
+
+from data_prep.corpus import build
+from data_prep.corpus.finalize import finalize
+from data_prep.corpus.work_folder import open_work
+from data_prep.ledger.corpus_lock import shared_corpus, tasks_in_corpus
+from data_prep.passes.crew import Crew
+from data_prep.verify.verify import verify
+
+Stage = Callable[..., Path]
+Counts = Callable[..., sparse.csr_matrix]
+
+TASKS = """
+import hashlib, json, os, pathlib, random, shutil, signal, sys, time
+from data_prep.corpus import build
+from data_prep.passes import crew
+from data_prep.corpus.finalize import finalize
+
+# Small enough that tiny data takes many units.
+build.LEAST_BYTES, build.CELLS_PER_BUCKET, build.CELLS_OF_TABLES = 5_000, 50, 50
+build.CHUNK_ENTRIES, build.CHUNKS_PER_SHARD = 2048, 2
+crew.LOOK_S = 0.01
+base = pathlib.Path(sys.argv[1])
+
+def start(corpus, task, tasks, kill_at=None, **options):
+    child = os.fork()
+    if child:
+        return child
+    os.fsync = lambda handle: None
+    real, units = crew.Crew._do, []
+    def do(self, unit, work, marker):
+        units.append(unit)
+        if kill_at is not None and len(units) == kill_at // 3 + 1:
+            # Before the unit, in it, or between what it wrote and its being done.
+            if kill_at % 3 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kill_at % 3 == 1:
+                work(unit)
+            os.kill(os.getpid(), signal.SIGKILL) if kill_at % 3 else None
+        real(self, unit, work, marker)
+        if kill_at is not None and kill_at % 3 == 2 and len(units) == kill_at // 3 + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    crew.Crew._do = do
+    try:
+        finalize(corpus, seed=5, task=task, tasks=tasks, **options)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+def digests(corpus):
+    files = (p for p in sorted(corpus.rglob("*")) if p.is_file() and ".locks" not in p.parts)
+    return {str(p.relative_to(corpus)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+def ended(children):
+    return [os.waitpid(child, 0)[1] for child in children]
+
+whole = base.with_name("whole")
+shutil.copytree(base, whole)
+assert ended([start(whole, 0, None)]) == [0]
+expected, wrong, killed = digests(whole), [], 0
+for seed, tasks in enumerate((1, 2, 3, 5, 2, 3, 5)):
+    rng = random.Random(seed)
+    corpus = base.with_name("work")
+    shutil.copytree(base, corpus)
+    jobs = rng.choice((1, 1, 2))
+    for round in range(2):
+        # Some of the tasks, in any order, each killed somewhere.
+        some = rng.sample(range(tasks), rng.randint(1, tasks))
+        states = ended([start(corpus, t, tasks, rng.randrange(45), jobs=jobs) for t in some])
+        killed += states.count(signal.SIGKILL)
+        if not set(states) <= {0, signal.SIGKILL}:
+            wrong.append((seed, tasks, states))
+    states = ended([start(corpus, t, tasks) for t in rng.sample(range(tasks), tasks)])
+    if any(states) or digests(corpus) != expected:
+        wrong.append((seed, tasks, states, sorted(digests(corpus).items() ^ expected.items())[:9]))
+    shutil.rmtree(corpus)
+print(json.dumps([killed, wrong]))
+"""
+
+
+def test_tasks_in_any_order_and_killed_anywhere(stage_corpus: Stage, counts: Counts) -> None:
+    folder = stage_corpus({"a": counts(1, 90), "b": counts(2, 45), "c": counts(3, 30)})
+    done = subprocess.run(
+        [sys.executable, "-c", TASKS, str(folder)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    killed, wrong = json.loads(done.stdout)
+    assert not wrong, (wrong, done.stderr)
+    assert killed >= 7
+    assert verify(folder.with_name("whole"))["ok"]
+
+
+def test_one_task_does_what_the_others_never_did(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stage_corpus(three)
+    first = finalize(folder, seed=5, task=2, tasks=4)
+    # Those that begin later find it finished, and touch nothing.
+    before = (folder / "corpus.json").stat()
+    monkeypatch.setattr(build, "digest_cells", None)
+    for task in (0, 1, 3):
+        assert finalize(folder, seed=5, task=task, tasks=4) == first
+    assert (folder / "corpus.json").stat() == before
+    # A task with other options makes the corpus again.
+    with pytest.raises(TypeError):
+        finalize(folder, seed=6, task=0, tasks=4)
+
+
+def test_who_does_not_belong_together_is_refused(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    folder = stage_corpus(three)
+    refused = []
+
+    def others(stage: str, done: int, total: int) -> None:
+        if refused:
+            return
+        refused.append(stage)
+        with pytest.raises(ValueError, match="with other options or of other datasets, is at work"):
+            finalize(folder, seed=2, task=1, tasks=2)
+        with pytest.raises(ValueError, match="another finalize is at work here"):
+            finalize(folder, seed=1)
+        with pytest.raises(ValueError, match="wait for it and start again"), shared_corpus(folder):
+            pass
+
+    finalize(folder, seed=1, task=0, tasks=2, progress=others)
+    assert refused == ["check"]
+    with (
+        shared_corpus(folder),
+        pytest.raises(ValueError, match="or a convert or forget"),
+        tasks_in_corpus(folder, dict),
+    ):
+        pass
+
+
+def test_damage_ends_all_tasks_and_the_next_ones_begin_anew(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    folder = stage_corpus(three)
+    path = folder / "staging" / "b" / "cells.zarr" / "gap" / "c" / "0"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:50] + b"x" + sound[51:])
+    with pytest.raises(ValueError, match=r"staging/b/cells\.zarr"):
+        finalize(folder, task=0, tasks=2)
+    path.write_bytes(sound)
+    assert finalize(folder, task=1, tasks=2)["n_cells"] == 430
+
+
+def test_every_unit_is_done_once_and_own_ones_first(tmp_path: Path) -> None:
+    work = open_work(tmp_path, ["x"])
+    crew = Crew(work, tmp_path / "lock", member=1, members=3)
+    done: list[int] = []
+    crew.run("check", [1] * 8, lambda unit: done.append(unit) or unit * 2)
+    assert sorted(done) == list(range(8))
+    assert done[:3] == [1, 4, 7]
+    crew.run("check", [1] * 8, lambda unit: done.append(unit))
+    assert len(done) == 8
+    assert crew.results("check") == [unit * 2 for unit in range(8)]
+    crew.close()
