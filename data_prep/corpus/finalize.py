@@ -83,14 +83,13 @@ def finalize(
         split_by: donor, dataset or cell; auto takes the first that gives enough groups.
         validation_datasets: Datasets to validate on, instead of a share.
         codec: zstd or none (twice the size, for fast local disks).
-        near_duplicates: Which cells to leave out that are the same as one of a dataset with another
-            gene list on the genes of both: `primary` those that are not primary data and stand
-            beside one that is, `drop` all but one, `keep` none.
+        near_duplicates: Which near duplicates to leave out: `primary` those that are not primary
+            data and stand beside one that is, `drop` all but one, `keep` none.
         allow_missing: Continue without datasets that were to be converted and never were.
         jobs: Processes on this machine.
         task: Which of the tasks this is: where it begins among the units of work.
-        tasks: Number of tasks, started with the same options; each returns when all is done. None:
-            this is the only command, which makes the corpus again whatever is there.
+        tasks: Number of tasks, started with the same options; each returns when all is done. None
+            makes the corpus again whatever is there.
         progress: Called with (stage, cells done, cells in all).
 
     Returns:
