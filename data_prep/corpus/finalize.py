@@ -111,9 +111,13 @@ def finalize(
             catalogue = _as_one_command(job, members, progress)
         else:
             catalogue = _as_task(job, members, jobs * tasks, progress)
+    _warn(corpus, catalogue)
+    return catalogue
+
+
+def _warn(corpus: Path, catalogue: Mapping[str, Any]) -> None:
     for warning in (*catalogue["warnings"], *_dataset_warnings(corpus, catalogue["datasets"])):
         logger.warning("%s", warning)
-    return catalogue
 
 
 def _given(
