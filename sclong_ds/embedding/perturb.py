@@ -9,6 +9,11 @@ those of random sets of genes, each within a factor of 1.5 of the mean expressio
 stands for. `delete` is over the cells that express a gene of the set, the others over all cells;
 with `model.zero_genes`, which leaves genes unread, over those that express every gene of the set.
 
+With `--towards disease=normal` the cells of that state give a goal, the mean of their embeddings;
+only the others are perturbed, and `towards` is how much nearer to it a cell's embedding comes along
+the straight line there, in shares of that line: 1 is all the way, below 0 is away from it. Its p is
+that of random sets coming as near.
+
 Shapes: S sets (named ones and those of their nulls), N null sets, G genes.
 """
 
@@ -56,6 +61,19 @@ class Effects:
     """(S,) float64, of the cell's embedding."""
     n_cells: np.ndarray
     """(S,) int64."""
+    towards: np.ndarray | None = None
+    """(S,) float64, share of the way to a goal; None without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """A state of cells to move to."""
+
+    name: str
+    place: Tensor
+    """(W,) mean embedding of its cells."""
+    others: np.ndarray
+    """(B,) bool, the cells that are not in it."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
     names = [text.strip() for text in args.genes.split(";")]
     sets = [genes_of(name, model.genes) for name in names]
     cells = cells_of(args, model)
+    goal = None
+    if args.towards is not None:
+        goal = goal_of(args.towards, model, cells, batch_size=args.batch_size)
     means = mean_expression(model, cells)
     for name, genes in zip(names, sets, strict=True):
         if value == 0 and not means[genes].any():
@@ -95,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         )
     effects = measure(
         model, cells, every, value=value, over=cells_changed(model, args.mode),
-        batch_size=args.batch_size,
+        batch_size=args.batch_size, goal=goal,
     )  # fmt: skip
     table = tested(names, every, effects, n_null=args.null, model=model)
     table.uns[UNS_KEY] = record_of(model, args.model_dir) | origin_of(args)
@@ -105,6 +126,11 @@ def run(args: argparse.Namespace) -> int:
             f"{name}: {row.n_cells} cells, embedding moves {row.shift:.4g} (null "
             f"{row.null_mean:.4g}), p {row.p:.3g}, q {row.q:.3g}"
         )
+        if goal is not None:
+            print(
+                f"  towards {goal.name}: {row.towards:+.2%} of the way (null "
+                f"{row.towards_null_mean:+.2%}), p {row.towards_p:.3g}, q {row.towards_q:.3g}"
+            )
     return 0
 
 
@@ -157,6 +183,37 @@ def genes_of(text: str, genes: GeneVocabulary, *, option: str = "--genes") -> li
         return list(dict.fromkeys(genes.columns(part.strip() for part in text.split(","))))
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
+
+
+def goal_of(text: str, model: ScLong, cells: Cells, *, batch_size: int) -> Goal:
+    """Return the state that KEY=VALUE names.
+
+    Args:
+        text: Column of obs and value.
+        model: From `load_model`.
+        cells: From `open_cells`.
+        batch_size: Cells at a time.
+
+    Raises:
+        ValueError: No such column or value, or no cell that is not in the state.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or key not in cells.obs:
+        there = ", ".join(map(str, cells.obs)) or "none"
+        raise ValueError(f"--towards {text}: give KEY=VALUE with a column of obs; it has {there}")
+    inside = (cells.obs[key].astype(str) == value).to_numpy()
+    if inside.all() or not inside.any():
+        values = ", ".join(sorted(map(str, cells.obs[key].dropna().unique()))[:10])
+        which = "every cell" if inside.all() else "no cell"
+        raise ValueError(f"--towards {text}: {which} is in this state; {key} has {values}")
+    total = torch.zeros(model.recipe.width(model.config.base_dim), dtype=torch.float64)
+    with torch.inference_mode():
+        for x, unmeasured, place in model_inputs(model, cells, batch_size=batch_size):
+            chosen = torch.from_numpy(inside[place]).to(x.device)
+            if chosen.any():
+                hidden = None if unmeasured is None else unmeasured[chosen]
+                total += model.embed(x[chosen], unmeasured=hidden).double().sum(0).cpu()
+    return Goal(name=text, place=total / inside.sum(), others=~inside)
 
 
 def mean_expression(model: ScLong, cells: Cells) -> np.ndarray:
@@ -218,6 +275,7 @@ def measure(
     value: float,
     over: Over,
     batch_size: int,
+    goal: Goal | None = None,
 ) -> Effects:
     """Return the effects of sets; all those of a cell go through the model in batches.
 
@@ -228,14 +286,19 @@ def measure(
         value: From `value_of`.
         over: The cells that express any gene of a set, or every gene of it, or all cells.
         batch_size: Perturbed cells at a time.
+        goal: State to move to: only cells outside of it are perturbed.
 
     Raises:
         ValueError: A set that has no cell.
     """
     genes, cell = np.zeros((len(sets), model.n_genes)), np.zeros(len(sets))
+    towards = np.zeros(len(sets))
     n_cells = np.zeros(len(sets), dtype=np.int64)
     with torch.inference_mode(), count_progress("perturb", len(cells.obs), "cells") as on_cells:
-        for x, unmeasured, _ in model_inputs(model, cells, batch_size=1):
+        for x, unmeasured, place in model_inputs(model, cells, batch_size=1):
+            if goal is not None and not goal.others[place.start]:
+                on_cells(1)
+                continue
             reached = x[0] > 0 if over != "all" else torch.ones_like(x[0], dtype=torch.bool)
             if unmeasured is not None:
                 reached = reached & ~unmeasured[0]
@@ -253,13 +316,31 @@ def measure(
                 after = _represented(model, changed, x.expand(len(part), -1), many)
                 genes[part] += (after[0] - before[0]).norm(dim=2).double().cpu().numpy()
                 cell[part] += (after[1] - before[1]).norm(dim=1).double().cpu().numpy()
+                if goal is not None:
+                    towards[part] += shares_of_way(before[1], after[1], goal.place)
                 n_cells[part] += 1
             on_cells(1)
     if not n_cells.all():
         raise ValueError(
             "--genes: no cell has a value to change for one of the sets (or of its null)"
         )
-    return Effects(genes / n_cells[:, None], cell / n_cells, n_cells)
+    way = None if goal is None else towards / n_cells
+    return Effects(genes / n_cells[:, None], cell / n_cells, n_cells, way)
+
+
+def shares_of_way(before: Tensor, after: Tensor, goal: Tensor) -> np.ndarray:
+    """Return which share (B,) of the straight way to a goal embeddings have gone.
+
+    Args:
+        before: (1, W) embedding of the cell.
+        after: (B, W) its embeddings when perturbed.
+        goal: (W,).
+    """
+    start = before[0].double().cpu()
+    way = goal - start
+    length = way.square().sum()
+    moved = (after.double().cpu() - start) @ way
+    return np.asarray((moved / torch.where(length > 0, length, 1.0)).numpy())
 
 
 def _represented(
@@ -292,12 +373,13 @@ def tested(
 
     Returns:
         (P, G): X the shift of each gene; layers null_mean, p and q, where NaN stands for a gene of
-        the set itself; obs the same of the embedding, with n_cells. q is p after
+        the set itself; obs the same of the embedding, with n_cells, and of the way to a goal. q is
+        p after
         Benjamini-Hochberg: over the genes of a set, and over the sets for the embedding.
     """
     shape = (len(names), model.n_genes)
     layers = {name: np.full(shape, np.nan) for name in ("null_mean", "p", "q")}
-    rows = []
+    rows, ways = [], []
     for i, own in enumerate(sets[: len(names)]):
         of_null = slice(len(names) + i * n_null, len(names) + (i + 1) * n_null)
         null = effects.genes[of_null].copy()
@@ -312,8 +394,15 @@ def tested(
         cell = effects.cell[of_null]
         p_cell = empirical_p(effects.cell[i : i + 1], cell[:, None])[0]
         rows.append((effects.n_cells[i], effects.cell[i], cell.mean(), p_cell))
+        if effects.towards is not None:
+            way, null_way = effects.towards[i], effects.towards[of_null]
+            p_way = empirical_p(np.array([way]), null_way[:, None])[0]
+            ways.append((way, null_way.mean(), p_way))
     obs = pd.DataFrame(rows, columns=["n_cells", "shift", "null_mean", "p"], index=list(names))
     obs["q"] = false_discovery_control(obs["p"])
+    if ways:
+        obs[["towards", "towards_null_mean", "towards_p"]] = ways
+        obs["towards_q"] = false_discovery_control(obs["towards_p"])
     var = pd.DataFrame({"symbol": model.genes.symbols}, index=list(model.genes.ids))
     return AnnData(effects.genes[: len(names)], obs=obs, var=plain_columns(var), layers=layers)
 

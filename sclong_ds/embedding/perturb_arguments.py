@@ -40,5 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random sets of equal expression to compare with (default %(default)s)",
     )
     parser.add_argument(
+        "--towards",
+        metavar="KEY=VALUE",
+        help="state to move to, such as disease=normal: cells whose obs column KEY is VALUE; the "
+        "other cells are perturbed",
+    )
+    parser.add_argument(
         "--seed", type=whole(0), default=0, metavar="N", help="of the null (default %(default)s)"
     )

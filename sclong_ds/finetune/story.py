@@ -72,9 +72,8 @@ def execute(args: argparse.Namespace, config: Sections) -> int:
     stop = StopRequest()
     try:
         quiet_deepspeed()
-        with Starting(
-            None, stop, rank=rank, node=node_name(), timeout_s=config.engine.timeout_s
-        ) as starting:
+        with Starting(stop, rank=rank, node=node_name()) as starting:
+            starting.of_run(None, timeout_s=config.engine.timeout_s)
             ranks = join_process_group(timeout_s=8 * config.engine.timeout_s, watch=starting)
         return Story(args, config, ranks, stop).tell()
     except (ValueError, OSError, RuntimeError) as error:
@@ -133,7 +132,10 @@ class Story:
         resumed = on_first_rank(lambda: self._open(held))
         summary = {"world_size": self.ranks.world_size, "device": str(self.ranks.device)}
         self.tracker.start(
-            params={"finetune": self._facts()}, tags={"finetune.label": self.args.label},
+            params={"finetune": self._facts()},
+            tags={
+                "finetune.label": self.args.label, "mlflow.source.name": "sclong_ds finetune",
+            },
             artifacts=[self.out / "config.yaml", self.out / IDENTITY], resumed=resumed,
             summary=summary,
         )  # fmt: skip

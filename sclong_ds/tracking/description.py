@@ -57,7 +57,12 @@ def describe(
         experiment=settings.experiment,
         run_name=name,
         params=_flatten({**params, "environment": packages}),
-        tags={**settings.tags, **tags, **_own_tags(settings.parent_run, run, run_dir)},
+        tags={
+            "mlflow.source.name": "sclong_ds.pretrain",
+            **settings.tags,
+            **tags,
+            **_own_tags(settings.parent_run, run, run_dir),
+        },
         note=_note(run, run_dir),
         dataset=dataset,
     )
@@ -69,7 +74,6 @@ def _own_tags(parent_run: str | None, run: Mapping[str, Any], run_dir: Path) -> 
         "run_id": run["run_id"],
         "run_dir": str(run_dir.resolve()),
         "restarts": str(run["restarts"]),
-        "mlflow.source.name": "sclong_ds.pretrain",
         "mlflow.source.type": "JOB" if run.get("slurm_job_id") else "LOCAL",
         "mlflow.source.git.commit": run["commit"],
         "host": run["environment"]["host"],

@@ -17,8 +17,16 @@ from scipy.stats import kstest
 from sclong_ds.__main__ import main
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import open_cells
-from sclong_ds.embedding.perturb import CELL, empirical_p, measure, null_sets
+from sclong_ds.embedding.perturb import (
+    CELL,
+    empirical_p,
+    goal_of,
+    measure,
+    null_sets,
+    shares_of_way,
+)
 from sclong_ds.exported.model_dir import load_model
+from sclong_ds.model.pooling import Part, Recipe
 
 N_GENES, N_CELLS, DEAD = 60, 6, 7
 GENES = named_genes(N_GENES)
@@ -128,9 +136,49 @@ def test_both_formats_hold_the_same_and_a_seed_repeats_it(model_dir, h5ad, tmp_p
     ]
 
 
+def test_what_makes_cells_ill_is_what_leads_back(model_dir, tmp_path, capsys):
+    counts = 20 + np.random.default_rng(1).integers(0, 3, (24, N_GENES))
+    counts[12:, :2] = 400  # the ill cells express two genes more, and lack a third
+    counts[12:, 2] = 0
+    obs = pd.DataFrame({"state": ["well"] * 12 + ["ill"] * 12}, index=[f"c{i}" for i in range(24)])
+    made = anndata.AnnData(
+        csr_matrix(counts.astype(np.float32)), obs=obs, var=pd.DataFrame(index=list(GENES.ids))
+    )
+    made.write_h5ad(tmp_path / "cells.h5ad")
+    model = load_model(model_dir)
+    model.recipe = Recipe((Part("gene_vectors", "value"),))
+    cells = open_cells(tmp_path / "cells.h5ad", genes=model.genes, min_genes=1)
+    goal = goal_of("state=well", model, cells, batch_size=5)
+    assert goal.others.tolist() == [False] * 12 + [True] * 12
+    sets = [[0, 1], [2], [0, 1, 2], *([gene] for gene in range(3, 13))]
+    as_well = float(np.log1p(1e4 * 20 / (20 * N_GENES)))
+    found = measure(model, cells, sets, value=as_well, over="all", batch_size=8, goal=goal)
+    assert found.n_cells.tolist() == [12] * len(sets)
+    assert found.towards[2] > 0.8
+    assert found.towards[:2].min() > 0.1 > 2 * np.abs(found.towards[3:]).max()
+    # As a command: rows of the embedding have the way, those of genes do not.
+    more = ["--towards", "state=well", "--null", "12"]
+    names = f"{GENES.ids[0]},{GENES.ids[1]};{GENES.ids[30]}"
+    out = tmp_path / "a.tsv"
+    assert perturb(model_dir, tmp_path / "cells.h5ad", out, names, "set:4.5", *more) == 0
+    assert "towards state=well: " in capsys.readouterr().out
+    table = pd.read_csv(out, sep="\t")
+    known = table[["towards", "towards_null_mean", "towards_p", "towards_q"]].notna().all(axis=1)
+    assert (known == (table["target"] == CELL)).all()
+
+
+def test_shares_of_the_way_are_exact():
+    before, goal = torch.tensor([[1.0, 0.0]]), torch.tensor([3.0, 0.0], dtype=torch.float64)
+    after = torch.tensor([[3.0, 0.0], [2.0, 5.0], [0.0, 0.0], [1.0, 1.0]])
+    assert shares_of_way(before, after, goal).tolist() == [1.0, 0.5, -0.5, 0.0]
+    assert shares_of_way(before, after, before[0].double()).tolist() == [0.0] * 4
+
+
 @pytest.mark.parametrize(
     ("genes", "mode", "more", "message"),
     [
+        (GENES.ids[1], "delete", ("--towards", "state"), "give KEY=VALUE with a column of obs"),
+        (GENES.ids[1], "delete", ("--towards", "state=x"), "give KEY=VALUE with a column of obs"),
         (GENES.ids[1] + "x", "delete", (), f"did you mean {GENES.ids[1]}?"),
         (GENES.ids[DEAD], "delete", (), "no cell expresses it"),
         (GENES.ids[1], "delete", ("--null", "70"), "other genes are within a factor"),
