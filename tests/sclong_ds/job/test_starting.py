@@ -70,6 +70,40 @@ def test_a_signal_ends_a_start_that_hangs(tmp_path: Path, how: str, number: sign
     assert how == "with its files" or not (tmp_path / "run").exists()
 
 
+FILES_THAT_HANG = """
+import ctypes, runpy, sys
+from sclong_ds import input_checks
+from sclong_ds.config import load
+
+def hang(*_):
+    print("hangs", flush=True)
+    ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64))
+
+setattr(*{"the configuration": (load, "load_config"), "the files": (input_checks, "check_inputs")}[
+    sys.argv.pop()], hang)
+runpy.run_module("sclong_ds.pretrain", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["the configuration", "the files"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_ends_while_it_reads_its_settings(
+    tmp_path: Path, what: str, number: signal.Signals
+) -> None:
+    arguments = ("--config", "sclong_tiny", f"run.dir={tmp_path / 'run'}", "data.corpus=any")
+    with subprocess.Popen(
+        [sys.executable, "-c", FILES_THAT_HANG, *arguments, what], cwd=ROOT, text=True,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "hangs\n"
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert f"stopped by {number.name} while starting, phase 'settings': waits for {what}" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_training_is_seen_and_ends_while_it_imports(tmp_path: Path) -> None:
     (tmp_path / "lib" / "torch").mkdir(parents=True)
     (tmp_path / "lib" / "torch" / "__init__.py").write_text("import time; time.sleep(600)")
