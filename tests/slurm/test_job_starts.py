@@ -263,3 +263,24 @@ def test_a_wrong_environment_ends_in_a_line(slurm: Any, tmp_path: Path, wrong: s
     assert line.startswith("error: ")
     assert said in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("within", [(), ("srun", "--cpu-bind=map_cpu:0", "--mem-bind=local")])
+def test_a_job_submitted_from_inside_an_interactive_one_trains(
+    slurm: Any, tmp_path: Path, within: tuple[str, ...]
+) -> None:
+    """What salloc, and a step in it, leave in the environment is not the new job's."""
+    program = _make_ranks(tmp_path, behaviour="done in start 1")
+    submit = (
+        "env; SLURM_MEM_PER_NODE=99999999 sbatch --parsable --nodes=2 --time=10 "
+        f"--output={slurm.folder}/jobs/%x-%j.out slurm/pretrain.sh --config sclong_tiny "
+        f"run.dir={tmp_path / 'run'}"
+    )
+    said = slurm.command(
+        "salloc", "--nodes=1", "--ntasks=1", "--time=5", "--distribution=cyclic", *within,
+        "bash", "-c", submit, env={"SCLONG_CONTAINER": str(program), "SCLONG_PREFLIGHT": "0"},
+    )  # fmt: skip
+    leaked = {line.partition("=")[0] for line in said.splitlines()}
+    assert ({"SLURM_CPU_BIND", "SLURM_MEM_BIND"} if within else {"SLURM_DISTRIBUTION"}) <= leaked
+    job = slurm.wait(said.splitlines()[-1])
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 0), job.log
