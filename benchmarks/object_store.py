@@ -3,9 +3,10 @@
     python -m benchmarks.object_store FOLDER CONTROL.json     (prints its port; ends with stdin)
 
 Answers GET and HEAD of `/bucket/KEY` as S3 and plain HTTP servers do, from FOLDER/KEY. CONTROL.json
-is read again at most every 0.1 s: `{"delay": 0.05, "busy": 0.05, "cut": 0.03, "slow": 0.01}` are
-the seconds before an answer and the shares of requests that are answered 503, whose body breaks
-off, and that take 20 delays and 2 s longer. `GET /__stats` returns what was asked for.
+is read again at most every 0.1 s: `{"delay": 0.05, "busy": 0.05, "cut": 0.03, "slow": 0.01,
+"denied": 0}` are the seconds before an answer and the shares of requests that are answered 503,
+whose body breaks off, that take 20 delays and 2 s longer, and that are answered 403.
+`GET /__stats` returns what was asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class ObjectStore:
         self._told: dict[str, float] = {}
         self._read_at = -1.0
         self._random = random.Random(0)
-        self.stats = {"requests": 0, "heads": 0, "busy": 0, "cut": 0, "slow": 0, "bytes": 0}
+        self.stats = {"requests": 0, "heads": 0, "busy": 0, "cut": 0, "slow": 0, "denied": 0}
+        self.stats["bytes"] = 0
 
     def _wish(self, name: str) -> float:
         if time.monotonic() - self._read_at > 0.1:
@@ -70,6 +72,9 @@ class ObjectStore:
         await asyncio.sleep(self._wish("delay") * (21 if slow else 1) + 2 * slow)
         if self._happens("busy"):
             writer.write(_head(503, 0))
+            return True
+        if self._happens("denied"):
+            writer.write(_head(403, 0))
             return True
         file = self._folder / path.decode().split("?")[0].split("/", 2)[2]
         if not file.is_file():
