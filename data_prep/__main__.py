@@ -212,7 +212,8 @@ def _run_manifest(args: argparse.Namespace) -> int:
     elif not args.out:
         print(format_manifest(draft), end="")
     print(
-        f"{args.folder}: {counted(len(draft['datasets']), 'dataset')}, "
+        f"{args.folder}: {counted(len(draft['datasets']), 'dataset')} of "
+        f"{counted(sum(d['n_cells'] or 0 for d in draft['datasets']), 'cell')} to be read, "
         f"{counted(len(draft['unreadable']), 'file')} not readable, "
         f"{counted(len(draft['skipped']), 'file')} without data",
         file=sys.stderr,
@@ -329,6 +330,8 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
 
 def _run_finalize(args: argparse.Namespace) -> int:
     from data_prep.corpus.finalize import finalize
+    from data_prep.ledger.cell_counts import cell_counts
+    from data_prep.ledger.ledger import read_ledger
     from sclong_ds.datasheet.health import health_of
     from sclong_ds.progress import stage_progress
 
@@ -350,8 +353,10 @@ def _run_finalize(args: argparse.Namespace) -> int:
             tasks=args.tasks,
             progress=progress,
         )
+    counts = cell_counts(read_ledger(args.corpus), catalogue)
     if args.json:
-        print(json.dumps(catalogue | {"health": health_of(catalogue).as_json()}, indent=1))
+        more = {"health": health_of(catalogue).as_json(), "cells": counts.as_json()}
+        print(json.dumps(catalogue | more, indent=1))
         return 0
     left_out = sum(d["status"] in ("failed", "excluded") for d in catalogue["unused"])
     splits = ", ".join(
@@ -364,6 +369,7 @@ def _run_finalize(args: argparse.Namespace) -> int:
         f"{catalogue['duplicates_dropped']} duplicates dropped; "
         f"{left_out} datasets left out (failed or excluded); hash {catalogue['hash'][:12]}"
     )
+    print(counts.text())
     print(health_of(catalogue).text())
     return 0
 

@@ -131,7 +131,7 @@ def find_other_species(
     Args:
         names: (n,) gene names of one column.
         known: Says whether a name is a gene name of the vocabulary's species, as written.
-        home: The vocabulary's species. Only of human it is known how others write the same symbol.
+        home: The vocabulary's species.
 
     Returns:
         The species, or None; names that tell nothing (numbers, unknown words) are no species.
@@ -146,7 +146,9 @@ def find_other_species(
     if sum(map(len, ids.values())) > _MOST_FOREIGN * len(texts):
         name, found = max(ids.items(), key=lambda item: len(item[1]))
         return OtherSpecies(name=name, n_genes=len(found), example=found[0], kind="ids")
-    return _by_writing(unknown, len(texts), known) if home == HUMAN else None
+    if home == HUMAN:
+        return _by_writing(unknown, len(texts), known)
+    return _written_as_human(unknown, len(texts), known)
 
 
 def _species_or_human(text: str) -> str | None:
@@ -164,6 +166,20 @@ def species_of_id(text: str) -> str | None:
         code = ensembl.group(1).upper()
         return _SPECIES.get(code, f"species ENS{code}")
     return next((name for name, form in _FOREIGN_IDS.items() if form.fullmatch(text)), None)
+
+
+def _written_as_human(
+    unknown: list[str], n_names: int, known: Callable[[str], bool]
+) -> OtherSpecies | None:
+    """Name human where the symbols differ from those of the vocabulary only in being upper case."""
+    upper = [
+        text
+        for text in unknown
+        if text == text.upper() and (known(text.capitalize()) or known(text.lower()))
+    ]
+    if len(upper) <= _MOST_FOREIGN * n_names:
+        return None
+    return OtherSpecies(name=HUMAN, n_genes=len(upper), example=upper[0], kind="symbols")
 
 
 def _by_writing(

@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from data_prep.ledger.ledger import LedgerEntry, count_statuses, origin_of
 from data_prep.report import qc_figures
-from data_prep.report.qc_summary import EDGES, Dataset, Summary, dropped_cells, summarize
+from data_prep.report.qc_summary import EDGES, Dataset, Summary, counts_of, summarize
 from data_prep.report.qc_tables import BADGES, COLUMNS, SOURCE_COLUMNS, cell, number, sheet
 from sclong_ds.datasheet.citations import UNKNOWN
 from sclong_ds.datasheet.health import health_of
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         "n_cells": summary.n_cells,
         "median_genes": number(summary.median_genes),
         "median_counts": number(summary.median_counts),
-        "dropped_cells": dropped_cells(summary),
+        "cells": counts_of(summary).as_json(),
+        "annotations": summary.annotations,
         "warnings": {d.entry["dataset_id"]: d.entry["warnings"] for d in _warned(summary)},
     }
     text = (
@@ -70,7 +71,12 @@ def page(summary: Summary) -> str:
     sections = [*_health(summary), _datasets(summary), *_warnings(summary)]
     if summary.used:
         sections += [_cells(summary), _coverage(summary), *_restored(summary)]
-        sections += [_losses(summary), *_standing_out(summary), _sources(summary)]
+        sections += [
+            _annotated(summary),
+            _losses(summary),
+            *_standing_out(summary),
+            _sources(summary),
+        ]
     return html.render(
         TEMPLATE,
         title=summary.corpus.resolve().name,
@@ -125,9 +131,10 @@ def _facts(summary: Summary) -> list[tuple[str, str, str]]:
     others = ", ".join(f"{n:,} {name}" for name, n in numbers.items() if name != "ok")
     input_counts = sum(d.entry["counts_input"] for d in summary.used)
     kept = sum(d.entry["counts_input"] * (d.entry["counts_kept"] or 0) for d in summary.used)
-    n_dropped = sum(dropped_cells(summary).values())
+    cells = counts_of(summary)
+    rest = f"of {cells.read:,} read, {cells.n_dropped:,} dropped"
     facts = [
-        ("cells", f"{summary.n_cells:,}", f"{n_dropped:,} left out"),
+        ("cells kept", f"{cells.kept:,}", rest),
         ("datasets used", f"{statuses['ok']:,} of {sum(numbers.values()):,}", others),
         ("genes a cell, median", _whole(summary.median_genes), ""),
         ("counts a cell, median", _whole(summary.median_counts), ""),
@@ -268,20 +275,35 @@ def _restored(summary: Summary) -> list[dict[str, Any]]:
     return [_section("Restored counts", text=text, tables=[sheet(columns, restored)])]
 
 
+def _annotated(summary: Summary) -> dict[str, Any]:
+    """Return the cells by tissue, assay, cell type and what else the corpus has of them."""
+    by: dict[str, Mapping[str, int]] = {**summary.annotations}
+    note = "as the cells' annotation names it"
+    if "tissue" not in by:
+        tissues: Counter[str] = Counter()
+        for dataset in summary.used:
+            tissues[dataset.entry["tissue"].strip()] += dataset.n_cells
+        by = {"tissue": dict(tissues.most_common()), **by}
+        note = "as the manifest names it"
+    figures = []
+    for name, numbers in by.items():
+        shown = {label or "not given": number for label, number in [*numbers.items()][:WORST]}
+        if len(numbers) > WORST:
+            others = sum(numbers.values()) - sum(shown.values())
+            shown[f"{len(numbers) - WORST} others"] = others
+        picture = qc_figures.bars(shown, xlabel="cells")
+        title = f"Cells by {name.replace('_', ' ')}"
+        figures.append(_figure(title, note, picture, _listed(shown)))
+    return _section("Annotations of the cells", figures=figures)
+
+
 def _losses(summary: Summary) -> dict[str, Any]:
-    tissues: Counter[str] = Counter()
-    for dataset in summary.used:
-        tissues[dataset.entry["tissue"].strip() or "not given"] += dataset.n_cells
-    shown = dict(tissues.most_common(WORST))
-    if len(tissues) > WORST:
-        shown[f"{len(tissues) - WORST} others"] = tissues.total() - sum(shown.values())
-    picture = qc_figures.bars(shown, xlabel="cells")
-    figures = [_figure("Cells by tissue", "as the manifest names it", picture, _listed(shown))]
-    dropped = dropped_cells(summary)
-    if dropped:
-        picture = qc_figures.bars(dropped, xlabel="cells left out", color=qc_figures.ORANGE)
-        figures.append(_figure("Cells left out, by reason", "", picture, _listed(dropped)))
-    return _section("Tissues and cells left out", figures=figures)
+    """Return what became of the cells that were read."""
+    cells, figures = counts_of(summary), []
+    if cells.dropped:
+        picture = qc_figures.bars(cells.dropped, xlabel="cells dropped", color=qc_figures.ORANGE)
+        figures = [_figure("Cells dropped, by reason", "", picture, _listed(cells.dropped))]
+    return _section("Cells read, kept and dropped", text=f"{cells.text()}.", figures=figures)
 
 
 def _standing_out(summary: Summary) -> list[dict[str, Any]]:

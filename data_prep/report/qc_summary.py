@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.ledger.cell_counts import CellCounts, cell_counts
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.ledger.pending import Pending, read_pending
 from sclong_ds.corpus.catalogue import DatasetInfo
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import Corpus
 
+ANNOTATIONS = ("tissue", "assay", "cell_type", "disease", "suspension_type")
+"""Annotations of cells that the report counts, by their names in the corpus."""
 EDGES = np.logspace(0, 7, 7 * 30 + 1)
 """Bins of genes and counts a cell, thirty a factor of ten."""
 
@@ -71,6 +74,9 @@ class Summary:
     """Over all cells."""
     median_counts: float
     """Over all cells."""
+    annotations: Mapping[str, Mapping[str, int]]
+    """By the name of an annotation of ANNOTATIONS, cells of the finished corpus by its value, most
+    first; '' where it is not known."""
 
     @property
     def n_cells(self) -> int:
@@ -126,7 +132,24 @@ def summarize(corpus: str | Path) -> Summary:
         density=density,
         median_genes=float(np.median(np.concatenate(all_genes))) if all_genes else float("nan"),
         median_counts=float(np.median(np.concatenate(all_counts))) if all_counts else float("nan"),
+        annotations=_annotations(finished) if finished else {},
     )
+
+
+def _annotations(corpus: Corpus) -> dict[str, dict[str, int]]:
+    """Return the cells of a corpus by the values of the annotations that it has as columns."""
+    found = {}
+    for name in ANNOTATIONS:
+        labels = corpus.columns[name].values if name in corpus.columns else None
+        if labels is None:
+            continue
+        n_cells = np.bincount(corpus.columns[name].codes(), minlength=len(labels))
+        numbers: Counter[str] = Counter()
+        # An ontology may know two values of one name.
+        for label, number in zip(labels, n_cells.tolist(), strict=True):
+            numbers[label] += number
+        found[name] = {label: number for label, number in numbers.most_common() if number}
+    return found
 
 
 def _row_tables(
@@ -147,15 +170,10 @@ def _row_tables(
             yield info.dataset_id, finished.row_nnz[rows], finished.row_total[rows]
 
 
-def dropped_cells(summary: Summary) -> dict[str, int]:
-    """Return the cells left out by reason, most first.
+def counts_of(summary: Summary) -> CellCounts:
+    """Return the cells of a corpus by what became of them.
 
     Args:
         summary: Of a corpus.
     """
-    reasons: Counter[str] = Counter()
-    for dataset in summary.datasets:
-        reasons.update(dataset.entry["dropped_cells"])
-    if summary.catalogue and summary.catalogue["duplicates_dropped"]:
-        reasons["repeats another cell"] = summary.catalogue["duplicates_dropped"]
-    return dict(reasons.most_common())
+    return cell_counts((dataset.entry for dataset in summary.datasets), summary.catalogue)

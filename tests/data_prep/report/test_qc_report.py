@@ -18,6 +18,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.corpus.finalize import finalize
+from data_prep.ledger.cell_counts import REPEATS
 from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
 from data_prep.report import arguments, qc_report
@@ -97,7 +98,7 @@ def test_figures_before_and_after_finalize(corpus: Path) -> None:
     assert genes[0] == np.median(stored.row_nnz[of_a])
     assert depth[1] == np.median(stored.row_total[~of_a])
     assert summary.median_genes == np.median(stored.row_nnz)
-    assert qc_report.dropped_cells(summary) == {"below min_genes": 10, "repeats another cell": 1}
+    assert qc_report.counts_of(summary).dropped == {"below min_genes": 10, REPEATS: 1}
     text = page(summary)
     assert "finished corpus" in text
     assert "87.5%" in text, "(100 x 0.5 + 300 x 1) / 400 of the counts"
@@ -161,7 +162,7 @@ def test_restored_counts_ambiguous_names_and_pending_datasets_are_shown(corpus: 
     change(corpus, "a", n_genes_input=2000, gene_names={"symbol": 1940, "ambiguous": 60})
     record_manifest(corpus, list("abcdef"), tasks=1)
     text = page(summarize(corpus))
-    table = text[text.index("Restored counts") : text.index("Tissues and cells left out")]
+    table = text[text.index("Restored counts") : text.index("Annotations of the cells")]
     assert re.findall(r"<td>(\w)</td>", table) == ["b"]
     assert "log1p of cells scaled to 10000, undone" in table
     found = Page(text)
