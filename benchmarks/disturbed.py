@@ -165,8 +165,11 @@ def _ending(command: Command, ended: Ended, fault: str, state: str, place: Path)
     lines = ended.output.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if ended.result == 0 and state != "new":
-        # What is beside the product may stay behind, where a line says so.
-        said = state == "part" and any(str(place) in line for line in lines)
+        # What is beside the product, or staged of a source that cannot be read, may stay behind
+        # where a line says so.
+        said = any(
+            str(place) in line and (state == "part" or "kept as staged" in line) for line in lines
+        )
         return "" if said else f"exit status 0 with the {state} state"
     if ended.result == 0:
         return ""

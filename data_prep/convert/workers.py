@@ -196,7 +196,7 @@ def _work(pipe: Connection, corpus: Path, settings: Settings, limits: Limits) ->
     from data_prep.convert.one_dataset import convert_dataset
     from data_prep.genes.gene_names import resolver_of
 
-    resolver = resolver_of(GeneVocabulary.read(corpus / "genes.tsv"))
+    resolver = None
     while True:
         try:
             dataset, replace = pipe.recv()
@@ -204,6 +204,8 @@ def _work(pipe: Connection, corpus: Path, settings: Settings, limits: Limits) ->
             return
         try:
             with named_errors(corpus):
+                if resolver is None:
+                    resolver = resolver_of(GeneVocabulary.read(corpus / "genes.tsv"))
                 entry: LedgerEntry | str = convert_dataset(
                     dataset, corpus=corpus, settings=settings, resolver=resolver, replace=replace
                 )

@@ -16,7 +16,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.files.atomic import is_partial, remove_partials
+from data_prep.corpus.split_rule import RULE_FILE
+from sclong_ds.files.atomic import remove_partials, remove_partials_of
 
 _log = logging.getLogger(__name__)
 
@@ -53,9 +54,8 @@ def clear(corpus: Path, *, keep: Path | None = None) -> None:
             shutil.rmtree(other)
         elif other != keep:
             discard(other)
-    for path in corpus.glob(".corpus.json.*"):
-        if is_partial(path):
-            path.unlink()
+    for name in ("corpus.json", RULE_FILE):
+        remove_partials_of(corpus / name)
 
 
 def work_folder(corpus: Path, name: str) -> Path:

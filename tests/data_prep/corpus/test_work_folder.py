@@ -118,8 +118,12 @@ def test_work_is_told_apart_and_never_half_removed(
     work = open_work(tmp_path, ["seed 1"])
     (work / "made").write_text("x")
     (work / ".made.0123456789abcdef.partial").write_text("x")
+    # A kill between writing these and giving them their names leaves them in the corpus.
+    for name in ("corpus.json", "split.json"):
+        (tmp_path / f".{name}.0123456789abcdef.partial").write_text("x")
     assert open_work(tmp_path, ["seed 1"]) == work
     assert sorted(path.name for path in work.iterdir()) == ["done", "made"]
+    assert list(tmp_path.iterdir()) == [work]
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
