@@ -156,7 +156,8 @@ def replicate_errors(
 
 def hidden_values(study: Study, *, seed: int) -> Hidden:
     """Train the cell's vector alone, 2,400 visits, and return what it says of hidden values."""
-    config = load_config("sclong_tiny_recommended", ["model.top_seq_len=1000", "run.max_steps=600"])
+    sizes = ["model.top_seq_len=1000", "run.max_steps=600", "engine.train_batch_size=4"]
+    config = load_config("sclong_tiny", sizes)
     torch.manual_seed(seed)
     net = build(study.panel, config, {}, seed=seed)
     change(net, {"parts": "vector"})
@@ -200,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = {"genes": args.genes, "held_out": args.held_out}
     panel = read_panel(args.corpus, args.graph, validation_cells=60, **asked)
     every = read_panel(args.corpus, None, validation_cells=10**9, **asked)
-    study = Study(panel, load_config("sclong_tiny_recommended").objective)
+    study = Study(panel, load_config("sclong_tiny").objective)
     found = hidden_values(study, seed=args.seed)
     dataset = panel.held_out.dataset[found.cell]
     files = dict(text.split("=", 1) for text in args.group)

@@ -1,9 +1,9 @@
 """Choose how a model makes an embedding, on validation cells, when it is exported.
 
 Candidates are those of `candidates`: which layer is averaged, over which genes with which weights,
-beside the gene vectors or not, or the cell's vector, and how the parts are scaled. Centres and
-scales come from a sample of training cells. The candidates are judged on a sample of the validation
-split:
+beside the gene vectors or not, or the cell's vector, or all values along it, and how the parts are
+scaled. Centres and scales come from a sample of training cells. The candidates are judged on a
+sample of the validation split:
 
 - `label accuracy`, where validation cells have a `cell_type` of two kinds at least: the share of
   cells whose label is the most common one of their nearest cells. Nearest cells are of other
@@ -39,7 +39,7 @@ from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import short_digests
 from sclong_ds.model.counts_input import model_input
-from sclong_ds.model.pooling import MEAN, Part, Recipe, scaling_map
+from sclong_ds.model.pooling import MEAN, OF_CELLS, Part, Recipe, scaling_map
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
 
@@ -74,8 +74,9 @@ def candidates(*, cell_vector: bool = False) -> list[Recipe]:
         parts += [(Part(layer, name),) for name in weights]
         parts += [(Part(layer, name), *beside) for name in ("value^3", "top_64", "top_128")]
     if cell_vector:
-        own = Part("cell_vector", "expressed")
-        parts += [(own,), (own, *beside)]
+        for of_cell in OF_CELLS:
+            own = Part(of_cell, "expressed")
+            parts += [(own,), (own, *beside)]
     scalings = ("scaled", "whitened 0.001", "whitened 0.1")
     return [MEAN, *(Recipe(some, scaling) for some in parts for scaling in scalings)]
 
@@ -86,7 +87,7 @@ def without_context(recipe: Recipe) -> Recipe:
     In place of the cell's vector stands their mean, weighted by value.
     """
     parts = dict.fromkeys(
-        Part("gene_vectors", "value" if part.layer == "cell_vector" else part.weights)
+        Part("gene_vectors", "value" if part.layer in OF_CELLS else part.weights)
         for part in recipe.parts
     )
     return Recipe(tuple(parts), recipe.scaling)

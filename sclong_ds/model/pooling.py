@@ -6,7 +6,10 @@ A recipe is one or several parts, concatenated. A part is a weighted mean over g
 - `encoders`: those in front of it, behind the large and the mini encoder,
 - `gene_vectors`: the model's gene vectors, without any context,
 
-or, with `model.cell_vector`, the `cell_vector` itself, whose weights are its own (named
+or, with `model.cell_vector`, the `cell_vector` itself, or `cell_values`: all values, those of
+unexpressed and unmeasured genes as 0, summed with the cell vector's vectors of the genes. The
+cell's vector leaves out what is not expressed, since a hidden value must not be told from a zero;
+but which genes are not expressed tells tissues apart. The weights of both are their own (named
 `expressed`). Elsewhere the weight of a gene in the cell is
 
 - `expressed`: 1 if it has a count,
@@ -29,8 +32,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Layer = Literal["decoder", "encoders", "gene_vectors", "cell_vector"]
-LAYERS: tuple[Layer, ...] = ("decoder", "encoders", "gene_vectors", "cell_vector")
+Layer = Literal["decoder", "encoders", "gene_vectors", "cell_vector", "cell_values"]
+LAYERS: tuple[Layer, ...] = ("decoder", "encoders", "gene_vectors", "cell_vector", "cell_values")
+OF_CELLS: tuple[Layer, ...] = ("cell_vector", "cell_values")
+"""Those that are a vector of the cell already, of models with `model.cell_vector`."""
 _TOP = "top_"
 _POWERS = {"expressed": 0, "value": 1, "value^3": 3}
 
@@ -45,6 +50,8 @@ class Part(NamedTuple):
         """Return the part in words."""
         if self.layer == "cell_vector":
             return "the cell's vector"
+        if self.layer == "cell_values":
+            return "all values, zeros too, along the cell's vector"
         what = {"decoder": "", "encoders": " behind the encoders", "gene_vectors": " (no context)"}
         genes = {"expressed": "the expressed genes", "value": "genes, weighted by value"}
         genes["value^3"] = "genes, weighted by the cube of the value"
@@ -120,7 +127,7 @@ def pool_parts(found: Mapping[Layer, Tensor], x: Tensor, parts: Sequence[Part]) 
     """Return the weighted means of some parts.
 
     Args:
-        found: By layer (B, G, C), (G, C) for the gene vectors, (B, C) for the cell's vector.
+        found: By layer (B, G, C), (G, C) for the gene vectors, (B, C) for those of `OF_CELLS`.
         x: (B, G) transformed expression; unmeasured genes are 0.
         parts: What to return.
 
@@ -131,7 +138,7 @@ def pool_parts(found: Mapping[Layer, Tensor], x: Tensor, parts: Sequence[Part]) 
     # A matrix product: a weighted copy of the largest array here would double the memory.
     return [
         found[part.layer]
-        if part.layer == "cell_vector"
+        if part.layer in OF_CELLS
         else _mean(weights[part.weights], found[part.layer])
         for part in parts
     ]

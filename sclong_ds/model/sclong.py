@@ -31,7 +31,7 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import CellSpans, Performer, select_tokens
-from sclong_ds.model.pooling import MEAN, Layer, Part, Recipe, pool_parts
+from sclong_ds.model.pooling import MEAN, OF_CELLS, Layer, Part, Recipe, pool_parts
 from sclong_ds.model.pretrained import Pretrained
 from sclong_ds.model.routing import (
     ReadGenes,
@@ -272,11 +272,14 @@ class ScLong(Pretrained, nn.Module):
         if unmeasured is not None:
             x = x.masked_fill(unmeasured, 0.0)
         found: dict[Layer, Tensor] = {}
-        if "cell_vector" in layers:
+        if layers & set(OF_CELLS):
             if self.config.cell_vector == "none":
                 raise ValueError("the embedding's recipe reads a cell vector; the model has none")
-            found["cell_vector"] = self.cell_vector(x, x > 0)
-        if rest := tuple(layers - {"cell_vector"}):
+            if "cell_vector" in layers:
+                found["cell_vector"] = self.cell_vector(x, x > 0)
+            if "cell_values" in layers:
+                found["cell_values"] = self.cell_vector.of_all_values(x)
+        if rest := tuple(layers - set(OF_CELLS)):
             found |= self._represent(x, None, None, None, unmeasured, rest, routes=routes)
         return pool_parts(found, x, parts)
 

@@ -94,6 +94,11 @@ class CellVector(nn.Module):
         wide = self.body(self.norm(z))
         return z + nn.functional.linear(wide, self.down.to(kind), self.shift.to(kind))
 
+    def of_all_values(self, x: Tensor) -> Tensor:
+        """Return sum_j x_j r_j (B, C), float32 at least, of values x (B, G) with their zeros."""
+        kind = torch.promote_types(self.centre.dtype, torch.float32)
+        return x.to(kind) @ self.vectors.to(kind)
+
 
 def fill_columns(weight: Tensor, start: CellStart | None) -> None:
     """Set the first columns of a weight (G, C) to the directions of a start, if it has any.

@@ -11,7 +11,7 @@ from small_model import G, cells, small_graph, small_model
 from sclong_ds.config.load import load_config
 from sclong_ds.engine.gradient_norms import PARTS
 from sclong_ds.exported.choose_recipe import candidates, without_context
-from sclong_ds.model.pooling import Part, Recipe
+from sclong_ds.model.pooling import OF_CELLS, Part, Recipe
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model.values.cell_vector import CellStart, CellVector, principal_directions
 
@@ -180,16 +180,32 @@ def test_it_can_be_the_embedding_or_a_part_of_it():
     assert torch.equal(found, model.cell_vector(without, without > 0))
     model.recipe = Recipe((own, mean))
     assert model.embed(x).shape == (4, 32)
-    with pytest.raises(ValueError, match="reads a cell vector; the model has none"):
-        plain.pooled(x, [own])
+    for part in (own, Part("cell_values", "expressed")):
+        with pytest.raises(ValueError, match="reads a cell vector; the model has none"):
+            plain.pooled(x, [part])
     assert Recipe((own, mean)).text() == "the cell's vector; mean over genes, weighted by value"
+
+
+def test_all_values_along_it_count_zeros_as_zeros_and_unmeasured_ones_too():
+    model, (x, _) = moved(), cells()
+    part = Part("cell_values", "expressed")
+    (found,) = model.pooled(x, [part])
+    summed = x.double() @ model.cell_vector.vectors.double()
+    assert torch.allclose(found.double(), summed, atol=1e-5)
+    assert not torch.allclose(found, model.cell_vector(x, x > 0), atol=1e-2)
+    unmeasured = torch.zeros_like(x, dtype=torch.bool)
+    unmeasured[:, :9] = True
+    without = model.pooled(x.masked_fill(unmeasured, 0.0), [part])[0]
+    assert torch.equal(model.pooled(x, [part], unmeasured=unmeasured)[0], without)
+    assert model.cell_vector.bfloat16().of_all_values(x.bfloat16()).dtype == torch.float32
+    assert part.text() == "all values, zeros too, along the cell's vector"
 
 
 def test_only_models_that_have_one_are_offered_it_and_its_control_has_no_context():
     layers = {part.layer for recipe in candidates() for part in recipe.parts}
-    assert "cell_vector" not in layers
+    assert not layers & set(OF_CELLS)
     tried = candidates(cell_vector=True)
-    own = [r for r in tried if r.parts[0].layer == "cell_vector"]
-    assert own
+    own = [r for r in tried if r.parts[0].layer in OF_CELLS]
+    assert {r.parts[0].layer for r in own} == set(OF_CELLS)
     for recipe in own:
         assert {part.layer for part in without_context(recipe).parts} == {"gene_vectors"}
