@@ -7,6 +7,7 @@ other content: other counts, another order, other weights.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import re
@@ -41,13 +42,9 @@ def make_sources(folder: Path, *, seed: int) -> Path:
     import pandas as pd
     from scipy import sparse
 
-    from sclong_ds.corpus.genes import GeneVocabulary
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    bundled = GeneVocabulary.bundled()
-    columns = (bundled.ids, bundled.symbols, bundled.classes)
-    genes = GeneVocabulary(*(column[:N_GENES] for column in columns))
+    genes = _genes()
     genes.write(folder / "genes.tsv")
     rng = np.random.default_rng(seed)
     lines = ["dataset_id\tpath\ttissue\tdonor_column"]
@@ -88,20 +85,29 @@ def sclong(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
-_RESOLVERS: dict[bytes, Any] = {}
-"""Resolver of each gene list; made once in the process that forks the trials."""
+@functools.cache
+def _resolver() -> Any:
+    """Return the resolver of the genes of all datasets; made before the trials are forked."""
+    from data_prep.genes.gene_names import resolver_of
+
+    resolver = resolver_of(_genes())
+    resolver.read_name("no gene")
+    return resolver
+
+
+def _genes() -> Any:
+    from sclong_ds.corpus.genes import GeneVocabulary
+
+    bundled = GeneVocabulary.bundled()
+    columns = (bundled.ids, bundled.symbols, bundled.classes)
+    return GeneVocabulary(*(column[:N_GENES] for column in columns))
 
 
 def convert(sources: Path, corpus: Path) -> int:
     """Stage the datasets of `make_sources`."""
     from data_prep.genes import gene_names
-    from sclong_ds.corpus.genes import GeneVocabulary
 
-    genes = (sources / "genes.tsv").read_bytes()
-    if genes not in _RESOLVERS:
-        _RESOLVERS[genes] = gene_names.resolver_of(GeneVocabulary.read(sources / "genes.tsv"))
-        _RESOLVERS[genes].read_name("no gene")
-    with mock.patch.object(gene_names, "resolver_of", return_value=_RESOLVERS[genes]):
+    with mock.patch.object(gene_names, "resolver_of", return_value=_resolver()):
         return _convert(sources, corpus)
 
 
