@@ -66,6 +66,15 @@ def candidate_order(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.sort(keys, dim=1, descending=True, stable=True).indices
 
 
+def inverse(order: Tensor) -> Tensor:
+    """Return the inverse of each permutation (..., N) int64: where each element lies in it.
+
+    By a scatter, each place written once; a second sort takes longer.
+    """
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
 @dataclass(frozen=True, slots=True)
 class Routes:
     """Where the tokens of cells (B, N) lie on one axis (B N,)."""

@@ -36,6 +36,7 @@ from sclong_ds.model.pretrained import Pretrained
 from sclong_ds.model.routing import (
     ReadGenes,
     expression_order,
+    inverse,
     read_genes,
     route,
     unknown_genes,
@@ -393,7 +394,7 @@ class ScLong(Pretrained, nn.Module):
         if self.config.contextual_encoder == "mini":
             return self.mini_encoder(tokens, read.cells)
         merged = self._encoded(tokens.index_select(0, read.order), read.high, read.low)
-        return merged.index_select(0, torch.argsort(read.order))
+        return merged.index_select(0, inverse(read.order))
 
     def _contextual(
         self, tokens: Tensor, x: Tensor, mask: Tensor | None, lengths: Sequence[int] | None
@@ -410,7 +411,7 @@ class ScLong(Pretrained, nn.Module):
         low = ordered[:, split:]
         if self.config.contextual_encoder == "dual":
             low = self.mini_encoder(low)
-        return select_tokens(torch.cat([high, low], dim=1), torch.argsort(order, dim=1))
+        return select_tokens(torch.cat([high, low], dim=1), inverse(order))
 
     def _contextual_packed(
         self, tokens: Tensor, x: Tensor, mask: Tensor | None, lengths: Sequence[int] | None

@@ -8,7 +8,7 @@ from no_sync import NoHostSync
 from small_model import G, cells, close, gradients, small_model
 
 from sclong_ds.config.sections import PerformerConfig
-from sclong_ds.model.routing import candidate_order, route, unknown_genes
+from sclong_ds.model.routing import candidate_order, inverse, route, unknown_genes
 
 TOP = 12
 PRECISION = [(torch.float32, 1e-6), (torch.float64, 1e-12)]
@@ -211,3 +211,9 @@ def test_genes_that_are_not_measured_go_with_hidden_values_or_with_zeros():
     assert unknown_genes(None, unmeasured, routing="top") is unmeasured
     assert unknown_genes(mask, unmeasured, routing="expressed") is mask
     assert unknown_genes(mask, None, routing="top") is mask
+
+
+def test_inverse_of_permutations_is_what_a_second_sort_gives():
+    order = torch.argsort(torch.rand(3, 50, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert torch.equal(inverse(order), torch.argsort(order, dim=1))
+    assert torch.equal(inverse(order[0]), torch.argsort(order[0]))
