@@ -2,8 +2,10 @@
 
     python -m benchmarks.favor_compiled [--json OUT]
 
-Prints registers, spilled bytes, shared memory and tensor-core instructions of every kernel for
-sm_90 and sm_80, compiled by the installed Triton as the launcher would: the same arguments,
+Prints, for every kernel and GPU generation, what the machine code takes and does: registers,
+spilled bytes, shared memory, tensor-core instructions, waits for them, what ptxas says about
+serialised products (C75xx), warp instructions for each token, and the bytes a launch moves through
+the second-level cache. Compiled by the installed Triton as the launcher would: the same arguments,
 specialised in the same way. Another version: put it first on PYTHONPATH, installed with
 `pip install --no-deps --target FOLDER triton==VERSION`.
 """
@@ -11,14 +13,17 @@ specialised in the same way. Another version: put it first on PYTHONPATH, instal
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.environment import environment
-from kernels.favor_launch import Setting, backward, default_plan, forward
+from kernels.favor_launch import Setting, backward, forward
+from kernels.favor_plan import Block, default_plan, tiles
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 TYPES = {
@@ -43,7 +49,7 @@ class Case:
     """A call whose kernels are compiled: 32 heads of 4,096 tokens, exact gradients."""
 
     capability: int
-    """90 or 80."""
+    """80, 86, 89, 90, 100 or 120."""
     m: int
     """Number of features M."""
     k: int = 64
@@ -72,13 +78,33 @@ class Usage:
     shared_bytes: int
     """Per program."""
     wgmma: int
-    """Instructions of Hopper's wide tensor-core path."""
+    """Instructions of the wide tensor-core path: Hopper's wgmma, Blackwell's tcgen05."""
     mma: int
     """Instructions of the older one."""
-    instructions: int
+    waits: int
+    """Waits of the main loop for wide products."""
+    serialized: tuple[str, ...]
+    """Codes of what ptxas says about serialised products."""
+    row_instructions: float
+    """Warp instructions for each token and head, of all programs."""
+    l2_bytes: int
+    """What a launch reads and writes in accesses of 16 bytes: rows of matrices."""
 
 
+class Launch(NamedTuple):
+    """A recorded launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    block: Block
+    arguments: dict[str, Any]
+
+
+TOKENS = 4096
+WIDE = ("key_pass", "summary_gradient")
+"""Kernels that walk over tokens; the other hot ones walk over features."""
 CASES = [
+    *(Case(capability=c, m=266) for c in (86, 89, 100, 120)),
     *(Case(capability=c, m=m) for c in (90, 80) for m in (256, 266)),
     *(Case(capability=c, m=m, k=k) for c in (90, 80) for m, k in ((110, 32), (256, 128))),
     Case(capability=90, m=128),
@@ -87,14 +113,14 @@ CASES = [
 ]
 
 
-def calls(case: Case, *, heads: int = 32) -> dict[str, tuple[Any, ...]]:
-    """Return every kernel of a forward and backward pass, its block and its arguments, by name."""
+def calls(case: Case, *, heads: int = 32) -> dict[str, Launch]:
+    """Return every kernel's launch in a forward and backward pass, by name."""
     recorded = {}
 
-    def record(kernel: Any, grid: Any, block: Any, **arguments: Any) -> None:
-        recorded[kernel.__name__] = (kernel, block, arguments)
+    def record(kernel: Any, grid: tuple[int, ...], block: Block, **arguments: Any) -> None:
+        recorded[kernel.__name__] = Launch(kernel, grid, block, arguments)
 
-    dtype, n, k = getattr(torch, case.dtype), 4096, case.k
+    dtype, n, k = getattr(torch, case.dtype), TOKENS, case.k
     shape = (n, 3, heads, k) if case.packed_cells else (1, n, 3, heads, k)
     q, key, v = torch.empty(shape, dtype=dtype).unbind(-3)
     cu_seqlens = torch.zeros(2, dtype=torch.int32) if case.packed_cells else None
@@ -107,8 +133,9 @@ def calls(case: Case, *, heads: int = 32) -> dict[str, tuple[Any, ...]]:
     return recorded
 
 
-def compiled(kernel: Any, block: Any, arguments: dict[str, Any], capability: int) -> Any:
-    """Compile a kernel for these arguments."""
+def compiled(launch: Launch, capability: int) -> tuple[Any, str]:
+    """Compile a kernel for a launch's arguments; return it and what ptxas said."""
+    kernel, _, block, arguments = launch
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -124,36 +151,91 @@ def compiled(kernel: Any, block: Any, arguments: dict[str, Any], capability: int
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    knobs, said = triton.knobs, io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return binary, said.getvalue()
 
 
-def usage(binary: Any) -> Usage:
-    """Return what a compiled kernel takes, from its machine code."""
+def usage(binary: Any, said: str, launch: Launch, case: Case) -> Usage:
+    """Return what a compiled kernel takes, from its machine code and ptxas's words."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        resources, code = (
+        resources, listing = (
             subprocess.run(
                 [str(CUOBJDUMP), flag, str(path)], capture_output=True, text=True, check=True
             ).stdout
             for flag in ("-res-usage", "-sass")
         )
     found = {name: int(re.search(rf"{name}:(\d+)", resources)[1]) for name in ("REG", "STACK")}
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z0-9]+)", code, re.M)
+    code = [
+        (int(address, 16), re.sub(r"^@!?\w+ +", "", text))
+        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.M)
+    ]
+    everything = [text for _, text in code]
+    loop = _main_loop(code)
+    warps, programs = launch.block.warps, math.prod(launch.grid)
+    trips = _trips(launch, case) if loop else 0
+    each = len(everything) + (trips - 1) * len(loop) if loop else len(everything)
+    # What a pipelined loop fetches ahead of itself is fetched in it as often less.
+    once = [text for text in everything if not text.startswith("LDGSTS")]
+    moved = sum(map(_bytes, once)) + sum(map(_bytes, loop)) * trips
+    moved -= sum(_bytes(text) for text in loop if not text.startswith("LDGSTS"))
     return Usage(
         registers=found["REG"],
         stack_bytes=found["STACK"],
         shared_bytes=binary.metadata.shared,
-        wgmma=operations.count("HGMMA"),
-        mma=operations.count("HMMA"),
-        instructions=len(operations),
+        wgmma=sum("HGMMA" in t or bool(re.match("UTC.*MMA", t)) for t in everything),
+        mma=sum(t.startswith("HMMA") for t in everything),
+        waits=sum("WARPGROUP.DEPBAR" in t for t in loop),
+        serialized=tuple(sorted(set(re.findall(r"C75\d\d", said)))),
+        row_instructions=each * warps * programs / (TOKENS * 32),
+        l2_bytes=moved * 32 * warps * programs,
     )
+
+
+def _main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """Return the instructions of the longest loop with products; empty where there is none."""
+    loops = []
+    for address, text in code:
+        jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:
+            body = [t for a, t in code if int(jump[1], 16) <= a <= address]
+            loops.append(body if any("MMA" in t for t in body) else [])
+    return max(loops, key=len, default=[])
+
+
+def _trips(launch: Launch, case: Case) -> int:
+    """Return how often a hot kernel's program goes through its main loop."""
+    block = launch.block
+    if launch.kernel.__name__ in WIDE:
+        return tiles(TOKENS // launch.grid[1], block.rows)
+    return case.m // block.features if block.tail else tiles(case.m, block.features)
+
+
+def _bytes(text: str) -> int:
+    """Return what one thread moves by an instruction, where it is 16 bytes: rows of matrices."""
+    return 16 if re.match(r"(?:LDG|LDGSTS|STG)\b\S*\.128\b", text) else 0
 
 
 def usages(case: Case) -> Iterator[tuple[str, Usage]]:
     """Yield each kernel's name and what it takes."""
-    for name, (kernel, block, arguments) in calls(case).items():
-        yield name, usage(compiled(kernel, block, arguments, case.capability))
+    for name, launch in calls(case).items():
+        yield name, usage(*compiled(launch, case.capability), launch, case)
+
+
+COLUMNS = ("regs", "spill", "KB", "wide", "mma", "waits", "/token", "L2 MB")
+
+
+def figures(found: Usage) -> str:
+    """Return what is found under the names of `COLUMNS`, and what ptxas says."""
+    values = (
+        found.registers, found.stack_bytes, found.shared_bytes // 1024, found.wgmma, found.mma,
+        found.waits, round(found.row_instructions), round(found.l2_bytes / 1e6),
+    )  # fmt: skip
+    return "".join(f"{value:7}" for value in values) + " " + " ".join(found.serialized)
 
 
 def main() -> None:
@@ -162,13 +244,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     rows = []
-    fields = ("registers", "stack", "shared", "wgmma", "mma", "instructions")
     for case in CASES:
-        print(f"{case!s:52}" + "".join(f"{field:>13}" for field in fields))
+        print(f"{case!s:44}" + "".join(f"{field:>7}" for field in COLUMNS))
         for name, found in usages(case):
-            figures = asdict(found)
-            print(f"  {name:50}" + "".join(f"{value:13}" for value in figures.values()), flush=True)
-            rows.append(asdict(case) | {"kernel": name} | figures)
+            print(f"  {name:42}{figures(found)}", flush=True)
+            rows.append(asdict(case) | {"kernel": name} | asdict(found))
     if args.json:
         document = {"environment": environment(), "kernels": rows}
         document["environment"]["versions"] |= {"triton": triton.__version__}

@@ -141,7 +141,8 @@ CALLS = [
 
 def recorded(call: Call, device: str = "cuda") -> list[tuple[str, Callable[[], Any], Any]]:
     """Run forward and backward once; return (name, launch again, compiled) of every kernel."""
-    from kernels.favor_launch import Setting, backward, default_plan, forward, launch
+    from kernels.favor_launch import Setting, backward, forward, launch
+    from kernels.favor_plan import default_plan
 
     qkv, w, grad = make(device, b=1, n=call.n, h=call.h, m=call.m, k=call.k, dtype=call.dtype)
     cu_seqlens = None

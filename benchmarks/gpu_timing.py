@@ -142,7 +142,7 @@ def sweep(args: argparse.Namespace) -> Iterator[Row]:
     if args.device == "cpu":
         yield {"case": "sweep", "skipped": "there are no compiled kernels on a CPU"}
         return
-    from kernels.favor_launch import default_plan
+    from kernels.favor_plan import default_plan
 
     m = 266
     chosen = default_plan(m, K, torch.bfloat16, torch.cuda.get_device_capability())
@@ -165,13 +165,13 @@ def sweep(args: argparse.Namespace) -> Iterator[Row]:
 
 def trial_plans(name: str, m: int, chosen: Any) -> list[Any]:
     """Return the chosen plan, and plans with another block of one kernel."""
-    from kernels.favor_launch import feature_split
+    from kernels.favor_plan import feature_split, tiles_of_rows
 
     wide = name in WIDE
     plans = [chosen]
     for rows in (32, 64, 128) if wide else (64, 128):
         for size in (128, 256) if wide else (32, 64):
-            features, tail = feature_split(m, size) if wide else (size, 0)
+            features, tail = feature_split(m, size) if wide else tiles_of_rows(m, size).values()
             for warps, stages in itertools.product((4, 8), (1, 2, 3)):
                 block = replace(
                     getattr(chosen, name),

@@ -277,9 +277,9 @@ def triton_obstacle(q: Tensor, features: Tensor, scope: Scope) -> str | None:
 
 
 Outputs = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]
-"""The output and the ten tensors of `kernels.favor_launch.Residuals`."""
+"""The output and the eleven tensors of `kernels.favor_launch.Residuals`."""
 
 
 @torch.library.custom_op("sclong_ds::favor_attention", mutates_args=())
@@ -305,7 +305,7 @@ def _operator(
 def _(*arguments: Any) -> Outputs:
     q, k, v, features, cells, query_cells, *setting, save = arguments
     setting = _setting(*setting)
-    return _forward(q, k, v, features, cells, query_cells, setting, save=save, run=_skip)
+    return _forward(q, k, v, features, cells, query_cells, setting, save=save, run=None)
 
 
 @torch.library.custom_op("sclong_ds::favor_attention_backward", mutates_args=())
@@ -332,7 +332,7 @@ def _backward_operator(
 def _(*arguments: Any) -> list[Tensor]:
     grad, q, k, v, features, cells, query_cells, residuals, *setting = arguments
     tensors = (grad, q, k, v, features, cells, query_cells, residuals)
-    return _backward(*tensors, _setting(*setting), run=_skip)
+    return _backward(*tensors, _setting(*setting), run=None)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -421,10 +421,6 @@ def _setting(max_seqlen: int, max_queries: int, per_head: bool, eps: float, exac
     )
 
 
-def _skip(*_: Any, **__: Any) -> None:
-    """Stand in for a kernel where only the shapes matter."""
-
-
 def _forward(
     q: Tensor,
     k: Tensor | None,
@@ -479,7 +475,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _plan(q: Tensor, features: Tensor) -> Any:
-    from kernels.favor_launch import default_plan
+    from kernels.favor_plan import default_plan
 
     on_gpu = q.device.type == "cuda"
     capability = torch.cuda.get_device_capability(q.device) if on_gpu else (9, 0)

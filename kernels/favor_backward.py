@@ -1,7 +1,8 @@
 """Triton kernels of the FAVOR+ backward pass; the features are computed again, never stored.
 
 The formulas are those of `kernels/reference.py`, names and conventions those of
-`kernels/favor_forward.py`. With g_i = grad_i / den_i, four kernels in this order:
+`kernels/favor_forward.py`. With g_i = grad_i / den_i, four kernels in this order (and for exact
+gradients `find_key_max` of the forward file before the last):
 
     query_gradient     per block of tokens: dq, and delta_i = g_i . (out_i - mu)
     summary_gradient   per split of the tokens: sums of E g and of E delta (gradients of A and c)
@@ -22,11 +23,27 @@ from kernels.favor_forward import (
     dot,
     head_rows,
     inner,
+    place_of_max,
     rounded,
     rows_per_split,
     sum_of_scalars,
     sum_of_tiles,
 )
+
+
+@inner
+def _query_tile(q, g, w, a, c, offset, delta, direct, through_den, slope, PADDED: tl.constexpr):
+    """Add one tile of features to the sums of a block of tokens."""
+    exponent = dot(q, tl.trans(w), None) * slope - offset[:, None]
+    if PADDED:
+        # Padding has A = c = w = 0; the bound keeps inf from meeting them.
+        exponent = tl.minimum(exponent, 0.0)
+    e = tl.exp2(exponent)
+    u = e * dot(g, tl.trans(a), None)
+    delta += tl.sum(u, 1)
+    direct = dot(rounded(u, w.dtype), w, direct)
+    through_den = dot(rounded(e * c[None, :], w.dtype), w, through_den)
+    return delta, direct, through_den
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_heads", "total"])
@@ -36,7 +53,7 @@ def query_gradient(
     n_tokens, n_heads, total,
     stride_qb, stride_qn, stride_qh, stride_gb, stride_gn, stride_gh, scale, eps,
     M: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
-    TILES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
     PARTS: tl.constexpr, EXACT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of BLOCK_N tokens of one head, and their delta (H, T).
@@ -70,20 +87,23 @@ def query_gradient(
     through_den = tl.zeros([BLOCK_N, K], tl.float32)
     delta = tl.zeros([BLOCK_N], tl.float32)
     summary = bh.to(tl.int64) * WIDTH
-    for tile in range(0, M, BLOCK_M):
+    for tile in range(0, M // BLOCK_M * BLOCK_M if TAIL > 0 else M, BLOCK_M):
         features = tile + tl.arange(0, BLOCK_M)
         w = tl.load(w_ptr + features[:, None] * K + cols[None, :])
         a = tl.load(a_ptr + (summary + features[:, None]) * K + cols[None, :])
         c = tl.load(c_ptr + summary + features)
-        exponent = dot(q, tl.trans(w), None) * slope - offset[:, None]
-        if M % BLOCK_M != 0:
-            # Padding has A = c = w = 0; the bound keeps inf from meeting them.
-            exponent = tl.minimum(exponent, 0.0)
-        e = tl.exp2(exponent)
-        u = e * dot(g, tl.trans(a), None)
-        delta += tl.sum(u, 1)
-        direct = dot(rounded(u, w_ptr.dtype.element_ty), w, direct)
-        through_den = dot(rounded(e * c[None, :], w_ptr.dtype.element_ty), w, through_den)
+        delta, direct, through_den = _query_tile(
+            q, g, w, a, c, offset, delta, direct, through_den, slope,
+            TAIL == 0 and M % BLOCK_M != 0,
+        )  # fmt: skip
+    if TAIL > 0:
+        tail = M // BLOCK_M * BLOCK_M + tl.arange(0, TAIL)
+        w = tl.load(w_ptr + tail[:, None] * K + cols[None, :])
+        a = tl.load(a_ptr + (summary + tail[:, None]) * K + cols[None, :])
+        c = tl.load(c_ptr + summary + tail)
+        delta, direct, through_den = _query_tile(
+            q, g, w, a, c, offset, delta, direct, through_den, slope, M % BLOCK_M != TAIL
+        )
     a_sum = sum_of_tiles(a_sum_ptr, bh, TILES, TILES_PADDED, K)
     c_sum = sum_of_scalars(c_sum_ptr, bh.to(tl.int64) * TILES, TILES, TILES_PADDED)
     g_a = tl.sum(g32 * a_sum[None, :], 1)
@@ -225,14 +245,29 @@ def combine_gradients(
     tl.store(dc_sum_ptr + bh * tiles + tile, tl.sum(dc, 0))
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_heads", "scope_heads"])
+@inner
+def _key_tile(k, centred, w, da, dc, offset, row_sum, dk, dv, slope, PADDED: tl.constexpr):
+    """Add one tile of features to the gradients of a block of tokens."""
+    exponent = dot(k, tl.trans(w), None) * slope - offset[:, None]
+    if PADDED:
+        # Padding has dA = dc = w = 0; the bound keeps inf from meeting them.
+        exponent = tl.minimum(exponent, 0.0)
+    f = tl.exp2(exponent)
+    dv = dot(rounded(f, da.dtype), da, dv)
+    p = f * (dot(centred, tl.trans(da), None) + dc[None, :])
+    row_sum += tl.sum(p, 1)
+    dk = dot(rounded(p, w.dtype), w, dk)
+    return row_sum, dk, dv
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_heads", "scope_heads", "chunks"])
 def key_gradient(
     k_ptr, v_ptr, w_ptr, da_ptr, dc_ptr, da_sum_ptr, dc_sum_ptr, mean_ptr, max_ptr, winner_ptr,
-    cu_seqlens_ptr, dkv_ptr,
-    n_tokens, n_heads, scope_heads,
+    value_ptr, cu_seqlens_ptr, dkv_ptr,
+    n_tokens, n_heads, scope_heads, chunks,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, scale, eps,
     M: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
-    TILES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
     PARTS: tl.constexpr, EXACT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv, side by side, of BLOCK_N tokens of one head.
@@ -262,28 +297,33 @@ def key_gradient(
     dv = tl.zeros([BLOCK_N, K], tl.float32)
     row_sum = tl.zeros([BLOCK_N], tl.float32)
     summary = bh.to(tl.int64) * WIDTH
-    for tile in range(0, M, BLOCK_M):
+    for tile in range(0, M // BLOCK_M * BLOCK_M if TAIL > 0 else M, BLOCK_M):
         features = tile + tl.arange(0, BLOCK_M)
         w = tl.load(w_ptr + features[:, None] * K + cols[None, :])
         da = tl.load(da_ptr + (summary + features[:, None]) * K + cols[None, :])
         dc = tl.load(dc_ptr + summary + features)
-        exponent = dot(k, tl.trans(w), None) * slope - offset[:, None]
-        if M % BLOCK_M != 0:
-            # Padding has dA = dc = w = 0; the bound keeps inf from meeting them.
-            exponent = tl.minimum(exponent, 0.0)
-        f = tl.exp2(exponent)
-        dv = dot(rounded(f, da_ptr.dtype.element_ty), da, dv)
-        p = f * (dot(centred, tl.trans(da), None) + dc[None, :])
-        row_sum += tl.sum(p, 1)
-        dk = dot(rounded(p, w_ptr.dtype.element_ty), w, dk)
+        row_sum, dk, dv = _key_tile(
+            k, centred, w, da, dc, offset, row_sum, dk, dv, slope,
+            TAIL == 0 and M % BLOCK_M != 0,
+        )  # fmt: skip
+    if TAIL > 0:
+        tail = M // BLOCK_M * BLOCK_M + tl.arange(0, TAIL)
+        w = tl.load(w_ptr + tail[:, None] * K + cols[None, :])
+        da = tl.load(da_ptr + (summary + tail[:, None]) * K + cols[None, :])
+        dc = tl.load(dc_ptr + summary + tail)
+        row_sum, dk, dv = _key_tile(
+            k, centred, w, da, dc, offset, row_sum, dk, dv, slope, M % BLOCK_M != TAIL
+        )
     dv += eps * sum_of_tiles(da_sum_ptr, bh, TILES, TILES_PADDED, K)[None, :]
     if EXACT:
         # The maximum of the scope is one entry (token, feature) of one head: its row gets all.
         scope = bh // scope_heads
-        token = tl.load(winner_ptr + scope * 3 + 1) - start
-        feature = tl.load(winner_ptr + scope * 3 + 2)
+        chunk = place_of_max(value_ptr, scope.to(tl.int64) * chunks, chunks, 128)
+        winner = winner_ptr + scope.to(tl.int64) * (2 + chunks)
+        token = tl.load(winner + 2 + chunk) - start
+        feature = tl.load(winner + 1)
         flow = 0.0
-        if tl.load(winner_ptr + scope * 3) == bh:
+        if tl.load(winner) == bh:
             first_sum = scope.to(tl.int64) * scope_heads * TILES
             flow = -eps * n * sum_of_scalars(dc_sum_ptr, first_sum, scope_heads * TILES, 128)
         w_max = tl.load(w_ptr + feature * K + cols).to(tl.float32)

@@ -6,8 +6,9 @@ The formulas are those of `kernels/reference.py`. Exponents are in base 2: `slop
 
     key_pass       per split of the tokens: sums of F and of F v with running maxima per feature
     combine_keys   the splits, brought to the common maximum: A, c and their sums
-    find_key_max   which head, token and feature attain that maximum (exact gradients only)
     query_pass     per block of tokens: the output, with a running maximum over tiles of features
+    find_key_max   which head, token and feature attain the key maximum; the backward pass of exact
+                   gradients alone asks for it
 
 Every sum has a fixed order, and the number of splits depends on the number of heads alone: the same
 cell gives the same bits alone, in a batch and packed with others.
@@ -262,7 +263,7 @@ def combine_keys(
 
 
 @triton.jit
-def _argmax(ptr, first, count, BLOCK: tl.constexpr):
+def place_of_max(ptr, first, count, BLOCK: tl.constexpr):
     """Return the index, from `first`, of the largest of `count` floats; the first one of equals."""
     best = tl.full([], LOWEST * 2, tl.float32)
     index = tl.zeros([], tl.int32)
@@ -277,45 +278,69 @@ def _argmax(ptr, first, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tokens", "n_heads", "splits", "parts", "scope_heads"])
 def find_key_max(
-    k_ptr, w_ptr, top_ptr, peak_ptr, cu_seqlens_ptr, winner_ptr,
+    k_ptr, w_ptr, top_ptr, peak_ptr, cu_seqlens_ptr, winner_ptr, value_ptr,
     n_tokens, n_heads, splits, parts, scope_heads, stride_kb, stride_kn, stride_kh,
     K: tl.constexpr, PARTIAL_WIDTH: tl.constexpr, SPLIT_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Find the entry that attains the maximum: writes (bh, token, feature) int32 per scope.
+    """Find the entry that attains the maximum: int32 per scope bh, feature, and a token a chunk.
 
-    Grid (scopes,). The winning program is in its maxima, the feature in that split's, and one scan
-    of the split finds the token. SPLIT_ROWS is the BLOCK_N of `key_pass`.
+    Grid (scopes, chunks). The winning split is in the maxima of the programs of `key_pass`, the
+    feature in those of that split, and each chunk looks at BLOCK_N tokens of it for the highest
+    value (float32) and its token: `key_gradient` takes the first of the highest. SPLIT_ROWS is the
+    BLOCK_N of `key_pass`. Of a cell without tokens nothing is read, and nothing written.
     """
-    scope = tl.program_id(0).to(tl.int64)
+    scope, chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    _, n = cell_rows(cu_seqlens_ptr, tl.program_id(0) * scope_heads // n_heads, n_tokens, VARLEN)
+    if n == 0:
+        return
     programs = splits * parts
-    best = _argmax(top_ptr, scope * scope_heads * programs, scope_heads * programs, 128)
+    best = place_of_max(top_ptr, scope * scope_heads * programs, scope_heads * programs, 128)
     bh = scope.to(tl.int32) * scope_heads + best // programs
     split = best % programs // parts
     program = bh.to(tl.int64) * splits + split
-    feature = _argmax(peak_ptr, program * PARTIAL_WIDTH, PARTIAL_WIDTH, 128)
+    feature = place_of_max(peak_ptr, program * PARTIAL_WIDTH, PARTIAL_WIDTH, 128)
     b, h = bh // n_heads, bh % n_heads
     first, n = cell_rows(cu_seqlens_ptr, b, n_tokens, VARLEN)
     per_split = rows_per_split(n, splits, SPLIT_ROWS)
-    lo = split * per_split
-    hi = tl.minimum(n, lo + per_split)
+    lo = split * per_split + chunk * BLOCK_N
+    hi = tl.minimum(n, (split + 1) * per_split)
     cols, rows = tl.arange(0, K), tl.arange(0, BLOCK_N)
+    inside = rows < hi - lo
     k_rows = head_rows(k_ptr, b, h, first, stride_kb, stride_kn, stride_kh, VARLEN)
     k_rows += lo.to(tl.int64) * stride_kn
     w = tl.load(w_ptr + feature * K + cols).to(tl.float32)
-    top = tl.full([], LOWEST, tl.float32)
-    token = lo
-    for start in range(lo, hi, BLOCK_N):
-        inside = rows < hi - start
-        k = tl.load(k_rows + rows[:, None] * stride_kn + cols[None, :], mask=inside[:, None])
-        y = tl.where(inside, tl.sum(k.to(tl.float32) * w[None, :], 1), LOWEST)
-        value, where = tl.max(y, 0, return_indices=True)
-        token = tl.where(value > top, start + where, token)
-        top = tl.maximum(top, value)
-        k_rows += BLOCK_N * stride_kn
-    tl.store(winner_ptr + scope * 3, bh)
-    tl.store(winner_ptr + scope * 3 + 1, token)
-    tl.store(winner_ptr + scope * 3 + 2, feature)
+    k = tl.load(k_rows + rows[:, None] * stride_kn + cols[None, :], mask=inside[:, None], other=0.0)
+    y = tl.where(inside, tl.sum(k.to(tl.float32) * w[None, :], 1), LOWEST)
+    value, where = tl.max(y, 0, return_indices=True)
+    winner = winner_ptr + scope * (2 + chunks)
+    tl.store(value_ptr + scope * chunks + chunk, value)
+    tl.store(winner + 2 + chunk, lo + where)
+    if chunk == 0:
+        tl.store(winner, bh)
+        tl.store(winner + 1, feature)
+
+
+@inner
+def _query_tile(
+    q, w, a, c, first, features, top, den, num, arg, slope,
+    M: tl.constexpr, RAGGED: tl.constexpr, FIND: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of features to the sums of a block of tokens; features from M on are padding."""
+    x = dot(q, tl.trans(w), None)
+    if RAGGED:
+        x = tl.where((features < M)[None, :], x, LOWEST)
+    if FIND:
+        tile_top, where = tl.max(x, 1, return_indices=True)
+        arg = tl.where(tile_top > top, first + where, arg)
+    else:
+        tile_top = tl.max(x, 1)
+    new_top = tl.maximum(top, tile_top)
+    decay = tl.exp2((top - new_top) * slope)
+    e = tl.exp2(x * slope - (new_top * slope)[:, None])
+    den = den * decay + tl.sum(e * c[None, :], 1)
+    num = dot(rounded(e, a.dtype), a, num * decay[:, None])
+    return new_top, den, num, arg
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_heads", "total"])
@@ -324,12 +349,13 @@ def query_pass(
     out_ptr, rows_ptr, arg_ptr,
     n_tokens, n_heads, total, stride_qb, stride_qn, stride_qh, scale, eps,
     M: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
-    TILES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
     SAVE: tl.constexpr, EXACT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Compute the output of BLOCK_N tokens of one head; shaped like flash attention over features.
 
-    Grid (BH, blocks of tokens): neighbouring programs read neighbouring heads. The squared norm is
+    Grid (BH, blocks of tokens): neighbouring programs read neighbouring heads. What whole tiles of
+    BLOCK_M features leave goes into one of TAIL, or into a last whole one. The squared norm is
     common to a row of E, so it is applied once, at the end. Writes the output (T, H, K); if SAVE,
     exponent offset and denominator (2, H, T); if EXACT also, the feature of each row's maximum.
     """
@@ -350,25 +376,24 @@ def query_pass(
     num = tl.zeros([BLOCK_N, K], tl.float32)
     arg = tl.zeros([BLOCK_N], tl.int32)
     summary = bh.to(tl.int64) * WIDTH
-    for tile in range(0, M, BLOCK_M):
+    for tile in range(0, M // BLOCK_M * BLOCK_M if TAIL > 0 else M, BLOCK_M):
         features = tile + tl.arange(0, BLOCK_M)
         w = tl.load(w_ptr + features[:, None] * K + cols[None, :])
         a = tl.load(a_ptr + (summary + features[:, None]) * K + cols[None, :])
         c = tl.load(c_ptr + summary + features)
-        x = dot(q, tl.trans(w), None)
-        if M % BLOCK_M != 0:
-            x = tl.where((features < M)[None, :], x, LOWEST)
-        if SAVE and EXACT:
-            tile_top, where = tl.max(x, 1, return_indices=True)
-            arg = tl.where(tile_top > top, tile + where, arg)
-        else:
-            tile_top = tl.max(x, 1)
-        new_top = tl.maximum(top, tile_top)
-        decay = tl.exp2((top - new_top) * slope)
-        e = tl.exp2(x * slope - (new_top * slope)[:, None])
-        den = den * decay + tl.sum(e * c[None, :], 1)
-        num = dot(rounded(e, a_ptr.dtype.element_ty), a, num * decay[:, None])
-        top = new_top
+        top, den, num, arg = _query_tile(
+            q, w, a, c, tile, features, top, den, num, arg, slope,
+            M, TAIL == 0 and M % BLOCK_M != 0, SAVE and EXACT,
+        )  # fmt: skip
+    if TAIL > 0:
+        tail = M // BLOCK_M * BLOCK_M + tl.arange(0, TAIL)
+        w = tl.load(w_ptr + tail[:, None] * K + cols[None, :])
+        a = tl.load(a_ptr + (summary + tail[:, None]) * K + cols[None, :])
+        c = tl.load(c_ptr + summary + tail)
+        top, den, num, arg = _query_tile(
+            q, w, a, c, M // BLOCK_M * BLOCK_M, tail, top, den, num, arg, slope,
+            M, M % BLOCK_M != TAIL, SAVE and EXACT,
+        )  # fmt: skip
     q32 = q.to(tl.float32)
     norm = tl.sum(q32 * q32, 1) * (0.5 * scale * slope)
     common = tl.exp2(-norm)
@@ -376,7 +401,9 @@ def query_pass(
     c_sum = sum_of_scalars(c_sum_ptr, bh.to(tl.int64) * TILES, TILES, TILES_PADDED)
     den = den * common + eps * c_sum
     mean = tl.load(mean_ptr + bh * K + cols)
-    out = mean[None, :] + (num * common[:, None] + eps * a_sum[None, :]) / den[:, None]
+    inverse = 1.0 / den
+    out = mean[None, :] + num * (common * inverse)[:, None]
+    out += inverse[:, None] * (eps * a_sum)[None, :]
     out_rows = out_ptr + ((first + start) * n_heads + h) * K
     tl.store(
         out_rows + rows[:, None] * (n_heads * K) + cols[None, :],

@@ -2,14 +2,14 @@
 
 `forward` and `backward` are plain functions on tensors; `kernels/favor_attention.py` makes an
 operator of them. A `Residuals` is kept between the two passes; all other workspaces are freed at
-once. Block sizes were chosen from the compiled code (no spilled registers, wgmma on sm_90).
+once. Block sizes are those of `kernels/favor_plan.py`.
 
 Shapes as in `kernels/favor_forward.py`; WIDTH is M padded to whole tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,38 +23,13 @@ from kernels.favor_backward import (
     summary_gradient,
 )
 from kernels.favor_forward import combine_keys, find_key_max, key_pass, query_pass
+from kernels.favor_plan import Block, Plan, padded, power_of_two, splits, tiles
 
 Launcher = Callable[..., Any]
 _TILE = 32
 """Features per program of the kernels that combine splits."""
-_PROGRAMS = 128
-"""Programs per cell that `splits` aims at: just under the 132 processors of an H100 or H200."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """What one program of a kernel works on, and with what."""
-
-    rows: int
-    """Tokens per tile."""
-    features: int
-    """Features per tile."""
-    tail: int = 0
-    """Further features of the same program (`key_pass`, `summary_gradient`)."""
-    warps: int = 4
-    stages: int = 3
-    """Depth of the software pipeline."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Block sizes of the kernels."""
-
-    key_pass: Block
-    query_pass: Block
-    query_gradient: Block
-    summary_gradient: Block
-    key_gradient: Block
+_PARTIAL_BYTES = 36 * 2**20
+"""Partial sums in work at a time: the second-level cache of an H100 has 50 MB."""
 
 
 class Residuals(NamedTuple):
@@ -64,8 +39,11 @@ class Residuals(NamedTuple):
     """Exponent offset and denominator of every query, float32 (2, H, T)."""
     arg: Tensor
     """Feature of every query's maximum, int16 (H, T); empty for detached maxima."""
-    winner: Tensor
-    """Entry of the key maximum, int32 (scopes, 3): head, token, feature; empty when detached."""
+    peak: Tensor
+    """Maximum of each feature in each split of the keys, float32 (BH, splits, partial width); empty
+    when detached."""
+    tops: Tensor
+    """Maximum of each program over the keys, float32 (BH, splits, parts); empty when detached."""
     w: Tensor
     """Random features in the dtype of the inputs, zero-padded (WIDTH, K)."""
     a: Tensor
@@ -97,73 +75,6 @@ class Setting:
     """Queries of the cell with most; None: as many as keys."""
 
 
-def splits(n_heads: int) -> int:
-    """Return over how many programs the tokens of a head are split.
-
-    A function of the heads alone, so that a cell's bits do not depend on its batch or on the GPU.
-    """
-    return max(1, min(16, _PROGRAMS // n_heads))
-
-
-def feature_split(m: int, largest: int, tails: tuple[int, ...] = (0, 16, 32)) -> tuple[int, int]:
-    """Return (main, tail), powers of two or 0: the cheapest cover of M features by equal programs.
-
-    Args:
-        m: Number of features M.
-        largest: Largest main block.
-        tails: Allowed sizes of the tail, which runs off the wide tensor-core path.
-    """
-    mains = [2**i for i in range(4, largest.bit_length())]
-    options = [(main, tail) for main in mains for tail in tails if tail < main]
-
-    def cost(option: tuple[int, int]) -> tuple[float, int]:
-        programs = _tiles(m, sum(option))
-        # Every program reads all tokens, which costs about as much as 64 features.
-        return programs * (option[0] + 1.5 * option[1] + 64), programs
-
-    return min(options, key=cost)
-
-
-def default_plan(m: int, head_width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Plan:
-    """Return the block sizes for a size, dtype and GPU generation.
-
-    Args:
-        m: Number of features M.
-        head_width: K.
-        dtype: bfloat16 or float32.
-        capability: CUDA compute capability.
-    """
-    if dtype == torch.float32:
-        main, tail = feature_split(m, 64, tails=(0,))
-        wide = Block(rows=32, features=main, tail=tail, warps=4, stages=2)
-        small = Block(rows=32, features=32, warps=4, stages=2)
-        return Plan(
-            key_pass=wide,
-            query_pass=small,
-            query_gradient=small,
-            summary_gradient=wide,
-            key_gradient=small,
-        )
-    hopper = capability >= (9, 0)
-    # Before Hopper the accumulators of 256 features and of a tail do not fit in the registers.
-    tails = (0, 16, 32) if hopper else (0,)
-    main, tail = feature_split(m, 256 if head_width <= 64 else 128, tails)
-    warps = 8 if main * head_width > 64 * 64 else 4
-    row_warps = 4 if head_width <= 64 else 8
-    tile = 64 if hopper and m % 64 == 0 else 32
-    stages = 3 if hopper else 2
-    rows = 64 if hopper else 32
-    return Plan(
-        key_pass=Block(rows=rows, features=main, tail=tail, warps=warps, stages=stages),
-        query_pass=Block(rows=64, features=tile, warps=row_warps, stages=stages),
-        query_gradient=Block(rows=64, features=32, warps=row_warps, stages=stages),
-        summary_gradient=Block(
-            rows=rows if tail == 0 else 32, features=main, tail=tail, warps=warps, stages=2
-        ),
-        key_gradient=Block(rows=64, features=32, warps=row_warps, stages=stages),
-    )
-
-
 def launch(kernel: Any, grid: tuple[int, ...], block: Block, **arguments: Any) -> Any:
     """Run a kernel; returns its compiled form."""
     options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
@@ -181,7 +92,7 @@ def forward(
     *,
     save: bool,
     query_cu_seqlens: Tensor | None = None,
-    run: Launcher = launch,
+    run: Launcher | None = launch,
 ) -> tuple[Tensor, Residuals]:
     """Compute attention, and what its backward pass needs.
 
@@ -195,66 +106,67 @@ def forward(
         plan: Block sizes.
         save: Whether a backward pass follows; if not, the per-query residuals are empty.
         query_cu_seqlens: Where each cell's queries start and end; None: as its keys.
-        run: Runs a kernel (`launch`), or looks at its call.
+        run: Runs a kernel (`launch`), or looks at its call; None: only the results are allocated.
 
     Returns:
         The output, contiguous, and the residuals.
     """
     sizes = _Sizes.of(q, k, features.shape[0], cu_seqlens, setting)
     block, m, bh = plan.key_pass, sizes.m, sizes.bh
-    parts = _tiles(m, block.features + block.tail)
+    parts = tiles(m, block.features + block.tail)
     partial = parts * (block.features + block.tail)
-    tiles = [plan.query_pass, plan.query_gradient, plan.key_gradient]
     other = plan.summary_gradient.features + plan.summary_gradient.tail
-    reach = max(partial, _padded(m, other), *(_padded(m, t.features) for t in tiles))
-    width = _padded(reach, _TILE)
+    walks = [plan.query_pass, plan.query_gradient, plan.key_gradient]
+    width = padded(max(partial, padded(m, other), *(t.reach(m) for t in walks)), _TILE)
+    n_tiles, n_splits = width // _TILE, splits(sizes.heads)
     w = _padded_features(features, width, q.dtype)
-    n_splits = splits(sizes.heads)
-    sums = _f32(q, bh, n_splits, partial, sizes.k)
-    z, peak = _f32(q, bh, n_splits, partial), _f32(q, bh, n_splits, partial)
-    top, v_sum = _f32(q, bh, n_splits, parts), _f32(q, bh, n_splits, sizes.k)
-    of_keys, of_queries = sizes.cells(cu_seqlens, query_cu_seqlens)
-    varlen = cu_seqlens is not None
-    scale = sizes.k**-0.25
-    run(
-        key_pass, (bh, n_splits, parts), block, k_ptr=k, v_ptr=v, w_ptr=w, **of_keys,
-        sums_ptr=sums, z_ptr=z, peak_ptr=peak, top_ptr=top, v_sum_ptr=v_sum,
-        **_strides(k=k, v=v), scale=scale, M=m, K=sizes.k, MAIN=block.features, TAIL=block.tail,
-        BLOCK_N=block.rows, VARLEN=varlen,
-    )  # fmt: skip
-    n_tiles = width // _TILE
+    kept = save and setting.exact
+    peak, tops = _f32(q, bh, n_splits, partial), _f32(q, bh, n_splits, parts)
+    of_peaks = (peak, tops) if kept else (_f32(q, 0), _f32(q, 0))
     a = torch.empty(bh, width, sizes.k, dtype=q.dtype, device=q.device)
     c, a_sum, c_sum = _f32(q, bh, width), _f32(q, bh, n_tiles, sizes.k), _f32(q, bh, n_tiles)
     mean, largest = _f32(q, bh, sizes.k), _f32(q, bh)
-    scope = {"splits": n_splits, "parts": parts, "scope_heads": sizes.scope_heads}
-    run(
-        combine_keys, (bh, n_tiles), _COMBINE, sums_ptr=sums, z_ptr=z, peak_ptr=peak, top_ptr=top,
-        v_sum_ptr=v_sum, **of_keys, a_ptr=a, c_ptr=c, mean_ptr=mean, max_ptr=largest,
-        a_sum_ptr=a_sum, c_sum_ptr=c_sum, **scope, eps=setting.eps, M=m, K=sizes.k, WIDTH=width,
-        PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows, BLOCK_M=_TILE, VARLEN=varlen,
-    )  # fmt: skip
-    kept = save and setting.exact
-    scopes = bh // sizes.scope_heads if kept else 0
-    winner = torch.empty(scopes, 3, dtype=torch.int32, device=q.device)
-    if kept:
-        run(
-            find_key_max, (scopes,), _SCAN, k_ptr=k, w_ptr=w, top_ptr=top,
-            peak_ptr=peak, **of_keys, winner_ptr=winner, **scope, **_strides(k=k), K=sizes.k,
-            PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows, BLOCK_N=_SCAN.rows, VARLEN=varlen,
-        )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = _f32(q, 2, sizes.heads, sizes.total if save else 0)
     arg = torch.empty(sizes.heads, sizes.total if kept else 0, dtype=torch.int16, device=q.device)
+    residuals = Residuals(rows, arg, *of_peaks, w, a, c, a_sum, c_sum, mean, largest)
+    if run is None:
+        return out, residuals
+    scale, varlen = sizes.k**-0.25, cu_seqlens is not None
+    shared = {"K": sizes.k, "VARLEN": varlen}
+    for cells, some in sizes.groups(4 * partial * n_splits * (sizes.k + 1)):
+        given = {"k": k if varlen else k[cells], "v": v if varlen else v[cells]}
+        ends = None if cu_seqlens is None else cu_seqlens[cells.start : cells.stop + 1]
+        here, n_here = sizes.where(ends, sizes.n), some.stop - some.start
+        sums, z = _f32(q, n_here, n_splits, partial, sizes.k), _f32(q, n_here, n_splits, partial)
+        v_sum = _f32(q, n_here, n_splits, sizes.k)
+        sums_of = {"sums_ptr": sums, "z_ptr": z, "v_sum_ptr": v_sum}
+        sums_of |= {"peak_ptr": peak[some], "top_ptr": tops[some]}
+        run(
+            key_pass, (n_here, n_splits, parts), block, k_ptr=given["k"], v_ptr=given["v"], w_ptr=w,
+            **here, **sums_of, **_strides(**given), scale=scale, M=m, MAIN=block.features,
+            TAIL=block.tail, BLOCK_N=block.rows, **shared,
+        )  # fmt: skip
+        run(
+            combine_keys, (n_here, n_tiles), _COMBINE, **sums_of, **here, a_ptr=a[some],
+            c_ptr=c[some], mean_ptr=mean[some], max_ptr=largest[some], a_sum_ptr=a_sum[some],
+            c_sum_ptr=c_sum[some], splits=n_splits, parts=parts, scope_heads=sizes.scope_heads,
+            eps=setting.eps, M=m, WIDTH=width, PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows,
+            BLOCK_M=_TILE, **shared,
+        )  # fmt: skip
+    queries = sizes.where(
+        cu_seqlens if query_cu_seqlens is None else query_cu_seqlens, sizes.n_queries
+    )
     block = plan.query_pass
     run(
-        query_pass, (bh, _tiles(sizes.queries, block.rows)), block, q_ptr=q, w_ptr=w, a_ptr=a,
-        c_ptr=c, mean_ptr=mean, a_sum_ptr=a_sum, c_sum_ptr=c_sum, **of_queries, out_ptr=out,
+        query_pass, (bh, tiles(sizes.queries, block.rows)), block, q_ptr=q, w_ptr=w, a_ptr=a,
+        c_ptr=c, mean_ptr=mean, a_sum_ptr=a_sum, c_sum_ptr=c_sum, **queries, out_ptr=out,
         rows_ptr=rows, arg_ptr=arg, total=sizes.total, **_strides(q=q), scale=scale,
         eps=setting.eps, M=m, K=sizes.k, WIDTH=width, TILES=n_tiles,
-        TILES_PADDED=_power_of_two(n_tiles), BLOCK_N=block.rows, BLOCK_M=block.features,
-        SAVE=save, EXACT=setting.exact, VARLEN=varlen,
+        TILES_PADDED=power_of_two(n_tiles), BLOCK_N=block.rows, BLOCK_M=block.features,
+        TAIL=block.tail, SAVE=save, EXACT=setting.exact, VARLEN=varlen,
     )  # fmt: skip
-    return out, Residuals(rows, arg, winner, w, a, c, a_sum, c_sum, mean, largest)
+    return out, residuals
 
 
 def backward(
@@ -270,7 +182,7 @@ def backward(
     *,
     query_cu_seqlens: Tensor | None = None,
     apart: bool = False,
-    run: Launcher = launch,
+    run: Launcher | None = launch,
 ) -> list[Tensor]:
     """Compute the gradients of q, k and v.
 
@@ -293,57 +205,119 @@ def backward(
         like q, and (B, N, 2, H, K), or (T, 2, H, K).
     """
     sizes = _Sizes.of(q, k, n_features, cu_seqlens, setting)
-    saved, m, bh = residuals, sizes.m, sizes.bh
-    width, n_tiles = saved.c.shape[1], saved.c_sum.shape[1]
-    of_keys, of_queries = sizes.cells(cu_seqlens, query_cu_seqlens)
-    of_sums = {"WIDTH": width, "TILES": n_tiles, "TILES_PADDED": _power_of_two(n_tiles)}
-    varlen = cu_seqlens is not None
-    scale = sizes.k**-0.25
     head = q.shape[-2:]
     shapes = [q.shape, (*k.shape[:-2], 2, *head)] if apart else [(*q.shape[:-2], 3, *head)]
     gradients = [torch.empty(s, dtype=q.dtype, device=q.device) for s in shapes]
+    if run is None:
+        return gradients
     dq, dkv = gradients if apart else (gradients[0], gradients[0].select(-3, 1))
+    query_ends = cu_seqlens if query_cu_seqlens is None else query_cu_seqlens
+    of_keys, of_queries = sizes.where(cu_seqlens, sizes.n), sizes.where(query_ends, sizes.n_queries)
+    saved, width, n_tiles = residuals, residuals.c.shape[1], residuals.c_sum.shape[1]
+    of_sums = {"WIDTH": width, "TILES": n_tiles, "TILES_PADDED": power_of_two(n_tiles)}
+    shared = {"M": sizes.m, "K": sizes.k, "VARLEN": cu_seqlens is not None}
+    scale = sizes.k**-0.25
     delta = _f32(q, sizes.heads, sizes.total)
     block = plan.query_gradient
     run(
-        query_gradient, (bh, _tiles(sizes.queries, block.rows)), block, q_ptr=q, grad_ptr=grad,
-        w_ptr=saved.w, a_ptr=saved.a, c_ptr=saved.c, a_sum_ptr=saved.a_sum, c_sum_ptr=saved.c_sum,
-        rows_ptr=saved.rows, arg_ptr=saved.arg, **of_queries, dq_ptr=dq, delta_ptr=delta,
-        total=sizes.total, **_strides(q=q, g=grad), scale=scale, eps=setting.eps, M=m, K=sizes.k,
-        **of_sums, BLOCK_N=block.rows, BLOCK_M=block.features, PARTS=1 if apart else 3,
-        EXACT=setting.exact, VARLEN=varlen,
+        query_gradient, (sizes.bh, tiles(sizes.queries, block.rows)), block, q_ptr=q,
+        grad_ptr=grad, w_ptr=saved.w, a_ptr=saved.a, c_ptr=saved.c, a_sum_ptr=saved.a_sum,
+        c_sum_ptr=saved.c_sum, rows_ptr=saved.rows, arg_ptr=saved.arg, **of_queries, dq_ptr=dq,
+        delta_ptr=delta, total=sizes.total, **_strides(q=q, g=grad), scale=scale, eps=setting.eps,
+        **of_sums, BLOCK_N=block.rows, BLOCK_M=block.features, TAIL=block.tail,
+        PARTS=1 if apart else 3, EXACT=setting.exact, **shared,
     )  # fmt: skip
-    block = plan.summary_gradient
-    parts = _tiles(m, block.features + block.tail)
-    partial = parts * (block.features + block.tail)
-    n_splits = splits(sizes.heads)
-    da_part, dc_part = _f32(q, bh, n_splits, partial, sizes.k), _f32(q, bh, n_splits, partial)
-    g_sum, delta_sum = _f32(q, bh, n_splits, sizes.k), _f32(q, bh, n_splits)
-    run(
-        summary_gradient, (bh, n_splits, parts), block, q_ptr=q, grad_ptr=grad, w_ptr=saved.w,
-        rows_ptr=saved.rows, delta_ptr=delta, **of_queries, da_ptr=da_part, dc_ptr=dc_part,
-        g_sum_ptr=g_sum, delta_sum_ptr=delta_sum, total=sizes.total, **_strides(q=q, g=grad),
-        scale=scale, K=sizes.k, MAIN=block.features, TAIL=block.tail, BLOCK_N=block.rows,
-        VARLEN=varlen,
-    )  # fmt: skip
-    da, dc = torch.empty_like(saved.a), torch.empty_like(saved.c)
-    da_sum, dc_sum = torch.empty_like(saved.a_sum), torch.empty_like(saved.c_sum)
-    run(
-        combine_gradients, (bh, n_tiles), _COMBINE, da_part_ptr=da_part, dc_part_ptr=dc_part,
-        g_sum_ptr=g_sum, delta_sum_ptr=delta_sum, da_ptr=da, dc_ptr=dc, da_sum_ptr=da_sum,
-        dc_sum_ptr=dc_sum, **of_queries, splits=n_splits, eps=setting.eps, M=m, K=sizes.k,
-        WIDTH=width, PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows, BLOCK_M=_TILE, VARLEN=varlen,
-    )  # fmt: skip
+    da, dc, da_sum, dc_sum = _summary_gradients(
+        q, grad, query_ends, delta, saved, sizes, setting, plan, run
+    )
+    found = _key_max(k, cu_seqlens, saved, sizes, plan, run) if setting.exact else {
+        "winner_ptr": saved.peak, "value_ptr": saved.tops, "chunks": 0,
+    }  # fmt: skip
     block = plan.key_gradient
     run(
-        key_gradient, (bh, _tiles(sizes.longest, block.rows)), block, k_ptr=k, v_ptr=v,
+        key_gradient, (sizes.bh, tiles(sizes.longest, block.rows)), block, k_ptr=k, v_ptr=v,
         w_ptr=saved.w, da_ptr=da, dc_ptr=dc, da_sum_ptr=da_sum, dc_sum_ptr=dc_sum,
-        mean_ptr=saved.mean, max_ptr=saved.top, winner_ptr=saved.winner, **of_keys, dkv_ptr=dkv,
-        scope_heads=sizes.scope_heads, **_strides(k=k, v=v), scale=scale, eps=setting.eps, M=m,
-        K=sizes.k, **of_sums, BLOCK_N=block.rows, BLOCK_M=block.features, PARTS=2 if apart else 3,
-        EXACT=setting.exact, VARLEN=varlen,
+        mean_ptr=saved.mean, max_ptr=saved.top, **found, **of_keys, dkv_ptr=dkv,
+        scope_heads=sizes.scope_heads, **_strides(k=k, v=v), scale=scale, eps=setting.eps,
+        **of_sums, BLOCK_N=block.rows, BLOCK_M=block.features, TAIL=block.tail,
+        PARTS=2 if apart else 3, EXACT=setting.exact, **shared,
     )  # fmt: skip
     return gradients
+
+
+def _summary_gradients(
+    q: Tensor,
+    grad: Tensor,
+    query_ends: Tensor | None,
+    delta: Tensor,
+    saved: Residuals,
+    sizes: _Sizes,
+    setting: Setting,
+    plan: Plan,
+    run: Launcher,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of A and c, and their sums over tiles of features."""
+    found = tuple(torch.empty_like(t) for t in (saved.a, saved.c, saved.a_sum, saved.c_sum))
+    block, width, n_tiles = plan.summary_gradient, saved.c.shape[1], saved.c_sum.shape[1]
+    parts = tiles(sizes.m, block.features + block.tail)
+    partial = parts * (block.features + block.tail)
+    n_splits = splits(sizes.heads)
+    varlen = query_ends is not None
+    shared = {"K": sizes.k, "VARLEN": varlen}
+    for cells, some in sizes.groups(4 * partial * n_splits * (sizes.k + 1)):
+        ends = None if query_ends is None else query_ends[cells.start : cells.stop + 1]
+        here, n_here = sizes.where(ends, sizes.n_queries), some.stop - some.start
+        given = {"q": q if varlen else q[cells], "g": grad if varlen else grad[cells]}
+        # Of packed cells every place counts from the start of the axis.
+        first = 0 if varlen else cells.start * sizes.n_queries
+        parts_of = {
+            "da": _f32(q, n_here, n_splits, partial, sizes.k),
+            "dc": _f32(q, n_here, n_splits, partial),
+        }
+        sums = {
+            "g_sum_ptr": _f32(q, n_here, n_splits, sizes.k),
+            "delta_sum_ptr": _f32(q, n_here, n_splits),
+        }
+        run(
+            summary_gradient, (n_here, n_splits, parts), block, q_ptr=given["q"],
+            grad_ptr=given["g"], w_ptr=saved.w, rows_ptr=saved.rows[:, :, first:],
+            delta_ptr=delta[:, first:], **here, da_ptr=parts_of["da"], dc_ptr=parts_of["dc"],
+            **sums, total=sizes.total, **_strides(**given), scale=sizes.k**-0.25,
+            MAIN=block.features, TAIL=block.tail, BLOCK_N=block.rows, **shared,
+        )  # fmt: skip
+        da, dc, da_sum, dc_sum = (t[some] for t in found)
+        run(
+            combine_gradients, (n_here, n_tiles), _COMBINE, da_part_ptr=parts_of["da"],
+            dc_part_ptr=parts_of["dc"], **sums, da_ptr=da, dc_ptr=dc, da_sum_ptr=da_sum,
+            dc_sum_ptr=dc_sum, **here, splits=n_splits, eps=setting.eps, M=sizes.m, WIDTH=width,
+            PARTIAL_WIDTH=partial, SPLIT_ROWS=block.rows, BLOCK_M=_TILE, **shared,
+        )  # fmt: skip
+    return found  # type: ignore[return-value]
+
+
+def _key_max(
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    saved: Residuals,
+    sizes: _Sizes,
+    plan: Plan,
+    run: Launcher,
+) -> dict[str, Any]:
+    """Return the entry of each scope's key maximum, as `key_gradient` takes it."""
+    n_splits, block = splits(sizes.heads), plan.key_pass
+    # A split's tokens, in whole tiles of the key pass.
+    in_split = padded(max(1, tiles(sizes.longest, n_splits)), block.rows)
+    chunks, scopes = tiles(in_split, _SCAN.rows), sizes.bh // sizes.scope_heads
+    winner = torch.empty(scopes, 2 + chunks, dtype=torch.int32, device=k.device)
+    value = _f32(k, scopes, chunks)
+    run(
+        find_key_max, (scopes, chunks), _SCAN, k_ptr=k, w_ptr=saved.w, top_ptr=saved.tops,
+        peak_ptr=saved.peak, **sizes.where(cu_seqlens, sizes.n), winner_ptr=winner,
+        value_ptr=value, splits=n_splits, parts=saved.tops.shape[2], scope_heads=sizes.scope_heads,
+        **_strides(k=k), K=sizes.k, PARTIAL_WIDTH=saved.peak.shape[2], SPLIT_ROWS=block.rows,
+        BLOCK_N=_SCAN.rows, VARLEN=cu_seqlens is not None,
+    )  # fmt: skip
+    return {"winner_ptr": winner, "value_ptr": value, "chunks": chunks}
 
 
 _COMBINE = Block(rows=0, features=_TILE, warps=4, stages=1)
@@ -390,15 +364,22 @@ class _Sizes:
             scope_heads=1 if setting.per_head else heads,
         )
 
-    def cells(
-        self, cu_seqlens: Tensor | None, query_cu_seqlens: Tensor | None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what tells a kernel over keys, and one over queries, where its cells lie."""
-        query_ends = cu_seqlens if query_cu_seqlens is None else query_cu_seqlens
-        return (
-            {"cu_seqlens_ptr": cu_seqlens, "n_tokens": self.n, "n_heads": self.heads},
-            {"cu_seqlens_ptr": query_ends, "n_tokens": self.n_queries, "n_heads": self.heads},
-        )
+    def where(self, ends: Tensor | None, n_tokens: int) -> dict[str, Any]:
+        """Return what tells a kernel where its cells lie."""
+        return {"cu_seqlens_ptr": ends, "n_tokens": n_tokens, "n_heads": self.heads}
+
+    def groups(self, head_bytes: int) -> Iterator[tuple[slice, slice]]:
+        """Yield slices of the cells, and of their heads, whose partial sums are summed together.
+
+        What one head's splits leave takes `head_bytes`: in a large batch that of all cells would
+        not stay in the second-level cache. Slices begin at multiples of four cells, so that what
+        they begin with is aligned to 16 bytes; a cell's bits do not depend on its group.
+        """
+        cells = self.bh // self.heads
+        size = max(4, _PARTIAL_BYTES // (head_bytes * self.heads) // 4 * 4)
+        for first in range(0, cells, size):
+            last = min(first + size, cells)
+            yield slice(first, last), slice(first * self.heads, last * self.heads)
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
@@ -421,15 +402,3 @@ def _padded_features(features: Tensor, width: int, dtype: torch.dtype) -> Tensor
 
 def _f32(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _tiles(n: int, size: int) -> int:
-    return -(-n // size)
-
-
-def _padded(n: int, multiple: int) -> int:
-    return _tiles(n, multiple) * multiple
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

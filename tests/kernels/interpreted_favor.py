@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+from kernels import favor_launch
 from kernels.favor_attention import favor_attention, favor_attention_kv, favor_attention_packed
-from kernels.favor_launch import Block, Plan, Setting, backward, forward
+from kernels.favor_launch import Setting, backward, forward
+from kernels.favor_plan import Block, Plan, default_plan
 from kernels.reference import favor_attention_oracle, random_features
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
@@ -324,3 +326,37 @@ def test_compiles_to_one_graph():
     out.backward(grad)
     assert torch.equal(out, expected[0])
     assert torch.equal(leaf.grad, 2 * expected[1])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_groups_of_cells_do_not_change_the_bits(packed, monkeypatch):
+    """Partial sums are kept for four cells at a time here: nine cells take three groups."""
+    qkv, w, grad = make(b=9, n=17, m=20, k=16, h=1)
+    options = {}
+    if packed:
+        qkv, grad = qkv.flatten(0, 1), grad.flatten(0, 1)
+        ends = [0, 40, 40, 41, 60, 77, 78, 110, 120, 153]
+        options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
+    together = kernels(qkv, w, grad, **options)
+    monkeypatch.setattr(favor_launch, "_PARTIAL_BYTES", 1)
+    in_groups = kernels(qkv, w, grad, **options)
+    assert torch.equal(in_groups[0], together[0])
+    assert torch.equal(in_groups[1], together[1])
+
+
+def test_forward_pass_does_not_look_for_the_key_maximum():
+    """Only the backward pass of exact gradients reads where it is."""
+    launched = []
+
+    def record(kernel, *_, **__):
+        launched.append(kernel.fn.__name__)
+
+    qkv, w, grad = make(n=20, m=20, k=16, h=1)
+    plan = default_plan(20, 16, torch.float32, (9, 0))
+    for exact in (True, False):
+        setting = Setting(eps=1e-4, per_head=False, exact=exact, max_seqlen=0)
+        saved = forward(*qkv.unbind(2), w, None, setting, plan, save=True, run=record)[1]
+        assert "find_key_max" not in launched
+        backward(grad, *qkv.unbind(2), 20, None, saved, setting, plan, run=record)
+        assert ("find_key_max" in launched) == exact
+        launched.clear()

@@ -2,7 +2,8 @@
 
 The kernels' own tests run in two further processes: `interpreted_favor.py` and `compiled_favor.py`.
 
-Covers also `kernels/favor_backward.py`, `kernels/favor_forward.py`, `kernels/favor_launch.py`.
+Covers also `kernels/favor_backward.py`, `kernels/favor_forward.py`, `kernels/favor_launch.py` and
+`kernels/favor_plan.py`.
 """
 
 import os
