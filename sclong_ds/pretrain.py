@@ -20,8 +20,8 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -104,6 +104,7 @@ from sclong_ds.engine.deepspeed_engine import (
     set_hyper_parameters,
 )
 from sclong_ds.engine.ds_config import resolve_ds_config
+from sclong_ds.engine.profiling import check_profile, profiled
 from sclong_ds.engine.ranks import (
     Ranks,
     UnreadableCellsError,
@@ -191,6 +192,7 @@ def train_as_rank(
     """Build the run, go through the optimizer steps, return the exit status."""
     run_dir = Path(str(config.run.dir))
     config = replace(config, data=with_order_of_run(run_dir, config.data))
+    check_profile(config.run.profile, config.run.profile_step, ranks.device)
     starting.phase("tracking", "MLflow")
     on_first_rank(lambda: check_tracking(config.tracking, run_dir))
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
@@ -234,8 +236,6 @@ def go_to_the_end(run: Run, loader: CellLoader, progress: Progress) -> bool:
     """
     settings, counted, validation = run.given.config.run, run.counted, run.validation
     every = run.given.config.checkpoint.every_n_steps
-    device = run.given.ranks.device
-    trace_dir = run.given.run_dir / "profile" if run.given.ranks.rank == 0 else None
 
     def validated() -> bool:
         return not validation.is_due(counted.state.step) or validation.validate(counted.state)
@@ -248,7 +248,7 @@ def go_to_the_end(run: Run, loader: CellLoader, progress: Progress) -> bool:
             run.opened.watchdog.beat(step, "data", reading=lambda: loader.reading)
             started, waited = time.perf_counter(), loader.waited_s
             batch, n_targets = next_batch(run.opened, counted, loader)
-            with profiled(trace_dir if step == settings.profile_step else None, step, device):
+            with looked_into(run, step):
                 figures = train_step(run, batch, n_targets)
             if figures is None:
                 return False
@@ -401,21 +401,13 @@ def stop_early(run: Run) -> int:
     return STOP_STATUS
 
 
-@contextmanager
-def profiled(folder: Path | None, step: int, device: torch.device) -> Iterator[None]:
-    """Write a profiler trace of a step into a folder, if one is given."""
-    if folder is None:
-        yield
-        return
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as profile:
-        yield
-    trace = folder / f"step_{step:08d}.json.gz"
-    folder.mkdir(exist_ok=True)
-    profile.export_chrome_trace(str(trace))
-    log.info("profiler trace: %s (open it with https://ui.perfetto.dev)", trace)
+def looked_into(run: Run, step: int) -> AbstractContextManager[None]:
+    """Return what looks into a step as `run.profile` says, or nothing."""
+    settings, opened = run.given.config.run, run.opened
+    if step != settings.profile_step:
+        return nullcontext()
+    folder = run.given.run_dir / "profile"
+    return profiled(settings.profile, folder, step, engine=opened.engine, ranks=opened.ranks)
 
 
 def record_step(run: Run, figures: dict[str, float], *, step_s: float) -> None:

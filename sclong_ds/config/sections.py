@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, TypeAlias
 
 POISSON_COUNTS = 64
 """Largest count whose chance `model.cell_offset: poisson` and `negative_binomial` compute."""
 COUNT_OFFSETS = ("poisson", "negative_binomial")
 """Of `model.cell_offset`: those with which the head predicts the log of a rate."""
+ProfileKind: TypeAlias = Literal["trace", "memory", "nsys", "flops", "communication"]
+"""Of `run.profile`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -381,7 +383,13 @@ class RunSection:
     """Steps with a non-finite loss or gradient in a row (none of them is applied) that stop the
     run."""
     profile_step: int
-    """Step whose torch profiler trace goes to the run folder; 0: none."""
+    """Step that is looked into as `profile` says; 0: none."""
+    profile: ProfileKind
+    """What is looked at, and written below profile/ in the run folder. trace: operators and
+    kernels, for https://ui.perfetto.dev; memory: the same with each allocation, and on a GPU the
+    history of its allocator, for https://pytorch.org/memory_viz; nsys: marks the step for
+    `nsys profile --capture-range=cudaProfilerApi`; flops: DeepSpeed's FLOPs profiler, forward by
+    module; communication: what DeepSpeed's collectives moved, and in how many ms."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

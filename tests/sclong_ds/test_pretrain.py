@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -324,7 +325,7 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, m
             "engine.ds_config": "zero3", "engine.compile_layers": "true",
             "engine.activation_checkpointing": "true",
         }),
-        (1, {"engine.ds_config": "zero3_offload"}),
+        (1, {"engine.ds_config": "zero3_offload", "run.profile_step": 2, "run.profile": "flops"}),
     ],
     ids=["zero3, compiled, recomputed", "zero3_offload"],
 )  # fmt: skip
@@ -340,6 +341,10 @@ def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, ranks
         [expected[s] for s in range(1, 5)], rel=1e-3
     )
     check_gradient_norms(tmp_path / "run")
+    if "run.profile" in overrides:
+        counted = (tmp_path / "run" / "profile" / "step_00000002_flops.txt").read_text()
+        assert "PerformerLayer" in counted
+        assert re.search(r"fwd flops per GPU:\s+[1-9]", counted)
 
 
 @pytest.mark.parametrize(

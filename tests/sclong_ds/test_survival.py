@@ -57,7 +57,8 @@ def corpus(tmp_path_factory):
 def straight(tmp_path_factory, corpus):
     """An uninterrupted run on two ranks, with everything mixed."""
     folder = tmp_path_factory.mktemp("straight")
-    args = settings(folder / "run", corpus, **MIXED, **{"run.max_steps": STEPS})
+    look = {"run.profile_step": 2, "run.profile": "communication"}
+    args = settings(folder / "run", corpus, **MIXED, **look, **{"run.max_steps": STEPS})
     train([*PRETRAIN, *args], n_ranks=2, log=folder / "log")
     return folder / "run"
 
@@ -115,6 +116,14 @@ def test_killed_at_random_equals_straight_through(straight, corpus, tmp_path):
     assert len(openings(run_dir)) == 3
     assert len(steps_of(run_dir)) == STEPS
     assert differences(run_dir, straight) == []
+
+
+def test_what_the_ranks_send_each_other_in_a_step_can_be_counted(straight):
+    counted = json.loads((straight / "profile/step_00000002_communication.json").read_text())
+    assert counted["metadata"]["world_size"] == 2
+    sent = [row for rows in counted["summary"].values() for row in rows.values()]
+    assert sum(row["count"] * row["msg_size_bytes"] for row in sent) > 0
+    assert all(row["total_latency_ms"] > 0 for row in sent)
 
 
 def test_one_rank_equals_two_and_a_step_can_be_profiled(straight, corpus, tmp_path):

@@ -1,0 +1,60 @@
+"""What `run.profile` leaves of a step.
+
+DeepSpeed's two profilers are run in tests/sclong_ds/test_pretrain.py (flops) and
+tests/sclong_ds/test_survival.py (communication), where ranks train.
+"""
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sclong_ds.engine.profiling import check_profile, profiled
+from sclong_ds.training.timing import StepTimer
+
+CPU = torch.device("cpu")
+
+
+def traced(folder, kind, *, rank=0):
+    """Return the events of a step that multiplies two matrices, or None."""
+    timer = StepTimer(CPU)
+    with profiled(kind, folder, 3, engine=None, ranks=SimpleNamespace(rank=rank, device=CPU)):
+        with timer.part("forward"):
+            torch.ones(64, 64) @ torch.ones(64, 64)
+    path = folder / "step_00000003.json.gz"
+    if not path.exists():
+        return None
+    with gzip.open(path) as trace:
+        return json.load(trace)["traceEvents"]
+
+
+def test_a_trace_has_the_operators_and_the_parts_of_the_step(tmp_path):
+    events = traced(tmp_path / "profile", "trace")
+    names = {str(event.get("name")) for event in events}
+    assert {"aten::matmul", "forward"} <= names
+    assert not any("[memory]" in name for name in names)
+
+
+def test_memory_is_the_trace_with_each_allocation(tmp_path):
+    events = traced(tmp_path / "profile", "memory")
+    moved = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"]
+    assert 4 * 64 * 64 in moved
+    assert -4 * 64 * 64 in moved
+
+
+def test_rank_zero_alone_writes(tmp_path):
+    assert traced(tmp_path / "profile", "trace", rank=1) is None
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize(("kind", "step"), [("nsys", 0), ("trace", 3), ("flops", 3)])
+def test_what_a_cpu_can_do_is_accepted(kind, step):
+    check_profile(kind, step, CPU)
+
+
+def test_nsys_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match=r"run\.profile=nsys.*take\s+run\.profile=trace"):
+        check_profile("nsys", 3, CPU)
+    check_profile("nsys", 3, torch.device("cuda"))
