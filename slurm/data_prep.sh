@@ -18,7 +18,8 @@
 # started again skips what is done. `convert` fails where a dataset failed, so after it use
 # --dependency=afterany, look at `python -m data_prep status CORPUS`, or correct and submit again.
 # Tasks of `finalize` do what no other one is at, whether all of them run or a few: one that begins
-# late finds the corpus finished. Without --array it runs as one job, --jobs N processes at a time.
+# late finds the corpus finished. Their locks must hold between nodes (NFS 4; Lustre mounted with flock,
+# not localflock). Without --array it runs as one job, --jobs N processes at a time, and needs none.
 set -euo pipefail
 
 main() {

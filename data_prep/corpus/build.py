@@ -112,7 +112,7 @@ class Build:
         run("annotations", sizes[1], lambda unit: _each(self._code, tables[unit]))
         run("duplicates", runs, self._digest)
         run("repeated", buckets, self._repeated)
-        run("near", [0], self._find_near)
+        run("near", [sum(self.sizes)], self._find_near)
         run("plan", [0], self._plan)
         run("scatter", runs, self._scatter)
         run("write", self.layout.n_cells.tolist(), self._write)
@@ -192,7 +192,22 @@ class Build:
 
     @cached_property
     def _digests(self) -> BucketRuns:
-        return BucketRuns(self.work / "digests", n_buckets=self._n_buckets)
+        return self._complete("digests", self._n_buckets)
+
+    def _complete(self, name: str, n_buckets: int) -> BucketRuns:
+        """Return what a stage has written of all runs.
+
+        Raises:
+            ValueError: Runs are missing.
+        """
+        # Listed first, a folder on a network file system is seen as it is now.
+        os.listdir(self.work / name)
+        found = BucketRuns(self.work / name, n_buckets=n_buckets)
+        if len(found) != len(self._runs):
+            raise ValueError(
+                f"{found.folder}: {len(found)} whole runs of {len(self._runs)}; run finalize again"
+            )
+        return found
 
     def _repeated_path(self, bucket: int) -> Path:
         return self.work / "repeated" / f"{bucket:06d}.npz"
@@ -215,7 +230,11 @@ class Build:
         tables, stores = [self._coded(s) for s in self.staged], [s.cells for s in self.staged]
         first = self._by_dataset(~self._all_repeated())
         path = self.work / "near.npz"
-        return asdict(write_near(path, tables, stores, first, self.measured, self.near))
+        return asdict(
+            write_near(
+                path, tables, stores, first, self.measured, self.near, progress=self.crew.progress
+            )
+        )
 
     def near_counts(self) -> NearCounts:
         """Return the numbers of near duplicates; after the stage `near`."""
@@ -311,7 +330,7 @@ class Build:
 
     @cached_property
     def _scattered(self) -> BucketRuns:
-        return BucketRuns(self.work / "scattered", n_buckets=len(self.layout))
+        return self._complete("scattered", len(self.layout))
 
     def _writer(self, path: Path) -> CellWriter:
         """Return a new writer; what a killed one has left is removed."""

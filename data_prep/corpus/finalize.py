@@ -11,8 +11,9 @@ describes them. All is built in `CORPUS/.finalize-KEY` and moved at the end, so 
 the corpus that was there, or none. The same staging and options give the same bytes, and the same
 KEY: started again, the command continues after the last finished unit of work
 (`data_prep.corpus.build`). Processes share the units (`data_prep.passes.crew`): those of `--jobs`,
-and the tasks of a job array, of which any number may run, in any order. Memory: about a GB a
-process, and for the plan of the split 30 bytes a cell.
+and the tasks of a job array, of which any number may run, in any order; several tasks need a file
+system whose locks hold between them. Memory: about a GB a process, and for the plan of the split 30
+bytes a cell.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import signal
+import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus.build import Build, Codec
+from data_prep.corpus.build import STAGES, Build, Codec
 from data_prep.corpus.inputs import Inputs, read_inputs
 from data_prep.corpus.near.near_duplicates import NearRule
 from data_prep.corpus.publish import is_sealed, publish
@@ -38,7 +43,7 @@ from data_prep.corpus.work_folder import clear, discard, open_work, work_folder
 from data_prep.ledger.corpus_lock import alone_in_corpus, tasks_in_corpus
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
-from data_prep.passes.crew import Crew, Parted, WorkIsGone, has_failed
+from data_prep.passes.crew import Crew, WorkIsGone, has_failed
 from data_prep.passes.dedup import Progress
 from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.corpus.location import Location
@@ -107,8 +112,8 @@ def finalize(
     job = _Job(corpus, given, codec=codec, near=near_duplicates, allow_missing=allow_missing)
     members = range(task * jobs, (task + 1) * jobs)
     with named_errors(corpus):
-        if tasks is None:
-            catalogue = _as_one_command(job, members, progress)
+        if tasks is None or tasks == 1:
+            catalogue = _as_one_command(job, members, progress, again=tasks is None)
         else:
             catalogue = _as_task(job, members, jobs * tasks, progress)
     _warn(corpus, catalogue)
@@ -152,6 +157,8 @@ class _Job:
         self.corpus, self.given, self.allow_missing = corpus, given, allow_missing
         self.codec: Codec = codec
         self.near: NearRule = near
+        self.lock = corpus / ".locks" / "~units"
+        """Of the units of the work."""
         self.inputs: Inputs
         self.pending: list[Pending]
 
@@ -214,8 +221,9 @@ class _Job:
 
     def crew(self, work: Path, member: int, members: int, progress: Progress | None) -> Crew:
         """Return one of the processes of the work."""
-        lock = self.corpus / ".locks" / "~units"
-        return Crew(work, lock, member=member, members=members, progress=progress)
+        return Crew(
+            work, self.lock, stages=STAGES, member=member, members=members, progress=progress
+        )
 
     def work_through(self, crew: Crew, rule: SplitRule) -> None:
         """Do what is left of the work; return when it is sealed, whoever has done that.
@@ -237,18 +245,30 @@ class _Job:
                 near=self.near,
             )
             build.make_products()
-            crew.run("seal", [0], lambda _: seal(build, self.pending))
-        except (OSError, ValueError):
+            # Never twice: another process may be moving what it lists.
+            crew.run("seal", [0], lambda _: None if sealed.exists() else seal(build, self.pending))
+        except (OSError, ValueError) as error:
             # Others were faster, and move or have removed what this process was about to read.
             if crew.work.is_dir() and not sealed.exists():
-                raise
+                with crew.damage_ends_the_work():
+                    raise error
 
 
-def _as_one_command(job: _Job, members: range, progress: Progress | None) -> dict[str, Any]:
-    """Make the corpus, or continue that, with no other command beside."""
-    with alone_in_corpus(job.corpus):
+def _as_one_command(
+    job: _Job, members: range, progress: Progress | None, *, again: bool
+) -> dict[str, Any]:
+    """Make the corpus, or continue that, with no other command beside; `again` if it is there."""
+    with (
+        alone_in_corpus(job.corpus),
+        tempfile.TemporaryDirectory(prefix="finalize-units-") as local,
+    ):
+        # All processes are on this machine, whose own folder has locks.
+        job.lock = Path(local) / "units"
         job.read()
         rule = job.rule()
+        if not again and job.is_finished(rule):
+            clear(job.corpus)
+            return read_catalogue(job.corpus)
         work = job.open(rule)
         try:
             with _others(job, work, rule, members[1:], len(members)):
@@ -257,11 +277,18 @@ def _as_one_command(job: _Job, members: range, progress: Progress | None) -> dic
                     job.work_through(crew, rule)
                 finally:
                     crew.close()
+            if not work.is_dir():
+                raise WorkIsGone
             catalogue = publish(job.corpus, work)
         except ValueError:
             # The same command would fail again.
-            discard(work)
+            if work.is_dir():
+                discard(work)
             raise
+        except WorkIsGone:
+            raise ValueError(
+                f"{work}: was removed while finalize was at work in it; run finalize again"
+            ) from None
         discard(work)
         return catalogue
 
@@ -337,14 +364,22 @@ def _help(job: _Job, work: Path, rule: SplitRule, member: int, n_members: int) -
     # Ctrl-C reaches all processes of a terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     crew = job.crew(work, member, n_members, None)
-    crew.stop_with_parent = True
     try:
         job.work_through(crew, rule)
-    except (WorkIsGone, Parted):
+    except WorkIsGone:
         return
     except (ValueError, OSError) as error:
         logger.debug("process %d of %d: %s", member, n_members, error)
+
+
+def _end_with_parent() -> None:
+    """Stop this process when its parent is gone: it holds the lock of the corpus, too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _hash(content: Any) -> str:

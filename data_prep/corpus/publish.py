@@ -67,7 +67,13 @@ def publish(corpus: Path, work: Path) -> dict[str, Any]:
     Args:
         corpus: The corpus folder.
         work: Its work folder, complete.
+
+    Raises:
+        ValueError: A product is in neither folder.
     """
+    for name in PRODUCTS:
+        if not (work / name).exists() and not (corpus / name).exists():
+            raise ValueError(f"{work / name}: missing; run finalize again")
     # First, so that whatever happens the next one splits by the same rule.
     write_rule(corpus, read_catalogue(work)["split_rule"])
     asides: dict[str, Path] = {}

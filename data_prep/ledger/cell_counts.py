@@ -71,9 +71,18 @@ def cell_counts(
             continue
         dropped.update(entry["dropped_cells"])
         info = infos.get(entry["dataset_id"])
-        near = (info["near_dropped"] or 0) if info else 0
+        if info and not _is_of(info, entry):
+            info = None
+        near = (info.get("near_dropped") or 0) if info else 0
         dropped[NEAR] += near
         dropped[REPEATS] += info["duplicates_dropped"] - near if info else 0
         kept += info["n_cells"] if info else entry["n_cells"]
     found = {reason: number for reason, number in dropped.most_common() if number}
     return CellCounts(read=read, kept=kept, dropped=found, in_datasets_left_out=left_out)
+
+
+def _is_of(info: Mapping[str, Any], entry: LedgerEntry) -> bool:
+    """Tell whether a corpus holds what is staged of a dataset now, not what was before."""
+    hashes = {info.get("source_hash"), entry.get("source_hash")} - {None}
+    n_cells = info["n_cells"] + info["duplicates_dropped"]
+    return bool(n_cells == entry["n_cells"]) and len(hashes) < 2

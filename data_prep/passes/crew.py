@@ -16,7 +16,8 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from sclong_ds.files.atomic import named_errors, write_atomic
 
 _log = logging.getLogger(__name__)
 
-LOOK_S = 0.2
-"""How often a process looks whether others are done, in seconds."""
+LOOK_S, MOST_LOOK_S = 0.2, 5.0
+"""How long a process waits before it looks again whether others are done, in seconds."""
 _FAILED = "failed.json"
 _UNITS = 2**32
 """Largest number of units of a stage."""
@@ -37,10 +38,6 @@ class WorkIsGone(Exception):
     """The work folder is no more: another process has finished the work."""
 
 
-class Parted(Exception):
-    """The process that this one works for is gone."""
-
-
 class Crew:
     """One of the processes that share a work."""
 
@@ -49,6 +46,7 @@ class Crew:
         work: Path,
         lock: Path,
         *,
+        stages: Sequence[str],
         member: int = 0,
         members: int = 1,
         progress: Callable[[str, int, int], None] | None = None,
@@ -57,16 +55,15 @@ class Crew:
 
         Args:
             work: Folder of the work.
-            lock: Lock file of its units, outside the folder.
+            lock: Lock file of its units, outside the folder, where locks hold between all
+                processes.
+            stages: Names of all stages, the same for all processes.
             member: Number of this process, which says where it begins.
             members: Number of processes.
             progress: Called with (stage, done, all) after each unit.
         """
         self.work, self.member, self.members, self.progress = work, member, members, progress
-        self._stages = 0
-        self._parent = os.getppid()
-        self.stop_with_parent = False
-        """Whether to give up when the process is gone that has started this one."""
+        self._stages, self._lock_path = tuple(stages), lock
         lock.parent.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._results: dict[str, list[Any]] = {}
@@ -88,13 +85,12 @@ class Crew:
         Raises:
             ValueError: A unit of this stage, done here or elsewhere, has found damage.
             WorkIsGone: Another process has finished the work.
-            Parted: See `stop_with_parent`.
         """
-        self._stages += 1
         turn = [*range(self.member, len(sizes), self.members)]
         for other in range(self.member + 1, self.member + self.members):
             # From the end, where the one whose share it is comes last.
             turn += reversed(range(other % self.members, len(sizes), self.members))
+        pause = LOOK_S
         while True:
             done = self._done(stage, len(sizes))
             if self.progress:
@@ -102,8 +98,11 @@ class Crew:
             left = [unit for unit in turn if unit not in done]
             if not left:
                 return
-            if not sum(self._try(stage, unit, sizes, do) for unit in left):
-                time.sleep(LOOK_S)
+            if sum(self._try(stage, unit, sizes, do) for unit in left):
+                pause = LOOK_S
+            else:
+                time.sleep(pause)
+                pause = max(LOOK_S, min(1.5 * pause, MOST_LOOK_S))
 
     def results(self, stage: str) -> list[Any]:
         """Return what the units of a stage that is done have returned, in their order."""
@@ -114,17 +113,15 @@ class Crew:
 
     def _try(self, stage: str, unit: int, sizes: Sequence[int], do: Do) -> bool:
         """Do a unit unless another process is at it; return whether it was done here or before."""
-        self._look()
-        marker = self.work / "done" / f"{stage}.{unit:06d}.json"
-        if marker.exists():
-            return True
-        place = self._stages * _UNITS + unit
+        place = self._stages.index(stage) * _UNITS + unit
         if not self._hold(place):
             return False
         try:
-            if marker.exists():
+            # A network file system may remember for a while that a file was not there; a folder
+            # is listed as it is now.
+            if unit in self._done(stage, len(sizes)):
                 return True
-            self._do(unit, do, marker)
+            self._do(unit, do, self.work / "done" / f"{stage}.{unit:06d}.json")
         finally:
             fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, place)
         if self.progress:
@@ -134,22 +131,50 @@ class Crew:
 
     def _do(self, unit: int, do: Do, marker: Path) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF)
-        try:
+        with self.damage_ends_the_work():
             result = do(unit)
-        except ValueError as error:
-            # The same work would fail again, whoever does it.
-            if self.work.is_dir():
-                write_atomic(self.work / _FAILED, json.dumps({"error": str(error)}).encode())
-            raise
         after = resource.getrusage(resource.RUSAGE_SELF)
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         write_atomic(marker, json.dumps({"result": result}).encode())
         _log.debug("%s: %.3f CPU s", marker.stem, spent)
 
+    @contextmanager
+    def damage_ends_the_work(self) -> Iterator[None]:
+        """Let all processes give up where what is read in the block is damaged.
+
+        A file of the work that is missing is damage, too: it is looked for only after the unit that
+        writes it is done. Whoever finds `has_failed` starts again from nothing.
+
+        Raises:
+            ValueError: Something is damaged.
+        """
+        try:
+            try:
+                yield
+            except FileNotFoundError as error:
+                if not self._lacks(error.filename):
+                    raise
+                raise ValueError(f"{error.filename}: missing; run finalize again") from error
+        except ValueError as error:
+            # The same work would fail again, whoever does it.
+            if self.work.is_dir():
+                write_atomic(self.work / _FAILED, json.dumps({"error": str(error)}).encode())
+            raise
+
+    def _lacks(self, name: Any) -> bool:
+        """Tell whether a file of the work is missing now, whatever was looked up before."""
+        if not isinstance(name, str | os.PathLike):
+            return False
+        path = Path(name)
+        if not path.is_relative_to(self.work) or not self.work.is_dir():
+            return False
+        try:
+            return path.name not in os.listdir(path.parent)
+        except FileNotFoundError:
+            return True
+
     def _look(self) -> None:
         """Raise what ends the part of this process."""
-        if self.stop_with_parent and os.getppid() != self._parent:
-            raise Parted
         try:
             raise ValueError(json.loads((self.work / _FAILED).read_bytes())["error"])
         except FileNotFoundError:
@@ -170,16 +195,18 @@ class Crew:
         return {unit for unit in found if unit < units}
 
     def _hold(self, place: int) -> bool:
-        """Take a byte of the lock file, if no other process has it."""
+        """Take a byte of the lock file, if no other process has it.
+
+        Raises:
+            OSError: The file system has no locks: two would do the same unit at once.
+        """
         try:
-            with named_errors(self.work):
+            with named_errors(self._lock_path):
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            # Whole units are made twice then, which does no harm.
+            raise
         return True
 
 

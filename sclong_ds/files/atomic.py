@@ -20,8 +20,9 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
-_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
-"""What a file system says that cannot give a file another name."""
+_NO_COPY_EITHER = (errno.ENOENT, errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What the file system says where a copy is impossible or wrong, too; there are many ways to say
+that it cannot give a file another name."""
 _RANDOM_CHARS = 16 + len(".partial")
 
 
@@ -77,7 +78,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno in _NO_COPY_EITHER:
             raise
         with whole_file(target) as copy:
             shutil.copyfile(source, copy)

@@ -16,6 +16,7 @@ from data_prep.corpus.near.near_duplicates import (
     NearRule,
     find_near_duplicates,
 )
+from data_prep.passes.dedup import Progress
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.npz import npz_bytes, read_npz
@@ -65,6 +66,8 @@ def write_near(
     first: Sequence[NDArray[np.bool_]],
     measured: NDArray[np.bool_],
     rule: NearRule,
+    *,
+    progress: Progress | None = None,
 ) -> NearCounts:
     """Write which cells are left out as near duplicates.
 
@@ -75,10 +78,17 @@ def write_near(
         first: Per dataset (cells,) True for cells that repeat no earlier one exactly.
         measured: (datasets, G) genes that each dataset measures.
         rule: Which near duplicates are left out.
+        progress: Called with ("near", cells done, all).
     """
     primary = [read_primary(t, len(store)) for t, store in zip(tables, stores, strict=True)]
     near = find_near_duplicates(
-        stores, first, measured, primary, path.with_suffix(".scratch"), rule=rule
+        stores,
+        first,
+        measured,
+        primary,
+        path.with_suffix(".scratch"),
+        rule=rule,
+        progress=progress,
     )
     write_atomic(path, npz_bytes(dropped=near.dropped))
     ends = np.cumsum([len(store) for store in stores])[:-1]

@@ -39,7 +39,7 @@ _SHARED = np.dtype([("high", "<u8"), ("low", "<u8"), ("cell", "<u8"), ("pair", "
 _SET_SHIFT = np.uint64(48)
 """A record's `cell` holds the number of its set above the number of the cell."""
 _NONE = np.uint64(2**64 - 1)
-_STAGE = "near duplicates"
+_STAGE = "near"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,8 @@ def find_near_duplicates(
         rule: `primary` drops a secondary cell that is the same as a primary one; `drop` keeps of
             two the primary one, else that of the longer gene list, else the first; `keep` drops
             none.
-        progress: Called after every chunk.
+        progress: Called after every chunk with ("near", cells done, all), half for the search and
+            half for the comparison of what it has found.
     """
     sets = gene_sets(measured)
     cells = _Cells(stores, np.concatenate(kept), np.concatenate(primary), sets, rule)
@@ -143,7 +144,7 @@ def _compare(cells: _Cells, runs: BucketRuns, progress: Progress | None) -> None
                 counts = store.read_chunk(chunk)[here]
                 parts += _records(counts, first[position] + start + here, numbers, sets)
             if progress:
-                progress(_STAGE, int(first[position]) + stop, len(cells.kept))
+                progress(_STAGE, (int(first[position]) + stop) // 2, len(cells.kept))
         if number >= len(runs):
             records = np.concatenate(parts)
             _append(runs, records, records["high"], "digest")
@@ -220,7 +221,8 @@ def _answer(
                 records["cell"], records["pair"] = asked["cell"][those], pair
                 parts.append(records)
             if progress:
-                progress(_STAGE, int(cell[here[-1]]) + 1, len(cells.kept))
+                done = (len(cells.kept) + int(cell[here[-1]]) + 1) // 2
+                progress(_STAGE, done, len(cells.kept))
     records = np.concatenate(parts)
     _append(runs, records, records["high"], "digest")
 

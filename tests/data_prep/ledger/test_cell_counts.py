@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.__main__ import main
+from data_prep.ledger.cell_counts import NEAR, REPEATS, cell_counts
 
 
 def write(folder: Path, name: str, counts: np.ndarray, **obs: list[str]) -> None:
@@ -79,3 +81,21 @@ def test_three_commands_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "100 cells read = 55 kept + 35 dropped" in text
     for title in ("Cells by tissue", "Cells by assay", "Cells by cell type"):
         assert title in text
+
+
+def test_a_corpus_counts_only_what_it_holds_of_what_is_staged_now() -> None:
+    entry: Any = {
+        "dataset_id": "a", "status": "ok", "n_cells_input": 12, "n_cells": 10,
+        "dropped_cells": {"below min_genes": 2}, "source_hash": "x",
+    }  # fmt: skip
+    # Older corpora know no near duplicates.
+    info = {"dataset_id": "a", "n_cells": 7, "duplicates_dropped": 3, "source_hash": "x"}
+    counts = cell_counts([entry], {"datasets": [info]})
+    assert (counts.kept, counts.dropped) == (7, {"below min_genes": 2, REPEATS: 3})
+    counts = cell_counts([entry], {"datasets": [info | {"near_dropped": 1}]})
+    assert (counts.kept, counts.dropped) == (7, {"below min_genes": 2, REPEATS: 2, NEAR: 1})
+    # Converted again since.
+    for other in ({"n_cells": 8}, {"source_hash": "y"}):
+        counts = cell_counts([entry], {"datasets": [info | other]})
+        assert (counts.kept, counts.dropped) == (10, {"below min_genes": 2})
+    assert cell_counts([entry], {"datasets": [info | {"source_hash": None}]}).kept == 7

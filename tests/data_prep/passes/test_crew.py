@@ -5,7 +5,11 @@ Covers also `data_prep/ledger/corpus_lock.py`.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +20,10 @@ from scipy import sparse
 
 from data_prep.corpus import build
 from data_prep.corpus.finalize import finalize
+from data_prep.corpus.publish import publish
 from data_prep.corpus.work_folder import open_work
 from data_prep.ledger.corpus_lock import shared_corpus, tasks_in_corpus
+from data_prep.passes import crew as crew_module
 from data_prep.passes.crew import Crew
 from data_prep.verify.verify import verify
 
@@ -25,7 +31,7 @@ Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]
 
 TASKS = """
-import hashlib, json, os, pathlib, random, shutil, signal, sys, time
+import hashlib, json, os, pathlib, random, select, shutil, signal, sys, time
 from data_prep.corpus import build
 from data_prep.passes import crew
 from data_prep.corpus.finalize import finalize
@@ -33,7 +39,7 @@ from data_prep.corpus.finalize import finalize
 # Small enough that tiny data takes many units.
 build.LEAST_BYTES, build.CELLS_PER_BUCKET, build.CELLS_OF_TABLES = 5_000, 50, 50
 build.CHUNK_ENTRIES, build.CHUNKS_PER_SHARD = 2048, 2
-crew.LOOK_S = 0.01
+crew.LOOK_S, crew.MOST_LOOK_S = 0.01, 0.05
 base = pathlib.Path(sys.argv[1])
 
 def start(corpus, task, tasks, kill_at=None, **options):
@@ -89,6 +95,28 @@ for seed, tasks in enumerate((1, 2, 3, 5, 2, 3, 5)):
     if any(states) or digests(corpus) != expected:
         wrong.append((seed, tasks, states, sorted(digests(corpus).items() ^ expected.items())[:9]))
     shutil.rmtree(corpus)
+
+# Killed in its unit while a process that it has started is in another: that one goes, too.
+corpus = base.with_name("orphaned")
+shutil.copytree(base, corpus)
+reading, writing = os.pipe()
+def stay(self, unit, work, marker):
+    if self.member:
+        os.write(writing, b"x")
+    time.sleep(3600)
+real, crew.Crew._do = crew.Crew._do, stay
+parent = os.fork()
+if not parent:
+    finalize(corpus, seed=5, jobs=3)
+crew.Crew._do = real
+os.close(writing)
+begun = [os.read(reading, 1) for _ in range(2)]
+os.kill(parent, signal.SIGKILL)
+os.waitpid(parent, 0)
+if begun != [b"x", b"x"] or not select.select([reading], [], [], 60)[0] or os.read(reading, 1):
+    wrong.append(("others stay", begun))
+elif ended([start(corpus, 0, None, jobs=2)]) != [0] or digests(corpus) != expected:
+    wrong.append("after a killed parent")
 print(json.dumps([killed, wrong]))
 """
 
@@ -164,7 +192,7 @@ def test_damage_ends_all_tasks_and_the_next_ones_begin_anew(
 
 def test_every_unit_is_done_once_and_own_ones_first(tmp_path: Path) -> None:
     work = open_work(tmp_path, ["x"])
-    crew = Crew(work, tmp_path / "lock", member=1, members=3)
+    crew = Crew(work, tmp_path / "lock", stages=["check"], member=1, members=3)
     done: list[int] = []
     crew.run("check", [1] * 8, lambda unit: done.append(unit) or unit * 2)
     assert sorted(done) == list(range(8))
@@ -173,3 +201,102 @@ def test_every_unit_is_done_once_and_own_ones_first(tmp_path: Path) -> None:
     assert len(done) == 8
     assert crew.results("check") == [unit * 2 for unit in range(8)]
     crew.close()
+
+
+def test_a_unit_is_held_by_the_name_of_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    real = fcntl.lockf
+
+    def lockf(file: int, how: int, length: int, place: int) -> None:
+        if how != fcntl.LOCK_UN:
+            held.append(place)
+        real(file, how, length, place)
+
+    monkeypatch.setattr(crew_module.fcntl, "lockf", lockf)
+    for name, stages in (("all", ("check", "seal", "publish")), ("late", ("publish",))):
+        (tmp_path / name).mkdir()
+        crew = Crew(
+            open_work(tmp_path / name, []), tmp_path / "lock", stages=["check", "seal", "publish"]
+        )
+        for stage in stages:
+            crew.run(stage, [1], str)
+        crew.close()
+    assert len(set(held[:3])) == 3
+    assert held[3:] == held[2:3]
+
+
+def test_locks_are_needed_by_many_tasks_only(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stage_corpus(three)
+    real = fcntl.lockf
+
+    def lockf(file: int, *arguments: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{file}")).is_relative_to(folder.resolve()):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        real(file, *arguments)
+
+    monkeypatch.setattr(crew_module.fcntl, "lockf", lockf)
+    with pytest.raises(OSError, match=r"No locks available: .*units"):
+        finalize(folder, task=0, tasks=2)
+    made = finalize(folder, jobs=2)
+    before = (folder / "corpus.json").stat()
+    assert finalize(folder, task=0, tasks=1) == made
+    assert (folder / "corpus.json").stat() == before
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize(
+    ("step", "lost", "message"),
+    [
+        ("repeated_in", "digests/000000.bounds.npz", "digests: 0 whole runs of 1; run finalize"),
+        ("column_of", "plan.npz", r"plan\.npz: missing; run finalize again"),
+    ],
+)
+def test_lost_work_is_made_again(
+    stage_corpus: Stage,
+    three: dict[str, sparse.csr_matrix],
+    monkeypatch: pytest.MonkeyPatch,
+    tasks: int | None,
+    step: str,
+    lost: str,
+    message: str,
+) -> None:
+    folder = stage_corpus(three)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, step, fail)
+        with pytest.raises(OSError, match="disk full"):
+            finalize(folder, tasks=tasks)
+    (path,) = folder.glob(f".finalize-*/{lost}")
+    path.unlink()
+    with pytest.raises(ValueError, match=message):
+        finalize(folder, tasks=tasks)
+    assert finalize(folder, tasks=tasks)["n_cells"] == 430
+
+
+def test_a_work_folder_that_was_removed_is_told(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    folder = stage_corpus(three)
+
+    def remove(stage: str, done: int, total: int) -> None:
+        if stage == "scatter":
+            for work in folder.glob(".finalize-*"):
+                shutil.rmtree(work)
+
+    with pytest.raises(ValueError, match=r"finalize-\w+: was removed while finalize was at work"):
+        finalize(folder, progress=remove)
+
+
+def test_a_lost_product_is_not_left_out(tmp_path: Path) -> None:
+    work = open_work(tmp_path, [])
+    (tmp_path / "corpus.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cells\.zarr: missing; run finalize again"):
+        publish(tmp_path, work)
+    assert (tmp_path / "corpus.json").exists()
