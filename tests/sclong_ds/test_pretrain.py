@@ -86,10 +86,12 @@ def losses(run_dir):
     return {int(r["step"]): r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r}
 
 
-def check_gradient_norms(run_dir, *more):
+def check_gradient_norms(run_dir):
     """The norms of the parts add up to DeepSpeed's own norm of the whole gradient."""
     steps = [r for r in read_metrics(run_dir) if "train/grad_norm" in r]
-    parts = {"gene_encoder", "expression_encoder", "large", "mini", "decoder", "head", *more}
+    parts = {"gene_encoder", "expression_encoder", "large", "mini", "decoder", "head"}
+    if load_config(run_dir / "config.yaml").model.cell_vector != "none":
+        parts |= {"cell_vector"}
     for row in steps:
         of_part = {k.split("/")[-1]: v for k, v in row.items() if k.startswith("train/grad_norm/")}
         assert of_part.keys() == parts
@@ -136,7 +138,9 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
     rows = read_metrics(straight)
     scores = [r for r in rows if "val/mse" in r]
     assert [r["step"] for r in scores] == [0, 30, 60]
-    assert scores[0]["val/mse"] == pytest.approx(scores[0]["val/baseline_mse"], rel=1e-3)
+    # It begins at principal directions of the training cells.
+    assert scores[0]["val/mse"] < 0.7 * scores[0]["val/baseline_mse"]
+    assert scores[-1]["val/mse"] < scores[0]["val/mse"]
     assert scores[-1]["val/mse"] < 0.92 * scores[-1]["val/baseline_mse"]
     for row in scores:
         baselines = [row[f"val/{name}/mse"] for name in NAMES]
@@ -308,7 +312,7 @@ def test_export_reloads_to_the_trained_model(straight, small_corpus, tmp_path, m
     metrics.add(predicted, masked.true, unseen, masked.positions, torch.zeros_like(unseen))
     logged = [r for r in read_metrics(straight) if "val/mse" in r][-1]
     assert metrics.compute()["val/mse"] == pytest.approx(logged["val/mse"], rel=1e-5)
-    assert (tmp_path / "model" / "README.md").read_text().startswith("# scLong")
+    assert "\n# scLong" in (tmp_path / "model" / "README.md").read_text()
     assert provenance["training_cells"]["datasets"] == ["immune_a"]
     assert read_training_cells(tmp_path / "model").hold(corpus.rows(corpus.split("train"))).all()
     export.export(straight / "checkpoints", tmp_path / "without", training_cells=False)
@@ -353,11 +357,11 @@ def test_other_stages_train(straight, small_corpus, small_graph, tmp_path, ranks
         {"engine.ds_config": "zero1"},
         {
             "engine.activation_checkpointing": "true", "model.feature_redraw_interval": 3,
-            "model.large_encoder.attention": "softmax", "model.cell_vector": "svd",
-            "model.cell_offset": "poisson",
+            "model.large_encoder.attention": "softmax", "model.cell_vector": "none",
+            "model.cell_offset": "visible",
         },
     ],
-    ids=["zero1", "zero3, recomputed, redrawn, exact large encoder, cell vector"],
+    ids=["zero1", "zero3, recomputed, redrawn, exact large encoder, no cell vector"],
 )  # fmt: skip
 def test_bf16_resumed_equals_straight_through_and_exports_what_it_trained(
     straight, small_corpus, small_graph, tmp_path, overrides
@@ -381,19 +385,22 @@ def test_bf16_resumed_equals_straight_through_and_exports_what_it_trained(
     assert openings(rest) == [4]
     got, expected = losses(whole), losses(straight)
     assert losses(rest) == got
-    if "model.cell_vector" not in overrides:  # with it the model starts elsewhere
+    if "model.cell_vector" not in overrides:  # without it the model starts elsewhere
         assert [got[s] for s in range(1, 8)] == pytest.approx(
             [expected[s] for s in range(1, 8)], rel=0.1
         )
     started = "principal directions of" in log_of(whole)
-    assert started == ("model.cell_vector" in overrides)
+    assert started == ("model.cell_vector" not in overrides)
     assert "principal directions of" not in log_of(rest)
-    check_gradient_norms(whole, *["cell_vector"] * ("model.cell_vector" in overrides))
+    check_gradient_norms(whole)
 
 
 def test_first_loss_is_the_variance_of_the_targets(small_corpus, small_graph, tmp_path):
     """Without a bias per gene the model starts at the overall mean."""
-    changes = {"model.gene_bias": "false", "run.max_steps": 1, "run.validation_cells": 126}
+    changes = {
+        "model.gene_bias": "false", "model.cell_vector": "none", "model.cell_offset": "none",
+        "run.max_steps": 1, "run.validation_cells": 126,
+    }  # fmt: skip
     run_module(
         "sclong_ds.pretrain", *settings(tmp_path / "run", small_corpus, small_graph, **changes)
     )
