@@ -228,7 +228,10 @@ def test_a_drafted_manifest_is_converted(
     assert main(["manifest", str(data), "--out", str(manifest)]) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"{data}: 3 datasets, 1 file not readable, 2 files without data\n"
+    assert (
+        err
+        == f"{data}: 3 datasets of 60 cells to be read, 1 file not readable, 2 files without data\n"
+    )
     assert main(["convert", str(manifest), "--out", str(tmp_path / "c"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"ok": 2, "excluded": 1, "failed": 0}
     before = manifest.read_bytes()
