@@ -24,8 +24,8 @@ METAVARS = {
     "BYTES", "CHECKPOINT_DIR", "CODE", "CONDITIONS", "CORPUS", "DATASET_ID", "DIR", "FACTOR",
     "FILE", "FILE|PRESET", "FORMAT", "GBIT", "GENES", "GIB", "ID", "INPUT", "KEY", "KEY=VALUE",
     "KIND", "MANIFEST", "MATRIX", "MB", "MODE", "MODEL_DIR", "N", "NAME", "NAMES", "ORG/NAME",
-    "RUN_DIR", "RUN_DIR_OR_RUN_ID", "RUN|CHECKPOINT|MODEL", "SECONDS", "SHARE", "SOURCE", "TERM", "TEXT",
-    "TYPE", "URL", "key=value",
+    "RUN_DIR", "RUN_DIR_OR_RUN_ID", "RUN|CHECKPOINT|MODEL", "SECONDS", "SHARE", "SOURCE", "TERM",
+    "TEXT", "TYPE", "URL", "key=value",
 }  # fmt: skip
 """One for a kind of value, whatever the command."""
 VERBS = {
