@@ -108,7 +108,7 @@ def default_plan(m: int, head_width: int, dtype: torch.dtype, capability: tuple[
     if dtype == torch.float32:
         return _plan_in_float32(m)
     chip = architecture(capability)
-    if chip == (9, 0):
+    if chip in ((9, 0), (10, 0)):
         return _hopper_plan(m, head_width)
     # The accumulators of 256 features and of a tail do not fit in the registers of one program.
     main, tail = feature_split(m, 128)
