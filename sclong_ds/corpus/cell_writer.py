@@ -5,13 +5,11 @@
 
 Reads and writes a temporary folder beside the store, which gets its name when it is whole. Each
 shard is read back from there, which garbled bytes do not survive, and gives the tables of chunk
-checksums. Whatever else lies in the temporary folder, left by a kill, is removed before the store
-gets its name, and before a resumed writer continues.
+checksums.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -43,25 +41,19 @@ from sclong_ds.files.atomic import (
     partial_name,
     sync_folder,
     sync_tree,
-    write_atomic,
 )
 from sclong_ds.files.checksums import file_crc32c
-from sclong_ds.files.npz import read_npz
 
 CHUNK_ENTRIES = 2**19
 CHUNKS_PER_SHARD = 32
-_CHECKPOINT = "checkpoint.npz"
 _GARBLED = "does not hold what was written; the disk or the memory is at fault, run this elsewhere"
-_UNREADABLE = (OSError, ValueError, KeyError)
-"""What a checkpoint file raises that is missing, damaged or of an older program."""
 
 
 class CellWriter:
     """Writes a cell store; a context manager that leaves the finished store or nothing.
 
     Cells are kept in the order given. Memory is one shard (2 x chunk_entries x chunks_per_shard
-    bytes). A resumable writer that was killed or failed leaves `.NAME.part` beside `path`, and the
-    next one continues at its last checkpoint; the store has the same bytes.
+    bytes).
     """
 
     def __init__(
@@ -72,7 +64,6 @@ class CellWriter:
         codec: Literal["zstd", "none"] = "zstd",
         chunk_entries: int = CHUNK_ENTRIES,
         chunks_per_shard: int = CHUNKS_PER_SHARD,
-        resumable: bool = False,
     ) -> None:
         """Start a store in a temporary folder beside `path`.
 
@@ -82,8 +73,6 @@ class CellWriter:
             codec: zstd (about half the bytes) or none (for fast local disks).
             chunk_entries: Entries of a chunk; about one entry per non-zero count.
             chunks_per_shard: Chunks in one file.
-            resumable: Continue at the last `checkpoint` of a writer with the same arguments, if
-                any; its number is `mark`.
 
         Raises:
             ValueError: Unknown codec, or sizes below 1.
@@ -100,26 +89,13 @@ class CellWriter:
         if self.path.exists():
             raise FileExistsError(f"{self.path}: exists already; remove it or choose another name")
         self.n_genes, self.codec, self.chunk_entries = n_genes, codec, chunk_entries
-        self.resumable = resumable
-        self._temporary = (
-            self.path.with_name(f".{self.path.name}.part") if resumable else partial_name(self.path)
-        )
-        self._store = self._temporary / "store"
-        """What becomes `path`; checkpoints lie beside it."""
+        self._store = partial_name(self.path)
+        """What becomes `path`."""
         self._shape = (2, chunks_per_shard, chunk_entries)
-        self._reset()
-        if not (resumable and self._return_to_checkpoint()):
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._reset()
-            self._create_group()
-
-    def _reset(self) -> None:
-        """Begin with no cell."""
         # Pages of zeros that are never written to cost nothing: most datasets are small.
         self._shard = np.zeros(self._shape, np.uint8)
-        self.mark = self._shards_written = self._shards_synced = 0
-        self._chunk = 0
-        """Chunk of the shard that is being filled."""
+        self._shards_written = self._chunk = 0
+        """Whole shards on disk, and chunk of the shard that is being filled."""
         self._fill = 0
         """Entries in that chunk."""
         self._chunk_rows = [0]
@@ -128,10 +104,7 @@ class CellWriter:
         self._n_rows = self._n_values = 0
         self._tables: dict[str, np.dtype] = {}
         self._table_crc32c: dict[str, int] = {}
-
-    def _create_group(self) -> None:
-        """Describe the store as far as it is written."""
-        self._store.mkdir(parents=True, exist_ok=True)
+        self._store.mkdir(parents=True)
         self._group = zarr.create_group(self._store, attributes={})
         for name in STREAMS:
             self._create_stream(name)
@@ -151,8 +124,7 @@ class CellWriter:
             if kind is None:
                 self._finish()
         finally:
-            if not self.resumable:
-                shutil.rmtree(self._temporary, ignore_errors=True)
+            shutil.rmtree(self._store, ignore_errors=True)
 
     def append(self, matrix: csr_matrix, *, source: Mapping[str, ArrayLike] | None = None) -> None:
         """Add cells.
@@ -253,64 +225,6 @@ class CellWriter:
         """Number of cells so far."""
         return self._n_rows
 
-    def checkpoint(self, mark: int) -> None:
-        """Make what was appended survive a kill.
-
-        Args:
-            mark: Tells the caller of the next writer where to continue.
-        """
-        assert self.resumable
-        for number in range(self._shards_synced, self._shards_written):
-            for name in STREAMS:
-                file = self._store / name / "c" / str(number)
-                # A shard of zeros only is not written.
-                if file.exists():
-                    sync_folder(file)
-        for name in self._tables:
-            sync_folder(self._store / name / "c" / "0")
-        self._shards_synced, self.mark = self._shards_written, mark
-        numbers = [mark, self._shards_written, self._chunk, self._fill, self._n_rows]
-        content = io.BytesIO()
-        np.savez(
-            content,
-            numbers=[*numbers, self._n_values],
-            shard=self._shard[:, : self._chunk + 1],
-            chunk_rows=self._chunk_rows,
-            crc32c=np.array(self._crc32c, np.uint32),
-            tables=[f"{dtype.str}{name}" for name, dtype in self._tables.items()],
-            table_crc32c=list(self._table_crc32c.values()),
-        )
-        write_atomic(self._temporary / _CHECKPOINT, content.getvalue())
-
-    def _return_to_checkpoint(self) -> bool:
-        """Take up the work at the last checkpoint; return whether there is one with its files."""
-        try:
-            state = read_npz(self._temporary / _CHECKPOINT, cure="it is not used")
-            numbers = state["numbers"].tolist()
-            (
-                self.mark, self._shards_written, self._chunk, self._fill, self._n_rows,
-                self._n_values,
-            ) = numbers  # fmt: skip
-            self._shard[:, : self._chunk + 1] = state["shard"]
-            self._chunk_rows = state["chunk_rows"].tolist()
-            self._crc32c = state["crc32c"].tolist()
-            tables, sums = state["tables"].tolist(), state["table_crc32c"].tolist()
-            self._tables = {text[3:]: np.dtype(text[:3]) for text in tables}
-            self._table_crc32c = dict(zip(self._tables, sums, strict=True))
-            self._shards_synced = self._shards_written
-            # Whatever came after the checkpoint is made again, also the work of `_finish`.
-            for name, dtype in self._tables.items():
-                os.truncate(self._store / name / "c" / "0", self._n_rows * dtype.itemsize)
-            names = [f"{table}/c/0" for table in self._tables]
-            shards = range(self._shards_written)
-            names += [f"{stream}/c/{shard}" for stream in STREAMS for shard in shards]
-            self._remove_all_but(names)
-            self._create_group()
-            self._check_tables()
-            return [self._read_back(name) for name in STREAMS] == self._crc32c
-        except _UNREADABLE:
-            return False
-
     def _check_tables(self) -> None:
         """Read the row tables back; raises ValueError where one is not what was written."""
         for name, crc32c in self._table_crc32c.items():
@@ -329,7 +243,7 @@ class CellWriter:
             raise ValueError(f"{stream.location}: {_GARBLED} ({error})") from None
 
     def _remove_all_but(self, names: Iterable[str]) -> None:
-        """Remove every file that is not named: what killed writers have left."""
+        """Remove every file that is not named."""
         keep = {self._store / name for name in names}
         for path in sorted(self._store.rglob("*")):
             if path not in keep and (path.is_symlink() or not path.is_dir()):
@@ -405,7 +319,6 @@ class CellWriter:
         sync_tree(self._store)
         os.rename(self._store, self.path)
         sync_folder(self.path.parent)
-        shutil.rmtree(self._temporary)
 
     def _create_stream(self, name: str) -> None:
         shard = self._shard[0].size
@@ -414,7 +327,7 @@ class CellWriter:
             compressors.insert(0, ZstdCodec(level=1))
         self._group.create_array(
             name,
-            shape=(self._shards_written * shard,),
+            shape=(0,),
             chunks=(self.chunk_entries,),
             shards=(shard,),
             dtype="u1",

@@ -245,45 +245,6 @@ def test_file_sizes(tmp_path: Path) -> None:
         assert size / matrix.nnz < most
 
 
-@pytest.mark.parametrize("ended", ["killed", "failed", "while finishing"])
-def test_resumed_store_has_the_same_bytes(
-    tmp_path: Path, ended: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A writer stops somewhere after its last checkpoint; the next one continues from there."""
-    matrix = random_counts(12)
-    options: dict[str, int] = {"n_genes": 2_000, "chunk_entries": 1024, "chunks_per_shard": 4}
-
-    def append(writer: CellWriter, block: int) -> None:
-        rows = np.arange(20 * block, 20 * block + 20)
-        writer.append(matrix[rows], source={"source_row": rows})
-
-    with CellWriter(tmp_path / "whole.zarr", **options) as writer:
-        for block in range(10):
-            append(writer, block)
-    for stop in (1, 4, 7, 10):
-        path = tmp_path / f"{ended}{stop}.zarr"
-        writer = CellWriter(path, resumable=True, **options)
-        assert writer.mark == 0
-        for block in range(stop):
-            append(writer, block)
-            if block == stop - 2:
-                writer.checkpoint(mark=block + 1)
-        if ended == "failed":
-            writer.__exit__(ValueError, ValueError("stop"), None)
-        elif ended == "while finishing":
-            with monkeypatch.context() as patch:
-                patch.setattr("sclong_ds.corpus.cell_writer.sync_tree", Path.unlink)
-                with pytest.raises(OSError, match=r".part"):
-                    writer.__exit__(None, None, None)
-        assert not path.exists()
-        with CellWriter(path, resumable=True, **options) as resumed:
-            assert resumed.mark == stop - 1
-            for block in range(resumed.mark, 10):
-                append(resumed, block)
-        assert files_of(path) == files_of(tmp_path / "whole.zarr")
-    assert not list(tmp_path.glob(".*"))
-
-
 def files_of(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
