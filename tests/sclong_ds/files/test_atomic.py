@@ -9,6 +9,7 @@ import pytest
 
 from sclong_ds.files.atomic import (
     is_partial,
+    link_or_copy,
     locked,
     partial_name,
     remove_partials,
@@ -141,3 +142,19 @@ def test_a_disk_that_fails_while_a_file_is_read_is_named(tmp_path, monkeypatch, 
     monkeypatch.setattr(pathlib.Path, "read_bytes", damaged)
     with pytest.raises(OSError, match=re.escape(f"Input/output error: '{path}'")):
         reader(path)
+
+
+@pytest.mark.parametrize("kind", [errno.EPERM, errno.EINVAL, errno.EIO, errno.EROFS, errno.ENOSPC])
+def test_a_file_is_copied_where_the_file_system_has_no_links(tmp_path, monkeypatch, kind):
+    def link(*_):
+        raise OSError(kind, os.strerror(kind))
+
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "a").write_bytes(b"x")
+    if kind in (errno.EROFS, errno.ENOSPC):
+        with pytest.raises(OSError, match=os.strerror(kind)):
+            link_or_copy(tmp_path / "a", tmp_path / "b")
+        assert not (tmp_path / "b").exists()
+    else:
+        link_or_copy(tmp_path / "a", tmp_path / "b")
+        assert (tmp_path / "b").read_bytes() == b"x"
