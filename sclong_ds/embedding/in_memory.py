@@ -97,7 +97,16 @@ def align(cells: CellSource, model: ScLong, **reading: Unpack[Reading]) -> AnnDa
 
         aligned = sclong_ds.align(adata, model)
         x = torch.from_numpy(aligned[:8].layers["model_input"].toarray())
-        vectors = model.encode(x, genes=["CD3E", "CD19"])
+        unknown = None
+        if model.transform.unmeasured == "mask":
+            unknown = ~torch.from_numpy(aligned.var["measured"].to_numpy()).expand(len(x), -1)
+        vectors = model.encode(x, unmeasured=unknown, genes=["CD3E", "CD19"])
+
+    `embed` does the same: a model trained with `data.unmeasured=mask` must be told which genes were
+    not measured, any other reads them as zeros. `measured` is of the whole input: where its cells
+    come from several gene lists (a file that `embed` wrote, a corpus) it is true of a gene that any
+    list has; for a model that masks, align the cells of each list on their own. A corpus that
+    records no lists gives no such column.
 
     Args:
         cells: As for `embed`.
@@ -113,12 +122,12 @@ def align(cells: CellSource, model: ScLong, **reading: Unpack[Reading]) -> AnnDa
         FileNotFoundError: No such path.
         ValueError: Not counts of known human genes.
     """
-    columns = list(cells.obs) if isinstance(cells, AnnData) else []
-    with opened_cells(model, cells, columns, reading) as opened:
+    with opened_cells(model, cells, (), reading) as opened:
         blocks = [block.counts for block in opened.blocks()]
         counts = vstack([csr_matrix((0, model.n_genes)), *blocks]).tocsr()
         measured = opened.measured
-        obs = opened.obs
+        # Of cells in memory as it is: it may hold columns that no file can.
+        obs = cells.obs.copy() if isinstance(cells, AnnData) else opened.obs
     values = counts.astype(np.float32)
     totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
     scale = np.repeat(scale_of(totals, model.transform.target_sum), np.diff(counts.indptr))

@@ -101,10 +101,11 @@ def run(args: argparse.Namespace) -> int:
     goal = None
     if args.towards is not None:
         goal = goal_of(args.towards, model, cells, batch_size=args.batch_size)
-    means = mean_expression(model, cells)
+    means = mean_expression(model, cells, keep=None if goal is None else goal.others)
+    which = "no cell" if goal is None else f"no cell outside of {goal.name}"
     for name, genes in zip(names, sets, strict=True):
         if value == 0 and not means[genes].any():
-            raise ValueError(f"--genes {name}: no cell expresses it, so there is nothing to delete")
+            raise ValueError(f"--genes {name}: {which} expresses it, so there is nothing to delete")
     rng = np.random.default_rng(args.seed)
     avoid = {gene for genes in sets for gene in genes}
     if model.transform.unmeasured == "mask" and cells.measured is not None:
@@ -216,17 +217,19 @@ def goal_of(text: str, model: ScLong, cells: Cells, *, batch_size: int) -> Goal:
     return Goal(name=text, place=total / inside.sum(), others=~inside)
 
 
-def mean_expression(model: ScLong, cells: Cells) -> np.ndarray:
-    """Return the mean input (G,) of each gene over all cells.
+def mean_expression(model: ScLong, cells: Cells, *, keep: np.ndarray | None = None) -> np.ndarray:
+    """Return the mean input (G,) of each gene over cells.
 
     Args:
         model: From `load_model`.
-        cells: From `open_cells`.
+        cells: From `open_cells`; B cells.
+        keep: (B,) bool, the cells that count, which are those that are perturbed; None: all.
     """
     total = np.zeros(model.n_genes)
-    for x, _, _ in model_inputs(model, cells, batch_size=1):
-        total += x[0].cpu().numpy()
-    return total / max(len(cells.obs), 1)
+    for x, _, place in model_inputs(model, cells, batch_size=1):
+        if keep is None or keep[place.start]:
+            total += x[0].cpu().numpy()
+    return total / max(len(cells.obs) if keep is None else int(keep.sum()), 1)
 
 
 def null_sets(

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 ALLOCATIONS = 1_000_000
 """Events of the GPU's allocator that are kept, the newest."""
+_LOGGED = ("enabled", "prof_all", "verbose", "comms_dict")
+"""State of DeepSpeed's log of collectives, which may be on by the run's own `comms_logger`."""
 
 
 def check_profile(kind: ProfileKind, step: int, device: torch.device) -> None:
@@ -134,13 +136,15 @@ def _collectives(path: Path, ranks: Ranks) -> Iterator[None]:
     from deepspeed import comm
 
     logger: Any = comm.comm.comms_logger
+    kept = {name: getattr(logger, name) for name in _LOGGED}
     logger.comms_dict = {}
     comm.configure(enabled=True, prof_all=True, verbose=False)
     try:
         yield
+        if ranks.rank == 0:
+            found = logger.log_all(print_log=False, return_dict=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            log.info("collectives of DeepSpeed on rank 0: %s", path)
     finally:
-        comm.configure(enabled=False)
-    if ranks.rank == 0:
-        found = logger.log_all(print_log=False, return_dict=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        log.info("collectives of DeepSpeed on rank 0: %s", path)
+        for name, value in kept.items():
+            setattr(logger, name, value)

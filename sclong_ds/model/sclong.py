@@ -67,8 +67,7 @@ class ScLong(Pretrained, nn.Module):
         graph: The gene graph; None unless config.gene_encoder is `graph`.
         gene_vectors: (G, C) initial gene vectors or None.
         features: Random features (M, K) by `stack.layer` to use before the first redraw, or None.
-        output_mean: Initial prediction with config.head_init `mean`: per gene (G,) when
-            config.gene_bias, else one number.
+        output_mean: Initial prediction with head_init `mean`: (G,) with gene_bias, else one number.
         cell_start: What the cell's vector starts from, with config.cell_vector; None: zeros and
             random vectors.
     """
@@ -246,9 +245,13 @@ class ScLong(Pretrained, nn.Module):
                     raise ValueError("genes: a model that was not loaded has columns and no names")
                 genes = self.genes.columns(map(str, genes))
             genes = torch.tensor(genes, dtype=torch.int64)
+        whole = not genes.is_floating_point() and genes.dtype != torch.bool
+        if not (whole and genes.dim() and genes.shape[:-1] in ((), (1,), (len(x),))):
+            raise ValueError(f"genes: {genes.dtype} {[*genes.shape]}; give integers (P,) or (B, P)")
+        genes = genes.to(x.device, torch.int64)
         if genes.numel() and not 0 <= int(genes.min()) <= int(genes.max()) < self.n_genes:
             raise ValueError(f"genes: columns must be from 0 to {self.n_genes - 1}")
-        return genes.to(x.device).expand(len(x), -1)
+        return genes.expand(len(x), -1)
 
     def pooled(
         self,

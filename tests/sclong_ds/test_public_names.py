@@ -110,6 +110,20 @@ def test_align_gives_the_order_of_the_model_and_what_it_reads(cells: anndata.Ann
         align(shuffled, model, count="X")
 
 
+def test_align_keeps_annotations_that_no_file_can_hold(cells: anndata.AnnData) -> None:
+    model = load_model(MODEL / "model")
+    odd = cells[:6].copy()
+    odd.obs["age"] = pd.cut(pd.Series(range(6), index=odd.obs_names, dtype=float), 2)
+    odd.obs["when"] = pd.period_range("2020-01", periods=6, freq="M")
+    odd.obs = pd.concat([odd.obs, odd.obs[["kind"]]], axis=1)  # a name twice
+    odd.obs_names = ["a", "a", "b", "c", "d", "e"]
+    with pytest.warns(UserWarning, match="not unique"):
+        found = align(odd, model)
+    pd.testing.assert_frame_equal(found.obs, odd.obs)
+    found.obs["when"] = 0
+    assert (odd.obs["when"] != 0).all()
+
+
 def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> None:
     model = load_model(MODEL / "model")
     scores = evaluate(model, cells, label="kind", batch="day")

@@ -21,6 +21,7 @@ from sclong_ds.embedding.perturb import (
     CELL,
     empirical_p,
     goal_of,
+    mean_expression,
     measure,
     null_sets,
     shares_of_way,
@@ -138,7 +139,8 @@ def test_both_formats_hold_the_same_and_a_seed_repeats_it(model_dir, h5ad, tmp_p
 
 def test_what_makes_cells_ill_is_what_leads_back(model_dir, tmp_path, capsys):
     counts = 20 + np.random.default_rng(1).integers(0, 3, (24, N_GENES))
-    counts[12:, :2] = 400  # the ill cells express two genes more, and lack a third
+    # The ill cells express two genes more, within the factor of the null, and lack a third.
+    counts[12:, :2] = 200
     counts[12:, 2] = 0
     obs = pd.DataFrame({"state": ["well"] * 12 + ["ill"] * 12}, index=[f"c{i}" for i in range(24)])
     made = anndata.AnnData(
@@ -165,6 +167,28 @@ def test_what_makes_cells_ill_is_what_leads_back(model_dir, tmp_path, capsys):
     table = pd.read_csv(out, sep="\t")
     known = table[["towards", "towards_null_mean", "towards_p", "towards_q"]].notna().all(axis=1)
     assert (known == (table["target"] == CELL)).all()
+
+
+def test_with_a_goal_the_cells_that_are_perturbed_alone_count(model_dir, tmp_path, capsys):
+    counts = np.full((8, N_GENES), 5.0, dtype=np.float32)
+    counts[4:, 0], counts[:4, 1] = 0, 50  # gene 0: of the goal's cells alone; gene 1: high there
+    obs = pd.DataFrame({"state": ["well"] * 4 + ["ill"] * 4}, index=[f"c{i}" for i in range(8)])
+    made = anndata.AnnData(csr_matrix(counts), obs=obs, var=pd.DataFrame(index=list(GENES.ids)))
+    made.write_h5ad(tmp_path / "cells.h5ad")
+    model = load_model(model_dir)
+    cells = open_cells(tmp_path / "cells.h5ad", genes=model.genes, min_genes=1)
+    goal = goal_of("state=well", model, cells, batch_size=3)
+    means = mean_expression(model, cells, keep=goal.others)
+    assert means[0] == 0
+    np.testing.assert_allclose(means[1:], means[1])  # all alike outside of the goal
+    every = mean_expression(model, cells)
+    assert every[0] > 0
+    assert every[1] > 1.2 * every[2]
+    more = ["--towards", "state=well", "--null", "5"]
+    out = tmp_path / "a.tsv"
+    path = tmp_path / "cells.h5ad"
+    assert perturb(model_dir, path, out, GENES.ids[0], "delete", *more) == 1
+    assert "no cell outside of state=well expresses it" in capsys.readouterr().err
 
 
 def test_shares_of_the_way_are_exact():

@@ -44,6 +44,26 @@ def test_memory_is_the_trace_with_each_allocation(tmp_path):
     assert -4 * 64 * 64 in moved
 
 
+def test_the_log_of_collectives_of_the_run_is_as_it_was(tmp_path, monkeypatch):
+    from deepspeed.comm.comm import comms_logger
+
+    own = {"enabled": True, "prof_all": False, "verbose": True}
+    own["comms_dict"] = {"barrier": {0: [2, [1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]}}
+    for name, value in own.items():
+        monkeypatch.setattr(comms_logger, name, value)
+    folder = tmp_path / "profile"
+    ranks = SimpleNamespace(rank=0, device=CPU)
+    with profiled("communication", folder, 3, engine=None, ranks=ranks):
+        assert comms_logger.enabled
+        assert comms_logger.prof_all
+        assert not comms_logger.comms_dict
+        comms_logger.comms_dict["all_reduce"] = {8: [1, [1.0], [0.0], [0.0]]}
+    written = json.loads((folder / "step_00000003_communication.json").read_text())
+    assert "all_reduce" in json.dumps(written)
+    assert "barrier" not in json.dumps(written)
+    assert {name: getattr(comms_logger, name) for name in own} == own
+
+
 def test_rank_zero_alone_writes(tmp_path):
     assert traced(tmp_path / "profile", "trace", rank=1) is None
     assert not (tmp_path / "profile").exists()

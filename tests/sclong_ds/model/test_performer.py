@@ -88,6 +88,12 @@ def test_the_end_of_the_model_runs_on_the_chosen_genes_alone():
     assert rows == dict.fromkeys(parts, G)
     assert close(model.encode(x, mask, genes=[4, 0]), every[:, [4, 0]], 1e-5)
     assert rows["norm"] == 2
+    own = torch.tensor([[4, 0], [1, 2], [3, 3]], dtype=torch.int32)  # by cell, of any integers
+    expected = every[torch.arange(3)[:, None], own.long()]
+    assert close(model.encode(x, mask, genes=own), expected, 1e-5)
+    for wrong in (own[:2], own[None], own[0, 0], torch.ones(G, dtype=torch.bool), own.float()):
+        with pytest.raises(ValueError, match=r"give integers \(P,\) or \(B, P\)"):
+            model.encode(x, genes=wrong)
     with pytest.raises(ValueError, match="columns must be from 0 to"):
         model.encode(x, genes=[G])
     with pytest.raises(ValueError, match="a model that was not loaded has columns"):
