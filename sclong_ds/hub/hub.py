@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _SECONDS = (10, 60)
 """Of a connection, and between two pieces of an answer."""
 _PIECE = 2**20
+_EXAMPLES = {"model.encode(x)": 'model.encode(x, genes="all")'}
+"""What cards of earlier versions say and this one refuses, and what it wants instead."""
 
 
 def model_folder(place: str | Path) -> Path:
@@ -191,7 +193,8 @@ def save_pretrained(model: ScLong, folder: str | Path) -> None:
     Raises:
         FileExistsError: It exists.
         FileNotFoundError: The folder that the model came from is gone.
-        ValueError: A model that was not loaded: `train` and `export` write one.
+        ValueError: A model that was not loaded (`train` and `export` write one), or whose modules
+            are others than those that were loaded: merge adapters first.
     """
     from sclong_ds.exported.described.changed import write_changed
 
@@ -233,7 +236,11 @@ def _push(folder: Path, name: str, *, licence: str | None, private: bool) -> str
     check_files(folder)
     config = yaml.safe_load(read_file(folder / "config.yaml"))
     card = read_file(folder / CARD).decode("utf-8")
-    texts = {CARD: front_matter(card, licence=licence), CONFIG: hub_config(config)}
+    for before, after in _EXAMPLES.items():
+        card = card.replace(before, after)
+    texts = {CARD: front_matter(card, licence=licence)}
+    if not (folder / CONFIG).is_file():  # an export of an earlier version
+        texts[CONFIG] = hub_config(config)
 
     def publish(hub: Any) -> Any:
         api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sclong_ds.exported.manifest import check_files, model_digest
 from sclong_ds.exported.model_dir import (
@@ -19,7 +21,7 @@ from sclong_ds.exported.model_dir import (
 )
 from sclong_ds.exported.recipe_file import RECIPE, ChosenRecipe, read_judged
 from sclong_ds.exported.training_cells import read_training_cells
-from sclong_ds.files.atomic import read_file
+from sclong_ds.files.atomic import partial_name, read_file, remove_partials_of, sync_tree
 from sclong_ds.files.sealed_json import read_object
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.sclong import ScLong
@@ -35,7 +37,8 @@ def write_changed(model: ScLong, out: Path) -> None:
     Raises:
         FileExistsError: It exists.
         FileNotFoundError: The folder that the model came from is gone.
-        ValueError: A model that was not loaded, or weights that are not finite.
+        ValueError: A model that was not loaded, other modules than those that were loaded, or
+            weights that are not finite.
     """
     source = model.folder
     if source is None:
@@ -46,9 +49,9 @@ def write_changed(model: ScLong, out: Path) -> None:
     check_absent(out)
     before = load_model(source).state_dict()
     now = {name: weight.detach().cpu().float() for name, weight in model.state_dict().items()}
+    check_same_modules(before, now)
     if all(torch.equal(weight, now[name]) for name, weight in before.items()):
-        check_files(source)
-        shutil.copytree(source, out)
+        copy_whole(source, out)
         return
     provenance = json.loads(read_file(source / "provenance.json"))
     for name in ("validation", "finetuned"):
@@ -66,6 +69,49 @@ def write_changed(model: ScLong, out: Path) -> None:
         training_cells=read_training_cells(source),
         choose=lambda _: kept_recipe(model, source),
     )
+
+
+def check_same_modules(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose modules were wrapped, replaced or made of another size.
+
+    Args:
+        before: State dict of the model as it was loaded.
+        now: As it is.
+
+    Raises:
+        ValueError: A weight is missing, new or of another shape; the first is named.
+    """
+    for name in (*before, *(name for name in now if name not in before)):
+        old, new = (
+            f"the shape {tuple(weights[name].shape)}" if name in weights else "no such weight"
+            for weights in (before, now)
+        )
+        if old != new:
+            raise ValueError(
+                f"save_pretrained: {name}: {new}, when it was loaded {old}. Merge adapters first "
+                f"and keep modules of your own beside the model: a folder holds the architecture "
+                f"that was loaded"
+            )
+
+
+def copy_whole(source: Path, out: Path) -> None:
+    """Copy a model's folder, after a look at its files; the copy appears whole or not at all.
+
+    Args:
+        source: MODEL_DIR.
+        out: Folder to make.
+    """
+    check_files(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials_of(out)
+    partial = partial_name(out)
+    try:
+        shutil.copytree(source, partial)
+        sync_tree(partial)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def kept_recipe(model: ScLong, source: Path) -> ChosenRecipe | None:

@@ -41,6 +41,7 @@ def model_card(
     """
     model, target_sum = config["model"], config["transform"]["target_sum"]
     imported = "imported_files" in provenance
+    changed = "weights_changed_after" in provenance
     made = (
         "imported from a checkpoint of the released scLong code;\nsclong_ds did not train it."
         if imported
@@ -51,7 +52,7 @@ def model_card(
 
 {n_parameters:,} parameters over {config["n_genes"]:,} human genes,
 {made}
-
+{_CHANGED if changed else ""}
 ## Use
 
 ```python
@@ -79,10 +80,14 @@ where the total is over these genes. `embed` takes raw counts and does this itse
 Base width {model["base_dim"]}, large width {model["large_dim"]}, {model["top_seq_len"]} genes
 in the large encoder, gene encoder: {model["gene_encoder"]}.
 
-{_fine_tuned(provenance)}{_embedding(chosen)}
+{_fine_tuned(provenance)}{_embedding(chosen, scored=not changed)}
 {_source(provenance) if imported else _training(provenance)}"""
 
 
+_CHANGED = """
+The weights were changed after export by code that this folder does not know. Training, cells and
+the scores of the recipe below are those of the weights before.
+"""
 _INTENDED = """\
 ## Intended use
 
@@ -123,28 +128,27 @@ def _fine_tuned(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _embedding(chosen: ChosenRecipe | None) -> str:
-    """Return the part of the card on the recipe of an embedding."""
+def _embedding(chosen: ChosenRecipe | None, *, scored: bool = True) -> str:
+    """Return the part of the card on the recipe of an embedding, with its scores if they hold."""
     if chosen is None:
         return f"## Embedding\n\nOf a cell: {MEAN.text()}. No recipe was chosen.\n"
     facts, by = chosen.facts, chosen.facts["criterion"]
     before = facts["candidates"][MEAN.text()][by]
-    return (
+    text = (
         f"## Embedding\n\nOf a cell: {chosen.recipe.text()}.\n\n"
         f"Chosen among {len(facts['candidates'])} candidates (embedding.json) on "
         f"{facts['n_validation_cells']} validation cells by {by}; centres and scales are of "
         f"{facts['n_training_cells']} training cells. The best of many looks too good on the "
-        "cells that chose it: `evaluate` it on others.\n\n"
-        + table(
-            ("", by),
-            [
-                ("this recipe", f"{facts['score'][by]:.4f}"),
-                ("the gene vectors alone, by the same weights",
-                 f"{facts['gene vectors alone'][by]:.4f}"),
-                (MEAN.text(), f"{before:.4f}"),
-            ],
-        )
-    )  # fmt: skip
+        "cells that chose it: `evaluate` it on others.\n"
+    )
+    if not scored:
+        return text
+    rows = [
+        ("this recipe", f"{facts['score'][by]:.4f}"),
+        ("the gene vectors alone, by the same weights", f"{facts['gene vectors alone'][by]:.4f}"),
+        (MEAN.text(), f"{before:.4f}"),
+    ]
+    return f"{text}\n{table(('', by), rows)}"
 
 
 def _training(provenance: Mapping[str, Any]) -> str:

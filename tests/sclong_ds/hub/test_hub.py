@@ -22,9 +22,11 @@ from served_hub import Hub
 
 import sclong_ds
 from sclong_ds.__main__ import main
-from sclong_ds.exported.described.model_card import front_matter
-from sclong_ds.exported.manifest import check_files, model_digest
+from sclong_ds.exported.described.model_card import front_matter, model_card
+from sclong_ds.exported.manifest import check_files, model_digest, write_manifest
+from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.hub.hub import model_folder, push_to_hub
+from sclong_ds.model.pooling import MEAN
 
 GENES = named_genes(60)
 
@@ -149,8 +151,66 @@ def test_a_model_is_saved_as_it_is_and_its_changes_are_said(hub, model_dir, tmp_
     assert check_files(found.folder)
     record = json.loads((found.folder / "provenance.json").read_text())
     assert record["weights_changed_after"] == model_digest(model_dir)
+    assert "were changed after export" in " ".join((found.folder / "README.md").read_text().split())
+    assert "were changed after" not in (model_dir / "README.md").read_text()
     with pytest.raises(FileExistsError):
         model.save_pretrained(model_dir)
     by_hand = sclong_ds.ScLong(model.config, n_genes=60, graph=None)
     with pytest.raises(ValueError, match="made by hand"):
         by_hand.save_pretrained(tmp_path / "none")
+
+
+def test_other_modules_than_those_that_were_loaded_are_refused_by_name(model_dir, tmp_path):
+    class Adapted(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Linear) -> None:
+            super().__init__()
+            self.inner = inner
+
+    wrapped, wider, more = (sclong_ds.load_model(model_dir) for _ in range(3))
+    out = wrapped.decoder.layers[0].attention.to_out
+    wrapped.decoder.layers[0].attention.to_out = Adapted(out)
+    wider.norm = torch.nn.LayerNorm(9)
+    more.extra = torch.nn.Linear(2, 2)
+    for model, name in (
+        (wrapped, "decoder.layers.0.attention.to_out.weight: no such weight"),
+        (wider, r"norm.weight: the shape \(9,\), when it was loaded the shape \(8,\)"),
+        (more, r"extra.weight: the shape \(2, 2\), when it was loaded no such weight"),
+    ):
+        with pytest.raises(ValueError, match=name) as refused:
+            model.save_pretrained(tmp_path / "out")
+        assert "merge adapters first" in str(refused.value).lower()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_of_changed_weights_shows_no_scores_of_those_before(tmp_path):
+    rows = {"held out": 0.5}
+    facts = {
+        "criterion": "held out", "candidates": {MEAN.text(): rows}, "score": {"held out": 0.7654},
+        "gene vectors alone": rows, "n_validation_cells": 9, "n_training_cells": 9,
+    }  # fmt: skip
+    chosen = ChosenRecipe(recipe=MEAN, control=MEAN, facts=facts, judged=np.zeros(0, np.uint64))
+    config = yaml.safe_load((write_model(tmp_path, GENES, seed=0) / "config.yaml").read_text())
+    before, after = (
+        model_card(config, about, n_parameters=1, chosen=chosen)
+        for about in ({"step": 2}, {"step": 2, "weights_changed_after": "abc"})
+    )
+    assert "0.7654" in before
+    assert "0.7654" not in after
+    assert "those of the weights before" in after.split("## Use")[0]
+
+
+def test_a_folder_of_an_earlier_version_is_published_with_what_it_lacks(hub, tmp_path):
+    old = write_model(tmp_path, GENES, seed=0)
+    card = (old / "README.md").read_text()
+    use = 'model.encode(x, genes=["CD3E", "CD19"])'
+    assert use in card
+    (old / "README.md").write_text(card.replace(use, "model.encode(x)"))
+    push_to_hub(old, "lab/new")
+    files = hub.repositories["lab/new"]
+    assert files["config.json"] == (old / "config.json").read_bytes()
+    assert 'model.encode(x, genes="all")' in files["README.md"].decode()
+    for name in ("config.json", "manifest.json"):
+        (old / name).unlink()
+    write_manifest(old)
+    push_to_hub(old, "lab/old")
+    assert json.loads(hub.repositories["lab/old"]["config.json"])["model_type"] == "sclong"
