@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from exported import named_genes, write_model
 from launching import ROOT, environment
 from scipy.sparse import csr_matrix
 
@@ -108,6 +109,22 @@ def test_align_gives_the_order_of_the_model_and_what_it_reads(cells: anndata.Ann
         np.testing.assert_allclose(model.embed(x), embed(model, shuffled), rtol=1e-5, atol=1e-7)
     with pytest.raises(TypeError, match="count: no such keyword; how cells are read: min_genes_"):
         align(shuffled, model, count="X")
+
+
+def test_what_align_does_not_find_measured_is_told_to_a_model_that_masks(tmp_path: Path) -> None:
+    genes = named_genes(60)
+    model = load_model(write_model(tmp_path, genes, seed=0, unmeasured="mask"))
+    counts = np.random.default_rng(0).poisson(2.0, (4, 40)).astype(np.float32)
+    few = anndata.AnnData(counts, var=pd.DataFrame(index=list(genes.ids[:40])))
+    found = align(few, model, min_genes_mapped=1)
+    x = torch.from_numpy(found.layers["model_input"].toarray())
+    unknown = ~torch.from_numpy(found.var["measured"].to_numpy()).expand(len(x), -1)
+    assert unknown.sum(dim=1).tolist() == [20] * 4
+    with torch.inference_mode():
+        told, untold = model.embed(x, unmeasured=unknown), model.embed(x)
+    expected = embed(model, few, min_genes_mapped=1)
+    np.testing.assert_allclose(told, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(untold.numpy() - expected).max() > 1e-4
 
 
 def test_align_keeps_annotations_that_no_file_can_hold(cells: anndata.AnnData) -> None:
