@@ -258,12 +258,10 @@ def _as_one_command(
     job: _Job, members: range, progress: Progress | None, *, again: bool
 ) -> dict[str, Any]:
     """Make the corpus, or continue that, with no other command beside; `again` if it is there."""
-    with (
-        alone_in_corpus(job.corpus),
-        tempfile.TemporaryDirectory(prefix="finalize-units-") as local,
-    ):
-        # All processes are on this machine, whose own folder has locks.
-        job.lock = Path(local) / "units"
+    with alone_in_corpus(job.corpus), tempfile.TemporaryFile() as local:
+        # All processes are on this machine, whose own folder has locks; without a name, the file is
+        # gone after a kill, too.
+        job.lock = Path(f"/proc/self/fd/{local.fileno()}")
         job.read()
         rule = job.rule()
         if not again and job.is_finished(rule):
