@@ -50,7 +50,7 @@ def model_card(
     head = front_matter("", licence=None, datasets=_dataset_names(provenance))
     return f"""{head}# scLong-style single-cell model
 
-{n_parameters:,} parameters over {config["n_genes"]:,} human genes,
+{n_parameters:,} parameters over {config["n_genes"]:,} genes (genes.tsv),
 {made}
 {_CHANGED if changed else ""}
 ## Use
@@ -91,7 +91,7 @@ the scores of the recipe below are those of the weights before.
 _INTENDED = """\
 ## Intended use
 
-Research on human cells: vectors of cells and genes to compare, to annotate with a head that is
+Research on cells of the species of genes.tsv: vectors to compare, to annotate with a head that is
 fine-tuned and tested on donors of its own, to rank hypotheses. Not for diagnosis or treatment.
 
 ## Limits
