@@ -12,7 +12,7 @@ the corpus that was there, or none. The same staging and options give the same b
 KEY: started again, the command continues after the last finished unit of work
 (`data_prep.corpus.build`). Processes share the units (`data_prep.passes.crew`): those of `--jobs`,
 and the tasks of a job array, of which any number may run, in any order; several tasks need a file
-system whose locks hold between them. Memory: about a GB a process, and for the plan of the split 30
+system whose locks hold between them. Memory: about a GB a process, and for the plan of the split 60
 bytes a cell.
 """
 
