@@ -305,7 +305,7 @@ def _as_task(
             return {"call": job.call, "work": None}
         return {"call": job.call, "work": job.open(rule).name, "rule": rule.as_json()}
 
-    with tasks_in_corpus(job.corpus, begin) as (said, _):
+    with tasks_in_corpus(job.corpus, begin) as said:
         if said["call"] != job.call:
             raise ValueError(
                 f"{job.corpus}: another finalize, with other options or of other datasets, is at "

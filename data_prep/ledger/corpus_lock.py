@@ -58,9 +58,7 @@ def alone_in_corpus(corpus: Path) -> Iterator[None]:
 
 
 @contextmanager
-def tasks_in_corpus(
-    corpus: Path, begin: Callable[[], dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], bool]]:
+def tasks_in_corpus(corpus: Path, begin: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Keep out of a corpus folder everybody but other tasks of the same work.
 
     Args:
@@ -69,7 +67,7 @@ def tasks_in_corpus(
             at, as JSON has it.
 
     Yields:
-        What the first one has said, and whether this is the first.
+        What the first one has said.
 
     Raises:
         ValueError: Somebody else is at work there, or the file system has no locks.
@@ -79,8 +77,7 @@ def tasks_in_corpus(
             if not held:
                 raise ValueError(f"{corpus}: {_OTHERS}")
         with _path(corpus, "~tasks").open("a+b") as file:
-            first = _is_first(corpus, file.fileno())
-            if first:
+            if _is_first(corpus, file.fileno()):
                 said = begin()
                 file.truncate(0)
                 file.write(json.dumps(said).encode())
@@ -89,7 +86,7 @@ def tasks_in_corpus(
             file.seek(0)
             said = json.loads(file.read())
             entry.close()
-            yield said, first
+            yield said
 
 
 def _is_first(corpus: Path, file: int) -> bool:

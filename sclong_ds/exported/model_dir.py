@@ -127,6 +127,48 @@ def write_model_dir(
         raise
 
 
+def write_derived(
+    out: Path,
+    base: ScLong,
+    source: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    training_cells: TrainingCells | None,
+    choose: Callable[[ScLong], ChosenRecipe | None],
+    head: FittedHead | None = None,
+) -> None:
+    """Write a model of the architecture, genes, graph and features of another, with other weights.
+
+    Args:
+        out: Folder to make; it must not exist.
+        base: The other model, as `load_model` gives it.
+        source: Its folder.
+        weights: As for `write_model_dir`, like the rest.
+        provenance: What the new model was made from.
+        training_cells: What it was trained on; None: not known.
+        choose: Gives the recipe of its embeddings.
+        head: What was fine-tuned on the model, or None.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: Weights that do not belong to the architecture.
+    """
+    write_model_dir(
+        out,
+        weights=weights,
+        model=base.config,
+        transform=base.transform,
+        genes=source / "genes.tsv",
+        graph=source / GRAPH if (source / GRAPH).is_file() else None,
+        features=read_features(source / FEATURES) if (source / FEATURES).is_file() else None,
+        provenance=provenance,
+        training_cells=training_cells,
+        choose=choose,
+        head=head,
+    )
+
+
 def _write_texts(
     folder: Path,
     config: Mapping[str, Any],

@@ -13,17 +13,14 @@ from torch import Tensor
 
 from sclong_ds.exported.manifest import check_files, model_digest
 from sclong_ds.exported.model_dir import (
-    FEATURES,
-    GRAPH,
     check_absent,
     load_model,
-    write_model_dir,
+    write_derived,
 )
 from sclong_ds.exported.recipe_file import RECIPE, ChosenRecipe, read_judged
 from sclong_ds.exported.training_cells import read_training_cells
 from sclong_ds.files.atomic import partial_name, read_file, remove_partials_of, sync_tree
 from sclong_ds.files.sealed_json import read_object
-from sclong_ds.model.features_file import read_features
 from sclong_ds.model.sclong import ScLong
 
 
@@ -57,14 +54,11 @@ def write_changed(model: ScLong, out: Path) -> None:
     for name in ("validation", "finetuned"):
         provenance.pop(name, None)
     provenance["weights_changed_after"] = model_digest(source)
-    write_model_dir(
+    write_derived(
         out,
+        model,
+        source,
         weights=now,
-        model=model.config,
-        transform=model.transform,
-        genes=source / "genes.tsv",
-        graph=source / GRAPH if (source / GRAPH).is_file() else None,
-        features=read_features(source / FEATURES) if (source / FEATURES).is_file() else None,
         provenance=provenance,
         training_cells=read_training_cells(source),
         choose=lambda _: kept_recipe(model, source),

@@ -23,7 +23,7 @@ from sclong_ds.embedding.embed import pooled_counts
 from sclong_ds.exported.described.changed import kept_recipe
 from sclong_ds.exported.head import FittedHead
 from sclong_ds.exported.manifest import model_digest
-from sclong_ds.exported.model_dir import FEATURES, GRAPH, load_model, write_model_dir
+from sclong_ds.exported.model_dir import load_model, write_derived
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import TrainingCells, short_digests
 from sclong_ds.files.atomic import read_file
@@ -32,7 +32,6 @@ from sclong_ds.finetune.scored.calibration import fit_reference
 from sclong_ds.finetune.scored.compare import Outcome
 from sclong_ds.finetune.setting import Setting
 from sclong_ds.finetune.trainee import Trainee, merged_weights
-from sclong_ds.model.features_file import read_features
 from sclong_ds.model.pooling import Recipe, scaling_map
 from sclong_ds.model.sclong import ScLong
 
@@ -70,14 +69,11 @@ def write_model(
     provenance = json.loads(read_file(source / "provenance.json"))
     provenance |= {"training_cells": cells.facts(), "finetuned": _record(setting, facts)}
     changed = trainee.model is not None
-    write_model_dir(
+    write_derived(
         out,
+        base,
+        source,
         weights=weights,
-        model=base.config,
-        transform=base.transform,
-        genes=source / "genes.tsv",
-        graph=source / GRAPH if (source / GRAPH).is_file() else None,
-        features=read_features(source / FEATURES) if (source / FEATURES).is_file() else None,
         provenance=provenance,
         training_cells=cells,
         choose=lambda model: _recipe(setting, source, base, model if changed else None),
