@@ -12,8 +12,10 @@ the disk beside the budget, and how many files are lost: servable, and not there
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -31,8 +33,12 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from fault_server import FaultServer, entry, serving
 
+from data_prep.fetch.download import STATE
+
 FAULTS = ("404", "403", "429", "503", "cut", "cut", "html", "drop", "flipped_mark", "no_range")
 """Of the passing kind here; a 404 or 403 ends a file's tries until the next run."""
+LEAST_LOOKS = 50
+"""At the disk, of a trial that takes seconds."""
 
 
 def main() -> None:
@@ -131,32 +137,44 @@ def trial(
 
 
 class Watch:
-    """Looks every 10 ms how many bytes of files and parts lie in a folder."""
+    """Looks every 10 ms how many bytes of files and parts lie in a folder of `fetch`."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._most, self._end = folder, 0, threading.Event()
+        self._folders = (folder, folder / STATE)
+        self._most, self._looks, self._end = 0, 0, threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
 
     def stop(self) -> int:
-        """Return the most bytes seen."""
+        """Return the most bytes seen.
+
+        Raises:
+            RuntimeError: It looked too seldom, or ended early: the figure would mean nothing.
+        """
+        ended_early = not self._thread.is_alive()
         self._end.set()
         self._thread.join()
+        if ended_early or self._looks < LEAST_LOOKS or not self._most:
+            raise RuntimeError(f"the disk was looked at {self._looks} times, {self._most} bytes")
         return self._most
 
     def _look(self) -> None:
         while not self._end.wait(0.01):
-            self._most = max(self._most, sum(map(size_of, self._folder.rglob("d*.h5ad*"))))
+            self._most = max(self._most, sum(map(bytes_in, self._folders)))
+            self._looks += 1
 
 
-def size_of(path: Path) -> int:
-    """Return the bytes of a file or part; 0 for what is gone or a record."""
-    if path.suffix not in (".h5ad", ".part"):
-        return 0
+def bytes_in(folder: Path) -> int:
+    """Return the bytes of the files and parts that lie in a folder; of one that is not there, 0."""
+    total = 0
     try:
-        return path.stat().st_size
+        for entry in os.scandir(folder):
+            if entry.name.endswith((".h5ad", ".part")):
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.stat(entry.path).st_size
     except FileNotFoundError:
         return 0
+    return total
 
 
 def same(path: Path, data: bytes) -> bool:

@@ -197,7 +197,9 @@ class DataConfig:
     unmeasured: Literal["zero", "mask"]
     """Genes that a cell's dataset does not name. zero: they are read as not expressed (scLong).
     mask: nothing is known of them, so they are unknown to the model like hidden values, and never
-    targets; a panel of 400 genes then does not teach that 27,474 others are silent."""
+    targets; a panel of 400 genes then does not teach that 27,474 others are silent. The large
+    encoder reads none of them; with model.routing=top, where every cell sends top_seq_len genes,
+    that needs as many visible ones."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

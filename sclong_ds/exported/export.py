@@ -33,7 +33,11 @@ from sclong_ds.config.sections import DataConfig, ModelConfig
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.choose_recipe import CELLS, choose_from_run
 from sclong_ds.exported.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
-from sclong_ds.exported.training_cells import training_cells_of, training_data_of
+from sclong_ds.exported.training_cells import (
+    training_cells_of,
+    training_data_of,
+    validation_cells_of,
+)
 from sclong_ds.files.atomic import named_errors
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.random_features import drawn_features, favor_stacks, redraw_index
@@ -134,6 +138,9 @@ def _export(
     )
     if training_cells is not None:
         provenance["training_cells"] = training_cells.facts()
+    provenance["validation_cells"] = validation_cells_of(
+        config.data, n_cells=config.run.validation_cells, corpus_hash=state.corpus_hash
+    )
     provenance["training_data"] = training_data_of(
         config.data, init_from=config.run.init_from, corpus_hash=state.corpus_hash
     )

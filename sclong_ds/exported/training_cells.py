@@ -14,6 +14,7 @@ imported ones, an export far from the corpus) leave it unknown.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,83 @@ def training_cells_of(
             digests = np.union1d(digests, earlier.digests)
             datasets = sorted({*datasets, *earlier.datasets})
     return TrainingCells(digests=digests, datasets=tuple(datasets), complete=complete)
+
+
+def validation_digests(corpus: Corpus, n_cells: int) -> NDArray[np.uint64]:
+    """Return the digests (cells,) of the validation cells that a run is scored on.
+
+    Args:
+        corpus: Of the run.
+        n_cells: `run.validation_cells`.
+    """
+    split = corpus.splits["validation"]
+    rows = np.arange(split.start, split.stop, dtype=np.int64)[:n_cells]
+    return digest_cells(corpus.packed_rows(rows))[:, 0]
+
+
+def validation_facts(digests: NDArray[np.uint64]) -> dict[str, Any]:
+    """Return what provenance.json records of the validation cells: their number and one hash.
+
+    Args:
+        digests: Of `validation_digests`; their order does not count.
+    """
+    content = np.sort(digests).astype("<u8").tobytes()
+    return {"n_cells": len(digests), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def validation_cells_of(
+    data: DataConfig, *, n_cells: int, corpus_hash: str
+) -> dict[str, Any] | None:
+    """Return `validation_facts` of a run, None where its corpus is not there or another one by now.
+
+    Args:
+        data: The `data` section of the run.
+        n_cells: `run.validation_cells`.
+        corpus_hash: Content hash of the corpus it trained on.
+    """
+    if data.corpus is None:
+        return None
+    try:
+        return validation_facts(validation_digests(_same_corpus(data, corpus_hash), n_cells))
+    except (OSError, ValueError) as error:
+        _log.warning("the model does not tell its validation cells (%s)", error)
+        return None
+
+
+def validation_warnings(folder: Path, digests: NDArray[np.uint64]) -> list[str]:
+    """Return how the validation set of a run differs from that of the model it starts from.
+
+    Args:
+        folder: MODEL_DIR of `run.init_from`.
+        digests: Of the run's validation cells.
+
+    Returns:
+        Sentences; none where the set is the same one and no cell of it was trained on.
+    """
+    found = []
+    provenance = folder / "provenance.json"
+    before = read_json(provenance, cure=CURE) if provenance.is_file() else {}
+    then, now = before.get("validation_cells"), validation_facts(digests)
+    if then is None:
+        found.append("the model does not tell its validation cells: whether they are these is open")
+    elif then != now:
+        found.append(
+            f"the validation set is not that of the model's training ({now['n_cells']} cells, "
+            f"{then['n_cells']} there): figures of the two cannot be compared"
+        )
+    known = read_training_cells(folder)
+    if known is None:
+        found.append("the model does not tell its training cells: validation cells may be of them")
+        return found
+    seen = int(np.isin(digests, known.digests).sum())
+    if seen:
+        found.append(
+            f"{seen} of the {len(digests)} validation cells were in the training of the model that "
+            "this run starts from: figures on them are too good"
+        )
+    if not known.complete:
+        found.append("the model does not tell all of its training cells")
+    return found
 
 
 def training_data_of(

@@ -80,6 +80,8 @@ def masked_batch(
     unknown = None
     if unmeasured is not None:
         unknown = torch.from_numpy(unmeasured).to(device, non_blocking=True)
+        # `prepare` has refused counts there: this keeps all that reads x from depending on it.
+        x = x.masked_fill(unknown, 0.0)
     return MaskedBatch(x, hidden.bool(), positions, valid, x.gather(1, positions), unknown)
 
 

@@ -16,7 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
-from sclong_ds.config.sections import COUNT_OFFSETS, DataConfig, EngineConfig, ModelConfig
+from sclong_ds.config.sections import (
+    COUNT_OFFSETS,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    RunSection,
+)
 from sclong_ds.corpus.corpus import Corpus, GeneStats
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.datasheet.health import health_of
@@ -30,6 +36,7 @@ from sclong_ds.engine.deepspeed_engine import (
 )
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.exported.initial_weights import InitialWeights, check_initial_model
+from sclong_ds.exported.training_cells import validation_digests, validation_warnings
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.performer import PerformerLayer
 from sclong_ds.model.sclong import ScLong
@@ -63,6 +70,8 @@ def open_model(given: Given, corpus: Corpus) -> tuple[ScLong, InitialWeights | N
         weights = initial_weights(
             config.run.init_from, config.model, corpus, target_sum=config.data.target_sum
         )
+        if weights is not None:
+            on_first_rank(lambda: compare_validation(config.run, corpus))
     given_weights = resumes or weights is not None
     model = build_partitioned(
         lambda: make_model(config.model, corpus, restored=given_weights),
@@ -156,6 +165,28 @@ def initial_weights(
     on_first_rank(lambda: check_initial_model(folder, model, corpus.genes, target_sum=target_sum))
     log.info("weights: from %s", folder)
     return InitialWeights(folder)
+
+
+def compare_validation(settings: RunSection, corpus: Corpus) -> None:
+    """Warn where a run is not scored on what the model that it starts from was scored on.
+
+    Args:
+        settings: Section run, with `init_from`.
+        corpus: The corpus.
+
+    Raises:
+        ValueError: A file of the model is damaged.
+    """
+    if not settings.validate_every_n_steps:
+        return
+    try:
+        digests = validation_digests(corpus, settings.validation_cells)
+    except (ValueError, OSError) as error:
+        # What a damaged chunk means is a matter of data.on_damage, when it is used.
+        log.warning("validation: not compared with that of the model's training (%s)", error)
+        return
+    for warning in validation_warnings(Path(str(settings.init_from)), digests):
+        log.warning("validation: %s", warning)
 
 
 def read_gene_vectors(path: str) -> np.ndarray:

@@ -17,6 +17,11 @@ from sclong_ds.loader.weights import BY_COLUMN
 
 log = logging.getLogger(__name__)
 
+GROWN = (
+    "; to train on with more data, export the run and start from it (run.init_from), which tells "
+    "whether the validation cells are still held-out ones"
+)
+
 
 def with_order_of_run(run_dir: Path, data: DataConfig) -> DataConfig:
     """Return the data section with the order of cells that a run by groups began with.
@@ -178,7 +183,7 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
         raise ValueError(
             f"run.dir={run_dir}: cannot resume, {', '.join(changed)} differ from the "
             f"checkpoint's; use the same corpus, gene graph, random features, dataset weights and "
-            f"run.seed, or a new run.dir"
+            f"run.seed, or a new run.dir{GROWN * ('corpus_hash' in changed)}"
         )
     # Earlier versions wrote no hash of weights, and weighed by datasets alone.
     by_column = (now.balance_hash or "").startswith(BY_COLUMN)

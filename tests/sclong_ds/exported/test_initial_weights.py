@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,38 @@ def test_damaged_or_absent_weights_are_named(model_dir, tmp_path):
         path.unlink()
         path.write_bytes(whole)
         (model_dir / "provenance.json").write_text("{}")
+
+
+@pytest.mark.distributed
+def test_a_run_warns_of_validation_cells_that_its_model_was_trained_on(small_corpus, tmp_path):
+    """The same staged datasets, finalized again with the split turned round."""
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    for name in ("settings.json", "genes.tsv", "ledger", "staging", "manifests"):
+        copy = shutil.copytree if (small_corpus / name).is_dir() else shutil.copy
+        copy(small_corpus / name, turned / name)
+    run_module("data_prep", "finalize", turned, "--validation-datasets", "immune_a")
+    logs = []
+    model = features = "null"
+    for name, corpus in (("first", small_corpus), ("same", small_corpus), ("turned", turned)):
+        settings = {
+            "run.dir": tmp_path / name, "data.corpus": corpus, "run.init_from": model,
+            "run.max_steps": 1, "run.validation_cells": 20, "model.gene_graph": "null",
+            "model.gene_encoder": "embedding", "model.top_seq_len": 64,
+            "engine.train_batch_size": 2, "tracking.enabled": "false",
+            "tracking.picture_cells": "null", "model.random_features_file": features,
+        }  # fmt: skip
+        args = [f"{key}={value}" for key, value in settings.items()]
+        logs.append(tmp_path / f"{name}.log")
+        train(["-m", "sclong_ds.pretrain", "--config", "sclong_tiny", *args],
+              n_ranks=2 if name == "turned" else 1, log=logs[-1])  # fmt: skip
+        if name == "first":
+            model = tmp_path / "model"
+            features = model / "random_features.safetensors"
+            run_module("sclong_ds", "export", tmp_path / name, "--out", model)
+    provenance = json.loads((model / "provenance.json").read_text())
+    assert provenance["validation_cells"]["n_cells"] == 20
+    first, same, other = (log.read_text() for log in logs)
+    assert "validation: " not in first + same
+    assert other.count("validation: 20 of the 20 validation cells were in the training") == 1
+    assert other.count("validation: the validation set is not that of the model's training") == 1

@@ -1,6 +1,7 @@
 """Digests of training cells: which cells they hold, what a model folder tells, and where not."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
@@ -123,3 +124,34 @@ def test_a_model_folder_carries_them_sealed_and_an_earlier_one_leaves_it_unknown
     assert read_training_cells(earlier) is None
     assert "not known" in training_cells.share_in_training(None, 0, 9)
     assert "does not tell which cells" in (earlier / "README.md").read_text()
+
+
+def test_a_validation_set_is_compared_with_that_of_the_model(
+    small_corpus: Path, tmp_path: Path
+) -> None:
+    corpus = Corpus(small_corpus)
+    data, n_cells = config_of(small_corpus).data, 50
+    digests = training_cells.validation_digests(corpus, n_cells)
+    held_out = corpus.rows(corpus.split("validation")[:n_cells])
+    assert np.array_equal(digests, training_cells.short_digests(held_out))
+    facts = training_cells.validation_cells_of(data, n_cells=n_cells, corpus_hash=corpus.hash)
+    assert facts == training_cells.validation_facts(digests[::-1])
+    trained = cells_of(config_of(small_corpus), corpus_hash=corpus.hash)
+    assert trained is not None
+    trained.write(tmp_path)
+    provenance = tmp_path / "provenance.json"
+    provenance.write_text(json.dumps({"validation_cells": facts}))
+    warnings = training_cells.validation_warnings
+    assert warnings(tmp_path, digests) == []
+    # Seven of the held-out cells of a grown corpus were trained on.
+    moved = digests.copy()
+    moved[3:10] = trained.digests[:7]
+    other, seen = warnings(tmp_path, moved)
+    assert "the validation set is not that of the model's training (50 cells, 50 there)" in other
+    assert "7 of the 50 validation cells were in the training of the model" in seen
+    assert "(20 cells, 50 there)" in warnings(tmp_path, digests[:20])[0]
+    dataclasses.replace(trained, complete=False).write(tmp_path)
+    assert warnings(tmp_path, digests) == ["the model does not tell all of its training cells"]
+    for path in (provenance, tmp_path / training_cells.TRAINING_CELLS):
+        path.unlink()
+    assert [line[:24] for line in warnings(tmp_path, digests)] == ["the model does not tell "] * 2
