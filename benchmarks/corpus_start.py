@@ -34,8 +34,7 @@ import psutil
 from numpy.typing import NDArray
 from scipy import sparse
 
-from benchmarks.environment import environment
-from sclong_ds.files.atomic import write_atomic
+from benchmarks.environment import write_result
 
 N_CELLS, N_DATASETS = 48_024_242, 1_618
 GENES_PER_CELL = 1_932
@@ -276,9 +275,7 @@ def report(runs: list[list[dict[str, Any]]], args: argparse.Namespace) -> None:
     if args.json:
         options = {key: str(value) for key, value in vars(args).items() if key != "measure"}
         result = {"n_cells": args.cells, "stages": stages, "seconds": seconds, "private_mib": peak}
-        document = {"benchmark": "corpus_start", **environment(), "options": options}
-        text = json.dumps({**document, "result": {**result, "met": met}}, indent=1)
-        write_atomic(args.json, f"{text}\n".encode())
+        write_result(args.json, "corpus_start", {**result, "met": met, "options": options})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from typing import Any
 
 from sclong_ds.files.atomic import write_atomic
 
-LIBRARIES = "torch triton numpy scipy zarr numcodecs anndata h5py pandas".split()
+LIBRARIES = (
+    "torch deepspeed triton safetensors mlflow numpy scipy zarr numcodecs anndata h5py pandas"
+).split()
 
 
 def environment() -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
 import re
 import subprocess
@@ -31,7 +30,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from kernels.favor_launch import Setting, backward, forward
 from kernels.favor_plan import Block, default_plan, tiles
 
@@ -250,9 +249,7 @@ def main() -> None:
             print(f"  {name:42}{figures(found)}", flush=True)
             rows.append(asdict(case) | {"kernel": name} | asdict(found))
     if args.json:
-        document = {"environment": environment(), "kernels": rows}
-        document["environment"]["versions"] |= {"triton": triton.__version__}
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_result(args.json, "favor_compiled", {"kernels": rows})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.favor_literal import literal_attention
 from kernels.reference import favor_attention_packed, random_features
 
@@ -129,11 +129,10 @@ def main() -> None:
         ratios[key] = literal / median["ours"][key]
         print(f"{key:18}{literal:12.2f}{median['ours'][key]:12.2f}{ratios[key]:14.2f}")
     if args.json:
-        sizes = {name: getattr(args, name) for name in ("heads", "tokens", "width", "features")}
-        figures = {"sizes": sizes, "relative_difference": gap, "median": median, "ratio": ratios}
-        figures |= {"rounds": rounds, "environment": environment() | {"threads": args.threads}}
-        figures["environment"]["versions"] |= {"torch": torch.__version__}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        names = ("heads", "tokens", "width", "features", "threads")
+        sizes = {name: getattr(args, name) for name in names}
+        result = {"sizes": sizes, "relative_difference": gap, "median": median, "ratio": ratios}
+        write_result(args.json, "favor_cpu", result | {"rounds": rounds})
 
 
 if __name__ == "__main__":

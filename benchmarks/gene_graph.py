@@ -12,7 +12,6 @@ of N times (all / N) squared.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from data_prep.graph.gene_ontology import (
     GENE_TABLE,
     GO_FOLDER,
@@ -102,7 +101,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:24} {value:,.2f}" if isinstance(value, float) else f"{name:24} {value:,}")
     if args.json:
-        args.json.write_text(json.dumps(figures | {"environment": environment()}, indent=2) + "\n")
+        write_result(args.json, "gene_graph", figures)
 
 
 if __name__ == "__main__":

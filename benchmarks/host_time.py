@@ -1,6 +1,6 @@
 """Measure the host's work per layer and micro-batch under each ZeRO stage.
 
-    python -m benchmarks.host_time [--layers 42] [--only NAME ...]
+    python -m benchmarks.host_time [--layers 42] [--only NAME ...] [--json OUT]
 
 A GPU waits for the host where Python needs longer to start a layer's kernels than they run. A
 model of 42 large layers (and two of each other stack) of width 16 on 48 genes has next to no
@@ -20,7 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from benchmarks.environment import write_result
 
 CASES = ("plain", "zero1", "zero2", "zero3 by module", "zero3", "zero3 compiled")
 """`zero3 by module` gathers the weights of each module by itself, as DeepSpeed does unasked."""
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, help="these cases")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures as JSON")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args.case, args.layers, recompute=args.recompute)))
@@ -142,16 +146,20 @@ def main() -> None:
     n = args.layers + OTHER_LAYERS
     print(f"{n} layers; per layer and micro-batch, CPU ms (Python calls)")
     base = None
+    rows = {}
     for case in args.only:
         row = child(case, args.layers, recompute=args.recompute)
         total = row["forward_s"] + row["backward_s"]
         base = total if case == "zero1" else base
         ratio = f"  {total / base:5.2f} x zero1" if base else ""
+        rows[case] = row | {"total_ms": 1e3 * total, "over_zero1": total / base if base else None}
         parts = (
             f"{name} {1e3 * row[f'{name}_s'] / n:5.2f} ({row[f'{name}_calls'] / n:6.0f})"
             for name in ("forward", "backward")
         )
         print(f"{case:16} {'  '.join(parts)}  total {1e3 * total:6.0f} ms{ratio}", flush=True)
+    if args.json:
+        write_result(args.json, "host_time", {"layers": n, "cases": rows})
 
 
 if __name__ == "__main__":

@@ -22,16 +22,14 @@ import tempfile
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.files.atomic import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "tests" / "golden" / "full_config_state_dict.json"
@@ -159,10 +157,7 @@ def main() -> int:
     print(f"| {' | '.join(f'{x:.2f}' for x in figures)} | {peak.seconds} |")
     if args.json:
         result = asdict(peak) | {"ratio": peak.ratio, "checkpoint_bytes": file_bytes}
-        libraries = {name: version(name) for name in ("torch", "safetensors")}
-        document = {"benchmark": "import_memory", **environment(), "result": result}
-        document["versions"] |= libraries
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_result(args.json, "import_memory", result)
     return 0
 
 

@@ -27,13 +27,12 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.loader_prepare import environ, prepare
-from sclong_ds.files.atomic import write_atomic
 
 PEERS = ("annbatch[zarrs]==0.3.1", "numba", "psutil")
 DEFAULT, LZ4, ZSTD, PLAIN = (
@@ -274,11 +273,8 @@ def main() -> int:
     verdicts = gates(result, timed=not args.tiny)
     print_tables(result, verdicts)
     if args.json:
-        document = {"benchmark": "loader", **environment(), "result": result}
-        document["gates"] = [
-            {"claim": gate.claim, "value": gate.value, "passed": gate.passed} for gate in verdicts
-        ]
-        write_atomic(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        judged = [asdict(gate) for gate in verdicts]
+        write_result(args.json, "loader", result | {"gates": judged})
     return 1 if any(gate.passed is False for gate in verdicts) else 0
 
 

@@ -1,6 +1,6 @@
 """Measure the memory of the ranks of small runs on a CPU, and compare it with `plan`.
 
-    python -m benchmarks.rank_memory [--ranks 2] [--only NAME ...] [--work DIR]
+    python -m benchmarks.rank_memory [--ranks 2] [--only NAME ...] [--work DIR] [--json OUT]
 
 Trains a wide model, whose memory is that of weights, gradients and optimizer, in all ZeRO stages
 and offloaded, and a deep one on many cells, whose memory is that of activations, with and without
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.random_kills import N_GENES, make_corpus, settings, train
 from sclong_ds.config.load import load_config
 from sclong_ds.planning.memory import Setup, memory_per_rank, zero_settings
@@ -107,7 +107,9 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--work", type=Path, help="folder to make and keep (default: temporary)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures as JSON")
     args = parser.parse_args()
+    rows = {}
     titles = ("model, stage", "states", "activations", "other", "predicted, MiB", "measured, MiB",
               "measured / predicted")  # fmt: skip
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
@@ -122,13 +124,17 @@ def main() -> int:
             states += parts["adam_moments"] + parts["offloaded"]
             other = parts["peak"] - states - parts["activations"]
             sizes = (states, parts["activations"], other, parts["peak"], own)
+            rows[name] = parts | {"measured": own, "ratio": own / parts["peak"]}
             print(
                 f"| {name} | {' | '.join(f'{size / MIB:.0f}' for size in sizes)} | "
                 f"{own / parts['peak']:.2f} |",
                 flush=True,
             )
         print(f"a tiny model: {base / MIB:.0f} MiB")
-    print(environment())
+    if args.json:
+        ratios = [row["ratio"] for row in rows.values()]
+        result = {"runs": len(rows), "least": min(ratios), "most": max(ratios), "rows": rows}
+        write_result(args.json, "rank_memory", result | {"tiny": base})
     return 0
 
 

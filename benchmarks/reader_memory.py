@@ -33,7 +33,7 @@ import zarr
 from scipy import sparse
 from tqdm import tqdm
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from sclong_ds.corpus.genes import GeneVocabulary
 
 GENES_PER_CELL = 1_900
@@ -417,8 +417,7 @@ def main() -> int:
             flush=True,
         )
     if args.json:
-        document = {"environment": environment(), "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_result(args.json, "reader_memory", {"rows": [asdict(row) for row in rows]})
     return 0
 
 

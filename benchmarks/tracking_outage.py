@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import resource
 import signal
@@ -29,9 +28,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from sclong_ds.config.load import load_config
-from sclong_ds.files.atomic import write_atomic
 from sclong_ds.run_folder.files import SYSTEM_DIR, read_run_json, read_samples
 from sclong_ds.run_folder.rows import read_every_row
 from sclong_ds.tracking.tracker import Tracker
@@ -262,9 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{phase:<14} {args.steps * len(NAMES):>6} values logged, "
               f"{'sent' if through else 'kept in the run folder'}")  # fmt: skip
     print("  ".join(f"{name} {value:,}" for name, value in asdict(counts).items()))
-    result = {"counts": asdict(counts), "passed": passed, "environment": environment()}
     if args.json:
-        write_atomic(args.json, (json.dumps(result, indent=2) + "\n").encode())
+        write_result(args.json, "tracking_outage", {"counts": asdict(counts), "passed": passed})
     return int(bool(counts.missing or counts.doubled or counts.out_of_order))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import resource
 import sys
@@ -25,9 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.random_kills import make_corpus, settings
-from sclong_ds.files.atomic import write_atomic
 from sclong_ds.run_folder.rows import read_metrics
 
 EVERY = 20
@@ -137,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     per = found["drawing_cpu_s"] / found["validations"]
     print(f"{'drawing, process of its own, CPU':<44} {per:8.3f} s a validation")
     if args.json:
-        result = {**found, "environment": environment()}
-        write_atomic(args.json, (json.dumps(result, indent=2) + "\n").encode())
+        write_result(args.json, "tracking_overhead", found)
     return 0
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,28 @@ def test_another_kind_of_torch_is_refused(tmp_path: Path) -> None:
     assert done.stderr == "error: rocm: must be cuda or cpu\n"
 
 
-def test_the_script_passes_shellcheck() -> None:
+def test_the_image_passes_its_linter() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([hadolint, "-"], input=DOCKER, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    bad = DOCKER.replace("USER 10001", "USER root").replace("g++=4:12.2.0-3", "g++")
+    done = subprocess.run([hadolint, "-"], input=bad, capture_output=True, text=True)
+    assert {"DL3002", "DL3008"} <= set(re.findall(r"DL\d+", done.stdout))
+
+
+def section(name: str) -> str:
+    """Return the lines of a section of the apptainer file."""
+    found = re.search(rf"^%{name}\n((?:    .*\n|\n)*)", APPTAINER, re.MULTILINE)
+    assert found is not None
+    return found[1].replace("{{ TORCH }}", "cuda")
+
+
+@pytest.mark.parametrize("name", ["script", "environment", "post", "test", "runscript"])
+def test_shell_code_passes_shellcheck(name: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True)
+    given = SCRIPT.read_text() if name == "script" else f"#!/bin/sh\n{section(name)}"
+    done = subprocess.run(["shellcheck", "-"], input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
