@@ -28,10 +28,11 @@ from data_prep.verify.files import (
     links_text,
 )
 from data_prep.verify.verify import verify
-from sclong_ds.corpus.catalogue import read_catalogue, write_catalogue
+from sclong_ds.corpus.catalogue import FORMAT_VERSION, read_catalogue, write_catalogue
 from sclong_ds.corpus.corpus import Corpus
 
-OLDEST = Path(__file__).parents[2] / "golden" / "corpus_version_1"
+GOLDEN = Path(__file__).parents[2] / "golden"
+OLDEST = GOLDEN / "corpus_version_1"
 Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]
 
@@ -240,8 +241,9 @@ def test_links_behind_damage_are_not_called_checked(corpus: Path) -> None:
     assert not found[CHUNKS][0]
 
 
-def test_version_1_is_verified_as_before(tmp_path: Path) -> None:
-    shutil.copytree(OLDEST, tmp_path / "corpus")
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_every_version_is_verified(tmp_path: Path, version: int) -> None:
+    shutil.copytree(GOLDEN / f"corpus_version_{version}", tmp_path / "corpus")
     (tmp_path / "corpus" / "expected.json").unlink()
     assert verify(tmp_path / "corpus")["problems"] == []
     change_table(tmp_path / "corpus", "source_row", "<i8", add_one)

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sclong_ds.corpus.byte_code import PackedCells, decode, decode_genes, encode
+from sclong_ds.corpus.catalogue import FORMAT_VERSION, read_catalogue
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.location import Location
 
 BOUNDARIES = [1, 2, 254, 255, 256, 257, 511, 512, 65_535, 65_536, 2**24 - 1, 2**24, 2**32 - 1]
 
@@ -347,12 +349,19 @@ def test_corpus_that_is_none(tmp_path: Path) -> None:
             Corpus(tmp_path)
 
 
-OLDEST = Path(__file__).parents[2] / "golden" / "corpus_version_1"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
-def test_corpus_of_version_1_opens_and_reads_the_same() -> None:
-    expected = json.loads((OLDEST / "expected.json").read_bytes())
-    corpus = pickle.loads(pickle.dumps(Corpus(OLDEST)))
+def test_every_version_of_the_format_has_a_corpus_that_it_wrote() -> None:
+    written = {read_catalogue(Location(path))["version"] for path in GOLDEN.glob("corpus_*")}
+    assert written == set(range(1, FORMAT_VERSION + 1)), "see tests/golden/README.md"
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_a_corpus_of_every_version_opens_and_reads_the_same(version: int) -> None:
+    folder = GOLDEN / f"corpus_version_{version}"
+    expected = json.loads((folder / "expected.json").read_bytes())
+    corpus = pickle.loads(pickle.dumps(Corpus(folder)))
     n_cells = len(corpus)
     assert corpus.hash == expected["hash"]
     assert {name: [b.start, b.stop] for name, b in corpus.splits.items()} == expected["splits"]
@@ -370,3 +379,8 @@ def test_corpus_of_version_1_opens_and_reads_the_same() -> None:
     assert corpus.obs(np.arange(n_cells)).to_dict("list") == expected["obs"]
     assert int(corpus.gene_stats.total_counts.sum()) == expected["total_counts_sum"]
     assert corpus.gene_stats.mean_expressed_all == expected["mean_expressed_all"]
+    if version >= 4:
+        names = [name for name in expected["obs"] if name in corpus.columns]
+        assert {"cell_type", "cell_type_ontology_term_id", "donor_id"} <= set(names)
+        texts = corpus.obs(np.arange(n_cells), columns=names).astype(str)
+        assert texts.to_dict("list") == {name: expected["obs"][name] for name in names}
