@@ -1,8 +1,8 @@
 """Tiny products of every kind, in two versions: what `benchmarks.faults` damages.
 
-Four datasets of 20 to 60 cells over 300 genes become a staging, a corpus, a gene graph, a run of
-two ranks with two checkpoints, and a model. The second version of each has the same files with
-other content: other counts, another order, other weights.
+Four datasets of 20 to 60 cells over 300 genes become a staging, what a killed finalize leaves of
+it, a corpus, a gene graph, a run of two ranks with two checkpoints, and a model. The second version
+of each has the same files with other content: other counts, another order, other weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +29,8 @@ CELLS = {"blood": 20, "liver": 32, "lung": 44, "skin": 60}
 FINISHED = ("cells.zarr", "obs", "columns", "corpus.json", "checksums.json",
             "gene_stats.npz", "measured_genes.npy")  # fmt: skip
 """What finalize adds to a corpus folder."""
+WORK = ".finalize-*"
+"""Pattern of the folder in which it works."""
 BATCH = 8
 
 
@@ -136,6 +139,47 @@ def make_staging(folder: Path) -> None:
         must(convert(folder / f"{name}sources", folder / f"{name}staging"))
 
 
+WORK_STAGES = ("plan", "join", "seal", "publish")
+"""Stages of finalize at whose beginning it is killed; what is read later lies there then."""
+
+
+def make_work(folder: Path, *, stage: str) -> None:
+    """Make FOLDER/work-STAGE and FOLDER/other-work-STAGE: staging, and what a kill leaves of it.
+
+    Args:
+        folder: With the staging.
+        stage: The stage that had not begun.
+    """
+    folders = []
+    for prefix, seed in (("", 0), ("other-", 1)):
+        corpus = fresh_copy(folder / "staging", folder / f"{prefix}work-{stage}")
+        killed = multiprocessing.get_context("fork").Process(
+            target=_killed_finalize, args=(corpus, seed, stage)
+        )
+        killed.start()
+        killed.join()
+        left = list(corpus.glob(WORK))
+        if killed.exitcode != -signal.SIGKILL or len(left) != 1:
+            raise RuntimeError(f"{corpus}: {killed.exitcode}, {left}")
+        folders += left
+    # Under the same names, one can stand for the other.
+    os.rename(folders[1], folders[1].with_name(folders[0].name))
+
+
+def _killed_finalize(corpus: Path, seed: int, stage: str) -> None:
+    """Finalize a staging in a process that is killed when a stage begins, publish after seal."""
+    from data_prep.corpus.finalize import finalize
+
+    seen = []
+
+    def progress(name: str, done: int, size: int) -> None:
+        seen.append(name)
+        if name == stage or (stage == "publish" and seen.count("seal") == 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    finalize(corpus, validation_fraction=0.3, seed=seed, progress=progress)
+
+
 def make_corpus(folder: Path) -> None:
     """Make FOLDER/corpus and FOLDER/other-corpus from FOLDER/staging."""
     for name, seed in (("", 0), ("other-", 1)):
@@ -237,6 +281,7 @@ def make_model(folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "staging": make_staging,
+    **{f"work-{stage}": functools.partial(make_work, stage=stage) for stage in WORK_STAGES},
     "corpus": make_corpus,
     "graph": make_graph,
     "run": make_run,
@@ -263,6 +308,8 @@ def product(folder: Path, name: str) -> Product:
     )
     if name == "corpus":
         files = [file for file in files if file.split("/")[0] in (*FINISHED, "genes.tsv")]
+    if name.startswith("work-"):
+        files = [file for file in files if fnmatch(file.split("/")[0], WORK)]
     readers, must_fail = fault_readers.READERS[name]
     return Product(
         name=name, folder=root, other=folder / f"other-{name}", files=tuple(files),
@@ -277,6 +324,8 @@ def kind_of(file: str) -> str:
     for dataset in CELLS:
         name = name.replace(dataset, "DATASET")
     name = re.sub(r"manifests/[0-9a-f]+", "manifests/HASH", name)
+    name = re.sub(r"\.finalize-[0-9a-f]+", ".finalize-KEY", name)
+    name = re.sub(r"\b\d{6}\b", "UNIT", name)
     name = re.sub(r"step_\d+", "step_N", name)
     name = re.sub(r"rank_\d+", "rank_R", name)
     name = re.sub(r"(system|heartbeat|ranks?)/[^/]+\.", r"\1/NODE.", name)

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.damage import fresh_copy
-from benchmarks.fault_products import BATCH, FINISHED, JOB, contents, remove
+from benchmarks.fault_products import (
+    BATCH,
+    FINISHED,
+    JOB,
+    WORK,
+    WORK_STAGES,
+    contents,
+    remove,
+)
 from sclong_ds.checkpoint.load import _choose
 
 Reader = Callable[[Path], Any]
@@ -83,9 +91,16 @@ def read_finalized(folder: Path) -> Any:
         finalize(folder, validation_fraction=0.3)
         read_verify(folder)
         found = {name: reader(folder) for name, reader in CORPUS.items()}
-        return found | {"cells": contents(folder / "cells.zarr")}
+        files = {n: c for n, c in contents(folder).items() if n.split("/")[0] in FINISHED}
+        return found | {"files": files}
     finally:
-        remove([*(folder / name for name in FINISHED), *folder.glob(".finalize-*")])
+        remove([*(folder / name for name in FINISHED), *folder.glob(WORK)])
+
+
+def read_continued(folder: Path) -> Any:
+    """Finalize a copy of a folder where a finalize was killed; return what is published."""
+    with tempfile.TemporaryDirectory() as temporary:
+        return read_finalized(fresh_copy(folder, Path(temporary) / folder.name))
 
 
 CORPUS: dict[str, Reader] = {
@@ -253,6 +268,7 @@ MODEL: dict[str, Reader] = {"load_model": read_encoded, "init_from": read_initia
 """What reads a model folder."""
 READERS: dict[str, tuple[dict[str, Reader], tuple[str, ...]]] = {
     "staging": ({"finalize": read_finalized}, ()),
+    **{f"work-{stage}": ({"finalize": read_continued}, ()) for stage in WORK_STAGES},
     "corpus": (CORPUS | {"verify": read_verify}, ("verify",)),
     "run": (RUN, ()),
     "model": (MODEL, ()),

@@ -38,12 +38,12 @@ from data_prep.corpus.split_rule import SplitRule, rule_of
 from data_prep.corpus.splits import SplitCells, SplitPlan, SplitShare, plan_split, read_donors
 from data_prep.corpus.staged import Staged
 from data_prep.ledger.ledger import LedgerEntry, check_staged
-from data_prep.passes.buckets import BucketRuns, plan_runs, write_run
-from data_prep.passes.crew import Crew
+from data_prep.passes.buckets import BucketRuns, bounds_path, plan_runs, write_run
+from data_prep.passes.crew import Crew, Made
 from data_prep.passes.dedup import CELLS_PER_BUCKET, digest_run, repeated_in
 from data_prep.passes.permute import Layout, StagedCells, plan_layout, scatter_run, write_unit
 from data_prep.source.measured import read_measured
-from sclong_ds.annotations.columns import write_column
+from sclong_ds.annotations.columns import column_name, write_column
 from sclong_ds.corpus.byte_code import PackedCells, decode, digest_cells
 from sclong_ds.corpus.catalogue import SPLITS
 from sclong_ds.corpus.cell_store import CellStore
@@ -109,7 +109,7 @@ class Build:
         buckets = [0] * self._n_buckets
         run = self.crew.run
         run("check", sizes[0], lambda unit: [self._check(i) for i in checked[unit]])
-        run("annotations", sizes[1], lambda unit: _each(self._code, tables[unit]))
+        run("annotations", sizes[1], lambda unit: self._code_all(tables[unit]))
         run("duplicates", runs, self._digest)
         run("repeated", buckets, self._repeated)
         run("near", [sum(self.sizes)], self._find_near)
@@ -161,7 +161,15 @@ class Build:
         if _state(self.staged[place]) != state:
             check_staged(self.inputs.corpus, self.staged[place].ledger)
 
-    def _code(self, place: int) -> None:
+    def _made(self, *paths: Path, result: Any = None) -> Made:
+        """Return what a unit has made, with the SHA-256 of its files."""
+        files = {path.relative_to(self.work).as_posix(): file_sha256(path) for path in paths}
+        return Made(result=result, files=files)
+
+    def _code_all(self, places: Sequence[int]) -> Made:
+        return self._made(*(path for place in places for path in self._code(place)))
+
+    def _code(self, place: int) -> tuple[Path, Path]:
         """Copy the annotations of a dataset, and keep them by the codes of their values."""
         s = self.staged[place]
         copy = self.work / "obs" / f"{s.dataset_id}.parquet"
@@ -172,11 +180,12 @@ class Build:
             write_coded(self._coded(s), copy, n_cells=len(s.cells), without=("barcode",))
         except ValueError as error:
             raise ValueError(f"{error}; or convert the dataset again") from None
+        return copy, self._coded(s)
 
     def _coded(self, s: Staged) -> Path:
         return self.work / "coded" / f"{s.dataset_id}.npz"
 
-    def _digest(self, number: int) -> None:
+    def _digest(self, number: int) -> Made:
         """Write the digests of a run of cells, by bucket."""
         run = self._runs[number]
         digests = [digest_cells(self.staged[i].cells.read_packed(chunk)) for i, chunk in run]
@@ -184,11 +193,14 @@ class Build:
         first = int(self.firsts[place] + self.staged[place].cells.chunk_rows[chunk])
         joined = np.concatenate(digests)
         bounds, records = digest_run(joined, first, n_buckets=self._n_buckets)
-        write_run(self.work / "digests", number, bounds, [records])
+        folder = self.work / "digests"
+        write_run(folder, number, bounds, [records])
+        return self._made(bounds_path(folder, number))
 
-    def _repeated(self, bucket: int) -> None:
-        found = repeated_in(self._digests, bucket)
-        write_atomic(self._repeated_path(bucket), npz_bytes(cells=found))
+    def _repeated(self, bucket: int) -> Made:
+        found, path = repeated_in(self._digests, bucket), self._repeated_path(bucket)
+        write_atomic(path, npz_bytes(cells=found))
+        return self._made(path)
 
     @cached_property
     def _digests(self) -> BucketRuns:
@@ -225,16 +237,15 @@ class Build:
         n_genes = len(self.inputs.genes)
         return np.stack([read_measured(s.folder, n_genes) for s in self.staged])
 
-    def _find_near(self, unit: int) -> dict[str, Any]:
+    def _find_near(self, unit: int) -> Made:
         """Write which cells are left out as near duplicates; return their numbers."""
         tables, stores = [self._coded(s) for s in self.staged], [s.cells for s in self.staged]
         first = self._by_dataset(~self._all_repeated())
         path = self.work / "near.npz"
-        return asdict(
-            write_near(
-                path, tables, stores, first, self.measured, self.near, progress=self.crew.progress
-            )
+        counts = write_near(
+            path, tables, stores, first, self.measured, self.near, progress=self.crew.progress
         )
+        return self._made(path, result=asdict(counts))
 
     def near_counts(self) -> NearCounts:
         """Return the numbers of near duplicates; after the stage `near`."""
@@ -245,7 +256,7 @@ class Build:
             n_left_out=found["n_left_out"],
         )
 
-    def _plan(self, unit: int) -> dict[str, Any]:
+    def _plan(self, unit: int) -> Made:
         """Write the split of each cell and the layout; return the rest of the split's plan."""
         repeated = self._all_repeated() | read_near(self.work / "near.npz")
         groups, n_donors = [], []
@@ -266,12 +277,14 @@ class Build:
             chunk_entries=CHUNK_ENTRIES,
             unit_chunks=self._unit_shards * CHUNKS_PER_SHARD,
         )
-        write_atomic(self.work / "plan.npz", npz_bytes(codes=codes, **asdict(layout)))
+        path = self.work / "plan.npz"
+        write_atomic(path, npz_bytes(codes=codes, **asdict(layout)))
         shares = {name: asdict(share) for name, share in plan.shares.items()}
-        return {
+        result = {
             "unit": plan.unit, "held_out": plan.held_out, "shares": shares,
             "warnings": list(plan.warnings), "rule": plan.rule.as_json(), "n_donors": n_donors,
         }  # fmt: skip
+        return self._made(path, result=result)
 
     @property
     def _unit_shards(self) -> int:
@@ -318,15 +331,17 @@ class Build:
     def _to_scatter(self) -> list[StagedCells]:
         return self._cells_of(self._planned["codes"])
 
-    def _scatter(self, number: int) -> None:
+    def _scatter(self, number: int) -> Made:
+        folder = self.work / "scattered"
         scatter_run(
             self._to_scatter,
             self._runs[number],
             self.layout,
             seed=self.rule.options.seed,
-            folder=self.work / "scattered",
+            folder=folder,
             number=number,
         )
+        return self._made(bounds_path(folder, number))
 
     @cached_property
     def _scattered(self) -> BucketRuns:
@@ -348,9 +363,10 @@ class Build:
         """Return a file of a unit of the store."""
         return self.work / "units" / f"{unit:06d}{suffix}"
 
-    def _write(self, unit: int) -> dict[str, str]:
-        """Write a unit of the store and its statistics; return the SHA-256 of its files."""
+    def _write(self, unit: int) -> Made:
+        """Write a unit of the store and its statistics; return the names of the store's files."""
         path, n_genes = self.unit_path(unit, ".zarr"), len(self.inputs.genes)
+        sums_path = self.unit_path(unit, ".sums.npz")
         sums = GeneSums.none(n_genes)
 
         def add(split: int, cells: PackedCells) -> None:
@@ -360,23 +376,30 @@ class Build:
 
         with self._writer(path) as writer:
             write_unit(self._scattered, unit, self.layout, writer, seen=add)
-        write_sums(self.unit_path(unit, ".sums.npz"), sums)
-        return {name: file_sha256(path / name) for name in CellStore(path).file_names()}
+        write_sums(sums_path, sums)
+        names = CellStore(path).file_names()
+        return self._made(sums_path, *(path / name for name in names), result=names)
 
-    def _join(self, unit: int) -> dict[str, str]:
+    def _join(self, unit: int) -> Made:
         """Make one store of all units; return the SHA-256 of its shards."""
         shards: dict[str, str] = {}
-        with self._writer(self.work / "cells.zarr") as writer:
-            for number, files in enumerate(self.crew.results("write")):
+        joined = self.work / "cells.zarr"
+        with self._writer(joined) as writer:
+            for number, made in enumerate(self.crew.made("write")):
                 path, first = self.unit_path(number, ".zarr"), number * self._unit_shards
-                for name, digest in files.items():
+                for name in made.result:
+                    digest = made.files[f"units/{path.name}/{name}"]
                     stream, middle, shard = (*name.split("/"), "", "")[:3]
                     if middle == "c" and stream in ("gap", "count"):
                         shards[f"cells.zarr/{stream}/c/{first + int(shard)}"] = digest
                     elif file_sha256(path / name) != digest:
                         raise ValueError(f"{path / name}: damaged; {_CURE}")
                 writer.adopt(path)
-        return shards
+        paths = (joined / name for name in CellStore(joined).file_names())
+        tables = self._made(
+            *(p for p in paths if p.relative_to(self.work).as_posix() not in shards)
+        )
+        return Made(result=shards, files={**shards, **tables.files})
 
     @cached_property
     def cells(self) -> CellStore:
@@ -395,13 +418,14 @@ class Build:
         """The columns to make; after the stage `annotations`."""
         return plan_columns(self._annotations)
 
-    def _column(self, number: int) -> dict[str, Any] | None:
+    def _column(self, number: int) -> Made | None:
         """Write a column; return what is to know of it, None where it has too many values."""
         found = column_of(self.columns[number], self._annotations, self.cells)
         if found is None:
             return None
-        write_column(self.work / "columns-made", number, found[1], found[0].bits)
-        return asdict(found[0])
+        folder = self.work / "columns-made"
+        write_column(folder, number, found[1], found[0].bits)
+        return self._made(folder / column_name(number), result=asdict(found[0]))
 
 
 def _each(do: Callable[[int], None], places: Sequence[int]) -> None:

@@ -10,10 +10,10 @@ measured_genes.npy, CITATIONS.md, checksums.json and, last, corpus.json; `sclong
 describes them. All is built in `CORPUS/.finalize-KEY` and moved at the end, so a killed run leaves
 the corpus that was there, or none. The same staging and options give the same bytes, and the same
 KEY: started again, the command continues after the last finished unit of work
-(`data_prep.corpus.build`). Processes share the units (`data_prep.passes.crew`): those of `--jobs`,
-and the tasks of a job array, of which any number may run, in any order; several tasks need a file
-system whose locks hold between them. Memory: about a GB a process, and for the plan of the split 60
-bytes a cell.
+(`data_prep.corpus.build`), and does those again whose files have changed since. Processes share the
+units (`data_prep.passes.crew`): those of `--jobs`, and the tasks of a job array, of which any
+number may run, in any order; several tasks need a file system whose locks hold between them.
+Memory: about a GB a process, and for the plan of the split 60 bytes a cell.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from data_prep.corpus.work_folder import clear, discard, open_work, work_folder
 from data_prep.ledger.corpus_lock import alone_in_corpus, tasks_in_corpus
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
-from data_prep.passes.crew import Crew, WorkIsGone, has_failed
+from data_prep.passes.crew import Crew, WorkIsGone, forget_damaged, has_failed
 from data_prep.passes.dedup import Progress
 from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.corpus.location import Location
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 7
+_WORK_VERSION = 8
 """Raised when an interrupted run of an older program could not be continued."""
 
 
@@ -199,6 +199,8 @@ class _Job:
         if has_failed(work) or (sealed and not is_sealed(self.corpus, work)):
             discard(work)
             work = open_work(self.corpus, content)
+        elif not sealed:
+            forget_damaged(work)
         return work
 
     def is_finished(self, rule: SplitRule) -> bool:

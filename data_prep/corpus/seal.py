@@ -40,6 +40,8 @@ from sclong_ds.corpus.catalogue import (
 from sclong_ds.datasheet.citations import citations_text
 from sclong_ds.files.atomic import file_sha256, link_or_copy, sync_tree, write_atomic
 
+_DAMAGED = "damaged since it was made; run finalize again"
+
 
 def seal(build: Build, pending: Sequence[Pending]) -> None:
     """Write what is left, and when all is on disk and the inputs are unchanged, corpus.json.
@@ -75,8 +77,7 @@ def seal(build: Build, pending: Sequence[Pending]) -> None:
             f"{', '.join(no_columns)}; Corpus.obs reads them all the same, more slowly"
         )
     _add_unused(catalogue, inputs, pending)
-    (shards,) = build.crew.results("join")
-    catalogue |= _write_checksums(work, catalogue, inputs, shards)
+    catalogue |= _write_checksums(build, catalogue)
     catalogue["files"] = checked_files(work, corpus_files(work))
     inputs.check_documents()
     sync_tree(work)
@@ -119,12 +120,15 @@ def _write_columns(build: Build) -> list[str]:
     left_out: list[str] = []
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for number, found in enumerate(build.crew.results("columns")):
+    for number, made in enumerate(build.crew.made("columns")):
+        found = made.result
         if found is None:
             left_out.append(build.columns[number].name)
             continue
-        made = build.work / "columns-made" / column_name(number)
-        link_or_copy(made, folder / column_name(len(infos)))
+        name, target = f"columns-made/{column_name(number)}", folder / column_name(len(infos))
+        link_or_copy(build.work / name, target)
+        if file_sha256(target) != made.files[name]:
+            raise ValueError(f"{build.work / name}: {_DAMAGED}")
         for name in ("values", "also", "terms"):
             found[name] = None if found[name] is None else tuple(found[name])
         infos.append(ColumnInfo(**found))
@@ -192,19 +196,26 @@ def _catalogue(
     }
 
 
-def _write_checksums(
-    work: Path, catalogue: Mapping[str, Any], inputs: Inputs, shards: Mapping[str, str]
-) -> dict[str, str]:
+def _write_checksums(build: Build, catalogue: Mapping[str, Any]) -> dict[str, str]:
     """Write checksums.json; return the corpus hash and the hash of checksums.json itself.
 
     Args:
-        work: With all other products.
+        build: With all other products. The SHA-256 of shards is that of when they were written.
         catalogue: As far as it is known.
-        inputs: Of which the checksums are kept, too.
-        shards: SHA-256 of the shards, taken when they were written.
+
+    Raises:
+        ValueError: A product is not what another stage has made.
     """
+    work, inputs = build.work, build.inputs
+    (joined,) = build.crew.made("join")
     names = [name for name in corpus_files(work) if name != "checksums.json"]
-    files = {name: shards.get(name) or file_sha256(work / name) for name in names}
+    files = {name: joined.result.get(name) or file_sha256(work / name) for name in names}
+    made = dict(joined.files)
+    for unit in build.crew.made("annotations"):
+        made |= unit.files
+    for name, digest in files.items():
+        if made.get(name, digest) != digest:
+            raise ValueError(f"{work / name}: {_DAMAGED}")
     document = {"algorithm": "sha256", "files": files, "inputs": inputs.checksums()}
     text = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
     write_atomic(work / "checksums.json", text)

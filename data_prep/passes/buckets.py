@@ -82,7 +82,7 @@ class BucketRuns:
         folder.mkdir(parents=True, exist_ok=True)
         self._bounds: list[dict[str, NDArray[Any]]] = []
         """Per run and field where each bucket begins, and by `_sums` of the field its checksums."""
-        while (path := _path(folder, len(self._bounds), "bounds.npz")).exists():
+        while (path := bounds_path(folder, len(self._bounds))).exists():
             self._bounds.append(read_npz(path, cure="run finalize again"))
 
     def __len__(self) -> int:
@@ -161,8 +161,18 @@ def write_run(
         _sums(field): sums[field].crc32c for field in bounds
     }
     np.savez(content, **document)  # type: ignore[arg-type]
-    write_atomic(_path(folder, run, "bounds.npz"), content.getvalue())
+    write_atomic(bounds_path(folder, run), content.getvalue())
     return document
+
+
+def bounds_path(folder: Path, run: int) -> Path:
+    """Return the last file of a run, which holds the checksums of the others.
+
+    Args:
+        folder: Of all runs.
+        run: Its number.
+    """
+    return _path(folder, run, "bounds.npz")
 
 
 def _path(folder: Path, run: int, field: str) -> Path:

@@ -3,8 +3,9 @@
 The work has stages, and a stage has numbered units. What a unit leaves depends on the unit alone,
 so it does not matter who does it. A process begins with its own share of a stage and then takes
 what others have not begun; it waits only for what is being done by a living process. Done is what
-`WORK/done/STAGE.UNIT.json` says, which holds what the unit returned. Who does a unit holds one byte
-of a lock file, which the system gives back when the process ends in whatever way.
+`WORK/done/STAGE.UNIT.json` says, which holds what the unit returned, the checksums of its files
+and its own. Who does a unit holds one byte of a lock file, which the system gives back when the
+process ends in whatever way.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.files.atomic import named_errors, write_atomic
+from sclong_ds.files.atomic import file_sha256, listed, named_errors, write_atomic
+from sclong_ds.files.sealed_json import read_object, read_sealed, write_sealed
 
 _log = logging.getLogger(__name__)
 
@@ -31,11 +34,22 @@ _FAILED = "failed.json"
 _UNITS = 2**32
 """Largest number of units of a stage."""
 Do = Callable[[int], Any]
-"""Does a unit, whatever a killed one has left of it, and returns what others want to know."""
+"""Does a unit, whatever a killed one has left of it; returns `Made`, or only what others want to
+know."""
 
 
 class WorkIsGone(Exception):
     """The work folder is no more: another process has finished the work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a unit has made."""
+
+    result: Any = None
+    """What others want to know, as JSON has it."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of its files by their names in the work folder; of those without checksums inside."""
 
 
 class Crew:
@@ -66,7 +80,7 @@ class Crew:
         self._stages, self._lock_path = tuple(stages), lock
         lock.parent.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._results: dict[str, list[Any]] = {}
+        self._made: dict[str, list[Made]] = {}
 
     def close(self) -> None:
         """Leave; what this process held is free."""
@@ -106,10 +120,22 @@ class Crew:
 
     def results(self, stage: str) -> list[Any]:
         """Return what the units of a stage that is done have returned, in their order."""
-        if stage not in self._results:
-            names = sorted(path for path in (self.work / "done").glob(f"{stage}.*.json"))
-            self._results[stage] = [json.loads(path.read_bytes())["result"] for path in names]
-        return self._results[stage]
+        return [made.result for made in self.made(stage)]
+
+    def made(self, stage: str) -> list[Made]:
+        """Return what the units of a stage that is done have made, in their order.
+
+        Args:
+            stage: Its name.
+
+        Raises:
+            ValueError: Of one of them it cannot be told.
+        """
+        if stage not in self._made:
+            markers = listed(self.work / "done")
+            names = [path for path in markers if path.name.startswith(f"{stage}.")]
+            self._made[stage] = [_read_marker(path) for path in names if path.suffix == ".json"]
+        return self._made[stage]
 
     def _try(self, stage: str, unit: int, sizes: Sequence[int], do: Do) -> bool:
         """Do a unit unless another process is at it; return whether it was done here or before."""
@@ -132,10 +158,12 @@ class Crew:
     def _do(self, unit: int, do: Do, marker: Path) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF)
         with self.damage_ends_the_work():
-            result = do(unit)
+            made = do(unit)
+            made = made if isinstance(made, Made) else Made(result=made)
         after = resource.getrusage(resource.RUSAGE_SELF)
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        write_atomic(marker, json.dumps({"result": result}).encode())
+        content = {"unit": marker.stem, "result": made.result, "files": dict(made.files)}
+        write_sealed(marker, content)
         _log.debug("%s: %.3f CPU s", marker.stem, spent)
 
     @contextmanager
@@ -176,7 +204,7 @@ class Crew:
     def _look(self) -> None:
         """Raise what ends the part of this process."""
         try:
-            raise ValueError(json.loads((self.work / _FAILED).read_bytes())["error"])
+            raise ValueError(read_object(self.work / _FAILED)["error"])
         except FileNotFoundError:
             if not self.work.is_dir():
                 raise WorkIsGone from None
@@ -208,6 +236,34 @@ class Crew:
                 return False
             raise
         return True
+
+
+def _read_marker(path: Path) -> Made:
+    """Return what a unit that is done has made."""
+    content = read_sealed(path)
+    if content.get("unit") != path.stem:
+        raise ValueError(f"{path}: damaged (it is of unit {content.get('unit')})")
+    return Made(result=content["result"], files=content["files"])
+
+
+def forget_damaged(work: Path) -> None:
+    """Let units be done again that have not left what they say; no process is at work.
+
+    All files that have no checksums inside are read.
+
+    Args:
+        work: Folder of the work.
+    """
+    for marker in listed(work / "done"):
+        if marker.suffix != ".json":
+            continue
+        try:
+            for name, digest in _read_marker(marker).files.items():
+                if file_sha256(work / name) != digest:
+                    raise ValueError(f"{work / name}: not what was written")
+        except (FileNotFoundError, ValueError) as error:
+            _log.warning("%s; %s is done again", error, marker.stem)
+            marker.unlink()
 
 
 def has_failed(work: Path) -> bool:

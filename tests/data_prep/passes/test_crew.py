@@ -249,35 +249,116 @@ def test_locks_are_needed_by_many_tasks_only(
 
 @pytest.mark.parametrize("tasks", [None, 2])
 @pytest.mark.parametrize(
-    ("step", "lost", "message"),
+    ("stage", "lost", "message"),
     [
-        ("repeated_in", "digests/000000.bounds.npz", "digests: 0 whole runs of 1; run finalize"),
-        ("column_of", "plan.npz", r"plan\.npz: missing; run finalize again"),
+        ("repeated", "digests/000000.bounds.npz", "digests: 0 whole runs of 1; run finalize"),
+        ("seal", "columns-made/0000.codes", r"0000\.codes: missing; run finalize again"),
     ],
 )
-def test_lost_work_is_made_again(
+def test_work_that_is_lost_meanwhile_is_told_and_made_again(
     stage_corpus: Stage,
     three: dict[str, sparse.csr_matrix],
-    monkeypatch: pytest.MonkeyPatch,
     tasks: int | None,
-    step: str,
+    stage: str,
     lost: str,
     message: str,
 ) -> None:
     folder = stage_corpus(three)
 
+    def lose(now: str, done: int, total: int) -> None:
+        for path in folder.glob(f".finalize-*/{lost}") if now == stage else ():
+            path.unlink()
+
+    with pytest.raises(ValueError, match=message):
+        finalize(folder, tasks=tasks, progress=lose)
+    assert finalize(folder, tasks=tasks)["n_cells"] == 430
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.unlink()
+    path.write_bytes(content)
+
+
+CHANGED = (
+    "obs/b.parquet",
+    "coded/b.npz",
+    "digests/000000.bounds.npz",
+    "repeated/000000.npz",
+    "near.npz",
+    "plan.npz",
+    "scattered/000000.bounds.npz",
+    "units/000000.zarr/gap/c/0",
+    "units/000000.sums.npz",
+    "cells.zarr/count/c/0",
+    "cells.zarr/obs_row/c/0",
+    "columns-made/0000.codes",
+    "done/near.000000.json",
+    "done/columns.000000.json",
+)
+"""Of the work folder, when all stages before `seal` are done."""
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_what_has_changed_since_a_kill_is_done_again(
+    stage_corpus: Stage,
+    three: dict[str, sparse.csr_matrix],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tasks: int | None,
+) -> None:
+    folder = stage_corpus(three)
+    whole = shutil.copytree(folder, folder.with_name("whole"))
+    finalize(whole)
+
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, step, fail)
+        patch.setattr("data_prep.corpus.finalize.seal", fail)
         with pytest.raises(OSError, match="disk full"):
             finalize(folder, tasks=tasks)
-    (path,) = folder.glob(f".finalize-*/{lost}")
-    path.unlink()
-    with pytest.raises(ValueError, match=message):
-        finalize(folder, tasks=tasks)
-    assert finalize(folder, tasks=tasks)["n_cells"] == 430
+    (work,) = folder.glob(".finalize-*")
+    for name in CHANGED:
+        _flip(work / name)
+    markers = work / "done"
+    swapped = [(markers / f"{name}.000000.json").read_bytes() for name in ("write", "join")]
+    for name, content in zip(("join", "write"), swapped, strict=True):
+        (markers / f"{name}.000000.json").write_bytes(content)
+    caplog.clear()
+    finalize(folder, tasks=tasks)
+    assert _files(folder) == _files(whole)
+    told = [record.message for record in caplog.records if "is done again" in record.message]
+    stages = {message.split("; ")[-1].split(".")[0] for message in told}
+    assert stages == {"annotations", "duplicates", "repeated", "near", "plan", "scatter", "write",
+                      "join", "columns"}  # fmt: skip
+    assert all(str(work) in message for message in told)
+
+
+@pytest.mark.parametrize(
+    "lost", ["obs/b.parquet", "cells.zarr/obs_row/c/0", "columns-made/0000.codes"]
+)
+def test_what_changes_before_the_seal_is_named(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix], lost: str
+) -> None:
+    folder = stage_corpus(three)
+
+    def change(now: str, done: int, total: int) -> None:
+        if now == "seal":
+            (path,) = folder.glob(f".finalize-*/{lost}")
+            _flip(path)
+
+    with pytest.raises(ValueError, match=f"{lost}: damaged"):
+        finalize(folder, progress=change)
+    assert not (folder / "corpus.json").exists()
+    finalize(folder)
+    assert verify(folder)["ok"]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_a_work_folder_that_was_removed_is_told(
