@@ -19,7 +19,7 @@ from launching import ROOT, environment, run_module
 
 from benchmarks.damage import DAMAGES, Product, damaged, judge
 
-FLIPS = ((("staging", "corpus", "graph"), 16), (("run", "model"), 8))
+FLIPS = ((("staging", "work-seal", "corpus", "graph"), 16), (("run", "model"), 8))
 CALLS = ((("convert", "finalize", "gene-vectors"), 10), (("save", "export", "embed"), 10))
 """Products or commands that a gate tries together, and how often each."""
 
@@ -165,7 +165,9 @@ def test_damage_is_named_or_harmless(products, names, limit):
     trials = tried(products, "flips", names, limit)
     for name in names:
         outcomes = [trial["outcome"] for trial in trials if trial["product"] == name]
-        assert "named" in outcomes
+        # What a killed finalize has left is made again where it is damaged.
+        assert "named" in outcomes or name == "work-seal"
+        assert outcomes
         assert set(outcomes) <= {"named", "harmless"}
 
 

@@ -219,6 +219,14 @@ def test_a_corpus_of_version_1_feeds_the_loader() -> None:
         )
 
 
+def test_cells_of_datasets_that_the_catalogue_lacks_are_refused(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "corpus")
+    catalogue = read_catalogue(tmp_path / "corpus") | {"datasets": []}
+    write_catalogue(tmp_path / "corpus", catalogue)
+    with pytest.raises(ValueError, match=r"dataset/c/0: damaged \(a cell of dataset 0, the corpus"):
+        Corpus(tmp_path / "corpus").obs()
+
+
 @pytest.mark.parametrize(
     ("name", "position", "message"),
     [
