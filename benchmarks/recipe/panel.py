@@ -6,7 +6,7 @@ Shapes: n cells, G genes of the panel, P target places.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -107,6 +107,24 @@ def read_panel(
         inside = (place[ends] >= 0).all(0)
         edges = place[ends][:, inside], weights[inside]
     return Panel(train, out, datasets, _statistics(train), edges)
+
+
+def with_share(panel: Panel, share: float, *, seed: int) -> Panel:
+    """Return the panel with some of its training cells and their statistics, on the same genes.
+
+    Args:
+        panel: All training cells.
+        share: Of the cells of each dataset, drawn without replacement; one at least stays.
+        seed: Other seeds draw other cells.
+    """
+    rng, number = np.random.default_rng([seed, 11]), panel.train.dataset
+    kept = []
+    for one in np.unique(number):
+        own = np.flatnonzero(number == one)
+        kept.append(rng.choice(own, max(1, round(share * len(own))), replace=False))
+    some = np.sort(np.concatenate(kept))
+    train = Cells(panel.train.rows[some], panel.train.counts[some], number[some])
+    return replace(panel, train=train, stats=_statistics(train))
 
 
 def _split(corpus: Corpus, held_out: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -15,6 +15,13 @@ control or has not earned one, begins with `study.`:
 - `study.vector_steps=600`: the cell's vector and the head are trained alone for so many steps, then
   frozen; run.max_steps then train the transformer on what they leave.
 - `study.curve=1500`: the hidden MSE is measured after every so many steps.
+- `study.tokens=residual`: tokens are made of a visible value less what the cell's vector and the
+  biases expect of it (`model.cell_offset=poisson`), which `study.vector_steps` froze.
+- `study.qk=2`: queries and keys of all stacks start as the same orthogonal map of the tokens, so
+  many times a length that makes products near 1: attention starts as a kernel over likeness of
+  tokens (with `study.gene_vectors=svd`, of genes that vary together).
+- `study.cells=0.25`: trained on so many of the training cells, as many of each dataset (others each
+  seed); gene statistics and the vector's start are of these too.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -32,7 +40,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from benchmarks.recipe.baselines import baseline_predictions, hidden_mask
-from benchmarks.recipe.panel import Panel
+from benchmarks.recipe.panel import Panel, with_share
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import ObjectiveConfig, RunConfig
 from sclong_ds.engine.deepspeed_engine import parameter_groups
@@ -40,7 +48,7 @@ from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.model import performer
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.model.values.cell_vector import CellStart, principal_directions
-from sclong_ds.model.values.value_head import one_count
+from sclong_ds.model.values.value_head import expected_value, one_count
 from sclong_ds.model.values.zero_head import expressed_chance
 from sclong_ds.objective.batch import MaskedBatch
 from sclong_ds.objective.losses import ExpressedScore, loss_of, n_scored, outputs_of
@@ -100,15 +108,18 @@ def run(
     """Train one candidate and return its figures, CPU seconds and number of parameters."""
     extra = dict(o[len(PREFIX) :].split("=") for o in overrides if o.startswith(PREFIX))
     config = load_config(preset, [o for o in overrides if not o.startswith(PREFIX)])
+    panel = study.panel
+    if "cells" in extra:
+        panel = with_share(panel, float(extra["cells"]), seed=seed)
     torch.manual_seed(seed)
-    net = build(study.panel, config, extra, seed=seed)
+    net = build(panel, config, extra, seed=seed)
     if "qk_scale" in extra:
         scale_queries_and_keys(net, float(extra["qk_scale"]))
     change(net, extra)
     started = time.process_time()
     first = int(extra.get("vector_steps", 0))
     if first:
-        vector_first(net, study.panel, config, first, seed=seed)
+        vector_first(net, panel, config, first, seed=seed)
     curve: dict[str, float] = {}
 
     def look(step: int) -> None:
@@ -117,7 +128,7 @@ def run(
             print(f"  step {step}: hidden MSE {curve[str(step)]:.5f}", flush=True)
 
     factor = float(extra.get("transformer_rate", 1))
-    train(net, study.panel, config, seed=seed, factor=factor, after=look)
+    train(net, panel, config, seed=seed, factor=factor, after=look)
     seconds = time.process_time() - started
     predicted = predict(net, study)
     figures = study.figures(predicted)
@@ -137,7 +148,7 @@ def run(
     visits = (config.run.max_steps + first) * config.engine.train_batch_size
     parameters = sum(p.numel() for p in net.parameters())
     about: dict[str, Any] = {"seed": seed, "visits": visits, "cpu_s": seconds}
-    about["parameters"] = parameters
+    about |= {"parameters": parameters, "n_training_cells": len(panel.train.rows)}
     cells = {"cell_dataset": study.panel.held_out.dataset.tolist(), "cell_errors": errors}
     about["curve"] = curve
     return about | {"flops": visits * visit_flops(study.panel, config)} | figures | cells
@@ -292,6 +303,11 @@ def change(net: ScLong, extra: dict[str, str]) -> None:
             uniform_attention(stack).__enter__()
     if extra.get("cell_into") == "decoder":
         _cell_into_decoder(net)
+    if "qk" in extra:
+        tie_queries_to_keys(net, float(extra["qk"]))
+    if extra.get("tokens") == "residual":
+        whole = net._represent
+        net._represent = MethodType(partial(_of_residuals, whole), net)  # type: ignore[method-assign]
 
 
 def _nothing(
@@ -299,6 +315,39 @@ def _nothing(
 ) -> dict[str, torch.Tensor]:
     shape = x.shape if positions is None else positions.shape
     return {"decoder": x.new_zeros(*shape, net.config.base_dim)}
+
+
+def _of_residuals(
+    whole: Callable[..., dict[str, torch.Tensor]],
+    net: ScLong,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    *rest: Any,
+    **named: Any,
+) -> dict[str, torch.Tensor]:
+    """Represent a cell by its values less those that its vector expects."""
+    visible = (x > 0) if mask is None else (x > 0) & ~mask
+    with torch.no_grad():
+        level = net.head.bias + net.cell_vector(x, visible) @ net.head.cell_weight.T
+        one = one_count(x, visible).expand_as(x)[visible]
+        left = torch.zeros_like(x)
+        left[visible] = x[visible] - expected_value(level[visible][:, None], one[:, None])[:, 0]
+    return whole(left, mask, *rest, **{**named, "routes": x})
+
+
+def tie_queries_to_keys(net: ScLong, temperature: float) -> None:
+    """Start queries and keys as one orthogonal map, by which likeness of tokens is attended to."""
+    for part in net.modules():
+        if isinstance(part, performer.SelfAttention):
+            inner, dim = part.heads * part.dim_head, part.to_qkv.in_features
+            same = torch.empty(max(inner, dim), max(inner, dim))
+            torch.nn.init.orthogonal_(same)
+            # Tokens are of norm sqrt(dim) behind the layer norm, and products are divided by
+            # sqrt(dim_head): of a token with itself, `temperature` per head.
+            size = (temperature * part.dim_head**0.5 / part.dim_head) ** 0.5
+            with torch.no_grad():
+                part.to_qkv.weight[:inner] = size * same[:inner, :dim]
+                part.to_qkv.weight[inner : 2 * inner] = size * same[:inner, :dim]
 
 
 def _cell_into_decoder(net: ScLong) -> None:
