@@ -207,6 +207,7 @@ def train_as_rank(
     outcome: Status = "FAILED"
     progress = Progress(counted.state.step, config.run.max_steps, shown=ranks.rank == 0)
     try:
+        starting.done()
         with (
             opened.watchdog,
             open_loader(opened.cells, config.engine, ranks, state=counted.state) as loader,

@@ -114,7 +114,8 @@ class Starting:
         """Tell what begins.
 
         Args:
-            name: The phase: imports, extensions, rendezvous, tracking, corpus, model or checkpoint.
+            name: The phase: imports, extensions, rendezvous, tracking, corpus, model, checkpoint or
+                record.
             waits_for: What it waits for, in words.
             patience: It may take so many times the time-out.
         """

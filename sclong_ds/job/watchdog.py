@@ -5,9 +5,11 @@
 
 Ranks see each other through files alone, so this works with NCCL and gloo, in any phase, and while
 the main thread hangs in a collective. A daemon thread writes `rank_00000.json` (a `Heartbeat`) at
-a fixed interval. After half the time-out without a beat, one rank logs who is behind (`slow.json`);
-at the time-out one rank prints it as an error (`hang.json`), every rank writes its stacks
-(`stack_rank_0.txt`) and ends with status 1, without clean-up: nothing can interrupt a collective.
+a fixed interval. Until two steps are done, which compilers and the first batches delay, rank 0 logs
+who is behind after half a minute, and then ever more rarely. After half the time-out without a
+beat, one rank logs who is behind (`slow.json`); at the time-out one rank prints it as an error
+(`hang.json`), every rank writes its stacks (`stack_rank_0.txt`) and ends with status 1, without
+clean-up: nothing can interrupt a collective.
 
 Clocks of nodes differ, so a rank is alive when its file changes between two looks; one whose main
 thread never lets go of Python's global lock counts as frozen. Every rank must beat at the same
@@ -43,6 +45,8 @@ from sclong_ds.run_folder.heartbeats import (
 
 log = logging.getLogger(__name__)
 
+_FIRST_NOTICE_S = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Beat:
@@ -76,6 +80,8 @@ class Watchdog:
         self._interval_s = min(timeout_s / 8, max(10.0, world_size / 50))
         self._beat = _Beat(0, "start", None, 0, time.monotonic(), timeout_s)
         self._written = 0
+        self._first: int | None = None
+        self._told, self._notice_s = self._beat, _FIRST_NOTICE_S
         self._files_fail = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -134,6 +140,7 @@ class Watchdog:
             if read_json(self._folder / HANG_FILE):
                 self._end()
             beat = self._beat
+            self._tell_of_first_steps(beat)
             if claimed and beat is not warned:
                 self._release(SLOW_FILE)
                 claimed = False
@@ -148,6 +155,20 @@ class Watchdog:
                     self._warn_if_slow(beat)
         if claimed:
             self._release(SLOW_FILE)
+
+    def _tell_of_first_steps(self, beat: _Beat) -> None:
+        """Log on rank 0 who is behind in the first steps of a start."""
+        if self._first is None and beat.count:
+            self._first = beat.step
+        if self._rank or (self._first is not None and beat.step > self._first + 1):
+            return
+        if beat is not self._told:
+            self._told, self._notice_s = beat, _FIRST_NOTICE_S
+        if time.monotonic() - beat.since >= self._notice_s:
+            self._notice_s *= 2
+            found = read_heartbeats(self._folder) | {self._rank: self._heartbeat()}
+            text = who_is_behind({}, found, world_size=self._world_size)
+            log.warning("%s; the run ends after %.0f s without progress", text, beat.limit_s)
 
     def _warn_if_slow(self, beat: _Beat) -> None:
         text = self._diagnose(beat)

@@ -296,7 +296,9 @@ def _describe_node(ranks: list[RankStatus]) -> str:
     text = f"{len(alive)} of {len(ranks)} ranks alive"
     if alive:
         last = min(alive, key=lambda r: (r.step, -r.phase_s))
-        text += f"; rank {last.rank} in '{last.phase}' of step {last.step} for {last.phase_s:.0f} s"
+        text += f"; rank {last.rank} in '{last.phase}' of step {last.step}"
+        text += f", reading {last.waits_for}," if last.waits_for else ""
+        text += f" for {last.phase_s + last.age_s:.0f} s"
     for state in ("silent", "ended"):
         gone = [rank for rank in ranks if rank.state == state]
         if gone:

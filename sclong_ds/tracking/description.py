@@ -21,6 +21,17 @@ def restart_folder(run: Mapping[str, Any]) -> str:
     return f"restart_{run['restarts']:03d}"
 
 
+def change_tags(step: int, changed: Mapping[str, str]) -> dict[str, str]:
+    """Return the tag that says what a start changed: MLflow keeps a run's first parameters.
+
+    Args:
+        step: Step after which the start resumed.
+        changed: Old and new value of each changed setting, in words.
+    """
+    lines = [f"{key}: {values}, from step {step + 1} on" for key, values in changed.items()]
+    return {f"changed_after_step_{step}": "\n".join(lines)} if lines else {}
+
+
 def describe(
     settings: TrackingConfig,
     run_dir: Path,

@@ -215,7 +215,10 @@ class Sender:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
             else:
-                if run.info.lifecycle_stage == "active":
+                # By the setting: the experiment itself may have been renamed in MLflow.
+                name = self.description.experiment
+                same = run.data.params.get("tracking.experiment", name) == name
+                if run.info.lifecycle_stage == "active" and same:
                     return run
         query = f"tags.run_id = '{saved['run_id']}'"
         found = self._connected.search_runs([experiment_id], query, max_results=1)
@@ -233,7 +236,9 @@ class Sender:
         if changed:
             tags["changed_params"] = ", ".join(changed)
         new = [Param(k, v) for k, v in params.items() if k not in known]
-        self._connected.update_run(run_id, status="RUNNING")
+        # Not where the setting is what it was: the run may have been renamed in MLflow.
+        name = self.description.run_name if "tracking.run_name" in changed else None
+        self._connected.update_run(run_id, status="RUNNING", name=name)
         self._connected.log_batch(
             run_id, tags=[RunTag(k, clip(str(v), _MAX_TAG_CHARS)) for k, v in tags.items()]
         )

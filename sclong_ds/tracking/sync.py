@@ -21,10 +21,10 @@ from sclong_ds.config.sections import TrackingConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.files.sealed_json import read_sound
 from sclong_ds.recorders.opening import check_libraries
-from sclong_ds.run_folder.files import EVENTS_FILE, RUN_FILE, read_run_json
+from sclong_ds.run_folder.files import EVENTS_FILE, RUN_FILE, read_events, read_run_json
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.tracking.client import Status, tracking_uri
-from sclong_ds.tracking.description import describe, restart_folder
+from sclong_ds.tracking.description import change_tags, describe, restart_folder
 from sclong_ds.tracking.sender import Sender, send_all
 from sclong_ds.tracking.tracker import ENVIRONMENT_FILE, followers
 
@@ -117,4 +117,9 @@ def _further(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, Any], dic
     if deepspeed.is_file():
         params["ds_config"] = read_sound(deepspeed)
     hashes = ("corpus_hash", "genes_hash", "graph_hash")
-    return params, {name: str(about[name]) for name in hashes if name in about}
+    tags = {name: str(about[name]) for name in hashes if name in about}
+    for event in read_events(run_dir):
+        if event["event"] == "settings_changed":
+            keys = event.keys() - {"time", "event", "step"}
+            tags |= change_tags(event["step"], {key: str(event[key]) for key in sorted(keys)})
+    return params, tags

@@ -16,7 +16,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ class Tracker:
         resumed: bool,
         step: int = 0,
         summary: Mapping[str, Any] | None = None,
+        waits: Callable[[str], None] = log.debug,
     ) -> str | None:
         """Open the run folder and create, or open again, the one MLflow run that belongs to it.
 
@@ -100,6 +101,7 @@ class Tracker:
             resumed: Whether training continues from a checkpoint; counted in run.json as a restart.
             step: Step that it continues from.
             summary: What is trained on what, for run.json, the report and MLflow's dataset.
+            waits: Told what is waited for.
 
         Returns:
             The MLflow run id; None without MLflow or while it cannot be reached.
@@ -136,6 +138,7 @@ class Tracker:
         folder = restart_folder(run) if resumed else None
         self._sender.queue((path, folder) for path in artifacts)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        waits(f"MLflow at {self._sender.shown_uri}, {_START_WAIT_S:.0f} s at most")
         self._pending = self._pool.submit(self._sender.send)
         self._collect(wait_s=_START_WAIT_S)
         return self._sender.mlflow_run_id

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from sclong_ds.checkpoint.load import Loaded, load
 from sclong_ds.checkpoint.on_disk import restore_best
 from sclong_ds.checkpoint.state import TrainState
@@ -26,6 +28,7 @@ from sclong_ds.run_folder.identity import take_over_ids
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.run_folder.rows import read_metrics
 from sclong_ds.run_folder.seal import say_changes, seal
+from sclong_ds.tracking.description import change_tags
 from sclong_ds.tracking.tracker import Tracker
 from sclong_ds.training.begin import Run
 from sclong_ds.training.guards import history_of
@@ -77,8 +80,8 @@ def open_run_folder(run: Run, starting: Starting) -> None:
     config_file = run_dir / "config.yaml"
     changed = on_first_rank(lambda: changed_settings(config_file, config) if found else {})
     on_first_rank(lambda: write_inputs(given, opened.cells.corpus))
-    starting.done()
     state = counted.state
+    starting.phase("record", f"rank 0 to record this start in {run_dir} and its trackers")
     opened.tracker.start(
         params={
             **to_dict(config),
@@ -90,13 +93,22 @@ def open_run_folder(run: Run, starting: Starting) -> None:
             "corpus_hash": state.corpus_hash,
             "genes_hash": state.genes_hash,
             "graph_hash": str(state.graph_hash),
+            **change_tags(state.step, said(changed)),
         },
         artifacts=[run_dir / "config.yaml", run_dir / "ds_config.json"],
         resumed=found is not None,
         step=state.step,
         summary=summary(given, opened, state),
+        waits=starting.waits,
     )
-    record_opening(given, opened.tracker, state, found=found, changed=changed)
+    # The time-out of the other ranks' first step does not run while rank 0 waits for MLflow.
+    dist.barrier()
+    record_opening(given, opened.tracker, state, found=found, changed=said(changed))
+
+
+def said(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
+    """Return old and new value of each changed setting, in words."""
+    return {key: f"{old!r} -> {new!r}" for key, (old, new) in changed.items()}
 
 
 def record_opening(
@@ -105,7 +117,7 @@ def record_opening(
     state: TrainState,
     *,
     found: Loaded | None,
-    changed: Mapping[str, tuple[Any, Any]],
+    changed: Mapping[str, str],
 ) -> None:
     """Log and record whether the run is new, and if not, what it continues from and under what."""
     step, world_size, after = state.step, given.ranks.world_size, state.compared_after
@@ -121,11 +133,12 @@ def record_opening(
     )  # fmt: skip
     converted = "" if found.saved_by == world_size else f", converted from {found.saved_by} ranks"
     log.info("run folder %s: resuming after step %d%s", given.run_dir, step, converted)
-    for key, (old, new) in changed.items():
-        log.warning("%s: %r -> %r, from step %d on", key, old, new, step + 1)
+    for key, values in changed.items():
+        # Once, whatever the number of ranks.
+        level = logging.WARNING if given.ranks.rank == 0 else logging.DEBUG
+        log.log(level, "%s: %s, from step %d on", key, values, step + 1)
     if changed:
-        values = {key: f"{old!r} -> {new!r}" for key, (old, new) in changed.items()}
-        tracker.event("settings_changed", step=step, **values)
+        tracker.event("settings_changed", step=step, **changed)
 
 
 def claim_run_folder(run: Run) -> None:

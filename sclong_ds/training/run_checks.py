@@ -50,6 +50,7 @@ def with_order_of_run(run_dir: Path, data: DataConfig) -> DataConfig:
 def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
     """Refuse to continue from a checkpoint under another model, data or objective section.
 
+    So is `run.init_from`: a run begins once, and what it began from tells which cells it has seen.
     Paths may change, their content may not; so may what has no influence on the weights. Another
     objective is taken with run.accept_changes. The checkpoint's own config.yaml counts, which its
     manifest covers.
@@ -63,7 +64,7 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
     """
     saved, run_dir = checkpoint / "config.yaml", checkpoint.parent.parent
     before, now = read_saved(saved), to_dict(config)
-    names = ("model", "data", "objective")
+    names = ("model", "data", "objective", "run")
     lost = [name for name in names if not isinstance(before.get(name), dict)]
     if lost:
         raise ValueError(f"{saved}: damaged (has no section {lost[0]}); use another checkpoint")
@@ -85,6 +86,9 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
         for section in ("model", "data")
         for line in _differences(before, now, section)
         if line.partition(":")[0] not in free
+    ]
+    lines += [
+        line for line in _differences(before, now, "run") if line.startswith("run.init_from:")
     ]
     if lines:
         raise ValueError(

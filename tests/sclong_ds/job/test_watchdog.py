@@ -125,6 +125,32 @@ def test_a_slow_phase_is_one_warning_that_progress_clears(
     assert "the run ends after 4 s" in caplog.text
 
 
+def test_the_first_steps_tell_early_what_they_wait_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Half the time-out is 4 s away; the third step of a start is left to it."""
+    monkeypatch.setattr("sclong_ds.job.watchdog._FIRST_NOTICE_S", 0.3)
+    with Watchdog(tmp_path, rank=0, world_size=1, timeout_s=8, node="n0") as watchdog:
+        for step in (5, 6, 7):
+            watchdog.beat(step, "data", reading=lambda: "shard 2")
+            time.sleep(2.2)
+    said = [r.getMessage() for r in caplog.records]
+    assert {text.partition(", for ")[0] for text in said} == {
+        f"rank 0 (node n0) has been in 'data' of step {step}, reading shard 2" for step in (5, 6)
+    }
+    assert said[0].endswith("the run ends after 8 s without progress")
+
+
+def test_only_one_rank_tells_of_the_first_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sclong_ds.job.watchdog._FIRST_NOTICE_S", 0.1)
+    with Watchdog(tmp_path, rank=1, world_size=2, timeout_s=4, node="n0") as watchdog:
+        watchdog.beat(1, "forward")
+        wait_for(lambda: read_heartbeats(tmp_path)[1].phase_s >= 0.9)
+    assert not caplog.records
+
+
 def test_the_second_rank_to_wait_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with Watchdog(tmp_path, rank=1, world_size=2, timeout_s=2, node="n0") as watchdog:
         (tmp_path / SLOW_FILE).touch()

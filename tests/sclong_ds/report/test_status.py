@@ -104,6 +104,13 @@ def test_silent_and_ended_ranks_are_named_on_their_node(run_dir: Path):
     assert "ended for 5 min: 2" in describe(read_status(run_dir))
 
 
+def test_what_the_first_batch_waits_for_is_shown(run_dir: Path):
+    for rank in range(4):
+        add_rank(run_dir, rank, step=41, phase="data", phase_s=70.0, reading="s3://b/cells/c/7")
+    text = describe(read_status(run_dir))
+    assert "rank 0 in 'data' of step 41, reading s3://b/cells/c/7, for 7" in text
+
+
 def test_a_run_whose_ranks_are_all_silent_is_lost(run_dir: Path):
     for rank in range(4):
         add_rank(run_dir, rank, age_s=300)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -127,27 +127,117 @@ def saved_run(tmp_path: Path, overrides: Sequence[str] = ()) -> Path:
     return checkpoint
 
 
-def test_every_key_of_three_sections_has_another_value() -> None:
-    config = load_config("sclong_tiny")
-    assert {
-        f"{section}.{field.name}"
-        for section in ("optim", "objective", "engine")
-        for field in dataclasses.fields(getattr(config, section))
-    } == OTHER.keys()
+NO_ZEROS = ["model.zero_genes=null"]
+NO_OFFSET = ["model.gene_bias=false", "model.cell_offset=none"]
+BALANCED = ["data.balance_by=dataset"]
+STACK = {
+    "depth": "9", "heads": "9", "dim_head": "9", "nb_features": "9", "ff_mult": "9",
+    "attention": "softmax",
+}  # fmt: skip
+REFUSED: dict[str, tuple[str, Sequence[str]]] = {
+    "model.base_dim": ("16", []), "model.large_dim": ("32", []), "model.top_seq_len": ("9", []),
+    "model.routing": ("top", NO_ZEROS), "model.zero_genes": ("9", []),
+    "model.expression_hidden": ("9", []), "model.mask_vector_max_norm": ("0.5", []),
+    "model.pad_token": ("true", NO_ZEROS), "model.gene_encoder": ("embedding", []),
+    "model.gene_encoder_layers": ("2", []), "model.use_gene_vectors": ("false", []),
+    "model.contextual_encoder": ("mini", []), "model.qkv_bias": ("true", []),
+    "model.head": ("linear", []), "model.head_init": ("random", NO_OFFSET),
+    "model.gene_bias": ("false", ["model.cell_offset=none"]), "model.cell_offset": ("none", []),
+    "model.cell_vector": ("none", []),
+    "model.zero_head": ("true", ["objective.zero_mask_prob=0.1"]),
+    "model.attention": ("softmax", []), "model.favor_eps": ("1e-3", []),
+    "model.random_features": ("gaussian", []), "model.stabiliser_scope": ("head", []),
+    "model.feature_redraw_interval": ("9", []), "model.projection_seed": ("9", []),
+    **{
+        f"model.{stack}.{key}": (value, [])
+        for stack in ("large_encoder", "mini_encoder", "decoder")
+        for key, value in STACK.items()
+    },
+    "data.target_sum": ("5e3", []), "data.order": ("groups", []),
+    "data.shuffle_group_chunks": ("9", []), "data.balance_by": ("dataset", []),
+    "data.balance_exponent": ("0.5", BALANCED), "data.max_repeats": ("9", BALANCED),
+    "data.unmeasured": ("mask", []),
+    "engine.precision": ("bf16", []), "run.seed": ("9", []), "run.init_from": ("model", []),
+}  # fmt: skip
+"""Keys that a run keeps from its start: another value, and what both starts need for it."""
+CONSENT = {key for key in OTHER if key.startswith("objective.")}
+"""Keys that a run takes with run.accept_changes, since losses then mean something else."""
+MOVED = {
+    "model.gene_graph": "x", "model.gene_vectors": "x", "model.random_features_file": "x",
+    "data.corpus": "x", "data.dataset_weights": "x", "run.dir": "x",
+}  # fmt: skip
+"""Paths, whose content is compared where it decides anything (`refuse_other_inputs`)."""
+APPLIED = {key: value for key, value in OTHER.items() if key not in CONSENT | REFUSED.keys()} | {
+    "data.cache_dir": "x", "data.cells_cache": "9", "data.loader_memory": "9",
+    "data.prefetch_batches": "9", "data.on_damage": "skip",
+    "checkpoint.every_n_steps": "25", "checkpoint.keep_last": "9",
+    "checkpoint.keep_every_n_steps": "100", "checkpoint.keep_best": "false",
+    "checkpoint.max_failed_saves": "9", "checkpoint.asynchronous": "false",
+    "tracking.enabled": "false", "tracking.uri": "http://h", "tracking.experiment": "x",
+    "tracking.run_name": "x", "tracking.parent_run": "x", "tracking.tags": "{a: b}",
+    "tracking.also": "[csv]", "tracking.flush_every_n_steps": "9",
+    "tracking.system_metrics_every_s": "9.0", "tracking.picture_cells": "9",
+    "run.max_steps": "9", "run.validate_every_n_steps": "9", "run.validation_cells": "9",
+    "run.spike_zscore": "9.0", "run.spike_window": "9", "run.max_skipped_steps": "9",
+    "run.profile_step": "9", "run.profile": "memory",
+}  # fmt: skip
+"""Keys that are in force from the resume on."""
+OF_ONE_START = {"run.accept_changes"}
+"""A consent, which no later start inherits."""
 
 
-@pytest.mark.parametrize("key", OTHER)
-def test_a_changed_key_is_said_or_refused(tmp_path: Path, key: str) -> None:
-    """The objective needs consent; precision is refused with the state, see above."""
+def keys_of(section: object, prefix: str) -> Iterator[str]:
+    """Yield the dotted name of every key of a section, those of its stacks included."""
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from keys_of(value, f"{name}.")
+        else:
+            yield name
+
+
+def test_it_is_stated_of_every_key_what_a_resume_does_with_another_value() -> None:
+    stated = [*REFUSED, *CONSENT, *MOVED, *APPLIED, *OF_ONE_START]
+    assert len(stated) == len(set(stated))
+    assert set(stated) == set(keys_of(load_config("sclong_tiny"), ""))
+
+
+def resume(tmp_path: Path, before: Sequence[str], now: Sequence[str]) -> dict[str, object]:
+    """Resume as a run does, as far as its settings; returns what is said to have changed."""
+    checkpoint = saved_run(tmp_path, before)
+    configs = [load_config("sclong_tiny", overrides) for overrides in (before, now)]
+    found, state = (
+        dataclasses.replace(SAVED, seed=c.run.seed, precision=c.engine.precision) for c in configs
+    )
+    refuse_changes(checkpoint, configs[1])
+    refuse_other_inputs(tmp_path, found, state)
+    assert changed(checkpoint, configs[1]) == [] or any("validation_cells" in o for o in now)
+    return dict(changed_settings(checkpoint / "config.yaml", configs[1]))
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_a_run_keeps_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    value, both = REFUSED[key]
+    named = ".".join(key.split(".")[:2])
+    said = {"run.seed": "seed differ", "engine.precision": r"this run has .* in bf16"}
+    with pytest.raises(ValueError, match=said.get(named, rf"{named}: .* -> ")):
+        # Consent to another objective is none to this.
+        resume(tmp_path, both, [*both, f"{key}={value}", "run.accept_changes=true"])
+
+
+@pytest.mark.parametrize("key", [*APPLIED, *MOVED])
+def test_what_changes_is_said(tmp_path: Path, key: str) -> None:
+    value = (APPLIED | MOVED)[key]
+    assert key in resume(tmp_path, [], [f"{key}={value}", *NEEDED.get(key, [])])
+
+
+@pytest.mark.parametrize("key", sorted(CONSENT))
+def test_another_objective_needs_consent(tmp_path: Path, key: str) -> None:
     of_model = MODEL_OF.get(key, [])
     checkpoint = saved_run(tmp_path, of_model)
     overrides = [f"{key}={OTHER[key]}", *NEEDED.get(key, []), *of_model]
     config = load_config("sclong_tiny", overrides)
     assert key in changed_settings(checkpoint / "config.yaml", config)
-    if not key.startswith("objective."):
-        refuse_changes(checkpoint, config)
-        assert changed(checkpoint, config) == []
-        return
     with pytest.raises(ValueError, match=rf"{key}: .* -> .*run\.accept_changes=true") as error:
         refuse_changes(checkpoint, config)
     accepted = load_config("sclong_tiny", [*overrides, "run.accept_changes=true"])
