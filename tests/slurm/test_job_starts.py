@@ -31,6 +31,8 @@ if "sclong_ds.pretrain" not in sys.argv:
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 folder, start_s, behaviour = Path({folder!r}), {start_s}, {behaviour!r}
 rank, start = os.environ["RANK"], len(json.loads((folder / "run" / "restarts.json").read_text()))
+own = "its own" if os.environ["MASTER_PORT"] != "1" else "another's"
+print(f"rank {{rank}} of {{os.environ['WORLD_SIZE']}} at {{own}} port", flush=True)
 if behaviour == f"done in start {{start}}":
     sys.exit(0)
 if behaviour == "error":
@@ -265,11 +267,35 @@ def test_a_wrong_environment_ends_in_a_line(slurm: Any, tmp_path: Path, wrong: s
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("within", [(), ("srun", "--cpu-bind=map_cpu:0", "--mem-bind=local")])
+KERNEL = """
+import os, subprocess, sys, threading
+
+# As `sclong_ds.train` leaves the process of a notebook in which it trained.
+os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1",
+               "TORCH_EXTENSIONS_DIR": "/elsewhere"}
+
+def run_cell():
+    done = subprocess.run(["bash", "-c", sys.argv[1]], stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.PIPE, check=True)
+    print(done.stdout, flush=True)
+
+cell = threading.Thread(target=run_cell)
+cell.start()
+cell.join()
+"""
+"""A notebook on a node: a kernel in a step, whose threads run what is written in cells."""
+STEP = ("srun", "--cpu-bind=map_cpu:0", "--mem-bind=local", "--exact")
+
+
+@pytest.mark.parametrize(
+    "within", [("bash", "-c"), (*STEP, "bash", "-c"), (*STEP, sys.executable, "-c", KERNEL)],
+    ids=["salloc", "srun", "notebook"],
+)  # fmt: skip
 def test_a_job_submitted_from_inside_an_interactive_one_trains(
     slurm: Any, tmp_path: Path, within: tuple[str, ...]
 ) -> None:
-    """What salloc, and a step in it, leave in the environment is not the new job's."""
+    """What salloc, a step in it, or a kernel in the step leaves is not the new job's."""
     program = _make_ranks(tmp_path, behaviour="done in start 1")
     submit = (
         "env; SLURM_MEM_PER_NODE=99999999 sbatch --parsable --nodes=2 --time=10 "
@@ -278,9 +304,13 @@ def test_a_job_submitted_from_inside_an_interactive_one_trains(
     )
     said = slurm.command(
         "salloc", "--nodes=1", "--ntasks=1", "--time=5", "--distribution=cyclic", *within,
-        "bash", "-c", submit, env={"SCLONG_CONTAINER": str(program), "SCLONG_PREFLIGHT": "0"},
+        submit, env={"SCLONG_CONTAINER": str(program), "SCLONG_PREFLIGHT": "0"},
     )  # fmt: skip
     leaked = {line.partition("=")[0] for line in said.splitlines()}
-    assert ({"SLURM_CPU_BIND", "SLURM_MEM_BIND"} if within else {"SLURM_DISTRIBUTION"}) <= leaked
-    job = slurm.wait(said.splitlines()[-1])
+    in_a_step = "srun" in within
+    expected = {"SLURM_CPU_BIND", "SLURM_MEM_BIND"} if in_a_step else {"SLURM_DISTRIBUTION"}
+    assert expected | ({"MASTER_PORT"} if KERNEL in within else set()) <= leaked
+    job = slurm.wait(said.split()[-1])
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 0), job.log
+    ranks = sorted(line for line in job.log.splitlines() if line.startswith("rank "))
+    assert ranks == ["rank 0 of 2 at its own port", "rank 1 of 2 at its own port"], job.log
