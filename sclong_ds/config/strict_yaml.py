@@ -74,6 +74,7 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:float", _plain_number(value))
 
 
+_MOST = 2**63 - 1
 _POWER_OF_TEN = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]{1,3}")
 _Dumper.add_representer(float, _represent_float)
 
@@ -206,11 +207,14 @@ def _power_of_ten(text: str, hint: type) -> int | float | str:
         hint: float, or int for a whole number, such as 1e5.
 
     Returns:
-        The number, exactly as written; the text where it is no whole number and must be one.
+        The number, exactly as written; the text where it is no whole number, or one of more than
+        64 bits, and must be one.
     """
     number = Decimal(text)
     if hint is float:
         return float(number)
+    if number.adjusted() >= len(str(_MOST)):
+        return text
     return int(number) if number == number.to_integral_value() else text
 
 
@@ -253,6 +257,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         }
     if hint in (int, float) and isinstance(value, str) and _POWER_OF_TEN.fullmatch(value):
         value = _power_of_ten(value, hint)
+    if hint in (int, float) and type(value) is int and abs(value) > _MOST:
+        raise ValueError(
+            f"{name}: got a number of {value.bit_length()} bits, allowed: 64 with its sign"
+        )
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

@@ -192,6 +192,16 @@ def test_powers_of_ten_are_numbers(text):
     assert load_config("sclong_tiny", [f"optim.lr={text}"]).optim.lr == 1e-4
 
 
+@pytest.mark.parametrize("key", ["run.max_steps", "run.seed", "optim.warmup_steps", "optim.lr"])
+@pytest.mark.parametrize("text", ["1e19", "1e400", "1" + 400 * "0", "-1" + 30 * "0"])
+def test_a_whole_number_has_64_bits(key: str, text: str) -> None:
+    if (key, text) == ("optim.lr", "1e19"):
+        assert load_config("sclong_tiny", [f"{key}={text}"]).optim.lr == 1e19
+        return
+    with pytest.raises(ValueError, match=f"{key}: (got|expected)"):
+        load_config("sclong_tiny", [f"{key}={text}"])
+
+
 @pytest.mark.parametrize("text", ["1e5", "1E+5", "10e4", "1.5e5"])
 def test_whole_powers_of_ten_are_integers(text):
     expected = int(float(text))
