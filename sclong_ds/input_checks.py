@@ -55,7 +55,7 @@ def check_run_dir(given: str | None) -> Path | None:
         given: The value of `run.dir`.
 
     Raises:
-        ValueError: It is a URL.
+        ValueError: It is a URL, or a name from which no checkpoint could be loaded.
         PermissionError: It cannot be made or written.
     """
     if given is None:
@@ -63,6 +63,11 @@ def check_run_dir(given: str | None) -> Path | None:
     if "://" in given:
         raise ValueError(f"run.dir={given}: must be a path, on a shared file system where "
                          f"several nodes train, not a URL")  # fmt: skip
+    if set(given) & set("*?["):
+        raise ValueError(
+            f"run.dir={given}: holds one of * ? [ in its name, which DeepSpeed takes for a pattern "
+            f"when it loads a checkpoint: the run could not be resumed; name the folder without"
+        )
     run_dir = Path(given)
     place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):

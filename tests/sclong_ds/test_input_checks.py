@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launching import ROOT
 
-from sclong_ds.input_checks import check_launch
+from sclong_ds.input_checks import check_launch, check_run_dir
 
 RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1",
         "MASTER_PORT": "29500"}  # fmt: skip
@@ -43,6 +44,13 @@ def test_what_a_launcher_tells_is_whole_or_refused(
     with pytest.raises(ValueError, match=said) as error:
         check_launch()
     assert "slurm/pretrain.sh" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "run?", "run*"])
+def test_a_folder_from_which_no_run_could_be_resumed_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="could not be resumed"):
+        check_run_dir(str(tmp_path / name))
+    assert check_run_dir(str(tmp_path / "run a, {b} = 1e-3")) is not None
 
 
 def test_the_first_checks_import_nothing_that_takes_long() -> None:

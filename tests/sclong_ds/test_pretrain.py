@@ -587,6 +587,7 @@ def test_missing_inputs_are_named(small_corpus, small_graph, tmp_path, capsys):
         "model.gene_graph is not set": settings(run_dir, small_corpus, "null"),
         "model.gene_graph=/none.npz: no such file": settings(run_dir, small_corpus, "/none.npz"),
         "no such folder": settings(run_dir, tmp_path / "none", small_graph),
+        "takes for a pattern": settings(tmp_path / "run[1]", small_corpus, small_graph),
         "did you mean 'max_steps'": settings(
             run_dir, small_corpus, small_graph, **{"run.max_step": 3}
         ),
