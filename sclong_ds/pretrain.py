@@ -205,6 +205,7 @@ def train_as_rank(
         return 0
     open_run_folder(run, starting)
     outcome: Status = "FAILED"
+    why: dict[str, str] = {}
     progress = Progress(counted.state.step, config.run.max_steps, shown=ranks.rank == 0)
     try:
         starting.done()
@@ -221,9 +222,12 @@ def train_as_rank(
             counted.state.step, f"{counted.state.cells_seen:,}", run_dir,
         )  # fmt: skip
         return 0
+    except Exception as error:
+        why["error"] = failures.in_a_line(error)
+        raise
     finally:
         progress.close()
-        opened.tracker.event("finish", step=counted.state.step, outcome=outcome)
+        opened.tracker.event("finish", step=counted.state.step, outcome=outcome, **why)
         opened.tracker.finish(outcome)
         if run.lock is not None:
             run.lock.close()

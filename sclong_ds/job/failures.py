@@ -23,9 +23,11 @@ from typing import NoReturn
 
 from sclong_ds.files.sealed_json import read_sound, write_sealed
 from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS
+from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.identity import node_name
 
 FAILURE_FILE = "failure.json"
+_LONGEST = 400
 _PASSING_ERRORS = frozenset(
     {
         errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET,
@@ -58,6 +60,12 @@ def passes(error: Exception) -> bool:
         return not isinstance(error, NotImplementedError | RecursionError)
     numbers = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}
     return bool(numbers & _PASSING_ERRORS)
+
+
+def in_a_line(error: Exception) -> str:
+    """Return what an error says, as the run's record keeps it: one line, without credentials."""
+    text = without_credentials(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def report(error: Exception, run_dir: Path | None) -> int:

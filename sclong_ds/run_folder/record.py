@@ -27,6 +27,7 @@ from sclong_ds.run_folder.files import (
     read_run_json,
     read_samples,
 )
+from sclong_ds.run_folder.heartbeats import HANG_FILE, read_json
 from sclong_ds.run_folder.metric_names import LOSS, MSE, SPIKE_METRIC
 from sclong_ds.run_folder.pending_pictures import sound_pictures
 from sclong_ds.run_folder.rows import Row, latest, like_the_last, read_every_row, series
@@ -37,6 +38,10 @@ log = logging.getLogger(__name__)
 Rows = Sequence[Mapping[str, float]]
 
 LAST_STEPS = 10  # one batch of few cells is noisy: "last" training numbers are means
+_SIGNALS = {
+    "SIGUSR1": "SIGUSR1 (time limit or preemption)",
+    "another rank": "another rank's signal",
+}
 HOURS = "hours"
 """Key of a row's training time, see `read_run`."""
 
@@ -50,7 +55,7 @@ class Session:
     first_step: int
     last_step: int
     ended: str | None
-    """How it ended, from its own events; None: without a word (killed, or still running)."""
+    """How it ended; None: without a word (killed, or still running)."""
     world_size: int | None
     """Ranks."""
     lost_steps: int
@@ -190,7 +195,7 @@ def read_run(run_dir: Path) -> RunRecord:
             "nothing was trained yet: run the report after the first step"
         )
     events = read_events(run_dir)
-    sessions = _sessions(events, every_row)
+    sessions = _sessions(events, every_row, hang=read_json(run_dir / "heartbeat" / HANG_FILE))
     nodes = {f.stem: read_samples(f) for f in sorted((run_dir / SYSTEM_DIR).glob("*.jsonl"))}
     _add_hours(rows, sessions)
     for samples in nodes.values():
@@ -220,8 +225,16 @@ def read_run(run_dir: Path) -> RunRecord:
     )
 
 
-def _sessions(events: list[dict[str, Any]], rows: Sequence[Row]) -> tuple[Session, ...]:
-    """Return the starts of a run from its events and every row ever written."""
+def _sessions(
+    events: list[dict[str, Any]], rows: Sequence[Row], *, hang: Mapping[str, Any]
+) -> tuple[Session, ...]:
+    """Return the starts of a run from its events and every row ever written.
+
+    Args:
+        events: All events.
+        rows: All rows.
+        hang: What the watchdog has written about the last start, or nothing.
+    """
     starts = [e for e in events if e["event"] in ("start", "resume")]
     marks = np.array([(m["time"], m["step"]) for m in itertools.chain(events, rows)])
     marks = marks[np.argsort(marks[:, 0], kind="stable")]
@@ -231,6 +244,9 @@ def _sessions(events: list[dict[str, Any]], rows: Sequence[Row]) -> tuple[Sessio
         own = marks[(begin <= marks[:, 0]) & (marks[:, 0] < until)]
         last = int(own[:, 1].max())
         told = [e for e in events if begin <= e["time"] < until]
+        # A start that hung is ended without clean-up; the next one records what the watchdog wrote.
+        then = [e for e in events if until <= e["time"] < [*bounds, math.inf, math.inf][n + 2]]
+        hung = next((e for e in then if e["event"] == "hung"), hang if n + 1 == len(bounds) else {})
         resumed_at = int(starts[n + 1]["step"]) if n + 1 < len(starts) else last
         found.append(
             Session(
@@ -238,7 +254,7 @@ def _sessions(events: list[dict[str, Any]], rows: Sequence[Row]) -> tuple[Sessio
                 end=float(own[-1, 0]),
                 first_step=int(own[0, 1]),
                 last_step=last,
-                ended=_ended(told),
+                ended=_ended(told, hung=hung.get("error")),
                 world_size=starts[n].get("world_size") if starts else None,
                 lost_steps=max(0, last - resumed_at),
             )
@@ -246,15 +262,22 @@ def _sessions(events: list[dict[str, Any]], rows: Sequence[Row]) -> tuple[Sessio
     return tuple(found)
 
 
-def _ended(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return how a start ended: done, failed, or stopped and by what; None if it did not tell."""
+def _ended(events: Sequence[Mapping[str, Any]], *, hung: str | None) -> str | None:
+    """Return how a start ended: done, failed, hung, or stopped and by what; None: not recorded.
+
+    Args:
+        events: Its own events.
+        hung: What the watchdog wrote, if it ended the start.
+    """
     finish = next((e for e in reversed(events) if e["event"] == "finish"), None)
     if finish is None:
-        return None
+        return f"hung: {hung}" if hung else None
     outcome = finish.get("outcome")
     if outcome == "KILLED":
         signals = [str(e.get("reason")) for e in events if e["event"] == "signal"]
-        return f"stopped by {signals[-1]}" if signals else "stopped"
+        return f"stopped by {_SIGNALS.get(signals[-1], signals[-1])}" if signals else "stopped"
+    if outcome == "FAILED" and "error" in finish:
+        return f"failed: {finish['error']}"
     return {"FINISHED": "done", "FAILED": "failed"}.get(str(outcome), "ended")
 
 

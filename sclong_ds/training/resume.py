@@ -24,6 +24,7 @@ from sclong_ds.exported.model_dir import FEATURES, GRAPH
 from sclong_ds.files.atomic import read_file, remove_partials, write_atomic
 from sclong_ds.job.starting import Starting
 from sclong_ds.run_folder.files import RUN_FILE
+from sclong_ds.run_folder.heartbeats import HANG_FILE, read_json
 from sclong_ds.run_folder.identity import take_over_ids
 from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.run_folder.rows import read_metrics
@@ -104,6 +105,9 @@ def open_run_folder(run: Run, starting: Starting) -> None:
     # The time-out of the other ranks' first step does not run while rank 0 waits for MLflow.
     dist.barrier()
     record_opening(given, opened.tracker, state, found=found, changed=said(changed))
+    hang = on_first_rank(lambda: read_json(run_dir / "heartbeat" / HANG_FILE).get("error"))
+    if hang:  # of the start before, which the watchdog of this one forgets
+        opened.tracker.event("hung", step=state.step, error=hang)
 
 
 def said(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:

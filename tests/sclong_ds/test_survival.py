@@ -36,6 +36,7 @@ from sclong_ds.checkpoint.on_disk import complete_checkpoints, damage, name_of
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.loader import open_stream
 from sclong_ds.run_folder.files import read_events
+from sclong_ds.run_folder.record import read_run
 from sclong_ds.run_folder.rows import read_every_row, read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -159,6 +160,10 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(corpus, tmp_path):
     assert "gone or frozen" in line
     assert "start the same command again" in line
     assert (run_dir / "heartbeat" / "stack_rank_0.txt").stat().st_size
+    # The next start keeps what its watchdog forgets, also without a checkpoint to resume from.
+    train([*PRETRAIN, *settings(run_dir, corpus, **{"run.max_steps": 2})], n_ranks=2, log=log)
+    first, second = read_run(run_dir).sessions
+    assert (first.ended, second.ended) == (f"hung: {line.removeprefix('error: ')}", "done")
 
 
 def test_steps_that_are_not_finite_stop_the_run_with_good_weights(corpus, tmp_path):
@@ -179,6 +184,8 @@ def test_steps_that_are_not_finite_stop_the_run_with_good_weights(corpus, tmp_pa
     assert all(torch.isfinite(weight).all() for weight in full_weights(last).values())
     assert [e["step"] for e in skipped] == [2, 3, 4, 5]
     assert column(run_dir, "train/skipped_steps") == [0, 1, 2, 3]
+    (session,) = read_run(run_dir).sessions
+    assert session.ended == f"failed: {line.removeprefix('error: ')}"
 
 
 FAULTS = """

@@ -150,20 +150,41 @@ def test_restart_shows_as_two_processes(run_dir: Path) -> None:
 
 
 def test_the_table_of_starts_tells_how_each_ended(tmp_path: Path) -> None:
+    hang = "rank 1 (node n2) has been in 'data' of step 7, reading shard 3, for 900 s"
+    endings: list[tuple[dict[str, str], dict[str, str]]] = [
+        ({"reason": "SIGTERM"}, {"outcome": "KILLED"}),
+        ({"reason": "SIGUSR1"}, {"outcome": "KILLED"}),
+        ({}, {}),
+        ({}, {"outcome": "FAILED"}),
+        ({}, {"outcome": "FAILED", "error": "no space"}),
+        ({}, {}),  # hung, as the next start records
+        ({}, {"outcome": "FINISHED"}),
+        ({}, {}),
+    ]
     with RunFolder(tmp_path) as files:
-        for number, ending in enumerate(("KILLED", None, "FAILED", "FINISHED", None)):
+        for number, (signal, finish) in enumerate(endings):
             files.append_event("resume" if number else "start", step=number, world_size=1)
+            if number == 6:
+                files.append_event("hung", step=number, error=hang)
             files.append_metrics(number + 1, {"train/loss": 1.0})
-            if ending == "KILLED":
-                files.append_event("signal", step=number + 1, reason="SIGTERM")
-            if ending:
-                files.append_event("finish", step=number + 1, outcome=ending)
+            for name, fields in (("signal", signal), ("finish", finish)):
+                if fields:
+                    files.append_event(name, step=number + 1, **fields)
     update_run_json(tmp_path, status="RUNNING")
-    cells = Page(report.build_page(read_run(tmp_path))).cells
-    head = cells.index("Steps redone") + 1
-    assert [cells[head + 9 * n + 6] for n in range(5)] == [
-        "stopped by SIGTERM", LOST, "failed", "done", "running, or killed without a word",
+
+    def ended() -> list[str]:
+        cells = Page(report.build_page(read_run(tmp_path))).cells
+        head = cells.index("Steps redone") + 1
+        return [cells[head + 9 * n + 6] for n in range(len(endings))]
+
+    told = [
+        "stopped by SIGTERM", "stopped by SIGUSR1 (time limit or preemption)", LOST, "failed",
+        "failed: no space", f"hung: {hang}", "done",
     ]  # fmt: skip
+    assert ended() == [*told, "running, or killed without a word"]
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat" / "hang.json").write_text(json.dumps({"error": hang, "time": 1.0}))
+    assert ended() == [*told, f"hung: {hang}"]
 
 
 def test_hashes_are_short_and_last_and_parts_have_names(run_dir: Path) -> None:
