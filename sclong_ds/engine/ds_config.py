@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ KNOWN_KEYS = frozenset(
 )
 """Top-level keys of a DeepSpeed JSON that mean something here; optimizer and scheduler are set in
 the YAML."""
+_FROM_YAML = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
+    "bf16.enabled".split()
+)
+"""What `resolve_ds_config` fills in."""
 SHIPPED_ZERO_KEYS = frozenset(
     "stage overlap_comm contiguous_gradients reduce_bucket_size allgather_bucket_size "
     "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_max_live_parameters "
@@ -77,6 +82,7 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
         "gradient_clipping": engine.gradient_clipping,
         "bf16.enabled": engine.precision == "bf16",
     }
+    assert values.keys() == _FROM_YAML
     for name, value in values.items():
         _fill(config, name, value, path.name)
     left = [name for name, value in _walk(config) if value == "auto"]
@@ -88,6 +94,24 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
         # stage 1 it would bring in another optimizer, whose checkpoints cannot be merged.
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two resolved configurations beside the numbers of the YAML.
+
+    Args:
+        before: One of an earlier start.
+        now: That of this start.
+
+    Returns:
+        Old and new value by dotted key; None for what one of them lacks.
+    """
+    old, new = dict(_walk(before)), dict(_walk(now))
+    return {
+        name: (old.get(name), new.get(name))
+        for name in {**old, **new}
+        if name not in _FROM_YAML and old.get(name) != new.get(name)
+    }
 
 
 def _fill(config: dict[str, Any], name: str, value: Any, where: str) -> None:
@@ -104,9 +128,9 @@ def _fill(config: dict[str, Any], name: str, value: Any, where: str) -> None:
     node[last] = value
 
 
-def _walk(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from _walk(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -35,8 +35,8 @@ from sclong_ds.training.begin import Run
 from sclong_ds.training.guards import history_of
 from sclong_ds.training.run import Given, summary
 from sclong_ds.training.run_checks import (
+    changed_files,
     changed_measure,
-    changed_settings,
     refuse_changes,
     refuse_other_inputs,
 )
@@ -78,8 +78,9 @@ def open_run_folder(run: Run, starting: Starting) -> None:
                 "validation measures something else from step %d on: the best checkpoint is chosen "
                 "among later ones, and figures before cannot be compared with those after", step
             )  # fmt: skip
-    config_file = run_dir / "config.yaml"
-    changed = on_first_rank(lambda: changed_settings(config_file, config) if found else {})
+    changed = on_first_rank(
+        lambda: changed_files(run_dir, config, given.ds_config) if found else {}
+    )
     on_first_rank(lambda: write_inputs(given, opened.cells.corpus))
     state = counted.state
     starting.phase("record", f"rank 0 to record this start in {run_dir} and its trackers")

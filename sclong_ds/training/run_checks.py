@@ -13,6 +13,8 @@ from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import DataConfig, ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
+from sclong_ds.engine.ds_config import changed_keys
+from sclong_ds.files.sealed_json import read_sound
 from sclong_ds.loader.weights import BY_COLUMN
 
 log = logging.getLogger(__name__)
@@ -126,6 +128,25 @@ def changed_measure(
     before = read_saved(checkpoint / "config.yaml")
     now = {"objective": to_dict(objective), "run": {"validation_cells": validation_cells}}
     return [line for section in now for line in _differences(before, now, section)]
+
+
+def changed_files(
+    run_dir: Path, config: RunConfig, ds_config: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return what config.yaml and ds_config.json would get other values of at a resume.
+
+    Args:
+        run_dir: Run folder, as the last start left it.
+        config: The configuration of this start.
+        ds_config: DeepSpeed's, resolved: a file of that name may hold something else by now.
+
+    Returns:
+        Old and new value by `section.key`, DeepSpeed's keys as `ds_config.KEY`.
+    """
+    before = read_sound(run_dir / "ds_config.json")
+    found = changed_keys(before, ds_config) if before else {}
+    settings = changed_settings(run_dir / "config.yaml", config)
+    return settings | {f"ds_config.{key}": values for key, values in found.items()}
 
 
 def changed_settings(saved: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
+from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.training.run_checks import (
+    changed_files,
     changed_measure,
     changed_settings,
     refuse_changes,
@@ -245,6 +248,24 @@ def test_another_objective_needs_consent(tmp_path: Path, key: str) -> None:
     (line,) = changed(checkpoint, accepted)
     assert line in str(error.value)
     assert "run.accept_changes" not in changed_settings(checkpoint / "config.yaml", accepted)
+
+
+def test_another_content_of_deepspeeds_file_is_said(tmp_path: Path) -> None:
+    """Beside the numbers that the YAML gives, on whatever number of ranks."""
+    config, run_dir = load_config("sclong_tiny"), tmp_path
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    assert changed_files(run_dir, config, resolve_ds_config(config.engine, world_size=1)) == {}
+    before = resolve_ds_config(config.engine, world_size=1)
+    (run_dir / "ds_config.json").write_text(json.dumps(before))
+    now = resolve_ds_config(config.engine, world_size=2)
+    assert changed_files(run_dir, config, now) == {}
+    now["zero_optimization"] |= {"reduce_bucket_size": 1, "offload_optimizer": {"device": "cpu"}}
+    del now["zero_optimization"]["overlap_comm"]
+    assert changed_files(run_dir, config, now) == {
+        "ds_config.zero_optimization.overlap_comm": (True, None),
+        "ds_config.zero_optimization.reduce_bucket_size": (500_000_000, 1),
+        "ds_config.zero_optimization.offload_optimizer.device": (None, "cpu"),
+    }
 
 
 def test_consent_does_not_cover_another_model_or_corpus(tmp_path: Path) -> None:
