@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,9 +134,12 @@ def new_client(uri: str, *, patient: bool = False) -> MlflowClient:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the file of an sqlite store; None for any other store."""
-    prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
+    """Return the file of an sqlite store; None for any other store.
+
+    Its address may name a driver (`sqlite+pysqlite:///`) and options (`?timeout=60`).
+    """
+    found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
+    return Path(found[1]).resolve() if found and found[1] != ":memory:" else None
 
 
 def clip(text: str, limit: int) -> str:

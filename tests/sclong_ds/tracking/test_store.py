@@ -15,12 +15,12 @@ import pytest
 from launching import ROOT, environment
 
 from sclong_ds.files.atomic import partial_name
-from sclong_ds.tracking.client import new_client
+from sclong_ds.tracking.client import new_client, sqlite_file
 from sclong_ds.tracking.store import make_store
 
 ONE_RUN = """
 import sys
-from sclong_ds.tracking.client import new_client
+from sclong_ds.tracking.client import new_client, sqlite_file
 client = new_client(sys.argv[1])
 sys.stdin.readline()
 run = client.create_run("0", run_name=sys.argv[2])
@@ -28,8 +28,9 @@ client.log_metric(run.info.run_id, "loss", float(sys.argv[2]))
 """
 
 
-def test_runs_that_begin_together_are_all_recorded(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+@pytest.mark.parametrize("form", ["sqlite:///{}", "sqlite+pysqlite:///{}?timeout=60"])
+def test_runs_that_begin_together_are_all_recorded(tmp_path: Path, form: str) -> None:
+    uri = form.format(tmp_path / "runs" / "mlflow.db")
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", ONE_RUN, uri, str(number)],
@@ -42,7 +43,17 @@ def test_runs_that_begin_together_are_all_recorded(tmp_path: Path) -> None:
         assert process.returncode == 0
     found = new_client(uri).search_runs(["0"])
     assert sorted(run.data.metrics["loss"] for run in found) == [0, 1, 2, 3]
-    assert [p.name for p in (tmp_path / "runs").iterdir() if "partial" in p.name] == []
+    names = {p.name for p in (tmp_path / "runs").iterdir()} - {"mlflow.db-wal", "mlflow.db-shm"}
+    assert names == {".mlflow.db.lock", "mlflow.db"}
+
+
+def test_an_address_names_its_file() -> None:
+    file = Path("/a b/c.db")
+    for uri in ("sqlite:////a b/c.db", "sqlite+pysqlite:////a b/c.db", "sqlite:////a b/c.db?a=1"):
+        assert sqlite_file(uri) == file
+    assert sqlite_file("sqlite:///c.db?timeout=9") == Path("c.db").resolve()
+    for uri in ("http://h", "postgresql:///c.db", "sqlite://", "sqlite:///:memory:", "/a/c.db"):
+        assert sqlite_file(uri) is None
 
 
 def test_a_store_that_was_not_made_to_its_end_says_what_to_do(tmp_path: Path) -> None:
