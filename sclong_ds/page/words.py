@@ -23,6 +23,11 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def recorded(value: float) -> str:
+    """Return a figure that is there: one that was not finite is told from one that is absent."""
+    return "not a number" if math.isnan(value) else number(value)
+
+
 def counted(count: int, one: str) -> str:
     """Return a count with its noun, for instance `1 start`, `2 starts`.
 

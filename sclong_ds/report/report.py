@@ -240,11 +240,13 @@ def _cards(record: RunRecord) -> Markup:
         mse, mean = last[MSE], last.get(MEAN_MSE, math.nan)
         if STRONGEST_MSE in last:
             sub = f"{standing(last)}; per-gene mean {number(mean)}"
-            cards.append(("Validation MSE, hidden values", number(mse), sub))
+            cards.append(("Validation MSE, hidden values", words.recorded(mse), sub))
         else:
-            cards.append(("Validation MSE", number(mse), _against(mse, mean)))
+            cards.append(("Validation MSE", words.recorded(mse), _against(mse, mean)))
         if PEARSON in last:
-            cards.append(("Validation Pearson", number(last[PEARSON]), _against_pearson(last)))
+            cards.append(
+                ("Validation Pearson", words.recorded(last[PEARSON]), _against_pearson(last))
+            )
     if record.train:
         seen = record.train[-1].get("cells_seen")
         sub = f"{int(seen):,} cells seen" if seen is not None else ""
@@ -307,12 +309,14 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
     if record.validation:
         first, last_row = record.validation[0], record.validation[-1]
         if STRONGEST_MSE in last_row:
-            rows.append(("Strongest baseline, validation", number(last_row[STRONGEST_MSE])))
+            rows.append(("Strongest baseline, validation", words.recorded(last_row[STRONGEST_MSE])))
             rows.append(("The model is", f"{verdict(last_row)} the strongest baseline"))
-        rows.append(("Validation masked MSE, first", number(first[MSE])))
-        rows.append(("Validation masked MSE, last", number(last_row[MSE])))
+        rows.append(("Validation masked MSE, first", words.recorded(first[MSE])))
+        rows.append(("Validation masked MSE, last", words.recorded(last_row[MSE])))
         if MEAN_MSE in last_row:
-            rows.append(("Per-gene mean predictor, same values", number(last_row[MEAN_MSE])))
+            rows.append(
+                ("Per-gene mean predictor, same values", words.recorded(last_row[MEAN_MSE]))
+            )
     rows.append(("Steps", f"{record.steps:,}"))
     for name, metric, scale, unit in (
         ("Step time, median", "perf/step_time_s", 1.0, "s"),

@@ -425,6 +425,19 @@ def test_an_error_that_is_no_number_is_not_called_equal(tmp_path: Path) -> None:
     assert "equal to" not in text
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(math.inf, "infinite"), (-math.inf, "minus infinite"), (math.nan, "not a number")],
+)
+def test_what_is_not_finite_is_told_apart(tmp_path: Path, value: float, shown: str) -> None:
+    with RunFolder(tmp_path) as files:
+        files.append_metrics(1, {"val/mse": value, "val/n_hidden": 5.0})
+        files.append_event("skipped_step", step=1, loss=value)
+    page = Page(report.build_page(read_run(tmp_path)))
+    assert page.value("Validation masked MSE, last") == shown
+    assert any(f"loss: {value}" in cell for cell in page.cells)
+
+
 def test_the_page_tells_whether_attention_is_used(tmp_path: Path) -> None:
     cells = Page(report.build_page(validated(tmp_path / "run"))).cells
     at = cells.index("attention of the large encoder by the mean of values")
