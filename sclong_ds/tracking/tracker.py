@@ -98,7 +98,7 @@ class Tracker:
             params: Nested parameters: the configuration, and for instance counts.
             tags: Further tags, for instance corpus, gene and graph hashes.
             artifacts: Files to attach, for instance config.yaml and ds_config.json.
-            resumed: Whether training continues from a checkpoint; counted in run.json as a restart.
+            resumed: Whether training continues from a checkpoint, which counts as a restart.
             step: Step that it continues from.
             summary: What is trained on what, for run.json, the report and MLflow's dataset.
             waits: Told what is waited for.
@@ -114,8 +114,7 @@ class Tracker:
         self._folder = RunFolder(self._run_dir)
         world_size = int(about.get("world_size", 1))
         run = record_start(self._run_dir, resumed=resumed, step=step, world_size=world_size)
-        packages = self._run_dir / ENVIRONMENT_FILE
-        packages.write_text(installed_packages(), encoding="utf-8")
+        (packages := self._run_dir / ENVIRONMENT_FILE).write_text(installed_packages(), "utf-8")
         if about:
             run = update_run_json(self._run_dir, summary=about)
         if settings.picture_cells is not None:

@@ -58,26 +58,7 @@ def open_run_folder(run: Run, starting: Starting) -> None:
         accept=partial(refuse_other_run, given, counted.state),
     )
     if found is not None:
-        counted.state, run.saver.last = found.state, found.name
-        step, window = found.state.step, config.run.spike_window
-        history = on_first_rank(
-            lambda: history_of(read_metrics(run_dir), step=step, spike_window=window)
-        )
-        # The rows of the last steps may be lost with a machine; the checkpoint is not.
-        counted.guard.restore(replace(history, skipped=found.state.skipped_steps))
-        on_first_rank(lambda: take_over_ids(run_dir, checkpoint_dir / found.name))
-        if on_first_rank(
-            lambda: changed_measure(
-                checkpoint_dir / found.name, config.objective,
-                validation_cells=config.run.validation_cells,
-            )
-        ):  # fmt: skip
-            counted.state = replace(found.state, compared_after=step)
-            log.log(
-                logging.WARNING if given.ranks.rank == 0 else logging.DEBUG,
-                "validation measures something else from step %d on: the best checkpoint is chosen "
-                "among later ones, and figures before cannot be compared with those after", step
-            )  # fmt: skip
+        take_up(run, found)
     changed = on_first_rank(
         lambda: changed_files(run_dir, config, given.ds_config) if found else {}
     )
@@ -106,9 +87,33 @@ def open_run_folder(run: Run, starting: Starting) -> None:
     # The time-out of the other ranks' first step does not run while rank 0 waits for MLflow.
     dist.barrier()
     record_opening(given, opened.tracker, state, found=found, changed=said(changed))
-    hang = on_first_rank(lambda: read_json(run_dir / "heartbeat" / HANG_FILE).get("error"))
-    if hang:  # of the start before, which the watchdog of this one forgets
-        opened.tracker.event("hung", step=state.step, error=hang)
+    record_hang(given, opened.tracker, state)
+
+
+def take_up(run: Run, found: Loaded) -> None:
+    """Continue with what a checkpoint and the rows before it say."""
+    given, counted, config = run.given, run.counted, run.given.config
+    run_dir, checkpoint_dir = given.run_dir, given.run_dir / "checkpoints"
+    counted.state, run.saver.last = found.state, found.name
+    step, window = found.state.step, config.run.spike_window
+    history = on_first_rank(
+        lambda: history_of(read_metrics(run_dir), step=step, spike_window=window)
+    )
+    # The rows of the last steps may be lost with a machine; the checkpoint is not.
+    counted.guard.restore(replace(history, skipped=found.state.skipped_steps))
+    on_first_rank(lambda: take_over_ids(run_dir, checkpoint_dir / found.name))
+    if on_first_rank(
+        lambda: changed_measure(
+            checkpoint_dir / found.name, config.objective,
+            validation_cells=config.run.validation_cells,
+        )
+    ):  # fmt: skip
+        counted.state = replace(found.state, compared_after=step)
+        log.log(
+            logging.WARNING if given.ranks.rank == 0 else logging.DEBUG,
+            "validation measures something else from step %d on: the best checkpoint is chosen "
+            "among later ones, and figures before cannot be compared with those after", step
+        )  # fmt: skip
 
 
 def said(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
@@ -144,6 +149,14 @@ def record_opening(
         log.log(level, "%s: %s, from step %d on", key, values, step + 1)
     if changed:
         tracker.event("settings_changed", step=step, **changed)
+
+
+def record_hang(given: Given, tracker: Tracker, state: TrainState) -> None:
+    """Record that the start before hung, which the watchdog of this one forgets."""
+    path = given.run_dir / "heartbeat" / HANG_FILE
+    hang = on_first_rank(lambda: read_json(path).get("error"))
+    if hang:
+        tracker.event("hung", step=state.step, error=hang)
 
 
 def claim_run_folder(run: Run) -> None:
