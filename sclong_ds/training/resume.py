@@ -35,8 +35,9 @@ from sclong_ds.training.begin import Run
 from sclong_ds.training.guards import history_of
 from sclong_ds.training.run import Given, summary
 from sclong_ds.training.run_checks import (
-    changed_files,
+    changed_ds_config,
     changed_measure,
+    changed_settings,
     refuse_changes,
     refuse_other_inputs,
 )
@@ -60,7 +61,12 @@ def open_run_folder(run: Run, starting: Starting) -> None:
     if found is not None:
         take_up(run, found)
     changed = on_first_rank(
-        lambda: changed_files(run_dir, config, given.ds_config) if found else {}
+        lambda: (
+            changed_settings(run_dir / "config.yaml", config)
+            | changed_ds_config(run_dir / "ds_config.json", given.ds_config)
+            if found
+            else {}
+        )
     )
     on_first_rank(lambda: write_inputs(given, opened.cells.corpus))
     state = counted.state

@@ -130,23 +130,21 @@ def changed_measure(
     return [line for section in now for line in _differences(before, now, section)]
 
 
-def changed_files(
-    run_dir: Path, config: RunConfig, ds_config: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """Return what config.yaml and ds_config.json would get other values of at a resume.
+def changed_ds_config(saved: Path, ds_config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what DeepSpeed's configuration has other values of than at the run's last start.
+
+    A file of the same name may hold something else by now.
 
     Args:
-        run_dir: Run folder, as the last start left it.
-        config: The configuration of this start.
-        ds_config: DeepSpeed's, resolved: a file of that name may hold something else by now.
+        saved: The ds_config.json of the run folder.
+        ds_config: That of this start, resolved.
 
     Returns:
-        Old and new value by `section.key`, DeepSpeed's keys as `ds_config.KEY`.
+        Old and new value by `ds_config.KEY`; nothing for a folder without one.
     """
-    before = read_sound(run_dir / "ds_config.json")
+    before = read_sound(saved)
     found = changed_keys(before, ds_config) if before else {}
-    settings = changed_settings(run_dir / "config.yaml", config)
-    return settings | {f"ds_config.{key}": values for key, values in found.items()}
+    return {f"ds_config.{key}": values for key, values in found.items()}
 
 
 def changed_settings(saved: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -15,7 +15,7 @@ from sclong_ds.config.sections import RunConfig
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.training.run_checks import (
-    changed_files,
+    changed_ds_config,
     changed_measure,
     changed_settings,
     refuse_changes,
@@ -252,16 +252,14 @@ def test_another_objective_needs_consent(tmp_path: Path, key: str) -> None:
 
 def test_another_content_of_deepspeeds_file_is_said(tmp_path: Path) -> None:
     """Beside the numbers that the YAML gives, on whatever number of ranks."""
-    config, run_dir = load_config("sclong_tiny"), tmp_path
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    assert changed_files(run_dir, config, resolve_ds_config(config.engine, world_size=1)) == {}
-    before = resolve_ds_config(config.engine, world_size=1)
-    (run_dir / "ds_config.json").write_text(json.dumps(before))
-    now = resolve_ds_config(config.engine, world_size=2)
-    assert changed_files(run_dir, config, now) == {}
+    saved, engine = tmp_path / "ds_config.json", load_config("sclong_tiny").engine
+    before, now = (resolve_ds_config(engine, world_size=n) for n in (1, 2))
+    assert changed_ds_config(saved, now) == {}
+    saved.write_text(json.dumps(before))
+    assert changed_ds_config(saved, now) == {}
     now["zero_optimization"] |= {"reduce_bucket_size": 1, "offload_optimizer": {"device": "cpu"}}
     del now["zero_optimization"]["overlap_comm"]
-    assert changed_files(run_dir, config, now) == {
+    assert changed_ds_config(saved, now) == {
         "ds_config.zero_optimization.overlap_comm": (True, None),
         "ds_config.zero_optimization.reduce_bucket_size": (500_000_000, 1),
         "ds_config.zero_optimization.offload_optimizer.device": (None, "cpu"),
