@@ -46,7 +46,14 @@ from data_prep.ledger.pending import known_names, record_manifest
 from data_prep.manifest.manifest import Dataset
 from data_prep.staging.settings import STAGING_VERSION, Settings
 from sclong_ds.corpus.genes import GeneVocabulary
-from sclong_ds.files.atomic import file_sha256, locked, partial_name, read_json, write_atomic
+from sclong_ds.files.atomic import (
+    file_sha256,
+    locked,
+    partial_name,
+    read_json,
+    remove_partials_of,
+    write_atomic,
+)
 from sclong_ds.progress import Bar, progress_bar
 
 _log = logging.getLogger(__name__)
@@ -167,8 +174,7 @@ def prepare_corpus(corpus: Path, *, genes: GeneVocabulary, settings: Settings) -
         for folder in (corpus / "ledger", corpus / "staging"):
             folder.mkdir(exist_ok=True)
         for name in ("settings.json", "genes.tsv"):
-            for left in corpus.glob(f".{name}.*.partial"):
-                left.unlink()
+            remove_partials_of(corpus / name)
         _settle_settings(corpus, settings, genes)
         path = corpus / "genes.tsv"
         if not path.exists():

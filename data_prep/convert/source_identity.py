@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from sclong_ds.files.atomic import file_sha256
+from sclong_ds.files.atomic import file_sha256, raise_error
 
 MAX_FILES = 10**7
 """Of one dataset; a zarr folder of 100 million cells in small chunks has 10^6."""
@@ -67,7 +67,7 @@ def _files_below(folder: Path) -> list[Path]:
     """Return the files below a folder; where links lead back to a folder above, they end."""
     found: list[Path] = []
     above: dict[str, frozenset[tuple[int, int]]] = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=raise_error, followlinks=True):
         place = os.stat(parent)
         key = (place.st_dev, place.st_ino)
         path_to = above.pop(parent, frozenset())

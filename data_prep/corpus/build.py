@@ -48,7 +48,7 @@ from sclong_ds.corpus.byte_code import PackedCells, decode, digest_cells
 from sclong_ds.corpus.catalogue import SPLITS
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CHUNK_ENTRIES, CHUNKS_PER_SHARD, CellWriter
-from sclong_ds.files.atomic import file_sha256, remove_partials_of, write_atomic
+from sclong_ds.files.atomic import file_sha256, files_below, remove_partials_of, write_atomic
 from sclong_ds.files.npz import npz_bytes, read_npz
 from sclong_ds.files.obs_table import write_coded
 
@@ -440,7 +440,7 @@ def _staged_bytes(entry: LedgerEntry) -> int:
 def _state(s: Staged) -> dict[str, list[int]]:
     """Return what tells staged files that were written to from those that were not."""
     state = {}
-    for path in sorted(s.folder.rglob("*")):
+    for path in files_below(s.folder):
         if path.is_file():
             # Opening asks a network file system for the state of now.
             with path.open("rb") as file:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data_prep.ledger.ledger import (
     LedgerEntry,
+    json_files,
     ledger_path,
     read_ledger,
     require_current,
@@ -80,8 +81,7 @@ def read_inputs(corpus: Path) -> Inputs:
 
 
 def _entry_paths(corpus: Path) -> list[Path]:
-    names = [path.stem for path in (corpus / "ledger").glob("*.json") if path.name[0] != "."]
-    return [ledger_path(corpus, name) for name in sorted(names)]
+    return [ledger_path(corpus, path.stem) for path in json_files(corpus / "ledger")]
 
 
 def _hashes(corpus: Path, paths: Sequence[Path]) -> dict[str, str]:
@@ -112,8 +112,3 @@ def _vocabulary(corpus: Path) -> GeneVocabulary:
             f"with, as {path.name} says; {cure}"
         )
     return genes
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Return all files below a folder, or the file itself, sorted."""
-    return [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())

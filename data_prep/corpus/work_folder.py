@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus.split_rule import RULE_FILE
-from sclong_ds.files.atomic import remove_partials, remove_partials_of
+from sclong_ds.files.atomic import listed, remove_partials, remove_partials_of
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ def clear(corpus: Path, *, keep: Path | None = None) -> None:
         corpus: The corpus folder, in which no other finalize is at work.
         keep: A work folder that stays.
     """
-    for other in sorted(corpus.glob(f"{_PREFIX}*")):
+    for other in listed(corpus):
+        if not other.name.startswith(_PREFIX):
+            continue
         if other.name.startswith(_OLD):
             shutil.rmtree(other)
         elif other != keep:

@@ -29,7 +29,14 @@ from typing import (
     is_typeddict,
 )
 
-from sclong_ds.files.atomic import file_sha256, locked, read_json, write_atomic
+from sclong_ds.files.atomic import (
+    file_sha256,
+    files_below,
+    listed,
+    locked,
+    read_json,
+    write_atomic,
+)
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -341,12 +348,8 @@ def staged_files(folder: Path) -> dict[str, list[int | str]]:
     """
     return {
         path.relative_to(folder).as_posix(): [path.stat().st_size, file_sha256(path)]
-        for path in _files_below(folder)
+        for path in files_below(folder)
     }
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def check_staged(corpus: str | Path, entry: LedgerEntry) -> None:
@@ -361,7 +364,7 @@ def check_staged(corpus: str | Path, entry: LedgerEntry) -> None:
     """
     folder = Path(corpus) / "staging" / entry["dataset_id"]
     cure = "convert the dataset again"
-    found = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
+    found = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
     missing = sorted(entry["files"].keys() - found.keys())
     if missing or not entry["files"]:
         raise ValueError(f"{folder / missing[0] if missing else folder}: missing; {cure}")
@@ -438,8 +441,19 @@ def read_ledger(corpus: str | Path) -> list[LedgerEntry]:
         raise FileNotFoundError(
             f"{corpus}: no corpus here; run: python -m data_prep convert MANIFEST --out {corpus}"
         )
-    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
-    return [read_entry(path) for path in paths]
+    return [read_entry(path) for path in json_files(folder)]
+
+
+def json_files(folder: Path) -> list[Path]:
+    """Return the finished JSON files of a folder, sorted; nothing where there is no such folder.
+
+    Args:
+        folder: `ledger` or `manifests` of a corpus.
+
+    Raises:
+        OSError: It cannot be listed.
+    """
+    return [path for path in listed(folder) if path.suffix == ".json" and path.name[0] != "."]
 
 
 def count_statuses(entries: Iterable[LedgerEntry]) -> dict[str, int]:

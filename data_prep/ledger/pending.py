@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.ledger.ledger import LedgerEntry, is_safe_id
+from data_prep.ledger.ledger import LedgerEntry, is_safe_id, json_files
 from sclong_ds.files.atomic import locked, read_json, remove_partials, write_atomic
 
 _MOST_TASKS = 20
@@ -43,7 +43,7 @@ def known_names(corpus: Path) -> set[str]:
     Raises:
         ValueError: A damaged file in CORPUS/manifests.
     """
-    names = {path.stem for path in (corpus / "ledger").glob("[!.]*.json")}
+    names = {path.stem for path in json_files(corpus / "ledger")}
     return names | {dataset.dataset_id for dataset in read_pending(corpus, [])}
 
 
@@ -81,7 +81,7 @@ def _write_file(corpus: Path, names: Sequence[str | None], tasks: int) -> None:
 
 
 def _paths(corpus: Path) -> list[Path]:
-    return sorted((corpus / "manifests").glob("[!.]*.json"))
+    return json_files(corpus / "manifests")
 
 
 def _read_file(path: Path) -> tuple[int, list[str | None]]:

@@ -160,7 +160,12 @@ def format_manifest(draft: Draft) -> str:
 def _find(folder: Path, draft: Draft, relative_to: Path) -> Iterator[Path]:
     """Yield the datasets below a folder in a fixed order; what is no data goes to the draft."""
     visited: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def skip(error: OSError) -> None:
+        shown = _shown(Path(error.filename), relative_to)
+        draft["skipped"].append(Problem(path=shown, reason=f"cannot be read: {error.strerror}"))
+
+    for parent, folders, names in os.walk(folder, onerror=skip, followlinks=True):
         here = Path(parent)
         place = here.stat()
         # A link may lead back up.

@@ -5,7 +5,6 @@ Reads and writes CORPUS/staging, CORPUS/ledger and CORPUS/manifests.
 
 from __future__ import annotations
 
-import glob
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from data_prep.ledger.corpus_lock import shared_corpus
 from data_prep.ledger.ledger import dataset_lock, ledger_path
 from data_prep.ledger.pending import forget_in_manifests, known_names
+from sclong_ds.files.atomic import remove_partials_of
 
 
 def part_folder(folder: Path) -> Path:
@@ -35,12 +35,12 @@ def clear(corpus: Path, dataset_id: str) -> None:
         dataset_id: Name of the dataset; its `dataset_lock` is held.
     """
     entry, staged = ledger_path(corpus, dataset_id), corpus / "staging" / dataset_id
-    partials = entry.parent.glob(f".{glob.escape(entry.name)}.*.partial")
-    for path in (entry, *partials, staged, part_folder(staged)):
+    for path in (entry, staged, part_folder(staged)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    remove_partials_of(entry)
 
 
 def forget(corpus: str | Path, dataset_ids: Sequence[str]) -> None:

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus.inputs import files_below
 from data_prep.corpus.publish import PRODUCTS
 from data_prep.corpus.split_rule import RULE_FILE, read_rule
 from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry
-from sclong_ds.files.atomic import file_sha256, read_file
+from sclong_ds.files.atomic import file_sha256, files_below, read_file
 from sclong_ds.files.checksums import check_file
 
 SOURCES = "drawn cells are those of the source files"
@@ -118,7 +117,8 @@ def check_files(
     found = {
         path.relative_to(corpus).as_posix()
         for product in PRODUCTS[:-1]
-        for path in files_below(corpus / product)
+        for path in (corpus / product, *files_below(corpus / product))
+        if path.is_file()
     }
     problems += [
         f"{name}: not part of the corpus" for name in sorted(found - {*checksums["files"]})

@@ -25,7 +25,7 @@ from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_h
 
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.location import Location
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import listed, write_atomic
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.versions import refuse_later
 
@@ -191,8 +191,9 @@ def corpus_files(corpus: str | Path) -> list[str]:
     """
     corpus = Path(corpus)
     names = [name for name in SINGLE_FILES if (corpus / name).is_file()]
-    for pattern in ("obs/*.parquet", "columns/columns.json", "columns/*.codes"):
-        names += [path.relative_to(corpus).as_posix() for path in corpus.glob(pattern)]
+    for folder, suffix in (("obs", ".parquet"), ("columns", "columns.json"), ("columns", ".codes")):
+        found = (path.name for path in listed(corpus / folder))
+        names += [f"{folder}/{name}" for name in found if name.endswith(suffix)]
     if (corpus / "cells.zarr").is_dir():
         names += [f"cells.zarr/{name}" for name in CellStore(corpus / "cells.zarr").file_names()]
     return sorted(names)

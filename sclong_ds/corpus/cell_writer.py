@@ -37,6 +37,7 @@ from sclong_ds.corpus.cell_store import (
 from sclong_ds.corpus.location import Location
 from sclong_ds.corpus.shards import DamagedShard, ShardedArray
 from sclong_ds.files.atomic import (
+    files_below,
     link_or_copy,
     partial_name,
     sync_folder,
@@ -245,8 +246,8 @@ class CellWriter:
     def _remove_all_but(self, names: Iterable[str]) -> None:
         """Remove every file that is not named."""
         keep = {self._store / name for name in names}
-        for path in sorted(self._store.rglob("*")):
-            if path not in keep and (path.is_symlink() or not path.is_dir()):
+        for path in files_below(self._store):
+            if path not in keep:
                 path.unlink()
 
     def _append_tables(self, columns: Mapping[str, NDArray[Any]], n_rows: int) -> None:

@@ -25,7 +25,7 @@ from sclong_ds.command_line import local_path
 from sclong_ds.config.strict_yaml import read_yaml
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported import manifest as model_manifest
-from sclong_ds.files.atomic import file_sha256, is_partial
+from sclong_ds.files.atomic import file_sha256, is_partial, listed
 from sclong_ds.files.json_lines import damaged_lines
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed
 from sclong_ds.progress import count_progress
@@ -170,7 +170,7 @@ def _verify_checkpoint(folder: Path, findings: Findings) -> None:
     from sclong_ds.checkpoint.torch_files import refuse_code
 
     findings.checked.append(f"{folder.name}: the *.pt files name tensors and plain values only")
-    for path in sorted(folder.glob("*.pt")):
+    for path in (path for path in listed(folder) if path.suffix == ".pt"):
         try:
             refuse_code([path])
         except ValueError as error:

@@ -144,6 +144,22 @@ def listed(folder: str | Path) -> list[Path]:
         return []
 
 
+def files_below(folder: str | Path) -> list[Path]:
+    """Return all files and links below a folder, sorted; nothing where there is no such folder.
+
+    `Path.rglob` leaves out what is in a folder that may not be read, and tells nobody.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    if not Path(folder).is_dir():
+        return []
+    return sorted(path for path in _walk(Path(folder)) if path.is_symlink() or not path.is_dir())
+
+
 @contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
     """Give an OSError that names no file, as those of read, write and fsync, a file's name.
@@ -266,11 +282,12 @@ def sync_folder(path: str | Path) -> None:
         os.close(handle)
 
 
-def _walk(folder: Path) -> Iterable[Path]:
-    def fail(error: OSError) -> None:
-        raise error
+def raise_error(error: OSError) -> None:
+    """Raise an error: `onerror` of os.walk, which by itself leaves out what it cannot list."""
+    raise error
 
+
+def _walk(folder: Path) -> Iterable[Path]:
     yield folder
-    # By itself os.walk leaves out what it cannot list.
-    for parent, folders, files in os.walk(folder, onerror=fail):
+    for parent, folders, files in os.walk(folder, onerror=raise_error):
         yield from (Path(parent) / name for name in (*folders, *files))

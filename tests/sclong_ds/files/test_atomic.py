@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from sclong_ds.files.atomic import (
+    files_below,
     is_partial,
     link_or_copy,
     locked,
@@ -85,6 +86,24 @@ def test_any_name_that_the_disk_takes_can_be_written(tmp_path, name):
     write_atomic(tmp_path / name, b"new")
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_bytes() == b"new"
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    assert files_below(tmp_path) == [tmp_path / "a" / "b" / "file", tmp_path / "link"]
+    assert files_below(tmp_path / "missing") == files_below(tmp_path / "link") == []
+    real = os.scandir
+
+    def scandir(path):
+        if pathlib.Path(path).name == "b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*/a/b'"):
+        files_below(tmp_path)
 
 
 def test_partial_names_differ_and_keep_the_folder(tmp_path):
