@@ -7,7 +7,6 @@ reference; `docs` of deepspeed.zero.Init.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,13 +18,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from sclong_ds.config.sections import OptimConfig
 from sclong_ds.engine.extensions import Waits, load_extension
 from sclong_ds.engine.schedule import learning_rate
+from sclong_ds.engine.zero3_calls import mark_ranges, spare_calls
 
 Model = TypeVar("Model", bound=nn.Module)
 Engine: TypeAlias = Any
@@ -147,23 +146,11 @@ def initialize(
         kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
         optimizer = kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    _keep_signatures(model)
+    mark_ranges(False)
+    if ds_config["zero_optimization"]["stage"] == 3:
+        autocast = bool(ds_config.get("torch_autocast", {}).get("enabled"))
+        spare_calls(model, autocast=autocast)
     return engine
-
-
-def _keep_signatures(model: nn.Module) -> None:
-    """Spare torch the reading of the signatures of ZeRO-3's autograd functions.
-
-    It reads them at every call (`torch.autograd.Function.apply`), a tenth of the host's time in a
-    forward pass; `inspect` takes what `__signature__` says.
-    """
-    functions = [LinearFunctionForZeroStage3]
-    for module in model.modules():
-        functions += [
-            getattr(module, name) for name in ("pre_bwd_fn", "post_bwd_fn") if hasattr(module, name)
-        ]
-    for function in functions:
-        function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import torch
 from sclong_ds.config.sections import ProfileKind
 from sclong_ds.engine.deepspeed_engine import Engine
 from sclong_ds.engine.ranks import Ranks
+from sclong_ds.engine.zero3_calls import mark_ranges
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +106,13 @@ def _trace(path: Path, device: torch.device, *, memory: bool) -> Iterator[None]:
 def _marks() -> Iterator[None]:
     """Let Nsight Systems record, with a mark for each operator and part of the step."""
     torch.cuda.profiler.start()
+    mark_ranges(True)
     try:
         with torch.autograd.profiler.emit_nvtx():
             yield
         torch.cuda.synchronize()
     finally:
+        mark_ranges(False)
         torch.cuda.profiler.stop()
     log.info("the step was marked for nsys profile --capture-range=cudaProfilerApi")
 
