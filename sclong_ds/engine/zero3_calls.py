@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -102,10 +103,11 @@ def _keep_list(leaf: nn.Module) -> None:
     kept = list(leaf.named_parameters())
 
     def named_parameters(
-        prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+        module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         if recurse and remove_duplicate and not prefix:
             return iter(kept)
-        return type(leaf).named_parameters(leaf, prefix, recurse, remove_duplicate)
+        return type(module).named_parameters(module, prefix, recurse, remove_duplicate)
 
-    leaf.named_parameters = named_parameters  # type: ignore[method-assign]
+    # A bound method, since torch.compile looks at its function.
+    leaf.named_parameters = MethodType(named_parameters, leaf)  # type: ignore[method-assign]
