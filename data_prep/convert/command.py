@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let a dataset replace another of the same id that is staged from other files",
     )
     parser.add_argument(
+        "--verify-sources",
+        action="store_true",
+        help="hash the files of datasets that are done, too, and not only those whose size, times "
+        "or inode are other ones than when they were hashed",
+    )
+    parser.add_argument(
         "--max-memory",
         type=positive,
         metavar="GIB",
@@ -168,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
         tasks=args.tasks or 1,
         jobs=args.jobs,
         replace=args.replace,
+        verify_sources=args.verify_sources,
         max_memory_gib=args.max_memory,
         max_minutes=args.max_minutes,
         sources=args.sources,

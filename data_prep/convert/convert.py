@@ -74,6 +74,7 @@ def convert(
     tasks: int = 1,
     jobs: int = 1,
     replace: bool = False,
+    verify_sources: bool = False,
     max_memory_gib: float | None = None,
     max_minutes: float = DEFAULT_MINUTES,
     sources: Path | None = None,
@@ -90,6 +91,7 @@ def convert(
         tasks: Number of shares.
         jobs: Datasets at a time.
         replace: Let datasets replace staged ones of the same name from other files.
+        verify_sources: Hash files whose size, times and inode are those of before, too.
         max_memory_gib: Memory that a dataset may take; None for `default_memory_gib`.
         max_minutes: Time that a dataset may take, its download not included.
         sources: Where files behind an address lie while they are converted; None: in the corpus.
@@ -114,7 +116,8 @@ def convert(
         record_manifest(corpus, [dataset.dataset_id for dataset in datasets], tasks=tasks)
         _remove_leftovers(corpus)
         _report_others(corpus, datasets)
-        workers = [Worker(corpus, settings, replace, limits) for _ in range(jobs)]
+        options = {"replace": replace, "verify_sources": verify_sources}
+        workers = [Worker(corpus, settings, limits, **options) for _ in range(jobs)]
         fetched = RemoteSources(
             ours, corpus=corpus, settings=settings, folder=sources, keep_bytes=keep_bytes, jobs=jobs
         )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 
-from data_prep.convert.source_identity import source_files, source_hash
+from data_prep.convert.source_identity import fetched_hash, source_files, source_hash
 from data_prep.ledger.ledger import LedgerEntry, empty_entry
 from data_prep.manifest.manifest import ORIGIN, Dataset
 from data_prep.staging.settings import STAGING_VERSION, Settings
@@ -53,7 +53,7 @@ def new_entry(dataset: Dataset, settings: Settings) -> LedgerEntry:
 
 
 def read_hash(dataset: Dataset) -> str:
-    """Return the hash of the files of a dataset.
+    """Return the hash of the files of a dataset; of one that was just fetched it is known.
 
     Args:
         dataset: The dataset.
@@ -64,6 +64,8 @@ def read_hash(dataset: Dataset) -> str:
     """
     if dataset.path.is_dir() and not source_files(dataset.path):
         raise FileNotFoundError(f"{dataset.path}: no file in this folder")
+    if dataset.fetched and dataset.sha256 and source_files(dataset.path) == [dataset.path]:
+        return fetched_hash(dataset.path, dataset.sha256)
     return source_hash(dataset.path, gene_list=dataset.gene_list)
 
 

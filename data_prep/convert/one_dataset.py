@@ -1,13 +1,13 @@
 """One dataset from its source to its ledger entry; `convert` runs it in a worker process.
 
 What is done is left alone unless its files or options changed; what is wrong with a dataset becomes
-the status and reason of its entry.
+the status and reason of its entry. Files whose size, times and inode are those of files that were
+hashed before are not hashed again.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,12 @@ from pathlib import Path
 
 from data_prep.convert.entry import is_taken, new_entry, read_hash, taken
 from data_prep.convert.limits import memory_advice
-from data_prep.convert.source_identity import source_files
+from data_prep.convert.source_identity import (
+    FileState,
+    remember_hash,
+    remembered_hash,
+    source_state,
+)
 from data_prep.genes.gene_names import GeneResolver
 from data_prep.ledger.corpus_lock import shared_corpus
 from data_prep.ledger.ledger import (
@@ -36,9 +41,6 @@ from sclong_ds.files.atomic import named_errors
 
 _log = logging.getLogger(__name__)
 
-_State = tuple[str, int, int, int, int]
-"""Path, inode, bytes, and times of the last change of content and of anything."""
-
 
 def convert_dataset(
     dataset: Dataset,
@@ -47,6 +49,7 @@ def convert_dataset(
     settings: Settings,
     resolver: GeneResolver,
     replace: bool = False,
+    verify_sources: bool = False,
 ) -> LedgerEntry:
     """Stage one dataset and write its ledger entry; a dataset that is done is left alone.
 
@@ -58,6 +61,7 @@ def convert_dataset(
         settings: Those of the folder.
         resolver: Of the vocabulary of the folder.
         replace: Replace what is staged under its name from another path.
+        verify_sources: Hash files whose size, times and inode are those of before, too.
 
     Returns:
         The entry; whatever is wrong with the dataset is its status and reason.
@@ -72,8 +76,8 @@ def convert_dataset(
         try:
             if dataset.remote and not dataset.fetched:
                 return _as_staged(corpus, entry, dataset)
-            state = _source_state(dataset)
-            entry["source_hash"] = read_hash(dataset)
+            state = source_state(dataset.path, gene_list=dataset.gene_list)
+            entry["source_hash"] = _hash_of(corpus, dataset, state, verify=verify_sources)
         except (ValueError, OSError) as error:
             if isinstance(error, UnusableError):
                 entry["status"] = "excluded"
@@ -116,6 +120,18 @@ def _as_staged(corpus: Path, entry: LedgerEntry, dataset: Dataset) -> LedgerEntr
     return held or entry
 
 
+def _hash_of(corpus: Path, dataset: Dataset, state: list[FileState], *, verify: bool) -> str:
+    """Return the hash of the files of a dataset, without reading those that are as before."""
+    if dataset.fetched:
+        return read_hash(dataset)
+    known = None if verify else remembered_hash(corpus, dataset.dataset_id, state)
+    if known is not None:
+        return known
+    found = read_hash(dataset)
+    remember_hash(corpus, dataset.dataset_id, state, found)
+    return found
+
+
 def _with_origin(
     corpus: Path, previous: LedgerEntry, entry: LedgerEntry, *, remote: bool
 ) -> LedgerEntry:
@@ -131,22 +147,11 @@ def _with_origin(
     return previous
 
 
-def _source_state(dataset: Dataset) -> list[_State]:
-    """Return what tells a file that was written to from one that was not."""
-    state: list[_State] = []
-    for path in source_files(dataset.path, gene_list=dataset.gene_list):
-        # Opening asks a network file system for the state of now.
-        with path.open("rb") as file:
-            about = os.fstat(file.fileno())
-        times = about.st_mtime_ns, about.st_ctime_ns
-        state.append((str(path), about.st_ino, about.st_size, *times))
-    return state
-
-
-def _require_unchanged(dataset: Dataset, state: list[_State], found_hash: str | None) -> None:
+def _require_unchanged(dataset: Dataset, state: list[FileState], found_hash: str | None) -> None:
     """Refuse a source that is no longer what was hashed."""
     # Hashing all of it a second time would cost as much as the first.
-    if _source_state(dataset) != state and read_hash(dataset) != found_hash:
+    now = source_state(dataset.path, gene_list=dataset.gene_list)
+    if now != state and read_hash(dataset) != found_hash:
         raise ValueError(
             f"{dataset.path}: changed while it was read; run convert again when it is complete"
         )

@@ -1,5 +1,9 @@
 """Which files make up a dataset, and the hash that tells whether they changed.
 
+Hashing reads all of them. `CORPUS/.seen/DATASET.json` keeps the hash beside a digest of path,
+inode, size and times of every file: where these are as before, nothing is read. It is a memory and
+no record: without it everything is hashed again.
+
 Symbolic links are followed, to files and to folders: version control of data (DVC, git-annex) keeps
 links in the tree and the content elsewhere, and what is read is what must be hashed.
 """
@@ -7,11 +11,24 @@ links in the tree and the content elsewhere, and what is read is what must be ha
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import time
 from pathlib import Path
 
-from sclong_ds.files.atomic import file_sha256, raise_error
+from sclong_ds.files.atomic import (
+    file_sha256,
+    raise_error,
+    read_json,
+    remove_partials_of,
+    write_atomic,
+)
 
+FileState = tuple[str, int, int, int, int]
+"""Path, inode, bytes, and times of the last change of content and of anything, in ns."""
+SETTLED_S = 2.0
+"""A file that changed within so many seconds may change again without another time: file systems
+count time in steps of up to 2 s."""
 MAX_FILES = 10**7
 """Of one dataset; a zarr folder of 100 million cells in small chunks has 10^6."""
 
@@ -61,6 +78,88 @@ def source_hash(path: Path, *, gene_list: Path | None = None) -> str:
         name = file.relative_to(path) if path.is_dir() else file.name
         total.update(f"{name}\0{file_sha256(file)}\n".encode())
     return total.hexdigest()
+
+
+def source_state(path: Path, *, gene_list: Path | None = None) -> list[FileState]:
+    """Return what tells files that were written to from those that were not.
+
+    Args:
+        path: File or folder, as in a manifest.
+        gene_list: See `open_source`.
+
+    Raises:
+        FileNotFoundError: No such file or folder.
+    """
+    state: list[FileState] = []
+    for file in source_files(path, gene_list=gene_list):
+        # Opening asks a network file system for the state of now.
+        with file.open("rb") as opened:
+            about = os.fstat(opened.fileno())
+        times = about.st_mtime_ns, about.st_ctime_ns
+        state.append((str(file), about.st_ino, about.st_size, *times))
+    return state
+
+
+def state_digest(state: list[FileState]) -> str:
+    """Return the SHA-256 (hex) over the state of files; empty where one has just changed.
+
+    Args:
+        state: Of `source_state`, read before the files were hashed.
+    """
+    newest = max((max(times) for _, _, _, *times in state), default=0)
+    if newest > time.time_ns() - SETTLED_S * 10**9:
+        return ""
+    return hashlib.sha256(repr(state).encode()).hexdigest()
+
+
+def remembered_hash(corpus: Path, dataset_id: str, state: list[FileState]) -> str | None:
+    """Return the hash of files of the same state, None where it is not known.
+
+    Args:
+        corpus: The corpus folder.
+        dataset_id: Name of the dataset.
+        state: Of `source_state`.
+    """
+    try:
+        found = read_json(_seen(corpus, dataset_id), cure="")
+    except (ValueError, OSError):
+        return None
+    digest = state_digest(state)
+    if not digest or not isinstance(found, dict) or found.get("state") != digest:
+        return None
+    known = found.get("source_hash")
+    return known if isinstance(known, str) else None
+
+
+def remember_hash(corpus: Path, dataset_id: str, state: list[FileState], found_hash: str) -> None:
+    """Keep the hash of files, unless one of them has just changed.
+
+    Args:
+        corpus: The corpus folder.
+        dataset_id: Name of the dataset.
+        state: Of `source_state`, read before the files were hashed.
+        found_hash: Of `source_hash`.
+    """
+    digest, path = state_digest(state), _seen(corpus, dataset_id)
+    if digest:
+        path.parent.mkdir(exist_ok=True)
+        remove_partials_of(path)
+        content = {"state": digest, "source_hash": found_hash}
+        write_atomic(path, (json.dumps(content) + "\n").encode())
+
+
+def _seen(corpus: Path, dataset_id: str) -> Path:
+    return corpus / ".seen" / f"{dataset_id}.json"
+
+
+def fetched_hash(path: Path, sha256: str) -> str:
+    """Return the `source_hash` of one file whose own hash is known, without reading it.
+
+    Args:
+        path: The file.
+        sha256: Of its content, hex.
+    """
+    return hashlib.sha256(f"{path.name}\0{sha256}\n".encode()).hexdigest()
 
 
 def _files_below(folder: Path) -> list[Path]:

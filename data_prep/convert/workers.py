@@ -40,16 +40,16 @@ class Worker:
     Its start (libraries, gene names) takes longer than a small dataset.
     """
 
-    def __init__(self, corpus: Path, settings: Settings, replace: bool, limits: Limits) -> None:
+    def __init__(self, corpus: Path, settings: Settings, limits: Limits, **options: bool) -> None:
         """Describe a worker; its process starts with its first dataset.
 
         Args:
             corpus: The corpus folder.
             settings: Those of the folder.
-            replace: See `convert`.
             limits: What a dataset may take.
+            options: `replace` and `verify_sources` of `convert_dataset`.
         """
-        self.corpus, self.settings, self.replace = corpus, settings, replace
+        self.corpus, self.settings, self.options = corpus, settings, options
         self.limits = limits
         self.dataset: Dataset | None = None
         """What it is at; None if it is free."""
@@ -81,7 +81,7 @@ class Worker:
         self._n_begun += 1
         self._begun_at = time.monotonic()
         try:
-            self._pipe.send((dataset, self.replace))
+            self._pipe.send((dataset, self.options))
         except OSError:
             _log.debug("the worker for %s is gone; collect() reports it", dataset.dataset_id)
 
@@ -199,7 +199,7 @@ def _work(pipe: Connection, corpus: Path, settings: Settings, limits: Limits) ->
     resolver = None
     while True:
         try:
-            dataset, replace = pipe.recv()
+            dataset, options = pipe.recv()
         except EOFError:
             return
         try:
@@ -207,7 +207,7 @@ def _work(pipe: Connection, corpus: Path, settings: Settings, limits: Limits) ->
                 if resolver is None:
                     resolver = resolver_of(GeneVocabulary.read(corpus / "genes.tsv"))
                 entry: LedgerEntry | str = convert_dataset(
-                    dataset, corpus=corpus, settings=settings, resolver=resolver, replace=replace
+                    dataset, corpus=corpus, settings=settings, resolver=resolver, **options
                 )
         except (ValueError, OSError) as error:
             entry = str(error)

@@ -20,7 +20,7 @@ import pytest
 from scipy import sparse
 
 from data_prep.convert import entry as entry_module
-from data_prep.convert import one_dataset
+from data_prep.convert import one_dataset, source_identity
 from data_prep.convert.convert import convert, prepare_corpus
 from data_prep.convert.one_dataset import convert_dataset
 from data_prep.genes.gene_names import GeneResolver
@@ -403,3 +403,31 @@ def test_an_error_while_the_source_is_hashed_names_it(
     entry = run(dataset, corpus, resolver)
     assert (entry["status"], entry["source_hash"]) == ("failed", None)
     assert entry["reason"] == f"[Errno 13] Permission denied: '{dataset.path}'"
+
+
+def test_a_source_that_is_as_before_is_not_read_again(
+    tmp_path: Path, corpus: Path, resolver: GeneResolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_identity, "SETTLED_S", -1.0)
+    hashed: list[str] = []
+
+    def counted(dataset: Dataset) -> str:
+        hashed.append(dataset.dataset_id)
+        return entry_module.read_hash(dataset)
+
+    monkeypatch.setattr(one_dataset, "read_hash", counted)
+    dataset = write(tmp_path / "a.h5ad")
+    first = run(dataset, corpus, resolver)
+    assert run(dataset, corpus, resolver) == first
+    assert hashed == ["a"]
+    again = convert_dataset(
+        dataset, corpus=corpus, settings=SETTINGS, resolver=resolver, verify_sources=True
+    )
+    assert (again, hashed) == (first, ["a", "a"])
+    # Touched: hashed once, and known from then on.
+    os.utime(dataset.path)
+    assert [run(dataset, corpus, resolver), run(dataset, corpus, resolver)] == [first, first]
+    assert len(hashed) == 3
+    write(tmp_path / "a.h5ad", tissue=["lung"] * N_CELLS)
+    assert run(dataset, corpus, resolver)["source_hash"] != first["source_hash"]
+    assert len(hashed) == 4

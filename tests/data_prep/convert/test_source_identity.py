@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,33 @@ def test_circles_of_links_end(store: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(source_identity, "MAX_FILES", 2)
     with pytest.raises(ValueError, match="holds more than 2 files; links in circles"):
         source_files(store / "cells.zarr")
+
+
+def test_a_hash_is_remembered_for_files_that_have_come_to_rest(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = store / "cells.zarr"
+    state = source_identity.source_state(path)
+    source_identity.remember_hash(store, "a", state, "just written")
+    assert source_identity.remembered_hash(store, "a", state) is None
+    assert not (store / ".seen").exists()
+    monkeypatch.setattr(source_identity, "SETTLED_S", -1.0)
+    source_identity.remember_hash(store, "a", state, "h")
+    again = source_identity.source_state(path)
+    assert source_identity.remembered_hash(store, "a", again) == "h"
+    assert source_identity.remembered_hash(store, "b", again) is None
+    # Same size, and the time put back: what was written to counts as another file.
+    file = path / "zarr.json"
+    before = file.stat()
+    file.write_bytes(b"x" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert source_identity.remembered_hash(store, "a", source_identity.source_state(path)) is None
+    (store / ".seen" / "a.json").write_text("{")
+    assert source_identity.remembered_hash(store, "a", again) is None
+
+
+def test_the_hash_of_a_fetched_file_needs_no_second_look_at_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    path.write_bytes(b"content")
+    sha256 = hashlib.sha256(b"content").hexdigest()
+    assert source_identity.fetched_hash(path, sha256) == source_hash(path)
