@@ -14,8 +14,8 @@
 #   sbatch [sbatch options] slurm/data_prep.sh verify CORPUS
 #
 # Submit from the project root, or set SCLONG_HOME to it. Settings of the site: slurm/env.sh.
-# Task I of N takes the manifest's datasets that data_prep gives it (--task I --tasks N). A task that is
-# started again skips what is done. `convert` fails where a dataset failed, so after it use
+# Task I of N takes the datasets, and row ranges of large ones, that data_prep gives it (--task I
+# --tasks N): the largest first, evenly by size. A task that is started again skips what is done. `convert` fails where a dataset failed, so after it use
 # --dependency=afterany, look at `python -m data_prep status CORPUS`, or correct and submit again.
 # Tasks of `finalize` do what no other one is at, whether all of them run or a few: one that begins
 # late finds the corpus finished. Their locks must hold between nodes (NFS 4; Lustre mounted with flock,

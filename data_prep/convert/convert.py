@@ -10,11 +10,12 @@ is skipped unless its files or options changed, and one that failed is tried aga
 stays as long as its source cannot be reached, or what took its place fails, and makes way for other
 files under the same name only with `--replace`; `python -m data_prep forget` takes a dataset out.
 
-Datasets run in worker processes, one after the other in each: a damaged file, or a worker killed
-for its memory, costs the dataset it was at and no other. Which datasets are to be done is kept in
-`CORPUS/manifests/` (see `ledger.py`). Cells that fail the thresholds of `quality.py` are dropped
-here and counted by reason; cells that repeat another cell, inside a file or across files, are
-dropped by `finalize`.
+Datasets run in worker processes, one after the other in each, the largest first; a large file by
+row ranges, also of several tasks (`shares.py`, `data_prep.staging.pieces`). A damaged file, or a
+worker killed for its memory, costs the dataset it was at and no other. Which datasets are to be
+done is kept in `CORPUS/manifests/` (see `ledger.py`). Cells that fail the thresholds of
+`quality.py` are dropped here and counted by reason; cells that repeat another cell, inside a file
+or across files, are dropped by `finalize`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pathlib import Path
 from data_prep.convert.entry import is_taken, read_hash, taken
 from data_prep.convert.limits import DEFAULT_MINUTES, Limits, default_memory_gib
 from data_prep.convert.remote_sources import RemoteSources
+from data_prep.convert.shares import Unit, in_places, shares_of
 from data_prep.convert.workers import Worker
 from data_prep.ledger.corpus_lock import shared_corpus
 from data_prep.ledger.ledger import (
@@ -87,9 +89,9 @@ def convert(
         out: The corpus folder; created if needed.
         genes: The vocabulary; its hash must be the one of the settings.
         settings: Must be those the folder was begun with.
-        task: Which share to do: every `tasks`-th dataset from this one on.
+        task: Which share to do (`data_prep.convert.shares`).
         tasks: Number of shares.
-        jobs: Datasets at a time.
+        jobs: Datasets, or row ranges of large ones, at a time.
         replace: Let datasets replace staged ones of the same name from other files.
         verify_sources: Hash files whose size, times and inode are those of before, too.
         max_memory_gib: Memory that a dataset may take; None for `default_memory_gib`.
@@ -99,66 +101,95 @@ def convert(
 
     Returns:
         The ledger entries of this task, in the order given; look at `status`. One that is ok and
-        has a `reason` was kept as staged.
+        has a `reason` was kept as staged. A dataset of which other tasks have row ranges is the
+        one's that has finished the last.
 
     Raises:
         ValueError: Other settings than those of the folder, names that are taken, or a `finalize`
             that is at work there.
     """
-    corpus, ours = Path(out), datasets[task::tasks]
-    jobs = min(jobs, len(ours))
-    memory = default_memory_gib(max(jobs, 1)) if max_memory_gib is None else max_memory_gib
-    limits = Limits(memory_gib=memory, minutes=max_minutes)
+    corpus = Path(out)
     with shared_corpus(corpus):
         prepare_corpus(corpus, genes=genes, settings=settings)
+        shares = shares_of(corpus, datasets, tasks=tasks, jobs=jobs)
+        mine = shares[task]
+        names = {unit.dataset.dataset_id for unit in mine}
+        ours = [dataset for dataset in datasets if dataset.dataset_id in names]
+        jobs = min(jobs, len(mine))
+        memory = default_memory_gib(max(jobs, 1)) if max_memory_gib is None else max_memory_gib
+        limits = Limits(memory_gib=memory, minutes=max_minutes)
         if not replace:
             _check_names(corpus, ours)
-        record_manifest(corpus, [dataset.dataset_id for dataset in datasets], tasks=tasks)
+        record_manifest(
+            corpus, in_places(shares) if tasks > 1 else [d.dataset_id for d in datasets],
+            tasks=tasks,
+        )  # fmt: skip
         _remove_leftovers(corpus)
         _report_others(corpus, datasets)
         options = {"replace": replace, "verify_sources": verify_sources}
         workers = [Worker(corpus, settings, limits, **options) for _ in range(jobs)]
         fetched = RemoteSources(
-            ours, corpus=corpus, settings=settings, folder=sources, keep_bytes=keep_bytes, jobs=jobs
-        )
-        with closing(fetched) as remote:
-            return _run(workers, ours, remote)
+            [unit.dataset for unit in mine], corpus=corpus, settings=settings, folder=sources,
+            keep_bytes=keep_bytes, jobs=jobs,
+        )  # fmt: skip
+        try:
+            with closing(fetched) as remote:
+                done = _run(workers, mine, remote)
+                # Row ranges of the same datasets that nobody has done.
+                rest = [u for share in shares if share is not mine for u in share if u.piece]
+                left = names - done.keys()
+                done |= _run(
+                    workers, [u.taken_over() for u in rest if u.dataset.dataset_id in left], remote
+                )
+        finally:
+            for worker in workers:
+                worker.stop()
+        return [done[name] for d in ours if (name := d.dataset_id) in done]
 
 
 def _run(
-    workers: Sequence[Worker], ours: Sequence[Dataset], remote: RemoteSources
-) -> list[LedgerEntry]:
-    """Give every dataset to a worker; return the entries in the order of the datasets."""
-    waiting = [dataset for dataset in reversed(ours) if not dataset.remote]
-    done: dict[str, LedgerEntry] = {}
-    bar = progress_bar(len(ours), unit="dataset") if sys.stderr.isatty() else None
+    workers: Sequence[Worker], units: Sequence[Unit], remote: RemoteSources
+) -> dict[str, LedgerEntry]:
+    """Give every unit to a worker, the largest first; return the entries that they gave."""
+    waiting = [unit for unit in reversed(units) if not unit.dataset.remote]
+    entries: dict[str, LedgerEntry] = {}
+    n_done, n_all = 0, len(units)
+    bar = progress_bar(n_all, unit="dataset") if n_all and sys.stderr.isatty() else None
     try:
-        while len(done) < len(ours):
+        while n_done < n_all:
             arrived, lost = remote.advance()
-            waiting += arrived
+            waiting += [Unit(dataset, 0) for dataset in arrived]
             for dataset, reason in lost:
+                n_done += 1
                 entry = workers[0].fail(dataset, reason)
-                done[dataset.dataset_id] = entry
-                _report(entry, len(done), len(ours), bar)
+                entries[dataset.dataset_id] = entry
+                _report(entry, n_done, n_all, bar)
             for worker in workers:
-                if worker.dataset is None and waiting:
+                if worker.unit is None and waiting:
                     worker.start(waiting.pop())
-            busy = [worker for worker in workers if worker.dataset is not None]
+            busy = [worker for worker in workers if worker.unit is not None]
             handles = [handle for worker in busy for handle in worker.handles()]
-            if len(done) < len(ours):
+            if n_done < n_all:
                 wait([*handles, *remote.handles()], _LOOK_S)
             for worker in busy:
                 found = worker.collect()
-                if found is not None and remote.finish(found):
-                    entry = found
-                    done[entry["dataset_id"]] = entry
-                    _report(entry, len(done), len(ours), bar)
+                if found is None:
+                    continue
+                unit, of_unit = found
+                if of_unit is not None and not remote.finish(of_unit):
+                    continue
+                n_done += 1
+                if of_unit is not None:
+                    entries[of_unit["dataset_id"]] = of_unit
+                    _report(of_unit, n_done, n_all, bar)
+                elif bar is not None:
+                    bar.update()
+                else:
+                    _log.debug("%d/%d %s: a piece", n_done, n_all, unit.dataset.dataset_id)
     finally:
         if bar is not None:
             bar.close()
-        for worker in workers:
-            worker.stop()
-    return [done[dataset.dataset_id] for dataset in ours]
+    return entries
 
 
 def prepare_corpus(corpus: Path, *, genes: GeneVocabulary, settings: Settings) -> None:

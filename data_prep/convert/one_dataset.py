@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_prep.convert.entry import is_taken, new_entry, read_hash, taken
 from data_prep.convert.limits import memory_advice
+from data_prep.convert.shares import Piece
 from data_prep.convert.source_identity import (
     FileState,
     remember_hash,
@@ -34,10 +35,11 @@ from data_prep.ledger.ledger import (
 )
 from data_prep.manifest.manifest import Dataset
 from data_prep.source.source import UnusableError
-from data_prep.staging.dataset import stage
+from data_prep.staging.dataset import stage, stage_piece
 from data_prep.staging.forget import clear, part_folder
+from data_prep.staging.pieces import NotToBeCutError, Pieces
 from data_prep.staging.settings import Settings
-from sclong_ds.files.atomic import named_errors
+from sclong_ds.files.atomic import locked, named_errors
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def convert_dataset(
     resolver: GeneResolver,
     replace: bool = False,
     verify_sources: bool = False,
+    pieces: Pieces | None = None,
 ) -> LedgerEntry:
     """Stage one dataset and write its ledger entry; a dataset that is done is left alone.
 
@@ -62,6 +65,7 @@ def convert_dataset(
         resolver: Of the vocabulary of the folder.
         replace: Replace what is staged under its name from another path.
         verify_sources: Hash files whose size, times and inode are those of before, too.
+        pieces: Its cells, staged by row ranges; None: they are read from the source.
 
     Returns:
         The entry; whatever is wrong with the dataset is its status and reason.
@@ -100,8 +104,112 @@ def convert_dataset(
             settings=settings,
             resolver=resolver,
             unchanged=unchanged,
+            pieces=pieces,
         )
         return entry
+
+
+def convert_piece(
+    dataset: Dataset,
+    piece: Piece,
+    *,
+    corpus: Path,
+    settings: Settings,
+    resolver: GeneResolver,
+    replace: bool = False,
+    verify_sources: bool = False,
+) -> LedgerEntry | None:
+    """Stage a row range of a dataset; whoever finishes the last one puts them together.
+
+    A dataset that cannot be cut, or in which something is wrong, is staged in one go by who finds
+    that.
+
+    Args:
+        dataset: The dataset.
+        piece: Which range.
+        corpus: A folder made by `prepare_corpus`.
+        settings: Those of the folder.
+        resolver: Of the vocabulary of the folder.
+        replace: As in `convert_dataset`.
+        verify_sources: As in `convert_dataset`.
+
+    Returns:
+        The entry of the dataset if it is done with this; None while pieces are missing.
+
+    Raises:
+        ValueError: A `finalize` is at work in the folder, or the source changed meanwhile.
+        OSError: The corpus folder cannot be written.
+    """
+
+    def whole(pieces: Pieces | None = None) -> LedgerEntry:
+        return convert_dataset(
+            dataset, corpus=corpus, settings=settings, resolver=resolver, replace=replace,
+            verify_sources=verify_sources, pieces=pieces,
+        )  # fmt: skip
+
+    is_first = piece.number == 0 and not piece.taken_over
+    with shared_corpus(corpus):
+        entry = new_entry(dataset, settings)
+        try:
+            state = source_state(dataset.path, gene_list=dataset.gene_list)
+        except (ValueError, OSError):
+            return whole() if is_first else None
+        # Not the inode, which some file systems give anew on each node.
+        files = [(path, size, changed) for path, _, size, changed, _ in state]
+        pieces = Pieces(
+            corpus, dataset.dataset_id, of=piece.of, depends_on=[entry["settings_hash"], files]
+        )
+        if _is_done(corpus, entry, state):
+            return _without_pieces(pieces, whole) if is_first else None
+        if pieces.not_to_be_cut():
+            return whole() if is_first else None
+        # "~" cannot be part of a dataset's name.
+        lock = corpus / ".locks" / f"{dataset.dataset_id}~{piece.number}"
+        with locked(lock, wait=False) as held:
+            if held and not pieces.is_there(piece.number):
+                if piece.number == 0:
+                    # For who puts them together.
+                    _hash_of(corpus, dataset, state, verify=verify_sources)
+                try:
+                    with named_errors(f"{dataset.path} -> {pieces.folder}"):
+                        stage_piece(
+                            dataset, entry, pieces=pieces, number=piece.number,
+                            settings=settings, resolver=resolver,
+                        )  # fmt: skip
+                except (ValueError, NotToBeCutError) as error:
+                    pieces.refuse(str(error))
+                    return _without_pieces(pieces, whole)
+                except OSError:
+                    # Who staged it in one go has removed the folder.
+                    if _is_done(corpus, entry, state) or not pieces.folder.is_dir():
+                        return None
+                    raise
+                if source_state(dataset.path, gene_list=dataset.gene_list) != state:
+                    raise ValueError(
+                        f"{dataset.path}: changed while it was read; run convert again when it is "
+                        "complete"
+                    )
+        if not pieces.are_there() or pieces.drop_damaged() or _is_done(corpus, entry, state):
+            return None
+        return _without_pieces(pieces, lambda: whole(pieces))
+
+
+def _is_done(corpus: Path, entry: LedgerEntry, state: list[FileState]) -> bool:
+    """Tell whether the ledger has a dataset of these files and options, staged or excluded."""
+    previous = previous_entry(corpus, entry["dataset_id"])
+    if previous is None or previous["status"] == "failed" or is_older(previous):
+        return False
+    known = remembered_hash(corpus, entry["dataset_id"], state)
+    same = previous["settings_hash"] == entry["settings_hash"]
+    return same and known is not None and previous["source_hash"] == known
+
+
+def _without_pieces(pieces: Pieces, work: Callable[[], LedgerEntry]) -> LedgerEntry:
+    """Do something, and remove the pieces where the dataset is done with it."""
+    entry = work()
+    if entry["status"] != "failed":
+        pieces.remove()
+    return entry
 
 
 def _folder(corpus: Path, dataset: Dataset) -> Path:
@@ -166,6 +274,7 @@ def _stage_or_explain(
     settings: Settings,
     resolver: GeneResolver,
     unchanged: Callable[[], None],
+    pieces: Pieces | None,
 ) -> None:
     """Stage a dataset and write its entry, which says why where it cannot be.
 
@@ -183,6 +292,7 @@ def _stage_or_explain(
                 resolver=resolver,
                 unchanged=unchanged,
                 record=lambda: write_entry(corpus, entry),
+                pieces=pieces,
             )
         return
     except UnusableError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from data_prep.convert.entry import new_entry
 from data_prep.convert.limits import Limits, limit_memory, used_gib
+from data_prep.convert.shares import Unit
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, staged_entry, write_entry
 from data_prep.manifest.manifest import Dataset
 from data_prep.staging.forget import clear, part_folder
@@ -51,17 +52,17 @@ class Worker:
         """
         self.corpus, self.settings, self.options = corpus, settings, options
         self.limits = limits
-        self.dataset: Dataset | None = None
+        self.unit: Unit | None = None
         """What it is at; None if it is free."""
         self._process: BaseProcess | None = None
         self._n_begun = 0
         self._begun_at = 0.0
 
-    def start(self, dataset: Dataset) -> None:
-        """Begin a dataset.
+    def start(self, unit: Unit) -> None:
+        """Begin a dataset, or a piece of one.
 
         Args:
-            dataset: The dataset.
+            unit: What to do.
         """
         alive = self._process is not None and self._process.is_alive()
         if not alive or self._n_begun == DATASETS_PER_WORKER:
@@ -77,13 +78,14 @@ class Worker:
                 self._process = process
                 theirs.close()
             self._n_begun = 0
-        self.dataset = dataset
+        self.unit = unit
         self._n_begun += 1
         self._begun_at = time.monotonic()
         try:
-            self._pipe.send((dataset, self.options))
+            self._pipe.send((unit.dataset, unit.piece, self.options))
         except OSError:
-            _log.debug("the worker for %s is gone; collect() reports it", dataset.dataset_id)
+            name = unit.dataset.dataset_id
+            _log.debug("the worker for %s is gone; collect() reports it", name)
 
     def _preloaded(self) -> list[str]:
         """Return modules that the process imports from which the workers are forked."""
@@ -97,21 +99,24 @@ class Worker:
         assert self._process is not None
         return [self._pipe, self._process.sentinel]
 
-    def collect(self) -> LedgerEntry | None:
-        """Return the entry of the dataset if it is done or failed, or None.
+    def collect(self) -> tuple[Unit, LedgerEntry | None] | None:
+        """Return the unit if it is done or failed, or None.
+
+        Returns:
+            The unit, and the entry of its dataset; None where pieces of that are missing.
 
         Raises:
             OSError: The entry of a failure cannot be written.
         """
-        assert self.dataset is not None
+        assert self.unit is not None
         assert self._process is not None
-        dataset, reason = self.dataset, ""
+        unit, reason = self.unit, ""
         try:
             if self._pipe.poll():
                 found = self._pipe.recv()
                 if not isinstance(found, str):
-                    self.dataset = None
-                    return found
+                    self.unit = None
+                    return unit, found
                 reason = found
             elif self._process.is_alive():
                 reason = self._beyond_limits()
@@ -119,13 +124,13 @@ class Worker:
                     return None
                 self._process.kill()
         except (EOFError, OSError):
-            _log.debug("the worker for %s died", dataset.dataset_id)
+            _log.debug("the worker for %s died", unit.dataset.dataset_id)
         if not reason:
             self._process.join()
             reason = _death(self._process.exitcode)
         self.stop()
-        self.dataset = None
-        return write_failure(dataset, reason, self.corpus, self.settings)
+        self.unit = None
+        return unit, write_failure(unit.dataset, reason, self.corpus, self.settings)
 
     def fail(self, dataset: Dataset, reason: str) -> LedgerEntry:
         """Return the entry of a dataset that never came here, and write it.
@@ -163,8 +168,8 @@ class Worker:
         self._process.close()
         self._process = None
         self._pipe.close()
-        if self.dataset is not None:
-            remove_part(self.corpus, self.dataset.dataset_id)
+        if self.unit is not None:
+            remove_part(self.corpus, self.unit.dataset.dataset_id)
 
 
 @contextlib.contextmanager
@@ -193,22 +198,25 @@ def _work(pipe: Connection, corpus: Path, settings: Settings, limits: Limits) ->
     threading.Thread(target=_end_with_parent, daemon=True).start()
     limit_memory(limits.memory_gib)
     # The parent, which imports this module too, needs no reader; here they are preloaded.
-    from data_prep.convert.one_dataset import convert_dataset
+    from data_prep.convert.one_dataset import convert_dataset, convert_piece
     from data_prep.genes.gene_names import resolver_of
 
     resolver = None
     while True:
         try:
-            dataset, options = pipe.recv()
+            dataset, piece, options = pipe.recv()
         except EOFError:
             return
         try:
             with named_errors(corpus):
                 if resolver is None:
                     resolver = resolver_of(GeneVocabulary.read(corpus / "genes.tsv"))
-                entry: LedgerEntry | str = convert_dataset(
-                    dataset, corpus=corpus, settings=settings, resolver=resolver, **options
-                )
+                options |= {"corpus": corpus, "settings": settings, "resolver": resolver}
+                entry: LedgerEntry | str | None
+                if piece is None:
+                    entry = convert_dataset(dataset, **options)
+                else:
+                    entry = convert_piece(dataset, piece, **options)
         except (ValueError, OSError) as error:
             entry = str(error)
         pipe.send(entry)

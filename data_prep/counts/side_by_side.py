@@ -90,7 +90,7 @@ def compared(one: Matrix, other: Matrix, columns: Columns) -> Matrix:
             first += block.shape[0]
             yield block
 
-    return replace(one, blocks=blocks)
+    return replace(one, blocks=blocks, ranges=None)
 
 
 def added(matrices: Sequence[Matrix], *, proven: bool) -> Matrix:
@@ -123,7 +123,8 @@ def added(matrices: Sequence[Matrix], *, proven: bool) -> Matrix:
                 total = total + values(rows.take(block.shape[0]), matrix)
             yield total.tocsr()
 
-    return replace(first, name="+".join(matrix.name for matrix in matrices), blocks=blocks)
+    name = "+".join(matrix.name for matrix in matrices)
+    return replace(first, name=name, blocks=blocks, ranges=None)
 
 
 class Rows:

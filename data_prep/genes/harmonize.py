@@ -98,8 +98,13 @@ class HarmonizedSource:
         """Total that cells were scaled to, where counts are restored from log1p values."""
         return self.choice.target
 
-    def proven_blocks(self) -> Iterator[Restored]:
+    def proven_blocks(
+        self, blocks: Iterator[sparse.csr_matrix] | None = None
+    ) -> Iterator[Restored]:
         """Yield consecutive blocks of raw counts in the genes of the file.
+
+        Args:
+            blocks: Those of a range of cells (`Matrix.ranges`); None: of all cells.
 
         Yields:
             Counts int64 (cells, genes of the file) and the proof; without `target` every cell is
@@ -111,7 +116,7 @@ class HarmonizedSource:
             ValueError: A damaged value or file.
         """
         name, how = self.matrix.name, self.choice.option.how
-        for block in self.matrix.blocks():
+        for block in self.matrix.blocks() if blocks is None else blocks:
             if self.target is not None:
                 yield restore_counts(block, target=self.target, where=name)
                 continue

@@ -47,12 +47,12 @@ def known_names(corpus: Path) -> set[str]:
     return names | {dataset.dataset_id for dataset in read_pending(corpus, [])}
 
 
-def record_manifest(corpus: Path, dataset_ids: Sequence[str], *, tasks: int) -> None:
+def record_manifest(corpus: Path, dataset_ids: Sequence[str | None], *, tasks: int) -> None:
     """Keep which datasets are to be converted; every task of an array writes the same file.
 
     Args:
         corpus: The corpus folder.
-        dataset_ids: All datasets of the manifest, in its order.
+        dataset_ids: All datasets of the manifest, each at a place of its task; None at others.
         tasks: Number of tasks; task I does every dataset whose place is I modulo `tasks`.
     """
     with _locked(corpus):

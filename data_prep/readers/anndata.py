@@ -205,12 +205,12 @@ def _matrix(root: Any, opened: Open, place: _Place, scratch: Path | None) -> Mat
     if lacking:
         cure = f"is compressed with HDF5 filter {lacking}: pip install hdf5plugin, or h5repack it"
         return _unread(root, place, cure)
-    where = place.where
+    where, ranges = place.where, None
     blocks: Blocks
     if kind == "dense":
-        blocks = dense_matrix_blocks(opened, where, shape, cell_axis=0, scratch=scratch)
+        blocks, ranges = dense_matrix_blocks(opened, where, shape, cell_axis=0, scratch=scratch)
     elif kind == "csr":
-        blocks = csr_blocks(opened, where, shape)
+        blocks, ranges = csr_blocks(opened, where, shape)
     else:
         blocks = csc_blocks(opened, where, shape, scratch=scratch)
     return Matrix(
@@ -218,6 +218,7 @@ def _matrix(root: Any, opened: Open, place: _Place, scratch: Path | None) -> Mat
         shape=shape,
         gene_columns=place.genes,
         blocks=blocks,
+        ranges=ranges,
         by_gene=kind == "csc",
     )
 

@@ -21,7 +21,7 @@ import zarr
 from scipy import sparse
 
 from data_prep.readers.gather import gathered
-from data_prep.source.source import BLOCK_CELLS, BLOCK_ENTRIES, Entries, row_blocks
+from data_prep.source.source import BLOCK_CELLS, BLOCK_ENTRIES, Entries, RowRange, row_blocks
 
 DENSE_ELEMENTS = 2**23
 """Elements of a dense matrix read at a time, unless one storage chunk holds more."""
@@ -31,10 +31,11 @@ MAX_CHUNK_BYTES = 2**32
 Open = Callable[[], AbstractContextManager[Any]]
 """Opens the root group (h5py or zarr); each pass over a matrix opens the file again."""
 Blocks = Callable[[], Iterator[sparse.csr_matrix]]
+Ranges = Callable[[int, int], RowRange]
 
 
-def csr_blocks(opened: Open, where: str, shape: tuple[int, int]) -> Blocks:
-    """Return what yields the row blocks of a stored CSR matrix.
+def csr_blocks(opened: Open, where: str, shape: tuple[int, int]) -> tuple[Blocks, Ranges]:
+    """Return what yields the row blocks of a stored CSR matrix, all of them or a range.
 
     Args:
         opened: Opens the file.
@@ -42,11 +43,11 @@ def csr_blocks(opened: Open, where: str, shape: tuple[int, int]) -> Blocks:
         shape: Rows, columns.
     """
 
-    def blocks() -> Iterator[sparse.csr_matrix]:
+    def read(borders: list[tuple[int, int]] | None = None) -> Iterator[sparse.csr_matrix]:
         with opened() as root:
             group = part_inside(root, where)
             row_ptr = _pointers(group, shape[0])
-            for start, stop in row_blocks(row_ptr):
+            for start, stop in row_blocks(row_ptr) if borders is None else borders:
                 first, last = int(row_ptr[start]), int(row_ptr[stop])
                 indices, data = _stretch(group, first, last, shape[1])
                 block = sparse.csr_matrix(
@@ -56,7 +57,15 @@ def csr_blocks(opened: Open, where: str, shape: tuple[int, int]) -> Blocks:
                 block.check_format(full_check=True)
                 yield block
 
-    return blocks
+    def ranges(start: int, stop: int) -> RowRange:
+        with opened() as root:
+            row_ptr = _pointers(part_inside(root, where), shape[0])
+        borders = [border for border in row_blocks(row_ptr) if start <= border[0] < stop]
+        if not borders:
+            return start, start, iter(())
+        return borders[0][0], borders[-1][1], read(borders)
+
+    return read, ranges
 
 
 def csc_blocks(opened: Open, where: str, shape: tuple[int, int], *, scratch: Path | None) -> Blocks:
@@ -85,8 +94,8 @@ def csc_blocks(opened: Open, where: str, shape: tuple[int, int], *, scratch: Pat
 
 def dense_matrix_blocks(
     opened: Open, where: str, shape: tuple[int, int], *, cell_axis: int, scratch: Path | None
-) -> Blocks:
-    """Return what yields the row blocks of a stored dense matrix.
+) -> tuple[Blocks, Ranges | None]:
+    """Return what yields the row blocks of a stored dense matrix, and of a range if it can.
 
     Args:
         opened: Opens the file.
@@ -112,15 +121,23 @@ def dense_matrix_blocks(
         step = chunks[0] * max(1, DENSE_ELEMENTS // max(1, chunks[0] * n_genes))
         step = max(1, min(step, max(BLOCK_CELLS, chunks[0])))
 
-        def blocks() -> Iterator[sparse.csr_matrix]:
+        starts = range(0, n_cells, step)
+
+        def blocks(chosen: range = starts) -> Iterator[sparse.csr_matrix]:
             with opened() as root:
-                for start in range(0, n_cells, step):
+                for start in chosen:
                     tile = _tile(root[where], (start, start + step), (0, n_genes), cell_axis)
                     block = sparse.csr_matrix(tile)
                     for first, last in row_blocks(block.indptr.astype(np.int64)):
                         yield block[first:last]
 
-        return blocks
+        def ranges(start: int, stop: int) -> RowRange:
+            chosen = starts[-(-start // step) : -(-stop // step)]
+            if not chosen:
+                return start, start, iter(())
+            return chosen[0], min(chosen[-1] + step, n_cells), blocks(chosen)
+
+        return blocks, ranges
 
     def entries() -> Iterator[Entries]:
         with opened() as root:
@@ -129,7 +146,8 @@ def dense_matrix_blocks(
                 rows, columns = np.nonzero(tile)
                 yield rows + cells[0], columns + genes[0], tile[rows, columns]
 
-    return gathered(entries, shape=shape, n_entries=n_cells * n_genes, scratch=scratch)
+    n_entries = n_cells * n_genes
+    return gathered(entries, shape=shape, n_entries=n_entries, scratch=scratch), None
 
 
 def line_numbers(pointers: npt.NDArray[np.int64], first: int, last: int) -> npt.NDArray[np.int64]:

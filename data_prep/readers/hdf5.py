@@ -153,8 +153,8 @@ def open_tenx(path: Path, *, genome: str) -> Source:
         )
     shape = (n_cells, n_genes)
     check_size(*shape)
-    blocks = csr_blocks(hdf5_root(path), where, shape)
-    matrix = Matrix(name="X", shape=shape, gene_columns=genes, blocks=blocks)
+    blocks, ranges = csr_blocks(hdf5_root(path), where, shape)
+    matrix = Matrix(name="X", shape=shape, gene_columns=genes, blocks=blocks, ranges=ranges)
     return Source(
         path=path,
         format="10x_h5",
@@ -212,19 +212,18 @@ def open_loom(path: Path, *, scratch: Path | None) -> Source:
     if not genes and n_genes:
         raise ValueError("the row attributes name no genes; expected Gene or Accession")
     shape = (n_cells, n_genes)
+    found = {
+        name: dense_matrix_blocks(opened, where, shape, cell_axis=1, scratch=scratch)
+        for name, where in places.items()
+    }
     return Source(
         path=path,
         format="loom",
         barcodes=barcodes,
         obs=_loom_obs(opened, [name for name in cells if name != named], n_cells),
         matrices=tuple(
-            Matrix(
-                name=name,
-                shape=shape,
-                gene_columns=genes,
-                blocks=dense_matrix_blocks(opened, where, shape, cell_axis=1, scratch=scratch),
-            )
-            for name, where in places.items()
+            Matrix(name=name, shape=shape, gene_columns=genes, blocks=blocks, ranges=ranges)
+            for name, (blocks, ranges) in found.items()
         ),
         notes=notes,
     )

@@ -46,6 +46,7 @@ from data_prep.source.source import (
     Annotations,
     Matrix,
     Reading,
+    RowRange,
     Source,
     StringArray,
     UnusableError,
@@ -222,7 +223,17 @@ def _guarded(matrix: Matrix, path: Path) -> Matrix:
         with readable(path):
             yield from matrix.blocks()
 
-    return replace(matrix, blocks=blocks)
+    def ranges(start: int, stop: int) -> RowRange:
+        assert matrix.ranges is not None
+        with readable(path):
+            first, last, found = matrix.ranges(start, stop)
+        return first, last, guarded(found)
+
+    def guarded(found: Iterator[sparse.csr_matrix]) -> Iterator[sparse.csr_matrix]:
+        with readable(path):
+            yield from found
+
+    return replace(matrix, blocks=blocks, ranges=matrix.ranges and ranges)
 
 
 def _guarded_obs(obs: Annotations, path: Path) -> Annotations:

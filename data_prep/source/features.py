@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from data_prep.source.source import Matrix, StringArray, UnusableError
+from data_prep.source.source import Matrix, RowRange, StringArray, UnusableError
 
 GENE_EXPRESSION = "Gene Expression"
 ANTIBODY_NAME = "named like an antibody, hashtag or guide"
@@ -244,11 +244,17 @@ def _selected(matrix: Matrix, selection: _Selection, columns: _Columns) -> Matri
         for block in matrix.blocks():
             yield kept_columns(block, keep)
 
+    def ranges(start: int, stop: int) -> RowRange:
+        assert matrix.ranges is not None
+        first, last, found = matrix.ranges(start, stop)
+        return first, last, (kept_columns(block, keep) for block in found)
+
     return replace(
         matrix,
         shape=(matrix.shape[0], int(keep.sum())),
         gene_columns=columns,
         blocks=blocks,
+        ranges=matrix.ranges and ranges,
         left_out=dict(selection.left_out.most_common()),
         features=np.flatnonzero(keep),
     )

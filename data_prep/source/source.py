@@ -67,6 +67,8 @@ terms of their ontologies."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 StringArray: TypeAlias = "npt.NDArray[np.object_]"
+RowRange: TypeAlias = "tuple[int, int, Iterator[sparse.csr_matrix]]"
+"""First cell, the one behind the last, and the blocks between them."""
 Entries: TypeAlias = "tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.generic]]"
 
 
@@ -92,6 +94,9 @@ class Matrix:
     """Starts a new pass over all cells in file order; consecutive blocks of (cells, genes), with
     values as they are stored: columns may be unsorted and places repeated, but nothing is added up
     (`counts.exact_counts` does, in int64, once each value is proven)."""
+    ranges: Callable[[int, int], RowRange] | None = None
+    """Starts a pass over those blocks of `blocks` whose first cell lies in [start, stop), without
+    reading the values of others; None where that is not possible."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Features of the file that are not read, by reason (`features.genes_only`)."""
     by_gene: bool = False

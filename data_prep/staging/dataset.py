@@ -17,22 +17,21 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.genes.gene_names import GeneResolver
-from data_prep.genes.harmonize import harmonize
+from data_prep.genes.harmonize import HarmonizedSource, harmonize
 from data_prep.ledger.ledger import LedgerEntry, ledger_path, staged_files
 from data_prep.manifest.address import without_secrets
 from data_prep.manifest.manifest import Dataset
 from data_prep.readers.open import open_source
 from data_prep.source.measured import MEASURED, pack
-from data_prep.source.source import UnusableError
+from data_prep.source.source import Source, UnusableError
 from data_prep.staging.annotations import annotation_table, read_annotations
 from data_prep.staging.chosen_cells import primary_warning, unwanted_cells
 from data_prep.staging.forget import part_folder
 from data_prep.staging.outcome import Outcome
+from data_prep.staging.pieces import NotToBeCutError, Pieces, write_cells
 from data_prep.staging.quality import CellLimits, default_min_genes
-from data_prep.staging.read_back import CellDigest, check_cells, check_obs
+from data_prep.staging.read_back import check_cells, check_obs
 from data_prep.staging.settings import Settings
-from sclong_ds.corpus.cell_writer import CellWriter
-from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import sync_folder, sync_tree
 from sclong_ds.files.obs_table import write_obs
 
@@ -46,6 +45,7 @@ def stage(
     resolver: GeneResolver,
     unchanged: Callable[[], None],
     record: Callable[[], None],
+    pieces: Pieces | None = None,
 ) -> None:
     """Read a dataset and write its staging folder, atomically.
 
@@ -60,6 +60,7 @@ def stage(
             what was staged before.
         settings: Those of the corpus folder.
         resolver: Of its vocabulary.
+        pieces: Its cells, staged by row ranges; None: they are read from the source.
 
     Raises:
         UnusableError: The dataset is not one for the corpus.
@@ -74,7 +75,7 @@ def stage(
     try:
         for name in ("scratch", "staged"):
             (part / name).mkdir(parents=True)
-        _write(dataset, entry, part=part, settings=settings, resolver=resolver)
+        _write(dataset, entry, part=part, settings=settings, resolver=resolver, pieces=pieces)
         unchanged()
         entry["files"] = staged_files(part / "staged")
         sync_tree(part / "staged")
@@ -105,30 +106,64 @@ def _put_in_place(part: Path, folder: Path, record: Callable[[], None]) -> None:
         raise
 
 
-def _write(
+def stage_piece(
     dataset: Dataset,
     entry: LedgerEntry,
     *,
-    part: Path,
+    pieces: Pieces,
+    number: int,
     settings: Settings,
     resolver: GeneResolver,
 ) -> None:
-    """Write the files of a dataset to PART/staged and read them back."""
-    source = open_source(
+    """Read a row range of a dataset and write it as a piece, atomically.
+
+    Args:
+        dataset: The dataset.
+        entry: An entry that takes what is counted, not to be written.
+        pieces: Where it goes.
+        number: Which range.
+        settings: Those of the corpus folder.
+        resolver: Of its vocabulary.
+
+    Raises:
+        NotToBeCutError: The dataset is not stored by cells.
+        ValueError: Something is wrong with it.
+    """
+    scratch = pieces.folder / f".scratch-{number}"
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        source = _opened(dataset, resolver, scratch)
+        if any(matrix.by_gene or matrix.ranges is None for matrix in source.matrices):
+            raise NotToBeCutError("a matrix of the file is not stored by cells")
+        entry["n_cells_input"] = len(source.barcodes)
+        unwanted = unwanted_cells(source.obs, dataset.where)
+        opened = _harmonized(source, dataset, entry, settings, resolver)
+        limits = cell_limits(dataset, settings, n_mapped=opened.gene_map.n_mapped)
+        outcome = Outcome.begin(opened, limits, unwanted)
+        pieces.stage(number, outcome, entry, resolver.genes, settings.codec)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _opened(dataset: Dataset, resolver: GeneResolver, scratch: Path) -> Source:
+    return open_source(
         dataset.path,
         format=dataset.format,
         genome=dataset.genome,
         gene_list=dataset.gene_list,
         gene_share=resolver.share,
-        scratch=part / "scratch",
+        scratch=scratch,
     )
-    entry["format"] = source.format
-    entry["about"] = {name: without_secrets(text) for name, text in source.about.items()}
-    entry["n_cells_input"] = len(source.barcodes)
-    unwanted = unwanted_cells(source.obs, dataset.where)
-    annotations, columns, unread = read_annotations(source.obs, dataset)
-    entry["notes"] = {**source.notes, **unread}
-    opened = harmonize(
+
+
+def _harmonized(
+    source: Source,
+    dataset: Dataset,
+    entry: LedgerEntry,
+    settings: Settings,
+    resolver: GeneResolver,
+) -> HarmonizedSource:
+    return harmonize(
         source,
         resolver=resolver,
         counts=dataset.counts,
@@ -138,11 +173,39 @@ def _write(
         min_share=settings.min_share_mapped,
         findings=entry["matrices"],
     )
+
+
+def _write(
+    dataset: Dataset,
+    entry: LedgerEntry,
+    *,
+    part: Path,
+    settings: Settings,
+    resolver: GeneResolver,
+    pieces: Pieces | None,
+) -> None:
+    """Write the files of a dataset to PART/staged and read them back."""
+    source = _opened(dataset, resolver, part / "scratch")
+    entry["format"] = source.format
+    entry["about"] = {name: without_secrets(text) for name, text in source.about.items()}
+    entry["n_cells_input"] = len(source.barcodes)
+    unwanted = unwanted_cells(source.obs, dataset.where)
+    annotations, columns, unread = read_annotations(source.obs, dataset)
+    entry["notes"] = {**source.notes, **unread}
+    opened = _harmonized(source, dataset, entry, settings, resolver)
     staged = part / "staged"
     limits = cell_limits(dataset, settings, n_mapped=opened.gene_map.n_mapped)
     outcome = Outcome.begin(opened, limits, unwanted)
-    written = _write_cells(outcome, staged / "cells.zarr", entry, settings, resolver.genes)
+    path, genes, codec = staged / "cells.zarr", resolver.genes, settings.codec
+    if pieces is None:
+        written = write_cells(outcome.read(entry, genes), path, genes, codec)
+    else:
+        written = pieces.put_together(outcome, entry, path, genes, codec)
+    outcome.fill(entry)
+    entry["warnings"] += primary_warning(entry["dropped_cells"], entry["n_cells_input"])
+    outcome.check(entry, min_counts_kept=settings.min_counts_kept)
     kept = outcome.kept
+    entry["n_cells"] = int(kept.sum())
     obs, entry["texts_repaired"] = annotation_table(
         source.barcodes[kept], annotations[kept], columns
     )
@@ -150,7 +213,7 @@ def _write(
     entry["obs_columns"] = list(obs.columns[1:])
     with (staged / MEASURED).open("wb") as file:
         np.save(file, pack(opened.gene_map.measured))
-    check_cells(staged / "cells.zarr", written, n_genes=opened.gene_map.n_genes)
+    check_cells(path, written, n_genes=opened.gene_map.n_genes)
     check_obs(staged / "obs.parquet", obs)
 
 
@@ -171,26 +234,3 @@ def cell_limits(dataset: Dataset, settings: Settings, *, n_mapped: int) -> CellL
         max_mito_fraction=settings.max_mito_fraction,
         given=min_genes is not None or min_counts > 1,
     )
-
-
-def _write_cells(
-    outcome: Outcome,
-    path: Path,
-    entry: LedgerEntry,
-    settings: Settings,
-    genes: GeneVocabulary,
-) -> CellDigest:
-    """Write the cells that pass, fill in the entry and the outcome."""
-    written = CellDigest()
-    with CellWriter(path, n_genes=len(genes), codec=settings.codec) as writer:
-        for first, cells, passed in outcome.read(entry, genes):
-            rows = np.flatnonzero(passed)
-            chosen = cells if len(rows) == len(passed) else cells[rows]
-            source_row = (first + rows).astype(np.int64)
-            writer.append(chosen, source={"source_row": source_row})
-            written.add(chosen, source_row)
-        outcome.fill(entry)
-        entry["warnings"] += primary_warning(entry["dropped_cells"], entry["n_cells_input"])
-        outcome.check(entry, min_counts_kept=settings.min_counts_kept)
-    entry["n_cells"] = int(outcome.kept.sum())
-    return written

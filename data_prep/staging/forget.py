@@ -14,6 +14,9 @@ from data_prep.ledger.ledger import dataset_lock, ledger_path
 from data_prep.ledger.pending import forget_in_manifests, known_names
 from sclong_ds.files.atomic import remove_partials_of
 
+PIECES = ".pieces"
+"""Folder of a corpus in which row ranges of large datasets wait for the others."""
+
 
 def part_folder(folder: Path) -> Path:
     """Return where a dataset is staged before it gets its name, with its scratch files.
@@ -73,3 +76,4 @@ def forget(corpus: str | Path, dataset_ids: Sequence[str]) -> None:
                 # Off the manifests first: killed in between, the dataset is as it was, not pending.
                 forget_in_manifests(corpus, [name])
                 clear(corpus, name)
+                shutil.rmtree(corpus / PIECES / name, ignore_errors=True)

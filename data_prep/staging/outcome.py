@@ -20,7 +20,7 @@ from data_prep.counts.invert import MOST_UNPROVEN, Restored
 from data_prep.genes.harmonize import HarmonizedSource, counts_lost, excel_dates, largest_losses
 from data_prep.genes.markers import lost_markers_warning
 from data_prep.ledger.ledger import LedgerEntry, RoundingRecord
-from data_prep.source.source import UnusableError
+from data_prep.source.source import RowRange, UnusableError
 from data_prep.staging.quality import (
     CellLimits,
     default_min_genes,
@@ -65,7 +65,8 @@ class Outcome:
     """Genes of the kept cells of each block."""
     n_values: int = 0
     n_rounded: int = 0
-    total_before: float = 0.0
+    totals_before: list[float] = field(default_factory=list)
+    """Sum of the values of each block before they were rounded."""
     largest_distance: float = 0.0
 
     @classmethod
@@ -86,15 +87,24 @@ class Outcome:
         totals, kept = np.zeros(n_genes, dtype=np.int64), np.zeros(n_cells, dtype=bool)
         return cls(opened=opened, limits=limits, totals=totals, kept=kept, unwanted=unwanted)
 
+    @property
+    def total_before(self) -> float:
+        """Sum of all values before they were rounded, added up block by block."""
+        total = 0.0
+        for of_block in self.totals_before:
+            total += of_block
+        return total
+
     def read(
-        self, entry: LedgerEntry, genes: GeneVocabulary
+        self, entry: LedgerEntry, genes: GeneVocabulary, rows: RowRange | None = None
     ) -> Iterator[tuple[int, sparse.csr_matrix, npt.NDArray[np.bool_]]]:
-        """Read the whole dataset, block by block.
+        """Read the dataset, block by block.
 
         Args:
             entry: Its ledger entry; what is known of its genes is filled in at once, the cells that
                 fail are counted on the way.
             genes: The vocabulary.
+            rows: A range of its cells; None: all.
 
         Yields:
             Number of the first cell; (cells, genes of the vocabulary) counts; (cells,) which pass.
@@ -106,8 +116,8 @@ class Outcome:
         matrix, gene_map = self.opened.matrix, self.opened.gene_map
         mitochondrial = mitochondrial_genes(gene_map, genes)
         _describe_genes(self.opened, entry, int(mitochondrial.sum()))
-        first = 0
-        for block in self.opened.proven_blocks():
+        first, last, blocks = (0, matrix.shape[0], None) if rows is None else rows
+        for block in self.opened.proven_blocks(blocks):
             cells = gene_map.apply(block.counts)
             here = slice(first, first + cells.shape[0])
             unwanted = {reason: mask[here] for reason, mask in self.unwanted.items()}
@@ -115,8 +125,53 @@ class Outcome:
             self._add(block, cells, passed, first=first)
             yield first, cells, passed
             first += block.counts.shape[0]
-        if first != matrix.shape[0]:
-            raise ValueError(f"{matrix.name} has {first} cells, {matrix.shape[0]} were announced")
+        if first != last:
+            raise ValueError(f"{matrix.name} has {first} cells, {last} were announced")
+
+    def sums(self, first: int, last: int) -> dict[str, npt.ArrayLike]:
+        """Return what `take` needs of a range of cells that was read.
+
+        Args:
+            first: The first cell.
+            last: The cell behind the last.
+        """
+        return {
+            "rows": np.array([first, last]),
+            "kept": self.kept[first:last],
+            "totals": self.totals,
+            "genes_of_kept": np.concatenate([np.zeros(0, np.int32), *self.genes_of_kept]),
+            "whole": np.array([self.n_empty, self.n_values, self.n_rounded], dtype=np.int64),
+            "largest": np.array([self.largest_residual, self.largest_distance]),
+            "totals_before": np.array(self.totals_before, dtype=np.float64),
+        }
+
+    def take(self, sums: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Add a range of cells that was read elsewhere; ranges come in their order.
+
+        Args:
+            sums: Of `sums`.
+        """
+        first, last = sums["rows"].tolist()
+        self.kept[first:last] = sums["kept"]
+        self.totals += sums["totals"].astype(np.int64)
+        self.genes_of_kept.append(sums["genes_of_kept"].astype(np.int32))
+        n_empty, n_values, n_rounded = sums["whole"].tolist()
+        self.n_empty, self.n_values = self.n_empty + n_empty, self.n_values + n_values
+        self.n_rounded += n_rounded
+        residual, distance = sums["largest"].tolist()
+        self.largest_residual = max(self.largest_residual, residual)
+        self.largest_distance = max(self.largest_distance, distance)
+        self.totals_before += sums["totals_before"].tolist()
+
+    def describe(self, entry: LedgerEntry, genes: GeneVocabulary) -> None:
+        """Write what is known of the genes to the ledger entry, as `read` does.
+
+        Args:
+            entry: The entry.
+            genes: The vocabulary.
+        """
+        mitochondrial = mitochondrial_genes(self.opened.gene_map, genes)
+        _describe_genes(self.opened, entry, int(mitochondrial.sum()))
 
     def _add(
         self,
@@ -136,7 +191,7 @@ class Outcome:
         if block.rounded is not None:
             self.n_values += block.rounded.n_values
             self.n_rounded += block.rounded.n_rounded
-            self.total_before += block.rounded.total
+            self.totals_before.append(float(block.rounded.total))
             self.largest_distance = max(self.largest_distance, block.rounded.largest_distance)
 
     def fill(self, entry: LedgerEntry) -> None:
