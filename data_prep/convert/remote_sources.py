@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_prep.convert.entry import settings_hash
 from data_prep.fetch.budgets import DiskBudget
-from data_prep.fetch.download import Place, Rules, remove_fetched
+from data_prep.fetch.download import NO_ROOM, Place, Rules, remove_fetched
 from data_prep.fetch.fetch import Downloads
 from data_prep.fetch.item import Item, path_in
 from data_prep.fetch.lock_file import LOCK_NAME
@@ -83,6 +83,8 @@ class RemoteSources:
                 self.rules.disk.hold(self._items[name].file_name, left[name])
         self._here: set[str] = set()
         """On their way, waiting for a worker, or being converted."""
+        self._is_full = False
+        """The disk had no room for another; it has when one is removed."""
         self._failed: list[tuple[Dataset, str]] = []
         self._wake, self._bell = os.pipe()
         self._closed, self._bell_lock = False, threading.Lock()
@@ -109,6 +111,12 @@ class RemoteSources:
             pass
         while (outcome := self._downloads.outcome(0.0)) is not None:
             name = outcome.item.dataset_id
+            if outcome.record is None and NO_ROOM in outcome.reason and len(self._here) > 1:
+                self._here.discard(name)
+                self.rules.disk.release(outcome.item.file_name)
+                self._wanted.append(name)
+                self._is_full = True
+                continue
             if outcome.record is None:
                 self._give_up(name, outcome.reason)
                 continue
@@ -122,7 +130,10 @@ class RemoteSources:
                     fetched=True,
                 )
             )
-        while self._wanted and len(self._here) < self._most_ahead and self._begin(self._wanted[0]):
+        if not self._here:
+            self._is_full = False
+        most = 0 if self._is_full else self._most_ahead
+        while self._wanted and len(self._here) < most and self._begin(self._wanted[0]):
             self._wanted.pop(0)
         ready, failed = self._ready, self._failed
         self._ready, self._failed = [], []
@@ -187,7 +198,7 @@ class RemoteSources:
 
     def _remove(self, name: str) -> None:
         """Remove what was fetched of a dataset, and give back its room."""
-        item = self._items[name]
+        item, self._is_full = self._items[name], False
         remove_fetched(item, self._folder)
         Place(self._folder, item).drop_part()
         self.rules.disk.release(item.file_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 
@@ -57,6 +58,7 @@ class DiskBudget:
         self.high_water = 0
         """Most bytes that were set aside at once."""
         self._held: dict[str, int] = {}
+        self._coming: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def hold(self, name: str, n_bytes: int) -> bool:
@@ -90,6 +92,46 @@ class DiskBudget:
         with self._lock:
             enough = self._held.get(name, -1) >= n_bytes
         return enough or self.hold(name, n_bytes)
+
+    def expect(self, name: str, n_bytes: int, free: Callable[[], int]) -> bool:
+        """Claim free bytes of the disk for what is still to come of a file.
+
+        Without this, files that each fit would fill the disk together, and none would be whole.
+
+        Args:
+            name: Of the file.
+            n_bytes: Still to come.
+            free: Returns the bytes that the disk has left.
+
+        Returns:
+            Whether they are there beside what is still to come of other files.
+        """
+        with self._lock:
+            others = sum(self._coming.values()) - self._coming.get(name, 0)
+            if n_bytes > free() - others:
+                return False
+            self._coming[name] = n_bytes
+            return True
+
+    def came(self, name: str, n_bytes: int) -> None:
+        """Count bytes that were written of a file.
+
+        Args:
+            name: Of the file.
+            n_bytes: Written just now.
+        """
+        with self._lock:
+            if name in self._coming:
+                self._coming[name] = max(0, self._coming[name] - n_bytes)
+
+    def expect_no_more(self, name: str) -> None:
+        """Give back what was claimed for a file that came, or does not come now.
+
+        Args:
+            name: Of the file.
+        """
+        with self._lock:
+            self._coming.pop(name, None)
 
     def release(self, name: str) -> None:
         """Give back the room of a file that is gone.

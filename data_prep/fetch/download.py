@@ -27,6 +27,8 @@ from data_prep.fetch.soundness import check_sound
 from sclong_ds.files.atomic import file_sha256, locked, read_json, remove_partials_of, write_atomic
 
 STATE = ".fetched"
+NO_ROOM = "the disk has"
+"""In the reason where a file does not fit the disk now."""
 _SYNC_BYTES = 1 << 26
 _ENOUGH_GAIN = 1 << 16
 """A try that brought more bytes, or more than 5%, is no failure in a row."""
@@ -339,6 +341,8 @@ def _bring(item: Item, place: Place, rules: Rules, start: int, mark: str) -> str
         if "between two parts" in str(error) or "another one than before" in str(error):
             place.drop_part()
         raise
+    finally:
+        rules.disk.expect_no_more(item.file_name)
 
 
 def _make_room(item: Item, place: Place, rules: Rules, body: Body) -> None:
@@ -348,11 +352,18 @@ def _make_room(item: Item, place: Place, rules: Rules, body: Body) -> None:
         return
     if not rules.disk.hold(item.file_name, total):
         raise _too_large(total, rules)
+
+    def free() -> int:
+        return shutil.disk_usage(place.part.parent).free
+
     with _local(place.part):
-        free = shutil.disk_usage(place.part.parent).free
         here = place.part.stat().st_size if place.part.exists() else 0
-    if total - here > free:
-        raise FetchError(f"needs {total - here} bytes, the disk has {free} left", again=False)
+        if not rules.disk.expect(item.file_name, total - here, free):
+            raise FetchError(
+                f"needs {total - here} bytes, {NO_ROOM} {free()} left, of which other files on "
+                "their way take some",
+                again=False,
+            )
 
 
 def _too_large(n_bytes: int, rules: Rules) -> FetchError:
@@ -377,6 +388,7 @@ def _append(item: Item, place: Place, rules: Rules, body: Body, begun: dict[str,
                     raise FetchError("more bytes came than the server said", most=3)
                 with _local(place.part):
                     file.write(chunk)
+                rules.disk.came(item.file_name, len(chunk))
                 rules.progress(item, done, body.total or item.size)
                 rules.bandwidth.take(len(chunk), rules.stop)
                 if done - synced >= _SYNC_BYTES:

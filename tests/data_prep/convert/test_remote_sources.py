@@ -14,6 +14,7 @@ from staged_h5ad import GENES, SETTINGS, counts, write
 
 from data_prep.convert.convert import convert
 from data_prep.convert.remote_sources import RemoteSources, item_of
+from data_prep.fetch import download
 from data_prep.fetch.download import Place, Rules
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.manifest.manifest import Dataset, read_manifest
@@ -267,3 +268,25 @@ class TestBudget:
         seen, _, lost = self.work(items, folder, 1900)
         assert (seen[0], sorted(seen), lost) == ("t5", [f"t{i}" for i in range(8)], [])
         assert files_below(folder) == []
+
+
+def test_a_disk_that_holds_one_file_takes_them_one_after_the_other(
+    run, tmp_path, server, monkeypatch
+):
+    """Nobody gave a limit; four downloads at once would fill it, and none be whole."""
+    folder = tmp_path / "corpus" / ".sources"
+    size = int(1.5 * max(len(data) for data in server.files.values()))
+    usage = shutil.disk_usage(tmp_path)
+
+    def disk_usage(path):
+        used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return usage._replace(free=size - used)
+
+    monkeypatch.setattr(download.shutil, "disk_usage", disk_usage)
+    assert [entry["status"] for entry in run(jobs=2)] == ["ok"] * 4
+    # One that no disk of this size holds is named, and the others are done.
+    size = min(len(data) for data in server.files.values()) - 1
+    shutil.rmtree(tmp_path / "corpus")
+    entries = run(jobs=2)
+    assert [entry["status"] for entry in entries] == ["failed"] * 3 + ["ok"]
+    assert all("the disk has" in entry["reason"] for entry in entries[:3])

@@ -68,3 +68,19 @@ def test_pause_is_that_of_one_server(clock):
     assert clock.now == 0.0
     hosts.wait("http://x.org/c", clock)
     assert clock.now == pytest.approx(5.0)
+
+
+def test_free_bytes_are_claimed_for_what_is_still_to_come() -> None:
+    disk, free = DiskBudget(None), 100
+    assert disk.expect("a", 60, lambda: free)
+    assert not disk.expect("b", 60, lambda: free)
+    # What came of a file is on the disk, and claimed no more.
+    disk.came("a", 50)
+    free = 50
+    assert disk.expect("b", 40, lambda: free)
+    assert not disk.expect("c", 1, lambda: free)
+    assert disk.expect("a", 10, lambda: free)
+    disk.expect_no_more("a")
+    assert disk.expect("c", 10, lambda: free)
+    disk.came("gone", 5)
+    disk.expect_no_more("gone")
