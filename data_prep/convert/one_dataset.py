@@ -81,11 +81,14 @@ def convert_dataset(
             if dataset.remote and not dataset.fetched:
                 return _as_staged(corpus, entry, dataset)
             state = source_state(dataset.path, gene_list=dataset.gene_list)
-            entry["source_hash"] = _hash_of(corpus, dataset, state, verify=verify_sources)
+            known = None if verify_sources else remembered_hash(corpus, dataset.dataset_id, state)
+            found = entry["source_hash"] = known or read_hash(dataset)
         except (ValueError, OSError) as error:
             if isinstance(error, UnusableError):
                 entry["status"] = "excluded"
             return _keep_or_fail(corpus, entry, staged, str(error))
+        if not (known or dataset.fetched):
+            remember_hash(corpus, dataset.dataset_id, state, found)
         previous = _unchanged(corpus, entry)
         if previous is not None:
             return _with_origin(corpus, previous, entry, remote=dataset.remote)
@@ -167,9 +170,9 @@ def convert_piece(
         lock = corpus / ".locks" / f"{dataset.dataset_id}~{piece.number}"
         with locked(lock, wait=False) as held:
             if held and not pieces.is_there(piece.number):
-                if piece.number == 0:
+                if piece.number == 0 and not remembered_hash(corpus, dataset.dataset_id, state):
                     # For who puts them together.
-                    _hash_of(corpus, dataset, state, verify=verify_sources)
+                    remember_hash(corpus, dataset.dataset_id, state, read_hash(dataset))
                 try:
                     with named_errors(f"{dataset.path} -> {pieces.folder}"):
                         stage_piece(
@@ -226,18 +229,6 @@ def _as_staged(corpus: Path, entry: LedgerEntry, dataset: Dataset) -> LedgerEntr
     held = _unchanged(corpus, entry)
     entry["reason"] = "what is staged does not hold any more"
     return held or entry
-
-
-def _hash_of(corpus: Path, dataset: Dataset, state: list[FileState], *, verify: bool) -> str:
-    """Return the hash of the files of a dataset, without reading those that are as before."""
-    if dataset.fetched:
-        return read_hash(dataset)
-    known = None if verify else remembered_hash(corpus, dataset.dataset_id, state)
-    if known is not None:
-        return known
-    found = read_hash(dataset)
-    remember_hash(corpus, dataset.dataset_id, state, found)
-    return found
 
 
 def _with_origin(
