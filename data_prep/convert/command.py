@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")
     add_tasks(parser, "this one of --tasks, from 0")
     parser.add_argument(
-        "--jobs", type=whole(1), default=1, metavar="N", help="datasets at a time (default: 1)"
+        "--jobs",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="datasets, or row ranges of large ones, at a time (default: 1)",
     )
     parser.add_argument(
         "--replace",
@@ -74,6 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"time that one dataset may take (default: {DEFAULT_MINUTES:g})",
     )
+    _add_sources(parser)
+    add_genes(parser)
+    _add_thresholds(parser)
+    add_codec(parser)
+    add_json(parser)
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add what concerns files behind an address."""
     parser.add_argument(
         "--keep-bytes",
         type=byte_count,
@@ -87,10 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where they lie; each is removed once it is converted (default: CORPUS/.sources)",
     )
-    add_genes(parser)
-    _add_thresholds(parser)
-    add_codec(parser)
-    add_json(parser)
 
 
 def _add_thresholds(parser: argparse.ArgumentParser) -> None:

@@ -115,36 +115,39 @@ def convert(
         mine = shares[task]
         names = {unit.dataset.dataset_id for unit in mine}
         ours = [dataset for dataset in datasets if dataset.dataset_id in names]
+        if not replace:
+            _check_names(corpus, ours)
+        places = in_places(shares) if tasks > 1 else [d.dataset_id for d in datasets]
+        record_manifest(corpus, places, tasks=tasks)
+        _remove_leftovers(corpus)
+        _report_others(corpus, datasets)
         jobs = min(jobs, len(mine))
         memory = default_memory_gib(max(jobs, 1)) if max_memory_gib is None else max_memory_gib
         limits = Limits(memory_gib=memory, minutes=max_minutes)
-        if not replace:
-            _check_names(corpus, ours)
-        record_manifest(
-            corpus, in_places(shares) if tasks > 1 else [d.dataset_id for d in datasets],
-            tasks=tasks,
-        )  # fmt: skip
-        _remove_leftovers(corpus)
-        _report_others(corpus, datasets)
         options = {"replace": replace, "verify_sources": verify_sources}
         workers = [Worker(corpus, settings, limits, **options) for _ in range(jobs)]
         fetched = RemoteSources(
             [unit.dataset for unit in mine], corpus=corpus, settings=settings, folder=sources,
             keep_bytes=keep_bytes, jobs=jobs,
         )  # fmt: skip
-        try:
-            with closing(fetched) as remote:
-                done = _run(workers, mine, remote)
-                # Row ranges of the same datasets that nobody has done.
-                rest = [u for share in shares if share is not mine for u in share if u.piece]
-                left = names - done.keys()
-                done |= _run(
-                    workers, [u.taken_over() for u in rest if u.dataset.dataset_id in left], remote
-                )
-        finally:
-            for worker in workers:
-                worker.stop()
+        with closing(fetched) as remote:
+            done = _run_all(workers, shares, task, remote)
         return [done[name] for d in ours if (name := d.dataset_id) in done]
+
+
+def _run_all(
+    workers: Sequence[Worker], shares: Sequence[Sequence[Unit]], task: int, remote: RemoteSources
+) -> dict[str, LedgerEntry]:
+    """Do the units of a task, then row ranges of its datasets that other tasks have not done."""
+    try:
+        done = _run(workers, shares[task], remote)
+        left = {unit.dataset.dataset_id for unit in shares[task]} - done.keys()
+        others = [unit for share in shares if share is not shares[task] for unit in share]
+        rest = [u.taken_over() for u in others if u.piece and u.dataset.dataset_id in left]
+        return done | _run(workers, rest, remote)
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 def _run(

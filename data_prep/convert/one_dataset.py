@@ -77,17 +77,16 @@ def convert_dataset(
     with shared_corpus(corpus), dataset_lock(corpus, dataset.dataset_id):
         entry = new_entry(dataset, settings)
         staged = staged_entry(corpus, dataset.dataset_id)
+        if dataset.remote and not dataset.fetched:
+            return _as_staged(corpus, entry, dataset)
         try:
-            if dataset.remote and not dataset.fetched:
-                return _as_staged(corpus, entry, dataset)
-            state = source_state(dataset.path, gene_list=dataset.gene_list)
-            known = None if verify_sources else remembered_hash(corpus, dataset.dataset_id, state)
-            found = entry["source_hash"] = known or read_hash(dataset)
+            state, found, is_new = _identified(corpus, dataset, verify=verify_sources)
         except (ValueError, OSError) as error:
             if isinstance(error, UnusableError):
                 entry["status"] = "excluded"
             return _keep_or_fail(corpus, entry, staged, str(error))
-        if not (known or dataset.fetched):
+        entry["source_hash"] = found
+        if is_new:
             remember_hash(corpus, dataset.dataset_id, state, found)
         previous = _unchanged(corpus, entry)
         if previous is not None:
@@ -98,17 +97,11 @@ def convert_dataset(
             clear(corpus, dataset.dataset_id)
         else:
             shutil.rmtree(part_folder(_folder(corpus, dataset)), ignore_errors=True)
-        unchanged = partial(_require_unchanged, dataset, state, entry["source_hash"])
+        unchanged = partial(_require_unchanged, dataset, state, found)
         _stage_or_explain(
-            dataset,
-            entry,
-            staged,
-            corpus=corpus,
-            settings=settings,
-            resolver=resolver,
-            unchanged=unchanged,
-            pieces=pieces,
-        )
+            dataset, entry, staged, corpus=corpus, settings=settings, resolver=resolver,
+            unchanged=unchanged, pieces=pieces,
+        )  # fmt: skip
         return entry
 
 
@@ -124,8 +117,7 @@ def convert_piece(
 ) -> LedgerEntry | None:
     """Stage a row range of a dataset; whoever finishes the last one puts them together.
 
-    A dataset that cannot be cut, or in which something is wrong, is staged in one go by who finds
-    that.
+    Who finds that it cannot be cut, or that something is wrong with it, stages it in one go.
 
     Args:
         dataset: The dataset.
@@ -143,13 +135,10 @@ def convert_piece(
         ValueError: A `finalize` is at work in the folder, or the source changed meanwhile.
         OSError: The corpus folder cannot be written.
     """
-
-    def whole(pieces: Pieces | None = None) -> LedgerEntry:
-        return convert_dataset(
-            dataset, corpus=corpus, settings=settings, resolver=resolver, replace=replace,
-            verify_sources=verify_sources, pieces=pieces,
-        )  # fmt: skip
-
+    whole = partial(
+        convert_dataset, dataset, corpus=corpus, settings=settings, resolver=resolver,
+        replace=replace, verify_sources=verify_sources,
+    )  # fmt: skip
     is_first = piece.number == 0 and not piece.taken_over
     with shared_corpus(corpus):
         entry = new_entry(dataset, settings)
@@ -157,44 +146,64 @@ def convert_piece(
             state = source_state(dataset.path, gene_list=dataset.gene_list)
         except (ValueError, OSError):
             return whole() if is_first else None
-        # Not the inode, which some file systems give anew on each node.
+        # Not the inode, which some file systems number in another way on each node.
         files = [(path, size, changed) for path, _, size, changed, _ in state]
-        pieces = Pieces(
-            corpus, dataset.dataset_id, of=piece.of, depends_on=[entry["settings_hash"], files]
-        )
+        key = [entry["settings_hash"], files]
+        pieces = Pieces(corpus, dataset.dataset_id, of=piece.of, depends_on=key)
         if _is_done(corpus, entry, state):
             return _without_pieces(pieces, whole) if is_first else None
         if pieces.not_to_be_cut():
             return whole() if is_first else None
-        # "~" cannot be part of a dataset's name.
-        lock = corpus / ".locks" / f"{dataset.dataset_id}~{piece.number}"
-        with locked(lock, wait=False) as held:
-            if held and not pieces.is_there(piece.number):
-                if piece.number == 0 and not remembered_hash(corpus, dataset.dataset_id, state):
-                    # For who puts them together.
-                    remember_hash(corpus, dataset.dataset_id, state, read_hash(dataset))
-                try:
-                    with named_errors(f"{dataset.path} -> {pieces.folder}"):
-                        stage_piece(
-                            dataset, entry, pieces=pieces, number=piece.number,
-                            settings=settings, resolver=resolver,
-                        )  # fmt: skip
-                except (ValueError, NotToBeCutError) as error:
-                    pieces.refuse(str(error))
-                    return _without_pieces(pieces, whole)
-                except OSError:
-                    # Who staged it in one go has removed the folder.
-                    if _is_done(corpus, entry, state) or not pieces.folder.is_dir():
-                        return None
-                    raise
-                if source_state(dataset.path, gene_list=dataset.gene_list) != state:
-                    raise ValueError(
-                        f"{dataset.path}: changed while it was read; run convert again when it is "
-                        "complete"
-                    )
+        stage_it = partial(
+            stage_piece, dataset, entry, pieces=pieces, settings=settings, resolver=resolver
+        )
+        try:
+            _stage_range(dataset, piece.number, stage_it, corpus=corpus, pieces=pieces, state=state)
+        except NotToBeCutError as error:
+            pieces.refuse(str(error))
+            return _without_pieces(pieces, whole)
         if not pieces.are_there() or pieces.drop_damaged() or _is_done(corpus, entry, state):
             return None
-        return _without_pieces(pieces, lambda: whole(pieces))
+        return _without_pieces(pieces, partial(whole, pieces=pieces))
+
+
+def _stage_range(
+    dataset: Dataset,
+    number: int,
+    stage_it: Callable[..., None],
+    *,
+    corpus: Path,
+    pieces: Pieces,
+    state: list[FileState],
+) -> None:
+    """Stage a piece, unless it is there or another process is at it.
+
+    Raises:
+        NotToBeCutError: It cannot be cut, or something is wrong with it.
+        ValueError: The source changed meanwhile.
+    """
+    name = dataset.dataset_id
+    # "~" cannot be part of a dataset's name.
+    with locked(corpus / ".locks" / f"{name}~{number}", wait=False) as held:
+        if not held or pieces.is_there(number):
+            return
+        if number == 0 and not remembered_hash(corpus, name, state):
+            # For who puts them together.
+            remember_hash(corpus, name, state, read_hash(dataset))
+        try:
+            with named_errors(f"{dataset.path} -> {pieces.folder}"):
+                stage_it(number=number)
+        except ValueError as error:
+            raise NotToBeCutError(str(error)) from error
+        except OSError:
+            # Who staged the dataset in one go has removed the folder.
+            if pieces.folder.is_dir():
+                raise
+            return
+        if source_state(dataset.path, gene_list=dataset.gene_list) != state:
+            raise ValueError(
+                f"{dataset.path}: changed while it was read; run convert again when it is complete"
+            )
 
 
 def _is_done(corpus: Path, entry: LedgerEntry, state: list[FileState]) -> bool:
@@ -229,6 +238,15 @@ def _as_staged(corpus: Path, entry: LedgerEntry, dataset: Dataset) -> LedgerEntr
     held = _unchanged(corpus, entry)
     entry["reason"] = "what is staged does not hold any more"
     return held or entry
+
+
+def _identified(
+    corpus: Path, dataset: Dataset, *, verify: bool
+) -> tuple[list[FileState], str, bool]:
+    """Return state and hash of the files of a dataset, and whether the hash is to be remembered."""
+    state = source_state(dataset.path, gene_list=dataset.gene_list)
+    known = None if verify else remembered_hash(corpus, dataset.dataset_id, state)
+    return state, known or read_hash(dataset), not (known or dataset.fetched)
 
 
 def _with_origin(
