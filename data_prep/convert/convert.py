@@ -113,14 +113,7 @@ def convert(
         prepare_corpus(corpus, genes=genes, settings=settings)
         shares = shares_of(corpus, datasets, tasks=tasks, jobs=jobs)
         mine = shares[task]
-        names = {unit.dataset.dataset_id for unit in mine}
-        ours = [dataset for dataset in datasets if dataset.dataset_id in names]
-        if not replace:
-            _check_names(corpus, ours)
-        places = in_places(shares) if tasks > 1 else [d.dataset_id for d in datasets]
-        record_manifest(corpus, places, tasks=tasks)
-        _remove_leftovers(corpus)
-        _report_others(corpus, datasets)
+        ours = _begin(corpus, datasets, shares, task, replace=replace)
         jobs = min(jobs, len(mine))
         memory = default_memory_gib(max(jobs, 1)) if max_memory_gib is None else max_memory_gib
         limits = Limits(memory_gib=memory, minutes=max_minutes)
@@ -133,6 +126,27 @@ def convert(
         with closing(fetched) as remote:
             done = _run_all(workers, shares, task, remote)
         return [done[name] for d in ours if (name := d.dataset_id) in done]
+
+
+def _begin(
+    corpus: Path,
+    datasets: Sequence[Dataset],
+    shares: Sequence[Sequence[Unit]],
+    task: int,
+    *,
+    replace: bool,
+) -> list[Dataset]:
+    """Record what is to be done, remove what killed runs have left; return a task's datasets."""
+    names = {unit.dataset.dataset_id for unit in shares[task]}
+    ours = [dataset for dataset in datasets if dataset.dataset_id in names]
+    if not replace:
+        _check_names(corpus, ours)
+    all_names = [dataset.dataset_id for dataset in datasets]
+    places = in_places(shares) if len(shares) > 1 else all_names
+    record_manifest(corpus, places, tasks=len(shares))
+    _remove_leftovers(corpus)
+    _report_others(corpus, datasets)
+    return ours
 
 
 def _run_all(
