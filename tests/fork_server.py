@@ -31,8 +31,10 @@ def serve(path: str) -> None:
         path: Where to listen.
     """
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    # Under its name only when it listens: who waits for the name connects at once.
+    listener.bind(f"{path}.new")
     listener.listen()
+    os.rename(f"{path}.new", path)
     told: dict[int, socket.socket] = {}
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [], POLL_S if told else None)
