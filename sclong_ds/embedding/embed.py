@@ -163,6 +163,7 @@ def pooled_counts(
     batch_size: int = 8,
     on_cells: Callable[[int], None] | None = None,
     measured: MeasuredGenes | None = None,
+    directions: torch.Tensor | None = None,
 ) -> np.ndarray:
     """Return weighted means of the genes' vectors of cells, the parts one behind the other.
 
@@ -173,6 +174,7 @@ def pooled_counts(
         batch_size: As in `embed_counts`.
         on_cells: As in `embed_counts`.
         measured: As in `embed_counts`.
+        directions: As in `ScLong.pooled`.
 
     Returns:
         (n, P * C) float32; zero for a cell without counts.
@@ -182,8 +184,8 @@ def pooled_counts(
         model, counts, batch_size=batch_size, measured=measured
     ):
         with torch.inference_mode():
-            found = torch.cat(model.pooled(x, parts, unmeasured=unmeasured), dim=1)
-            pooled[part] = found.float().cpu().numpy()
+            found = model.pooled(x, parts, unmeasured=unmeasured, directions=directions)
+            pooled[part] = torch.cat(found, dim=1).float().cpu().numpy()
         if on_cells is not None:
             on_cells(len(x))
     return pooled

@@ -20,8 +20,9 @@ from sclong_ds.evaluation.ladder import (
     untrained_model,
 )
 from sclong_ds.evaluation.scored_cells import ScoredCells
-from sclong_ds.model.pooling import Recipe, scaling_map
+from sclong_ds.model.pooling import Recipe, scaling_maps
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.model.values.principal import random_blocks
 from sclong_ds.progress import count_progress
 
 _BLOCK_CELLS = 512
@@ -59,22 +60,19 @@ def representations(
 def _untrained(model: ScLong, scored: ScoredCells, *, batch_size: int, seed: int) -> np.ndarray:
     """Return the embeddings of fresh weights by the model's recipe.
 
-    They have no training cells: the parts are centred and scaled by the scored cells.
+    They have no training cells: the parts are centred and scaled by the scored cells, and in place
+    of principal directions stand random ones.
     """
     fresh, recipe = untrained_model(model, seed=seed), model.recipe
-    found = _embedded_by(
-        fresh, Recipe(recipe.parts), scored, batch_size=batch_size, what="embed, untrained weights"
-    )
+    directions = recipe.directions
+    if directions is not None:
+        directions = random_blocks(directions, seed)
+    plain, what = Recipe(recipe.parts, directions=directions), "embed, untrained weights"
+    found = _embedded_by(fresh, plain, scored, batch_size=batch_size, what=what)
     if recipe.scaling == "none":
         return found
     parts = torch.from_numpy(found).chunk(len(recipe.parts), dim=1)
-    maps = [scaling_map(part, recipe.scaling) for part in parts]
-    own = Recipe(
-        recipe.parts,
-        recipe.scaling,
-        torch.stack([centre for centre, _ in maps]),
-        torch.stack([to for _, to in maps]),
-    )
+    own = Recipe(recipe.parts, recipe.scaling, *scaling_maps(parts, recipe.scaling))
     return own.apply(parts).numpy()
 
 

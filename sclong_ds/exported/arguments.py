@@ -33,5 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default %(default)s; on a CPU less for a large model); 0: the mean over expressed genes",
     )
     parser.add_argument(
+        "--principal-directions",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="embed by all values along N principal directions of training cells, such as 256: for "
+        "cells of other tissues, for which validation cells do not choose (default: the best "
+        "of all candidates)",
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where these cells are embedded"
     )

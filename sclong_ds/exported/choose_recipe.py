@@ -1,8 +1,9 @@
 """Choose how a model makes an embedding, on validation cells, when it is exported.
 
 Candidates are those of `candidates`: which layer is averaged, over which genes with which weights,
-beside the gene vectors or not, or the cell's vector, or all values along it, and how the parts are
-scaled. Centres and scales come from a sample of training cells. The candidates are judged on a
+beside the gene vectors or not, or the cell's vector, or all values along it or along principal
+directions of training cells, and how the parts are scaled. Centres and scales come from a sample of
+training cells, principal directions from more of them. The candidates are judged on a
 sample of the validation split:
 
 - `label accuracy`, where validation cells have a `cell_type` of two kinds at least: the share of
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.corpus import Corpus
@@ -39,12 +40,24 @@ from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import short_digests
 from sclong_ds.model.counts_input import model_input
-from sclong_ds.model.pooling import MEAN, OF_CELLS, Part, Recipe, scaling_map
+from sclong_ds.model.pooling import (
+    MEAN,
+    OF_CELLS,
+    PRINCIPAL,
+    TOGETHER,
+    Part,
+    Recipe,
+    principal_parts,
+    scaling_maps,
+)
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.model.values.principal import block_numbers, principal_blocks
 from sclong_ds.progress import count_progress
 
 CELLS = 256
 """Cells of either split that are read."""
+DIRECTION_CELLS = 2048
+"""Training cells that principal directions are of, the first ones: a corpus is shuffled."""
 MIN_CELLS = 20
 """With fewer training or validation cells nothing is chosen."""
 CPU_FLOPS = 2e13
@@ -61,11 +74,12 @@ _log = logging.getLogger(__name__)
 Pooled = dict[Part, torch.Tensor]
 
 
-def candidates(*, cell_vector: bool = False) -> list[Recipe]:
+def candidates(*, cell_vector: bool = False, blocks: Sequence[int] = ()) -> list[Recipe]:
     """Return the recipes that are tried, without statistics; the first is that of old folders.
 
     Args:
         cell_vector: Whether the model has one.
+        blocks: Numbers of blocks of principal directions to offer.
     """
     beside = (Part("gene_vectors", "top_128"), Part("gene_vectors", "value^3"))
     parts: list[tuple[Part, ...]] = []
@@ -78,23 +92,33 @@ def candidates(*, cell_vector: bool = False) -> list[Recipe]:
             own = Part(of_cell, "expressed")
             parts += [(own,), (own, *beside)]
     scalings = ("scaled", "whitened 0.001", "whitened 0.1")
-    return [MEAN, *(Recipe(some, scaling) for some in parts for scaling in scalings)]
+    of_model = [Recipe(some, scaling) for some in parts for scaling in scalings]
+    # Together: directions keep the variance that they have. Each block scaled to the same gives
+    # later ones, which other tissues may need, more weight.
+    principal = [Recipe(principal_parts(n), how) for n in blocks for how in (TOGETHER, "scaled")]
+    return [MEAN, *of_model, *principal]
 
 
 def without_context(recipe: Recipe) -> Recipe:
     """Return a recipe with every layer replaced by the gene vectors, without statistics.
 
-    In place of the cell's vector stands their mean, weighted by value.
+    In place of what is of the cell stands their mean, weighted by value.
     """
+    of_cell = (*OF_CELLS, PRINCIPAL)
     parts = dict.fromkeys(
-        Part("gene_vectors", "value" if part.layer in OF_CELLS else part.weights)
+        Part("gene_vectors", "value" if part.layer in of_cell else part.weights)
         for part in recipe.parts
     )
     return Recipe(tuple(parts), recipe.scaling)
 
 
 def choose_from_run(
-    model: ScLong, data: DataConfig, *, corpus_hash: str, n_cells: int = CELLS
+    model: ScLong,
+    data: DataConfig,
+    *,
+    corpus_hash: str,
+    n_cells: int = CELLS,
+    n_directions: int = 0,
 ) -> ChosenRecipe | None:
     """Choose the recipe of a run's model on the corpus that it was trained on.
 
@@ -103,6 +127,7 @@ def choose_from_run(
         data: The run's section data.
         corpus_hash: Content hash of its corpus.
         n_cells: Cells of either split to read; 0 chooses nothing.
+        n_directions: As in `choose_recipe`.
 
     Returns:
         None where nothing can be chosen; the log tells why.
@@ -124,7 +149,15 @@ def choose_from_run(
         for name, chosen in rows.items():
             if len(chosen) < MIN_CELLS:
                 raise ValueError(f"{len(chosen)} cells of {name} to read, {MIN_CELLS} are needed")
-        return choose_recipe(model, corpus, train=rows["train"], validation=rows["validation"])
+        more = corpus.split("train")[:DIRECTION_CELLS]
+        return choose_recipe(
+            model,
+            corpus,
+            train=rows["train"],
+            validation=rows["validation"],
+            directions_of=more,
+            n_directions=n_directions,
+        )
     except (OSError, ValueError) as error:
         # Weights must not be lost for want of their corpus.
         _log.warning(
@@ -136,7 +169,13 @@ def choose_from_run(
 
 
 def choose_recipe(
-    model: ScLong, corpus: Corpus, *, train: NDArray[np.int64], validation: NDArray[np.int64]
+    model: ScLong,
+    corpus: Corpus,
+    *,
+    train: NDArray[np.int64],
+    validation: NDArray[np.int64],
+    directions_of: NDArray[np.int64] | None = None,
+    n_directions: int = 0,
 ) -> ChosenRecipe:
     """Choose the recipe of a model.
 
@@ -145,11 +184,15 @@ def choose_recipe(
         corpus: Cells of its genes.
         train: Rows whose statistics centre and scale the parts.
         validation: Rows that candidates are judged on.
+        directions_of: Rows whose principal directions are offered; None: those of `train`.
+        n_directions: Choose a recipe along so many principal directions; 0: any candidate.
 
     Raises:
-        ValueError: No gene varies in these.
+        ValueError: No gene varies in these, or too few cells for so many directions.
     """
-    tried = candidates(cell_vector=model.config.cell_vector != "none")
+    source, n = train if directions_of is None else directions_of, len(validation)
+    blocks, directions = _directions(model, corpus, source, n_directions)
+    tried = candidates(cell_vector=model.config.cell_vector != "none", blocks=blocks)
     plain = [without_context(recipe) for recipe in tried]
     parts = list(dict.fromkeys(part for recipe in (*tried, *plain) for part in recipe.parts))
     # Those that are judged come first; all may be the neighbours of one.
@@ -157,27 +200,21 @@ def choose_recipe(
     whole = corpus.rows(rows)
     first, second = split_counts(whole)
     with count_progress("choose the embedding", len(train) + len(rows), "cells") as on_cells:
-        fitted = _pooled(model, corpus, train, corpus.rows(train), parts, on_cells)
-        read = _pooled(model, corpus, rows, first, parts, on_cells)
-    judge = Judge(
-        n=len(validation),
-        targets=held_out_values(
-            second, target_sum=model.transform.target_sum, n_judged=len(validation)
-        ),
-        labels=_labels(corpus, rows, len(validation)),
-        groups=corpus.row_dataset[rows],
-    )
+        fitted = _pooled(model, corpus, train, corpus.rows(train), parts, directions, on_cells)
+        read = _pooled(model, corpus, rows, first, parts, directions, on_cells)
+    judge = _judge(model, corpus, rows, second, n)
     scores = []
     for recipe in tried:
         points = with_statistics(recipe, fitted).apply([read[part] for part in recipe.parts])
         scores.append(judge.scores(points.numpy()))
-    by = LABELS if judge.labels is not None else COUNTS
-    best = max(range(len(tried)), key=lambda i: scores[i][by])
+    by = COUNTS if judge.labels is None else LABELS
+    eligible = [i for i, r in enumerate(tried) if not n_directions or r.parts[0].layer == PRINCIPAL]
+    best = max(eligible, key=lambda i: scores[i][by])
     control = with_statistics(plain[best], fitted)
     facts: dict[str, Any] = {
         "criterion": by,
         "n_training_cells": len(train),
-        "n_validation_cells": len(validation),
+        "n_validation_cells": n,
         "score": scores[best],
         "gene vectors alone": judge.scores(
             control.apply([read[part] for part in control.parts]).numpy()
@@ -185,8 +222,10 @@ def choose_recipe(
         "candidates": {r.text(): s for r, s in zip(tried, scores, strict=True)},
     }
     _log.info("embedding: %s (%s %.4f)", tried[best].text(), by, scores[best][by])
-    judged = np.unique(short_digests(whole[: len(validation)]))
-    return ChosenRecipe(with_statistics(tried[best], fitted), control, facts, judged)
+    recipe = with_statistics(tried[best], fitted)
+    if directions is not None and recipe.parts[0].layer == PRINCIPAL:
+        recipe = replace(recipe, directions=directions[: len(recipe.parts)].clone())
+    return ChosenRecipe(recipe, control, facts, np.unique(short_digests(whole[:n])))
 
 
 def with_statistics(recipe: Recipe, fitted: Pooled) -> Recipe:
@@ -198,10 +237,8 @@ def with_statistics(recipe: Recipe, fitted: Pooled) -> Recipe:
     """
     if recipe.scaling == "none":
         return recipe
-    maps = [scaling_map(fitted[part], recipe.scaling) for part in recipe.parts]
-    return replace(
-        recipe, centres=torch.stack([c for c, _ in maps]), maps=torch.stack([m for _, m in maps])
-    )
+    centres, maps = scaling_maps([fitted[part] for part in recipe.parts], recipe.scaling)
+    return replace(recipe, centres=centres, maps=maps)
 
 
 def split_counts(counts: csr_matrix) -> tuple[csr_matrix, csr_matrix]:
@@ -315,6 +352,7 @@ def _pooled(
     rows: NDArray[np.int64],
     counts: csr_matrix,
     parts: Sequence[Part],
+    directions: torch.Tensor | None,
     on_cells: Callable[[int], None],
 ) -> Pooled:
     """Return the pooled parts of cells, (n, C) float32 on the CPU by part."""
@@ -331,12 +369,40 @@ def _pooled(
                 counts[some], target_sum=model.transform.target_sum, unmeasured=unknown,
                 device=device,
             )  # fmt: skip
-            for part, pooled in zip(
-                parts, model.pooled(x, parts, unmeasured=unmeasured), strict=True
-            ):
+            own = model.pooled(x, parts, unmeasured=unmeasured, directions=directions)
+            for part, pooled in zip(parts, own, strict=True):
                 found[part].append(pooled.float().cpu())
             on_cells(len(x))
     return {part: torch.cat(some) for part, some in found.items()}
+
+
+def _judge(
+    model: ScLong, corpus: Corpus, rows: NDArray[np.int64], second: csr_matrix, n: int
+) -> Judge:
+    """Return what judges the first n of some cells, by labels and by the second halves (m, G)."""
+    targets = held_out_values(second, target_sum=model.transform.target_sum, n_judged=n)
+    labels, groups = _labels(corpus, rows, n), corpus.row_dataset[rows]
+    return Judge(n=n, targets=targets, labels=labels, groups=groups)
+
+
+def _directions(
+    model: ScLong, corpus: Corpus, rows: NDArray[np.int64], wanted: int
+) -> tuple[list[int], torch.Tensor | None]:
+    """Return the numbers of blocks of principal directions to offer, and the directions."""
+    width = model.config.base_dim
+    blocks = block_numbers(width, n_cells=len(rows), n_genes=model.n_genes, wanted=wanted)
+    if not blocks:
+        return [], None
+    return blocks, principal_blocks(_values(model, corpus, rows), blocks[-1], width)
+
+
+def _values(model: ScLong, corpus: Corpus, rows: NDArray[np.int64]) -> csr_matrix:
+    """Return the values (n, G) of some cells, without stored zeros."""
+    parts = [
+        csr_matrix(log1p_normalise(corpus.rows(some), target_sum=model.transform.target_sum))
+        for some in np.array_split(rows, max(1, len(rows) // 256))
+    ]
+    return csr_matrix(vstack(parts))
 
 
 def _some(corpus: Corpus, split: str, n_cells: int) -> NDArray[np.int64]:

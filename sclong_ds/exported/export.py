@@ -90,6 +90,7 @@ def export(
     *,
     training_cells: bool = True,
     recipe_cells: int = CELLS,
+    n_directions: int = 0,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Write the exported model of a checkpoint.
@@ -101,6 +102,7 @@ def export(
         training_cells: Whether to add the digests of the training cells.
         recipe_cells: Training and validation cells each to choose the embedding's recipe on; 0:
             the mean over the expressed genes.
+        n_directions: Principal directions to embed along; 0: the best of all candidates.
         device: Where they are embedded.
 
     Returns:
@@ -110,12 +112,17 @@ def export(
     with named_errors(checkpoint_dir):
         checkpoint = resolve(checkpoint_dir)
         return _export(
-            checkpoint, out, with_cells=training_cells, n_cells=recipe_cells, device=device
+            checkpoint,
+            out,
+            with_cells=training_cells,
+            n_cells=recipe_cells,
+            n_directions=n_directions,
+            device=device,
         )
 
 
 def _export(
-    checkpoint: Path, out: Path, *, with_cells: bool, n_cells: int, device: str
+    checkpoint: Path, out: Path, *, with_cells: bool, n_cells: int, n_directions: int, device: str
 ) -> dict[str, Any]:
     config = load_config(checkpoint / "config.yaml")
     state = read_state(checkpoint)
@@ -157,7 +164,11 @@ def _export(
             provenance=provenance,
             training_cells=training_cells,
             choose=lambda model: choose_from_run(
-                model.to(device), config.data, corpus_hash=state.corpus_hash, n_cells=n_cells
+                model.to(device),
+                config.data,
+                corpus_hash=state.corpus_hash,
+                n_cells=n_cells,
+                n_directions=n_directions,
             ),
         )
     return provenance
@@ -190,6 +201,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         training_cells=not args.no_training_cells,
         recipe_cells=args.recipe_cells,
+        n_directions=args.principal_directions,
         device=args.device,
     )
     log.info("wrote %s from step %d of %s", args.out, provenance["step"], args.checkpoint)

@@ -346,8 +346,8 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
     """
     folder = Path(model_dir)
     model = _with_weights(folder, read_description(folder))
-    model.recipe = read_recipe(folder, base_dim=model.config.base_dim)
-    model.control = read_control(folder, base_dim=model.config.base_dim)
+    sizes = {"base_dim": model.config.base_dim, "n_genes": model.n_genes}
+    model.recipe, model.control = read_recipe(folder, **sizes), read_control(folder, **sizes)
     model.folder = folder
     return model.to(device).eval()
 

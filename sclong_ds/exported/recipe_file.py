@@ -3,6 +3,7 @@
     MODEL_DIR/embedding.json   parts and scaling, how they were chosen: criterion, cells, candidates
     MODEL_DIR/embedding.npz    centres (parts, C) and maps (parts, C, C), float32, of the parts;
                                control_centres, control_maps of the same without context;
+                               directions (blocks, G, C), float16, if a part reads them (version 2);
                                judged (n,) uint64, digests of the cells that it was judged on
 
 Folders without them (earlier versions, imported models, an export far from its corpus) embed by the
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from sclong_ds.exported.manifest import CURE
 from sclong_ds.files.npz import read_npz
 from sclong_ds.files.sealed_json import read_object
 from sclong_ds.files.versions import refuse_later
-from sclong_ds.model.pooling import MEAN, Recipe, stored_parts
+from sclong_ds.model.pooling import MEAN, PRINCIPAL, Recipe, stored_parts
 
 RECIPE, STATISTICS = "embedding.json", "embedding.npz"
-_FORMAT, _VERSION = "sclong_ds-embedding-recipe", 1
+_FORMAT, _VERSION, _NEWEST = "sclong_ds-embedding-recipe", 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,10 @@ def write_recipe(folder: Path, chosen: ChosenRecipe) -> None:
     """
     content = {"format": _FORMAT, "version": _VERSION, "scaling": chosen.recipe.scaling}
     arrays: dict[str, Any] = {"judged": chosen.judged.astype("<u8")}
+    if chosen.recipe.directions is not None:
+        # Earlier programs would take the parts that read them for damage.
+        content["version"] = _NEWEST
+        arrays["directions"] = chosen.recipe.directions.numpy().astype("<f2")
     for prefix, recipe in (("", chosen.recipe), ("control_", chosen.control)):
         content[f"{prefix}parts"] = [list(part) for part in recipe.parts]
         if recipe.centres is not None and recipe.maps is not None:
@@ -73,24 +78,25 @@ def write_recipe(folder: Path, chosen: ChosenRecipe) -> None:
     np.savez(folder / STATISTICS, **arrays)
 
 
-def read_recipe(folder: Path, *, base_dim: int) -> Recipe:
+def read_recipe(folder: Path, *, base_dim: int, n_genes: int) -> Recipe:
     """Return the recipe of a model folder; the mean over the expressed genes if it has none.
 
     Args:
         folder: MODEL_DIR.
         base_dim: The model's base width C.
+        n_genes: The model's genes G.
 
     Raises:
         FileNotFoundError: One of its two files is missing.
         LaterVersionError: A later version wrote it.
         ValueError: A damaged file.
     """
-    return _read(folder, base_dim, "") or MEAN
+    return _read(folder, base_dim, n_genes, "") or MEAN
 
 
-def read_control(folder: Path, *, base_dim: int) -> Recipe | None:
+def read_control(folder: Path, *, base_dim: int, n_genes: int) -> Recipe | None:
     """Return the recipe without context; arguments and errors as `read_recipe`."""
-    return _read(folder, base_dim, "control_")
+    return _read(folder, base_dim, n_genes, "control_")
 
 
 def read_judged(folder: Path) -> JudgedCells | None:
@@ -113,15 +119,16 @@ def read_judged(folder: Path) -> JudgedCells | None:
     return JudgedCells(digests, str(chosen.get("criterion")))
 
 
-def _read(folder: Path, base_dim: int, prefix: str) -> Recipe | None:
+def _read(folder: Path, base_dim: int, n_genes: int, prefix: str) -> Recipe | None:
     path = folder / RECIPE
     if not path.exists():
         return None
     content = read_object(path)
     if content.get("format") == _FORMAT:
-        refuse_later(content.get("version"), newest=_VERSION, what=_FORMAT, where=path)
-    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
-        raise ValueError(f"{path}: damaged (no {_FORMAT} of version {_VERSION}); {CURE}")
+        refuse_later(content.get("version"), newest=_NEWEST, what=_FORMAT, where=path)
+    version = content.get("version")
+    if content.get("format") != _FORMAT or version not in (_VERSION, _NEWEST):
+        raise ValueError(f"{path}: damaged (no {_FORMAT} of version 1 or {_NEWEST}); {CURE}")
     try:
         parts, scaling = stored_parts(content[f"{prefix}parts"]), str(content["scaling"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -141,4 +148,11 @@ def _read(folder: Path, base_dim: int, prefix: str) -> Recipe | None:
                 f"{CURE}"
             )
         found[name] = torch.from_numpy(array.astype(np.float32))
-    return Recipe(parts, scaling, found["centres"], found["maps"])
+    own = Recipe(parts, scaling, found["centres"], found["maps"])
+    if all(part.layer != PRINCIPAL for part in parts):
+        return own
+    array, shape = arrays.get("directions"), (len(parts), n_genes, base_dim)
+    if array is None or array.shape != shape or not np.isfinite(array).all():
+        where = folder / STATISTICS
+        raise ValueError(f"{where}: damaged (directions must be finite and {shape}); {CURE}")
+    return replace(own, directions=torch.from_numpy(array.astype(np.float32)))

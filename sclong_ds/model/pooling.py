@@ -10,15 +10,18 @@ or, with `model.cell_vector`, the `cell_vector` itself, or `cell_values`: all va
 unexpressed and unmeasured genes as 0, summed with the cell vector's vectors of the genes. The
 cell's vector leaves out what is not expressed, since a hidden value must not be told from a zero;
 but which genes are not expressed tells tissues apart. The weights of both are their own (named
-`expressed`). Elsewhere the weight of a gene in the cell is
+`expressed`). `principal` needs no model: all values along C principal directions of training
+cells, the block of C that its weights name (`block_1`, `block_2` ...); the recipe carries them.
+Elsewhere the weight of a gene in the cell is
 
 - `expressed`: 1 if it has a count,
 - `value`, `value^3`: a power of its value: of high genes, each part is more of the mean,
 - `top_N`: 1 for the N expressed genes of highest value (ties: the lower gene index).
 
 A mean over all expressed genes is drowned by what all cells express; the highest genes tell cells
-apart. Parts are then centred and scaled to variance 1 in all (`scaled`), or along each of their
-principal directions (`whitened`), by statistics of training cells, or left as they are (`none`).
+apart. Parts are then centred and scaled to variance 1 in all (`scaled`), or all by one number
+(`scaled together`), or along each of their principal directions (`whitened`), by statistics of
+training cells, or left as they are (`none`).
 
 Shapes: B cells, G genes, C base width, W width of the embedding.
 """
@@ -32,11 +35,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Layer = Literal["decoder", "encoders", "gene_vectors", "cell_vector", "cell_values"]
-LAYERS: tuple[Layer, ...] = ("decoder", "encoders", "gene_vectors", "cell_vector", "cell_values")
+Layer = Literal["decoder", "encoders", "gene_vectors", "cell_vector", "cell_values", "principal"]
+LAYERS: tuple[Layer, ...] = (
+    "decoder", "encoders", "gene_vectors", "cell_vector", "cell_values", "principal",
+)  # fmt: skip
 OF_CELLS: tuple[Layer, ...] = ("cell_vector", "cell_values")
 """Those that are a vector of the cell already, of models with `model.cell_vector`."""
-_TOP = "top_"
+PRINCIPAL: Layer = "principal"
+TOGETHER = "scaled together"
+_ALONG_PRINCIPAL = "all values, zeros too, along principal directions of training cells"
+_TOP, _BLOCK = "top_", "block_"
 _POWERS = {"expressed": 0, "value": 1, "value^3": 3}
 
 
@@ -52,6 +60,8 @@ class Part(NamedTuple):
             return "the cell's vector"
         if self.layer == "cell_values":
             return "all values, zeros too, along the cell's vector"
+        if self.layer == PRINCIPAL:
+            return f"{_ALONG_PRINCIPAL}, block {self.weights.removeprefix(_BLOCK)}"
         what = {"decoder": "", "encoders": " behind the encoders", "gene_vectors": " (no context)"}
         genes = {"expressed": "the expressed genes", "value": "genes, weighted by value"}
         genes["value^3"] = "genes, weighted by the cube of the value"
@@ -70,10 +80,16 @@ class Recipe:
     """(parts, C) what is subtracted; None with `none`."""
     maps: Tensor | None = None
     """(parts, C, C) what a centred row is then multiplied with; None with `none`."""
+    directions: Tensor | None = None
+    """(blocks, G, C) principal directions of training cells; None where no part reads them."""
 
     def text(self) -> str:
         """Return the recipe in words."""
-        parts = "; ".join(part.text() for part in self.parts)
+        named = [part.text() for part in self.parts if part.layer != PRINCIPAL]
+        if blocks := len(self.parts) - len(named):
+            what = "block" if blocks == 1 else f"{blocks} blocks"
+            named.append(f"{_ALONG_PRINCIPAL}, the first {what}")
+        parts = "; ".join(named)
         return parts if self.scaling == "none" else f"{parts}; {self.scaling}"
 
     def width(self, base_dim: int) -> int:
@@ -114,34 +130,58 @@ def check_part(part: Part) -> None:
     Raises:
         ValueError: Unknown layer or weights.
     """
-    top = part.weights.removeprefix(_TOP)
-    known = part.weights in _POWERS or (top != part.weights and top.isdecimal() and int(top) > 0)
+    prefix = _BLOCK if part.layer == PRINCIPAL else _TOP
+    number = part.weights.removeprefix(prefix)
+    known = number != part.weights and number.isdecimal() and int(number) > 0
+    known |= part.layer != PRINCIPAL and part.weights in _POWERS
     if part.layer not in LAYERS or not known:
         raise ValueError(
             f"unknown part of an embedding: {part.weights} of {part.layer}; layers are "
-            f"{', '.join(LAYERS)}, weights {', '.join(_POWERS)} and top_N"
+            f"{', '.join(LAYERS)}, weights {', '.join(_POWERS)} and top_N, block_N of {PRINCIPAL}"
         )
+
+
+def principal_parts(n_blocks: int) -> tuple[Part, ...]:
+    """Return the parts that are the first blocks of principal directions."""
+    return tuple(Part(PRINCIPAL, f"{_BLOCK}{i + 1}") for i in range(n_blocks))
+
+
+def along_directions(x: Tensor, directions: Tensor | None) -> Tensor:
+    """Return all values x (B, G) along directions (blocks, G, C), (blocks, B, C) float32 at least.
+
+    Raises:
+        ValueError: No directions: the recipe that a part is of was not given with them.
+    """
+    if directions is None:
+        raise ValueError("the embedding's recipe reads principal directions, and has none")
+    kind = torch.promote_types(x.dtype, torch.float32)
+    return x.to(kind) @ directions.to(x.device, kind)
 
 
 def pool_parts(found: Mapping[Layer, Tensor], x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     """Return the weighted means of some parts.
 
     Args:
-        found: By layer (B, G, C), (G, C) for the gene vectors, (B, C) for those of `OF_CELLS`.
+        found: By layer (B, G, C), (G, C) for the gene vectors, (B, C) for those of `OF_CELLS`,
+            (blocks, B, C) for `principal`.
         x: (B, G) transformed expression; unmeasured genes are 0.
         parts: What to return.
 
     Returns:
         A tensor (B, C) for each part; 0 for a cell without expressed genes.
     """
-    weights = {name: gene_weights(x, name) for name in {part.weights for part in parts}}
-    # A matrix product: a weighted copy of the largest array here would double the memory.
-    return [
-        found[part.layer]
-        if part.layer in OF_CELLS
-        else _mean(weights[part.weights], found[part.layer])
-        for part in parts
-    ]
+    of_genes = {part.weights for part in parts if part.layer not in (*OF_CELLS, PRINCIPAL)}
+    weights = {name: gene_weights(x, name) for name in of_genes}
+
+    def one(part: Part) -> Tensor:
+        if part.layer in OF_CELLS:
+            return found[part.layer]
+        if part.layer == PRINCIPAL:
+            return found[PRINCIPAL][int(part.weights.removeprefix(_BLOCK)) - 1]
+        # A matrix product: a weighted copy of the largest array here would double the memory.
+        return _mean(weights[part.weights], found[part.layer])
+
+    return [one(part) for part in parts]
 
 
 def gene_weights(x: Tensor, name: str) -> Tensor:
@@ -194,3 +234,22 @@ def scaling_map(rows: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
     values, directions = torch.linalg.eigh(covariance)
     size = (values.clamp(min=0) + ridge * variance).sqrt() * width**0.5
     return centre.float(), (directions / size).float()
+
+
+def scaling_maps(parts: Sequence[Tensor], scaling: str) -> tuple[Tensor, Tensor]:
+    """Return centres (parts, C) and maps (parts, C, C) of pooled rows of training cells.
+
+    Args:
+        parts: (n, C) each.
+        scaling: As in `scaling_map`, or `scaled together`: all parts by one number, so that they
+            have variance 1 in all.
+    """
+    if scaling != TOGETHER:
+        found = [scaling_map(part, scaling) for part in parts]
+        return torch.stack([c for c, _ in found]), torch.stack([to for _, to in found])
+    rows = torch.stack([part.double() for part in parts])
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    variance = centred.square().sum() / max(rows.shape[1] - 1, 1)
+    size = 1 / variance.sqrt() if variance > 0 else torch.ones(())
+    maps = (torch.eye(rows.shape[2]) * size).expand(len(parts), -1, -1)
+    return rows.mean(dim=1).float(), maps.float().contiguous()

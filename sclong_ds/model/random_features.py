@@ -7,6 +7,7 @@ features in `random_features.safetensors`, since another processor may round a d
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -76,3 +77,28 @@ def drawn_features(model: ModelConfig, redraw_index: int) -> dict[str, Tensor]:
         for name in favor_stacks(model)
         for layer in range(getattr(model, name).depth)
     }
+
+
+def stack_features(
+    features: Mapping[str, Tensor], name: str, sizes: PerformerConfig
+) -> list[Tensor]:
+    """Return the given random features (M, K) of one stack, a tensor per layer.
+
+    Args:
+        features: (M, K) by `stack.layer`.
+        name: Name of the stack.
+        sizes: Its sizes.
+
+    Raises:
+        ValueError: A layer is missing or has another shape.
+    """
+    wanted = (sizes.features(), sizes.dim_head)
+    for layer in range(sizes.depth):
+        key = f"{name}.{layer}"
+        found = tuple(features[key].shape) if key in features else None
+        if found != wanted:
+            raise ValueError(
+                f"model.random_features_file: {key} has the shape {found}, must be {wanted}: "
+                f"(nb_features, dim_head); use the file that belongs to the model"
+            )
+    return [features[f"{name}.{layer}"] for layer in range(sizes.depth)]

@@ -31,8 +31,18 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import CellSpans, Performer, select_tokens
-from sclong_ds.model.pooling import MEAN, OF_CELLS, Layer, Part, Recipe, pool_parts
+from sclong_ds.model.pooling import (
+    MEAN,
+    OF_CELLS,
+    PRINCIPAL,
+    Layer,
+    Part,
+    Recipe,
+    along_directions,
+    pool_parts,
+)
 from sclong_ds.model.pretrained import Pretrained
+from sclong_ds.model.random_features import stack_features
 from sclong_ds.model.routing import (
     ReadGenes,
     expression_order,
@@ -260,6 +270,7 @@ class ScLong(Pretrained, nn.Module):
         *,
         unmeasured: Tensor | None = None,
         routes: Tensor | None = None,
+        directions: Tensor | None = None,
     ) -> list[Tensor]:
         """Return weighted means of the genes' vectors, (B, C) for each part.
 
@@ -268,9 +279,10 @@ class ScLong(Pretrained, nn.Module):
             parts: Which layers and weights.
             unmeasured: As in `forward`.
             routes: As in `encode`.
+            directions: Those that principal parts read; None: those of the model's recipe.
 
         Raises:
-            ValueError: A part is the cell's vector, which the model has not.
+            ValueError: A part reads a cell vector, or directions, that the model has not.
         """
         layers = {part.layer for part in parts}
         if unmeasured is not None:
@@ -283,7 +295,10 @@ class ScLong(Pretrained, nn.Module):
                 found["cell_vector"] = self.cell_vector(x, x > 0)
             if "cell_values" in layers:
                 found["cell_values"] = self.cell_vector.of_all_values(x)
-        if rest := tuple(layers - set(OF_CELLS)):
+        if PRINCIPAL in layers:
+            own = self.recipe.directions if directions is None else directions
+            found[PRINCIPAL] = along_directions(x, own)
+        if rest := tuple(layers - {*OF_CELLS, PRINCIPAL}):
             found |= self._represent(x, None, None, None, unmeasured, rest, routes=routes)
         return pool_parts(found, x, parts)
 
@@ -442,31 +457,6 @@ class ScLong(Pretrained, nn.Module):
         """Make every stack use the random features of this redraw index."""
         for performer in self.performers().values():
             performer.redraw_index = redraw_index
-
-
-def stack_features(
-    features: Mapping[str, Tensor], name: str, sizes: PerformerConfig
-) -> list[Tensor]:
-    """Return the given random features (M, K) of one stack, a tensor per layer.
-
-    Args:
-        features: (M, K) by `stack.layer`.
-        name: Name of the stack.
-        sizes: Its sizes.
-
-    Raises:
-        ValueError: A layer is missing or has another shape.
-    """
-    wanted = (sizes.features(), sizes.dim_head)
-    for layer in range(sizes.depth):
-        key = f"{name}.{layer}"
-        found = tuple(features[key].shape) if key in features else None
-        if found != wanted:
-            raise ValueError(
-                f"model.random_features_file: {key} has the shape {found}, must be {wanted}: "
-                f"(nb_features, dim_head); use the file that belongs to the model"
-            )
-    return [features[f"{name}.{layer}"] for layer in range(sizes.depth)]
 
 
 def check_sizes(

@@ -32,7 +32,7 @@ from sclong_ds.finetune.scored.calibration import fit_reference
 from sclong_ds.finetune.scored.compare import Outcome
 from sclong_ds.finetune.setting import Setting
 from sclong_ds.finetune.trainee import Trainee, merged_weights
-from sclong_ds.model.pooling import Recipe, scaling_map
+from sclong_ds.model.pooling import Recipe, scaling_maps
 from sclong_ds.model.sclong import ScLong
 
 MODEL = "model"
@@ -152,12 +152,8 @@ def _fitted(setting: Setting, model: ScLong, recipe: Recipe) -> Recipe:
     measured = setting.examples.measured
     pooled = pooled_counts(
         model, setting.examples.counts[rows], recipe.parts, batch_size=setting.batch,
-        measured=None if measured is None else measured.of(rows),
+        measured=None if measured is None else measured.of(rows), directions=recipe.directions,
     )  # fmt: skip
     parts = torch.from_numpy(pooled).chunk(len(recipe.parts), dim=1)
-    maps = [scaling_map(part, recipe.scaling) for part in parts]
-    return replace(
-        recipe,
-        centres=torch.stack([centre for centre, _ in maps]),
-        maps=torch.stack([to for _, to in maps]),
-    )
+    centres, maps = scaling_maps(parts, recipe.scaling)
+    return replace(recipe, centres=centres, maps=maps)

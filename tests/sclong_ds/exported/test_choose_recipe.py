@@ -16,6 +16,7 @@ from scipy.sparse import csr_matrix
 
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.embed import embed_counts
 from sclong_ds.exported import choose_recipe as chooser
 from sclong_ds.exported.choose_recipe import COUNTS, LABELS, Judge
@@ -30,7 +31,7 @@ from sclong_ds.exported.recipe_file import (
     write_recipe,
 )
 from sclong_ds.exported.training_cells import are_among
-from sclong_ds.model.pooling import MEAN
+from sclong_ds.model.pooling import MEAN, TOGETHER, Recipe, principal_parts
 from sclong_ds.model.sclong import ScLong
 
 N_GENES, N_CELLS = 60, 80
@@ -84,12 +85,26 @@ def test_the_best_candidate_is_taken_by_labels_or_held_out_counts(
     chosen = choose(load_model(model_dir), labels=labels)
     scores = {text: found[criterion] for text, found in chosen.facts["candidates"].items()}
     assert chosen.facts["criterion"] == criterion
-    assert len(scores) == len(chooser.candidates(cell_vector=True))
+    assert len(scores) == len(chooser.candidates(cell_vector=True, blocks=[4]))
     assert scores[chosen.recipe.text()] == max(scores.values()) > scores[MEAN.text()]
     assert max(scores.values()) > (0.9 if labels else 0.1)
     assert {part.layer for part in chosen.control.parts} == {"gene_vectors"}
     if not labels:
         assert choose(load_model(model_dir), labels=labels).facts == chosen.facts
+
+
+def test_so_many_principal_directions_are_taken_where_they_are_asked_for(model_dir: Path) -> None:
+    corpus: Any = MadeCorpus(labels=False)
+    rows = {"train": np.arange(40), "validation": np.arange(40, N_CELLS), "n_directions": 20}
+    chosen = chooser.choose_recipe(load_model(model_dir), corpus, **rows)
+    assert chosen.recipe.parts == principal_parts(3)
+    scores = {text: found[COUNTS] for text, found in chosen.facts["candidates"].items()}
+    assert len(scores) > 50, "the others are scored too"
+    assert scores[chosen.recipe.text()] == max(s for t, s in scores.items() if "principal" in t)
+    with pytest.raises(ValueError, match="20 principal directions in blocks of 8: 17 training"):
+        chooser.choose_recipe(
+            load_model(model_dir), corpus, **rows | {"directions_of": np.arange(17)}
+        )
 
 
 def test_halves_of_counts_add_up_and_hold_no_zeros() -> None:
@@ -172,13 +187,54 @@ def test_a_folder_keeps_its_recipe_and_embeds_by_it(
     assert "on 40 validation cells by held-out counts" in card
 
 
+def test_principal_directions_travel_with_the_recipe(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = [MEAN, Recipe(principal_parts(4), TOGETHER)]
+    monkeypatch.setattr(chooser, "candidates", lambda **_: offered)
+    model = load_model(model_dir)
+    chosen = choose(model, labels=True)
+    assert chosen.recipe.parts == principal_parts(4)
+    assert chosen.recipe.directions is not None
+    assert chosen.recipe.directions.shape == (4, N_GENES, 8)
+    assert {part.layer for part in chosen.control.parts} == {"gene_vectors"}
+    folder = write_model(tmp_path, named_genes(N_GENES), seed=0)
+    (folder / "manifest.json").unlink()
+    write_recipe(folder, chosen)
+    write_manifest(folder)
+    again = load_model(folder)
+    counts = MadeCorpus(labels=False).counts[:5]
+    model.recipe = chosen.recipe
+    found = embed_counts(again, counts)
+    assert found.shape == (5, 32)
+    np.testing.assert_array_equal(found, embed_counts(model, counts))
+    # By hand: values along the directions less a centre, by one number.
+    x = log1p_normalise(counts, target_sum=model.transform.target_sum)
+    along = np.concatenate([x @ block for block in chosen.recipe.directions.numpy()], axis=1)
+    assert chosen.recipe.centres is not None
+    along -= chosen.recipe.centres.numpy().ravel()
+    scale = found.std() / along.std()
+    np.testing.assert_allclose(found, along * scale, rtol=1e-3, atol=1e-4)
+    content = json.loads((folder / RECIPE).read_text())
+    assert content["version"] == 2, "earlier programs must not take it for damage"
+    for damaged in (None, np.zeros((4, N_GENES + 1, 8)), np.full((4, N_GENES, 8), np.inf)):
+        arrays = {n: a for n, a in np.load(folder / STATISTICS).items() if n != "directions"}
+        np.savez(
+            folder / STATISTICS, **arrays | ({} if damaged is None else {"directions": damaged})
+        )
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)
+        with pytest.raises(ValueError, match=r"directions must be finite and .4, 60, 8."):
+            load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         (RECIPE, {"parts": [["decoder", "all"]]}, "damaged .unknown part of an embedding: all"),
         (RECIPE, {"parts": []}, "no parts"),
         (RECIPE, {"parts": 3}, "damaged"),
-        (RECIPE, {"version": 2}, "later version"),
+        (RECIPE, {"version": 3}, "later version"),
         (RECIPE, {"format": "other"}, "damaged"),
         (STATISTICS, {"maps": np.full((3, 8, 8), np.nan)}, "maps must be finite"),
         (STATISTICS, {"judged": np.zeros((2, 2), np.uint64)}, "no digests of judged cells"),

@@ -9,13 +9,16 @@ from exported import named_genes, write_model
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.model.pooling import (
     MEAN,
+    TOGETHER,
     Layer,
     Part,
     Recipe,
     check_part,
     gene_weights,
     pool_parts,
+    principal_parts,
     scaling_map,
+    scaling_maps,
 )
 
 X = torch.tensor([[0.0, 2.0, 1.0, 2.0, 0.0], [0.0, 0.0, 0.5, 0.0, 0.0], [0.0] * 5])
@@ -56,9 +59,44 @@ def test_whitened_rows_have_the_same_variance_in_every_direction() -> None:
     assert torch.isfinite(scaling_map(torch.ones(4, 3), "whitened 0.1")[1]).all()
 
 
+def test_parts_scaled_together_keep_the_variance_that_each_has() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(50, 3, generator=generator) * size + 4 for size in (2.0, 1.0)]
+    centres, maps = scaling_maps(parts, TOGETHER)
+    done = [(p - c) @ m for p, c, m in zip(parts, centres, maps, strict=True)]
+    torch.testing.assert_close(torch.cat(done, 1).var(dim=0).sum(), torch.tensor(1.0))
+    ratio = done[0].var(dim=0).sum() / done[1].var(dim=0).sum()
+    torch.testing.assert_close(ratio, parts[0].var(dim=0).sum() / parts[1].var(dim=0).sum())
+    centres, maps = scaling_maps(parts, "whitened 0.1")
+    torch.testing.assert_close((centres[1], maps[1]), scaling_map(parts[1], "whitened 0.1"))
+    assert torch.isfinite(scaling_maps([torch.ones(4, 3)], TOGETHER)[1]).all()
+
+
+def test_principal_parts_read_all_values_along_the_recipes_directions(tmp_path: Path) -> None:
+    model = load_model(write_model(tmp_path, named_genes(60), seed=0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.poisson(torch.full((3, 60), 0.7), generator=generator)
+    directions = torch.randn(2, 60, 8, generator=generator)
+    model.recipe = Recipe(principal_parts(2), directions=directions)
+    torch.testing.assert_close(model.embed(x), torch.cat([x @ directions[0], x @ directions[1]], 1))
+    unmeasured = torch.zeros(3, 60, dtype=torch.bool)
+    unmeasured[:, 7:] = True
+    found = model.embed(x, unmeasured=unmeasured)
+    torch.testing.assert_close(found[:, :8], x[:, :7] @ directions[0, :7])
+    others = model.pooled(x, principal_parts(1), directions=2 * directions)
+    torch.testing.assert_close(others[0], 2 * x @ directions[0])
+    assert model.recipe.text().endswith(
+        "principal directions of training cells, the first 2 blocks"
+    )
+    model.recipe = Recipe(principal_parts(2))
+    with pytest.raises(ValueError, match="reads principal directions, and has none"):
+        model.embed(x)
+
+
 @pytest.mark.parametrize(
     "part",
-    [Part("decoder", "top_0"), Part("decoder", "top_x"), Part("decoder", "values"),
+    [Part("decoder", "block_1"), Part("principal", "value"), Part("principal", "block_0"),
+     Part("decoder", "top_0"), Part("decoder", "top_x"), Part("decoder", "values"),
      Part("head", "value")],  # type: ignore[arg-type]
 )  # fmt: skip
 def test_unknown_parts_are_refused(part: Part) -> None:
