@@ -91,9 +91,12 @@ def test_array_tasks_share_a_manifest(data: Path, tmp_path: Path) -> None:
     corpus, ledger = str(tmp_path / "corpus"), tmp_path / "corpus" / "ledger"
     command = ["convert", str(data / "good.tsv"), "--out", corpus, "--tasks", "2", "--task"]
     assert main([*command, "1"]) == 0
-    assert sorted(os.listdir(ledger)) == ["good2.json"]
+    # By size; how large each file is, is the writer's matter.
+    of_one = set(os.listdir(ledger))
     assert main([*command, "0"]) == 0
-    assert sorted(os.listdir(ledger)) == ["good1.json", "good2.json", "scaled.json"]
+    everything = {"good1.json", "good2.json", "scaled.json"}
+    assert set(os.listdir(ledger)) == everything
+    assert set() < of_one < everything
 
 
 def test_a_folder_goes_on_with_the_genes_it_was_begun_with(data: Path, tmp_path: Path) -> None:
