@@ -6,6 +6,7 @@
     status CORPUS                   list every dataset: ok, excluded, failed or pending, and why
     forget CORPUS DATASET_ID ...    take datasets out of a corpus folder
     finalize CORPUS                 drop duplicates, split, shuffle, write the corpus
+    compact CORPUS                  make one corpus of the parts of a corpus that has grown
     verify CORPUS                   read the corpus again and check everything
     report CORPUS --out FILE        quality report of a corpus: one HTML page
     gene-graph --out FILE           make a gene graph from the Gene Ontology
@@ -52,6 +53,7 @@ COMMANDS = {
     "status": "list every dataset: ok, excluded, failed or pending, and why",
     "forget": "take datasets out of a corpus folder",
     "finalize": "drop duplicates, split, shuffle, write the corpus",
+    "compact": "make one corpus of the parts of a corpus that has grown",
     "verify": "read the corpus again and check everything",
     "report": "write the quality report of a corpus as one HTML page",
     "gene-graph": "make a gene graph from the Gene Ontology",
@@ -64,6 +66,7 @@ EXAMPLES = {
     "status": "corpus",
     "forget": "corpus blood_2021",
     "finalize": "corpus --validation-fraction 0.05",
+    "compact": "corpus --jobs 8",
     "verify": "corpus --sources 1000",
     "report": "corpus --out qc.html",
     "gene-graph": "--out graph.npz",
@@ -146,6 +149,7 @@ def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "status": _add_status,
         "forget": _add_forget,
         "finalize": _add_finalize,
+        "compact": _add_compact,
         "verify": _add_verify,
         "report": _delegate("data_prep.report.qc_report", "data_prep.report.arguments"),
         "gene-graph": _delegate(
@@ -274,15 +278,15 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Of a corpus that was finalized before the split stays, whatever was added: what is not\n"
         "given is as then (CORPUS/split.json). Another seed or --split-by draws it again.\n"
+        "New datasets become a part of their own (CORPUS/parts); no file that is there changes.\n"
+        "Where other options are given, or a dataset of before is converted again or forgotten,\n"
+        "all of it is made again.\n"
         "The work is cut into units. The processes of --jobs share them, and so do the tasks of a\n"
         "job array: started with the same options, any number of them in any order, they give the\n"
         "same bytes, and what one that is killed has not done is done by the others."
     )
     _add_corpus(parser)
-    add_tasks(parser, "begin with the units of this one of --tasks, from 0")
-    parser.add_argument(
-        "--jobs", type=whole(1), default=1, metavar="N", help="processes here (default: 1)"
-    )
+    _add_processes(parser)
     parser.add_argument(
         "--seed",
         metavar="N",
@@ -330,9 +334,6 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
 
 def _run_finalize(args: argparse.Namespace) -> int:
     from data_prep.corpus.finalize import finalize
-    from data_prep.ledger.cell_counts import cell_counts
-    from data_prep.ledger.ledger import read_ledger
-    from sclong_ds.datasheet.health import health_of
     from sclong_ds.progress import stage_progress
 
     check_tasks(args)
@@ -353,25 +354,35 @@ def _run_finalize(args: argparse.Namespace) -> int:
             tasks=args.tasks,
             progress=progress,
         )
+    _tell_finished(args, catalogue)
+    return 0
+
+
+def _tell_finished(args: argparse.Namespace, catalogue: dict[str, Any]) -> None:
+    from data_prep.ledger.cell_counts import cell_counts
+    from data_prep.ledger.ledger import read_ledger
+    from sclong_ds.datasheet.health import health_of
+
     counts = cell_counts(read_ledger(args.corpus), catalogue)
     if args.json:
         more = {"health": health_of(catalogue).as_json(), "cells": counts.as_json()}
         print(json.dumps(catalogue | more, indent=1))
-        return 0
+        return
     left_out = sum(d["status"] in ("failed", "excluded") for d in catalogue["unused"])
     splits = ", ".join(
         f"{name} {stop - start}{_share_text(catalogue, name)}"
         for name, (start, stop) in catalogue["splits"].items()
     )
+    parts = len(catalogue.get("parts", ()))
     print(
         f"{args.corpus}: {catalogue['n_cells']} cells x {catalogue['n_genes']} genes of "
         f"{len(catalogue['datasets'])} datasets; {splits} (split by {catalogue['split_unit']}); "
         f"{catalogue['duplicates_dropped']} duplicates dropped; "
-        f"{left_out} datasets left out (failed or excluded); hash {catalogue['hash'][:12]}"
+        f"{left_out} datasets left out (failed or excluded); "
+        f"{f'{parts} parts; ' if parts else ''}hash {catalogue['hash'][:12]}"
     )
     print(counts.text())
     print(health_of(catalogue).text())
-    return 0
 
 
 def _share_text(catalogue: Mapping[str, Any], name: str) -> str:
@@ -383,6 +394,44 @@ def _share_text(catalogue: Mapping[str, Any], name: str) -> str:
         f" ({share['cells']:.1%} of the cells, {share['groups']:.1%} of the "
         f"{catalogue['split_unit']}s; {share['wanted']:.1%} asked for)"
     )
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    add_tasks(parser, "begin with the units of this one of --tasks, from 0")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=1, metavar="N", help="processes here (default: 1)"
+    )
+
+
+def _add_compact(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Makes what finalize makes of all datasets at once, with the split and the options of\n"
+        "before, from their staging; the parts are removed when it is there. A run that began on\n"
+        "the parts does not continue on the new corpus."
+    )
+    _add_corpus(parser)
+    _add_processes(parser)
+    add_codec(parser)
+    add_json(parser)
+    parser.set_defaults(run=_run_compact)
+
+
+def _run_compact(args: argparse.Namespace) -> int:
+    from data_prep.corpus.growth.compact import compact
+    from sclong_ds.progress import stage_progress
+
+    check_tasks(args)
+    with stage_progress("cells") as progress:
+        catalogue = compact(
+            args.corpus,
+            codec=args.codec,
+            jobs=args.jobs,
+            task=args.task or 0,
+            tasks=args.tasks,
+            progress=progress,
+        )
+    _tell_finished(args, catalogue)
+    return 0
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

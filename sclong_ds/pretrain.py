@@ -200,7 +200,7 @@ def train_as_rank(
     run = begin(given, starting)
     opened, counted = run.opened, run.counted
     if dry_run:
-        on_first_rank(lambda: check_run_folder(run_dir, config, counted.state))
+        on_first_rank(lambda: check_run_folder(run_dir, config, counted.state, opened.cells.corpus))
         log.info("dry run: everything fits together, nothing was trained")
         return 0
     open_run_folder(run, starting)

@@ -6,7 +6,7 @@
 #SBATCH --ntasks=1
 #SBATCH --requeue
 #
-# Runs one `python -m data_prep` command; `convert` and `finalize` are shared out over the tasks of a
+# Runs one `python -m data_prep` command; `convert`, `finalize` and `compact` are shared out over the tasks of a
 # job array.
 #
 #   sbatch --array=0-63 [sbatch options] slurm/data_prep.sh convert MANIFEST --out CORPUS [options]
@@ -47,8 +47,8 @@ main() {
 set_share() {
   # shellcheck disable=SC2153 # Slurm sets all of them
   local span=$((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN))
-  if [[ $1 != convert && $1 != finalize ]]; then
-    echo "error: --array is for 'convert' and 'finalize'; '$1' runs as one job" >&2
+  if [[ $1 != convert && $1 != finalize && $1 != compact ]]; then
+    echo "error: --array is for 'convert', 'finalize' and 'compact'; '$1' runs as one job" >&2
     exit 2
   fi
   if ((span + 1 != SLURM_ARRAY_TASK_COUNT)); then

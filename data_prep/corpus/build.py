@@ -31,24 +31,33 @@ from numpy.typing import NDArray
 
 from data_prep.annotations.columns import Annotations, ColumnPlan, column_of, plan_columns
 from data_prep.corpus.gene_statistics import GeneSums, write_sums
+from data_prep.corpus.growth.digests import DigestUnit, keep_piece, plan_units, read_kept
+from data_prep.corpus.growth.earlier import EarlierParts
 from data_prep.corpus.inputs import Inputs
 from data_prep.corpus.near.kept_cells import NearCounts, read_near, write_near
 from data_prep.corpus.near.near_duplicates import NearRule
-from data_prep.corpus.split_rule import SplitRule, rule_of
-from data_prep.corpus.splits import SplitCells, SplitPlan, SplitShare, plan_split, read_donors
-from data_prep.corpus.staged import Staged
+from data_prep.corpus.split_rule import SplitRule
+from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split, planned_by, read_donors
+from data_prep.corpus.staged import Staged, file_states
 from data_prep.ledger.ledger import LedgerEntry, check_staged
 from data_prep.passes.buckets import BucketRuns, bounds_path, plan_runs, write_run
 from data_prep.passes.crew import Crew, Made
 from data_prep.passes.dedup import CELLS_PER_BUCKET, digest_run, repeated_in
-from data_prep.passes.permute import Layout, StagedCells, plan_layout, scatter_run, write_unit
+from data_prep.passes.permute import (
+    Layout,
+    StagedCells,
+    append_no_cells,
+    plan_layout,
+    scatter_run,
+    write_unit,
+)
 from data_prep.source.measured import read_measured
 from sclong_ds.annotations.columns import column_name, write_column
 from sclong_ds.corpus.byte_code import PackedCells, decode, digest_cells
 from sclong_ds.corpus.catalogue import SPLITS
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CHUNK_ENTRIES, CHUNKS_PER_SHARD, CellWriter
-from sclong_ds.files.atomic import file_sha256, files_below, remove_partials_of, write_atomic
+from sclong_ds.files.atomic import file_sha256, remove_partials_of, write_atomic
 from sclong_ds.files.npz import npz_bytes, read_npz
 from sclong_ds.files.obs_table import write_coded
 
@@ -56,6 +65,8 @@ MOST_BYTES, LEAST_BYTES, USUAL_UNITS = 2**28, 2**25, 64
 """Encoded cells of a run: a share of all, within limits."""
 CELLS_OF_TABLES = 2**20
 """Cells whose annotations are one unit."""
+KEPT_DIGESTS = "digests-kept"
+"""Folder inside the work folder with the digests that were taken, where a part is added."""
 LEFT_OUT = 255
 """In place of a split: the cell repeats another."""
 STAGES = (
@@ -78,6 +89,7 @@ class Build:
         rule: SplitRule,
         codec: Codec,
         near: NearRule,
+        earlier: EarlierParts | None = None,
     ) -> None:
         """Describe the work.
 
@@ -88,29 +100,47 @@ class Build:
             rule: How to split.
             codec: Of the cells.
             near: Which near duplicates to leave out.
+            earlier: Parts that are there; the first datasets are theirs, and only the cells of the
+                others are written.
         """
         self.crew, self.work, self.inputs, self.staged = crew, crew.work, inputs, staged
-        self.rule, self.codec, self.near = rule, codec, near
+        self.rule, self.codec, self.near, self.earlier = rule, codec, near, earlier
+        self.n_earlier = 0 if earlier is None else earlier.n_datasets
+        """Datasets of earlier parts."""
+        self.new = staged[self.n_earlier :]
+        """The datasets whose cells are written."""
         self.sizes = [len(s.cells) for s in staged]
         self.firsts = np.cumsum([0, *self.sizes])
-        total = 2 * sum(int(s.cells.row_entries.sum(dtype=np.int64)) for s in staged)
+        total = 2 * sum(int(s.cells.row_entries.sum(dtype=np.int64)) for s in self.new)
         self.unit_bytes = min(max(total // USUAL_UNITS, LEAST_BYTES), MOST_BYTES)
 
     def make_products(self) -> None:
         """Run the stages up to `recheck`."""
-        for name in ("coded", "obs", "digests", "repeated", "scattered", "units", "columns-made"):
+        for name in (
+            "coded",
+            "obs",
+            "obs-earlier",
+            "digests",
+            KEPT_DIGESTS,
+            "repeated",
+            "scattered",
+            "units",
+            "columns-made",
+        ):
             (self.work / name).mkdir(exist_ok=True)
-        checked = self._in_groups([_staged_bytes(s.ledger) for s in self.staged], self.unit_bytes)
+        checked = self._in_groups([_staged_bytes(s.ledger) for s in self.new], self.unit_bytes)
         tables = self._in_groups(self.sizes, CELLS_OF_TABLES)
         sizes = [
-            [sum(self.sizes[i] for i in unit) for unit in units] for units in (checked, tables)
+            [sum(cells[i] for i in unit) for unit in units]
+            for cells, units in ((self.sizes[self.n_earlier :], checked), (self.sizes, tables))
         ]
         runs = [sum(self._n_cells(chunk) for chunk in run) for run in self._runs]
+        digests = [unit.n_cells for unit in self._digest_units]
         buckets = [0] * self._n_buckets
         run = self.crew.run
         run("check", sizes[0], lambda unit: [self._check(i) for i in checked[unit]])
         run("annotations", sizes[1], lambda unit: self._code_all(tables[unit]))
-        run("duplicates", runs, self._digest)
+        run("duplicates", digests, self._digest)
         run("repeated", buckets, self._repeated)
         run("near", [sum(self.sizes)], self._find_near)
         run("plan", [0], self._plan)
@@ -139,27 +169,36 @@ class Build:
 
     @cached_property
     def _runs(self) -> list[list[tuple[int, int]]]:
-        return plan_runs([s.cells for s in self.staged], run_bytes=self.unit_bytes)
+        """Chunks of the cells that are written, by place among the new datasets."""
+        return plan_runs([s.cells for s in self.new], run_bytes=self.unit_bytes)
+
+    @cached_property
+    def _digest_units(self) -> list[DigestUnit]:
+        before = () if self.earlier is None else self.earlier.parts
+        parts = [(part.first, part.stop, part.digests) for part in before]
+        parts.append((self.n_earlier, len(self.staged), None))
+        stores = [s.cells for s in self.staged]
+        return plan_units(parts, stores, self.firsts, run_bytes=self.unit_bytes)
 
     @property
     def _n_buckets(self) -> int:
         return max(1, -(-sum(self.sizes) // CELLS_PER_BUCKET))
 
     def _n_cells(self, chunk: tuple[int, int]) -> int:
-        rows = self.staged[chunk[0]].cells.chunk_rows
+        rows = self.new[chunk[0]].cells.chunk_rows
         return int(rows[chunk[1] + 1] - rows[chunk[1]])
 
     def _check(self, place: int) -> dict[str, list[int]]:
         """Compare the staged files of a dataset; return what tells whether they change."""
-        s = self.staged[place]
-        state = _state(s)
+        s = self.new[place]
+        state = file_states(s)
         check_staged(self.inputs.corpus, s.ledger)
         return state
 
     def _recheck(self, place: int, state: dict[str, list[int]]) -> None:
         """Refuse staged files that are no longer those that were used."""
-        if _state(self.staged[place]) != state:
-            check_staged(self.inputs.corpus, self.staged[place].ledger)
+        if file_states(self.new[place]) != state:
+            check_staged(self.inputs.corpus, self.new[place].ledger)
 
     def _made(self, *paths: Path, result: Any = None) -> Made:
         """Return what a unit has made, with the SHA-256 of its files."""
@@ -172,7 +211,9 @@ class Build:
     def _code(self, place: int) -> tuple[Path, Path]:
         """Copy the annotations of a dataset, and keep them by the codes of their values."""
         s = self.staged[place]
-        copy = self.work / "obs" / f"{s.dataset_id}.parquet"
+        # Those of earlier parts are in them.
+        folder = self.work / ("obs" if place >= self.n_earlier else "obs-earlier")
+        copy = folder / f"{s.dataset_id}.parquet"
         shutil.copyfile(s.folder / "obs.parquet", copy)
         if file_sha256(copy) != s.ledger["files"]["obs.parquet"][1]:
             raise ValueError(f"{s.folder / 'obs.parquet'}: changed while finalize was at work")
@@ -187,15 +228,20 @@ class Build:
 
     def _digest(self, number: int) -> Made:
         """Write the digests of a run of cells, by bucket."""
-        run = self._runs[number]
-        digests = [digest_cells(self.staged[i].cells.read_packed(chunk)) for i, chunk in run]
-        place, chunk = run[0]
-        first = int(self.firsts[place] + self.staged[place].cells.chunk_rows[chunk])
-        joined = np.concatenate(digests)
-        bounds, records = digest_run(joined, first, n_buckets=self._n_buckets)
+        unit = self._digest_units[number]
+        kept = []
+        if unit.kept is not None:
+            digests = read_kept(unit)
+        else:
+            digests = np.concatenate(
+                [digest_cells(self.staged[i].cells.read_packed(chunk)) for i, chunk in unit.chunks]
+            )
+            if self.earlier is not None:
+                kept.append(keep_piece(self.work / KEPT_DIGESTS, unit, digests))
+        bounds, records = digest_run(digests, unit.first, n_buckets=self._n_buckets)
         folder = self.work / "digests"
         write_run(folder, number, bounds, [records])
-        return self._made(bounds_path(folder, number))
+        return self._made(bounds_path(folder, number), *kept)
 
     def _repeated(self, bucket: int) -> Made:
         found, path = repeated_in(self._digests, bucket), self._repeated_path(bucket)
@@ -204,9 +250,9 @@ class Build:
 
     @cached_property
     def _digests(self) -> BucketRuns:
-        return self._complete("digests", self._n_buckets)
+        return self._complete("digests", self._n_buckets, n_runs=len(self._digest_units))
 
-    def _complete(self, name: str, n_buckets: int) -> BucketRuns:
+    def _complete(self, name: str, n_buckets: int, *, n_runs: int) -> BucketRuns:
         """Return what a stage has written of all runs.
 
         Raises:
@@ -215,9 +261,9 @@ class Build:
         # Listed first, a folder on a network file system is seen as it is now.
         os.listdir(self.work / name)
         found = BucketRuns(self.work / name, n_buckets=n_buckets)
-        if len(found) != len(self._runs):
+        if len(found) != n_runs:
             raise ValueError(
-                f"{found.folder}: {len(found)} whole runs of {len(self._runs)}; run finalize again"
+                f"{found.folder}: {len(found)} whole runs of {n_runs}; run finalize again"
             )
         return found
 
@@ -259,6 +305,13 @@ class Build:
     def _plan(self, unit: int) -> Made:
         """Write the split of each cell and the layout; return the rest of the split's plan."""
         repeated = self._all_repeated() | read_near(self.work / "near.npz")
+        overdue = 0
+        if self.earlier is not None:
+            # Earlier parts hold what they hold.
+            before = int(self.firsts[self.n_earlier])
+            gone = ~np.concatenate(self.earlier.kept())
+            overdue = int((repeated[:before] & ~gone).sum())
+            repeated[:before] = gone
         groups, n_donors = [], []
         for s, here in zip(self.staged, self._by_dataset(~repeated), strict=True):
             donors, donor = read_donors(self._coded(s), len(s.cells))
@@ -272,17 +325,17 @@ class Build:
         plan = plan_split(groups, self.rule)
         codes = np.where(repeated, np.uint8(LEFT_OUT), np.concatenate(plan.codes))
         layout = plan_layout(
-            self._cells_of(codes),
+            self._cells_of(codes)[self.n_earlier :],
             seed=self.rule.options.seed,
             chunk_entries=CHUNK_ENTRIES,
             unit_chunks=self._unit_shards * CHUNKS_PER_SHARD,
         )
         path = self.work / "plan.npz"
         write_atomic(path, npz_bytes(codes=codes, **asdict(layout)))
-        shares = {name: asdict(share) for name, share in plan.shares.items()}
+        new = plan if self.earlier is None else planned_by(groups[self.n_earlier :], plan.rule)
         result = {
-            "unit": plan.unit, "held_out": plan.held_out, "shares": shares,
-            "warnings": list(plan.warnings), "rule": plan.rule.as_json(), "n_donors": n_donors,
+            "all": plan.as_json(), "new": new.as_json(), "n_donors": n_donors,
+            "overdue": overdue,
         }  # fmt: skip
         return self._made(path, result=result)
 
@@ -314,22 +367,24 @@ class Build:
         """Per dataset (cells,) place in SPLITS, or LEFT_OUT; after the stage `plan`."""
         return self._by_dataset(self._planned["codes"])
 
-    def plan(self) -> tuple[SplitPlan, list[int]]:
-        """Return the plan of the split, and the number of donors of each dataset."""
+    def plan(self, of: Literal["all", "new"] = "all") -> SplitPlan:
+        """Return the plan of the split, of all datasets or of those whose cells are written."""
         (found,) = self.crew.results("plan")
-        plan = SplitPlan(
-            unit=found["unit"],
-            codes=tuple(self.codes),
-            held_out=found["held_out"],
-            shares={name: SplitShare(**share) for name, share in found["shares"].items()},
-            warnings=tuple(found["warnings"]),
-            rule=rule_of(found["rule"]),
-        )
-        return plan, found["n_donors"]
+        return SplitPlan.of(found[of], self.codes[0 if of == "all" else self.n_earlier :])
+
+    def planned(self, name: Literal["n_donors", "overdue"]) -> Any:
+        """Return what else the stage `plan` has found.
+
+        Args:
+            name: `n_donors`, the donors of each dataset; or `overdue`, cells of earlier parts that
+                would be left out as near duplicates now.
+        """
+        (found,) = self.crew.results("plan")
+        return found[name]
 
     @cached_property
     def _to_scatter(self) -> list[StagedCells]:
-        return self._cells_of(self._planned["codes"])
+        return self._cells_of(self._planned["codes"])[self.n_earlier :]
 
     def _scatter(self, number: int) -> Made:
         folder = self.work / "scattered"
@@ -345,7 +400,7 @@ class Build:
 
     @cached_property
     def _scattered(self) -> BucketRuns:
-        return self._complete("scattered", len(self.layout))
+        return self._complete("scattered", len(self.layout), n_runs=len(self._runs))
 
     def _writer(self, path: Path) -> CellWriter:
         """Return a new writer; what a killed one has left is removed."""
@@ -385,6 +440,7 @@ class Build:
         shards: dict[str, str] = {}
         joined = self.work / "cells.zarr"
         with self._writer(joined) as writer:
+            append_no_cells(writer)  # those of no unit have tables, too
             for number, made in enumerate(self.crew.made("write")):
                 path, first = self.unit_path(number, ".zarr"), number * self._unit_shards
                 for name in made.result:
@@ -410,7 +466,7 @@ class Build:
     def _annotations(self) -> list[Annotations]:
         return [
             Annotations(obs=self._coded(s), n_cells=len(s.cells), tissue=s.ledger["tissue"])
-            for s in self.staged
+            for s in self.new
         ]
 
     @cached_property
@@ -435,17 +491,3 @@ def _each(do: Callable[[int], None], places: Sequence[int]) -> None:
 
 def _staged_bytes(entry: LedgerEntry) -> int:
     return sum(int(size) for size, _ in entry["files"].values())
-
-
-def _state(s: Staged) -> dict[str, list[int]]:
-    """Return what tells staged files that were written to from those that were not."""
-    state = {}
-    for path in files_below(s.folder):
-        if path.is_file():
-            # Opening asks a network file system for the state of now.
-            with path.open("rb") as file:
-                about = os.fstat(file.fileno())
-            times = about.st_mtime_ns, about.st_ctime_ns
-            name = path.relative_to(s.folder).as_posix()
-            state[name] = [about.st_ino, about.st_size, *times]
-    return state

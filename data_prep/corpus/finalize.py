@@ -33,6 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus.build import STAGES, Build, Codec
+from data_prep.corpus.growth.earlier import (
+    EARLIER,
+    EarlierParts,
+    earlier_parts,
+    find_earlier,
+    finished_inputs,
+)
+from data_prep.corpus.growth.part_list import remove_unlisted
 from data_prep.corpus.inputs import Inputs, read_inputs
 from data_prep.corpus.near.near_duplicates import NearRule
 from data_prep.corpus.publish import is_sealed, publish
@@ -45,10 +53,10 @@ from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
 from data_prep.passes.crew import Crew, WorkIsGone, forget_damaged, has_failed
 from data_prep.passes.dedup import Progress
-from sclong_ds.corpus.catalogue import read_catalogue
+from sclong_ds.corpus.catalogue import PARTS, read_catalogue, write_catalogue
 from sclong_ds.corpus.location import Location
 from sclong_ds.corpus.shards import read_metadata
-from sclong_ds.files.atomic import file_sha256, named_errors
+from sclong_ds.files.atomic import named_errors
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +77,7 @@ def finalize(
     codec: Codec = "zstd",
     near_duplicates: NearRule = "primary",
     allow_missing: bool = False,
+    whole: bool = False,
     jobs: int = 1,
     task: int = 0,
     tasks: int | None = None,
@@ -76,25 +85,24 @@ def finalize(
 ) -> dict[str, Any]:
     """Build the corpus from everything that is staged.
 
-    What is None or empty is as when the corpus was finalized before: its split stays, whatever was
-    added (`data_prep.corpus.split_rule`).
+    What is None or empty is as it was before. New datasets become a part of their own, unless
+    something of what was finished has changed (`data_prep.corpus.growth.earlier`).
 
     Args:
         corpus: Folder that convert has filled.
         seed: Seed of the split and of the order of the cells (0).
-        validation_fraction: Share of the cells to hold out for validation (0.05); how near whole
-            groups come is told.
+        validation_fraction: Share of the cells to hold out for validation (0.05), about.
         test_fraction: The same for a test split (0).
         split_by: donor, dataset or cell; auto takes the first that gives enough groups.
         validation_datasets: Datasets to validate on, instead of a share.
         codec: zstd or none (twice the size, for fast local disks).
-        near_duplicates: Which near duplicates to leave out: `primary` those that are not primary
-            data and stand beside one that is, `drop` all but one, `keep` none.
+        near_duplicates: `primary` leaves out near duplicates that are not primary data beside one
+            that is, `drop` all but one, `keep` none.
         allow_missing: Continue without datasets that were to be converted and never were.
+        whole: Make one corpus without parts, whatever was finished before.
         jobs: Processes on this machine.
         task: Which of the tasks this is: where it begins among the units of work.
-        tasks: Number of tasks, started with the same options; each returns when all is done. None
-            makes the corpus again whatever is there.
+        tasks: Number of tasks, started with the same options; each returns when all is done.
         progress: Called with (stage, cells done, cells in all).
 
     Returns:
@@ -109,7 +117,7 @@ def finalize(
     given = _given(seed, validation_fraction, test_fraction, split_by, validation_datasets)
     if not (corpus / "ledger").is_dir():
         read_ledger(corpus)  # Says what to do; no lock file is made in a folder that is no corpus.
-    job = _Job(corpus, given, codec=codec, near=near_duplicates, allow_missing=allow_missing)
+    job = _Job(corpus, given, codec, near_duplicates, allow_missing=allow_missing, whole=whole)
     members = range(task * jobs, (task + 1) * jobs)
     with named_errors(corpus):
         if tasks is None or tasks == 1:
@@ -149,12 +157,14 @@ class _Job:
         self,
         corpus: Path,
         given: Mapping[str, Any],
-        *,
         codec: Codec,
         near: NearRule,
+        *,
         allow_missing: bool,
+        whole: bool,
     ) -> None:
         self.corpus, self.given, self.allow_missing = corpus, given, allow_missing
+        self.whole = whole
         self.codec: Codec = codec
         self.near: NearRule = near
         self.lock = corpus / ".locks" / "~units"
@@ -172,7 +182,7 @@ class _Job:
         """What all tasks of one work have in common."""
         options = [*self.given.items(), self.codec, self.near]
         missing = [dataset.dataset_id for dataset in self.pending]
-        return _hash([_WORK_VERSION, options, self.inputs.documents, missing])
+        return _hash([_WORK_VERSION, options, self.inputs.documents, missing, self.whole])
 
     def rule(self) -> SplitRule:
         """Return the rule of the split: that of the corpus, and what is given now."""
@@ -188,12 +198,17 @@ class _Job:
             )
         return rule
 
-    def open(self, rule: SplitRule) -> Path:
-        """Return the work folder, with what an earlier run has left of this work."""
+    def open(self, rule: SplitRule) -> tuple[Path, SplitRule]:
+        """Return the work folder, with what an earlier run has left of this work, and its rule."""
         missing = [dataset.dataset_id for dataset in self.pending]
         ledger = [dict(entry) for entry in self.inputs.ledger]
+        earlier = self.earlier(rule)
+        if earlier is not None:
+            rule = earlier.rule
         options = [rule.as_json(), self.codec, self.near]
         content = [_WORK_VERSION, *options, ledger, self.inputs.documents, missing]
+        if earlier is not None:
+            content.append(earlier.catalogue["hash"])
         work = open_work(self.corpus, content)
         sealed = (work / "corpus.json").exists()
         if has_failed(work) or (sealed and not is_sealed(self.corpus, work)):
@@ -201,24 +216,44 @@ class _Job:
             work = open_work(self.corpus, content)
         elif not sealed:
             forget_damaged(work)
-        return work
+        if earlier is not None:
+            (work / EARLIER).mkdir(exist_ok=True)
+            write_catalogue(work / EARLIER, earlier.catalogue)
+        return work, rule
+
+    def earlier(self, rule: SplitRule) -> EarlierParts | None:
+        """Return the parts that this work adds one to; None where it makes one corpus."""
+        if self.whole:
+            return None
+        found, reason = find_earlier(
+            self.corpus, self.inputs, rule, codec=self.codec, near=self.near
+        )
+        if reason:
+            logger.info("%s: is made as one corpus: %s", self.corpus, reason)
+        return found
 
     def is_finished(self, rule: SplitRule) -> bool:
         """Tell whether the corpus is what this call would make; its cells are not read."""
         try:
             catalogue = read_catalogue(self.corpus)
-            sums = self.corpus / "checksums.json"
             cells = read_metadata(Location(self.corpus / "cells.zarr"))
             return (
-                catalogue.get("split_rule") == rule.as_json()
+                not (self.whole and PARTS in catalogue)
+                and catalogue.get("split_rule") == rule.as_json()
                 and catalogue.get("near_duplicates") == self.near
                 and catalogue.get("unused") == unused(self.inputs, self.pending)
-                and file_sha256(sums) == catalogue.get("checksums_sha256")
-                and json.loads(sums.read_bytes())["inputs"] == self.inputs.checksums()
                 and cells["attributes"]["codec"] == self.codec
-                and all((self.corpus / name).is_file() for name in catalogue["files"])
+                and finished_inputs(self.corpus, catalogue) == self.inputs.checksums()
             )
         except (OSError, ValueError, KeyError):
+            return False
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether what is finished is a list of parts."""
+        try:
+            return PARTS in read_catalogue(self.corpus)
+        except (OSError, ValueError):
             return False
 
     def crew(self, work: Path, member: int, members: int, progress: Progress | None) -> Crew:
@@ -238,14 +273,13 @@ class _Job:
             return
         try:
             staged = open_used(self.corpus, self.inputs, rule)
+            earlier = None
+            if (crew.work / EARLIER).is_dir():
+                earlier = earlier_parts(self.corpus, read_catalogue(crew.work / EARLIER))
             build = Build(
-                crew,
-                inputs=self.inputs,
-                staged=staged,
-                rule=rule,
-                codec=self.codec,
-                near=self.near,
-            )
+                crew, inputs=self.inputs, staged=staged, rule=rule, codec=self.codec,
+                near=self.near, earlier=earlier,
+            )  # fmt: skip
             build.make_products()
             # Never twice: another process may be moving what it lists.
             crew.run("seal", [0], lambda _: None if sealed.exists() else seal(build, self.pending))
@@ -266,10 +300,12 @@ def _as_one_command(
         job.lock = Path(f"/proc/self/fd/{local.fileno()}")
         job.read()
         rule = job.rule()
-        if not again and job.is_finished(rule):
+        # One corpus is made again, as it was asked for; a list of parts with nothing new stays.
+        if (not again or job.has_parts) and job.is_finished(rule):
             clear(job.corpus)
+            remove_unlisted(job.corpus)
             return read_catalogue(job.corpus)
-        work = job.open(rule)
+        work, rule = job.open(rule)
         try:
             with _others(job, work, rule, members[1:], len(members)):
                 crew = job.crew(work, 0, len(members), progress)
@@ -290,6 +326,7 @@ def _as_one_command(
                 f"{work}: was removed while finalize was at work in it; run finalize again"
             ) from None
         discard(work)
+        remove_unlisted(job.corpus)
         return catalogue
 
 
@@ -304,8 +341,10 @@ def _as_task(
         rule = job.rule()
         if job.is_finished(rule):
             clear(job.corpus)
+            remove_unlisted(job.corpus)
             return {"call": job.call, "work": None}
-        return {"call": job.call, "work": job.open(rule).name, "rule": rule.as_json()}
+        work, rule = job.open(rule)
+        return {"call": job.call, "work": work.name, "rule": rule.as_json()}
 
     with tasks_in_corpus(job.corpus, begin) as said:
         if said["call"] != job.call:
@@ -322,6 +361,7 @@ def _as_task(
         def put_out(_: int) -> None:
             publish(job.corpus, work)
             discard(work)
+            remove_unlisted(job.corpus)
             raise WorkIsGone
 
         with suppress(WorkIsGone), _others(job, work, rule, members[1:], n_members):

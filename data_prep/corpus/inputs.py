@@ -7,7 +7,7 @@ before it publishes, with all of the ledger: what it publishes is what it read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +40,24 @@ class Inputs:
         """Entries of the datasets that are ok."""
         return tuple(entry for entry in self.ledger if entry["status"] == "ok")
 
-    def checksums(self) -> dict[str, str]:
-        """Return the SHA-256 of every input, by its name in the corpus folder."""
+    def checksums(self, datasets: Collection[str] | None = None) -> dict[str, str]:
+        """Return the SHA-256 of every input, by its name in the corpus folder.
+
+        Args:
+            datasets: With the settings and what belongs to these alone; None: of everything.
+        """
         staged = {
             f"staging/{entry['dataset_id']}/{name}": str(digest)
             for entry in self.used
+            if datasets is None or entry["dataset_id"] in datasets
             for name, (_, digest) in entry["files"].items()
         }
-        return self.documents | staged
+        entries = [ledger_path(self.corpus, name) for name in datasets or ()]
+        wanted = {"settings.json", *(p.relative_to(self.corpus).as_posix() for p in entries)}
+        documents = self.documents
+        if datasets is not None:
+            documents = {name: digest for name, digest in documents.items() if name in wanted}
+        return documents | staged
 
     def check_documents(self) -> None:
         """Compare settings.json and the ledger with their checksums.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.corpus.growth.part_list import LIST, add_part, is_whole, place_of
 from data_prep.corpus.split_rule import write_rule
 from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.files.atomic import file_sha256, partial_name, read_file, sync_folder, write_atomic
@@ -41,7 +42,10 @@ def is_sealed(corpus: Path, work: Path) -> bool:
     try:
         catalogue = read_catalogue(work)
         # Those that were moved already lie in the corpus folder.
-        places = {name: work if (work / name).exists() else corpus for name in PRODUCTS}
+        place = place_of(corpus, work)
+        places = {name: work if (work / name).exists() else place for name in PRODUCTS}
+        if (work / LIST).is_dir() and not is_whole(corpus, work):
+            raise ValueError(f"{work / LIST}: changed")
         path = places["checksums.json"] / "checksums.json"
         if file_sha256(path) != catalogue["checksums_sha256"]:
             raise ValueError(f"{path}: changed")
@@ -61,6 +65,7 @@ def is_sealed(corpus: Path, work: Path) -> bool:
 def publish(corpus: Path, work: Path) -> dict[str, Any]:
     """Move the products to their names; return the catalogue.
 
+    A part is added to those that are there (`data_prep.corpus.growth.part_list`). Else
     corpus.json goes first and comes last: a run killed in between leaves no corpus, never a mix,
     and the next one continues with what it has moved. What fails puts the corpus before it back.
 
@@ -71,6 +76,8 @@ def publish(corpus: Path, work: Path) -> dict[str, Any]:
     Raises:
         ValueError: A product is in neither folder.
     """
+    if (work / LIST).is_dir():
+        return add_part(corpus, work, PRODUCTS)
     for name in PRODUCTS:
         if not (work / name).exists() and not (corpus / name).exists():
             raise ValueError(f"{work / name}: missing; run finalize again")

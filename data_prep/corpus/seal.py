@@ -22,6 +22,7 @@ from data_prep.corpus.gene_statistics import (
     read_sums,
     write_statistics,
 )
+from data_prep.corpus.growth.part_list import earlier_datasets, growth_warnings, write_list
 from data_prep.corpus.inputs import Inputs
 from data_prep.corpus.near.kept_cells import NearCounts
 from data_prep.corpus.splits import SplitPlan
@@ -53,35 +54,76 @@ def seal(build: Build, pending: Sequence[Pending]) -> None:
     Raises:
         ValueError: An input has changed, or what other stages have made.
     """
-    work, staged, inputs = build.work, build.staged, build.inputs
-    plan, n_donors = build.plan()
-    near = build.near_counts()
-    infos = [_dataset_info(build, near, n_donors[n], number=n) for n in range(len(staged))]
-    ends = np.cumsum([0, *(sum(info.split_cells[name] for info in infos) for name in SPLITS)])
-    splits = {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
-    _write_measured_genes(work / MEASURED, build.measured)
+    work, inputs, near = build.work, build.inputs, build.near_counts()
+    n_donors = build.planned("n_donors")
+    numbers = range(build.n_earlier, len(build.staged))
+    infos = [_dataset_info(build, near, n_donors[n], number=n) for n in numbers]
+    splits = splits_of(infos)
+    measured = build.measured[build.n_earlier :]
+    _write_measured_genes(work / MEASURED, measured)
     sums = GeneSums.none(len(inputs.genes))
     for unit in range(len(build.layout)):
         sums.join(read_sums(build.unit_path(unit, ".sums.npz")))
-    of = of_measuring_cells(build.cells, range(*splits["train"]), build.measured)
+    of = of_measuring_cells(build.cells, range(*splits["train"]), measured)
     write_statistics(work / "gene_stats.npz", sums.statistics(of))
     inputs.genes.write(work / "genes.tsv")
     write_atomic(work / CITATIONS, citations_text(infos).encode())
-    catalogue = _catalogue(build, plan, splits, infos)
+    catalogue = described(build.plan("new"), infos)
+    catalogue |= _numbers(build)
     catalogue["near_duplicates"] = build.near
-    catalogue["warnings"] += near.warnings()
+    warnings = near.warnings()
     no_columns = _write_columns(build)
     if no_columns:
-        catalogue["warnings"].append(
+        warnings.append(
             f"cell annotations of too many different values are no columns of the corpus: "
             f"{', '.join(no_columns)}; Corpus.obs reads them all the same, more slowly"
         )
-    _add_unused(catalogue, inputs, pending)
+    catalogue["warnings"] += warnings
+    if build.earlier is None:
+        _add_unused(catalogue, inputs, pending)
     catalogue |= _write_checksums(build, catalogue)
     catalogue["files"] = checked_files(work, corpus_files(work))
+    if build.earlier is not None:
+        listed = described(build.plan("all"), [*earlier_datasets(build.earlier, near), *infos])
+        listed["warnings"] += [*warnings, *growth_warnings(build.earlier, build.planned("overdue"))]
+        _add_unused(listed, inputs, pending)
+        listed["near_duplicates"] = build.near
+        firsts = build.firsts.tolist()
+        write_list(work, build.earlier, listed, catalogue, inputs.documents, firsts)
     inputs.check_documents()
     sync_tree(work)
     write_catalogue(work, catalogue)
+
+
+def described(plan: SplitPlan, datasets: Sequence[DatasetInfo]) -> dict[str, Any]:
+    """Return what a catalogue says of datasets and their split.
+
+    Args:
+        plan: Of the split.
+        datasets: All of its datasets.
+    """
+    return {
+        "splits": splits_of(datasets),
+        "split_unit": plan.unit,
+        "held_out": plan.held_out,
+        "options": asdict(plan.rule.options),
+        "split_rule": plan.rule.as_json(),
+        "split_shares": {name: asdict(share) for name, share in plan.shares.items()},
+        "datasets": [asdict(dataset) for dataset in datasets],
+        "duplicates_dropped": sum(dataset.duplicates_dropped for dataset in datasets),
+        "warnings": list(plan.warnings),
+    }
+
+
+def splits_of(datasets: Sequence[DatasetInfo]) -> dict[str, list[int]]:
+    """Return where the cells of each split begin and end.
+
+    Args:
+        datasets: All datasets.
+    """
+    sizes = (sum(info.split_cells[name] for info in datasets) for name in SPLITS)
+    ends = np.cumsum([0, *sizes])
+    return {name: ends[code : code + 2].tolist() for code, name in enumerate(SPLITS)}
 
 
 def unused(inputs: Inputs, pending: Sequence[Pending]) -> list[dict[str, Any]]:
@@ -172,27 +214,13 @@ def _dataset_info(build: Build, near: NearCounts, n_donors: int, *, number: int)
     )
 
 
-def _catalogue(
-    build: Build,
-    plan: SplitPlan,
-    splits: Mapping[str, list[int]],
-    datasets: Sequence[DatasetInfo],
-) -> dict[str, Any]:
+def _numbers(build: Build) -> dict[str, Any]:
     cells, genes = build.cells, build.inputs.genes
     return {
         "n_cells": len(cells),
         "n_genes": len(genes),
         "n_values": cells.n_values,
         "genes_hash": genes.hash,
-        "splits": dict(splits),
-        "split_unit": plan.unit,
-        "held_out": plan.held_out,
-        "options": asdict(plan.rule.options),
-        "split_rule": plan.rule.as_json(),
-        "split_shares": {name: asdict(share) for name, share in plan.shares.items()},
-        "datasets": [asdict(dataset) for dataset in datasets],
-        "duplicates_dropped": sum(dataset.duplicates_dropped for dataset in datasets),
-        "warnings": list(plan.warnings),
     }
 
 
@@ -216,7 +244,8 @@ def _write_checksums(build: Build, catalogue: Mapping[str, Any]) -> dict[str, st
     for name, digest in files.items():
         if made.get(name, digest) != digest:
             raise ValueError(f"{work / name}: {_DAMAGED}")
-    document = {"algorithm": "sha256", "files": files, "inputs": inputs.checksums()}
+    of = None if build.earlier is None else [s.dataset_id for s in build.new]
+    document = {"algorithm": "sha256", "files": files, "inputs": inputs.checksums(of)}
     text = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
     write_atomic(work / "checksums.json", text)
     content = {

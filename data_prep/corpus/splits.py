@@ -8,14 +8,20 @@ name by a rule that stays with the corpus (`data_prep.corpus.split_rule`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpus.split_rule import SplitOptions, SplitRule, in_order_of_arrival, unit_hash
+from data_prep.corpus.split_rule import (
+    SplitOptions,
+    SplitRule,
+    in_order_of_arrival,
+    rule_of,
+    unit_hash,
+)
 from sclong_ds.corpus.catalogue import SPLITS
 from sclong_ds.files.obs_table import obs_length, obs_names, read_coded
 
@@ -74,6 +80,31 @@ class SplitPlan:
     rule: SplitRule
     """With which the next datasets are split."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON has it, without the codes."""
+        shares = {name: asdict(share) for name, share in self.shares.items()}
+        return {
+            "unit": self.unit, "held_out": self.held_out, "shares": shares,
+            "warnings": list(self.warnings), "rule": self.rule.as_json(),
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any], codes: Sequence[NDArray[np.uint8]]) -> SplitPlan:
+        """Return the plan of plain values.
+
+        Args:
+            tree: Of `as_json`.
+            codes: Per dataset (cells,) position in SPLITS.
+        """
+        return cls(
+            unit=tree["unit"],
+            codes=tuple(codes),
+            held_out=tree["held_out"],
+            shares={name: SplitShare(**share) for name, share in tree["shares"].items()},
+            warnings=tuple(tree["warnings"]),
+            rule=rule_of(tree["rule"]),
+        )
+
 
 def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArray[np.int32]]:
     """Read the donor of every cell from a staged annotation table.
@@ -123,7 +154,7 @@ def plan_split(datasets: Sequence[SplitCells], rule: SplitRule) -> SplitPlan:
     known = in_order_of_arrival([d.dataset_id for d in datasets], rule)
     came = [name for name in known if name not in {*rule.datasets}]
     rule = replace(rule, datasets=(*rule.datasets, *came))
-    return _planned(datasets, rule)
+    return planned_by(datasets, rule)
 
 
 def _check_named(datasets: Sequence[SplitCells], options: SplitOptions) -> None:
@@ -287,8 +318,13 @@ def _sizes(datasets: Sequence[SplitCells], rule: SplitRule) -> dict[str, int]:
     return {name: size for name, size in found.items() if size}
 
 
-def _planned(datasets: Sequence[SplitCells], rule: SplitRule) -> SplitPlan:
-    """Return the plan by a rule with a salt."""
+def planned_by(datasets: Sequence[SplitCells], rule: SplitRule) -> SplitPlan:
+    """Return the plan by a rule that is complete, also of some of its datasets.
+
+    Args:
+        datasets: Some datasets.
+        rule: With a salt.
+    """
     codes = []
     groups: dict[str, int] = {}
     """Side of each group with cells."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from data_prep.corpus.split_rule import SplitRule, in_order_of_arrival
 from data_prep.ledger.ledger import LedgerEntry, count_statuses
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.files.atomic import files_below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +73,21 @@ def _opened(corpus: Path, entry: LedgerEntry, genes: GeneVocabulary) -> Staged:
     if "source_row" not in cells.tables:
         raise ValueError(f"{folder}: no table source_row; convert the dataset again")
     return Staged(dataset_id=name, folder=folder, ledger=entry, cells=cells)
+
+
+def file_states(staged: Staged) -> dict[str, list[int]]:
+    """Return what tells staged files that were written to from those that were not.
+
+    Args:
+        staged: A dataset.
+    """
+    states = {}
+    for path in files_below(staged.folder):
+        if path.is_file():
+            # Opening asks a network file system for the state of now.
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+            times = about.st_mtime_ns, about.st_ctime_ns
+            name = path.relative_to(staged.folder).as_posix()
+            states[name] = [about.st_ino, about.st_size, *times]
+    return states

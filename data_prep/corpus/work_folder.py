@@ -21,8 +21,8 @@ from sclong_ds.files.atomic import listed, remove_partials, remove_partials_of
 
 _log = logging.getLogger(__name__)
 
-_PREFIX = ".finalize-"
-_OLD = f"{_PREFIX}old-"
+PREFIX = ".finalize-"
+_OLD = f"{PREFIX}old-"
 
 
 def open_work(corpus: Path, content: Any) -> Path:
@@ -33,7 +33,7 @@ def open_work(corpus: Path, content: Any) -> Path:
         content: What decides the result, as JSON.
     """
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    work = corpus / f"{_PREFIX}{key}"
+    work = corpus / f"{PREFIX}{key}"
     clear(corpus, keep=work)
     if work.exists():
         _log.info("%s: continuing what an earlier run has begun", corpus)
@@ -50,7 +50,7 @@ def clear(corpus: Path, *, keep: Path | None = None) -> None:
         keep: A work folder that stays.
     """
     for other in listed(corpus):
-        if not other.name.startswith(_PREFIX):
+        if not other.name.startswith(PREFIX):
             continue
         if other.name.startswith(_OLD):
             shutil.rmtree(other)
@@ -67,7 +67,7 @@ def work_folder(corpus: Path, name: str) -> Path:
         corpus: The corpus folder.
         name: Name of the folder.
     """
-    if not name.startswith(_PREFIX) or "/" in name:
+    if not name.startswith(PREFIX) or "/" in name:
         raise ValueError(f"{corpus}: '{name}' is no work folder of finalize")
     return corpus / name
 

@@ -208,6 +208,20 @@ def write_unit(
         writer.end_chunk()
 
 
+def append_no_cells(writer: CellWriter) -> None:
+    """Give an empty store the tables that `write_unit` gives.
+
+    Args:
+        writer: Of the store.
+    """
+    none = np.zeros(0, _CELL)
+    cells = PackedCells(
+        np.zeros(0, np.uint8), np.zeros(0, np.uint8), none["entries"], none["nnz"], none["total"]
+    )
+    names = ("dataset", "obs_row", "source_row")
+    writer.append_packed(cells, source={name: none[name] for name in names})
+
+
 def _kept_rows(dataset: StagedCells, chunk: int) -> NDArray[np.int64]:
     """Return the rows of a chunk's kept cells in the dataset."""
     first, last = dataset.cells.chunk_rows[chunk : chunk + 2].tolist()

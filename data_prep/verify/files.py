@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.corpus.publish import PRODUCTS
 from data_prep.corpus.split_rule import RULE_FILE, read_rule
 from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry
-from sclong_ds.files.atomic import file_sha256, files_below, read_file
+from sclong_ds.corpus.catalogue import PARTS, parts_of, read_catalogue
+from sclong_ds.files.atomic import file_sha256, files_below, listed, read_file
 from sclong_ds.files.checksums import check_file
 
 SOURCES = "drawn cells are those of the source files"
@@ -36,6 +38,7 @@ _ALL = (
     COLUMNS, DUPLICATES, STATISTICS,
 )  # fmt: skip
 _GONE = "not there any more"
+_NOT_REACHED = "not reached, because of other problems"
 
 
 class Links:
@@ -44,7 +47,7 @@ class Links:
     def __init__(self) -> None:
         """Begin with nothing checked."""
         self._files = dict.fromkeys(_ALL, 0)
-        self._reason = dict.fromkeys(_ALL, "not reached, because of other problems")
+        self._reason = dict.fromkeys(_ALL, _NOT_REACHED)
 
     def checked(self, link: str, files: int) -> None:
         """Note a link as checked, whether it held or not.
@@ -63,6 +66,17 @@ class Links:
             reason: Why not.
         """
         self._reason[link] = reason
+
+    def add(self, other: Links) -> None:
+        """Count what was checked of a part.
+
+        Args:
+            other: The links of the part.
+        """
+        for link, n_files in other._files.items():
+            self._files[link] += n_files
+            if not other._reason[link] or self._reason[link] == _NOT_REACHED:
+                self._reason[link] = other._reason[link]
 
     def report(self) -> list[dict[str, Any]]:
         """Return per link: link, checked (bool), files and reason (empty if checked)."""
@@ -100,8 +114,48 @@ def check_files(
     Returns:
         Number of files read.
     """
+    n_rule = _check_rule(corpus, catalogue, problems)
+    if PARTS not in catalogue:
+        return n_rule + _check_corpus(corpus, catalogue, links, problems, root=corpus)
     _check_record(corpus, catalogue, links, problems)
-    path = corpus / "checksums.json"
+    n_files = _check_inputs(corpus, catalogue["documents"], links, problems)
+    for part in parts_of(catalogue):
+        found: list[str] = []
+        own = Links()
+        try:
+            about = read_catalogue(corpus, name=part.catalogue)
+            folder = corpus / part.folder
+            n_files += _check_corpus(folder, about, own, found, root=corpus)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        links.add(own)
+        # Inputs lie in the corpus folder whatever the part.
+        problems += [text if _is_input(text) else _inside(part.folder, text) for text in found]
+    known = {part.folder for part in parts_of(catalogue)} | {*catalogue["files"]}
+    there = [path.relative_to(corpus).as_posix() for path in listed(corpus / PARTS)]
+    problems += [f"{name}: not part of the corpus" for name in there if name not in known]
+    return n_files + n_rule
+
+
+def _is_input(text: str) -> bool:
+    return text.startswith(("staging/", "ledger/", "settings.json"))
+
+
+def _inside(folder: str, text: str) -> str:
+    return f"{folder}/{text}" if folder else text
+
+
+def _check_corpus(
+    folder: Path,
+    catalogue: Mapping[str, Any],
+    links: Links,
+    problems: list[str],
+    *,
+    root: Path,
+) -> int:
+    """Compare the files of a corpus that is no list of parts; its inputs lie in `root`."""
+    _check_record(folder, catalogue, links, problems)
+    path = folder / "checksums.json"
     if not path.is_file():
         problems.append("checksums.json: missing")
         return 0
@@ -110,22 +164,26 @@ def check_files(
         return 1
     checksums = json.loads(read_file(path))
     for name, expected in checksums["files"].items():
-        if not (corpus / name).is_file():
+        if not (folder / name).is_file():
             problems.append(f"{name}: missing")
-        elif file_sha256(corpus / name) != expected:
+        elif file_sha256(folder / name) != expected:
             problems.append(f"{name}: damaged (its checksum differs)")
     found = {
-        path.relative_to(corpus).as_posix()
+        path.relative_to(folder).as_posix()
         for product in PRODUCTS[:-1]
-        for path in (corpus / product, *files_below(corpus / product))
+        for path in (folder / product, *files_below(folder / product))
         if path.is_file()
     }
     problems += [
         f"{name}: not part of the corpus" for name in sorted(found - {*checksums["files"]})
     ]
     links.checked(SUMS, len(checksums["files"]))
-    n_inputs = _check_inputs(corpus, checksums["inputs"], links, problems)
-    return len(checksums["files"]) + n_inputs + 2 + _check_rule(corpus, catalogue, problems)
+    inputs = checksums["inputs"]
+    if PARTS in read_catalogue(root):
+        # The list has the ledger of now: what was left out of an earlier part may be in a later.
+        inputs = {name: sha for name, sha in inputs.items() if name.startswith("staging/")}
+    n_inputs = _check_inputs(root, inputs, links, problems)
+    return len(checksums["files"]) + n_inputs + 2
 
 
 def _check_rule(corpus: Path, catalogue: Mapping[str, Any], problems: list[str]) -> int:
@@ -134,7 +192,11 @@ def _check_rule(corpus: Path, catalogue: Mapping[str, Any], problems: list[str])
         return 0
     try:
         found = read_rule(corpus)
-        if found is not None and found.as_json() != catalogue.get("split_rule"):
+        stored = catalogue.get("split_rule")
+        if found is not None and stored is not None:
+            # Written before corpus.json, it may know datasets that a killed finalize was to add.
+            found = replace(found, datasets=found.datasets[: len(stored["datasets"])])
+        if found is not None and found.as_json() != stored:
             problems.append(f"{RULE_FILE}: not the rule by which this corpus was split")
     except ValueError as error:
         problems.append(str(error))

@@ -36,6 +36,8 @@ _BLOCK_CELLS = 2**18
 Kind = Literal["text", "number", "truth"]
 Rows = ArrayLike | slice | range | None
 """Positions of cells; None: all."""
+Reader = Callable[[NDArray[np.int64]], NDArray[Any]]
+"""Returns the codes of cells by their positions; of numbers without codes these."""
 
 
 class Folder(Protocol):
@@ -80,7 +82,7 @@ class CellColumn:
     terms: tuple[str, ...] | None
     """Id of each value in an ontology, where a dataset gives one."""
     n_cells: int
-    _stored: Callable[[NDArray[np.int64]], NDArray[Any]] = field(repr=False)
+    _stored: Reader = field(repr=False)
 
     def codes(self, rows: Rows = None) -> NDArray[Any]:
         """Return (cells,) uint32 positions in `values`; of numbers without codes their float64.
@@ -153,15 +155,21 @@ class CellColumns(Mapping[str, CellColumn]):
         self._found = {column.name: column for column in more}
         self.stored = tuple(_read_index(location, n_cells)) if location.exists(INDEX) else ()
         """What the list tells of each stored column."""
-        for number, info in enumerate(self.stored):
-            stored = _Stored(location, number, info, n_cells)
-            values = info.values or None
-            column = CellColumn(info.name, info.kind, values, info.terms, n_cells, stored)
-            for name in (info.name, *info.also):
-                self._found[name] = column
-            if info.terms is not None:
-                name = info.name + TERMS
-                self._found[name] = CellColumn(name, "text", info.terms, None, n_cells, stored)
+        self.readers: tuple[Reader, ...] = tuple(
+            _Stored(location, number, info, n_cells) for number, info in enumerate(self.stored)
+        )
+        """What returns the codes of cells of each stored column."""
+        for info, reader in zip(self.stored, self.readers, strict=True):
+            self._add(info, n_cells, reader)
+
+    def _add(self, info: ColumnInfo, n_cells: int, reader: Reader) -> None:
+        values = info.values or None
+        column = CellColumn(info.name, info.kind, values, info.terms, n_cells, reader)
+        for name in (info.name, *info.also):
+            self._found[name] = column
+        if info.terms is not None:
+            name = info.name + TERMS
+            self._found[name] = CellColumn(name, "text", info.terms, None, n_cells, reader)
 
     def __getitem__(self, name: str) -> CellColumn:
         """Return a column.

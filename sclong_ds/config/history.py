@@ -32,6 +32,7 @@ LATER_KEYS: dict[int, dict[str, Any]] = {
     9: {"data.cells_cache": 0},
     10: {"model.zero_head": False, "objective.loss": "mse"},
     11: {"run.profile": "trace"},
+    12: {"data.grown": False},
 }
 """By version, the keys that came with it: `section.key`, `section.stack.key`, or a whole section
 with all of its keys. `transform` is the section of an exported model."""

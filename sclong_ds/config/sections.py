@@ -194,6 +194,10 @@ class DataConfig:
     dataset out. Instead of balance_by."""
     on_damage: Literal["stop", "skip"]
     """A damaged shard: stop the run, or log it, count its cells and train without them."""
+    grown: bool
+    """true: a run is resumed on its corpus with parts that were added since. From there on the
+    order of cells is that of the grown corpus at the same position, and validation is not compared
+    with what was before."""
     unmeasured: Literal["zero", "mask"]
     """Genes that a cell's dataset does not name. zero: they are read as not expressed (scLong).
     mask: nothing is known of them, so they are unknown to the model like hidden values, and never

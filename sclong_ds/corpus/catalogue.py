@@ -9,7 +9,12 @@ and the tables and descriptions of cells.zarr. Readers compare each of them when
 (`sclong_ds.corpus.location`). Among the tables are the checksums of all chunks of cells, so the
 catalogue vouches for every byte. Version 1 had no `files`; it is read without these checks.
 Version 3 added the origin of each dataset, version 4 the columns of annotations,
-version 5 near duplicates.
+version 5 near duplicates, version 6 parts.
+
+A corpus that has grown is a list of parts. Its catalogue is that of all cells, of version 6, and
+`parts` names the corpora that they lie in, each of them complete, with the catalogue that it was
+finished with: the first in the corpus folder itself (`parts/000000.json`), those that were added in
+`parts/000001` and so on. `files` then names the files of the list alone.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -29,7 +34,10 @@ from sclong_ds.files.atomic import listed, write_atomic
 from sclong_ds.files.checksums import file_crc32c
 from sclong_ds.files.versions import refuse_later
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+"""The newest that is read."""
+ONE_PART_VERSION = 5
+"""Of the catalogue of a corpus that is no list of parts."""
 CORPUS_FORMAT = "sclong_ds-corpus"
 SPLITS = ("train", "validation", "test")
 CITATIONS = "CITATIONS.md"
@@ -37,6 +45,8 @@ SINGLE_FILES = ("genes.tsv", "gene_stats.npz", "measured_genes.npy", CITATIONS, 
 """Files of a corpus besides cells.zarr, obs/, columns/ and corpus.json."""
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHARD = re.compile(r"cells\.zarr/(gap|count)/c/.*")
+PARTS = "parts"
+"""Folder of the parts that were added, and of what belongs to their list."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,22 @@ class DatasetInfo:
             object.__setattr__(self, "warnings", tuple(self.warnings))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartInfo:
+    """One of the corpora that a corpus consists of."""
+
+    folder: str
+    """Inside the corpus folder; empty for the first one, which lies in that itself."""
+    catalogue: str
+    """File with its catalogue, inside the corpus folder."""
+    checksum: str
+    """Of its catalogue (`catalogue_checksum`)."""
+    hash: str
+    """Its content hash."""
+    n_cells: int
+    """Its cells."""
+
+
 class Catalogue(TypedDict):
     """Keys of `corpus.json`; those that a program can do without are not required."""
 
@@ -118,14 +144,17 @@ class Catalogue(TypedDict):
     near_duplicates: NotRequired[str]
     warnings: NotRequired[list[str]]
     unused: NotRequired[list[dict[str, Any]]]
+    parts: NotRequired[list[dict[str, Any]]]
+    documents: NotRequired[dict[str, str]]
     checksums_sha256: NotRequired[str]
 
 
-def read_catalogue(corpus: str | Path | Location) -> dict[str, Any]:
+def read_catalogue(corpus: str | Path | Location, *, name: str = "corpus.json") -> dict[str, Any]:
     """Read and check `corpus.json`.
 
     Args:
         corpus: Corpus folder.
+        name: File with the catalogue, where another one than the folder's own is meant.
 
     Returns:
         Its content without the checksum.
@@ -135,10 +164,10 @@ def read_catalogue(corpus: str | Path | Location) -> dict[str, Any]:
         ValueError: Another format or version, changed bytes, or a content that is no catalogue.
     """
     location = corpus if isinstance(corpus, Location) else Location(corpus)
-    path = f"{location}/corpus.json"
+    path = f"{location}/{name}"
     cure = f"run: python -m data_prep finalize {corpus}"
     try:
-        raw = location.read_bytes("corpus.json")
+        raw = location.read_bytes(name)
     except FileNotFoundError:
         there = not location.is_local or location.folder.is_dir()
         reason = "the corpus is not finalized" if there else "no such folder"
@@ -176,11 +205,41 @@ def write_catalogue(corpus: str | Path, catalogue: Mapping[str, Any]) -> None:
         catalogue: Content; format and version are added, and `files`, of what lies in the folder,
             if it lacks them.
     """
-    document = {**catalogue, "format": CORPUS_FORMAT, "version": FORMAT_VERSION}
+    document = with_version(catalogue)
     if "files" not in document:
         document["files"] = checked_files(corpus, corpus_files(corpus))
     document["checksum"] = catalogue_checksum(document)
     write_atomic(Path(corpus) / "corpus.json", _catalogue_bytes(document))
+
+
+def with_version(catalogue: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a catalogue with format and version, as it is written and read.
+
+    Args:
+        catalogue: Content.
+    """
+    version = FORMAT_VERSION if PARTS in catalogue else ONE_PART_VERSION
+    return {**catalogue, "format": CORPUS_FORMAT, "version": version}
+
+
+def parts_of(catalogue: Mapping[str, Any]) -> list[PartInfo]:
+    """Return the parts of a corpus; none of one that is no list of parts.
+
+    Args:
+        catalogue: What `read_catalogue` returns.
+    """
+    return [PartInfo(**part) for part in catalogue.get(PARTS, ())]
+
+
+def hash_of_parts(hashes: Sequence[str]) -> str:
+    """Return the content hash of a corpus of some parts; that of the part where it is one.
+
+    Args:
+        hashes: Content hashes of the parts, in order.
+    """
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256(json.dumps({PARTS: list(hashes)}).encode()).hexdigest()
 
 
 def corpus_files(corpus: str | Path) -> list[str]:
@@ -240,11 +299,29 @@ def _problems(catalogue: Mapping[str, Any]) -> Iterator[str]:
     for name, size_and_sum in catalogue.get("files", {}).items():
         if len(size_and_sum) != 2 or name.startswith("/") or {"", ".."} & {*name.split("/")}:
             yield f"files: '{name[:128]}' is no file inside the corpus with bytes and checksum"
+    yield from _part_problems(catalogue)
     n_cells, borders = catalogue["n_cells"], catalogue["splits"]
     for name in SPLITS:
         border = borders.get(name, [])
         if len(border) != 2 or not 0 <= border[0] <= border[1] <= n_cells:
             yield f"split {name} is {border}, of {n_cells} cells"
+
+
+def _part_problems(catalogue: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the list of parts."""
+    parts, kinds = catalogue.get(PARTS), get_type_hints(PartInfo)
+    if parts is None:
+        return
+    for number, part in enumerate(parts):
+        wrong = list(_misfits(part, kinds, set(kinds), f"part {number}: "))
+        yield from wrong
+        # They name files, which must not be ones outside the corpus.
+        folder = f"{PARTS}/{number:06d}"
+        places = (folder, f"{folder}/corpus.json") if number else ("", f"{folder}.json")
+        if not wrong and (part["folder"], part["catalogue"]) != places:
+            yield f"part {number} is in {part['folder'][:64]}, not in {folder}"
+    if not parts:
+        yield "it lists no part"
 
 
 def _misfits(

@@ -147,7 +147,12 @@ class CellWriter:
         self, cells: PackedCells, *, source: Mapping[str, ArrayLike] | None = None
     ) -> None:
         """Add cells that are encoded already; as `append`."""
+        columns: dict[str, NDArray[Any]] = {name: getattr(cells, name) for name in ROW_TABLES}
+        columns |= {name: np.asarray(values) for name, values in (source or {}).items()}
         if len(cells.row_entries) == 0:
+            if source and not self._tables:
+                # A store without cells has their tables, too.
+                self._append_tables(columns, 0)
             return
         ends = np.cumsum(cells.row_entries, dtype=np.int64)
         largest = int(cells.row_entries.max())
@@ -156,8 +161,6 @@ class CellWriter:
                 f"a cell of {largest} entries does not fit a chunk of {self.chunk_entries}: "
                 "raise chunk_entries"
             )
-        columns: dict[str, NDArray[Any]] = {name: getattr(cells, name) for name in ROW_TABLES}
-        columns |= {name: np.asarray(values) for name, values in (source or {}).items()}
         self._append_tables(columns, len(ends))
         row, done = 0, 0
         while row < len(ends):

@@ -15,13 +15,16 @@ each dataset), `columns/` (the same by cell of the corpus, `sclong_ds.annotation
 `gene_stats.npz`, `measured_genes.npy` and `checksums.json`. Each file is compared with the
 catalogue when it is first used in a process, each chunk of cells whenever it is read.
 
+A corpus that has grown consists of parts, each of them such a folder (the first the corpus folder
+itself, the others `parts/NUMBER`); it reads as one, with the cells of a split part after part.
+
 The cells themselves are read by `sclong_ds.corpus.cell_store`, where their format is described.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -32,17 +35,23 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.annotations.columns import CellColumn, CellColumns, Rows, positions
+from sclong_ds.annotations.joined_columns import JoinedColumns
 from sclong_ds.corpus.byte_code import MAX_COUNT, PackedCells, decode, encode, slices_to_index
 from sclong_ds.corpus.catalogue import (
+    PARTS,
     SPLITS,
     DatasetInfo,
     catalogue_checksum,
+    hash_of_parts,
+    parts_of,
     read_catalogue,
     write_catalogue,
 )
 from sclong_ds.corpus.cell_store import CellStore, DamagedChunk
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.location import Location
+from sclong_ds.corpus.parts.gene_stats import GeneStats, joined_statistics
+from sclong_ds.corpus.parts.joined_cells import JoinedCells
 from sclong_ds.files.npz import read_npy, read_npz
 from sclong_ds.files.obs_table import obs_names, read_obs
 
@@ -71,38 +80,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class GeneStats:
-    """Per-gene statistics of the training cells.
-
-    A value is log1p(target_sum * count / total of the cell).
-    """
-
-    n_expressing: NDArray[np.int64]
-    """(G,) training cells with a count."""
-    total_counts: NDArray[np.int64]
-    """(G,) sum of the counts."""
-    mean_expressed: NDArray[np.float64]
-    """(G,) mean value over the cells with a count; mean_expressed_all for genes that no training
-    cell expresses."""
-    mean_expressed_all: float
-    """Mean over all non-zero values."""
-    var_expressed_all: float
-    """Population variance of all non-zero values."""
-    target_sum: float
-    """Total to which a cell is scaled."""
-    n_measuring: NDArray[np.int64] | None = None
-    """(G,) training cells whose dataset measures the gene; None in corpora of earlier versions,
-    which take every cell for measuring all."""
-    counts_measuring: NDArray[np.int64] | None = None
-    """(G,) sum of all counts of those cells."""
-
-    def share(self) -> NDArray[np.float64]:
-        """Return (G,) the share of each gene in the counts of the cells that measure it."""
-        of = self.total_counts.sum() if self.counts_measuring is None else self.counts_measuring
-        return self.total_counts / np.maximum(of, 1)
-
-
 class Corpus:
     """A finished corpus: cells in random order per split, genes, datasets and statistics.
 
@@ -125,17 +102,31 @@ class Corpus:
             FileNotFoundError: No such folder, or not finalized.
             ValueError: Another version, or a damaged catalogue.
         """
-        self.catalogue: Mapping[str, Any] = MappingProxyType(
-            read_catalogue(Location(path, cache_dir=cache_dir))
-        )
+        catalogue = read_catalogue(Location(path, cache_dir=cache_dir))
+        self._open(catalogue, path, path, cache_dir, cells_cache)
+        if PARTS in catalogue:
+            self._open_parts()
+        else:
+            self.cells = CellStore(self.location / "cells.zarr")
+        self._check_size()
+
+    def _open(
+        self,
+        catalogue: Mapping[str, Any],
+        folder: str | Path,
+        path: str | Path,
+        cache_dir: str | Path | None,
+        cells_cache: int,
+    ) -> None:
+        """Take a catalogue, the files of which lie in a folder."""
+        self.catalogue: Mapping[str, Any] = MappingProxyType(dict(catalogue))
         # The catalogue holds a checksum of every other file: a changed corpus, another version.
         version = catalogue_checksum(self.catalogue)
         self.location = Location(
-            path, cache_dir=cache_dir, version=version, files=self.catalogue.get("files"),
+            folder, cache_dir=cache_dir, version=version, files=self.catalogue.get("files"),
             kept_bytes=cells_cache,
         )  # fmt: skip
         self._opened_as = path, cache_dir, cells_cache, version
-        self.cells = CellStore(self.location / "cells.zarr")
         self.hash: str = self.catalogue["hash"]
         """Content hash: changes when any cell, its place, the genes or the splits change."""
         self.splits: dict[str, range] = {
@@ -143,10 +134,75 @@ class Corpus:
         }
         """Cells of each split."""
         self.datasets = tuple(DatasetInfo(**dataset) for dataset in self.catalogue["datasets"])
+        self.parts: tuple[Corpus, ...] = ()
+        """The corpora that this one consists of, oldest first; none where it is one itself."""
+
+    def _open_parts(self) -> None:
+        """Open the parts that the catalogue lists.
+
+        Raises:
+            FileNotFoundError: One is missing.
+            ValueError: One is damaged, or not the one that is meant.
+        """
+        path, cache_dir, cells_cache, _ = self._opened_as
+        parts = []
+        for number, info in enumerate(parts_of(self.catalogue)):
+            where = f"{path}: part {number} of {len(self.catalogue[PARTS])}"
+            cure = "restore it from a copy of the corpus"
+            try:
+                found = read_catalogue(Location(path, cache_dir=cache_dir), name=info.catalogue)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{where}: {info.catalogue} is missing; {cure}") from None
+            except ValueError as error:
+                raise ValueError(f"{where} is damaged ({error}); {cure}") from None
+            if catalogue_checksum(found) != info.checksum:
+                raise ValueError(f"{where}: {info.catalogue} is that of another part; {cure}")
+            part = object.__new__(Corpus)
+            folder = f"{path}/{info.folder}" if info.folder else path
+            part._open(found, folder, folder, cache_dir, cells_cache)
+            try:
+                part.cells = CellStore(part.location / "cells.zarr")
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{where}: {error}; {cure}") from None
+            part._check_size()
+            parts.append(part)
+        self.parts = tuple(parts)
+        self._check_parts()
+        self.cells = JoinedCells(
+            self.location,
+            [part.cells for part in parts],
+            splits=[part.splits for part in parts],
+            n_datasets=[len(part.datasets) for part in parts],
+        )
+
+    def _check_parts(self) -> None:
+        """Compare the parts with what the catalogue says of them all."""
+        sizes = {name: sum(len(part.splits[name]) for part in self.parts) for name in SPLITS}
+        same = (
+            {part.catalogue["genes_hash"] for part in self.parts} == {self.catalogue["genes_hash"]}
+            and self.hash == hash_of_parts([part.hash for part in self.parts])
+            and sizes == {name: len(cells) for name, cells in self.splits.items()}
+            and [d.dataset_id for part in self.parts for d in part.datasets]
+            == [d.dataset_id for d in self.datasets]
+        )
+        if not same:
+            raise ValueError(
+                f"{self.location}: corpus.json is not of its parts (genes, splits, datasets or "
+                "hashes); restore it from a copy of the corpus"
+            )
+
+    @property
+    def earlier_hashes(self) -> tuple[str, ...]:
+        """Content hashes that the corpus had before it grew, oldest first."""
+        hashes = [part.hash for part in self.parts]
+        return tuple(hash_of_parts(hashes[:number]) for number in range(1, len(hashes)))
+
+    def _check_size(self) -> None:
         if len(self.cells) != self.catalogue["n_cells"]:
             raise ValueError(
-                f"{path}: corpus.json records {self.catalogue['n_cells']} cells, cells.zarr has "
-                f"{len(self.cells)}; run: python -m data_prep finalize {path}"
+                f"{self.location}: corpus.json records {self.catalogue['n_cells']} cells, "
+                f"cells.zarr has {len(self.cells)}; run: python -m data_prep finalize "
+                f"{self.location}"
             )
 
     def __reduce__(self) -> tuple[Any, tuple[str | Path, str | Path | None, int, str]]:
@@ -207,6 +263,8 @@ class Corpus:
     @cached_property
     def genes(self) -> GeneVocabulary:
         """The genes, in column order."""
+        if self.parts:
+            return self.parts[0].genes
         genes = GeneVocabulary.read(self.location.local_path("genes.tsv"))
         # Compared with corpus.json as any file; version 1 has no more than this.
         if genes.hash != self.catalogue["genes_hash"]:
@@ -251,6 +309,8 @@ class Corpus:
     @cached_property
     def gene_stats(self) -> GeneStats:
         """Statistics of the training cells."""
+        if self.parts:
+            return joined_statistics([part.gene_stats for part in self.parts])
         path = self.location.local_path("gene_stats.npz")
         found: dict[str, Any] = dict(read_npz(path, cure=self._cure))
         single = {"mean_expressed_all", "var_expressed_all", "target_sum"}
@@ -270,6 +330,10 @@ class Corpus:
 
         A count of zero of any other gene was not measured.
         """
+        if self.parts:
+            found = [part.measured_genes for part in self.parts]
+            known = [genes for genes in found if genes is not None]
+            return np.concatenate(known) if len(known) == len(found) else None
         if not self.location.exists("measured_genes.npy"):
             return None
         path = self.location.local_path("measured_genes.npy")
@@ -318,6 +382,9 @@ class Corpus:
         Args:
             dataset_id: Name of the dataset.
         """
+        for part in self.parts:
+            if any(dataset.dataset_id == dataset_id for dataset in part.datasets):
+                return part.obs_path(dataset_id)
         # Version 1 could not hold any text.
         suffix = "tsv.gz" if self.catalogue["version"] == 1 else "parquet"
         return self.location.local_path(f"obs/{dataset_id}.{suffix}")
@@ -332,6 +399,9 @@ class Corpus:
         dataset = CellColumn(
             "dataset_id", "text", ids, None, len(self), lambda rows: self.row_dataset[rows] + 1
         )
+        if isinstance(self.cells, JoinedCells):
+            parts = [part.columns for part in self.parts]
+            return JoinedColumns(parts, self.cells.by_part, len(self), [dataset])
         return CellColumns(self.location, len(self), [dataset])
 
     def obs(self, rows: Rows = None, columns: Sequence[str] | None = None) -> DataFrame:

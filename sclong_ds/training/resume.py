@@ -35,9 +35,11 @@ from sclong_ds.training.begin import Run
 from sclong_ds.training.guards import history_of
 from sclong_ds.training.run import Given, summary
 from sclong_ds.training.run_checks import (
+    OF_CELLS,
     changed_ds_config,
     changed_measure,
     changed_settings,
+    has_grown,
     refuse_changes,
     refuse_other_inputs,
 )
@@ -56,10 +58,9 @@ def open_run_folder(run: Run, starting: Starting) -> None:
     found = load(
         opened.engine,
         checkpoint_dir,
-        accept=partial(refuse_other_run, given, counted.state),
+        accept=partial(refuse_other_run, given, counted.state, opened.cells.corpus),
     )
-    if found is not None:
-        take_up(run, found)
+    grown = None if found is None else take_up(run, found)
     changed = on_first_rank(
         lambda: (
             changed_settings(run_dir / "config.yaml", config)
@@ -93,33 +94,63 @@ def open_run_folder(run: Run, starting: Starting) -> None:
     # The time-out of the other ranks' first step does not run while rank 0 waits for MLflow.
     dist.barrier()
     record_opening(given, opened.tracker, state, found=found, changed=said(changed))
+    if grown is not None:
+        opened.tracker.event("corpus_grown", step=state.step, **grown)
     record_hang(given, opened.tracker, state)
 
 
-def take_up(run: Run, found: Loaded) -> None:
-    """Continue with what a checkpoint and the rows before it say."""
-    given, counted, config = run.given, run.counted, run.given.config
-    run_dir, checkpoint_dir = given.run_dir, given.run_dir / "checkpoints"
+def take_up(run: Run, found: Loaded) -> dict[str, Any] | None:
+    """Take over the state of a checkpoint; return what came to its corpus since, if anything."""
+    given, counted, now = run.given, run.counted, run.counted.state
+    config, corpus = given.config, run.opened.cells.corpus
+    checkpoint = given.run_dir / "checkpoints" / found.name
     counted.state, run.saver.last = found.state, found.name
     step, window = found.state.step, config.run.spike_window
     history = on_first_rank(
-        lambda: history_of(read_metrics(run_dir), step=step, spike_window=window)
+        lambda: history_of(read_metrics(given.run_dir), step=step, spike_window=window)
     )
     # The rows of the last steps may be lost with a machine; the checkpoint is not.
     counted.guard.restore(replace(history, skipped=found.state.skipped_steps))
-    on_first_rank(lambda: take_over_ids(run_dir, checkpoint_dir / found.name))
-    if on_first_rank(
+    on_first_rank(lambda: take_over_ids(given.run_dir, checkpoint))
+    other_measure = on_first_rank(
         lambda: changed_measure(
-            checkpoint_dir / found.name, config.objective,
-            validation_cells=config.run.validation_cells,
+            checkpoint, config.objective, validation_cells=config.run.validation_cells
         )
-    ):  # fmt: skip
-        counted.state = replace(found.state, compared_after=step)
+    )
+    level = logging.WARNING if given.ranks.rank == 0 else logging.DEBUG
+    grown = None
+    if has_grown(found.state, corpus):
+        grown = growth(found.state, corpus)
+        of_cells = {name: getattr(now, name) for name in OF_CELLS}
+        counted.state = replace(found.state, **of_cells)
+        log.log(level, "data.grown: %s", ", ".join(f"{k} {v}" for k, v in grown.items()))
+    if other_measure or grown is not None:
+        counted.state = replace(counted.state, compared_after=step)
         log.log(
-            logging.WARNING if given.ranks.rank == 0 else logging.DEBUG,
+            level,
             "validation measures something else from step %d on: the best checkpoint is chosen "
             "among later ones, and figures before cannot be compared with those after", step
         )  # fmt: skip
+    return grown
+
+
+def growth(found: TrainState, corpus: Corpus) -> dict[str, Any]:
+    """Return what came to the corpus of a checkpoint, for the log and the record of the run.
+
+    Args:
+        found: State of the checkpoint.
+        corpus: The corpus of this start.
+    """
+    known = corpus.earlier_hashes.index(found.corpus_hash) + 1
+    new = corpus.parts[known:]
+    return {
+        "parts": len(new),
+        "datasets": sum(len(part.datasets) for part in new),
+        "train_cells": sum(len(part.splits["train"]) for part in new),
+        "validation_cells": sum(len(part.splits["validation"]) for part in new),
+        "corpus_before": found.corpus_hash[:16],
+        "corpus_now": corpus.hash[:16],
+    }
 
 
 def said(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
@@ -179,14 +210,17 @@ def claim_run_folder(run: Run) -> None:
     restore_best(checkpoints)
 
 
-def refuse_other_run(given: Given, now: TrainState, checkpoint: Path, found: TrainState) -> None:
+def refuse_other_run(
+    given: Given, now: TrainState, corpus: Corpus, checkpoint: Path, found: TrainState
+) -> None:
     """Refuse to continue from a checkpoint with another configuration or other inputs.
 
     Raises:
         ValueError: What differs.
     """
     refuse_changes(checkpoint, given.config)
-    refuse_other_inputs(given.run_dir, found, now)
+    grown = given.config.data.grown if has_grown(found, corpus) else None
+    refuse_other_inputs(given.run_dir, found, now, grown=grown)
 
 
 def write_inputs(given: Given, corpus: Corpus) -> None:

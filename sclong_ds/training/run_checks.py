@@ -13,11 +13,14 @@ from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import DataConfig, ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.ds_config import changed_keys
 from sclong_ds.files.sealed_json import read_sound
 from sclong_ds.loader.weights import BY_COLUMN
 
 log = logging.getLogger(__name__)
+OF_CELLS = ("corpus_hash", "weights_hash", "balance_hash")
+"""Of `TrainState`, what follows the cells of a corpus that grows."""
 
 GROWN = (
     "; to train on with more data, export the run and start from it (run.init_from), which tells "
@@ -80,6 +83,7 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
             "cells_cache",
             "prefetch_batches",
             "on_damage",
+            "grown",
             "loader_memory",
         )
     }
@@ -181,13 +185,26 @@ def _in_steps(tree: dict[str, Any], optim: OptimConfig) -> dict[str, Any]:
     return tree | {"optim": found | {key: getattr(resolved, key) for key in keys}}
 
 
-def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> None:
+def has_grown(found: TrainState, corpus: Corpus) -> bool:
+    """Tell whether parts came to the corpus of a checkpoint.
+
+    Args:
+        found: State of the checkpoint.
+        corpus: The corpus of this start.
+    """
+    return found.corpus_hash in corpus.earlier_hashes
+
+
+def refuse_other_inputs(
+    run_dir: Path, found: TrainState, now: TrainState, *, grown: bool | None = None
+) -> None:
     """Refuse to resume on other cells, genes, graph or seed, or with other files of the optimizer.
 
     Args:
         run_dir: Run folder.
         found: State of the checkpoint.
         now: State that the run would begin with.
+        grown: `data.grown` where parts came to the corpus, None where it is another one.
 
     Raises:
         ValueError: What differs.
@@ -202,6 +219,14 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
         "seed", "corpus_hash", "genes_hash", "graph_hash", "features_hash", "weights_hash"
     )  # fmt: skip
     changed = [n for n in names if getattr(found, n) != getattr(now, n)]
+    if grown is False and "corpus_hash" in changed:
+        raise ValueError(
+            f"run.dir={run_dir}: cannot resume, parts came to the corpus since the checkpoint: add "
+            f"data.grown=true to continue with their cells, too, or use a new run.dir"
+        )
+    if grown:
+        # The weights are of all datasets, new ones among them.
+        changed = [name for name in changed if name not in OF_CELLS]
     if changed:
         raise ValueError(
             f"run.dir={run_dir}: cannot resume, {', '.join(changed)} differ from the "
@@ -210,7 +235,7 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
         )
     # Earlier versions wrote no hash of weights, and weighed by datasets alone.
     by_column = (now.balance_hash or "").startswith(BY_COLUMN)
-    if found.balance_hash != now.balance_hash and (found.balance_hash or by_column):
+    if found.balance_hash != now.balance_hash and (found.balance_hash or by_column) and not grown:
         raise ValueError(
             f"run.dir={run_dir}: cannot resume, data.balance_by weighs the cells otherwise than "
             f"before, since the annotations of the corpus are others (finalize writes them); take "
@@ -218,13 +243,14 @@ def refuse_other_inputs(run_dir: Path, found: TrainState, now: TrainState) -> No
         )
 
 
-def check_run_folder(run_dir: Path, config: RunConfig, now: TrainState) -> None:
+def check_run_folder(run_dir: Path, config: RunConfig, now: TrainState, corpus: Corpus) -> None:
     """Check, without a change, that a run could begin or continue in a folder.
 
     Args:
         run_dir: Run folder.
         config: The run's configuration.
         now: State that the run would begin with.
+        corpus: Its corpus.
 
     Raises:
         ValueError: It holds another run's checkpoints.
@@ -232,4 +258,6 @@ def check_run_folder(run_dir: Path, config: RunConfig, now: TrainState) -> None:
     found = complete_checkpoints(run_dir / "checkpoints")
     if found:
         refuse_changes(found[0], config)
-        refuse_other_inputs(run_dir, read_state(found[0]), now)
+        state = read_state(found[0])
+        grown = config.data.grown if has_grown(state, corpus) else None
+        refuse_other_inputs(run_dir, state, now, grown=grown)

@@ -172,7 +172,7 @@ MOVED = {
 """Paths, whose content is compared where it decides anything (`refuse_other_inputs`)."""
 APPLIED = {key: value for key, value in OTHER.items() if key not in CONSENT | REFUSED.keys()} | {
     "data.cache_dir": "x", "data.cells_cache": "9", "data.loader_memory": "9",
-    "data.prefetch_batches": "9", "data.on_damage": "skip",
+    "data.prefetch_batches": "9", "data.on_damage": "skip", "data.grown": "true",
     "checkpoint.every_n_steps": "25", "checkpoint.keep_last": "9",
     "checkpoint.keep_every_n_steps": "100", "checkpoint.keep_best": "false",
     "checkpoint.max_failed_saves": "9", "checkpoint.asynchronous": "false",

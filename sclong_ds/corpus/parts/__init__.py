@@ -1,0 +1,1 @@
+"""A corpus that consists of several, as one."""
