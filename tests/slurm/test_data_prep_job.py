@@ -70,7 +70,8 @@ wait $!
 
 
 def test_a_killed_array_task_is_made_good_by_the_same_command(slurm: Any, tmp_path: Path) -> None:
-    names = ("even_0", "odd_1", "even_2", "odd_3", "even_4", "odd_5", "even_6", "odd_7")
+    # Large and small files in turn, which go to tasks 0 and 1 in turn, the large ones first.
+    names = ("even_0", "even_1", "odd_2", "odd_3", "even_4", "even_5", "odd_6", "odd_7")
     files = ("immune_a.h5ad", "immune_c.csv.gz") * 4
     rows = [f"{n}\t{MANIFEST.parent / f}" for n, f in zip(names, files, strict=True)]
     manifest, corpus = tmp_path / "manifest.tsv", tmp_path / "corpus"
