@@ -178,12 +178,13 @@ class Corpus:
     def _check_parts(self) -> None:
         """Compare the parts with what the catalogue says of them all."""
         sizes = {name: sum(len(part.splits[name]) for part in self.parts) for name in SPLITS}
+        names = [d.dataset_id for d in self.datasets]
         same = (
             {part.catalogue["genes_hash"] for part in self.parts} == {self.catalogue["genes_hash"]}
             and self.hash == hash_of_parts([part.hash for part in self.parts])
             and sizes == {name: len(cells) for name, cells in self.splits.items()}
-            and [d.dataset_id for part in self.parts for d in part.datasets]
-            == [d.dataset_id for d in self.datasets]
+            and [d.dataset_id for part in self.parts for d in part.datasets] == names
+            and len({*names}) == len(names)
         )
         if not same:
             raise ValueError(

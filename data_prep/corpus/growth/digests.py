@@ -38,6 +38,8 @@ class DigestUnit:
     """File that holds them."""
     start: int = 0
     """Where they begin in it."""
+    n_kept: int = 0
+    """Digests that it must hold."""
 
 
 def plan_units(
@@ -74,7 +76,9 @@ def plan_units(
 def _units_of_kept(path: Path, *, first: int, n_cells: int) -> Iterator[DigestUnit]:
     for start in range(0, n_cells, CELLS_OF_UNIT):
         n_here = min(CELLS_OF_UNIT, n_cells - start)
-        yield DigestUnit(first=first + start, n_cells=n_here, kept=path, start=start)
+        yield DigestUnit(
+            first=first + start, n_cells=n_here, kept=path, start=start, n_kept=n_cells
+        )
 
 
 def read_kept(unit: DigestUnit) -> NDArray[np.uint64]:
@@ -85,10 +89,12 @@ def read_kept(unit: DigestUnit) -> NDArray[np.uint64]:
     """
     assert unit.kept is not None
     found = np.load(unit.kept, mmap_mode="r")
-    here = np.array(found[unit.start : unit.start + unit.n_cells])
-    if here.shape != (unit.n_cells, 2) or here.dtype != np.uint64:
-        raise ValueError(f"{unit.kept}: not the digests of the staged cells of its part")
-    return here
+    if found.shape != (unit.n_kept, 2) or found.dtype != np.uint64:
+        raise ValueError(
+            f"{unit.kept}: digests of shape {found.shape} and type {found.dtype}, its part has "
+            f"{unit.n_kept} staged cells; run: python -m data_prep compact CORPUS"
+        )
+    return np.array(found[unit.start : unit.start + unit.n_cells])
 
 
 def keep_piece(folder: Path, unit: DigestUnit, digests: NDArray[np.uint64]) -> Path:

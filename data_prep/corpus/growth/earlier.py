@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.corpus.inputs import Inputs
-from data_prep.corpus.split_rule import SplitRule, rule_of
+from data_prep.corpus.split_rule import SplitRule, in_order_of_arrival, rule_of
 from data_prep.ledger.ledger import ledger_path
 from sclong_ds.corpus.catalogue import (
     ONE_PART_VERSION,
@@ -211,7 +211,12 @@ def _what_changed(
                 return f"{name} is gone"
         if documents.get(document) != inputs.documents.get(document):
             return f"{name} is not what it was"
-    if len(used) == len(catalogue["datasets"]):
+    names = [dataset["dataset_id"] for dataset in catalogue["datasets"]]
+    # The rule remembers the place of a dataset that was forgotten, or excluded, and is back.
+    back = {*in_order_of_arrival([*used], before)[: len(names)]} - {*names}
+    if back:
+        return f"{min(back)} is back, which came before others"
+    if len(used) == len(names):
         return "there is no new dataset"
     return ""
 

@@ -240,6 +240,38 @@ def test_what_changed_makes_one_corpus_again(made: Path, tmp_path: Path, change:
     assert verify(folder)["problems"] == []
 
 
+def without(folder: Path, name: str) -> None:
+    """Forget a dataset."""
+    (folder / "ledger" / f"{name}.json").unlink()
+    shutil.rmtree(folder / "staging" / name)
+
+
+@pytest.mark.parametrize("gone", ["b", "ab"])
+def test_a_dataset_that_comes_back_is_written_once(made: Path, tmp_path: Path, gone: str) -> None:
+    options = {"near_duplicates": "keep"}
+    folder = grown(made, tmp_path / "grown", ["a", "b", "e"], **options)
+    for name in gone:
+        without(folder, name)
+    finalize(folder, **options)
+    grown(made, folder, [gone, "cd"], **options)
+    assert [d.dataset_id for d in Corpus(folder).datasets] == ["a", "b", "e", "c", "d"]
+    assert_the_same(Corpus(folder), Corpus(at_once(made, tmp_path / "once", folder, **options)))
+    assert verify(folder)["problems"] == []
+
+
+@pytest.mark.parametrize("shape", [(159, 2), (161, 2), (160, 3)])
+def test_kept_digests_of_another_number_of_cells_are_refused(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    np.save(tmp_path / "kept.npy", np.zeros(shape, np.uint64))
+    for start in (0, 100):
+        unit = digests_module.DigestUnit(
+            first=start, n_cells=60, kept=tmp_path / "kept.npy", start=start, n_kept=160
+        )
+        with pytest.raises(ValueError, match=r"kept\.npy.*160 staged cells"):
+            digests_module.read_kept(unit)
+
+
 def test_compact_makes_what_finalize_makes_of_everything(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
