@@ -44,7 +44,7 @@ from data_prep.corpus.growth.part_list import remove_unlisted
 from data_prep.corpus.inputs import Inputs, read_inputs
 from data_prep.corpus.near.near_duplicates import NearRule
 from data_prep.corpus.publish import is_sealed, publish
-from data_prep.corpus.seal import seal, unused
+from data_prep.corpus.seal import restated, seal, unused
 from data_prep.corpus.split_rule import SplitBy, SplitRule, read_rule, resolve, rule_of
 from data_prep.corpus.staged import open_used
 from data_prep.corpus.work_folder import clear, discard, open_work, work_folder
@@ -248,13 +248,30 @@ class _Job:
         except (OSError, ValueError, KeyError):
             return False
 
-    @property
-    def has_parts(self) -> bool:
-        """Whether what is finished is a list of parts."""
+    def restate(self, rule: SplitRule) -> bool:
+        """Tell whether the parts hold all cells already; then write which datasets are unused.
+
+        The cells stay, and with them the hash: a dataset that failed concerns none of them.
+        """
+        if self.whole or not self.has_parts:
+            return False
         try:
-            return PARTS in read_catalogue(self.corpus)
+            catalogue = read_catalogue(self.corpus)
         except (OSError, ValueError):
             return False
+        if PARTS not in catalogue or len(self.inputs.used) != len(catalogue["datasets"]):
+            return False
+        found, _ = find_earlier(self.corpus, self.inputs, rule, codec=self.codec, near=self.near)
+        if found is None:
+            return False
+        self.inputs.check_documents()
+        write_catalogue(self.corpus, restated(catalogue, self.inputs, self.pending))
+        return True
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there are parts, be it those that a killed compact has left."""
+        return (self.corpus / PARTS).is_dir()
 
     def crew(self, work: Path, member: int, members: int, progress: Progress | None) -> Crew:
         """Return one of the processes of the work."""
@@ -301,7 +318,7 @@ def _as_one_command(
         job.read()
         rule = job.rule()
         # One corpus is made again, as it was asked for; a list of parts with nothing new stays.
-        if (not again or job.has_parts) and job.is_finished(rule):
+        if (not again or job.has_parts) and (job.is_finished(rule) or job.restate(rule)):
             clear(job.corpus)
             remove_unlisted(job.corpus)
             return read_catalogue(job.corpus)
@@ -339,7 +356,7 @@ def _as_task(
     def begin() -> dict[str, Any]:
         job.inputs.check_documents()
         rule = job.rule()
-        if job.is_finished(rule):
+        if job.is_finished(rule) or job.restate(rule):
             clear(job.corpus)
             remove_unlisted(job.corpus)
             return {"call": job.call, "work": None}

@@ -144,15 +144,38 @@ def unused(inputs: Inputs, pending: Sequence[Pending]) -> list[dict[str, Any]]:
     ]
 
 
+def restated(
+    catalogue: Mapping[str, Any], inputs: Inputs, pending: Sequence[Pending]
+) -> dict[str, Any]:
+    """Return a catalogue of parts with the unused datasets and the ledger of now.
+
+    Args:
+        catalogue: Of the corpus; the datasets that it uses are as they were.
+        inputs: With the ledger.
+        pending: Datasets that were never converted.
+    """
+    before = _unused_warnings(catalogue)
+    warnings = [text for text in catalogue["warnings"] if text not in before]
+    found = {**catalogue, "warnings": warnings, "documents": dict(inputs.documents)}
+    _add_unused(found, inputs, pending)
+    return found
+
+
 def _add_unused(catalogue: dict[str, Any], inputs: Inputs, pending: Sequence[Pending]) -> None:
     catalogue["unused"] = unused(inputs, pending)
+    catalogue["warnings"] += _unused_warnings(catalogue)
+
+
+def _unused_warnings(catalogue: Mapping[str, Any]) -> list[str]:
     left_out = Counter(dataset["status"] for dataset in catalogue["unused"])
-    if left_out:
-        catalogue["warnings"].append(
-            f"{left_out.total()} of {len(inputs.ledger) + len(pending)} datasets are left out "
-            f"({', '.join(f'{n} {status}' for status, n in sorted(left_out.items()))}); see: "
-            "python -m data_prep status"
-        )
+    if not left_out:
+        return []
+    statuses = ", ".join(f"{n} {status}" for status, n in sorted(left_out.items()))
+    n_datasets = len(catalogue["datasets"]) + left_out.total()
+    return [
+        f"{left_out.total()} of {n_datasets} datasets are left out ({statuses}); see: "
+        "python -m data_prep status"
+    ]
 
 
 def _write_columns(build: Build) -> list[str]:

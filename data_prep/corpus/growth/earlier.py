@@ -151,7 +151,8 @@ def find_earlier(
         near: Which near duplicates to leave out.
 
     Returns:
-        The parts; or None and the reason, empty where nothing was finished before.
+        The parts; or None and the reason, empty where nothing was finished before, or one corpus
+        without parts of the same datasets.
 
     Raises:
         ValueError: There are too many parts to add another.
@@ -164,14 +165,15 @@ def find_earlier(
         return None, str(error)
     try:
         reason = _what_changed(corpus, catalogue, inputs, rule, codec=codec, near=near)
-        if reason:
+        n_new = len(inputs.used) - len(catalogue["datasets"])
+        if reason or (not n_new and PARTS not in catalogue):
             return None, reason
         found = earlier_parts(corpus, catalogue)
         for part in found.parts:
             _check_part(corpus, part, catalogue)
     except (ValueError, OSError, LookupError) as error:
         return None, f"what was finished is damaged: {error}"
-    if len(found.parts) >= MOST_PARTS:
+    if n_new and len(found.parts) >= MOST_PARTS:
         raise ValueError(
             f"{corpus}: has {len(found.parts)} parts, the most that are allowed; run: "
             f"python -m data_prep compact {corpus}"
@@ -216,8 +218,6 @@ def _what_changed(
     back = {*in_order_of_arrival([*used], before)[: len(names)]} - {*names}
     if back:
         return f"{min(back)} is back, which came before others"
-    if len(used) == len(names):
-        return "there is no new dataset"
     return ""
 
 

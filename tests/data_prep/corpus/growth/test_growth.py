@@ -9,6 +9,7 @@ Covers `data_prep/corpus/growth/compact.py`, `data_prep/corpus/growth/digests.py
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -257,6 +258,38 @@ def test_a_dataset_that_comes_back_is_written_once(made: Path, tmp_path: Path, g
     assert [d.dataset_id for d in Corpus(folder).datasets] == ["a", "b", "e", "c", "d"]
     assert_the_same(Corpus(folder), Corpus(at_once(made, tmp_path / "once", folder, **options)))
     assert verify(folder)["problems"] == []
+
+
+def set_status(folder: Path, name: str, status: str) -> None:
+    """Write what became of a dataset that finalize does not use."""
+    from data_prep.ledger.ledger import write_entry
+
+    entry = json.loads((folder / "ledger" / "a.json").read_text())
+    files = {"files": {}, "n_cells": 0}
+    write_entry(folder, {**entry, "dataset_id": name, "status": status, "reason": "x"} | files)
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_a_dataset_that_failed_leaves_the_parts(
+    made: Path, tmp_path: Path, tasks: int | None
+) -> None:
+    folder = grown(made, tmp_path / "grown", ["ab", "c"])
+    before, files = read_catalogue(folder), sums(folder)
+    for status in ("failed", "excluded"):
+        set_status(folder, "z", status)
+        for _ in range(2):
+            catalogue = finalize(folder, tasks=tasks)
+            assert catalogue["hash"] == before["hash"]
+            assert [(u["dataset_id"], u["status"]) for u in catalogue["unused"]] == [("z", status)]
+            told = [text for text in catalogue["warnings"] if text not in before["warnings"]]
+            assert told == [
+                f"1 of 4 datasets are left out (1 {status}); see: python -m data_prep status"
+            ]
+            now = sums(folder)
+            assert {n for n in now if now[n] != files.get(n)} == {"corpus.json", "ledger/z.json"}
+            assert verify(folder)["problems"] == []
+    (folder / "ledger" / "z.json").unlink()
+    assert finalize(folder) == before
 
 
 @pytest.mark.parametrize("shape", [(159, 2), (161, 2), (160, 3)])
