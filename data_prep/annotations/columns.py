@@ -2,7 +2,8 @@
 
 Every annotation that a dataset keeps becomes a column; a dataset that lacks it has no value there.
 Three are put together: `donor` and `donor_id`, by which the split goes, are one column of both
-names unless a dataset has both; a column and its `_ontology_term_id` are coded as pairs; the tissue
+names, or two where a dataset has both, and then either name stands for the other where a dataset
+has that one alone; a column and its `_ontology_term_id` are coded as pairs; the tissue
 of the manifest stands for the cells of a dataset that names none itself. Text that is different in
 (nearly) every cell, as barcodes are, is no column. One column is in memory at a time: 8 bytes a
 cell.
@@ -10,7 +11,7 @@ cell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,21 +71,6 @@ class ColumnPlan:
     """Other names of the column."""
 
 
-def columns_of(
-    datasets: Sequence[Annotations], cells: CellStore
-) -> Iterator[tuple[ColumnInfo, NDArray[Any]]]:
-    """Yield the columns of a corpus, one after the other.
-
-    Args:
-        datasets: By their number in the table `dataset`.
-        cells: Of the corpus.
-    """
-    for plan in plan_columns(datasets):
-        found = column_of(plan, datasets, cells)
-        if found is not None:
-            yield found
-
-
 def plan_columns(tables: Sequence[Annotations]) -> list[ColumnPlan]:
     """Return the columns to make, by name.
 
@@ -107,8 +93,21 @@ def plan_columns(tables: Sequence[Annotations]) -> list[ColumnPlan]:
             if name == _DONOR_ID and _DONOR in names:
                 continue
             name, sources, also = _DONOR, (_DONOR, _DONOR_ID), (_DONOR_ID,)
+        elif name in (_DONOR, _DONOR_ID):
+            sources = (name, _DONOR_ID if name == _DONOR else _DONOR)
         plans.append(ColumnPlan(name=name, sources=sources, terms=terms, also=also))
-    return plans
+    return sorted(plans, key=lambda plan: plan.name)
+
+
+def names_left_out(tables: Sequence[Annotations], names: Collection[str]) -> set[str]:
+    """Return the names of annotations that are no columns, for too many values.
+
+    Args:
+        tables: By their number in the table `dataset`.
+        names: Of the columns that were made of them.
+    """
+    plans = [plan for plan in plan_columns(tables) if plan.name not in names]
+    return {name for plan in plans for name in (plan.name, *plan.also)}
 
 
 def column_of(

@@ -462,12 +462,16 @@ class Build:
         """All cells of the corpus; after the stage `join`."""
         return CellStore(self.work / "cells.zarr")
 
-    @cached_property
-    def _annotations(self) -> list[Annotations]:
+    def annotations(self, staged: Sequence[Staged]) -> list[Annotations]:
+        """Return the annotations of datasets; after the stage `annotations`."""
         return [
             Annotations(obs=self._coded(s), n_cells=len(s.cells), tissue=s.ledger["tissue"])
-            for s in self.new
+            for s in staged
         ]
+
+    @cached_property
+    def _annotations(self) -> list[Annotations]:
+        return self.annotations(self.new)
 
     @cached_property
     def columns(self) -> list[ColumnPlan]:

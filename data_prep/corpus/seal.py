@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.annotations.columns import names_left_out
 from data_prep.corpus.build import LEFT_OUT, Build
 from data_prep.corpus.gene_statistics import (
     GeneSums,
@@ -38,6 +39,7 @@ from sclong_ds.corpus.catalogue import (
     corpus_files,
     write_catalogue,
 )
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.datasheet.citations import citations_text
 from sclong_ds.files.atomic import file_sha256, link_or_copy, sync_tree, write_atomic
 
@@ -182,13 +184,13 @@ def _write_columns(build: Build) -> list[str]:
     """Number the columns that were made, and list them; return those that are none."""
     folder = build.work / "columns"
     infos: list[ColumnInfo] = []
-    left_out: list[str] = []
+    without: list[str] = []
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for number, made in enumerate(build.crew.made("columns")):
         found = made.result
         if found is None:
-            left_out.append(build.columns[number].name)
+            without.append(build.columns[number].name)
             continue
         name, target = f"columns-made/{column_name(number)}", folder / column_name(len(infos))
         link_or_copy(build.work / name, target)
@@ -197,8 +199,21 @@ def _write_columns(build: Build) -> list[str]:
         for name in ("values", "also", "terms"):
             found[name] = None if found[name] is None else tuple(found[name])
         infos.append(ColumnInfo(**found))
-    write_index(folder, infos, len(build.cells))
-    return left_out
+    names = names_left_out(build.annotations(build.new), [info.name for info in infos])
+    write_index(folder, infos, len(build.cells), names | _left_out_before(build))
+    return without
+
+
+def _left_out_before(build: Build) -> set[str]:
+    """Return the names that are no columns of earlier parts; old ones do not list them."""
+    if build.earlier is None:
+        return set()
+    corpus = Corpus(build.earlier.corpus)
+    names: set[str] = set()
+    for part, found in zip(build.earlier.parts, corpus.parts or [corpus], strict=True):
+        tables = build.annotations(build.staged[part.first : part.stop])
+        names |= names_left_out(tables, [info.name for info in found.columns.stored])
+    return names
 
 
 def _write_measured_genes(path: Path, measured: NDArray[np.bool_]) -> None:

@@ -14,12 +14,14 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_prep.annotations.columns import Annotations, columns_of
+from data_prep.annotations.columns import Annotations, ColumnPlan, column_of, plan_columns
 from data_prep.corpus.gene_statistics import gene_statistics
 from data_prep.corpus.split_rule import rule_of
 from data_prep.corpus.splits import read_donors
@@ -39,6 +41,7 @@ from data_prep.verify.files import (
     check_files,
 )
 from data_prep.verify.sources import DEFAULT_SEED, check_sources
+from sclong_ds.annotations.columns import CellColumn, ColumnInfo
 from sclong_ds.corpus.catalogue import SPLITS, read_catalogue
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import Corpus
@@ -327,19 +330,42 @@ def _check_columns(corpus: Corpus, links: Links, problems: list[str]) -> None:
         for info in corpus.datasets
     ]
     names = set()
-    for info, codes in columns_of(annotations, corpus.cells):
+    for plan in plan_columns(annotations):
+        made = column_of(plan, annotations, corpus.cells)
+        if made is None:
+            continue
+        info, codes = made
         names.add(info.name)
-        if info not in stored:
+        if info not in stored and not (_stands_in(plan) and info.name in corpus.columns):
             problems.append(f"columns: {info.name} is not that of the annotations")
             continue
-        found = corpus.columns[info.name].codes()
-        wrong = np.flatnonzero((found != codes) & ((found == found) | (codes == codes)))
+        if info in stored:
+            found = corpus.columns[info.name].codes()
+            wrong = np.flatnonzero((found != codes) & ((found == found) | (codes == codes)))
+        if _stands_in(plan) and (info not in stored or len(wrong)):
+            # Earlier versions let no other name stand in.
+            before = column_of(replace(plan, sources=plan.sources[:1]), annotations, corpus.cells)
+            wrong = np.flatnonzero(
+                np.all([_differs(corpus.columns[info.name], m) for m in (made, before) if m], 0)
+            )
         if len(wrong):
             problems.append(f"columns: {info.name} is wrong for cell {int(wrong[0])}")
     problems += [
         f"columns: no dataset has {info.name}" for info in stored if info.name not in names
     ]
     links.checked(COLUMNS, len(stored) + 1)
+
+
+def _stands_in(plan: ColumnPlan) -> bool:
+    """Tell whether a dataset may have the column by another name that is a column as well."""
+    return len(plan.sources) > 1 and not plan.also
+
+
+def _differs(column: CellColumn, made: tuple[ColumnInfo, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Return (cells,) True where a column of text has another value than one that was made."""
+    places = {value: place for place, value in enumerate(column.values or ())}
+    moved = np.array([places.get(value, -1) for value in made[0].values], np.int64)
+    return moved[made[1]] != column.codes()
 
 
 def _check_statistics(corpus: Corpus, problems: list[str], progress: Progress | None) -> None:

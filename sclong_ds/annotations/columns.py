@@ -14,7 +14,7 @@ of more than 2^18 different values have no codes: the file then holds float64, N
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -153,8 +153,12 @@ class CellColumns(Mapping[str, CellColumn]):
             ValueError: A damaged list, or one of a later version.
         """
         self._found = {column.name: column for column in more}
-        self.stored = tuple(_read_index(location, n_cells)) if location.exists(INDEX) else ()
+        self.stored: tuple[ColumnInfo, ...] = ()
         """What the list tells of each stored column."""
+        self.left_out: frozenset[str] = frozenset()
+        """Names that are no columns, because they or earlier parts have too many values of them."""
+        if location.exists(INDEX):
+            self.stored, self.left_out = _read_index(location, n_cells)
         self.readers: tuple[Reader, ...] = tuple(
             _Stored(location, number, info, n_cells) for number, info in enumerate(self.stored)
         )
@@ -276,13 +280,16 @@ def write_column(folder: Path, number: int, codes: NDArray[Any], bits: int) -> N
         file.write(bytes(3))
 
 
-def write_index(folder: Path, infos: Sequence[ColumnInfo], n_cells: int) -> None:
+def write_index(
+    folder: Path, infos: Sequence[ColumnInfo], n_cells: int, left_out: Collection[str] = ()
+) -> None:
     """Write the list of columns, after all of them.
 
     Args:
         folder: `columns` of a corpus.
         infos: The columns in the order of their files.
         n_cells: Cells of the corpus.
+        left_out: Names that are no columns, for too many values here or in earlier parts.
     """
     columns = [
         {
@@ -296,6 +303,7 @@ def write_index(folder: Path, infos: Sequence[ColumnInfo], n_cells: int) -> None
         for info in infos
     ]
     document = {"format": COLUMNS_FORMAT, "version": COLUMNS_VERSION, "n_cells": n_cells}
+    document |= {"left_out": sorted(left_out)} if left_out else {}
     text = json.dumps(document | {"columns": columns}, indent=0, ensure_ascii=False)
     write_atomic(folder / Path(INDEX).name, (text + "\n").encode())
 
@@ -305,24 +313,28 @@ def column_name(number: int) -> str:
     return f"{number:04d}.codes"
 
 
-def _read_index(location: Folder, n_cells: int) -> Iterator[ColumnInfo]:
-    """Yield the columns on the list."""
+def _read_index(location: Folder, n_cells: int) -> tuple[tuple[ColumnInfo, ...], frozenset[str]]:
+    """Return the columns on the list, and the names that it says are none."""
     where = f"{location}/{INDEX}"
     try:
         document = json.loads(location.read_bytes(INDEX))
         refuse_later(document["version"], newest=COLUMNS_VERSION, what=COLUMNS_FORMAT, where=where)
         if document["n_cells"] != n_cells:
             raise ValueError(f"of {document['n_cells']} cells, the corpus has {n_cells}")
+        infos = []
         for about in document["columns"]:
             terms = about["terms"]
-            yield ColumnInfo(
-                name=str(about["name"]),
-                kind=about["kind"],
-                bits=int(about["bits"]),
-                values=tuple(about["values"]),
-                terms=None if terms is None else tuple(terms),
-                also=tuple(about["also"]),
+            infos.append(
+                ColumnInfo(
+                    name=str(about["name"]),
+                    kind=about["kind"],
+                    bits=int(about["bits"]),
+                    values=tuple(about["values"]),
+                    terms=None if terms is None else tuple(terms),
+                    also=tuple(about["also"]),
+                )
             )
+        return tuple(infos), frozenset(map(str, document.get("left_out", ())))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{where}: damaged ({type(error).__name__}: {error}); restore the file or run finalize "

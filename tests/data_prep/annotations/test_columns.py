@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import data_prep.corpus.build as build_module
 from data_prep.annotations import columns as module
 from data_prep.corpus.finalize import finalize
 from data_prep.ledger.ledger import read_entry, staged_files, write_entry
@@ -108,12 +111,29 @@ def test_what_is_different_in_every_cell_is_no_column(
     assert corpus.obs(of_a, columns=["note"])["note"].tolist() == ["", "", ""]
 
 
-def test_a_dataset_with_both_donor_columns_keeps_both(annotated: Path) -> None:
+def test_a_dataset_with_both_donor_columns_keeps_both(
+    annotated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     annotate(annotated, "a", {"donor": ["x", "y"] * 12})
     finalize(annotated, validation_fraction=0.3)
     corpus = Corpus(annotated)
-    for name in ("donor", "donor_id"):
-        assert corpus.columns[name].texts().tolist() == corpus.obs()[name].tolist()
+    text = corpus.obs()
+    for name, other in (("donor", "donor_id"), ("donor_id", "donor")):
+        # Dataset b has `donor` alone.
+        expected = [a or b for a, b in zip(text[name], text[other], strict=True)]
+        assert corpus.columns[name].texts().tolist() == expected
+    assert verify(annotated)["problems"] == []
+    # As earlier versions wrote it: the name that a dataset lacks has no values.
+    plan = module.plan_columns
+    monkeypatch.setattr(build_module, "plan_columns", lambda tables: [
+        p if p.also else replace(p, sources=(p.name,)) for p in plan(tables)
+    ])  # fmt: skip
+    shutil.rmtree(annotated / "columns")
+    (annotated / "corpus.json").unlink()
+    finalize(annotated, validation_fraction=0.3)
+    corpus = Corpus(annotated)
+    assert corpus.columns["donor_id"].texts().tolist() == text["donor_id"].tolist()
+    assert verify(annotated)["problems"] == []
 
 
 def test_verify_finds_a_wrong_code(annotated: Path) -> None:

@@ -22,10 +22,13 @@ import pytest
 from cell_values import as_tuples
 from scipy import sparse
 
+import data_prep.annotations.columns as columns_module
 import data_prep.corpus.growth.digests as digests_module
 import data_prep.corpus.growth.earlier as earlier_module
 import data_prep.corpus.growth.part_list as part_list_module
 import data_prep.corpus.publish as publish_module
+import data_prep.corpus.seal as seal_module
+import sclong_ds.annotations.joined_columns as joined_columns_module
 from data_prep.corpus.finalize import finalize
 from data_prep.corpus.growth.compact import compact
 from data_prep.verify.verify import verify
@@ -39,8 +42,14 @@ SHARED = ("near_kept", "n_cells", "duplicates_dropped", "near_dropped", "split_c
 
 
 @pytest.fixture
-def made(counts: Counts, stage_corpus: Stage) -> Path:
-    """Five datasets: with repeated cells, donors, other gene lists, columns and text."""
+def made(counts: Counts, stage_corpus: Stage, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five datasets: with repeated cells, donors, other gene lists, columns and text.
+
+    Ids of an ontology with and without values, donors by one name, the other and both, and texts
+    and numbers of too many values in one dataset.
+    """
+    for module in (columns_module, joined_columns_module):
+        monkeypatch.setattr(module, "MOST_BITS", 6)
     rng = np.random.default_rng(4)
     a, b = counts(1, 90), counts(2, 70)
     copied = sparse.vstack([counts(3, 40), a[:9], b[[5, 5, 60]]], format="csr")
@@ -63,6 +72,15 @@ def made(counts: Counts, stage_corpus: Stage) -> Path:
         for number, (name, size) in enumerate(sizes.items())
         if name != "b"
     }
+    obs["b"] = {"cell_type_ontology_term_id": ["CL:b", "", "CL:d"] * 23 + [""]}
+    obs["a"] |= {
+        "note": [f"note {i}" for i in range(90)],
+        "score": [repr(i / 7) for i in range(90)],
+    }
+    obs["c"] |= {"score": ["7", ""] * 26, "disease": ["flu", "none"] * 26}
+    obs["d"]["donor_id"] = [f"other {row % 5}" for row in range(60)]
+    obs["e"] |= {"donor_id": [f"e{row % 3}" for row in range(30)], "note": ["x"] * 30}
+    obs["e"]["disease_ontology_term_id"] = ["MONDO:1", "MONDO:2"] * 15
     return stage_corpus(
         matrices, donors=donors, obs=obs, measured={"d": few}, name="all", chunk_entries=8192
     )
@@ -110,7 +128,9 @@ def sums(folder: Path) -> dict[str, tuple[str, int]]:
 def cells_of(corpus: Corpus, split: str) -> Counter[tuple]:
     rows = corpus.split(split)
     origin = [corpus.datasets[code].dataset_id for code in corpus.row_dataset[rows]]
-    obs = corpus.obs(rows, columns=["cell_type", "age", "is_primary_data", "donor", "tissue"])
+    names = ["cell_type", "age", "is_primary_data", "donor", "donor_id", "tissue", "note", "score"]
+    names += ["cell_type_ontology_term_id", "disease", "disease_ontology_term_id"]
+    obs = corpus.obs(rows, columns=names)
     texts = obs.astype(str).to_numpy().tolist()
     counts = as_tuples(corpus.rows(rows))
     return Counter(
@@ -137,6 +157,7 @@ def assert_the_same(one: Corpus, other: Corpus) -> None:
         np.testing.assert_allclose(values, getattr(other.gene_stats, name), rtol=1e-12)
         if np.asarray(values).dtype.kind == "i":
             np.testing.assert_array_equal(values, getattr(other.gene_stats, name))
+    assert {*one.columns} == {*other.columns}
     assert one.columns.stored == other.columns.stored
 
 
@@ -152,6 +173,20 @@ def test_grown_is_finalized_at_once(made: Path, tmp_path: Path, steps: list[str]
     report = verify(folder)
     assert report["problems"] == []
     assert all(link["checked"] for link in report["links"][1:])
+
+
+def test_columns_that_an_old_part_left_out_are_none(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        # Earlier versions do not list them.
+        real = seal_module.write_index
+        patch.setattr(seal_module, "write_index", lambda *args: real(*args[:3]))
+        folder = grown(made, tmp_path / "grown", ["ab"])
+    corpus = Corpus(grown(made, folder, ["e"]))
+    assert "note" not in corpus.columns
+    assert {*corpus.obs(columns=["note"])["note"]} == {"", "x", *(f"note {i}" for i in range(90))}
+    assert verify(folder)["problems"] == []
 
 
 @pytest.mark.parametrize("rule", ["primary", "drop"])
