@@ -158,7 +158,7 @@ class Corpus:
             if catalogue_checksum(found) != info.checksum:
                 raise ValueError(f"{where}: {info.catalogue} is that of another part; {cure}")
             part = object.__new__(Corpus)
-            folder = f"{path}/{info.folder}" if info.folder else path
+            folder = f"{self.location}/{info.folder}" if info.folder else path
             part._open(found, folder, folder, cache_dir, cells_cache)
             try:
                 part.cells = CellStore(part.location / "cells.zarr")

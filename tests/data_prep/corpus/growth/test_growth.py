@@ -175,6 +175,13 @@ def test_grown_is_finalized_at_once(made: Path, tmp_path: Path, steps: list[str]
     assert all(link["checked"] for link in report["links"][1:])
 
 
+def test_an_address_may_end_with_a_slash(made: Path, tmp_path: Path) -> None:
+    folder = grown(made, tmp_path / "grown", ["a", "b"])
+    corpus = Corpus(f"{folder}/")
+    # Of an object store, another key with two of them.
+    assert corpus.parts[1].location.url == f"{folder}/parts/000001"
+
+
 def test_columns_that_an_old_part_left_out_are_none(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
