@@ -7,6 +7,8 @@ Shapes: n cells, C base width, W width of an embedding.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, vstack
@@ -22,7 +24,7 @@ from sclong_ds.evaluation.ladder import (
 from sclong_ds.evaluation.scored_cells import ScoredCells
 from sclong_ds.model.pooling import Recipe, scaling_maps
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model.values.principal import random_blocks
+from sclong_ds.model.values.principal import kept_columns, random_blocks
 from sclong_ds.progress import count_progress
 
 _BLOCK_CELLS = 512
@@ -66,13 +68,16 @@ def _untrained(model: ScLong, scored: ScoredCells, *, batch_size: int, seed: int
     fresh, recipe = untrained_model(model, seed=seed), model.recipe
     directions = recipe.directions
     if directions is not None:
-        directions = random_blocks(directions, seed)
+        n_blocks, _, width = directions.shape
+        kept = kept_columns(recipe.n_directions, n_blocks, width)
+        directions = random_blocks(directions, seed) * kept
     plain, what = Recipe(recipe.parts, directions=directions), "embed, untrained weights"
     found = _embedded_by(fresh, plain, scored, batch_size=batch_size, what=what)
     if recipe.scaling == "none":
         return found
     parts = torch.from_numpy(found).chunk(len(recipe.parts), dim=1)
-    own = Recipe(recipe.parts, recipe.scaling, *scaling_maps(parts, recipe.scaling))
+    centres, maps = scaling_maps(parts, recipe.scaling)
+    own = replace(recipe, centres=centres, maps=maps)
     return own.apply(parts).numpy()
 
 

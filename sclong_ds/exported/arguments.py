@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-training-cells",
         action="store_true",
-        help="leave out the digests of the training cells: the corpus is not read, and nobody can "
-        "tell from the folder whether a cell was in training",
+        help="leave out the digests of the training cells, for which all of them are read: nobody "
+        "can tell from the folder whether a cell was in training (validation cells and those of "
+        "--recipe-cells are read nevertheless)",
     )
     parser.add_argument(
         "--recipe-cells",
@@ -38,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="embed by all values along N principal directions of training cells, such as 256: for "
-        "cells of other tissues, for which validation cells do not choose (default: the best "
-        "of all candidates)",
+        "cells of other tissues, for which validation cells do not choose; an error where the "
+        "run's corpus does not give them (default: the best of all candidates)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where these cells are embedded"

@@ -38,7 +38,7 @@ from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.exported.recipe_file import ChosenRecipe
-from sclong_ds.exported.training_cells import short_digests
+from sclong_ds.exported.training_cells import same_corpus, short_digests
 from sclong_ds.model.counts_input import model_input
 from sclong_ds.model.pooling import (
     MEAN,
@@ -47,11 +47,11 @@ from sclong_ds.model.pooling import (
     TOGETHER,
     Part,
     Recipe,
-    principal_parts,
+    principal_recipe,
     scaling_maps,
 )
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model.values.principal import block_numbers, principal_blocks
+from sclong_ds.model.values.principal import direction_counts, kept_columns, principal_blocks
 from sclong_ds.progress import count_progress
 
 CELLS = 256
@@ -74,12 +74,11 @@ _log = logging.getLogger(__name__)
 Pooled = dict[Part, torch.Tensor]
 
 
-def candidates(*, cell_vector: bool = False, blocks: Sequence[int] = ()) -> list[Recipe]:
+def candidates(*, cell_vector: bool = False) -> list[Recipe]:
     """Return the recipes that are tried, without statistics; the first is that of old folders.
 
     Args:
         cell_vector: Whether the model has one.
-        blocks: Numbers of blocks of principal directions to offer.
     """
     beside = (Part("gene_vectors", "top_128"), Part("gene_vectors", "value^3"))
     parts: list[tuple[Part, ...]] = []
@@ -92,11 +91,16 @@ def candidates(*, cell_vector: bool = False, blocks: Sequence[int] = ()) -> list
             own = Part(of_cell, "expressed")
             parts += [(own,), (own, *beside)]
     scalings = ("scaled", "whitened 0.001", "whitened 0.1")
-    of_model = [Recipe(some, scaling) for some in parts for scaling in scalings]
-    # Together: directions keep the variance that they have. Each block scaled to the same gives
-    # later ones, which other tissues may need, more weight.
-    principal = [Recipe(principal_parts(n), how) for n in blocks for how in (TOGETHER, "scaled")]
-    return [MEAN, *of_model, *principal]
+    return [MEAN, *(Recipe(some, scaling) for some in parts for scaling in scalings)]
+
+
+def principal_candidates(counts: Sequence[int], base_dim: int) -> list[Recipe]:
+    """Return the recipes along so many principal directions, which read no weight of a model.
+
+    Together: directions keep the variance that they have. Each block scaled to the same gives later
+    ones, which other tissues may need, more weight.
+    """
+    return [principal_recipe(n, base_dim, how) for n in counts for how in (TOGETHER, "scaled")]
 
 
 def without_context(recipe: Recipe) -> Recipe:
@@ -131,34 +135,28 @@ def choose_from_run(
 
     Returns:
         None where nothing can be chosen; the log tells why.
+
+    Raises:
+        ValueError: As `cells_of_run`, of `n_directions` that are not 0.
     """
-    if data.corpus is None or n_cells == 0:
+    if not n_directions and (data.corpus is None or n_cells == 0):
         return None
-    affordable = _affordable(model)
     try:
-        if affordable < MIN_CELLS:
-            raise ValueError(
-                f"a model of this size on a CPU: {affordable} cells can be read, {MIN_CELLS} are "
-                "needed"
-            )
-        n_cells = min(n_cells, affordable)
-        corpus = Corpus(data.corpus, cache_dir=data.cache_dir)
-        if corpus.hash != corpus_hash:
-            raise ValueError(f"{data.corpus} is another corpus by now")
-        rows = {name: _some(corpus, name, n_cells) for name in ("train", "validation")}
-        for name, chosen in rows.items():
-            if len(chosen) < MIN_CELLS:
-                raise ValueError(f"{len(chosen)} cells of {name} to read, {MIN_CELLS} are needed")
-        more = corpus.split("train")[:DIRECTION_CELLS]
-        return choose_recipe(
-            model,
-            corpus,
-            train=rows["train"],
-            validation=rows["validation"],
-            directions_of=more,
-            n_directions=n_directions,
+        # Principal directions are of cells alone: the model may be of any size.
+        if not n_directions:
+            n_cells = min(n_cells, affordable := _affordable(model))
+            if affordable < MIN_CELLS:
+                raise ValueError(
+                    f"a model of this size on a CPU: {affordable} cells can be read, {MIN_CELLS} "
+                    "are needed"
+                )
+        corpus, rows = cells_of_run(
+            data, corpus_hash=corpus_hash, n_cells=n_cells, n_directions=n_directions
         )
+        return choose_recipe(model, corpus, **rows, n_directions=n_directions)
     except (OSError, ValueError) as error:
+        if n_directions:
+            raise
         # Weights must not be lost for want of their corpus.
         _log.warning(
             "the embedding's recipe was not chosen (%s): the model embeds by the mean over the "
@@ -166,6 +164,39 @@ def choose_from_run(
             error,
         )
         return None
+
+
+def cells_of_run(
+    data: DataConfig, *, corpus_hash: str, n_cells: int, n_directions: int
+) -> tuple[Corpus, dict[str, NDArray[np.int64]]]:
+    """Return a run's corpus, and the rows that `choose_recipe` reads, by argument.
+
+    Args:
+        data: As in `choose_from_run`.
+        corpus_hash: As in `choose_from_run`.
+        n_cells: As in `choose_from_run`.
+        n_directions: As in `choose_recipe`.
+
+    Raises:
+        ValueError: The corpus is not there or another one by now, or has too few cells; with
+            `n_directions` the message begins with them.
+    """
+    try:
+        if data.corpus is None:
+            raise ValueError("the run's configuration names no corpus")
+        corpus = same_corpus(data, corpus_hash)
+        rows = {name: _some(corpus, name, n_cells) for name in ("train", "validation")}
+        for name, chosen in rows.items():
+            if len(chosen) < MIN_CELLS:
+                raise ValueError(f"{len(chosen)} cells of {name} to read, {MIN_CELLS} are needed")
+        rows["directions_of"] = corpus.split("train")[:DIRECTION_CELLS]
+        direction_counts(
+            n_cells=len(rows["directions_of"]), n_genes=corpus.n_genes, wanted=n_directions
+        )
+    except (OSError, ValueError) as error:
+        what = f"--principal-directions {n_directions}: " if n_directions else ""
+        raise ValueError(f"{what}{error}") from error
+    return corpus, rows
 
 
 def choose_recipe(
@@ -185,14 +216,16 @@ def choose_recipe(
         train: Rows whose statistics centre and scale the parts.
         validation: Rows that candidates are judged on.
         directions_of: Rows whose principal directions are offered; None: those of `train`.
-        n_directions: Choose a recipe along so many principal directions; 0: any candidate.
+        n_directions: Try only recipes along so many principal directions; 0: all candidates.
 
     Raises:
         ValueError: No gene varies in these, or too few cells for so many directions.
     """
     source, n = train if directions_of is None else directions_of, len(validation)
-    blocks, directions = _directions(model, corpus, source, n_directions)
-    tried = candidates(cell_vector=model.config.cell_vector != "none", blocks=blocks)
+    counts, directions = _directions(model, corpus, source, n_directions)
+    tried = principal_candidates(counts, model.config.base_dim)
+    if not n_directions:
+        tried = [*candidates(cell_vector=model.config.cell_vector != "none"), *tried]
     plain = [without_context(recipe) for recipe in tried]
     parts = list(dict.fromkeys(part for recipe in (*tried, *plain) for part in recipe.parts))
     # Those that are judged come first; all may be the neighbours of one.
@@ -208,8 +241,7 @@ def choose_recipe(
         points = with_statistics(recipe, fitted).apply([read[part] for part in recipe.parts])
         scores.append(judge.scores(points.numpy()))
     by = COUNTS if judge.labels is None else LABELS
-    eligible = [i for i, r in enumerate(tried) if not n_directions or r.parts[0].layer == PRINCIPAL]
-    best = max(eligible, key=lambda i: scores[i][by])
+    best = max(range(len(tried)), key=lambda i: scores[i][by])
     control = with_statistics(plain[best], fitted)
     facts: dict[str, Any] = {
         "criterion": by,
@@ -223,8 +255,9 @@ def choose_recipe(
     }
     _log.info("embedding: %s (%s %.4f)", tried[best].text(), by, scores[best][by])
     recipe = with_statistics(tried[best], fitted)
-    if directions is not None and recipe.parts[0].layer == PRINCIPAL:
-        recipe = replace(recipe, directions=directions[: len(recipe.parts)].clone())
+    if directions is not None and (n_kept := recipe.n_directions):
+        kept = kept_columns(n_kept, len(recipe.parts), model.config.base_dim)
+        recipe = replace(recipe, directions=directions[: len(kept)] * kept)
     return ChosenRecipe(recipe, control, facts, np.unique(short_digests(whole[:n])))
 
 
@@ -237,7 +270,11 @@ def with_statistics(recipe: Recipe, fitted: Pooled) -> Recipe:
     """
     if recipe.scaling == "none":
         return recipe
-    centres, maps = scaling_maps([fitted[part] for part in recipe.parts], recipe.scaling)
+    parts = [fitted[part] for part in recipe.parts]
+    if n := recipe.n_directions:
+        kept = kept_columns(n, len(parts), parts[0].shape[1])
+        parts = [part * some for part, some in zip(parts, kept, strict=True)]
+    centres, maps = scaling_maps(parts, recipe.scaling)
     return replace(recipe, centres=centres, maps=maps)
 
 
@@ -388,12 +425,12 @@ def _judge(
 def _directions(
     model: ScLong, corpus: Corpus, rows: NDArray[np.int64], wanted: int
 ) -> tuple[list[int], torch.Tensor | None]:
-    """Return the numbers of blocks of principal directions to offer, and the directions."""
-    width = model.config.base_dim
-    blocks = block_numbers(width, n_cells=len(rows), n_genes=model.n_genes, wanted=wanted)
-    if not blocks:
+    """Return the numbers of principal directions to offer, and the directions."""
+    counts = direction_counts(n_cells=len(rows), n_genes=model.n_genes, wanted=wanted)
+    if not counts:
         return [], None
-    return blocks, principal_blocks(_values(model, corpus, rows), blocks[-1], width)
+    values = _values(model, corpus, rows)
+    return counts, principal_blocks(values, counts[-1], model.config.base_dim)
 
 
 def _values(model: ScLong, corpus: Corpus, rows: NDArray[np.int64]) -> csr_matrix:

@@ -31,7 +31,7 @@ from sclong_ds.checkpoint.state import read_state
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import DataConfig, ModelConfig
 from sclong_ds.corpus.transform import Transform
-from sclong_ds.exported.choose_recipe import CELLS, choose_from_run
+from sclong_ds.exported.choose_recipe import CELLS, cells_of_run, choose_from_run
 from sclong_ds.exported.model_dir import FEATURES, GRAPH, check_absent, write_model_dir
 from sclong_ds.exported.training_cells import (
     training_cells_of,
@@ -103,11 +103,21 @@ def export(
         recipe_cells: Training and validation cells each to choose the embedding's recipe on; 0:
             the mean over the expressed genes.
         n_directions: Principal directions to embed along; 0: the best of all candidates.
+            Needs `recipe_cells`.
         device: Where they are embedded.
 
     Returns:
         The provenance that was written.
+
+    Raises:
+        ValueError: `n_directions` without cells that choose how they are scaled, or that the run's
+            corpus does not give.
     """
+    if n_directions and not recipe_cells:
+        raise ValueError(
+            f"--principal-directions {n_directions} with --recipe-cells 0, which embeds by the "
+            "mean over expressed genes: leave one of them out"
+        )
     check_absent(out)
     with named_errors(checkpoint_dir):
         checkpoint = resolve(checkpoint_dir)
@@ -126,6 +136,11 @@ def _export(
 ) -> dict[str, Any]:
     config = load_config(checkpoint / "config.yaml")
     state = read_state(checkpoint)
+    if n_directions:
+        # Refused before all cells are read.
+        cells_of_run(
+            config.data, corpus_hash=state.corpus_hash, n_cells=n_cells, n_directions=n_directions
+        )
     graph, trained = checkpoint / GRAPH, read_run_json(checkpoint)
     provenance = asdict(state) | {
         "checkpoint": checkpoint.name,

@@ -3,7 +3,8 @@
     MODEL_DIR/embedding.json   parts and scaling, how they were chosen: criterion, cells, candidates
     MODEL_DIR/embedding.npz    centres (parts, C) and maps (parts, C, C), float32, of the parts;
                                control_centres, control_maps of the same without context;
-                               directions (blocks, G, C), float16, if a part reads them (version 2);
+                               directions (blocks, G, C), float16, if parts read them (version 2):
+                               the first n_directions of embedding.json, behind them zeros;
                                judged (n,) uint64, digests of the cells that it was judged on
 
 Folders without them (earlier versions, imported models, an export far from its corpus) embed by the
@@ -66,7 +67,7 @@ def write_recipe(folder: Path, chosen: ChosenRecipe) -> None:
     arrays: dict[str, Any] = {"judged": chosen.judged.astype("<u8")}
     if chosen.recipe.directions is not None:
         # Earlier programs would take the parts that read them for damage.
-        content["version"] = _NEWEST
+        content |= {"version": _NEWEST, "n_directions": chosen.recipe.n_directions}
         arrays["directions"] = chosen.recipe.directions.numpy().astype("<f2")
     for prefix, recipe in (("", chosen.recipe), ("control_", chosen.control)):
         content[f"{prefix}parts"] = [list(part) for part in recipe.parts]
@@ -155,4 +156,8 @@ def _read(folder: Path, base_dim: int, n_genes: int, prefix: str) -> Recipe | No
     if array is None or array.shape != shape or not np.isfinite(array).all():
         where = folder / STATISTICS
         raise ValueError(f"{where}: damaged (directions must be finite and {shape}); {CURE}")
-    return replace(own, directions=torch.from_numpy(array.astype(np.float32)))
+    n = content.get("n_directions", len(parts) * base_dim)
+    if not isinstance(n, int) or -(-n // base_dim) != len(parts):
+        raise ValueError(f"{path}: damaged (n_directions {n} of {len(parts)} parts); {CURE}")
+    directions = torch.from_numpy(array.astype(np.float32))
+    return replace(own, directions=directions, n_directions=n)

@@ -141,7 +141,7 @@ def training_cells_of(
     if data.corpus is None:
         return None
     try:
-        digests, datasets = _of_corpus(_same_corpus(data, corpus_hash), data)
+        digests, datasets = _of_corpus(same_corpus(data, corpus_hash), data)
     except (OSError, ValueError) as error:
         # Weights must not be lost for want of their corpus.
         _log.warning("%s (%s)", _UNKNOWN, error)
@@ -191,7 +191,7 @@ def validation_cells_of(
     if data.corpus is None:
         return None
     try:
-        return validation_facts(validation_digests(_same_corpus(data, corpus_hash), n_cells))
+        return validation_facts(validation_digests(same_corpus(data, corpus_hash), n_cells))
     except (OSError, ValueError) as error:
         _log.warning("the model does not tell its validation cells (%s)", error)
         return None
@@ -250,7 +250,7 @@ def training_data_of(
     if data.corpus is None:
         return None
     try:
-        corpus = _same_corpus(data, corpus_hash)
+        corpus = same_corpus(data, corpus_hash)
         visited = _visited(corpus, data)
     except (OSError, ValueError) as error:
         _log.warning("the model card does not name its data (%s)", error)
@@ -271,10 +271,15 @@ def training_data_of(
     return list(found.values())
 
 
-def _same_corpus(data: DataConfig, corpus_hash: str) -> Corpus:
+def same_corpus(data: DataConfig, corpus_hash: str) -> Corpus:
     """Return the corpus of a run.
 
+    Args:
+        data: The `data` section of the run.
+        corpus_hash: Content hash of the corpus it trained on.
+
     Raises:
+        FileNotFoundError: It is not there.
         ValueError: It is another one by now.
     """
     corpus = Corpus(str(data.corpus), cache_dir=data.cache_dir)

@@ -11,7 +11,8 @@ unexpressed and unmeasured genes as 0, summed with the cell vector's vectors of 
 cell's vector leaves out what is not expressed, since a hidden value must not be told from a zero;
 but which genes are not expressed tells tissues apart. The weights of both are their own (named
 `expressed`). `principal` needs no model: all values along C principal directions of training
-cells, the block of C that its weights name (`block_1`, `block_2` ...); the recipe carries them.
+cells, the block of C that its weights name (`block_1`, `block_2` ...); the recipe carries them, and
+cuts the last block where their number is no multiple of C.
 Elsewhere the weight of a gene in the cell is
 
 - `expressed`: 1 if it has a count,
@@ -82,26 +83,27 @@ class Recipe:
     """(parts, C, C) what a centred row is then multiplied with; None with `none`."""
     directions: Tensor | None = None
     """(blocks, G, C) principal directions of training cells; None where no part reads them."""
+    n_directions: int = 0
+    """How many of them the embedding has, of parts that read nothing else; 0: no part does."""
 
     def text(self) -> str:
         """Return the recipe in words."""
         named = [part.text() for part in self.parts if part.layer != PRINCIPAL]
-        if blocks := len(self.parts) - len(named):
-            what = "block" if blocks == 1 else f"{blocks} blocks"
-            named.append(f"{_ALONG_PRINCIPAL}, the first {what}")
+        if len(self.parts) > len(named):
+            named.append(f"{_ALONG_PRINCIPAL}, the first {self.n_directions}")
         parts = "; ".join(named)
         return parts if self.scaling == "none" else f"{parts}; {self.scaling}"
 
     def width(self, base_dim: int) -> int:
         """Return the width W for a model of base width C."""
-        return len(self.parts) * base_dim
+        return self.n_directions or len(self.parts) * base_dim
 
     def apply(self, pooled: Sequence[Tensor]) -> Tensor:
         """Return the embeddings (B, W) of pooled parts, each (B, C)."""
-        if self.centres is None or self.maps is None:
-            return torch.cat(list(pooled), dim=1)
-        rows = zip(pooled, self.centres, self.maps, strict=True)
-        return torch.cat([(x - c.to(x)) @ m.to(x) for x, c, m in rows], dim=1)
+        if self.centres is not None and self.maps is not None:
+            rows = zip(pooled, self.centres, self.maps, strict=True)
+            pooled = [(x - c.to(x)) @ m.to(x) for x, c, m in rows]
+        return torch.cat(list(pooled), dim=1)[:, : self.n_directions or None]
 
 
 MEAN = Recipe((Part("decoder", "expressed"),))
@@ -141,9 +143,11 @@ def check_part(part: Part) -> None:
         )
 
 
-def principal_parts(n_blocks: int) -> tuple[Part, ...]:
-    """Return the parts that are the first blocks of principal directions."""
-    return tuple(Part(PRINCIPAL, f"{_BLOCK}{i + 1}") for i in range(n_blocks))
+def principal_recipe(n: int, base_dim: int, scaling: str = "none") -> Recipe:
+    """Return the recipe of the first n principal directions, without these and statistics."""
+    blocks = range(-(-n // base_dim))
+    parts = tuple(Part(PRINCIPAL, f"{_BLOCK}{i + 1}") for i in blocks)
+    return Recipe(parts, scaling, n_directions=n)
 
 
 def along_directions(x: Tensor, directions: Tensor | None) -> Tensor:

@@ -133,7 +133,8 @@ def _embedding(chosen: ChosenRecipe | None, *, scored: bool = True) -> str:
     if chosen is None:
         return f"## Embedding\n\nOf a cell: {MEAN.text()}. No recipe was chosen.\n"
     facts, by = chosen.facts, chosen.facts["criterion"]
-    before = facts["candidates"][MEAN.text()][by]
+    # Not among the candidates where principal directions were asked for.
+    mean = facts["candidates"].get(MEAN.text())
     text = (
         f"## Embedding\n\nOf a cell: {chosen.recipe.text()}.\n\n"
         f"Chosen among {len(facts['candidates'])} candidates (embedding.json) on "
@@ -146,8 +147,8 @@ def _embedding(chosen: ChosenRecipe | None, *, scored: bool = True) -> str:
     rows = [
         ("this recipe", f"{facts['score'][by]:.4f}"),
         ("the gene vectors alone, by the same weights", f"{facts['gene vectors alone'][by]:.4f}"),
-        (MEAN.text(), f"{before:.4f}"),
     ]
+    rows += [] if mean is None else [(MEAN.text(), f"{mean[by]:.4f}")]
     return f"{text}\n{table(('', by), rows)}"
 
 

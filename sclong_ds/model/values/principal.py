@@ -19,48 +19,52 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 SIZES = (128, 256)
-"""Numbers of directions K that are offered, to the next multiple of the base width."""
+"""Numbers of directions K that are offered."""
 
 
-def block_numbers(width: int, *, n_cells: int, n_genes: int, wanted: int = 0) -> list[int]:
-    """Return the numbers of blocks to offer, ascending.
+def direction_counts(*, n_cells: int, n_genes: int, wanted: int = 0) -> list[int]:
+    """Return the numbers of directions K to offer, ascending.
 
     Args:
-        width: Base width C.
         n_cells: Cells n, which have n - 1 directions.
         n_genes: Genes G.
-        wanted: So many directions, to the next multiple of C; 0: `SIZES`, or as many as there are.
+        wanted: So many directions; 0: `SIZES`, or as many as there are.
 
     Raises:
         ValueError: More are wanted than these cells and genes have.
     """
-    most = (min(n_cells, n_genes) - 1) // width
-    if -(-wanted // width) > most:
+    most = max(0, min(n_cells, n_genes) - 1)
+    if wanted > most:
         raise ValueError(
-            f"{wanted} principal directions in blocks of {width}: {n_cells} training cells of "
-            f"{n_genes} genes have {most} blocks"
+            f"{wanted} principal directions: {n_cells} training cells of {n_genes} genes have "
+            f"{most} that can be taken"
         )
     sizes = (wanted,) if wanted else SIZES
-    return sorted({min(-(-size // width), most) for size in sizes} - {0})
+    return sorted({min(size, most) for size in sizes} - {0})
 
 
-def principal_blocks(values: csr_matrix, n_blocks: int, width: int) -> Tensor:
+def kept_columns(n: int, n_blocks: int, width: int) -> Tensor:
+    """Return which columns of blocks are the first n of all, bool (n_blocks, 1, C)."""
+    return (torch.arange(n_blocks * width) < n).reshape(n_blocks, 1, width)
+
+
+def principal_blocks(values: csr_matrix, n_directions: int, width: int) -> Tensor:
     """Return the first principal directions of values.
 
     Args:
         values: (n, G) values of cells, 0 where not expressed.
-        n_blocks: As `block_numbers` allows.
+        n_directions: K, as `direction_counts` allows.
         width: Base width C.
 
     Returns:
-        (n_blocks, G, C) float32, rounded to float16 as a model folder keeps them: orthonormal
+        (blocks, G, C) float32, rounded to float16 as a model folder keeps them: orthonormal
         columns by falling variance, signs so that each sum is not negative; zeros where the cells
-        have no more directions.
+        have no more directions, and behind the first K in the last block.
     """
     from scipy.linalg import eigh  # models are read on machines without scipy, too
 
     x = values.astype(np.float64)
-    n, k = x.shape[0], n_blocks * width
+    n, k, n_blocks = x.shape[0], n_directions, -(-n_directions // width)
     products = (x @ x.T).toarray()
     mean = products.mean(axis=0)
     products += products.mean() - mean[:, None] - mean[None, :]
@@ -71,6 +75,7 @@ def principal_blocks(values: csr_matrix, n_blocks: int, width: int) -> Tensor:
     kept = sizes > 1e-9 * max(sizes[0], 1e-300)
     columns = np.where(kept, columns / np.sqrt(np.where(kept, sizes, 1.0)), 0.0)
     columns *= np.where(columns.sum(axis=0) < 0, -1.0, 1.0)
+    columns = np.pad(columns, ((0, 0), (0, n_blocks * width - k)))
     blocks = columns.reshape(-1, n_blocks, width).transpose(1, 0, 2)
     return torch.from_numpy(blocks.astype(np.float16).astype(np.float32))
 

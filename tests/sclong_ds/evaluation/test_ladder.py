@@ -1,5 +1,6 @@
 """The rows of the ladder: their definitions, recomputed by other means."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.sparse import csr_matrix
 from sclong_ds.evaluation import ladder, representations
 from sclong_ds.evaluation.scored_cells import ScoredCells
 from sclong_ds.exported.model_dir import load_model
-from sclong_ds.model.pooling import TOGETHER, Recipe, principal_parts
+from sclong_ds.model.pooling import TOGETHER, principal_recipe
 from sclong_ds.model.values.principal import random_blocks
 
 
@@ -73,15 +74,18 @@ def test_untrained_weights_are_of_the_same_model_and_leave_torch_alone(tmp_path:
 def test_untrained_directions_are_random_ones(counts: csr_matrix, tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path, named_genes(40), seed=0))
     learnt = random_blocks(torch.zeros(2, 40, 8), 3)
-    model.recipe = Recipe(
-        principal_parts(2), TOGETHER, torch.zeros(2, 8), torch.eye(8).expand(2, -1, -1), learnt
+    model.recipe = replace(
+        principal_recipe(11, 8, TOGETHER),
+        centres=torch.zeros(2, 8),
+        maps=torch.eye(8).expand(2, -1, -1),
+        directions=learnt,
     )
     none = {"batches": None, "left_out": {}, "rare_labels": {}}
     scored = ScoredCells(rows=np.arange(30), counts=counts, labels=np.array(["a"] * 30), **none)
     found = representations._untrained(model, scored, batch_size=8, seed=1)
     x = log1p(counts).toarray()
     drawn = random_blocks(learnt, 1).numpy()
-    expected = np.concatenate([x @ drawn[0], x @ drawn[1]], axis=1)
+    expected = np.concatenate([x @ drawn[0], x @ drawn[1]], axis=1)[:, :11]
     expected -= expected.mean(axis=0)
     expected /= np.sqrt(expected.var(axis=0, ddof=1).sum())
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)

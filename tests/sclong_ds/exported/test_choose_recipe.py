@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from exported import named_genes, write_model
+from launching import ROOT
 from scipy.sparse import csr_matrix
 
+from sclong_ds.__main__ import main
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
@@ -31,7 +33,7 @@ from sclong_ds.exported.recipe_file import (
     write_recipe,
 )
 from sclong_ds.exported.training_cells import are_among
-from sclong_ds.model.pooling import MEAN, TOGETHER, Recipe, principal_parts
+from sclong_ds.model.pooling import MEAN, TOGETHER, principal_recipe
 from sclong_ds.model.sclong import ScLong
 
 N_GENES, N_CELLS = 60, 80
@@ -67,6 +69,16 @@ def choose(model: ScLong, *, labels: bool) -> ChosenRecipe:
     )
 
 
+def card_of(chosen: ChosenRecipe) -> str:
+    return model_card(
+        {"model": {name: {"depth": 1, "heads": 2, "dim_head": 4}
+                   for name in ("large_encoder", "mini_encoder", "decoder")}
+         | {"base_dim": 8, "large_dim": 16, "top_seq_len": 16, "gene_encoder": "embedding"},
+         "n_genes": N_GENES, "transform": {"target_sum": 1e4}},
+        {"step": 0}, n_parameters=1, chosen=chosen,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), named_genes(N_GENES), seed=0)
@@ -85,7 +97,7 @@ def test_the_best_candidate_is_taken_by_labels_or_held_out_counts(
     chosen = choose(load_model(model_dir), labels=labels)
     scores = {text: found[criterion] for text, found in chosen.facts["candidates"].items()}
     assert chosen.facts["criterion"] == criterion
-    assert len(scores) == len(chooser.candidates(cell_vector=True, blocks=[4]))
+    assert len(scores) == len(chooser.candidates(cell_vector=True)) + 2
     assert scores[chosen.recipe.text()] == max(scores.values()) > scores[MEAN.text()]
     assert max(scores.values()) > (0.9 if labels else 0.1)
     assert {part.layer for part in chosen.control.parts} == {"gene_vectors"}
@@ -97,11 +109,14 @@ def test_so_many_principal_directions_are_taken_where_they_are_asked_for(model_d
     corpus: Any = MadeCorpus(labels=False)
     rows = {"train": np.arange(40), "validation": np.arange(40, N_CELLS), "n_directions": 20}
     chosen = chooser.choose_recipe(load_model(model_dir), corpus, **rows)
-    assert chosen.recipe.parts == principal_parts(3)
+    assert len(chosen.recipe.parts) == 3
+    assert chosen.recipe.width(8) == 20
     scores = {text: found[COUNTS] for text, found in chosen.facts["candidates"].items()}
-    assert len(scores) > 50, "the others are scored too"
-    assert scores[chosen.recipe.text()] == max(s for t, s in scores.items() if "principal" in t)
-    with pytest.raises(ValueError, match="20 principal directions in blocks of 8: 17 training"):
+    assert len(scores) == 2
+    assert all("the first 20;" in text for text in scores)
+    assert f"Of a cell: {chosen.recipe.text()}." in card_of(chosen)
+    assert scores[chosen.recipe.text()] == max(scores.values())
+    with pytest.raises(ValueError, match="20 principal directions: 17 training"):
         chooser.choose_recipe(
             load_model(model_dir), corpus, **rows | {"directions_of": np.arange(17)}
         )
@@ -176,13 +191,7 @@ def test_a_folder_keeps_its_recipe_and_embeds_by_it(
     assert found.shape != before.shape or not np.allclose(found, before)
     assert model_digest(tmp_path / "kept") != model_digest(model_dir)
     assert check_files(tmp_path / "kept")
-    card = model_card(
-        {"model": {name: {"depth": 1, "heads": 2, "dim_head": 4}
-                   for name in ("large_encoder", "mini_encoder", "decoder")}
-         | {"base_dim": 8, "large_dim": 16, "top_seq_len": 16, "gene_encoder": "embedding"},
-         "n_genes": N_GENES, "transform": {"target_sum": 1e4}},
-        {"step": 0}, n_parameters=1, chosen=chosen,
-    )  # fmt: skip
+    card = card_of(chosen)
     assert f"Of a cell: {chosen.recipe.text()}." in card
     assert "on 40 validation cells by held-out counts" in card
 
@@ -190,13 +199,16 @@ def test_a_folder_keeps_its_recipe_and_embeds_by_it(
 def test_principal_directions_travel_with_the_recipe(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offered = [MEAN, Recipe(principal_parts(4), TOGETHER)]
-    monkeypatch.setattr(chooser, "candidates", lambda **_: offered)
+    monkeypatch.setattr(chooser, "candidates", lambda **_: [MEAN])
+    monkeypatch.setattr(
+        chooser, "principal_candidates", lambda *_: [principal_recipe(27, 8, TOGETHER)]
+    )
     model = load_model(model_dir)
     chosen = choose(model, labels=True)
-    assert chosen.recipe.parts == principal_parts(4)
+    assert chosen.recipe.n_directions == 27
     assert chosen.recipe.directions is not None
     assert chosen.recipe.directions.shape == (4, N_GENES, 8)
+    assert not chosen.recipe.directions[3, :, 3:].any()
     assert {part.layer for part in chosen.control.parts} == {"gene_vectors"}
     folder = write_model(tmp_path, named_genes(N_GENES), seed=0)
     (folder / "manifest.json").unlink()
@@ -206,17 +218,23 @@ def test_principal_directions_travel_with_the_recipe(
     counts = MadeCorpus(labels=False).counts[:5]
     model.recipe = chosen.recipe
     found = embed_counts(again, counts)
-    assert found.shape == (5, 32)
+    assert found.shape == (5, 27)
     np.testing.assert_array_equal(found, embed_counts(model, counts))
     # By hand: values along the directions less a centre, by one number.
     x = log1p_normalise(counts, target_sum=model.transform.target_sum)
     along = np.concatenate([x @ block for block in chosen.recipe.directions.numpy()], axis=1)
     assert chosen.recipe.centres is not None
-    along -= chosen.recipe.centres.numpy().ravel()
+    along = (along - chosen.recipe.centres.numpy().ravel())[:, :27]
     scale = found.std() / along.std()
     np.testing.assert_allclose(found, along * scale, rtol=1e-3, atol=1e-4)
     content = json.loads((folder / RECIPE).read_text())
     assert content["version"] == 2, "earlier programs must not take it for damage"
+    (folder / RECIPE).write_text(json.dumps(content | {"n_directions": 33}))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    with pytest.raises(ValueError, match="n_directions 33 of 4 parts"):
+        load_model(folder)
+    (folder / RECIPE).write_text(json.dumps(content))
     for damaged in (None, np.zeros((4, N_GENES + 1, 8)), np.full((4, N_GENES, 8), np.inf)):
         arrays = {n: a for n, a in np.load(folder / STATISTICS).items() if n != "directions"}
         np.savez(
@@ -278,3 +296,51 @@ def test_without_its_corpus_or_enough_cells_the_mean_stays(
     with caplog.at_level(logging.WARNING):
         assert chooser.choose_from_run(model, at, corpus_hash=known) is None
     assert "a model of this size on a CPU: 0 cells can be read, 20 are needed" in caplog.text
+
+
+def test_directions_that_are_asked_for_are_given_or_an_error(
+    model_dir: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = load_config("sclong_tiny", [f"data.corpus={small_corpus}"]).data
+    corpus, model = Corpus(small_corpus), load_model(model_dir)
+
+    def cells(**changed: Any) -> Any:
+        how = {"corpus_hash": corpus.hash, "n_cells": 64, "n_directions": 20} | changed
+        return chooser.cells_of_run(changed.pop("data", at), **how)
+
+    _, rows = cells()
+    assert set(rows) == {"train", "validation", "directions_of"}
+    monkeypatch.setattr(chooser, "CPU_FLOPS", 1e3)
+    seen = []
+    monkeypatch.setattr(chooser, "choose_recipe", lambda *_, **how: seen.append(how))
+    known = {"corpus_hash": corpus.hash, "n_directions": 20}
+    chooser.choose_from_run(model, at, **known)
+    assert seen[0]["n_directions"] == 20, "however large the model"
+    assert len(seen[0]["train"]) > chooser.MIN_CELLS
+    for changed, message in (
+        ({"corpus_hash": "other"}, "another corpus by now"),
+        ({"n_cells": 3}, "3 cells of train to read, 20 are needed"),
+        ({"n_directions": 5000}, "have .* that can be taken"),
+    ):
+        with pytest.raises(ValueError, match=f"--principal-directions .*{message}"):
+            cells(**changed)
+        with pytest.raises(ValueError, match=f"--principal-directions .*{message}"):
+            chooser.choose_from_run(model, at, **known | changed)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [("0", "--principal-directions 9 with --recipe-cells 0"), ("64", "--principal-directions 9: ")],
+)
+def test_an_export_without_the_directions_that_it_must_have_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cells: str, message: str
+) -> None:
+    written = ROOT / "tests" / "golden" / "written_by"
+    run = next(path for path in sorted(written.iterdir()) if path.is_dir()) / "run"
+    out = tmp_path / "model"
+    how = ["--principal-directions", "9", "--recipe-cells", cells]
+    assert main(["export", str(run), "--out", str(out), *how]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert message in lines[-1]
+    assert not list(tmp_path.iterdir())

@@ -1,11 +1,13 @@
 """Pooling of a cell's genes: which genes count, what scaling does, what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from exported import named_genes, write_model
 
+from sclong_ds.embedding.embed import embedding_width
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.model.pooling import (
     MEAN,
@@ -16,7 +18,7 @@ from sclong_ds.model.pooling import (
     check_part,
     gene_weights,
     pool_parts,
-    principal_parts,
+    principal_recipe,
     scaling_map,
     scaling_maps,
 )
@@ -77,18 +79,20 @@ def test_principal_parts_read_all_values_along_the_recipes_directions(tmp_path: 
     generator = torch.Generator().manual_seed(0)
     x = torch.poisson(torch.full((3, 60), 0.7), generator=generator)
     directions = torch.randn(2, 60, 8, generator=generator)
-    model.recipe = Recipe(principal_parts(2), directions=directions)
+    model.recipe = replace(principal_recipe(16, 8), directions=directions)
     torch.testing.assert_close(model.embed(x), torch.cat([x @ directions[0], x @ directions[1]], 1))
     unmeasured = torch.zeros(3, 60, dtype=torch.bool)
     unmeasured[:, 7:] = True
     found = model.embed(x, unmeasured=unmeasured)
     torch.testing.assert_close(found[:, :8], x[:, :7] @ directions[0, :7])
-    others = model.pooled(x, principal_parts(1), directions=2 * directions)
+    others = model.pooled(x, principal_recipe(8, 8).parts, directions=2 * directions)
     torch.testing.assert_close(others[0], 2 * x @ directions[0])
-    assert model.recipe.text().endswith(
-        "principal directions of training cells, the first 2 blocks"
-    )
-    model.recipe = Recipe(principal_parts(2))
+    whole = model.embed(x)
+    model.recipe = replace(principal_recipe(11, 8), directions=directions)
+    assert torch.equal(model.embed(x), whole[:, :11]), "the last block is cut"
+    assert embedding_width(model) == 11
+    assert model.recipe.text().endswith("principal directions of training cells, the first 11")
+    model.recipe = principal_recipe(16, 8)
     with pytest.raises(ValueError, match="reads principal directions, and has none"):
         model.embed(x)
 
