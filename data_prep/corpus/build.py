@@ -34,6 +34,7 @@ from data_prep.corpus.gene_statistics import GeneSums, write_sums
 from data_prep.corpus.growth.digests import DigestUnit, keep_piece, plan_units, read_kept
 from data_prep.corpus.growth.earlier import EarlierParts
 from data_prep.corpus.inputs import Inputs
+from data_prep.corpus.near.gene_sets import gene_sets
 from data_prep.corpus.near.kept_cells import NearCounts, read_near, write_near
 from data_prep.corpus.near.near_duplicates import NearRule
 from data_prep.corpus.split_rule import SplitRule
@@ -117,22 +118,14 @@ class Build:
     def make_products(self) -> None:
         """Run the stages up to `recheck`."""
         for name in (
-            "coded",
-            "obs",
-            "obs-earlier",
-            "digests",
-            KEPT_DIGESTS,
-            "repeated",
-            "scattered",
-            "units",
-            "columns-made",
-        ):
+            "coded", "obs", "obs-earlier", "digests", KEPT_DIGESTS, "repeated", "scattered",
+            "units", "columns-made",
+        ):  # fmt: skip
             (self.work / name).mkdir(exist_ok=True)
-        checked = self._in_groups([_staged_bytes(s.ledger) for s in self.new], self.unit_bytes)
+        checked = self._in_groups([_staged_bytes(s.ledger) for s in self.staged], self.unit_bytes)
         tables = self._in_groups(self.sizes, CELLS_OF_TABLES)
         sizes = [
-            [sum(cells[i] for i in unit) for unit in units]
-            for cells, units in ((self.sizes[self.n_earlier :], checked), (self.sizes, tables))
+            [sum(self.sizes[i] for i in unit) for unit in units] for units in (checked, tables)
         ]
         runs = [sum(self._n_cells(chunk) for chunk in run) for run in self._runs]
         digests = [unit.n_cells for unit in self._digest_units]
@@ -190,15 +183,27 @@ class Build:
 
     def _check(self, place: int) -> dict[str, list[int]]:
         """Compare the staged files of a dataset; return what tells whether they change."""
-        s = self.new[place]
+        s, shards = self.staged[place], bool(self._all_cells_read[place])
         state = file_states(s)
-        check_staged(self.inputs.corpus, s.ledger)
+        check_staged(self.inputs.corpus, s.ledger, shards=shards)
         return state
 
     def _recheck(self, place: int, state: dict[str, list[int]]) -> None:
         """Refuse staged files that are no longer those that were used."""
-        if file_states(self.new[place]) != state:
-            check_staged(self.inputs.corpus, self.new[place].ledger)
+        s, shards = self.staged[place], bool(self._all_cells_read[place])
+        if file_states(s) != state:
+            check_staged(self.inputs.corpus, s.ledger, shards=shards)
+
+    @cached_property
+    def _all_cells_read(self) -> NDArray[np.bool_]:
+        """(datasets,) False where digests are kept and no near duplicates are looked for."""
+        read = np.ones(len(self.staged), bool)
+        for part in () if self.earlier is None else self.earlier.parts:
+            read[part.first : part.stop] = part.digests is None
+        if not read.all():
+            sets = gene_sets(self.measured)
+            read |= sets.takes[:, sets.of_dataset].any(axis=0)
+        return read
 
     def _made(self, *paths: Path, result: Any = None) -> Made:
         """Return what a unit has made, with the SHA-256 of its files."""
@@ -389,13 +394,9 @@ class Build:
     def _scatter(self, number: int) -> Made:
         folder = self.work / "scattered"
         scatter_run(
-            self._to_scatter,
-            self._runs[number],
-            self.layout,
-            seed=self.rule.options.seed,
-            folder=folder,
-            number=number,
-        )
+            self._to_scatter, self._runs[number], self.layout, seed=self.rule.options.seed,
+            folder=folder, number=number,
+        )  # fmt: skip
         return self._made(bounds_path(folder, number))
 
     @cached_property

@@ -334,6 +334,34 @@ def test_a_dataset_that_failed_leaves_the_parts(
     assert finalize(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("steps", "new", "files"),
+    [
+        (["ab"], "c", "cells.zarr"),
+        (["ab", "c"], "d", "cells.zarr/gap/c"),
+        (["ab", "c"], "e", "cells.zarr/row_total"),
+        (["ab", "c"], "e", "measured_genes.npy"),
+    ],
+)
+def test_staged_files_of_earlier_parts_are_compared_before_they_are_read(
+    made: Path, tmp_path: Path, stage_corpus: Stage, counts: Counts, steps: list[str], new: str,
+    files: str,
+) -> None:  # fmt: skip
+    """Another store whose own checksums hold: the ledger alone tells that it is another."""
+    folder = with_datasets(made, grown(made, tmp_path / "grown", steps), new)
+    other = stage_corpus({"a": counts(9, 90)}, name="other", chunk_entries=8192) / "staging" / "a"
+    mine, before = folder / "staging" / "a", sums(folder)
+    if (other / files).is_dir():
+        shutil.rmtree(mine / files)
+        shutil.copytree(other / files, mine / files)
+    else:
+        np.save(mine / files, np.load(mine / files) & 1)
+    with pytest.raises(ValueError, match=r"staging/a/.*convert the dataset again"):
+        finalize(folder)
+    now = sums(folder)
+    assert {n for n in before if now.get(n) != before[n] and not n.startswith("staging")} == set()
+
+
 @pytest.mark.parametrize("shape", [(159, 2), (161, 2), (160, 3)])
 def test_kept_digests_of_another_number_of_cells_are_refused(
     tmp_path: Path, shape: tuple[int, int]
