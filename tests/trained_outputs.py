@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -45,10 +44,6 @@ import sys
 import torch
 import sclong_ds
 
-if sys.argv[3:] == ["zero3"]:
-    # Under ZeRO-3 DeepSpeed's own linear layer adds the bias after the product, with a rounding.
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-    torch.nn.functional.linear = zero3_linear_wrap
 x, expected, kind = torch.load(sys.argv[1])
 with torch.no_grad():
     found = sclong_ds.load_model(sys.argv[2]).to(kind)(x, (x > 3) & (x < 3.5))
@@ -60,6 +55,5 @@ def assert_export_is_the_trained_model(run_dir, outputs):
     """The exported model gives the same bits; after a training in bf16, once it is in bf16 too."""
     out = run_dir.with_name(f"{run_dir.name}_exported")
     run_module("sclong_ds", "export", run_dir, "--out", out)
-    stage = json.loads((run_dir / "ds_config.json").read_text())["zero_optimization"]["stage"]
-    command = [sys.executable, "-c", LOADED, outputs, out, f"zero{stage}"]
+    command = [sys.executable, "-c", LOADED, outputs, out]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True)

@@ -21,6 +21,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import nvtx, z3_leaf_module
 from torch import Tensor, nn
 
+_TORCH_LINEAR = torch._C._nn.linear
+
 
 class _GatheredLinear(torch.autograd.Function):
     """x W' + b of a weight that is gathered for both passes and away between them.
@@ -35,7 +37,8 @@ class _GatheredLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         turned = weight.t()
         out = rows.mm(turned) if bias is None else torch.addmm(bias, rows, turned)
-        return out.view(*x.shape[:-1], weight.shape[0])
+        # No view, which could not be changed in place.
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -56,6 +59,9 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch.nn.functional.linear; of what ZeRO-3 does not partition, torch's own operator."""
+    if not hasattr(weight, "ds_id"):
+        return _TORCH_LINEAR(input, weight, bias)
     return _GatheredLinear.apply(input, weight, bias)
 
 
@@ -74,8 +80,8 @@ def spare_calls(model: nn.Module, *, autocast: bool) -> None:
     """
     for module in (partition_parameters, parameter_offload, stage3):
         _print_only_what_is_wanted(module)
-    if not autocast and nn.functional.linear is zero3_linear_wrap:
-        nn.functional.linear = _linear
+    if nn.functional.linear in (zero3_linear_wrap, _linear):
+        nn.functional.linear = zero3_linear_wrap if autocast else _linear
     for part in model.modules():
         # inspect takes what `__signature__` says.
         for name in ("pre_bwd_fn", "post_bwd_fn"):
@@ -105,9 +111,10 @@ def _keep_list(leaf: nn.Module) -> None:
     def named_parameters(
         module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        if recurse and remove_duplicate and not prefix:
+        if module is leaf and recurse and remove_duplicate and not prefix:
             return iter(kept)
         return type(module).named_parameters(module, prefix, recurse, remove_duplicate)
 
-    # A bound method, since torch.compile looks at its function.
+    # Of the module that it is called of: a copy has parameters of its own. A bound method, since
+    # torch.compile looks at its function.
     leaf.named_parameters = MethodType(named_parameters, leaf)  # type: ignore[method-assign]

@@ -163,9 +163,7 @@ def validation_digests(corpus: Corpus, n_cells: int) -> NDArray[np.uint64]:
         corpus: Of the run.
         n_cells: `run.validation_cells`.
     """
-    split = corpus.splits["validation"]
-    rows = np.arange(split.start, split.stop, dtype=np.int64)[:n_cells]
-    return digest_cells(corpus.packed_rows(rows))[:, 0]
+    return digest_cells(corpus.packed_rows(corpus.sample("validation", n_cells)))[:, 0]
 
 
 def validation_facts(digests: NDArray[np.uint64]) -> dict[str, Any]:
@@ -272,7 +270,7 @@ def training_data_of(
 
 
 def same_corpus(data: DataConfig, corpus_hash: str) -> Corpus:
-    """Return the corpus of a run.
+    """Return the corpus of a run, without what has come to it since.
 
     Args:
         data: The `data` section of the run.
@@ -282,10 +280,7 @@ def same_corpus(data: DataConfig, corpus_hash: str) -> Corpus:
         FileNotFoundError: It is not there.
         ValueError: It is another one by now.
     """
-    corpus = Corpus(str(data.corpus), cache_dir=data.cache_dir)
-    if corpus.hash != corpus_hash:
-        raise ValueError(f"{data.corpus} is another corpus by now")
-    return corpus
+    return Corpus(str(data.corpus), cache_dir=data.cache_dir).as_it_was(corpus_hash)
 
 
 _UNKNOWN = (

@@ -75,8 +75,7 @@ class Pictures:
         data: dict[str, NDArray[Any]] = {"predicted_true": predicted_true}
         if times is not None:
             data["rank_times"] = times
-        cells = self._cells.corpus.splits["validation"]
-        rows = np.arange(cells.start, cells.stop)[:wanted]
+        rows = self._cells.corpus.sample("validation", wanted)
         if len(rows):
             data |= self._encoded(step, rows)
         if self._ranks.rank == 0:

@@ -45,8 +45,7 @@ from sclong_ds.training.timing import RankTimes, skew
 log = logging.getLogger("sclong_ds.pretrain")
 
 FIT_CELLS = 512
-"""Training cells of the fit; a corpus is shuffled, so the first ones are any. About 10^5 values for
-7 weights."""
+"""Training cells of the fit, of `Corpus.sample`. About 10^5 values for 7 weights."""
 SAMPLE_CELLS = 2048
 """Training cells among which neighbours are sought; every rank holds their expressed values."""
 ATTENTION_CELLS = 4
@@ -104,8 +103,7 @@ class Validation:
             False when a rank was asked to stop: there are no figures, and a run resumed at this
             step validates again.
         """
-        cells = self._cells.corpus.splits["validation"]
-        rows = np.arange(cells.start, cells.stop)[: self._settings.validation_cells]
+        rows = self._cells.corpus.sample("validation", self._settings.validation_cells)
         if len(rows) == 0 or self._settings.validate_every_n_steps == 0:
             return True
         started, self._step = time.perf_counter(), state.step
@@ -179,8 +177,7 @@ class Validation:
     def _fitted_baselines(self) -> tuple[DepthBaselines, NearestCells]:
         """Fit the baselines on the same training cells at every start, shared by the ranks."""
         found = DepthBaselines(self._cells.corpus.gene_stats, self._ranks.device)
-        cells = self._cells.corpus.splits["train"]
-        rows = np.arange(cells.start, cells.stop)[:FIT_CELLS]
+        rows = self._cells.corpus.sample("train", FIT_CELLS)
         problem = None
         for own in _parts(rows[self._ranks.rank :: self._ranks.world_size]):
             self._watchdog.beat(self._step, "validation: baselines")
@@ -197,8 +194,8 @@ class Validation:
 
     def _sampled_cells(self, depth: DepthBaselines) -> NearestCells:
         """Return the same sample of training cells on every rank; each rank reads a part of it."""
-        cells, n_genes = self._cells.corpus.splits["train"], self._cells.corpus.n_genes
-        rows = np.arange(cells.start, cells.stop)[:SAMPLE_CELLS]
+        n_genes = self._cells.corpus.n_genes
+        rows = self._cells.corpus.sample("train", SAMPLE_CELLS)
         parts: list[csr_matrix] = []
         problem = None
         for own in _parts(np.array_split(rows, self._ranks.world_size)[self._ranks.rank]):

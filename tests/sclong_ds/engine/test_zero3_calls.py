@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from sclong_ds.engine.zero3_calls import _keep_list, _linear
 
+TORCH_LINEAR: Callable[..., Tensor] = torch._C._nn.linear
 
-def passes(x: Tensor, layer: nn.Linear, *, ours: bool) -> list[Tensor]:
-    """Return the output and all gradients of x W' + b, or of torch's own operator."""
+
+def partitioned(layer: nn.Linear) -> nn.Linear:
+    """Mark a layer's parameters as ZeRO-3 does."""
+    for number, parameter in enumerate(layer.parameters()):
+        parameter.ds_id = number  # type: ignore[attr-defined]
+    return layer
+
+
+def passes(x: Tensor, layer: nn.Linear, linear: Callable[..., Tensor]) -> list[Tensor]:
+    """Return the output and all gradients of x W' + b."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
-    out = (_linear if ours else nn.functional.linear)(x, layer.weight, layer.bias)
+    out = linear(x, layer.weight, layer.bias)
     out.backward(torch.sin(torch.arange(out.numel(), dtype=x.dtype)).view_as(out))
     assert x.grad is not None
     return [
@@ -30,29 +43,74 @@ def test_linear_gives_the_bits_of_torch(
     shape: tuple[int, ...], bias: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(12, 9, bias=bias).to(dtype)
+    layer = partitioned(nn.Linear(12, 9, bias=bias).to(dtype))
     x = torch.randn(*shape, dtype=dtype)
-    found, expected = (passes(x, layer, ours=ours) for ours in (True, False))
+    found, expected = passes(x, layer, _linear), passes(x, layer, TORCH_LINEAR)
     assert len(found) == len(expected) == 3 + bias
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_linear_of_rows_that_are_not_contiguous() -> None:
+    layer = partitioned(nn.Linear(4, 3))
+    x = torch.randn(4, 6).t()
+    found, expected = passes(x, layer, _linear), passes(x, layer, TORCH_LINEAR)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_linear_asks_only_for_the_gradients_that_are_wanted() -> None:
-    layer = nn.Linear(4, 3)
+    layer = partitioned(nn.Linear(4, 3))
     layer.weight.requires_grad_(False)
-    x = torch.randn(5, 4)
-    _linear(x, layer.weight, layer.bias).sum().backward()
+    _linear(torch.randn(5, 4), layer.weight, layer.bias).sum().backward()
     assert layer.weight.grad is None
     torch.testing.assert_close(layer.bias.grad, torch.full((3,), 5.0))
 
 
-def test_linear_of_rows_that_are_not_contiguous() -> None:
-    layer = nn.Linear(4, 3)
-    x = torch.randn(4, 6).t()
-    torch.testing.assert_close(
-        passes(x, layer, ours=True), passes(x, layer, ours=False), rtol=0, atol=0
-    )
+def test_the_output_can_be_changed_in_place() -> None:
+    layer = partitioned(nn.Linear(4, 3))
+    for shape in ((5, 4), (2, 5, 4)):
+        torch.relu_(_linear(torch.randn(shape), layer.weight, layer.bias)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize(("linear", "kept"), [(_linear, 0), (TORCH_LINEAR, 1)])
+def test_a_gathered_weight_is_not_kept_for_the_backward_pass(
+    linear: Callable[..., Tensor], kept: int
+) -> None:
+    layer = partitioned(nn.Linear(4, 3))
+    gathered, calls = layer.weight.detach().clone(), []
+    weight, x = layer.weight, torch.randn(2, 5, 4, requires_grad=True)
+
+    def all_gather() -> None:
+        calls.append("gather")
+        weight.data = gathered
+
+    def partition() -> None:
+        calls.append("partition")
+        weight.data = torch.empty(0)
+
+    weight.all_gather, weight.partition = all_gather, partition  # type: ignore[attr-defined]
+    storage = gathered.untyped_storage()._cdata
+    alone = torch._C._storage_Use_Count(storage)
+    weight.data = gathered
+    out = linear(x, weight, layer.bias)
+    weight.data = torch.empty(0)
+    assert torch._C._storage_Use_Count(storage) == alone + kept
+    if kept:
+        return
+    weight.requires_grad_(False)
+    weight.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+    (found,) = torch.autograd.grad(out.sum(), x)
+    assert calls == ["gather", "partition"]
+    torch.testing.assert_close(found, gathered.sum(0).expand(2, 5, 4))
+
+
+def test_what_is_not_partitioned_is_left_to_torch() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = _linear(x, layer.weight, layer.bias)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    torch.func.vmap(lambda row: _linear(row, layer.weight, layer.bias))(x)
 
 
 def test_a_kept_list_is_that_of_the_module() -> None:
@@ -68,3 +126,6 @@ def test_a_kept_list_is_that_of_the_module() -> None:
     assert list(module.parameters()) == list(expected.values())
     assert dict(module.named_parameters(recurse=False)) == shallow
     assert dict(module.named_parameters("a")) == with_prefix
+    of_copy = [*copy.deepcopy(module).parameters()]
+    assert not {*map(id, of_copy)} & {*map(id, expected.values())}
+    assert len(of_copy) == len(expected)

@@ -228,6 +228,45 @@ def test_growth_writes_none_of_the_files_that_are_there(made: Path, tmp_path: Pa
     assert sums(folder) == kept
 
 
+def test_a_sample_takes_of_every_part_what_it_has_of_the_split(made: Path, tmp_path: Path) -> None:
+    corpus = Corpus(grown(made, tmp_path / "grown", ["ab", "c", "de"]))
+    for split in SPLITS:
+        rows = corpus.split(split)
+        n_in_part = np.array([len(part.splits[split]) for part in corpus.parts])
+        ends = np.cumsum(n_in_part)
+        for n_cells in (0, 1, 7, 20, len(rows) - 1, len(rows), len(rows) + 5):
+            found = corpus.sample(split, n_cells)
+            n_found = min(max(n_cells, 0), len(rows))
+            assert len(found) == n_found
+            assert (np.diff(found) > 0).all()
+            assert np.isin(found, rows).all()
+            part = np.searchsorted(ends, found - (rows[0] if len(rows) else 0), side="right")
+            share = np.bincount(part, minlength=3) - n_in_part * n_found / max(1, len(rows))
+            assert (abs(share) < 1).all()
+    (alone,) = (part for part in corpus.parts[:1])
+    np.testing.assert_array_equal(alone.sample("train", 9), alone.split("train")[:9])
+
+
+def test_a_corpus_as_it_was_before_it_grew(made: Path, tmp_path: Path) -> None:
+    folder = grown(made, tmp_path / "grown", ["ab"])
+    before = [Corpus(shutil.copytree(folder, tmp_path / "first"))]
+    grown(made, folder, ["c"])
+    before.append(Corpus(shutil.copytree(folder, tmp_path / "second")))
+    grown(made, folder, ["de"])
+    now = Corpus(folder)
+    assert now.as_it_was(now.hash) is now
+    for old in before:
+        found = now.as_it_was(old.hash)
+        assert (found.hash, found.splits, len(found)) == (old.hash, old.splits, len(old))
+        assert [d.dataset_id for d in found.datasets] == [d.dataset_id for d in old.datasets]
+        for split in SPLITS:
+            assert cells_of(found, split) == cells_of(old, split)
+        np.testing.assert_array_equal(found.chunk_rows, old.chunk_rows)
+        np.testing.assert_allclose(found.gene_stats.mean_expressed, old.gene_stats.mean_expressed)
+    with pytest.raises(ValueError, match="another corpus by now"):
+        before[0].as_it_was(now.hash)
+
+
 def test_the_digests_of_parts_are_kept_and_read_in_pieces(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
