@@ -167,19 +167,18 @@ class Corpus:
             part._check_size()
             parts.append(part)
         self._join(parts)
-        self._check_parts()
+
+    def of_parts(self, parts: Sequence[Corpus], catalogue: Mapping[str, Any]) -> Corpus:
+        """Return the corpus of some of the parts, which is as its catalogue says."""
+        corpus = object.__new__(Corpus)
+        path, cache_dir, cells_cache, _ = self._opened_as
+        corpus._open(catalogue, path, path, cache_dir, cells_cache)
+        corpus._join(parts)
+        return corpus
 
     def _join(self, parts: Sequence[Corpus]) -> None:
+        """Compare the parts with what the catalogue says of them all, and take their cells."""
         self.parts = tuple(parts)
-        self.cells = JoinedCells(
-            self.location,
-            [part.cells for part in parts],
-            splits=[part.splits for part in parts],
-            n_datasets=[len(part.datasets) for part in parts],
-        )
-
-    def _check_parts(self) -> None:
-        """Compare the parts with what the catalogue says of them all."""
         sizes = {name: sum(len(part.splits[name]) for part in self.parts) for name in SPLITS}
         names = [d.dataset_id for d in self.datasets]
         same = (
@@ -194,47 +193,12 @@ class Corpus:
                 f"{self.location}: corpus.json is not of its parts (genes, splits, datasets or "
                 "hashes); restore it from a copy of the corpus"
             )
-
-    @property
-    def earlier_hashes(self) -> tuple[str, ...]:
-        """Content hashes that the corpus had before it grew, oldest first."""
-        hashes = [part.hash for part in self.parts]
-        return tuple(hash_of_parts(hashes[:number]) for number in range(1, len(hashes)))
-
-    def as_it_was(self, content_hash: str) -> Corpus:
-        """Return this corpus before it grew, of its oldest parts alone.
-
-        Args:
-            content_hash: Of `earlier_hashes`, or the corpus's own.
-
-        Raises:
-            ValueError: It never had this hash.
-        """
-        if content_hash == self.hash:
-            return self
-        if content_hash not in self.earlier_hashes:
-            raise ValueError(f"{self.location} is another corpus by now")
-        parts = self.parts[: self.earlier_hashes.index(content_hash) + 1]
-        if len(parts) == 1:
-            return parts[0]
-        stops = np.cumsum([sum(len(part.splits[name]) for part in parts) for name in SPLITS])
-        starts = [0, *stops.tolist()]
-        changed = {
-            "hash": content_hash,
-            "n_cells": starts[-1],
-            "splits": {
-                name: [first, stop]
-                for name, first, stop in zip(SPLITS, starts, starts[1:], strict=False)
-            },
-            "datasets": self.catalogue["datasets"][: sum(len(part.datasets) for part in parts)],
-            PARTS: self.catalogue[PARTS][: len(parts)],
-        }
-        earlier = object.__new__(Corpus)
-        path, cache_dir, cells_cache, _ = self._opened_as
-        earlier._open({**self.catalogue, **changed}, path, path, cache_dir, cells_cache)
-        earlier._join(parts)
-        earlier._check_parts()
-        return earlier
+        self.cells = JoinedCells(
+            self.location,
+            [part.cells for part in parts],
+            splits=[part.splits for part in parts],
+            n_datasets=[len(part.datasets) for part in parts],
+        )
 
     def _check_size(self) -> None:
         if len(self.cells) != self.catalogue["n_cells"]:
@@ -298,28 +262,6 @@ class Corpus:
         if name not in self.splits:
             raise ValueError(f"split '{name}': this corpus has {', '.join(self.splits)}")
         return np.arange(self.splits[name].start, self.splits[name].stop, dtype=np.int64)
-
-    def sample(self, name: str, n_cells: int) -> NDArray[np.int64]:
-        """Return the same cells of a split at every call, at most `n_cells`, ascending.
-
-        A part is shuffled: the first cells of each, as many as its share of the split says.
-
-        Args:
-            name: The split.
-            n_cells: Number of cells.
-
-        Raises:
-            ValueError: No such split.
-        """
-        rows = self.split(name)
-        n_cells = min(n_cells, len(rows))
-        sizes = np.array([len(part.splits[name]) for part in self.parts or (self,)])
-        ends = np.cumsum(sizes)
-        # By rounded borders, so that the numbers add up.
-        wanted = np.diff(ends * n_cells // max(1, len(rows)), prepend=0)
-        return np.concatenate(
-            [rows[end - size :][:n] for end, size, n in zip(ends, sizes, wanted, strict=True)]
-        )
 
     @cached_property
     def genes(self) -> GeneVocabulary:

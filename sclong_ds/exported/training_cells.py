@@ -27,6 +27,7 @@ from scipy.sparse import csr_matrix
 from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.byte_code import digest_cells, encode
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.parts.views import as_it_was, sample
 from sclong_ds.exported.manifest import CURE
 from sclong_ds.files.atomic import read_json
 from sclong_ds.files.npz import read_npz
@@ -163,7 +164,7 @@ def validation_digests(corpus: Corpus, n_cells: int) -> NDArray[np.uint64]:
         corpus: Of the run.
         n_cells: `run.validation_cells`.
     """
-    return digest_cells(corpus.packed_rows(corpus.sample("validation", n_cells)))[:, 0]
+    return digest_cells(corpus.packed_rows(sample(corpus, "validation", n_cells)))[:, 0]
 
 
 def validation_facts(digests: NDArray[np.uint64]) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def same_corpus(data: DataConfig, corpus_hash: str) -> Corpus:
         FileNotFoundError: It is not there.
         ValueError: It is another one by now.
     """
-    return Corpus(str(data.corpus), cache_dir=data.cache_dir).as_it_was(corpus_hash)
+    return as_it_was(Corpus(str(data.corpus), cache_dir=data.cache_dir), corpus_hash)
 
 
 _UNKNOWN = (

@@ -13,11 +13,12 @@ from scipy.sparse import csr_matrix, vstack
 from sclong_ds.config.sections import ModelConfig
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.parts.views import sample
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.model.values.cell_vector import CellStart, principal_directions
 
 START_CELLS = 2048
-"""Training cells that are read, those of `Corpus.sample`."""
+"""Training cells that are read, those of `sample`."""
 _CELLS_PER_READ = 64
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def cell_start(model: ModelConfig, corpus: Corpus) -> CellStart | None:
     stats = corpus.gene_stats
     if model.cell_vector == "random":
         return CellStart(stats.mean_expressed, None)
-    rows = corpus.sample("train", START_CELLS)
+    rows = sample(corpus, "train", START_CELLS)
     parts = [csr_matrix((0, corpus.n_genes), dtype=np.float32)]
     for start in range(0, len(rows), _CELLS_PER_READ):
         try:

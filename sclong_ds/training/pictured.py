@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sclong_ds.config.sections import EngineConfig
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.parts.views import sample
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.engine.ranks import Ranks, sum_over_ranks
 from sclong_ds.model.attention_use import cells_of, computed_weights
@@ -75,7 +76,7 @@ class Pictures:
         data: dict[str, NDArray[Any]] = {"predicted_true": predicted_true}
         if times is not None:
             data["rank_times"] = times
-        rows = self._cells.corpus.sample("validation", wanted)
+        rows = sample(self._cells.corpus, "validation", wanted)
         if len(rows):
             data |= self._encoded(step, rows)
         if self._ranks.rank == 0:

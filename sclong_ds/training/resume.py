@@ -18,6 +18,7 @@ from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.history import VERSION
 from sclong_ds.config.strict_yaml import to_dict, to_yaml
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.parts.views import earlier_hashes
 from sclong_ds.engine.deepspeed_engine import count_parameters
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
@@ -141,7 +142,7 @@ def growth(found: TrainState, corpus: Corpus) -> dict[str, Any]:
         found: State of the checkpoint.
         corpus: The corpus of this start.
     """
-    known = corpus.earlier_hashes.index(found.corpus_hash) + 1
+    known = earlier_hashes(corpus).index(found.corpus_hash) + 1
     new = corpus.parts[known:]
     return {
         "parts": len(new),

@@ -14,6 +14,7 @@ from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import DataConfig, ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.parts.views import earlier_hashes
 from sclong_ds.engine.ds_config import changed_keys
 from sclong_ds.files.sealed_json import read_sound
 from sclong_ds.loader.weights import BY_COLUMN
@@ -192,7 +193,7 @@ def has_grown(found: TrainState, corpus: Corpus) -> bool:
         found: State of the checkpoint.
         corpus: The corpus of this start.
     """
-    return found.corpus_hash in corpus.earlier_hashes
+    return found.corpus_hash in earlier_hashes(corpus)
 
 
 def refuse_other_inputs(

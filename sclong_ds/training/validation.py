@@ -22,6 +22,7 @@ from torch import Tensor
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.sections import ModelConfig, RunSection
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.parts.views import sample
 from sclong_ds.engine.ranks import Ranks, on_first_rank, sum_or_raise
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.model.attention_use import attention_figures
@@ -45,7 +46,7 @@ from sclong_ds.training.timing import RankTimes, skew
 log = logging.getLogger("sclong_ds.pretrain")
 
 FIT_CELLS = 512
-"""Training cells of the fit, of `Corpus.sample`. About 10^5 values for 7 weights."""
+"""Training cells of the fit, of `sample`. About 10^5 values for 7 weights."""
 SAMPLE_CELLS = 2048
 """Training cells among which neighbours are sought; every rank holds their expressed values."""
 ATTENTION_CELLS = 4
@@ -103,7 +104,7 @@ class Validation:
             False when a rank was asked to stop: there are no figures, and a run resumed at this
             step validates again.
         """
-        rows = self._cells.corpus.sample("validation", self._settings.validation_cells)
+        rows = sample(self._cells.corpus, "validation", self._settings.validation_cells)
         if len(rows) == 0 or self._settings.validate_every_n_steps == 0:
             return True
         started, self._step = time.perf_counter(), state.step
@@ -177,7 +178,7 @@ class Validation:
     def _fitted_baselines(self) -> tuple[DepthBaselines, NearestCells]:
         """Fit the baselines on the same training cells at every start, shared by the ranks."""
         found = DepthBaselines(self._cells.corpus.gene_stats, self._ranks.device)
-        rows = self._cells.corpus.sample("train", FIT_CELLS)
+        rows = sample(self._cells.corpus, "train", FIT_CELLS)
         problem = None
         for own in _parts(rows[self._ranks.rank :: self._ranks.world_size]):
             self._watchdog.beat(self._step, "validation: baselines")
@@ -195,7 +196,7 @@ class Validation:
     def _sampled_cells(self, depth: DepthBaselines) -> NearestCells:
         """Return the same sample of training cells on every rank; each rank reads a part of it."""
         n_genes = self._cells.corpus.n_genes
-        rows = self._cells.corpus.sample("train", SAMPLE_CELLS)
+        rows = sample(self._cells.corpus, "train", SAMPLE_CELLS)
         parts: list[csr_matrix] = []
         problem = None
         for own in _parts(np.array_split(rows, self._ranks.world_size)[self._ranks.rank]):

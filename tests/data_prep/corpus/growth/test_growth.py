@@ -2,8 +2,8 @@
 
 Covers `data_prep/corpus/growth/compact.py`, `data_prep/corpus/growth/digests.py`,
 `data_prep/corpus/growth/earlier.py`, `data_prep/corpus/growth/part_list.py`,
-`sclong_ds/annotations/joined_columns.py`, `sclong_ds/corpus/parts/gene_stats.py` and
-`sclong_ds/corpus/parts/joined_cells.py`.
+`sclong_ds/annotations/joined_columns.py`, `sclong_ds/corpus/parts/gene_stats.py`,
+`sclong_ds/corpus/parts/joined_cells.py` and `sclong_ds/corpus/parts/views.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from data_prep.corpus.growth.compact import compact
 from data_prep.verify.verify import verify
 from sclong_ds.corpus.catalogue import SPLITS, read_catalogue
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.parts.views import as_it_was, sample
 from sclong_ds.loader.loader import CellLoader, open_stream
 
 Stage = Callable[..., Path]
@@ -235,7 +236,7 @@ def test_a_sample_takes_of_every_part_what_it_has_of_the_split(made: Path, tmp_p
         n_in_part = np.array([len(part.splits[split]) for part in corpus.parts])
         ends = np.cumsum(n_in_part)
         for n_cells in (0, 1, 7, 20, len(rows) - 1, len(rows), len(rows) + 5):
-            found = corpus.sample(split, n_cells)
+            found = sample(corpus, split, n_cells)
             n_found = min(max(n_cells, 0), len(rows))
             assert len(found) == n_found
             assert (np.diff(found) > 0).all()
@@ -244,7 +245,7 @@ def test_a_sample_takes_of_every_part_what_it_has_of_the_split(made: Path, tmp_p
             share = np.bincount(part, minlength=3) - n_in_part * n_found / max(1, len(rows))
             assert (abs(share) < 1).all()
     (alone,) = (part for part in corpus.parts[:1])
-    np.testing.assert_array_equal(alone.sample("train", 9), alone.split("train")[:9])
+    np.testing.assert_array_equal(sample(alone, "train", 9), alone.split("train")[:9])
 
 
 def test_a_corpus_as_it_was_before_it_grew(made: Path, tmp_path: Path) -> None:
@@ -254,17 +255,22 @@ def test_a_corpus_as_it_was_before_it_grew(made: Path, tmp_path: Path) -> None:
     before.append(Corpus(shutil.copytree(folder, tmp_path / "second")))
     grown(made, folder, ["de"])
     now = Corpus(folder)
-    assert now.as_it_was(now.hash) is now
+    assert as_it_was(now, now.hash) is now
     for old in before:
-        found = now.as_it_was(old.hash)
+        found = as_it_was(now, old.hash)
         assert (found.hash, found.splits, len(found)) == (old.hash, old.splits, len(old))
         assert [d.dataset_id for d in found.datasets] == [d.dataset_id for d in old.datasets]
-        for split in SPLITS:
-            assert cells_of(found, split) == cells_of(old, split)
+        rows = np.arange(len(old))
+        assert as_tuples(found.rows(rows)) == as_tuples(old.rows(rows))
+        for name in ("row_dataset", "row_source", "row_total"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(old, name))
+        assert found.obs(rows, columns=["cell_type", "age"]).equals(
+            old.obs(rows, columns=["cell_type", "age"])
+        )
         np.testing.assert_array_equal(found.chunk_rows, old.chunk_rows)
         np.testing.assert_allclose(found.gene_stats.mean_expressed, old.gene_stats.mean_expressed)
     with pytest.raises(ValueError, match="another corpus by now"):
-        before[0].as_it_was(now.hash)
+        as_it_was(before[0], now.hash)
 
 
 def test_the_digests_of_parts_are_kept_and_read_in_pieces(
