@@ -36,6 +36,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from sclong_ds.config.sections import DataConfig
 from sclong_ds.corpus.corpus import Corpus
+from sclong_ds.corpus.parts.views import sample
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import same_corpus, short_digests
@@ -57,7 +58,7 @@ from sclong_ds.progress import count_progress
 CELLS = 256
 """Cells of either split that are read."""
 DIRECTION_CELLS = 2048
-"""Training cells that principal directions are of, the first ones: a corpus is shuffled."""
+"""Training cells that principal directions are of, those of `sample`."""
 MIN_CELLS = 20
 """With fewer training or validation cells nothing is chosen."""
 CPU_FLOPS = 2e13
@@ -189,7 +190,7 @@ def cells_of_run(
         for name, chosen in rows.items():
             if len(chosen) < MIN_CELLS:
                 raise ValueError(f"{len(chosen)} cells of {name} to read, {MIN_CELLS} are needed")
-        rows["directions_of"] = corpus.split("train")[:DIRECTION_CELLS]
+        rows["directions_of"] = sample(corpus, "train", DIRECTION_CELLS)
         direction_counts(
             n_cells=len(rows["directions_of"]), n_genes=corpus.n_genes, wanted=n_directions
         )
