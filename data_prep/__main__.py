@@ -322,10 +322,10 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--near-duplicates",
         choices=NEAR_RULES,
-        default=NEAR_RULES[0],
         help="cells that are the same as one of a dataset with another gene list, on the genes of "
-        "both. primary: leave out those that is_primary_data calls copies of a primary one; drop: "
-        "leave out all but one; keep: leave out none",
+        "both (default: as before, primary at first). primary: leave out those that "
+        "is_primary_data calls copies of a primary one; drop: leave out all but one; keep: leave "
+        "out none",
     )
     add_codec(parser)
     add_json(parser)

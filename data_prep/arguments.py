@@ -49,17 +49,19 @@ def chosen_genes(args: argparse.Namespace) -> GeneVocabulary:
     return GeneVocabulary.read(args.genes) if args.genes else GeneVocabulary.bundled()
 
 
-def add_codec(parser: argparse.ArgumentParser) -> None:
+def add_codec(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
     """Add `--codec`.
 
     Args:
         parser: Of the command.
+        default: None: as before, zstd at first.
     """
     parser.add_argument(
         "--codec",
         choices=("zstd", "none"),
-        default="zstd",
-        help="compression of the cells (default: zstd; none is twice as large)",
+        default=default,
+        help=f"compression of the cells (default: {default or 'as before, zstd at first'}; none is "
+        "twice as large)",
     )
 
 

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sources(parser)
     add_genes(parser)
     _add_thresholds(parser)
-    add_codec(parser)
+    add_codec(parser, default="zstd")
     add_json(parser)
 
 

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data_prep.corpus.build import STAGES, Build, Codec
 from data_prep.corpus.growth.earlier import (
@@ -43,7 +43,7 @@ from data_prep.corpus.growth.earlier import (
 from data_prep.corpus.growth.part_list import remove_unlisted
 from data_prep.corpus.inputs import Inputs, read_inputs
 from data_prep.corpus.near.near_duplicates import NearRule
-from data_prep.corpus.publish import is_sealed, publish
+from data_prep.corpus.publish import begun, is_sealed, publish
 from data_prep.corpus.seal import restated, seal, unused
 from data_prep.corpus.split_rule import SplitBy, SplitRule, read_rule, resolve, rule_of
 from data_prep.corpus.staged import open_used
@@ -74,8 +74,8 @@ def finalize(
     test_fraction: float | None = None,
     split_by: SplitBy | None = None,
     validation_datasets: Sequence[str] = (),
-    codec: Codec = "zstd",
-    near_duplicates: NearRule = "primary",
+    codec: Codec | None = None,
+    near_duplicates: NearRule | None = None,
     allow_missing: bool = False,
     whole: bool = False,
     jobs: int = 1,
@@ -95,9 +95,9 @@ def finalize(
         test_fraction: The same for a test split (0).
         split_by: donor, dataset or cell; auto takes the first that gives enough groups.
         validation_datasets: Datasets to validate on, instead of a share.
-        codec: zstd or none (twice the size, for fast local disks).
-        near_duplicates: `primary` leaves out near duplicates that are not primary data beside one
-            that is, `drop` all but one, `keep` none.
+        codec: zstd (at first) or none (twice the size, for fast local disks).
+        near_duplicates: `primary` (at first) leaves out near duplicates that are not primary data
+            beside one that is, `drop` all but one, `keep` none.
         allow_missing: Continue without datasets that were to be converted and never were.
         whole: Make one corpus without parts, whatever was finished before.
         jobs: Processes on this machine.
@@ -157,16 +157,17 @@ class _Job:
         self,
         corpus: Path,
         given: Mapping[str, Any],
-        codec: Codec,
-        near: NearRule,
+        codec: Codec | None,
+        near: NearRule | None,
         *,
         allow_missing: bool,
         whole: bool,
     ) -> None:
         self.corpus, self.given, self.allow_missing = corpus, given, allow_missing
         self.whole = whole
-        self.codec: Codec = codec
-        self.near: NearRule = near
+        self.asked = codec, near
+        self.codec: Codec
+        self.near: NearRule
         self.lock = corpus / ".locks" / "~units"
         """Of the units of the work."""
         self.inputs: Inputs
@@ -180,12 +181,22 @@ class _Job:
     @property
     def call(self) -> str:
         """What all tasks of one work have in common."""
-        options = [*self.given.items(), self.codec, self.near]
+        options = [*self.given.items(), *self.asked]
         missing = [dataset.dataset_id for dataset in self.pending]
         return _hash([_WORK_VERSION, options, self.inputs.documents, missing, self.whole])
 
+    def settle(self) -> None:
+        """Take the options that are not given from the corpus."""
+        codec, near = "zstd", "primary"
+        with suppress(OSError, ValueError, LookupError):
+            catalogue, codec = begun(self.corpus)
+            near = catalogue.get("near_duplicates", near)
+        self.codec = self.asked[0] or cast("Codec", codec)
+        self.near = self.asked[1] or cast("NearRule", near)
+
     def rule(self) -> SplitRule:
-        """Return the rule of the split: that of the corpus, and what is given now."""
+        """Return the rule of the split: that of the corpus and what is given; settle the rest."""
+        self.settle()
         before = read_rule(self.corpus)
         rule = resolve(self.given, before)
         if before is not None and rule.datasets != before.datasets:
@@ -229,7 +240,9 @@ class _Job:
             self.corpus, self.inputs, rule, codec=self.codec, near=self.near
         )
         if reason:
-            logger.info("%s: is made as one corpus: %s", self.corpus, reason)
+            logger.warning(
+                "%s: is made again as one corpus, with another hash: %s", self.corpus, reason
+            )
         return found
 
     def is_finished(self, rule: SplitRule) -> bool:
@@ -361,7 +374,8 @@ def _as_task(
             remove_unlisted(job.corpus)
             return {"call": job.call, "work": None}
         work, rule = job.open(rule)
-        return {"call": job.call, "work": work.name, "rule": rule.as_json()}
+        made = {"codec": job.codec, "near": job.near}
+        return {"call": job.call, "work": work.name, "rule": rule.as_json(), **made}
 
     with tasks_in_corpus(job.corpus, begin) as said:
         if said["call"] != job.call:
@@ -372,6 +386,7 @@ def _as_task(
         if said["work"] is None:
             return read_catalogue(job.corpus)
         work, rule = work_folder(job.corpus, said["work"]), rule_of(said["rule"])
+        job.codec, job.near = said["codec"], said["near"]
         if not work.is_dir():
             return read_catalogue(job.corpus)
 

@@ -12,8 +12,18 @@ from typing import Any
 
 from data_prep.corpus.growth.part_list import LIST, add_part, is_whole, place_of
 from data_prep.corpus.split_rule import write_rule
+from data_prep.corpus.work_folder import PREFIX
 from sclong_ds.corpus.catalogue import read_catalogue
-from sclong_ds.files.atomic import file_sha256, partial_name, read_file, sync_folder, write_atomic
+from sclong_ds.corpus.location import Location
+from sclong_ds.corpus.shards import read_metadata
+from sclong_ds.files.atomic import (
+    file_sha256,
+    listed,
+    partial_name,
+    read_file,
+    sync_folder,
+    write_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +38,32 @@ PRODUCTS = (
     "checksums.json",
 )
 """In the order in which they get their names; corpus.json comes last."""
+
+
+def begun(corpus: Path) -> tuple[dict[str, Any], str]:
+    """Return the catalogue of a finished corpus, and the codec of its cells.
+
+    Where a killed `publish` has put the catalogue aside, that of the new corpus.
+
+    Args:
+        corpus: The corpus folder.
+
+    Raises:
+        FileNotFoundError: Nothing is finished.
+        ValueError: What is finished is damaged.
+    """
+    cells = corpus / "cells.zarr"
+    try:
+        catalogue = read_catalogue(corpus)
+    except FileNotFoundError:
+        works = [path for path in listed(corpus) if path.name.startswith(PREFIX)]
+        sealed = [work for work in works if (work / "corpus.json").is_file()]
+        if not sealed:
+            raise
+        catalogue = read_catalogue(sealed[0])
+        if (sealed[0] / "cells.zarr").is_dir():
+            cells = sealed[0] / "cells.zarr"
+    return catalogue, str(read_metadata(Location(cells))["attributes"]["codec"])
 
 
 def is_sealed(corpus: Path, work: Path) -> bool:

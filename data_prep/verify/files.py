@@ -115,6 +115,9 @@ def check_files(
         Number of files read.
     """
     n_rule = _check_rule(corpus, catalogue, problems)
+    known = {*(part.folder for part in parts_of(catalogue)), *catalogue.get("files", ())}
+    there = [path.relative_to(corpus).as_posix() for path in listed(corpus / PARTS)]
+    problems += [f"{name}: not part of the corpus" for name in there if name not in known]
     if PARTS not in catalogue:
         return n_rule + _check_corpus(corpus, catalogue, links, problems, root=corpus)
     _check_record(corpus, catalogue, links, problems)
@@ -131,9 +134,6 @@ def check_files(
         links.add(own)
         # Inputs lie in the corpus folder whatever the part.
         problems += [text if _is_input(text) else _inside(part.folder, text) for text in found]
-    known = {part.folder for part in parts_of(catalogue)} | {*catalogue["files"]}
-    there = [path.relative_to(corpus).as_posix() for path in listed(corpus / PARTS)]
-    problems += [f"{name}: not part of the corpus" for name in there if name not in known]
     return n_files + n_rule
 
 
@@ -168,15 +168,16 @@ def _check_corpus(
             problems.append(f"{name}: missing")
         elif file_sha256(folder / name) != expected:
             problems.append(f"{name}: damaged (its checksum differs)")
+    # A part holds nothing else; beside the first one lie the inputs and what is no part of it.
+    products = PRODUCTS[:-1] if folder == root else ("",)
     found = {
         path.relative_to(folder).as_posix()
-        for product in PRODUCTS[:-1]
+        for product in products
         for path in (folder / product, *files_below(folder / product))
         if path.is_file()
     }
-    problems += [
-        f"{name}: not part of the corpus" for name in sorted(found - {*checksums["files"]})
-    ]
+    known = {*checksums["files"], "checksums.json", "corpus.json"}
+    problems += [f"{name}: not part of the corpus" for name in sorted(found - known)]
     links.checked(SUMS, len(checksums["files"]))
     inputs = checksums["inputs"]
     if PARTS in read_catalogue(root):

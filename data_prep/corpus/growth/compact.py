@@ -14,16 +14,15 @@ from typing import Any
 
 from data_prep.corpus.build import Codec
 from data_prep.corpus.finalize import finalize
-from data_prep.corpus.work_folder import PREFIX
+from data_prep.corpus.publish import begun
 from data_prep.passes.dedup import Progress
 from sclong_ds.corpus.catalogue import PARTS, read_catalogue
-from sclong_ds.files.atomic import listed
 
 
 def compact(
     corpus: str | Path,
     *,
-    codec: Codec = "zstd",
+    codec: Codec | None = None,
     jobs: int = 1,
     task: int = 0,
     tasks: int | None = None,
@@ -33,7 +32,7 @@ def compact(
 
     Args:
         corpus: Folder of a finished corpus, with its staging.
-        codec: Of the cells.
+        codec: Of the cells; None: as before.
         jobs: Processes on this machine.
         task: Which of the tasks this is.
         tasks: Number of tasks, started with the same options.
@@ -47,13 +46,13 @@ def compact(
         ValueError: Staging that is not there any more, damaged, or another command at work.
     """
     corpus = Path(corpus)
-    catalogue = _begun(corpus)
+    # Of what a killed call has begun, that is; without parts there is none.
+    catalogue = begun(corpus)[0] if (corpus / PARTS).is_dir() else read_catalogue(corpus)
     if PARTS not in catalogue and not (corpus / PARTS).is_dir():
         return catalogue
     return finalize(
         corpus,
         codec=codec,
-        near_duplicates=catalogue["near_duplicates"],
         allow_missing=True,
         whole=True,
         jobs=jobs,
@@ -61,14 +60,3 @@ def compact(
         tasks=tasks,
         progress=progress,
     )
-
-
-def _begun(corpus: Path) -> dict[str, Any]:
-    """Return the catalogue; where a killed call has put it aside, that of the new corpus."""
-    try:
-        return read_catalogue(corpus)
-    except FileNotFoundError:
-        for work in listed(corpus) if (corpus / PARTS).is_dir() else ():
-            if work.name.startswith(PREFIX) and (work / "corpus.json").is_file():
-                return read_catalogue(work)
-        raise
