@@ -46,6 +46,7 @@ from data_prep.ledger.ledger import (
 )
 from data_prep.ledger.pending import known_names, record_manifest
 from data_prep.manifest.manifest import Dataset
+from data_prep.staging.forget import remove_pieces
 from data_prep.staging.settings import STAGING_VERSION, Settings
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.files.atomic import (
@@ -113,7 +114,7 @@ def convert(
         prepare_corpus(corpus, genes=genes, settings=settings)
         shares = shares_of(corpus, datasets, tasks=tasks, jobs=jobs)
         mine = shares[task]
-        ours = _begin(corpus, datasets, shares, task, replace=replace)
+        ours = _begin(corpus, datasets, shares, task, replace=replace, verify=verify_sources)
         jobs = min(jobs, len(mine))
         memory = default_memory_gib(max(jobs, 1)) if max_memory_gib is None else max_memory_gib
         limits = Limits(memory_gib=memory, minutes=max_minutes)
@@ -135,6 +136,7 @@ def _begin(
     task: int,
     *,
     replace: bool,
+    verify: bool,
 ) -> list[Dataset]:
     """Record what is to be done, remove what killed runs have left; return a task's datasets."""
     names = {unit.dataset.dataset_id for unit in shares[task]}
@@ -145,6 +147,10 @@ def _begin(
     places = in_places(shares) if len(shares) > 1 else all_names
     record_manifest(corpus, places, tasks=len(shares))
     _remove_leftovers(corpus)
+    if verify and len(shares) == 1:
+        # Of several tasks another may be at them; then times alone tell of what they were made.
+        for name in names:
+            remove_pieces(corpus, name)
     _report_others(corpus, datasets)
     return ours
 

@@ -121,6 +121,17 @@ def memory_advice() -> str:
     return f"{used}{allowed}if the file is sound, raise --max-memory or lower --jobs"
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why a dataset could not be staged, with advice where it was for lack of memory.
+
+    Args:
+        error: What was raised.
+    """
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        return f"not enough memory ({error}): {memory_advice()}"
+    return str(error)
+
+
 def used_gib(pid: int) -> float | None:
     """Return the private memory that a process uses now; None where the system does not tell.
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.convert.entry import is_taken, new_entry, read_hash, taken
-from data_prep.convert.limits import memory_advice
+from data_prep.convert.limits import reason_of
 from data_prep.convert.shares import Piece
 from data_prep.convert.source_identity import (
     FileState,
@@ -36,7 +36,7 @@ from data_prep.ledger.ledger import (
 from data_prep.manifest.manifest import Dataset
 from data_prep.source.source import UnusableError
 from data_prep.staging.dataset import stage, stage_piece
-from data_prep.staging.forget import clear, part_folder
+from data_prep.staging.forget import clear, part_folder, remove_pieces
 from data_prep.staging.pieces import NotToBeCutError, Pieces
 from data_prep.staging.settings import Settings
 from sclong_ds.files.atomic import locked, named_errors
@@ -85,11 +85,12 @@ def convert_dataset(
             if isinstance(error, UnusableError):
                 entry["status"] = "excluded"
             return _keep_or_fail(corpus, entry, staged, str(error))
+        if pieces is not None and not pieces.are_of(_piece_key(entry, state)):
+            raise ValueError(_changed(dataset))
         entry["source_hash"] = found
         if is_new:
             remember_hash(corpus, dataset.dataset_id, state, found)
-        previous = _unchanged(corpus, entry)
-        if previous is not None:
+        if (previous := _unchanged(corpus, entry)) is not None:
             return _with_origin(corpus, previous, entry, remote=dataset.remote)
         if staged is not None and not replace and is_taken(staged, dataset, entry["source_hash"]):
             return _keep_or_fail(corpus, entry, staged, taken(staged))
@@ -144,15 +145,12 @@ def convert_piece(
         entry = new_entry(dataset, settings)
         try:
             state = source_state(dataset.path, gene_list=dataset.gene_list)
+            is_done = _is_done(corpus, entry, state) or _is_done_by_hash(corpus, dataset, entry)
         except (ValueError, OSError):
             return whole() if is_first else None
-        # Not the inode, which some file systems number in another way on each node.
-        files = [(path, size, changed) for path, _, size, changed, _ in state]
-        key = [entry["settings_hash"], files]
+        key = _piece_key(entry, state)
         pieces = Pieces(corpus, dataset.dataset_id, of=piece.of, depends_on=key)
-        if _is_done(corpus, entry, state):
-            return _without_pieces(pieces, whole) if is_first else None
-        if pieces.not_to_be_cut():
+        if is_done or pieces.not_to_be_cut():
             return whole() if is_first else None
         stage_it = partial(
             stage_piece, dataset, entry, pieces=pieces, settings=settings, resolver=resolver
@@ -161,10 +159,22 @@ def convert_piece(
             _stage_range(dataset, piece.number, stage_it, corpus=corpus, pieces=pieces, state=state)
         except NotToBeCutError as error:
             pieces.refuse(str(error))
-            return _without_pieces(pieces, whole)
-        if not pieces.are_there() or pieces.drop_damaged() or _is_done(corpus, entry, state):
+            return whole()
+        if _is_done(corpus, entry, state):
+            # Another process has put them together meanwhile.
+            return whole()
+        if not pieces.are_there() or pieces.drop_damaged():
             return None
-        return _without_pieces(pieces, partial(whole, pieces=pieces))
+        return whole(pieces=pieces)
+
+
+def _piece_key(entry: LedgerEntry, state: list[FileState]) -> list[object]:
+    """Return what the pieces of a dataset depend on: settings and files.
+
+    Not the inode, which some file systems number in another way on each node.
+    """
+    files = [(path, size, *times) for path, _, size, *times in state]
+    return [entry["settings_hash"], files]
 
 
 def _stage_range(
@@ -194,6 +204,8 @@ def _stage_range(
             with named_errors(f"{dataset.path} -> {pieces.folder}"):
                 stage_it(number=number)
         except ValueError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise MemoryError(str(error)) from error
             raise NotToBeCutError(str(error)) from error
         except OSError:
             # Who staged the dataset in one go has removed the folder.
@@ -201,27 +213,43 @@ def _stage_range(
                 raise
             return
         if source_state(dataset.path, gene_list=dataset.gene_list) != state:
-            raise ValueError(
-                f"{dataset.path}: changed while it was read; run convert again when it is complete"
-            )
+            raise ValueError(_changed(dataset))
+
+
+def _changed(dataset: Dataset) -> str:
+    return f"{dataset.path}: changed while it was read; run convert again when it is complete"
 
 
 def _is_done(corpus: Path, entry: LedgerEntry, state: list[FileState]) -> bool:
     """Tell whether the ledger has a dataset of these files and options, staged or excluded."""
+    previous = _same_settings(corpus, entry)
+    known = remembered_hash(corpus, entry["dataset_id"], state)
+    return previous is not None and known is not None and previous["source_hash"] == known
+
+
+def _is_done_by_hash(corpus: Path, dataset: Dataset, entry: LedgerEntry) -> bool:
+    """Hash files that may be those of the ledger, one process for all pieces.
+
+    Raises:
+        ValueError: They cannot be hashed.
+        OSError: They cannot be read.
+    """
+    name = dataset.dataset_id
+    if _same_settings(corpus, entry) is None:
+        return False
+    with locked(corpus / ".locks" / f"{name}~hash"):
+        state = source_state(dataset.path, gene_list=dataset.gene_list)
+        if not remembered_hash(corpus, name, state):
+            remember_hash(corpus, name, state, read_hash(dataset))
+    return _is_done(corpus, entry, state)
+
+
+def _same_settings(corpus: Path, entry: LedgerEntry) -> LedgerEntry | None:
+    """Return the entry of an earlier run that holds if the files are the same."""
     previous = previous_entry(corpus, entry["dataset_id"])
     if previous is None or previous["status"] == "failed" or is_older(previous):
-        return False
-    known = remembered_hash(corpus, entry["dataset_id"], state)
-    same = previous["settings_hash"] == entry["settings_hash"]
-    return same and known is not None and previous["source_hash"] == known
-
-
-def _without_pieces(pieces: Pieces, work: Callable[[], LedgerEntry]) -> LedgerEntry:
-    """Do something, and remove the pieces where the dataset is done with it."""
-    entry = work()
-    if entry["status"] != "failed":
-        pieces.remove()
-    return entry
+        return None
+    return previous if previous["settings_hash"] == entry["settings_hash"] else None
 
 
 def _folder(corpus: Path, dataset: Dataset) -> Path:
@@ -256,6 +284,7 @@ def _with_origin(
 
     Those behind an address would be fetched by every run otherwise.
     """
+    remove_pieces(corpus, previous["dataset_id"])
     if previous["origin"] != entry["origin"]:
         previous["origin"] = entry["origin"]
         if remote:
@@ -269,9 +298,7 @@ def _require_unchanged(dataset: Dataset, state: list[FileState], found_hash: str
     # Hashing all of it a second time would cost as much as the first.
     now = source_state(dataset.path, gene_list=dataset.gene_list)
     if now != state and read_hash(dataset) != found_hash:
-        raise ValueError(
-            f"{dataset.path}: changed while it was read; run convert again when it is complete"
-        )
+        raise ValueError(_changed(dataset))
 
 
 def _stage_or_explain(
@@ -303,13 +330,12 @@ def _stage_or_explain(
                 record=lambda: write_entry(corpus, entry),
                 pieces=pieces,
             )
+        remove_pieces(corpus, dataset.dataset_id)
         return
     except UnusableError as error:
         entry["status"], entry["reason"] = "excluded", str(error)
     except (ValueError, OSError, MemoryError) as error:
-        entry["status"], entry["reason"] = "failed", str(error)
-        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
-            entry["reason"] = f"not enough memory ({error}): {memory_advice()}"
+        entry["status"], entry["reason"] = "failed", reason_of(error)
     # Of a dataset that is not used nothing is staged, and what was dropped on the way is no loss.
     entry["n_cells"], entry["dropped_cells"], entry["obs_columns"] = 0, {}, []
     entry["texts_repaired"], entry["files"] = 0, {}
@@ -318,6 +344,8 @@ def _stage_or_explain(
         return
     clear(corpus, dataset.dataset_id)
     write_entry(corpus, entry)
+    if entry["status"] == "excluded":
+        remove_pieces(corpus, dataset.dataset_id)
 
 
 def _holds(corpus: Path, staged: LedgerEntry) -> bool:

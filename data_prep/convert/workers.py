@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from data_prep.convert.entry import new_entry
-from data_prep.convert.limits import Limits, limit_memory, used_gib
+from data_prep.convert.limits import Limits, limit_memory, reason_of, used_gib
 from data_prep.convert.shares import Unit
 from data_prep.ledger.ledger import LedgerEntry, dataset_lock, staged_entry, write_entry
 from data_prep.manifest.manifest import Dataset
@@ -217,8 +217,8 @@ def _work(pipe: Connection, corpus: Path, settings: Settings, limits: Limits) ->
                     entry = convert_dataset(dataset, **options)
                 else:
                     entry = convert_piece(dataset, piece, **options)
-        except (ValueError, OSError) as error:
-            entry = str(error)
+        except (ValueError, OSError, MemoryError) as error:
+            entry = reason_of(error)
         pipe.send(entry)
 
 

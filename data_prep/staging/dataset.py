@@ -66,10 +66,7 @@ def stage(
         UnusableError: The dataset is not one for the corpus.
         ValueError: It is damaged.
     """
-    if not dataset.is_of(resolver.species):
-        raise UnusableError(
-            f"the manifest states organism {dataset.organism}; the vocabulary is {resolver.species}"
-        )
+    _require_species(dataset, resolver)
     entry["organism"] = resolver.species
     part = part_folder(folder)
     try:
@@ -129,6 +126,7 @@ def stage_piece(
         NotToBeCutError: The dataset is not stored by cells.
         ValueError: Something is wrong with it.
     """
+    _require_species(dataset, resolver)
     scratch = pieces.folder / f".scratch-{number}"
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -143,6 +141,13 @@ def stage_piece(
         pieces.stage(number, outcome, entry, resolver.genes, settings.codec)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _require_species(dataset: Dataset, resolver: GeneResolver) -> None:
+    if not dataset.is_of(resolver.species):
+        raise UnusableError(
+            f"the manifest states organism {dataset.organism}; the vocabulary is {resolver.species}"
+        )
 
 
 def _opened(dataset: Dataset, resolver: GeneResolver, scratch: Path) -> Source:

@@ -27,6 +27,16 @@ def part_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}~")
 
 
+def remove_pieces(corpus: Path, dataset_id: str) -> None:
+    """Remove the row ranges that were staged of a dataset.
+
+    Args:
+        corpus: The corpus folder.
+        dataset_id: Name of the dataset.
+    """
+    shutil.rmtree(corpus / PIECES / dataset_id, ignore_errors=True)
+
+
 def clear(corpus: Path, dataset_id: str) -> None:
     """Remove what earlier runs left of a dataset; the entry first, so that none is without data.
 
@@ -76,4 +86,4 @@ def forget(corpus: str | Path, dataset_ids: Sequence[str]) -> None:
                 # Off the manifests first: killed in between, the dataset is as it was, not pending.
                 forget_in_manifests(corpus, [name])
                 clear(corpus, name)
-                shutil.rmtree(corpus / PIECES / name, ignore_errors=True)
+                remove_pieces(corpus, name)

@@ -61,9 +61,19 @@ class Pieces:
             of: Number of pieces.
             depends_on: What the pieces are a function of: files, options, settings.
         """
-        key = hashlib.sha256(repr([of, *depends_on]).encode()).hexdigest()[:16]
-        self.all, self.of = corpus / PIECES / dataset_id, of
-        self.folder = self.all / key
+        self.of = of
+        self.folder = corpus / PIECES / dataset_id / self._key(depends_on)
+
+    def _key(self, depends_on: Sequence[object]) -> str:
+        return hashlib.sha256(repr([self.of, *depends_on]).encode()).hexdigest()[:16]
+
+    def are_of(self, depends_on: Sequence[object]) -> bool:
+        """Tell whether the pieces are a function of this.
+
+        Args:
+            depends_on: As when they were named.
+        """
+        return self.folder.name == self._key(depends_on)
 
     def path(self, number: int) -> Path:
         """Return the folder of a piece."""
@@ -71,7 +81,7 @@ class Pieces:
 
     def is_there(self, number: int) -> bool:
         """Tell whether a piece was finished."""
-        return (self.path(number) / "record.json").is_file()
+        return str(number) in _names(self.folder) and "record.json" in _names(self.path(number))
 
     def are_there(self) -> bool:
         """Tell whether all pieces were finished."""
@@ -79,7 +89,7 @@ class Pieces:
 
     def not_to_be_cut(self) -> bool:
         """Tell whether a process has found that the dataset is to be staged in one go."""
-        return (self.folder / "whole").exists()
+        return "whole" in _names(self.folder)
 
     def refuse(self, reason: str) -> None:
         """Let the dataset be staged in one go."""
@@ -92,10 +102,6 @@ class Pieces:
         for number in damaged:
             shutil.rmtree(self.path(number), ignore_errors=True)
         return bool(damaged)
-
-    def remove(self) -> None:
-        """Remove all pieces of the dataset."""
-        shutil.rmtree(self.all, ignore_errors=True)
 
     def _is_sound(self, number: int) -> bool:
         folder = self.path(number)
@@ -144,10 +150,20 @@ class Pieces:
             record = {"dropped_cells": entry["dropped_cells"], "files": staged_files(part)}
             write_atomic(part / "record.json", json.dumps(record).encode())
             sync_tree(part)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(part, target)
+            self._name(part, number)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+    def _name(self, part: Path, number: int) -> None:
+        """Give a piece its place, unless another process has just made the same one."""
+        if self.is_there(number):
+            return
+        shutil.rmtree(self.path(number), ignore_errors=True)
+        try:
+            os.rename(part, self.path(number))
+        except OSError:
+            if not self.is_there(number):
+                raise
 
     def put_together(
         self, outcome: Outcome, entry: LedgerEntry, path: Path, genes: GeneVocabulary, codec: Any
@@ -186,6 +202,14 @@ class Pieces:
             if row != outcome.opened.matrix.shape[0]:
                 raise ValueError(f"{self.folder}: {row} cells of all pieces; {_CURE}")
         return written
+
+
+def _names(folder: Path) -> list[str]:
+    """Return what is in a folder: network file systems remember that a name was not there."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def write_cells(

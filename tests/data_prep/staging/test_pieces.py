@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from scipy import sparse
 
 from data_prep.convert import one_dataset, source_identity
 from data_prep.convert.convert import prepare_corpus
+from data_prep.convert.limits import reason_of
 from data_prep.convert.one_dataset import convert_dataset, convert_piece
 from data_prep.convert.shares import Piece
 from data_prep.genes.gene_names import GeneResolver
@@ -27,6 +29,7 @@ from data_prep.ledger.ledger import LedgerEntry
 from data_prep.manifest.manifest import Dataset
 from data_prep.readers import arrays
 from data_prep.source import source
+from data_prep.staging.pieces import Pieces
 from data_prep.staging.settings import Settings
 from sclong_ds.corpus.genes import GeneVocabulary
 
@@ -171,6 +174,114 @@ def test_a_dataset_that_is_done_is_looked_at_by_the_first_piece_alone(
     changed = run_pieces(other, cut, 3)[0]
     assert changed is not None
     assert changed["n_cells"] != entry["n_cells"]
+
+
+@pytest.mark.parametrize("status", ["ok", "excluded"])
+def test_a_touched_file_of_a_dataset_that_is_done_is_hashed_once(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    cut = new_corpus(tmp_path / "cut")
+    if status == "excluded":
+        dataset = dataclasses.replace(dataset, organism="mouse")
+    found = run_pieces(dataset, cut, 0, 1, 2, 3)
+    # That of another species is not read at all.
+    entry = found[0 if status == "excluded" else -1]
+    assert entry is not None
+    assert entry["status"] == status
+    dataset.path.touch()
+    hashed: list[Dataset] = []
+    real = one_dataset.read_hash
+    monkeypatch.setattr(one_dataset, "read_hash", lambda d: hashed.append(d) or real(d))
+    monkeypatch.setattr(one_dataset, "stage_piece", None)
+    assert run_pieces(dataset, cut, 0, 1, 2, 3) == [entry, None, None, None]
+    assert len(hashed) == 1
+    assert not (tmp_path / "cut" / ".pieces" / "d").exists()
+
+
+def test_a_dataset_in_pieces_that_another_process_ends_gives_its_entry(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = new_corpus(tmp_path / "cut")
+    assert run_pieces(dataset, cut, 0, 1, 2) == [None] * 3
+    real = one_dataset.stage_piece
+
+    def staged(*args: Any, **options: Any) -> None:
+        convert_dataset(dataset, **cut)
+        real(*args, **options)
+
+    monkeypatch.setattr(one_dataset, "stage_piece", staged)
+    (entry,) = run_pieces(dataset, cut, 3)
+    assert entry is not None
+    assert entry["status"] == "ok"
+    assert not (tmp_path / "cut" / ".pieces" / "d").exists()
+
+
+def test_pieces_of_a_file_that_was_replaced_are_not_put_together(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = new_corpus(tmp_path / "cut")
+    assert run_pieces(dataset, cut, 0, 1) == [None] * 2
+    about, content = dataset.path.stat(), dataset.path.read_bytes()
+    dataset.path.write_bytes(content)
+    # Equal in size and time of change, as a copy that keeps times may be.
+    os.utime(dataset.path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert run_pieces(dataset, cut, 2, 3) == [None] * 2
+    assert run_pieces(dataset, cut, 0) == [None]
+    sound = one_dataset.Pieces.drop_damaged
+
+    def replaced(pieces: Any) -> bool:
+        dataset.path.touch()
+        return sound(pieces)
+
+    monkeypatch.setattr(one_dataset.Pieces, "drop_damaged", replaced)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        run_pieces(dataset, cut, 1)
+    assert not (tmp_path / "cut" / "staging" / "d").exists()
+
+
+def test_pieces_do_not_outlast_the_dataset(tmp_path: Path, dataset: Dataset) -> None:
+    cut = new_corpus(tmp_path / "cut")
+    left = tmp_path / "cut" / ".pieces" / "d"
+    run_pieces(dataset, cut, 0, 1)
+    assert left.is_dir()
+    assert convert_dataset(dataset, **cut)["status"] == "ok"
+    assert not left.exists()
+
+
+def test_a_piece_that_another_process_has_made_stays(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = new_corpus(tmp_path / "cut")
+    real = Pieces._name
+
+    def twice(pieces: Pieces, part: Path, number: int) -> None:
+        shutil.copytree(part, pieces.path(number))
+        inode = pieces.path(number).stat().st_ino
+        real(pieces, part, number)
+        assert pieces.path(number).stat().st_ino == inode
+
+    monkeypatch.setattr(Pieces, "_name", twice)
+    entry = run_pieces(dataset, cut, 0, 1, 2, 3)[-1]
+    assert entry is not None
+    assert entry["status"] == "ok"
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_lack_of_memory_is_no_reason_to_stage_in_one_go(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    cut = new_corpus(tmp_path / "cut")
+
+    def greedy(*args: Any, **options: Any) -> None:
+        if direct:
+            raise MemoryError("8 GiB")
+        raise ValueError("8 GiB") from MemoryError()
+
+    monkeypatch.setattr(one_dataset, "stage_piece", greedy)
+    with pytest.raises(MemoryError) as error:
+        run_pieces(dataset, cut, 0)
+    assert "not enough memory (8 GiB)" in reason_of(error.value)
+    assert not list((tmp_path / "cut" / ".pieces" / "d").glob("*/whole"))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(
