@@ -236,7 +236,9 @@ def _sessions(
         hang: What the watchdog has written about the last start, or nothing.
     """
     starts = [e for e in events if e["event"] in ("start", "resume")]
-    marks = np.array([(m["time"], m["step"]) for m in itertools.chain(events, rows)])
+    # What a start changed is written before its `resume`, and is no sign of the start before.
+    signs = (e for e in events if e["event"] != "settings_changed")
+    marks = np.array([(m["time"], m["step"]) for m in itertools.chain(signs, rows)])
     marks = marks[np.argsort(marks[:, 0], kind="stable")]
     bounds = [float(e["time"]) for e in starts] or [float(marks[0, 0])]
     found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,25 @@ def restart_folder(run: Mapping[str, Any]) -> str:
     return f"restart_{run['restarts']:03d}"
 
 
-def change_tags(step: int, changed: Mapping[str, str]) -> dict[str, str]:
-    """Return the tag that says what a start changed: MLflow keeps a run's first parameters.
+def change_tags(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the tags that say what resumes changed: MLflow keeps a run's first parameters.
+
+    Several starts may resume after the same step: their changes are lines of one tag, in order. A
+    line that a killed start wrote already stands once, where it was said last.
 
     Args:
-        step: Step after which the start resumed.
-        changed: Old and new value of each changed setting, in words.
+        events: Rows of events.jsonl in the order written.
     """
-    lines = [f"{key}: {values}, from step {step + 1} on" for key, values in changed.items()]
-    return {f"changed_after_step_{step}": "\n".join(lines)} if lines else {}
+    lines: dict[str, dict[str, None]] = {}
+    for event in events:
+        if event["event"] == "settings_changed":
+            step = event["step"]
+            told = lines.setdefault(f"changed_after_step_{step}", {})
+            for key in [k for k in event if k not in ("time", "event", "step")]:
+                line = f"{key}: {event[key]}, from step {step + 1} on"
+                told.pop(line, None)
+                told[line] = None
+    return {tag: "\n".join(told) for tag, told in lines.items()}
 
 
 def describe(

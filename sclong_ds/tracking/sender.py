@@ -162,7 +162,7 @@ class Sender:
                 run_name=self.description.run_name,
                 tags={k: clip(v, _MAX_TAG_CHARS) for k, v in tags.items()},
             )
-        self._describe(run)
+        self._describe(run, sent=saved if same else {})
         # A new run, or the same run in another store, gets the whole history.
         synced = saved.get("mlflow_synced", {}) if same else {}
         for name, offset in synced.items():
@@ -175,6 +175,7 @@ class Sender:
             mlflow_tracking_uri=self.shown_uri,
             mlflow_synced=self._synced,
             mlflow_pictures=saved.get("mlflow_pictures", -1) if same else -1,
+            mlflow_run_name=self._run_name,
         )
         self.mlflow_run_id = run.info.run_id
 
@@ -224,8 +225,18 @@ class Sender:
         found = self._connected.search_runs([experiment_id], query, max_results=1)
         return found[0] if found else None
 
-    def _describe(self, run: Run) -> None:
-        """Set the tags and the parameters that are missing; MLflow cannot change a parameter."""
+    @property
+    def _run_name(self) -> str | None:
+        """The setting tracking.run_name, as text."""
+        return self.description.params.get("tracking.run_name")
+
+    def _describe(self, run: Run, *, sent: Mapping[str, Any]) -> None:
+        """Set the tags and the parameters that are missing; MLflow cannot change a parameter.
+
+        Args:
+            run: MLflow's run.
+            sent: The run.json of when it was last opened, or nothing.
+        """
         from mlflow.entities import Param, RunTag
 
         run_id, known = run.info.run_id, run.data.params
@@ -236,8 +247,10 @@ class Sender:
         if changed:
             tags["changed_params"] = ", ".join(changed)
         new = [Param(k, v) for k, v in params.items() if k not in known]
-        # Not where the setting is what it was: the run may have been renamed in MLflow.
-        name = self.description.run_name if "tracking.run_name" in changed else None
+        # Not where the setting is what was sent last: the run may have been renamed in MLflow.
+        first = known.get("tracking.run_name", self._run_name)
+        renamed = sent.get("mlflow_run_name", first) != self._run_name
+        name = self.description.run_name if renamed else None
         self._connected.update_run(run_id, status="RUNNING", name=name)
         self._connected.log_batch(
             run_id, tags=[RunTag(k, clip(str(v), _MAX_TAG_CHARS)) for k, v in tags.items()]

@@ -118,8 +118,4 @@ def _further(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, Any], dic
         params["ds_config"] = read_sound(deepspeed)
     hashes = ("corpus_hash", "genes_hash", "graph_hash")
     tags = {name: str(about[name]) for name in hashes if name in about}
-    for event in read_events(run_dir):
-        if event["event"] == "settings_changed":
-            keys = event.keys() - {"time", "event", "step"}
-            tags |= change_tags(event["step"], {key: str(event[key]) for key in sorted(keys)})
-    return params, tags
+    return params, tags | change_tags(read_events(run_dir))

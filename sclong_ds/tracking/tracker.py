@@ -47,9 +47,7 @@ _RETRY_AFTER_S = 30.0
 _START_WAIT_S = 60.0  # the first use of an sqlite file creates its tables: some seconds
 _FINISH_WAIT_S = 20.0  # twice at most; batch systems grant a minute or two after a signal
 _DRAW_WAIT_S = 180.0  # at the end of a run that is done; less than batch systems give a last rank
-_EVENTS_TO_SEND = frozenset(
-    "start resume settings_changed corpus_grown validation spike skipped_step".split()
-)
+_EVENTS_TO_SEND = frozenset("start resume corpus_grown validation spike skipped_step".split())
 
 
 class Tracker:

@@ -24,7 +24,7 @@ from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
 from sclong_ds.files.atomic import read_file, remove_partials, write_atomic
 from sclong_ds.job.starting import Starting
-from sclong_ds.run_folder.files import RUN_FILE
+from sclong_ds.run_folder.files import RUN_FILE, RunFolder, read_events
 from sclong_ds.run_folder.heartbeats import HANG_FILE, read_json
 from sclong_ds.run_folder.identity import take_over_ids
 from sclong_ds.run_folder.lock import lock_run_folder
@@ -70,8 +70,10 @@ def open_run_folder(run: Run, starting: Starting) -> None:
             else {}
         )
     )
-    on_first_rank(lambda: write_inputs(given, opened.cells.corpus))
     state = counted.state
+    # In this order: a start that ends between the two leaves the change to be found again.
+    on_first_rank(lambda: record_changes(run_dir, state.step, said(changed)))
+    on_first_rank(lambda: write_inputs(given, opened.cells.corpus))
     starting.phase("record", f"rank 0 to record this start in {run_dir} and its trackers")
     opened.tracker.start(
         params={
@@ -84,7 +86,7 @@ def open_run_folder(run: Run, starting: Starting) -> None:
             "corpus_hash": state.corpus_hash,
             "genes_hash": state.genes_hash,
             "graph_hash": str(state.graph_hash),
-            **change_tags(state.step, said(changed)),
+            **on_first_rank(lambda: change_tags(read_events(run_dir))),
         },
         artifacts=[run_dir / "config.yaml", run_dir / "ds_config.json"],
         resumed=found is not None,
@@ -94,7 +96,7 @@ def open_run_folder(run: Run, starting: Starting) -> None:
     )
     # The time-out of the other ranks' first step does not run while rank 0 waits for MLflow.
     dist.barrier()
-    record_opening(given, opened.tracker, state, found=found, changed=said(changed))
+    record_opening(given, opened.tracker, state, found=found)
     if grown is not None:
         opened.tracker.event("corpus_grown", step=state.step, **grown)
     record_hang(given, opened.tracker, state)
@@ -159,15 +161,29 @@ def said(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
     return {key: f"{old!r} -> {new!r}" for key, (old, new) in changed.items()}
 
 
+def record_changes(run_dir: Path, step: int, changed: Mapping[str, str]) -> None:
+    """Log and record the settings that this start changes; on rank 0.
+
+    Args:
+        run_dir: Run folder.
+        step: Step after which the start resumes.
+        changed: Old and new value of each changed setting, in words.
+    """
+    for key, values in changed.items():
+        log.warning("%s: %s, from step %d on", key, values, step + 1)
+    if changed:
+        with RunFolder(run_dir) as files:
+            files.append_event("settings_changed", step=step, **changed)
+
+
 def record_opening(
     given: Given,
     tracker: Tracker,
     state: TrainState,
     *,
     found: Loaded | None,
-    changed: Mapping[str, str],
 ) -> None:
-    """Log and record whether the run is new, and if not, what it continues from and under what."""
+    """Log and record whether the run is new, and if not, what it continues from."""
     step, world_size, after = state.step, given.ranks.world_size, state.compared_after
     if found is None:
         tracker.event("start", step=step, world_size=world_size)
@@ -181,20 +197,20 @@ def record_opening(
     )  # fmt: skip
     converted = "" if found.saved_by == world_size else f", converted from {found.saved_by} ranks"
     log.info("run folder %s: resuming after step %d%s", given.run_dir, step, converted)
-    for key, values in changed.items():
-        # Once, whatever the number of ranks.
-        level = logging.WARNING if given.ranks.rank == 0 else logging.DEBUG
-        log.log(level, "%s: %s, from step %d on", key, values, step + 1)
-    if changed:
-        tracker.event("settings_changed", step=step, **changed)
 
 
 def record_hang(given: Given, tracker: Tracker, state: TrainState) -> None:
-    """Record that the start before hung, which the watchdog of this one forgets."""
+    """Record, once, that the start before hung."""
     path = given.run_dir / "heartbeat" / HANG_FILE
-    hang = on_first_rank(lambda: read_json(path).get("error"))
-    if hang:
-        tracker.event("hung", step=state.step, error=hang)
+
+    def record() -> None:
+        hang = read_json(path).get("error")
+        if hang:
+            tracker.event("hung", step=state.step, error=hang)
+            # Left there, it would be taken for a hang of this start, and recorded by the next.
+            path.unlink(missing_ok=True)
+
+    on_first_rank(record)
 
 
 def claim_run_folder(run: Run) -> None:

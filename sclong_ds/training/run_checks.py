@@ -57,9 +57,9 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
     """Refuse to continue from a checkpoint under another model, data or objective section.
 
     So is `run.init_from`: a run begins once, and what it began from tells which cells it has seen.
-    Paths may change, their content may not; so may what has no influence on the weights. Another
-    objective is taken with run.accept_changes. The checkpoint's own config.yaml counts, which its
-    manifest covers.
+    Another path of the same folder is the same. Paths of the other sections may change, their
+    content may not; so may what has no influence on the weights. Another objective is taken with
+    run.accept_changes. The checkpoint's own config.yaml counts, which its manifest covers.
 
     Args:
         checkpoint: The checkpoint to continue from, in the run folder.
@@ -94,9 +94,9 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
         for line in _differences(before, now, section)
         if line.partition(":")[0] not in free
     ]
-    lines += [
-        line for line in _differences(before, now, "run") if line.startswith("run.init_from:")
-    ]
+    began, begins = before["run"].get("init_from"), now["run"]["init_from"]
+    if (began and Path(str(began)).resolve()) != (begins and Path(begins).resolve()):
+        lines.append(f"run.init_from: {began!r} -> {begins!r}")
     if lines:
         raise ValueError(
             f"run.dir={run_dir}: cannot resume with a changed configuration "

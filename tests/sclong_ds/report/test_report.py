@@ -244,6 +244,20 @@ def test_hours_of_training_leave_out_the_pause_between_two_processes(run_dir: Pa
     assert hours[-1] == pytest.approx(64.0, abs=2.1), "the hour between them does not count"
 
 
+def test_what_a_start_changes_is_no_sign_of_the_start_before(tmp_path: Path) -> None:
+    """`settings_changed` stands before the `resume` that it belongs to."""
+    kinds = [("start", 0), ("checkpoint", 4), ("settings_changed", 4), ("resume", 4)]
+    rows = [
+        {"time": time, "event": kind, "step": step}
+        for time, (kind, step) in zip((10.0, 20.0, 500.0, 501.0), kinds, strict=True)
+    ]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "events.jsonl").write_text(text, encoding="utf-8")
+    with RunFolder(tmp_path) as files:
+        files.append_metrics(5, {"train/loss": 1.0})
+    assert read_run(tmp_path).sessions[0].end == 20.0
+
+
 @pytest.fixture
 def other_run(tmp_path: Path) -> Path:
     """A run of 5 steps with another learning rate, that never validated."""

@@ -62,6 +62,7 @@ def train(server: SimpleNamespace, run_dir: Path, *, refuses: set[str], end: Sta
     )  # fmt: skip
     tracker.event("start", step=0)
     tracker.event("settings_changed", step=1, **{"optim.lr": "0.1 -> 0.2"})
+    tracker.event("settings_changed", step=1, **{"optim.eps": "1 -> 2"})
     server.refuses = refuses
     for step in range(1, 4):
         tracker.log(step, {"train/loss": float(step)})
@@ -108,7 +109,9 @@ def test_a_run_that_ended_in_trouble_is_completed(
     assert run.data.params["ds_config.zero_optimization.stage"] == "3"
     assert (run.data.tags["corpus_hash"], run.data.tags["graph_hash"]) == ("a", "None")
     assert "changed_params" not in run.data.tags
-    assert run.data.tags["changed_after_step_1"] == "optim.lr: 0.1 -> 0.2, from step 2 on"
+    assert run.data.tags["changed_after_step_1"].splitlines() == [
+        "optim.lr: 0.1 -> 0.2, from step 2 on", "optim.eps: 1 -> 2, from step 2 on"
+    ]  # fmt: skip
     files = {f.path for f in server.client.list_artifacts(run_id)}
     assert {"config.yaml", "ds_config.json", "environment.txt", "events.jsonl", "plots"} <= files
 

@@ -31,6 +31,7 @@ from sclong_ds.tracking import client as client_module
 from sclong_ds.tracking import sender as mlflow_store
 from sclong_ds.tracking import tracker as tracking
 from sclong_ds.tracking.client import find_run_dir, tracking_uri
+from sclong_ds.tracking.description import change_tags
 from sclong_ds.tracking.tracker import Tracker
 
 
@@ -128,6 +129,56 @@ def test_one_mlflow_run_over_a_restart(
     assert (written["status"], written["restarts"]) == ("FINISHED", 1)
     assert written["mlflow_run_id"] == run_id
     assert written["mlflow_synced"] == {"metrics.jsonl": (run_dir / "metrics.jsonl").stat().st_size}
+
+
+def test_changes_of_several_resumes_after_one_step_are_lines_of_one_tag() -> None:
+    def event(step: int, **changed: str) -> dict[str, Any]:
+        return {"time": 1.0, "event": "settings_changed", "step": step, **changed}
+
+    tags = change_tags(
+        [{"event": "start", "step": 0}, event(4, a="1 -> 2"), event(4, a="1 -> 2", b="3 -> 4"),
+         event(4, a="2 -> 1"), event(4, a="1 -> 2"), event(8, b="4 -> 3")]
+    )  # fmt: skip
+    assert {name: text.splitlines() for name, text in tags.items()} == {
+        "changed_after_step_4": [
+            "b: 3 -> 4, from step 5 on", "a: 2 -> 1, from step 5 on", "a: 1 -> 2, from step 5 on"
+        ],
+        "changed_after_step_8": ["b: 4 -> 3, from step 9 on"],
+    }  # fmt: skip
+
+
+def test_a_resume_applies_another_name_and_experiment(store: str, tmp_path: Path) -> None:
+    """A name given in MLflow stays until the setting changes, also back to its first value."""
+    client, run_dir = client_of(store), tmp_path / "run"
+
+    def resume(name: str, experiment: str = "named") -> tuple[str, str]:
+        keys = {"uri": store, "run_name": name, "experiment": experiment, "picture_cells": "null"}
+        config = load_config("sclong_tiny", [f"tracking.{k}={v}" for k, v in keys.items()])
+        step = read_run_json(run_dir).get("restarts", -1) + 1
+        tracker = Tracker(config.tracking, run_dir, enabled=True)
+        run_id = tracker.start(
+            params=to_dict(config), tags={}, artifacts=[], resumed=step > 0, step=step
+        )
+        tracker.log(step + 1, {"train/loss": 1.0})
+        tracker.finish("KILLED")
+        assert run_id is not None
+        return run_id, client.get_run(run_id).info.run_name
+
+    first = resume("a")[0]
+    assert resume("b") == (first, "b")
+    client.update_run(first, name="by hand")
+    assert resume("b") == (first, "by hand")
+    assert resume("a") == (first, "a")
+    client.update_run(first, name="by hand")
+    assert resume("a") == (first, "by hand")
+    assert resume("null") == (first, "run")
+    other, name = resume("b", "elsewhere")
+    assert (other != first, name) == (True, "b")
+    assert client.get_experiment(client.get_run(other).info.experiment_id).name == "elsewhere"
+    assert [step for step, _ in history(store, other, "train/loss")] == list(range(1, 8))
+    # Back in the first experiment, the run there is continued.
+    assert resume("b") == (first, "b")
+    assert [step for step, _ in history(store, first, "train/loss")] == list(range(1, 9))
 
 
 def test_run_folder_is_found_by_either_id(

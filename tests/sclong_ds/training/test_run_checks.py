@@ -218,6 +218,19 @@ def resume(tmp_path: Path, before: Sequence[str], now: Sequence[str]) -> dict[st
     return dict(changed_settings(checkpoint / "config.yaml", configs[1]))
 
 
+def test_another_path_of_the_model_that_a_run_began_from_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("model")
+    began = ["run.init_from=model"]
+    for n, path in enumerate((tmp_path / "model", "./model/", "link")):
+        resume(tmp_path / str(n), began, [f"run.init_from={path}"])
+    for n, path in enumerate(("other", "null"), start=3):
+        with pytest.raises(ValueError, match=r"run\.init_from: 'model' -> "):
+            resume(tmp_path / str(n), began, [f"run.init_from={path}"])
+
+
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_a_run_keeps_is_refused_by_name(tmp_path: Path, key: str) -> None:
     value, both = REFUSED[key]
