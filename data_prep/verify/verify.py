@@ -285,7 +285,7 @@ def _check_origin(corpus: Corpus, links: Links, problems: list[str]) -> None:
     n_staged = 0
     for code, info in enumerate(corpus.datasets):
         here = order[borders[code] : borders[code + 1]]
-        obs_row, source_row = corpus.cells.table("obs_row")[here], corpus.row_source[here]
+        obs_row, source_row = (corpus.cells.rows_of(n, here) for n in ("obs_row", "source_row"))
         by_row = np.argsort(obs_row)
         rows = source_row[by_row]
         most = info.n_cells_input or np.iinfo(np.int64).max
@@ -303,7 +303,7 @@ def _check_origin(corpus: Corpus, links: Links, problems: list[str]) -> None:
             continue
         for name in ("source_row", "row_total", "row_nnz", "row_entries"):
             expected = staged.table(name)[obs_row]
-            wrong = np.flatnonzero(corpus.cells.table(name)[here] != expected)
+            wrong = np.flatnonzero(corpus.cells.rows_of(name, here) != expected)
             if len(wrong):
                 problems.append(
                     f"cells.zarr/{name}: not as staged for cell {int(here[wrong[0]])} of dataset "

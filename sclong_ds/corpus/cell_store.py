@@ -227,6 +227,18 @@ class CellStore:
         # As a plain array: slices of np.memmap itself take ten times as long.
         return np.asarray(np.memmap(file, dtype=dtype, mode="r", shape=(length,)))
 
+    def rows_of(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return chosen rows of a table.
+
+        Args:
+            name: A table of the rows.
+            rows: (cells,) positions.
+
+        Raises:
+            ValueError: As for `table`.
+        """
+        return self.table(name)[rows]
+
     @cached_property
     def chunk_rows(self) -> NDArray[np.int64]:
         """(chunks + 1,) first cell of each chunk."""

@@ -454,7 +454,7 @@ class Corpus:
         """Return annotations as text from the tables of the datasets."""
         import pandas as pd
 
-        dataset, obs_row = self.row_dataset[wanted], self.cells.table("obs_row")[wanted]
+        dataset, obs_row = self.row_dataset[wanted], self.cells.rows_of("obs_row", wanted)
         parts = []
         # One sort for all datasets; a stable one keeps the cells of each in their order.
         order = np.argsort(dataset, kind="stable")

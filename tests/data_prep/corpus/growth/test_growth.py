@@ -183,6 +183,22 @@ def test_an_address_may_end_with_a_slash(made: Path, tmp_path: Path) -> None:
     assert corpus.parts[1].location.url == f"{folder}/parts/000001"
 
 
+def test_chosen_rows_of_a_table_need_no_whole_one(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = Corpus(grown(made, tmp_path / "grown", ["ab", "c"]))
+    rows = np.random.default_rng(0).integers(len(corpus), size=50)
+    for name in (*corpus.cells.tables, "row_total", "row_nnz", "row_entries"):
+        table = corpus.cells.table(name)
+        found = corpus.cells.rows_of(name, rows)
+        assert found.dtype == table.dtype
+        np.testing.assert_array_equal(found, table[rows])
+        assert len(corpus.cells.rows_of(name, rows[:0])) == 0
+    assert corpus.row_dataset.max() == 2
+    monkeypatch.setattr(type(corpus.cells), "table", None)
+    assert len(corpus.obs(rows[:3])) == 3
+
+
 def test_columns_that_an_old_part_left_out_are_none(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
