@@ -51,7 +51,7 @@ from sclong_ds.exported.recipe_file import ChosenRecipe, read_control, read_reci
 from sclong_ds.exported.training_cells import TrainingCells
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
 from sclong_ds.files.versions import refuse_later
-from sclong_ds.model.features_file import read_features, write_features
+from sclong_ds.model.features_file import ALIGNMENT, aligned, read_features, write_features
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
 
@@ -223,6 +223,7 @@ def _write_weights(
 ) -> None:
     """Write a safetensors file tensor by tensor; the library's writer needs all of them at once.
 
+    What fits between multiples of ALIGNMENT comes first, so that it lies at such when it is mapped.
     Source of the layout: https://huggingface.co/docs/safetensors, "Format".
     """
     if set(weights) != set(shapes):
@@ -231,14 +232,15 @@ def _write_weights(
         raise ValueError(f"the weights do not fit the architecture: {name} {problem}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
+    ordered = dict(sorted(shapes.items(), key=lambda one: 4 * math.prod(one[1]) % ALIGNMENT > 0))
+    for name, shape in ordered.items():
         start, end = end, end + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in _with_progress(shapes):
+        for name in _with_progress(ordered):
             tensor = weights[name].detach()
             if tensor.shape != shapes[name]:
                 raise ValueError(
@@ -361,6 +363,7 @@ def _with_weights(folder: Path, config: Mapping[str, Any]) -> ScLong:
             if weight.dtype != torch.float32:
                 raise ValueError(f"{folder / WEIGHTS}: {name} is {weight.dtype}, not float32")
             check_finite(f"{name} of {folder / WEIGHTS}", weight)
+            weights[name] = aligned(weight)
         # Assigned, not copied: a second set of weights would double the memory.
         model.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError) as error:

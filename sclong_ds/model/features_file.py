@@ -18,6 +18,9 @@ from torch import Tensor
 
 from sclong_ds.files.atomic import read_file, write_atomic
 
+ALIGNMENT = 64
+"""Bytes; torch places what it allocates on a CPU at multiples of these."""
+
 
 def write_features(path: str | Path, features: Mapping[str, Tensor]) -> None:
     """Write random features, atomically.
@@ -55,7 +58,16 @@ def read_features(path: str | Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: not a file of random features ({error})") from None
     _check(path, features)
-    return features
+    return {name: aligned(tensor) for name, tensor in features.items()}
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor that begins at a multiple of ALIGNMENT, copied where it does not.
+
+    Products of matrices on a CPU round by where their operands lie, so a model would give other
+    last bits when its weights are mapped from a file than in training.
+    """
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _check(path: str | Path, features: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ def test_measures_both(tmp_path):
     out = tmp_path / "out.json"
     sizes = ("--heads", 8, "--tokens", 2048, "--features", 128, "--rounds", 1, "--threads", 1)
     done = run_module("benchmarks.favor_cpu", *sizes, "--json", out)
-    figures = json.loads(out.read_text())
+    figures = json.loads(out.read_text())["result"]
     assert figures["relative_difference"] < 1e-4
     assert figures["ratio"]["working_mib"] > 3
     assert figures["median"]["ours"]["total_s"] > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -21,10 +22,10 @@ from exported import write_model
 
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported.initial_weights import InitialWeights
-from sclong_ds.exported.manifest import model_digest, read_manifest
+from sclong_ds.exported.manifest import model_digest, read_manifest, write_manifest
 from sclong_ds.exported.model_dir import load_model, write_model_dir
 from sclong_ds.files.sealed_json import write_sealed
-from sclong_ds.model.features_file import read_features, write_features
+from sclong_ds.model.features_file import ALIGNMENT, read_features, write_features
 from sclong_ds.model.random_features import drawn_features
 from sclong_ds.model.sclong import ScLong
 
@@ -143,6 +144,33 @@ def test_features_are_kept_of_the_stacks_that_have_them(folder: Path, tmp_path: 
     with torch.no_grad():
         assert torch.equal(loaded.encode(x, genes="all"), changed.encode(x, genes="all"))
         assert not torch.allclose(loaded.encode(x, genes="all"), model.encode(x, genes="all"))
+
+
+def test_weights_lie_where_those_of_training_do(folder: Path, tmp_path: Path) -> None:
+    """At multiples of 64 bytes, by which products round; large ones without a copy."""
+    model = load_model(folder)
+    for weight in model.parameters():
+        assert weight.data_ptr() % ALIGNMENT == 0
+    content = (folder / "model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    shares = [
+        (begin + one["data_offsets"][0]) % ALIGNMENT == 0
+        for name, one in header.items()
+        if name != "__metadata__" and math.prod(one["shape"]) % 16 == 0
+    ]
+    assert shares
+    assert all(shares)
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    moved = content[8:begin] + b" " * 8
+    (odd / "model.safetensors").write_bytes(
+        len(moved).to_bytes(8, "little") + moved + content[begin:]
+    )
+    (odd / "manifest.json").unlink()
+    write_manifest(odd)
+    x = torch.rand(3, N_GENES)
+    with torch.no_grad():
+        assert torch.equal(load_model(odd)(x), model(x))
 
 
 def wrong_weights(state: dict[str, torch.Tensor]) -> dict[str, tuple[dict, str]]:
