@@ -1,13 +1,18 @@
 """Parts of the recipe study: shares of training cells, residuals, rivals of the vector, fits."""
 
+import gc
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from small_model import G, small_model
 
 from benchmarks.recipe.bounds import from_near, from_other_genes, residual_covariance
 from benchmarks.recipe.cells import exponent, vector_parameters
 from benchmarks.recipe.panel import Cells, Panel, _statistics, with_share
+from benchmarks.recipe.training import change, uniform_attention
 from sclong_ds.model.values.cell_vector import CellVector
 
 
@@ -69,3 +74,20 @@ def test_parameters_of_the_vector_are_counted_as_the_model_has_them() -> None:
     parts = CellVector(50, 8).parameters()
     head = 50 * 8 + 50  # a weight and a bias per gene
     assert vector_parameters(8, 50) == sum(p.numel() for p in parts) + head
+
+
+@pytest.mark.parametrize("attention", ["favor", "softmax"])
+def test_uniform_attention_stays_for_the_whole_training(attention: str) -> None:
+    net = small_model(attention=attention)
+    x = torch.rand(3, G) * (torch.rand(3, G) < 0.6)
+    with torch.no_grad():
+        before = net(x)
+        with ExitStack() as meanwhile:
+            for stack in net.performers().values():
+                meanwhile.enter_context(uniform_attention(stack))
+            uniform = net(x)
+        assert torch.equal(net(x), before)
+        change(net, {"attention": "uniform"})
+        gc.collect()
+        assert torch.equal(net(x), uniform)
+    assert not torch.allclose(uniform, before)

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
+from torch.utils.hooks import RemovableHandle
 
 from benchmarks.recipe.baselines import baseline_predictions, hidden_mask
 from benchmarks.recipe.panel import Panel, with_share
@@ -300,7 +301,7 @@ def change(net: ScLong, extra: dict[str, str]) -> None:
         return
     if extra.get("attention") == "uniform":
         for stack in net.performers().values():
-            uniform_attention(stack).__enter__()
+            take_mean_of_values(stack)
     if extra.get("cell_into") == "decoder":
         _cell_into_decoder(net)
     if "qk" in extra:
@@ -414,6 +415,16 @@ def scale_queries_and_keys(net: ScLong, factor: float) -> None:
 
 @contextmanager
 def uniform_attention(stack: performer.Performer) -> Iterator[None]:
+    """Let the attention of a stack return the mean of its values meanwhile."""
+    hooks = take_mean_of_values(stack)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def take_mean_of_values(stack: performer.Performer) -> list[RemovableHandle]:
     """Let the attention of a stack return the mean of its values, for every query the same."""
 
     def mean_of_values(
@@ -427,9 +438,4 @@ def uniform_attention(stack: performer.Performer) -> Iterator[None]:
         return part.to_out(torch.cat(means))
 
     parts = [m for m in stack.modules() if isinstance(m, performer.SelfAttention)]
-    hooks = [part.register_forward_hook(mean_of_values) for part in parts]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return [part.register_forward_hook(mean_of_values) for part in parts]
