@@ -235,13 +235,16 @@ def _is_done_by_hash(corpus: Path, dataset: Dataset, entry: LedgerEntry) -> bool
         OSError: They cannot be read.
     """
     name = dataset.dataset_id
-    if _same_settings(corpus, entry) is None:
+    previous = _same_settings(corpus, entry)
+    if previous is None:
         return False
     with locked(corpus / ".locks" / f"{name}~hash"):
         state = source_state(dataset.path, gene_list=dataset.gene_list)
-        if not remembered_hash(corpus, name, state):
-            remember_hash(corpus, name, state, read_hash(dataset))
-    return _is_done(corpus, entry, state)
+        known = remembered_hash(corpus, name, state)
+        if known is None:
+            known = read_hash(dataset)
+            remember_hash(corpus, name, state, known)
+    return previous["source_hash"] == known
 
 
 def _same_settings(corpus: Path, entry: LedgerEntry) -> LedgerEntry | None:

@@ -16,7 +16,8 @@ of a cell's contextual representations (`ScLong.encode`) over the genes it expre
 a count of a gene of the model has nothing to average: its row is zero, and a warning gives their
 number.
 
-Shapes: B cells, G genes, W width of the embedding: C, the base width, for each part of the recipe.
+Shapes: B cells, G genes, W width of the embedding: C, the base width, for each part of the recipe,
+or the recipe's number of principal directions.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def embed(
         **reading: How they are read: see `Reading`.
 
     Returns:
-        (n, W) float32, C for each part of the model's recipe, to be kept in `adata.obsm`; zero for
-        a cell without counts of the model's genes.
+        (n, W) float32, C for each part of the model's recipe or its number of principal directions,
+        to be kept in `adata.obsm`; zero for a cell without counts of the model's genes.
 
     Raises:
         FileNotFoundError: No such path.

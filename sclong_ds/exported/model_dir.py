@@ -333,7 +333,8 @@ def read_description(folder: Path) -> dict[str, Any]:
 def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> ScLong:
     """Load an exported model in evaluation mode.
 
-    On the CPU its weights are mapped from the file: keep the file while the model is in use.
+    On the CPU its weights are mapped from the file: keep the file while the model is in use. Those
+    of folders of earlier versions are copied to memory; export again to map them.
 
     Args:
         model_dir: Folder written by `python -m sclong_ds export` or `import-reference`.
