@@ -119,7 +119,9 @@ def check_files(
     there = [path.relative_to(corpus).as_posix() for path in listed(corpus / PARTS)]
     problems += [f"{name}: not part of the corpus" for name in there if name not in known]
     if PARTS not in catalogue:
-        return n_rule + _check_corpus(corpus, catalogue, links, problems, root=corpus)
+        return n_rule + _check_corpus(
+            corpus, catalogue, links, problems, root=corpus, is_part=False
+        )
     _check_record(corpus, catalogue, links, problems)
     n_files = _check_inputs(corpus, catalogue["documents"], links, problems)
     for part in parts_of(catalogue):
@@ -128,7 +130,7 @@ def check_files(
         try:
             about = read_catalogue(corpus, name=part.catalogue)
             folder = corpus / part.folder
-            n_files += _check_corpus(folder, about, own, found, root=corpus)
+            n_files += _check_corpus(folder, about, own, found, root=corpus, is_part=True)
         except (ValueError, OSError) as error:
             problems.append(str(error))
         links.add(own)
@@ -152,6 +154,7 @@ def _check_corpus(
     problems: list[str],
     *,
     root: Path,
+    is_part: bool,
 ) -> int:
     """Compare the files of a corpus that is no list of parts; its inputs lie in `root`."""
     _check_record(folder, catalogue, links, problems)
@@ -180,7 +183,7 @@ def _check_corpus(
     problems += [f"{name}: not part of the corpus" for name in sorted(found - known)]
     links.checked(SUMS, len(checksums["files"]))
     inputs = checksums["inputs"]
-    if PARTS in read_catalogue(root):
+    if is_part:
         # The list has the ledger of now: what was left out of an earlier part may be in a later.
         inputs = {name: sha for name, sha in inputs.items() if name.startswith("staging/")}
     n_inputs = _check_inputs(root, inputs, links, problems)
