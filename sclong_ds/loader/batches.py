@@ -1,8 +1,6 @@
 """Batches of cells: what the loader delivers, and how each kind of output is put together.
 
-An output (`PackedOutput`, `CsrOutput`, `DenseOutput`) is laid out in one reused `Buffer` for the
-cells of a micro-batch, takes the cells in their order from one or more pools (`put`), and gives the
-whole (`counts`).
+The cells of a micro-batch are put together in one reused `Buffer`, for each kind of output.
 """
 
 from __future__ import annotations
@@ -89,92 +87,45 @@ class Buffer:
         return self._block[:size]
 
 
-class PackedOutput:
-    """Cells put one after the other into one block: tables, then gaps, then counts."""
+def assemble(
+    pool: CellPool, buffer: Buffer, *, output: str, n_genes: int, target_sum: float | None
+) -> PackedCells | csr_matrix | NDArray[np.float32]:
+    """Put all cells of a pool together, in its order, in the memory of a buffer.
 
-    def __init__(self, entries: NDArray[np.uint32], buffer: Buffer) -> None:
-        cells, size = len(entries), int(entries.sum(dtype=np.int64))
-        block = buffer.reserve(16 * cells + 2 * size, spare=size // 2)
-        self._total = block[: 8 * cells].view(np.int64)
-        self._entries = block[8 * cells : 12 * cells].view(np.uint32)
-        self._nnz = block[12 * cells : 16 * cells].view(np.uint32)
-        self._gap, self._count = block[16 * cells :][:size], block[16 * cells + size :]
-        self._cells, self._size = 0, 0
+    Args:
+        pool: B cells.
+        buffer: Memory that the result is a view of.
+        output: As for `CellLoader`.
+        n_genes: G.
+        target_sum: As for `CellLoader`.
 
-    def put(self, pool: CellPool, cells: NDArray[np.int64]) -> None:
-        """Add cells of a pool."""
-        size = int(pool.entries[cells].sum(dtype=np.int64))
-        here = slice(self._size, self._size + size)
-        part = gather_packed(pool, cells, out=(self._gap[here], self._count[here]))
-        rows = slice(self._cells, self._cells + len(cells))
-        self._entries[rows], self._nnz[rows] = part.row_entries, part.row_nnz
-        self._total[rows] = part.row_total
-        self._cells, self._size = rows.stop, here.stop
+    Returns:
+        `counts` of a `CellBatch`.
 
-    def counts(self) -> PackedCells:
-        """Return all cells."""
-        # Skipped cells leave the end of both streams empty.
-        return PackedCells(
-            self._gap[: self._size],
-            self._count[: self._size],
-            self._entries,
-            self._nnz,
-            self._total,
-        )
-
-
-class CsrOutput:
-    """A CSR matrix built from parts: indices, then counts, in one block."""
-
-    def __init__(self, nnz: NDArray[np.uint32], buffer: Buffer, *, n_genes: int) -> None:
-        size = int(nnz.sum(dtype=np.int64))
+    Raises:
+        ValueError: Bytes that are not such cells.
+    """
+    cells = np.arange(len(pool.start))
+    if output == "packed":
+        return _packed(pool, cells, buffer)
+    if output == "csr":
+        size = int(pool.nnz.sum(dtype=np.int64))
         block = buffer.reserve(8 * size, spare=2 * size)
-        self._indices, self._data = block[: 4 * size].view(np.int32), block[4 * size :].view("u4")
-        wide = np.int32 if size < 2**31 else np.int64
-        self._bounds: NDArray[np.signedinteger] = np.zeros(len(nnz) + 1, wide)
-        self._cells = 0
-        self._n_genes = n_genes
-
-    def put(self, pool: CellPool, cells: NDArray[np.int64]) -> None:
-        """Add cells of a pool."""
-        rows = slice(self._cells + 1, self._cells + len(cells) + 1)
-        start = self._bounds[self._cells]
-        self._bounds[rows] = start + np.cumsum(pool.nnz[cells], dtype=np.int64)
-        self._cells += len(cells)
-        here = slice(start, self._bounds[self._cells])
-        out = (self._indices[here], self._data[here])
-        to_csr(pool, cells, n_genes=self._n_genes, out=out, dtype=np.uint32)
-
-    def counts(self) -> csr_matrix:
-        """Return all cells."""
-        size = self._bounds[-1]
-        matrix = csr_matrix((len(self._bounds) - 1, self._n_genes), dtype=self._data.dtype)
-        # Not through the constructor, which copies views of buffers that are mostly unused.
-        matrix.indptr, matrix.indices = self._bounds, self._indices[:size]
-        matrix.data = self._data[:size]
-        matrix.has_canonical_format = True
-        return matrix
+        out = block[: 4 * size].view(np.int32), block[4 * size :].view(np.uint32)
+        return to_csr(pool, cells, n_genes=n_genes, out=out, dtype=np.uint32)
+    matrix = buffer.reserve(4 * len(cells) * n_genes).view(np.float32).reshape(len(cells), n_genes)
+    if target_sum is None:
+        return to_dense(pool, cells, out=matrix)
+    return to_dense_norm(pool, cells, target_sum=target_sum, out=matrix)
 
 
-class DenseOutput:
-    """A dense matrix, raw or normalised, filled from its first row on."""
-
-    def __init__(
-        self, n_cells: int, buffer: Buffer, *, n_genes: int, target_sum: float | None
-    ) -> None:
-        block = buffer.reserve(4 * n_cells * n_genes)
-        self._matrix = block.view(np.float32).reshape(n_cells, n_genes)
-        self._cells, self._target_sum = 0, target_sum
-
-    def put(self, pool: CellPool, cells: NDArray[np.int64]) -> None:
-        """Add cells of a pool."""
-        out = self._matrix[self._cells : self._cells + len(cells)]
-        if self._target_sum is None:
-            to_dense(pool, cells, out=out)
-        else:
-            to_dense_norm(pool, cells, target_sum=self._target_sum, out=out)
-        self._cells += len(cells)
-
-    def counts(self) -> NDArray[np.float32]:
-        """Return all cells."""
-        return self._matrix
+def _packed(pool: CellPool, cells: NDArray[np.int64], buffer: Buffer) -> PackedCells:
+    """Put cells into one block: tables, then gaps, then counts."""
+    n, size = len(cells), int(pool.entries.sum(dtype=np.int64))
+    block = buffer.reserve(16 * n + 2 * size, spare=size // 2)
+    total = block[: 8 * n].view(np.int64)
+    entries, nnz = block[8 * n : 16 * n].view(np.uint32).reshape(2, n)
+    gap, count = block[16 * n :].reshape(2, size)
+    gather_packed(pool, cells, out=(gap, count))
+    entries[:], nnz[:], total[:] = pool.entries, pool.nnz, pool.total
+    return PackedCells(gap, count, entries, nnz, total)

@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.corpus.transform import scale_of
 
-_POOL_TYPES = {
-    "gap": np.uint8,
-    "count": np.uint8,
-    "start": np.int64,
-    "entries": np.uint32,
-    "nnz": np.uint32,
-    "total": np.int64,
+_POOL_ARRAYS = {
+    "gap": (np.dtype(np.uint8), True),
+    "count": (np.dtype(np.uint8), True),
+    "start": (np.dtype(np.int64), False),
+    "entries": (np.dtype(np.uint32), False),
+    "nnz": (np.dtype(np.uint32), False),
+    "total": (np.dtype(np.int64), False),
 }
+"""Type of each array of a pool, and whether it has an element for each byte or each cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,9 @@ class CellPool:
 
     def __post_init__(self) -> None:
         """Check the arrays: the kernels are compiled for these types."""
-        for field in fields(self):
-            array = getattr(self, field.name)
-            length = len(self.gap if field.name in ("gap", "count") else self.start)
-            _check_array(array, field.name, (length,), _POOL_TYPES[field.name])
+        n_bytes, n_cells = self.gap.shape[:1], self.start.shape[:1]
+        for name, (dtype, of_bytes) in _POOL_ARRAYS.items():
+            _check_array(getattr(self, name), name, n_bytes if of_bytes else n_cells, dtype)
         if not (self.gap.flags.c_contiguous and self.count.flags.c_contiguous):
             raise ValueError("gap and count must be contiguous: copy them first")
 
@@ -195,7 +195,7 @@ def _slices(
     return pool.start[cells], pool.entries[cells].astype(np.int64)
 
 
-def _check_array(array: NDArray[Any], name: str, shape: tuple[int, ...], dtype: type) -> None:
+def _check_array(array: NDArray[Any], name: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(
             f"{name} is {array.dtype} of shape {array.shape}, needed is {np.dtype(dtype)} of shape "

@@ -16,7 +16,7 @@ import heapq
 import logging
 import threading
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -44,43 +44,24 @@ def say_skipped(damage: str) -> None:
     log.warning("%s. Cells read with it are skipped: they go through without counts", damage)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class VisitTable:
-    """What is known of visits; (visits,) each."""
+_VISIT = np.dtype(
+    [
+        ("rows", np.int64),
+        ("passes", np.int64),
+        ("positions", np.int64),
+        ("start", np.int64),  # first entry of the cell in the buffer
+        ("total", np.int64),
+        ("entries", np.uint32),
+        ("nnz", np.uint32),
+        ("damaged", np.bool_),
+    ],
+    align=True,
+)
+"""What is known of a visit. One record, so that one assignment enters the visits of a chunk."""
 
-    rows: NDArray[np.int64]
-    passes: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    start: NDArray[np.int64]
-    """First entry of the cell in the buffer."""
-    entries: NDArray[np.uint32]
-    nnz: NDArray[np.uint32]
-    total: NDArray[np.int64]
-    damaged: NDArray[np.bool_]
-
-    @classmethod
-    def of_length(cls, n: int) -> VisitTable:
-        """Return an empty table."""
-        types = {"entries": np.uint32, "nnz": np.uint32, "damaged": np.bool_}
-        return cls(*(np.zeros(n, types.get(f.name, np.int64)) for f in fields(cls)))
-
-    def at(self, where: slice | NDArray[np.int64]) -> VisitTable:
-        """Return some of the visits."""
-        return VisitTable(*(getattr(self, f.name)[where] for f in fields(self)))
-
-    def put(self, where: NDArray[np.int64], visits: VisitTable) -> None:
-        """Overwrite visits."""
-        for f in fields(self):
-            getattr(self, f.name)[where] = getattr(visits, f.name)
-
-
-def visit_bytes() -> int:
-    """Return the memory that tables take for a visit to a chunk in use.
-
-    It counts as many times as the table covers it, and once more while the table grows.
-    """
-    one = VisitTable.of_length(1)
-    return (_TABLE_LIVES + 1) * sum(getattr(one, f.name).nbytes for f in fields(one))
+VISIT_BYTES = (_TABLE_LIVES + 1) * _VISIT.itemsize
+"""Memory that the table takes for a visit to a chunk in use: as many times as the table covers it,
+and once more while the table grows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +94,7 @@ class ChunkReader:
         batch: int,
         places: int,
         on_damage: Literal["stop", "skip"],
+        ahead: bool = True,
     ) -> None:
         """Make the buffer; nothing is read before `work`.
 
@@ -125,16 +107,17 @@ class ChunkReader:
             batch: Visits of a batch of all ranks.
             places: Chunks that the buffer holds.
             on_damage: As for `CellLoader`.
+            ahead: Read chunks before a batch waits for them.
         """
         self._corpus, self._share, self._start, self._batch = corpus, share, start, batch
-        self._on_damage = on_damage
+        self._on_damage, self._ahead = on_damage, ahead
         self._chunk_rows = np.asarray(corpus.chunk_rows)
         self._reads = stream.reads(start, stop=stop, lanes=share.lanes)
         self._size = corpus.chunk_entries
         self.gap, self.count = (empty_bytes(places * self._size) for _ in range(2))
         self._free = list(range(places))[::-1]
         self._in_use: list[tuple[int, int]] = []  # heap of (last position, place)
-        self._table = VisitTable.of_length(share.size)
+        self._table = np.zeros(share.size, _VISIT)
         self._length = share.size
         self._changed = threading.Condition()
         self._open: deque[_Task] = deque()
@@ -163,7 +146,8 @@ class ChunkReader:
                 if task.error is None:
                     task.done = True
                     heapq.heappush(self._in_use, (task.read.last, task.place))
-                self._changed.notify_all()
+                if task.error is not None or not self._in_flight or self._front() >= self._wanted:
+                    self._changed.notify_all()
 
     def wait_for(self, position: int, *, timeout_s: float) -> bool:
         """Wait until all visits before a position are in the table; False: it took too long.
@@ -175,16 +159,20 @@ class ChunkReader:
         """
         with self._changed:
             self._wanted = position
-            self._changed.notify_all()
-            while self._covered() < position:
+            if self._next is not None and self._next.first < position:
+                self._changed.notify_all()
+            while not self._covers(position):
                 if not self._changed.wait(timeout_s):
                     return False
         return True
 
-    def visits(self, first: int, last: int) -> VisitTable:
-        """Return the visits of the share from number `first` to `last` - 1, all of one batch."""
+    def visits(self, first: int, last: int) -> NDArray[np.void]:
+        """Return the visits of the share from number `first` to `last` - 1, all of one batch.
+
+        A view, overwritten after `release`.
+        """
         place = first % self._length
-        return self._table.at(slice(place, place + last - first))
+        return self._table[place : place + last - first]
 
     def release(self, position: int) -> None:
         """Let go of what only visits before a position need."""
@@ -192,7 +180,9 @@ class ChunkReader:
             self._used = position
             while self._in_use and self._in_use[0][0] < position:
                 self._free.append(heapq.heappop(self._in_use)[1])
-            self._changed.notify_all()
+            # Every word to a thread that cannot go on costs two changes between threads.
+            if self._next is not None and self._fits(self._next):
+                self._changed.notify_all()
 
     def stop(self) -> None:
         """Tell the threads and what waits for them to end, without waiting for them."""
@@ -200,23 +190,26 @@ class ChunkReader:
             self._stopped = True
             self._changed.notify_all()
 
-    def _covered(self) -> float:
+    def _front(self) -> float:
         """Return the position before which all visits are in the table."""
-        if self._stopped:
-            raise StoppedError
         while self._open and self._open[0].done:
             self._open.popleft()
         if self._open:
-            first, error = self._open[0].read.first, self._open[0].error
-            # What was read ahead and failed does not concern the steps before it.
-            if error is not None and first < self._wanted:
-                raise error
-            return first
-        if self._failed is not None:
-            raise self._failed
+            return self._open[0].read.first
         if not self._begun:
             return self._start
         return np.inf if self._next is None else self._next.first
+
+    def _covers(self, position: int) -> bool:
+        """Return whether all visits before a position are in the table, see `wait_for`."""
+        if self._stopped:
+            raise StoppedError
+        front = self._front()
+        # What was read ahead and failed does not concern the steps before it.
+        error = self._open[0].error if self._open else self._failed
+        if error is not None and (not self._open or front < position):
+            raise error
+        return front >= position
 
     def _take(self) -> _Task | None:
         """Wait for a chunk that is to be read; None: there are no more."""
@@ -251,6 +244,8 @@ class ChunkReader:
         )
 
     def _fits(self, read: ChunkRead) -> bool:
+        if not self._ahead and read.first >= self._wanted:
+            return False
         return bool(self._free) and self._batches_until(read) * self._share.size <= self._length
 
     def _grow(self, read: ChunkRead) -> None:
@@ -265,8 +260,8 @@ class ChunkReader:
             length *= _TABLE_LIVES
             first = (self._used - self._start) // self._batch * self._share.size
             numbers = np.arange(first, first + self._length)
-            table = VisitTable.of_length(length)
-            table.put(numbers % length, self._table.at(numbers % self._length))
+            table = np.zeros(length, _VISIT)
+            table[numbers % length] = self._table[numbers % self._length]
             self._table, self._length = table, length
 
     def _load(self, task: _Task) -> None:
@@ -281,13 +276,14 @@ class ChunkReader:
         first = task.place * self._size
         here = slice(first, first + self._size)
         cells, damaged = self._read(task, chunk, (self.gap[here], self.count[here]))
-        starts = np.cumsum(cells.row_entries, dtype=np.int64) - cells.row_entries + first
         which = rows - self._chunk_rows[chunk]
-        visits = VisitTable(
-            rows, passes[own], positions[own], starts[which], cells.row_entries[which],
-            cells.row_nnz[which], cells.row_total[which], np.full(len(rows), damaged),
-        )  # fmt: skip
-        self._table.put(numbers % self._length, visits)
+        visits = np.empty(len(rows), _VISIT)
+        visits["rows"], visits["passes"], visits["positions"] = rows, passes[own], positions[own]
+        starts = np.cumsum(cells.row_entries, dtype=np.int64) - cells.row_entries + first
+        visits["start"], visits["total"] = starts[which], cells.row_total[which]
+        visits["entries"], visits["nnz"] = cells.row_entries[which], cells.row_nnz[which]
+        visits["damaged"] = damaged
+        self._table[numbers % self._length] = visits
 
     def _read(
         self, task: _Task, chunk: int, out: tuple[NDArray[np.uint8], NDArray[np.uint8]]

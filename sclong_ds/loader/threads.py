@@ -22,17 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.corpus.corpus import Corpus
-from sclong_ds.loader.batches import (
-    Buffer,
-    CellBatch,
-    CsrOutput,
-    DenseOutput,
-    PackedOutput,
-    StepBatch,
-)
+from sclong_ds.loader.batches import Buffer, CellBatch, StepBatch, assemble
 from sclong_ds.loader.order import CellOrder
 from sclong_ds.loader.pool import CellPool
-from sclong_ds.loader.reading import ChunkReader, StoppedError, visit_bytes
+from sclong_ds.loader.reading import VISIT_BYTES, ChunkReader, StoppedError
 from sclong_ds.loader.shares import Share
 
 log = logging.getLogger(__name__)
@@ -161,7 +154,7 @@ def chunk_bytes(corpus: Corpus, epoch_visits: int | None = None) -> int:
     visits = cells / max(1, len(corpus.chunk_rows) - 1)
     if epoch_visits is not None and trained:
         visits *= max(1.0, epoch_visits / trained)
-    return 2 * corpus.chunk_entries + round(visits * visit_bytes())
+    return 2 * corpus.chunk_entries + round(visits * VISIT_BYTES)
 
 
 def step_bytes_a_cell(corpus: Corpus, output: Output = "packed") -> int:
@@ -187,6 +180,7 @@ class LoaderThreads:
         self._reader = ChunkReader(
             plan.corpus, plan.stream, self._share, start=start, stop=plan.stop_at,
             batch=plan.batch, places=plan.places(self._share), on_damage=plan.on_damage,
+            ahead=plan.prefetch_batches > 0,
         )  # fmt: skip
         # Each has one thread that waits for it. The number of buffers bounds these queues.
         # The buffers given back last are taken first: they may still be in the cache.
@@ -325,28 +319,24 @@ class LoaderThreads:
         plan, reader = self._plan, self._reader
         visits = reader.visits(first, first + n)
         pool = CellPool(
-            reader.gap, reader.count, visits.start, visits.entries, visits.nnz, visits.total
-        )
-        out = self._output(pool, buffer)
+            reader.gap, reader.count, visits["start"].copy(), visits["entries"].copy(),
+            visits["nnz"].copy(), visits["total"].copy(),
+        )  # fmt: skip
+        rows = visits["rows"].copy()
         try:
-            out.put(pool, np.arange(n))
+            counts = assemble(
+                pool, buffer, output=plan.output, n_genes=plan.corpus.n_genes,
+                target_sum=plan.target_sum,
+            )  # fmt: skip
         except ValueError as error:
-            here = ", ".join(map(str, visits.rows[:4]))
+            here = ", ".join(map(str, rows[:4]))
             raise ValueError(
                 f"{plan.corpus.location}: rows {here}, ...: {error}; "
                 f"run: python -m data_prep verify {plan.corpus.location}"
             ) from None
         batch = CellBatch(
-            out.counts(), visits.rows.copy(), visits.positions // plan.stream.epoch_visits,
-            visits.passes.copy(), visits.damaged.copy(), None,
-            {name: plan.corpus.columns[name].codes(visits.rows) for name in plan.columns},
+            counts, rows, visits["positions"] // plan.stream.epoch_visits,
+            visits["passes"].copy(), visits["damaged"].copy(), None,
+            {name: plan.corpus.columns[name].codes(rows) for name in plan.columns},
         )  # fmt: skip
         return batch if plan.finish is None else replace(batch, extra=plan.finish(batch))
-
-    def _output(self, pool: CellPool, buffer: Buffer) -> PackedOutput | CsrOutput | DenseOutput:
-        n_genes, plan = self._plan.corpus.n_genes, self._plan
-        if plan.output == "packed":
-            return PackedOutput(pool.entries, buffer)
-        if plan.output == "csr":
-            return CsrOutput(pool.nnz, buffer, n_genes=n_genes)
-        return DenseOutput(len(pool.entries), buffer, n_genes=n_genes, target_sum=plan.target_sum)
