@@ -188,9 +188,10 @@ class Location:
             FileNotFoundError: No such file.
         """
         if self._folder is not None:
-            handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            path = self._folder / name
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                with named_errors(self._folder / name):
+                with named_errors(path):
                     return _read_at(handle, start, length)
             finally:
                 os.close(handle)

@@ -234,7 +234,7 @@ def _check_cell(
     )
 
 
-def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel at its first call; it does not hold the GIL."""
     try:
         return njit(nogil=True, cache=True)(kernel)
@@ -249,12 +249,12 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 _ONE = np.uint64(1)
 
 
-@_compiled
+@compiled
 def _outside(gap, first, size):  # type: ignore[no-untyped-def]
     return first < 0 or first > len(gap) - size  # the sum of both could overflow
 
 
-@_compiled
+@compiled
 def _value_until(gap, count, first, last):  # type: ignore[no-untyped-def]
     """Return the count that the entries up to `last` give their gene; -1 if they cannot."""
     value = 0
@@ -265,7 +265,7 @@ def _value_until(gap, count, first, last):  # type: ignore[no-untyped-def]
     return -1
 
 
-@_compiled
+@compiled
 def _gather(gap, count, start, entries, out_gap, out_count):  # type: ignore[no-untyped-def]
     place = 0
     for b in range(len(start)):
@@ -283,7 +283,7 @@ def _gather(gap, count, start, entries, out_gap, out_count):  # type: ignore[no-
     return -1
 
 
-@_compiled
+@compiled
 def _decode_csr(gap, count, start, entries, n_genes, indptr, indices, data):  # type: ignore[no-untyped-def]
     for b in range(len(start)):
         if _outside(gap, start[b], entries[b]):
@@ -327,7 +327,7 @@ def _decode_csr(gap, count, start, entries, n_genes, indptr, indices, data):  # 
     return -1
 
 
-@_compiled
+@compiled
 def _decode_dense(gap, count, start, entries, out):  # type: ignore[no-untyped-def]
     n_genes = np.uint64(out.shape[1])
     for b in range(len(start)):
@@ -350,7 +350,7 @@ def _decode_dense(gap, count, start, entries, out):  # type: ignore[no-untyped-d
     return -1
 
 
-@_compiled
+@compiled
 def _decode_dense_norm(gap, count, start, entries, scale, out):  # type: ignore[no-untyped-def]
     n_genes = np.uint64(out.shape[1])
     # Results for the counts below 256 of one cell, calculated when first met; -1: not yet.

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.loader.order import CellOrder
+from sclong_ds.loader.pool import compiled
 
 _MOST_PLACES = 2**22
 """Beyond it a batch is cut as it is: lanes and batches that hardly fit each other."""
@@ -75,14 +76,12 @@ class Share:
         Args:
             positions: (visits,) positions in the stream, also before the start or after the stop.
         """
-        relative = positions - self._start
-        found = self._numbers[relative % len(self._numbers)]
-        late = positions >= self._end
-        if late.any():
-            index = np.clip(positions - self._end, 0, len(self._last))
-            found = np.where(late, np.append(self._last, -1)[index], found)
-        own = (found >= 0) & (relative >= 0)
-        return np.where(own, relative // self._batch * self.size + found, -1)
+        found = np.empty(len(positions), np.int64)
+        _find_numbers(
+            positions, self._start, self._batch, self.size, self._numbers, self._end, self._last,
+            found,
+        )  # fmt: skip
+        return found
 
     def micro_batches(self, k: int) -> list[int]:
         """Return the visits of each micro-batch of batch k after the start."""
@@ -90,6 +89,20 @@ class Share:
         if self._stop is None or self._start + (k + 1) * self._batch <= self._stop:
             return [self._micro] * n_micro
         return np.bincount(self._last[self._last >= 0] // self._micro, minlength=n_micro).tolist()
+
+
+# One pass over the positions, since chunks are short: numpy took eight.
+@compiled
+def _find_numbers(positions, start, batch, size, numbers, end, last, found):  # type: ignore[no-untyped-def]
+    for k in range(len(positions)):
+        position = positions[k]
+        relative = position - start
+        number = -1
+        if relative >= 0 and position < end:
+            number = numbers[relative % len(numbers)]
+        elif relative >= 0 and position - end < len(last):
+            number = last[position - end]
+        found[k] = relative // batch * size + number if number >= 0 else -1
 
 
 def _first_visits(numbers: NDArray[np.int64], n: int) -> NDArray[np.int64]:
