@@ -147,7 +147,7 @@ class ChunkReader:
                 if task.error is None:
                     task.done = True
                     heapq.heappush(self._in_use, (task.read.last, task.place))
-                if task.error is not None or not self._in_flight or self._front() >= self._wanted:
+                if task.error is not None or self._front() >= self._wanted:
                     self._changed.notify_all()
 
     def wait_for(self, position: int, *, timeout_s: float) -> bool:
@@ -264,6 +264,7 @@ class ChunkReader:
             table = np.zeros(length, _VISIT)
             table[numbers % length] = self._table[numbers % self._length]
             self._table, self._length = table, length
+        self._changed.notify_all()
 
     def _load(self, task: _Task) -> None:
         """Read the chunk of a task and enter its visits in the table."""

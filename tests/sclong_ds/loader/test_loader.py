@@ -504,6 +504,33 @@ def test_only_chunks_with_cells_between_start_and_end_are_read(corpora, monkeypa
     assert sorted(chunks) == np.unique(of_cells).tolist()
 
 
+@pytest.mark.parametrize(("group", "lanes"), [(2, None), (2, (8, 8))])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_without_prefetching_nothing_is_read_before_a_batch_needs_it(
+    corpora, monkeypatch, group, lanes, threads
+):
+    corpus = Corpus(corpora[0].path)
+    read, chunks = corpus.read_packed, []
+
+    def noted(chunk, *, out=None):
+        chunks.append(chunk)
+        return read(chunk, out=out)
+
+    monkeypatch.setattr(corpus, "read_packed", noted)
+    with open_loader(
+        corpus, group=group, lanes=lanes, train_batch_size=8, micro_batch_size=8,
+        prefetch_batches=0, read_threads=threads,
+    ) as loader:  # fmt: skip
+        needed: set[int] = set()
+        for number, step in enumerate(loader):
+            rows = np.concatenate([micro.cell_ids for micro in step.micro_batches])
+            needed |= set(np.searchsorted(corpus.chunk_rows, rows, side="right") - 1)
+            # A group is read whole: its chunks are shuffled together.
+            assert len(set(chunks) - needed) <= (0 if lanes else group)
+            if number == 5:
+                break
+
+
 def test_a_long_wait_says_what_is_being_read(corpora, monkeypatch, caplog):
     corpus = Corpus(corpora[0].path)
     read, go = corpus.read_packed, threading.Event()
