@@ -22,7 +22,7 @@ from scipy.sparse import csr_matrix
 from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.corpus.transform import scale_of
 
-_POOL_ARRAYS = {
+_POOL_ARRAYS: dict[str, tuple[np.dtype[Any], bool]] = {
     "gap": (np.dtype(np.uint8), True),
     "count": (np.dtype(np.uint8), True),
     "start": (np.dtype(np.int64), False),

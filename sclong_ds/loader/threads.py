@@ -307,13 +307,18 @@ class LoaderThreads:
         stream = self._plan.stream
         if self._plan.world_size > 1:
             return functools.cache(lambda: stream.between(start, stop).rows)
-        places = stream.places(
-            start, micro_batch_size=self._plan.micro, world_size=1,
-            batch=self._plan.batch,
-        )  # fmt: skip
-        # Where the stream ends within the batch, the last ones are left out of the order of places.
-        order = np.argsort(np.argsort(places[: stop - start]))
-        return lambda: np.concatenate([b.cell_ids for b in batches])[order]
+
+        @functools.cache
+        def own_rows() -> NDArray[np.int64]:
+            places = stream.places(
+                start, micro_batch_size=self._plan.micro, world_size=1, batch=self._plan.batch
+            )
+            # Where the stream ends within the batch, the last ones are left out of the order of
+            # places.
+            order = np.argsort(np.argsort(places[: stop - start]))
+            return np.concatenate([b.cell_ids for b in batches])[order]
+
+        return own_rows
 
     def _micro_batch(self, first: int, n: int, buffer: Buffer) -> CellBatch:
         plan, reader = self._plan, self._reader
