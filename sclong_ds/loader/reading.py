@@ -181,7 +181,7 @@ class ChunkReader:
             self._used = position
             while self._in_use and self._in_use[0][0] < position:
                 self._free.append(heapq.heappop(self._in_use)[1])
-            # Every word to a thread that cannot go on costs two changes between threads.
+            # Waking a thread that has nothing to do costs two changes between threads.
             if self._next is not None and self._fits(self._next):
                 self._changed.notify_all()
 
