@@ -3,7 +3,8 @@
 Public names, imported on first use so that `import sclong_ds` costs nothing:
 
 - `load_config(PRESET_OR_FILE, overrides)`: a run's configuration.
-- `train(config)`: train in this process; returns the run folder.
+- `train(config, callbacks)`: train in this process; returns the run folder. `Callback`: base class
+  of what is called meanwhile; `TrainingRun`: what it is told of the run.
 - `load_model(MODEL_DIR, device=...)`: an exported model as a torch module, a `ScLong`.
 - `from_pretrained("hf://ORG/NAME")`: the same name for the same; `save_pretrained(model, DIR)` and
   `push_to_hub(model, "ORG/NAME")` write and publish it. All three are methods of `ScLong` too.
@@ -34,14 +35,17 @@ if TYPE_CHECKING:
     from sclong_ds.loader.loader import CellLoader, open_stream
     from sclong_ds.model.sclong import ScLong
     from sclong_ds.pretrain import train
+    from sclong_ds.training.callbacks.callback import Callback, TrainingRun
 
 __version__ = "0.1.0"
 __all__ = [
+    "Callback",
     "CellLoader",
     "Corpus",
     "GeneVocabulary",
     "Reading",
     "ScLong",
+    "TrainingRun",
     "align",
     "embed",
     "evaluate",
@@ -57,11 +61,13 @@ __all__ = [
     "train",
 ]
 _HOMES = {
+    "Callback": "sclong_ds.training.callbacks.callback",
     "CellLoader": "sclong_ds.loader.loader",
     "Corpus": "sclong_ds.corpus.corpus",
     "GeneVocabulary": "sclong_ds.corpus.genes",
     "Reading": "sclong_ds.embedding.in_memory",
     "ScLong": "sclong_ds.model.sclong",
+    "TrainingRun": "sclong_ds.training.callbacks.callback",
     "align": "sclong_ds.embedding.in_memory",
     "embed": "sclong_ds.embedding.in_memory",
     "evaluate": "sclong_ds.evaluation.in_memory",

@@ -119,13 +119,15 @@ from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.model.random_features import redraw_index
 from sclong_ds.objective.losses import loss_of, n_scored, outputs_of
 from sclong_ds.objective.masked_cells import MaskedCells
-from sclong_ds.progress import progress_bar
+from sclong_ds.progress import StepProgress
 from sclong_ds.run_folder.metric_names import SKIPPED_METRIC, SPIKE_METRIC
 from sclong_ds.tracking.check import check_tracking
 from sclong_ds.tracking.client import Status
 from sclong_ds.training.begin import Run, begin
+from sclong_ds.training.callbacks.callback import Callback
+from sclong_ds.training.callbacks.calling import CallbackError
 from sclong_ds.training.resume import open_run_folder
-from sclong_ds.training.run import Counted, Given, Opened
+from sclong_ds.training.run import Counted, Given, Opened, training_run
 from sclong_ds.training.run_checks import check_run_folder, with_order_of_run
 from sclong_ds.training.saving import PATIENCE
 from sclong_ds.training.timing import StepTimer
@@ -133,7 +135,7 @@ from sclong_ds.training.timing import StepTimer
 log = logging.getLogger("sclong_ds.pretrain")
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     """Train in this process: `sclong_ds.train`, for notebooks and scripts.
 
     Alone, or as one of the ranks of the launcher that started the script. Calling it again with the
@@ -141,15 +143,18 @@ def train(config: RunConfig) -> Path:
 
     Args:
         config: From `load_config`; `run.dir` and `data.corpus` must be set.
+        callbacks: Called while it trains, on every rank: see `Callback`. Give all ranks the same.
 
     Returns:
         The run folder, when all of `run.max_steps` are made.
 
     Raises:
-        InterruptedError: A signal (Ctrl-C, say) asked for a stop; a checkpoint was saved.
+        InterruptedError: A signal (Ctrl-C, say) or a callback asked for a stop; a checkpoint was
+            saved.
         ValueError: A wrong setting, a damaged file, or another configuration than the run's.
         FileNotFoundError: A file that the configuration names is absent.
         RuntimeError: A device or another rank failed.
+        Exception: What a callback raised, after a checkpoint was saved.
     """
     check_launch()
     check_run_dir(config.run.dir)
@@ -160,7 +165,9 @@ def train(config: RunConfig) -> Path:
         # Not entered: a hang or Ctrl-C of a start must not end the caller's process.
         starting = starting_of(stop)
         ranks = join(starting, timeout_s=config.engine.timeout_s)
-        status = train_as_rank(config, ranks, stop, starting, dry_run=False)
+        status = train_as_rank(config, ranks, stop, starting, callbacks=callbacks)
+    except CallbackError as error:
+        raise error.__cause__ or error from None
     finally:
         stop.release()
     run_dir = Path(str(config.run.dir))
@@ -187,8 +194,9 @@ def train_in_group(config: RunConfig, stop: StopRequest, starting: Starting, dry
 
 
 def train_as_rank(
-    config: RunConfig, ranks: Ranks, stop: StopRequest, starting: Starting, *, dry_run: bool
-) -> int:
+    config: RunConfig, ranks: Ranks, stop: StopRequest, starting: Starting,
+    *, dry_run: bool = False, callbacks: Sequence[Callback] = (),
+) -> int:  # fmt: skip
     """Build the run, go through the optimizer steps, return the exit status."""
     run_dir = Path(str(config.run.dir))
     config = replace(config, data=with_order_of_run(run_dir, config.data))
@@ -196,7 +204,10 @@ def train_as_rank(
     starting.phase("tracking", "MLflow")
     on_first_rank(lambda: check_tracking(config.tracking, run_dir))
     ds_config = resolve_ds_config(config.engine, world_size=ranks.world_size)
-    given = Given(config=config, run_dir=run_dir, ds_config=ds_config, ranks=ranks, stop=stop)
+    given = Given(
+        config=config, run_dir=run_dir, ds_config=ds_config, ranks=ranks, stop=stop,
+        callbacks=tuple(callbacks),
+    )  # fmt: skip
     run = begin(given, starting)
     opened, counted = run.opened, run.counted
     if dry_run:
@@ -206,7 +217,7 @@ def train_as_rank(
     open_run_folder(run, starting)
     outcome: Status = "FAILED"
     why: dict[str, str] = {}
-    progress = Progress(counted.state.step, config.run.max_steps, shown=ranks.rank == 0)
+    progress = StepProgress(counted.state.step, config.run.max_steps, shown=ranks.rank == 0)
     try:
         starting.done()
         with (
@@ -231,13 +242,15 @@ def train_as_rank(
         opened.tracker.finish(outcome)
         if run.lock is not None:
             run.lock.close()
+        opened.callbacks.end(counted.state.step, outcome)
 
 
-def go_to_the_end(run: Run, loader: CellLoader, progress: Progress) -> bool:
+def go_to_the_end(run: Run, loader: CellLoader, progress: StepProgress) -> bool:
     """Do the steps that are left, with validations and checkpoints; False: asked to stop.
 
     Raises:
         UnreadableCellsError: After saving the last finished step.
+        CallbackError: Likewise.
     """
     settings, counted, validation = run.given.config.run, run.counted, run.validation
     every = run.given.config.checkpoint.every_n_steps
@@ -246,6 +259,7 @@ def go_to_the_end(run: Run, loader: CellLoader, progress: Progress) -> bool:
         return not validation.is_due(counted.state.step) or validation.validate(counted.state)
 
     try:
+        run.opened.callbacks.start(training_run(run.given, run.opened, counted.state))
         if not validated():
             return False
         while counted.state.step < settings.max_steps:
@@ -266,7 +280,7 @@ def go_to_the_end(run: Run, loader: CellLoader, progress: Progress) -> bool:
                 return False
             if step % every == 0 or done:
                 run.saver.save(counted.state, must=done)
-    except UnreadableCellsError:
+    except (UnreadableCellsError, CallbackError):
         run.saver.save_before_failing(counted.state)
         raise
     return True
@@ -431,6 +445,7 @@ def record_step(run: Run, figures: dict[str, float], *, step_s: float) -> None:
         speed["data/skipped_cells"] = counted.skipped_cells
     counted.rank_times.add(figures | speed)
     run.opened.tracker.log(counted.state.step, figures | speed)
+    run.opened.callbacks.step(counted.state.step, figures | speed)
 
 
 def open_loader(
@@ -466,32 +481,3 @@ def open_loader(
         memory_bytes=data.loader_memory * 10**6,
         finish=cells.prepare,
     )
-
-
-class Progress:
-    """A bar on a terminal, a line a minute in a log.
-
-    Args:
-        done: Steps that are made.
-        total: Steps of the run.
-        shown: Whether this rank shows anything: rank 0 does.
-    """
-
-    def __init__(self, done: int, total: int, *, shown: bool) -> None:
-        self._total, self._shown, self._next = total, shown, time.monotonic()
-        self._bar = progress_bar(total, unit="step", done=done, shown=shown)
-
-    def show(self, step: int, figures: dict[str, float]) -> None:
-        """Show one finished step."""
-        self._bar.update()
-        self._bar.set_postfix(loss=f"{figures['train/loss']:.4f}", refresh=False)
-        if self._shown and self._bar.disable and time.monotonic() >= self._next:
-            self._next = time.monotonic() + 60
-            log.info(
-                "step %d of %d: loss %.4f, learning rate %.2e",
-                step, self._total, figures["train/loss"], figures["train/lr"],
-            )  # fmt: skip
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.close()

@@ -20,6 +20,7 @@ Bar: TypeAlias = "tqdm"
 
 _SECONDS_BETWEEN_LINES = 60.0
 _log = logging.getLogger(__name__)
+_training_log = logging.getLogger("sclong_ds.pretrain")
 
 
 def progress_bar(
@@ -112,3 +113,32 @@ def each_with_progress(items: Sequence[T], stage: str, unit: str) -> Iterator[T]
         for item in items:
             yield item
             add(1)
+
+
+class StepProgress:
+    """Shows the steps of a training: a bar on a terminal, a line a minute in its log.
+
+    Args:
+        done: Steps that are made.
+        total: Steps of the run.
+        shown: Whether this rank shows anything: rank 0 does.
+    """
+
+    def __init__(self, done: int, total: int, *, shown: bool) -> None:
+        self._total, self._shown, self._next = total, shown, time.monotonic()
+        self._bar = progress_bar(total, unit="step", done=done, shown=shown)
+
+    def show(self, step: int, figures: dict[str, float]) -> None:
+        """Show one finished step."""
+        self._bar.update()
+        self._bar.set_postfix(loss=f"{figures['train/loss']:.4f}", refresh=False)
+        if self._shown and self._bar.disable and time.monotonic() >= self._next:
+            self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+            _training_log.info(
+                "step %d of %d: loss %.4f, learning rate %.2e",
+                step, self._total, figures["train/loss"], figures["train/lr"],
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()

@@ -34,6 +34,14 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def ask(self, reason: str) -> None:
+        """Ask for a stop, as a signal does; the first reason stays.
+
+        Args:
+            reason: Why.
+        """
+        self._reason = self._reason or reason
+
     def reason(self) -> str | None:
         """Return why to stop, or None."""
         if self._reason is None and self._launcher is not None:

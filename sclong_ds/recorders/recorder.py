@@ -3,6 +3,7 @@
 A `Recorder` is fed by `sclong_ds.recorders.follower` on a thread of its own, from the files of the
 run folder: in order, and again after a failure. Its methods may take their time and may raise
 anything; training neither waits nor stops. `sclong_ds.recorders.opening` names those there are.
+What must run in the loop is a callback (`sclong_ds.training.callbacks`).
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from sclong_ds.training.build import (
     open_engine,
     open_model,
 )
+from sclong_ds.training.callbacks.calling import Callbacks
 from sclong_ds.training.pictured import Pictures
 from sclong_ds.training.run import Counted, Given, Opened, describe
 from sclong_ds.training.saving import Saver
@@ -76,6 +77,10 @@ def begin(given: Given, starting: Starting) -> Run:
     check_same_on_all_ranks(given, state, model)
     describe(given, corpus, model)
     engine = open_engine(given, model, weights, waits=starting.waits)
+    watchdog = Watchdog(
+        given.run_dir / "heartbeat", rank=ranks.rank, world_size=ranks.world_size,
+        timeout_s=config.engine.timeout_s, node=node_name(),
+    )  # fmt: skip
     cells = MaskedCells(
         corpus=corpus, data=config.data, objective=config.objective, model=config.model,
         seed=config.run.seed, device=ranks.device, measured=measured_genes(config.data, corpus),
@@ -92,10 +97,8 @@ def begin(given: Given, starting: Starting) -> Run:
             config.tracking, given.run_dir,
             enabled=ranks.rank == 0, samples_node=ranks.local_rank == 0,
         ),
-        watchdog=Watchdog(
-            given.run_dir / "heartbeat", rank=ranks.rank, world_size=ranks.world_size,
-            timeout_s=config.engine.timeout_s, node=node_name(),
-        ),
+        watchdog=watchdog,
+        callbacks=Callbacks(given.callbacks, ranks, watchdog),
     )  # fmt: skip
     return assemble(given, opened, Counted.at(state, config.run))
 
@@ -105,7 +108,7 @@ def assemble(given: Given, opened: Opened, counted: Counted) -> Run:
     config, corpus = given.config, opened.cells.corpus
     saver = Saver(
         given.run_dir, config.checkpoint, engine=opened.engine, ranks=opened.ranks,
-        tracker=opened.tracker, watchdog=opened.watchdog,
+        tracker=opened.tracker, watchdog=opened.watchdog, callbacks=opened.callbacks,
     )  # fmt: skip
     validation = Validation(
         config.run,

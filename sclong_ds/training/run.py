@@ -24,6 +24,8 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.objective.metrics import bin_labels
 from sclong_ds.tracking.tracker import Tracker
+from sclong_ds.training.callbacks.callback import Callback, TrainingRun
+from sclong_ds.training.callbacks.calling import Callbacks
 from sclong_ds.training.guards import StepGuard
 from sclong_ds.training.timing import RankTimes
 
@@ -40,6 +42,7 @@ class Given:
     """DeepSpeed's configuration, resolved for these ranks."""
     ranks: Ranks
     stop: StopRequest
+    callbacks: tuple[Callback, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class Opened:
     gradient_norms: GradientNorms
     tracker: Tracker
     watchdog: Watchdog
+    callbacks: Callbacks
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +106,25 @@ def summary(given: Given, opened: Opened, state: TrainState) -> dict[str, Any]:
         "features_hash": state.features_hash,
         "weights_hash": state.weights_hash,
     }
+
+
+def training_run(given: Given, opened: Opened, state: TrainState) -> TrainingRun:
+    """Return what callbacks are told of a run when it starts.
+
+    Args:
+        given: What the start is given.
+        opened: What the run has open.
+        state: The state that it begins with.
+    """
+    return TrainingRun(
+        run_dir=given.run_dir,
+        config=given.config,
+        model=opened.model,
+        rank=given.ranks.rank,
+        world_size=given.ranks.world_size,
+        step=state.step,
+        stop=given.stop.ask,
+    )
 
 
 def parameters_by_part(model: ScLong) -> dict[str, int]:

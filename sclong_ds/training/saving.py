@@ -22,6 +22,7 @@ from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.run_folder.rows import Judged
 from sclong_ds.tracking.tracker import Tracker
+from sclong_ds.training.callbacks.calling import Callbacks
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
@@ -43,6 +44,7 @@ class Saver:
         ranks: The ranks.
         tracker: Told about every checkpoint.
         watchdog: Told that one begins, which takes longer than other phases.
+        callbacks: Told about every checkpoint too.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Saver:
         ranks: Ranks,
         tracker: Tracker,
         watchdog: Watchdog,
+        callbacks: Callbacks,
     ) -> None:
         self._run_dir, self._settings, self._engine = run_dir, settings, engine
         self._ranks, self._tracker, self._watchdog = ranks, tracker, watchdog
+        self._callbacks = callbacks
         self.last: str | None = None
         """Name of the newest good checkpoint."""
         self._pending: checkpoint.Saving | None = None
@@ -152,6 +156,7 @@ class Saver:
             seconds=round(saved.seconds, 3),
         )  # fmt: skip
         log.info("saved %s, %.1f MB in %.1f s", saved.name, saved.n_bytes / 1e6, saved.seconds)
+        self._callbacks.checkpoint(saving.state.step, self._run_dir / "checkpoints" / saved.name)
 
     def judge(self, state: TrainState, by: Judged) -> None:
         """Take the figures of a validation, by which the checkpoint of its step is judged.

@@ -80,6 +80,7 @@ class Validation:
         self._cells, self._model, self._engine = opened.cells, opened.model, opened.engine
         self._ranks, self._stop, self._watchdog = opened.ranks, opened.stop, opened.watchdog
         self._tracker, self._rank_times = opened.tracker, rank_times
+        self._callbacks = opened.callbacks
         self._saver, self._pictures = saver, pictures
         self._baselines: tuple[DepthBaselines, NearestCells] | None = None
         self._step = 0
@@ -148,6 +149,7 @@ class Validation:
             figures |= skew(times)
         self._record(state, figures)
         self._pictures.show(state.step, predicted_true=_predicted_true(everyone), times=times)
+        self._callbacks.validation(state.step, figures)
         return True
 
     def _predictions(

@@ -164,7 +164,7 @@ def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> 
 def test_the_examples_of_the_readme_run(cells: anndata.AnnData, tmp_path: Path) -> None:
     text = (ROOT / "docs/reference/python-api.md").read_text()
     examples = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sclong_ds" in c]
-    assert len(examples) == 3
+    assert len(examples) == 4
     shutil.copytree(MODEL / "model", tmp_path / "model")
     shutil.copytree(GOLDEN / "corpus_version_1", tmp_path / "corpus")
     shutil.copyfile(MODEL / "model" / "gene_graph.npz", tmp_path / "graph.npz")
@@ -178,7 +178,7 @@ assert torch.isfinite(loss) and vectors.shape == (4, 5, 4) and position == 12
 assert aligned.shape == (24, 400) and list(aligned.var_names) == list(model.genes.ids)
 before = (run_dir / "metrics.jsonl").read_text()
 # The same run, longer, in the same process; signals are again what they were.
-again = sclong_ds.load_config("sclong_tiny", [*settings, "run.max_steps=3"])
+again = sclong_ds.load_config("sclong_tiny", [*settings, "run.max_steps=4"])
 assert sclong_ds.train(again) == run_dir
 assert (run_dir / "metrics.jsonl").read_text().startswith(before)
 assert signal.getsignal(signal.SIGINT) == at_first

@@ -1,0 +1,1 @@
+"""Python code of the caller's, called while a run trains."""
