@@ -276,10 +276,15 @@ class ChunkReader:
         first = task.place * self._size
         here = slice(first, first + self._size)
         cells, damaged = self._read(task, chunk, (self.gap[here], self.count[here]))
-        _enter_visits(
+        entered = _enter_visits(
             self._table, numbers, rows, passes, positions, int(self._chunk_rows[chunk]), first,
             cells.row_entries, cells.row_nnz, cells.row_total, damaged,
         )  # fmt: skip
+        if not entered:
+            raise ValueError(
+                f"chunk {chunk} of {self._corpus.location} has {len(cells.row_entries)} cells: "
+                f"too few for the rows {rows.min()} to {rows.max()}; restore the corpus"
+            )
 
     def _read(
         self, task: _Task, chunk: int, out: tuple[NDArray[np.uint8], NDArray[np.uint8]]
@@ -314,6 +319,9 @@ def _enter_visits(  # type: ignore[no-untyped-def]
         if numbers[k] < 0:
             continue
         visit, row = table[numbers[k] % len(table)], rows[k] - first_row
+        if not 0 <= row < len(entries):
+            return False
         visit.rows, visit.passes, visit.positions = rows[k], passes[k], positions[k]
         visit.start, visit.total = starts[row], total[row]
         visit.entries, visit.nnz, visit.damaged = entries[row], nnz[row], damaged
+    return True

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sclong_ds.corpus.byte_code import decode
+from sclong_ds.corpus.byte_code import PackedCells, decode
 from sclong_ds.corpus.catalogue import write_catalogue
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.corpus.cell_writer import CellWriter
@@ -502,6 +502,20 @@ def test_only_chunks_with_cells_between_start_and_end_are_read(corpora, monkeypa
     delivered = in_order([take(corpus, cells_seen=30, stop_at=32, **options)])
     of_cells = np.searchsorted(corpus.chunk_rows, [row for row, *_ in delivered], side="right") - 1
     assert sorted(chunks) == np.unique(of_cells).tolist()
+
+
+def test_a_chunk_with_too_few_cells_is_an_error(corpora, monkeypatch):
+    corpus = Corpus(corpora[0].path)
+    read = corpus.read_packed
+
+    def cut(chunk, *, out=None):
+        cells = read(chunk, out=out)
+        tables = (cells.row_entries, cells.row_nnz, cells.row_total)
+        return cells if chunk else PackedCells(cells.gap, cells.count, *(t[:-1] for t in tables))
+
+    monkeypatch.setattr(corpus, "read_packed", cut)
+    with pytest.raises(ValueError, match=r"chunk 0 of .* too few for the rows"):
+        take(corpus, stop_at=60)
 
 
 @pytest.mark.parametrize(("group", "lanes"), [(2, None), (2, (8, 8))])
