@@ -210,7 +210,7 @@ def _attention(
             *tensors, call.max_seqlen, call.max_queries, per_head, call.eps, call.exact, save
         )[0]
     if torch.compiler.is_compiling():
-        return _torch_operator(*tensors, call.scope, call.eps, call.exact)
+        return _torch_operator(*tensors, call.scope, call.eps, call.exact)[0]
     return reference.attention(*tensors, call.scope, call.eps, call.exact)
 
 
@@ -366,20 +366,25 @@ def _torch_operator(
     scope: str,
     eps: float,
     exact: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute by the torch backend: one node for torch.compile, which would trace its loops."""
     tensors = (q, k, v, features, cu_seqlens, query_cu_seqlens)
-    return favor_torch.forward(*tensors, scope, eps, exact)  # type: ignore[arg-type]
+    out, kept = favor_torch.forward(*tensors, scope, eps, exact)  # type: ignore[arg-type]
+    return out, *kept
 
 
 @_torch_operator.register_fake
-def _(q: Tensor, k: Tensor | None, v: Tensor | None, *_: Any) -> Tensor:
-    return q.new_empty(favor_torch.separate(q, k, v)[0].shape)
+def _(
+    q: Tensor, k: Tensor | None, v: Tensor | None, features: Tensor, cells: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kept = favor_torch.new_summary(q, k, v, features, cells)
+    return q.new_empty(favor_torch.separate(q, k, v)[0].shape), *kept
 
 
 @torch.library.custom_op("sclong_ds::favor_attention_torch_backward", mutates_args=())
 def _torch_backward_operator(
     grad: Tensor,
+    kept: list[Tensor],
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
@@ -390,23 +395,30 @@ def _torch_backward_operator(
     eps: float,
     exact: bool,
 ) -> list[Tensor]:
-    tensors = (grad, q, k, v, features, cu_seqlens, query_cu_seqlens)
-    return favor_torch.backward(*tensors, scope, eps, exact)  # type: ignore[arg-type]
+    tensors = (q, k, v, features, cu_seqlens, query_cu_seqlens)
+    setting: Any = scope, eps, exact
+    return favor_torch.backward(grad, favor_torch.Summary(*kept), *tensors, *setting)
 
 
 @_torch_backward_operator.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, *_: Any) -> list[Tensor]:
+def _(
+    grad: Tensor, kept: list[Tensor], q: Tensor, k: Tensor | None, v: Tensor | None, *_: Any
+) -> list[Tensor]:
     return favor_torch.new_gradients(q, k, v)
 
 
-def _torch_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
+def _torch_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output[1:])
     ctx.setting = inputs[6:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _torch_autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _torch_autograd_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     saved = ctx.saved_tensors
-    gradients = _torch_backward_operator(grad, *saved, *ctx.setting)
+    gradients = _torch_backward_operator(grad, list(saved[6:]), *saved[:6], *ctx.setting)
     return *favor_torch.by_argument(gradients, *saved[:3]), *(None,) * 6
 
 

@@ -224,21 +224,23 @@ def favor_attention_oracle(
 
 
 class _FavorAttention(torch.autograd.Function):
-    """`kernels/favor_torch.py` for autograd; keeps the inputs alone."""
+    """`kernels/favor_torch.py` for autograd; keeps the inputs and the sums over the keys."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(*arguments[:6])
+        out, kept = favor_torch.forward(*arguments)
+        ctx.save_for_backward(*arguments[:6], *kept)
         ctx.setting = arguments[6:]
-        return favor_torch.forward(*arguments)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once only: checkpointing computes them when they are read
-        gradients = favor_torch.backward(grad, *saved, *ctx.setting)
+        kept = favor_torch.Summary(*saved[6:])
+        gradients = favor_torch.backward(grad, kept, *saved[:6], *ctx.setting)
         return *favor_torch.by_argument(gradients, *saved[:3]), *(None,) * 6
 
 
 def attention(*arguments: Any) -> Tensor:
-    """Compute attention; arguments and result as `kernels.favor_torch.forward`."""
+    """Compute attention; arguments as `kernels.favor_torch.forward`, returns its output."""
     return _FavorAttention.apply(*arguments)

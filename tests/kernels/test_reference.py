@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import favor_torch
 from kernels.reference import (
     favor_attention,
     favor_attention_kv,
@@ -40,6 +41,32 @@ def test_equals_definition_forward_and_backward(scope, scale):
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(leaves, truth, strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("scope", ["sample", "head", "tensor"])
+@pytest.mark.parametrize("largest", [0, 20, 36])
+def test_the_key_maximum_is_found_in_any_block_of_tokens(scope, largest, monkeypatch):
+    """Its gradient goes to one key, whose block alone is searched in the backward pass."""
+    monkeypatch.setattr(favor_torch, "_BLOCK_BYTES", {"cpu": 0})  # blocks of 16 tokens
+    q, k, v, w = make()
+    k[:, largest] *= 4
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    truth = [t.clone().requires_grad_() for t in (q, k, v)]
+    favor_attention(*leaves, w, scope=scope, eps=0.1).square().sum().backward()
+    favor_attention_oracle(*truth, w, scope=scope, eps=0.1).square().sum().backward()
+    for got, want in zip(leaves, truth, strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_the_sums_over_the_keys_are_made_once(monkeypatch):
+    made = []
+    key_forward = favor_torch._key_forward
+    monkeypatch.setattr(
+        favor_torch, "_key_forward", lambda *given: (made.append(1), key_forward(*given))
+    )
+    q, k, v, w = make(b=3)
+    favor_attention(q, k.requires_grad_(), v, w).square().sum().backward()
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("size", [0.5, 6.0, 50.0])
