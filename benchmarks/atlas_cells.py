@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -132,7 +133,7 @@ def write_datasets(out: Path, n_cells: int, n_datasets: int) -> dict[str, Any]:
     out.mkdir(parents=True)
     started, cpu = time.perf_counter(), time.process_time()
     made, sizes = MadeCells(n_datasets), lognormal_sizes(n_cells, n_datasets).tolist()
-    copies = [0] + [int(COPIED * min(*pair, BLOCK_CELLS)) for pair in zip(sizes, sizes[1:])]
+    copies = [0] + [int(COPIED * min(*pair, BLOCK_CELLS)) for pair in pairwise(sizes)]
     lines, n_values = ["dataset_id\tpath\tdonor_column"], 0
     for number in tqdm(range(n_datasets), unit="file", disable=not sys.stderr.isatty()):
         blocks = _blocks_of(made, number, sizes, copies[number])
@@ -159,9 +160,7 @@ def _blocks_of(
         yield made.block(number, block, min(BLOCK_CELLS, sizes[number] - first))
 
 
-def _write(
-    path: Path, made: MadeCells, number: int, blocks: Iterator[sparse.csr_matrix]
-) -> int:
+def _write(path: Path, made: MadeCells, number: int, blocks: Iterator[sparse.csr_matrix]) -> int:
     """Write one h5ad file; return its number of values."""
     keep = made.measured(number)
     place = (np.cumsum(keep) - 1).astype(np.int32)
