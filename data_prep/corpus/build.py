@@ -4,7 +4,8 @@
     annotations  tables of annotations, copied and coded: some datasets a unit
     duplicates   digests of cells, by run of chunks
     repeated     cells whose digest an earlier cell has, by bucket of the digest
-    near         cells that nearly repeat others, in datasets with other gene lists: one unit
+    near-...     cells that nearly repeat others, in datasets with other gene lists: by run of
+                 chunks, then by bucket (`near.near_duplicates`), then one unit of numbers alone
     plan         split and layout of the store: one unit
     scatter      cells by unit of the store, by run of chunks
     write        shards, their checksums, statistics: some shards a unit
@@ -18,7 +19,6 @@ Units follow from what is staged, not from the number of processes (`data_prep.p
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -34,9 +34,9 @@ from data_prep.corpus.gene_statistics import GeneSums, write_sums
 from data_prep.corpus.growth.digests import DigestUnit, keep_piece, plan_units, read_kept
 from data_prep.corpus.growth.earlier import EarlierParts
 from data_prep.corpus.inputs import Inputs
-from data_prep.corpus.near.gene_sets import gene_sets
-from data_prep.corpus.near.kept_cells import NearCounts, read_near, write_near
-from data_prep.corpus.near.near_duplicates import NearRule
+from data_prep.corpus.near.gene_sets import GeneSets, gene_sets
+from data_prep.corpus.near.kept_cells import NEAR_STAGES, read_near, run_near
+from data_prep.corpus.near.near_duplicates import NearRule, NearSearch
 from data_prep.corpus.split_rule import SplitRule
 from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split, planned_by, read_donors
 from data_prep.corpus.staged import Staged, file_states
@@ -71,8 +71,8 @@ KEPT_DIGESTS = "digests-kept"
 LEFT_OUT = 255
 """In place of a split: the cell repeats another."""
 STAGES = (
-    "check", "annotations", "duplicates", "repeated", "near", "plan", "scatter", "write", "join",
-    "columns", "recheck", "seal", "publish",
+    "check", "annotations", "duplicates", "repeated", *NEAR_STAGES, "plan", "scatter", "write",
+    "join", "columns", "recheck", "seal", "publish",
 )  # fmt: skip
 _CURE = "run finalize again"
 Codec = Literal["zstd", "none"]
@@ -123,19 +123,18 @@ class Build:
         ):  # fmt: skip
             (self.work / name).mkdir(exist_ok=True)
         checked = self._in_groups([_staged_bytes(s.ledger) for s in self.staged], self.unit_bytes)
-        tables = self._in_groups(self.sizes, CELLS_OF_TABLES)
-        sizes = [
-            [sum(self.sizes[i] for i in unit) for unit in units] for units in (checked, tables)
-        ]
+        coded = self._in_groups(self.sizes, CELLS_OF_TABLES)
+        sizes = [[sum(self.sizes[i] for i in unit) for unit in units] for units in (checked, coded)]
         runs = [sum(self._n_cells(chunk) for chunk in run) for run in self._runs]
         digests = [unit.n_cells for unit in self._digest_units]
         buckets = [0] * self._n_buckets
         run = self.crew.run
         run("check", sizes[0], lambda unit: [self._check(i) for i in checked[unit]])
-        run("annotations", sizes[1], lambda unit: self._code_all(tables[unit]))
+        run("annotations", sizes[1], lambda unit: self._code_all(coded[unit]))
         run("duplicates", digests, self._digest)
         run("repeated", buckets, self._repeated)
-        run("near", [sum(self.sizes)], self._find_near)
+        tables, stores = [self._coded(s) for s in self.staged], [s.cells for s in self.staged]
+        run_near(self.crew, self.work / "near.npz", tables, stores, self._near_search, self.near)
         run("plan", [0], self._plan)
         run("scatter", runs, self._scatter)
         run("write", self.layout.n_cells.tolist(), self._write)
@@ -201,17 +200,11 @@ class Build:
         for part in () if self.earlier is None else self.earlier.parts:
             read[part.first : part.stop] = part.digests is None
         if not read.all():
-            sets = gene_sets(self.measured)
-            read |= sets.takes[:, sets.of_dataset].any(axis=0)
+            read |= self._sets.takes[:, self._sets.of_dataset].any(axis=0)
         return read
 
-    def _made(self, *paths: Path, result: Any = None) -> Made:
-        """Return what a unit has made, with the SHA-256 of its files."""
-        files = {path.relative_to(self.work).as_posix(): file_sha256(path) for path in paths}
-        return Made(result=result, files=files)
-
     def _code_all(self, places: Sequence[int]) -> Made:
-        return self._made(*(path for place in places for path in self._code(place)))
+        return self.crew.made_files(*(path for place in places for path in self._code(place)))
 
     def _code(self, place: int) -> tuple[Path, Path]:
         """Copy the annotations of a dataset, and keep them by the codes of their values."""
@@ -246,31 +239,20 @@ class Build:
         bounds, records = digest_run(digests, unit.first, n_buckets=self._n_buckets)
         folder = self.work / "digests"
         write_run(folder, number, bounds, [records])
-        return self._made(bounds_path(folder, number), *kept)
+        return self.crew.made_files(bounds_path(folder, number), *kept)
 
     def _repeated(self, bucket: int) -> Made:
         found, path = repeated_in(self._digests, bucket), self._repeated_path(bucket)
         write_atomic(path, npz_bytes(cells=found))
-        return self._made(path)
+        return self.crew.made_files(path)
 
     @cached_property
     def _digests(self) -> BucketRuns:
         return self._complete("digests", self._n_buckets, n_runs=len(self._digest_units))
 
     def _complete(self, name: str, n_buckets: int, *, n_runs: int) -> BucketRuns:
-        """Return what a stage has written of all runs.
-
-        Raises:
-            ValueError: Runs are missing.
-        """
-        # Listed first, a folder on a network file system is seen as it is now.
-        os.listdir(self.work / name)
-        found = BucketRuns(self.work / name, n_buckets=n_buckets)
-        if len(found) != n_runs:
-            raise ValueError(
-                f"{found.folder}: {len(found)} whole runs of {n_runs}; run finalize again"
-            )
-        return found
+        """Return what a stage has written of all runs."""
+        return BucketRuns.complete(self.work / name, n_buckets=n_buckets, n_runs=n_runs)
 
     def _repeated_path(self, bucket: int) -> Path:
         return self.work / "repeated" / f"{bucket:06d}.npz"
@@ -288,24 +270,16 @@ class Build:
         n_genes = len(self.inputs.genes)
         return np.stack([read_measured(s.folder, n_genes) for s in self.staged])
 
-    def _find_near(self, unit: int) -> Made:
-        """Write which cells are left out as near duplicates; return their numbers."""
-        tables, stores = [self._coded(s) for s in self.staged], [s.cells for s in self.staged]
-        first = self._by_dataset(~self._all_repeated())
-        path = self.work / "near.npz"
-        counts = write_near(
-            path, tables, stores, first, self.measured, self.near, progress=self.crew.progress
-        )
-        return self._made(path, result=asdict(counts))
+    @cached_property
+    def _sets(self) -> GeneSets:
+        return gene_sets(self.measured)
 
-    def near_counts(self) -> NearCounts:
-        """Return the numbers of near duplicates; after the stage `near`."""
-        (found,) = self.crew.results("near")
-        return NearCounts(
-            near_dropped=tuple(found["near_dropped"]),
-            near_kept=tuple(found["near_kept"]),
-            n_left_out=found["n_left_out"],
-        )
+    @cached_property
+    def _near_search(self) -> NearSearch:
+        """The search for near duplicates; after the stage `repeated`."""
+        stores, folder = [s.cells for s in self.staged], self.work / "near"
+        kept = ~self._all_repeated()
+        return NearSearch(stores, kept, self._sets, folder, run_bytes=self.unit_bytes)
 
     def _plan(self, unit: int) -> Made:
         """Write the split of each cell and the layout; return the rest of the split's plan."""
@@ -342,7 +316,7 @@ class Build:
             "all": plan.as_json(), "new": new.as_json(), "n_donors": n_donors,
             "overdue": overdue,
         }  # fmt: skip
-        return self._made(path, result=result)
+        return self.crew.made_files(path, result=result)
 
     @property
     def _unit_shards(self) -> int:
@@ -397,7 +371,7 @@ class Build:
             self._to_scatter, self._runs[number], self.layout, seed=self.rule.options.seed,
             folder=folder, number=number,
         )  # fmt: skip
-        return self._made(bounds_path(folder, number))
+        return self.crew.made_files(bounds_path(folder, number))
 
     @cached_property
     def _scattered(self) -> BucketRuns:
@@ -434,7 +408,7 @@ class Build:
             write_unit(self._scattered, unit, self.layout, writer, seen=add)
         write_sums(sums_path, sums)
         names = CellStore(path).file_names()
-        return self._made(sums_path, *(path / name for name in names), result=names)
+        return self.crew.made_files(sums_path, *(path / name for name in names), result=names)
 
     def _join(self, unit: int) -> Made:
         """Make one store of all units; return the SHA-256 of its shards."""
@@ -453,7 +427,7 @@ class Build:
                         raise ValueError(f"{path / name}: damaged; {_CURE}")
                 writer.adopt(path)
         paths = (joined / name for name in CellStore(joined).file_names())
-        tables = self._made(
+        tables = self.crew.made_files(
             *(p for p in paths if p.relative_to(self.work).as_posix() not in shards)
         )
         return Made(result=shards, files={**shards, **tables.files})
@@ -486,7 +460,7 @@ class Build:
             return None
         folder = self.work / "columns-made"
         write_column(folder, number, found[1], found[0].bits)
-        return self._made(folder / column_name(number), result=asdict(found[0]))
+        return self.crew.made_files(folder / column_name(number), result=asdict(found[0]))
 
 
 def _each(do: Callable[[int], None], places: Sequence[int]) -> None:

@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 9
+_WORK_VERSION = 10
 """Raised when an interrupted run of an older program could not be continued."""
 
 

@@ -25,7 +25,7 @@ from data_prep.corpus.gene_statistics import (
 )
 from data_prep.corpus.growth.part_list import earlier_datasets, growth_warnings, write_list
 from data_prep.corpus.inputs import Inputs
-from data_prep.corpus.near.kept_cells import NearCounts
+from data_prep.corpus.near.kept_cells import NearCounts, near_counts
 from data_prep.corpus.splits import SplitPlan
 from data_prep.ledger.ledger import origin_of
 from data_prep.ledger.pending import Pending
@@ -56,7 +56,7 @@ def seal(build: Build, pending: Sequence[Pending]) -> None:
     Raises:
         ValueError: An input has changed, or what other stages have made.
     """
-    work, inputs, near = build.work, build.inputs, build.near_counts()
+    work, inputs, near = build.work, build.inputs, near_counts(build.crew)
     n_donors = build.planned("n_donors")
     numbers = range(build.n_earlier, len(build.staged))
     infos = [_dataset_info(build, near, n_donors[n], number=n) for n in numbers]

@@ -85,6 +85,25 @@ class BucketRuns:
         while (path := bounds_path(folder, len(self._bounds))).exists():
             self._bounds.append(read_npz(path, cure="run finalize again"))
 
+    @classmethod
+    def complete(cls, folder: Path, *, n_buckets: int, n_runs: int) -> BucketRuns:
+        """Open a folder in which other processes have written all runs.
+
+        Args:
+            folder: The folder.
+            n_buckets: Number of buckets.
+            n_runs: Number of runs.
+
+        Raises:
+            ValueError: Runs are missing.
+        """
+        # Listed first, a folder on a network file system is seen as it is now.
+        os.listdir(folder)
+        found = cls(folder, n_buckets=n_buckets)
+        if len(found) != n_runs:
+            raise ValueError(f"{folder}: {len(found)} whole runs of {n_runs}; run finalize again")
+        return found
+
     def __len__(self) -> int:
         """Return the number of finished runs."""
         return len(self._bounds)
@@ -199,6 +218,17 @@ class _BucketSums:
 
 def _sums(field: str) -> str:
     return f"{field}.crc32c"
+
+
+def forget_records(folder: Path, field: str) -> None:
+    """Remove the records of a field from all runs, and nothing that a marker of a unit names.
+
+    Args:
+        folder: Of all runs; it need not be there.
+        field: Name of the field.
+    """
+    for path in folder.glob(f"*.{field}"):
+        path.unlink(missing_ok=True)
 
 
 def discard_scratch(folder: Path) -> None:

@@ -118,6 +118,16 @@ class Crew:
                 time.sleep(pause)
                 pause = max(LOOK_S, min(1.5 * pause, MOST_LOOK_S))
 
+    def made_files(self, *paths: Path, result: Any = None) -> Made:
+        """Return what a unit has made, with the SHA-256 of its files.
+
+        Args:
+            paths: Its files, in the work folder.
+            result: What others want to know.
+        """
+        files = {path.relative_to(self.work).as_posix(): file_sha256(path) for path in paths}
+        return Made(result=result, files=files)
+
     def results(self, stage: str) -> list[Any]:
         """Return what the units of a stage that is done have returned, in their order."""
         return [made.result for made in self.made(stage)]

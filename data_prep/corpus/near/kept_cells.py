@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,16 @@ from data_prep.corpus.near.near_duplicates import (
     SECONDARY,
     UNKNOWN,
     NearRule,
-    find_near_duplicates,
+    NearSearch,
 )
-from data_prep.passes.dedup import Progress
+from data_prep.passes.crew import Crew, Made
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.npz import npz_bytes, read_npz
 from sclong_ds.files.obs_table import obs_length, obs_names, read_coded
 
+NEAR_STAGES = ("near-digests", "near-pairs", "near-shared", "near")
+"""In their order; the last one is one unit."""
 IS_PRIMARY = "is_primary_data"
 """CELLxGENE's column: False where the cell stands in another dataset, too."""
 
@@ -59,43 +61,66 @@ class NearCounts:
         return found
 
 
-def write_near(
+def run_near(
+    crew: Crew,
     path: Path,
     tables: Sequence[Path],
     stores: Sequence[CellStore],
-    first: Sequence[NDArray[np.bool_]],
-    measured: NDArray[np.bool_],
+    search: NearSearch,
     rule: NearRule,
-    *,
-    progress: Progress | None = None,
-) -> NearCounts:
-    """Write which cells are left out as near duplicates.
+) -> None:
+    """Run the stages that find near duplicates, NEAR_STAGES.
 
     Args:
-        path: The file to write, which `read_near` reads; scratch lies beside it.
+        crew: Of the work.
+        path: The file to write, which `read_near` reads.
         tables: Annotations of the cells of each dataset.
         stores: Its cells.
-        first: Per dataset (cells,) True for cells that repeat no earlier one exactly.
-        measured: (datasets, G) genes that each dataset measures.
+        search: Of these cells.
         rule: Which near duplicates are left out.
-        progress: Called with ("near", cells done, all).
     """
+    buckets = [0] * search.n_buckets
+    cells = [search.n_cells(run) for run in range(len(search.runs))]
+    digests, pairs, shared, last = NEAR_STAGES
+    crew.run(digests, cells, lambda run: crew.made_files(search.compare(run)))
+    crew.run(pairs, buckets, lambda bucket: crew.made_files(search.ask(bucket)))
+    crew.run(shared, buckets, lambda bucket: crew.made_files(search.answer(bucket)))
+    crew.run(last, [0], lambda _: _write_near(crew, path, tables, stores, search, rule))
+    search.forget_records()
+
+
+def _write_near(
+    crew: Crew,
+    path: Path,
+    tables: Sequence[Path],
+    stores: Sequence[CellStore],
+    search: NearSearch,
+    rule: NearRule,
+) -> Made:
+    """Write which cells are left out as near duplicates; return their numbers."""
     primary = [read_primary(t, len(store)) for t, store in zip(tables, stores, strict=True)]
-    near = find_near_duplicates(
-        stores,
-        first,
-        measured,
-        primary,
-        path.with_suffix(".scratch"),
-        rule=rule,
-        progress=progress,
-    )
+    near = search.found(np.concatenate(primary), rule)
     write_atomic(path, npz_bytes(dropped=near.dropped))
     ends = np.cumsum([len(store) for store in stores])[:-1]
-    return NearCounts(
+    counts = NearCounts(
         near_dropped=tuple(int(lost.sum()) for lost in np.split(near.dropped, ends)),
         near_kept=tuple(int(still.sum()) for still in np.split(near.kept, ends)),
         n_left_out=near.n_left_out,
+    )
+    return crew.made_files(path, result=asdict(counts))
+
+
+def near_counts(crew: Crew) -> NearCounts:
+    """Return the numbers of near duplicates; after the stages of `run_near`.
+
+    Args:
+        crew: Of the work.
+    """
+    (found,) = crew.results(NEAR_STAGES[-1])
+    return NearCounts(
+        near_dropped=tuple(found["near_dropped"]),
+        near_kept=tuple(found["near_kept"]),
+        n_left_out=found["n_left_out"],
     )
 
 
@@ -103,7 +128,7 @@ def read_near(path: Path) -> NDArray[np.bool_]:
     """Return (cells,) True for the cells of all datasets that are left out.
 
     Args:
-        path: Of `write_near`.
+        path: Of `run_near`.
 
     Raises:
         ValueError: A damaged file.

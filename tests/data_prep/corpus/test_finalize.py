@@ -21,6 +21,7 @@ from cell_values import as_tuples
 from scipy import sparse
 
 import data_prep.corpus.build as build_module
+import data_prep.corpus.near.kept_cells as near_module
 import data_prep.corpus.publish as publish_module
 import data_prep.corpus.seal as seal_module
 from data_prep.corpus.finalize import finalize
@@ -262,8 +263,9 @@ def test_failure_before_publishing_keeps_the_old_corpus(
         raise AssertionError("a finished stage is done again")
 
     steps = [
-        (build_module, name) for name in ("digest_cells", "write_near", "write_unit", "column_of")
-    ]
+        (build_module, "digest_cells"), (near_module, "_write_near"),
+        (build_module, "write_unit"), (build_module, "column_of"),
+    ]  # fmt: skip
     for module, step in (*steps, (seal_module, "sync_tree")):
         with monkeypatch.context() as patch:
             patch.setattr(module, step, fail)

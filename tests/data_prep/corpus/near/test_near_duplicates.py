@@ -19,7 +19,7 @@ from data_prep.corpus.near.near_duplicates import (
     SECONDARY,
     UNKNOWN,
     NearDuplicates,
-    find_near_duplicates,
+    NearSearch,
 )
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
@@ -113,7 +113,6 @@ def test_what_is_found_is_what_a_search_over_all_pairs_finds(
     still, dropped = expected(counts, measured, primary, kept, rule)
     assert near.kept.tolist() == still
     assert near.dropped.tolist() == dropped
-    assert not (folder / "near").exists()
 
 
 def found_in(
@@ -125,7 +124,39 @@ def found_in(
     rule: search.NearRule,
 ) -> NearDuplicates:
     stores = written(folder, counts)
-    return find_near_duplicates(stores, kept, measured, primary, folder / "near", rule=rule)
+    return searched(stores, kept, measured, primary, folder / "near", rule)
+
+
+def searched(
+    stores: list[CellStore],
+    kept: list[np.ndarray],
+    measured: np.ndarray,
+    primary: list[np.ndarray],
+    folder: Path,
+    rule: search.NearRule,
+    *,
+    run_bytes: int = 2**28,
+    seed: int = 0,
+) -> NearDuplicates:
+    """Do every unit of every step by a process of its own, in any order, some of them twice."""
+    rng = np.random.default_rng(seed)
+
+    def one() -> NearSearch:
+        sets = gene_sets(measured)
+        return NearSearch(stores, np.concatenate(kept), sets, folder, run_bytes=run_bytes)
+
+    plan = one()
+    for step, n_units in (
+        ("compare", len(plan.runs)), ("ask", plan.n_buckets), ("answer", plan.n_buckets)
+    ):  # fmt: skip
+        units = np.concatenate([rng.permutation(n_units), rng.permutation(n_units)[: n_units // 2]])
+        for unit in units.tolist():
+            assert getattr(one(), step)(unit).is_file()
+    found = one().found(np.concatenate(primary), rule)
+    one().forget_records()
+    left = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert all(name.endswith(".bounds.npz") for name in left)
+    return found
 
 
 def copies() -> tuple[list[np.ndarray], np.ndarray]:
@@ -149,42 +180,32 @@ def test_lists_without_a_gene_in_common_are_not_compared(tmp_path: Path) -> None
     assert sets.set_of[1, 2] == -1
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
-def test_a_killed_search_continues_and_finds_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed at every single write, over many buckets and runs, cells read once."""
+def test_units_in_any_order_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many buckets and runs."""
     counts, measured, primary = drawn(3, 5)
     kept = [np.ones(len(table), bool) for table in counts]
     stores = written(tmp_path, counts)
     still, dropped = expected(counts, measured, primary, kept, "drop")
     monkeypatch.setattr(search, "CELLS_PER_BUCKET", 4)
-    monkeypatch.setattr(search, "RUN_BYTES", 600)
-    append = search._append
-    writes, kills = [0], 0
+    monkeypatch.setattr(search, "_BLOCK", 7)
+    for seed in range(3):
+        folder = tmp_path / f"near{seed}"
+        near = searched(stores, kept, measured, primary, folder, "drop", run_bytes=600, seed=seed)
+        assert len(list((folder / "compared").glob("*.npz"))) > 3
+        assert len(list((folder / "shared").glob("*.npz"))) > 3
+        assert near.kept.tolist() == still
+        assert near.dropped.tolist() == dropped
+    assert any(dropped)
 
-    def appended(*args: object) -> None:
-        if writes[0] == 1:
-            raise Killed
-        writes[0] += 1
-        append(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(search, "_append", appended)
-    while True:
-        writes[0] = 0
-        try:
-            near = find_near_duplicates(
-                stores, kept, measured, primary, tmp_path / "near", rule="drop"
-            )
-            break
-        except Killed:
-            kills += 1
-    assert kills > 10
-    assert near.kept.tolist() == still
-    assert near.dropped.tolist() == dropped
+def test_a_run_that_is_missing_is_told(tmp_path: Path) -> None:
+    counts, measured = copies()
+    stores, kept = written(tmp_path, counts), np.ones(120, bool)
+    lost = NearSearch(stores, kept, gene_sets(measured), tmp_path / "near", run_bytes=600)
+    for run in range(1, len(lost.runs)):
+        lost.compare(run)
+    with pytest.raises(ValueError, match=f"0 whole runs of {len(lost.runs)}; run finalize again"):
+        lost.ask(0)
 
 
 def test_pairs_of_lists_beyond_the_most_sets_are_counted(
