@@ -99,7 +99,7 @@ def finalize(
         near_duplicates: `primary` (at first) leaves out near duplicates that are not primary data
             beside one that is, `drop` all but one, `keep` none.
         allow_missing: Continue without datasets that were to be converted and never were.
-        whole: Make one corpus without parts, whatever was finished before.
+        whole: Make one corpus of the parts that were finished; one without parts stays as it is.
         jobs: Processes on this machine.
         task: Which of the tasks this is: where it begins among the units of work.
         tasks: Number of tasks, started with the same options; each returns when all is done.
@@ -109,7 +109,7 @@ def finalize(
         The content of corpus.json.
 
     Raises:
-        FileNotFoundError: No such folder, or nothing was converted.
+        FileNotFoundError: No such folder, nothing was converted; `whole`: nothing finalized.
         ValueError: Datasets that were never converted, no usable dataset, impossible options,
             inputs that are damaged or change meanwhile, or another finalize or a convert at work.
     """
@@ -261,6 +261,18 @@ class _Job:
         except (OSError, ValueError, KeyError):
             return False
 
+    def finished(self) -> dict[str, Any] | None:
+        """Return the catalogue of the corpus if this call finds nothing to do, None otherwise.
+
+        No other process may be at work in the folder: one that publishes has no corpus there.
+
+        Raises:
+            FileNotFoundError: One corpus is to be made of the parts, and nothing was finalized.
+        """
+        if self.whole and PARTS not in begun(self.corpus)[0] and not self.has_parts:
+            return read_catalogue(self.corpus)
+        return None
+
     def restate(self, rule: SplitRule) -> bool:
         """Tell whether the parts hold all cells already; then write which datasets are unused.
 
@@ -328,6 +340,8 @@ def _as_one_command(
         # All processes are on this machine, whose own folder has locks; without a name, the file is
         # gone after a kill, too.
         job.lock = Path(f"/proc/self/fd/{local.fileno()}")
+        if (catalogue := job.finished()) is not None:
+            return catalogue
         job.read()
         rule = job.rule()
         # One corpus is made again, as it was asked for; a list of parts with nothing new stays.
@@ -368,6 +382,8 @@ def _as_task(
 
     def begin() -> dict[str, Any]:
         job.inputs.check_documents()
+        if job.finished() is not None:
+            return {"call": job.call, "work": None}
         rule = job.rule()
         if job.is_finished(rule) or job.restate(rule):
             clear(job.corpus)

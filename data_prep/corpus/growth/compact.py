@@ -14,7 +14,6 @@ from typing import Any
 
 from data_prep.corpus.build import Codec
 from data_prep.corpus.finalize import finalize
-from data_prep.corpus.publish import begun
 from data_prep.passes.dedup import Progress
 from sclong_ds.corpus.catalogue import PARTS, read_catalogue
 
@@ -46,10 +45,8 @@ def compact(
         ValueError: Staging that is not there any more, damaged, or another command at work.
     """
     corpus = Path(corpus)
-    # Of what a killed call has begun, that is; without parts there is none.
-    catalogue = begun(corpus)[0] if (corpus / PARTS).is_dir() else read_catalogue(corpus)
-    if PARTS not in catalogue and not (corpus / PARTS).is_dir():
-        return catalogue
+    if not (corpus / "ledger").is_dir() and not (corpus / PARTS).is_dir():
+        return read_catalogue(corpus)  # A copy without staging, in which nobody can be at work.
     return finalize(
         corpus,
         codec=codec,

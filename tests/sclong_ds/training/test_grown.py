@@ -7,12 +7,14 @@ import zlib
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run_module
+from launching import ROOT, run_module, train
 
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.checkpoint.state import read_state
+from sclong_ds.config.load import load_config
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.loader import open_stream
+from sclong_ds.loader.weights import weights_of
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.rows import read_metrics
 
@@ -93,3 +95,42 @@ def test_a_run_continues_on_its_grown_corpus_when_asked(
                                 f"run.max_steps={STEPS + 2}"), check=False)  # fmt: skip
     assert done.returncode == 1
     assert "corpus_hash differ" in done.stderr
+
+
+@pytest.mark.parametrize("balance", ["none", "dataset"])
+def test_two_ranks_continue_on_the_grown_corpus_as_one_does(
+    small_corpus: Path, small_graph: Path, grown: Path, tmp_path: Path, balance: str
+) -> None:
+    """Begun on two ranks; each goes on by the order of the grown corpus, and so does one alone."""
+    more = ["engine.train_micro_batch_size_per_gpu=1"]
+    if balance != "none":
+        more += [f"data.balance_by={balance}", "data.balance_exponent=0.0", "data.max_repeats=3"]
+    begun, log = tmp_path / "two", tmp_path / "log"
+    train(["-m", *settings(begun, small_corpus, small_graph, f"run.max_steps={BEFORE}", *more)],
+          n_ranks=2, log=log)  # fmt: skip
+    one = shutil.copytree(begun, tmp_path / "one")
+    found = {}
+    for run_dir, ranks in ((begun, 2), (one, 1)):
+        train(["-m", *settings(run_dir, grown, small_graph, "data.grown=true", *more)],
+              n_ranks=ranks, log=log)  # fmt: skip
+        found[ranks] = {
+            int(row["step"]): (row["data/cells_crc32"], row["train/n_targets"], row["train/loss"])
+            for row in read_metrics(run_dir)
+            if "train/loss" in row
+        }
+        (event,) = [e for e in read_events(run_dir) if e["event"] == "corpus_grown"]
+        assert (event["step"], event["parts"]) == (BEFORE, 1)
+        state = read_state(complete_checkpoints(run_dir / "checkpoints")[0])
+        assert (state.step, state.corpus_hash) == (STEPS, Corpus(grown).hash)
+    assert [*found[1]] == [*found[2]] == [*range(1, STEPS + 1)]
+    for step, (cells, targets, loss) in found[1].items():
+        assert found[2][step][:2] == (cells, targets)
+        assert found[2][step][2] == pytest.approx(loss, rel=1e-5)
+    corpus = Corpus(grown)
+    weights = weights_of(load_config("sclong_tiny", more).data, corpus)
+    stream = open_stream(
+        corpus, seed=state.seed, lanes=state.lanes, batch=state.lanes_batch, weights=weights
+    )
+    for step in range(BEFORE + 1, STEPS + 1):
+        rows = stream.between((step - 1) * BATCH, step * BATCH).rows
+        assert found[1][step][0] == zlib.crc32(rows.astype("<i8").tobytes())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import sparse
@@ -91,6 +93,65 @@ def test_killed_while_it_is_published_the_options_are_those_that_were_given(
         patch.setattr(finalize_module, "Build", die)
         compact(folder)
     assert made_with(folder) == ("zstd", "drop")
+
+
+def test_a_task_of_compact_that_starts_while_another_publishes_finds_the_corpus(
+    folder: Path, tmp_path: Path
+) -> None:
+    """There is no corpus.json for a while; the task that looks for it then waits for the other."""
+    finalize(folder)
+    context = multiprocessing.get_context("fork")
+    moved, late, back = (context.Event() for _ in range(3))
+
+    def run(task: int, slow: Callable[[], None]) -> None:
+        slow()
+        tmp_path.joinpath(f"hash{task}").write_text(compact(folder, task=task, tasks=2)["hash"])
+
+    def publisher() -> None:
+        real = publish_module.sync_folder
+
+        def slow(path: Path) -> None:
+            moved.set()
+            late.wait(2)  # until the other has looked, or is not going to
+            real(path)
+
+        publish_module.sync_folder = slow
+
+    def latecomer() -> None:
+        real = publish_module.read_catalogue
+
+        def slow(*args: Any, **options: Any) -> dict[str, Any]:
+            try:
+                return real(*args, **options)
+            except FileNotFoundError:
+                late.set()
+                back.wait(60)
+                raise
+
+        publish_module.read_catalogue = slow
+
+    first = context.Process(target=run, args=(0, publisher))
+    first.start()
+    assert moved.wait(60)
+    assert not (folder / "corpus.json").exists()
+    second = context.Process(target=run, args=(1, latecomer))
+    second.start()
+    first.join(120)
+    back.set()
+    second.join(120)
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    assert {tmp_path.joinpath(f"hash{task}").read_text() for task in range(2)} == {
+        read_catalogue(folder)["hash"]
+    }
+
+
+def test_compact_leaves_a_copy_without_staging_as_it_is(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("staging", "ledger", ".locks"))
+    assert compact(copy) == read_catalogue(copy)
+    assert not (copy / ".locks").exists()
+    with pytest.raises(FileNotFoundError, match="not finalized"):
+        compact(tmp_path)
 
 
 @pytest.mark.parametrize("again", [compact, finalize])
