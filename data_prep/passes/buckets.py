@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.corpus.cell_store import CellStore
-from sclong_ds.files.atomic import partial_name, write_atomic
+from sclong_ds.files.atomic import listed, partial_name, write_atomic
 from sclong_ds.files.checksums import crc32c
 from sclong_ds.files.npz import read_npz
 
@@ -227,8 +227,9 @@ def forget_records(folder: Path, field: str) -> None:
         folder: Of all runs; it need not be there.
         field: Name of the field.
     """
-    for path in folder.glob(f"*.{field}"):
-        path.unlink(missing_ok=True)
+    for path in listed(folder) if folder.is_dir() else ():
+        if path.suffix == f".{field}":
+            path.unlink(missing_ok=True)
 
 
 def discard_scratch(folder: Path) -> None:
