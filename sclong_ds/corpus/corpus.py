@@ -51,7 +51,7 @@ from sclong_ds.corpus.cell_store import CellStore, DamagedChunk
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.location import Location
 from sclong_ds.corpus.parts.gene_stats import GeneStats, joined_statistics
-from sclong_ds.corpus.parts.joined_cells import JoinedCells
+from sclong_ds.corpus.parts.joined_cells import JoinedCells, dataset_codes
 from sclong_ds.files.npz import read_npy, read_npz
 from sclong_ds.files.obs_table import obs_names, read_obs
 
@@ -295,11 +295,11 @@ class Corpus:
     @cached_property
     def row_dataset(self) -> NDArray[np.uint32]:
         """(cells,) position of the cell's dataset in `datasets`."""
-        codes = self.cells.table("dataset")
+        codes, most = dataset_codes(self.cells)
         # A catalogue by another program has right checksums of what does not belong together.
-        if len(codes) and codes.max() >= len(self.datasets):
+        if most >= len(self.datasets):
             raise ValueError(
-                f"{self.cells.location}/dataset/c/0: damaged (a cell of dataset {codes.max()}, "
+                f"{self.cells.location}/dataset/c/0: damaged (a cell of dataset {most}, "
                 f"the corpus has {len(self.datasets)}); {self._cure}"
             )
         return codes

@@ -101,7 +101,7 @@ def test_a_run_continues_on_its_grown_corpus_when_asked(
 def test_two_ranks_continue_on_the_grown_corpus_as_one_does(
     small_corpus: Path, small_graph: Path, grown: Path, tmp_path: Path, balance: str
 ) -> None:
-    """Begun on two ranks; each continues in the order of the grown corpus, and so does one alone."""
+    """Begun on two; both continue in the order of the grown corpus, and so does one alone."""
     more = ["engine.train_micro_batch_size_per_gpu=1"]
     if balance != "none":
         more += [f"data.balance_by={balance}", "data.balance_exponent=0.0", "data.max_repeats=3"]
