@@ -28,6 +28,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -334,21 +335,28 @@ def _add_finalize(parser: argparse.ArgumentParser) -> None:
 
 def _run_finalize(args: argparse.Namespace) -> int:
     from data_prep.corpus.finalize import finalize
+
+    options = {
+        "seed": args.seed,
+        "validation_fraction": args.validation_fraction,
+        "test_fraction": args.test_fraction,
+        "split_by": args.split_by,
+        "validation_datasets": args.validation_datasets,
+        "near_duplicates": args.near_duplicates,
+        "allow_missing": args.allow_missing,
+    }
+    return _finish(args, partial(finalize, **options))
+
+
+def _finish(args: argparse.Namespace, make: Callable[..., dict[str, Any]]) -> int:
+    """Make a corpus on the processes that were asked for, with progress, and describe it."""
     from sclong_ds.progress import stage_progress
 
     check_tasks(args)
-
     with stage_progress("cells") as progress:
-        catalogue = finalize(
+        catalogue = make(
             args.corpus,
-            seed=args.seed,
-            validation_fraction=args.validation_fraction,
-            test_fraction=args.test_fraction,
-            split_by=args.split_by,
-            validation_datasets=args.validation_datasets,
             codec=args.codec,
-            near_duplicates=args.near_duplicates,
-            allow_missing=args.allow_missing,
             jobs=args.jobs,
             task=args.task or 0,
             tasks=args.tasks,
@@ -418,20 +426,8 @@ def _add_compact(parser: argparse.ArgumentParser) -> None:
 
 def _run_compact(args: argparse.Namespace) -> int:
     from data_prep.corpus.growth.compact import compact
-    from sclong_ds.progress import stage_progress
 
-    check_tasks(args)
-    with stage_progress("cells") as progress:
-        catalogue = compact(
-            args.corpus,
-            codec=args.codec,
-            jobs=args.jobs,
-            task=args.task or 0,
-            tasks=args.tasks,
-            progress=progress,
-        )
-    _tell_finished(args, catalogue)
-    return 0
+    return _finish(args, compact)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

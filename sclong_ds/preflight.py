@@ -1,7 +1,7 @@
 """Name under which batch scripts of earlier versions start `sclong_ds.job.preflight`."""
 
-from sclong_ds.job.failures import run_to_end
-from sclong_ds.job.preflight import main
+import runpy
 
 if __name__ == "__main__":
-    run_to_end(main)
+    # As the program itself: it answers --help before the imports that take seconds.
+    runpy.run_module("sclong_ds.job.preflight", run_name="__main__", alter_sys=True)

@@ -126,9 +126,9 @@ from sclong_ds.tracking.client import Status
 from sclong_ds.training.begin import Run, begin
 from sclong_ds.training.callbacks.callback import Callback
 from sclong_ds.training.callbacks.calling import CallbackError
-from sclong_ds.training.resume import open_run_folder
+from sclong_ds.training.resume import check_run_folder, open_run_folder
 from sclong_ds.training.run import Counted, Given, Opened, training_run
-from sclong_ds.training.run_checks import check_run_folder, with_order_of_run
+from sclong_ds.training.run_checks import with_order_of_run
 from sclong_ds.training.saving import PATIENCE
 from sclong_ds.training.timing import StepTimer
 
@@ -211,7 +211,7 @@ def train_as_rank(
     run = begin(given, starting)
     opened, counted = run.opened, run.counted
     if dry_run:
-        on_first_rank(lambda: check_run_folder(run_dir, config, counted.state, opened.cells.corpus))
+        on_first_rank(lambda: check_run_folder(given, counted.state, opened.cells.corpus))
         log.info("dry run: everything fits together, nothing was trained")
         return 0
     open_run_folder(run, starting)

@@ -26,6 +26,17 @@ from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.source.source import FORMATS
 from sclong_ds.files.atomic import read_file
 
+ORIGIN: Mapping[str, str] = {
+    "url": "address that the file was fetched from; kept with the dataset",
+    "version": "of the dataset, as its publisher names it; kept with the dataset",
+    "bytes": "size of the file at a URL; another one there is refused",
+    "sha256": "of the file at a URL, hex; another one there is refused",
+    "title": "of the dataset; kept with it",
+    "doi": "of its publication; kept with it",
+    "licence": "of the data, such as CC BY 4.0; kept with it",
+    "citation": "how to cite the dataset; kept with it",
+}
+"""Columns that tell where the data come from."""
 COLUMNS: Mapping[str, str] = {
     "dataset_id": "name of the dataset: letters, digits, '_', '-' and '.', unique (required)",
     "path": "file or folder, relative to the folder of the manifest, or the address of a file "
@@ -47,20 +58,11 @@ COLUMNS: Mapping[str, str] = {
     "min_counts": "drop cells with fewer counts on them (default: that of --min-counts)",
     "where": WHERE_HELP,
     "n_cells": "number of cells, for the reader; ignored",
-    "url": "address that the file was fetched from; kept with the dataset",
-    "version": "of the dataset, as its publisher names it; kept with the dataset",
-    "bytes": "size of the file at a URL; another one there is refused",
-    "sha256": "of the file at a URL, hex; another one there is refused",
-    "title": "of the dataset; kept with it",
-    "doi": "of its publication; kept with it",
-    "licence": "of the data, such as CC BY 4.0; kept with it",
-    "citation": "how to cite the dataset; kept with it",
+    **ORIGIN,
     "note": "free text, ignored",
 }
 REQUIRED = ("dataset_id", "path")
 OBS_ROLES = ("donor", "sample", "assay", "cell_type")
-ORIGIN = ("url", "version", "bytes", "sha256", "title", "doi", "licence", "citation")
-"""Columns that tell where the data come from."""
 _NUMBERS = ("min_genes", "min_counts")
 _NO_OPTIONS = ("dataset_id", "path", "gene_list", "n_cells", "note", *ORIGIN)
 """Columns that do not enter the settings hash; of the files it is the content that counts."""

@@ -8,7 +8,7 @@ cells of a corpus of 10^9 share a digest with probability 10^-21.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,40 +29,35 @@ Progress = Callable[[str, int, int], None]
 
 
 def find_duplicates(
-    stores: Sequence[CellStore], folder: Path, *, progress: Progress | None = None
-) -> list[NDArray[np.bool_]]:
+    cells: CellStore, folder: Path, *, progress: Progress | None = None
+) -> NDArray[np.bool_]:
     """Find cells that are identical to an earlier one.
 
     Args:
-        stores: Cell stores with the same genes; earlier stores come first, as do earlier rows.
-        folder: Scratch folder; it is created and removed. One that a killed call for the same
-            stores has left is continued.
+        cells: The cells.
+        folder: Scratch folder that does not exist; it is created and removed.
         progress: Called after every chunk.
 
     Returns:
-        Per store a (cells,) array, True where an identical cell comes before.
+        (cells,) True where an identical cell comes before.
     """
-    sizes = [len(store) for store in stores]
-    n_cells, first_cell = sum(sizes), np.cumsum([0, *sizes])
+    n_cells = len(cells)
     runs = BucketRuns(folder, n_buckets=max(1, -(-n_cells // CELLS_PER_BUCKET)))
     done = 0
-    for number, run in enumerate(plan_runs(stores, run_bytes=RUN_BYTES)):
+    for run in plan_runs([cells], run_bytes=RUN_BYTES):
         parts = []
-        for position, chunk in run:
-            store = stores[position]
-            if number >= len(runs):
-                parts.append(digest_cells(store.read_packed(chunk)))
-            done = int(first_cell[position] + store.chunk_rows[chunk + 1])
+        for _, chunk in run:
+            parts.append(digest_cells(cells.read_packed(chunk)))
+            done = int(cells.chunk_rows[chunk + 1])
             if progress:
                 progress("duplicates", done, n_cells)
-        if parts:
-            digests = np.concatenate(parts)
-            write_digests(runs, digests, done - len(digests))
+        digests = np.concatenate(parts)
+        write_digests(runs, digests, done - len(digests))
     repeated = np.zeros(n_cells, dtype=bool)
-    for cells in repeated_cells(runs):
-        repeated[cells] = True
+    for numbers in repeated_cells(runs):
+        repeated[numbers] = True
     discard_scratch(folder)
-    return np.split(repeated, first_cell[1:-1])
+    return repeated
 
 
 def write_digests(runs: BucketRuns, digests: NDArray[np.uint64], first_cell: int) -> None:

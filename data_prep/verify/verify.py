@@ -134,7 +134,7 @@ def _check_contents(
     if not readable:
         return
     with tempfile.TemporaryDirectory(prefix="sclong_ds-verify-") as scratch:
-        repeated = find_duplicates([corpus.cells], Path(scratch) / "digests", progress=progress)[0]
+        repeated = find_duplicates(corpus.cells, Path(scratch) / "digests", progress=progress)
     if repeated.any():
         first = int(np.flatnonzero(repeated)[0])
         problems.append(f"cells.zarr: {repeated.sum()} cells repeat others, the first is {first}")

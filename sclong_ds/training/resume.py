@@ -13,8 +13,8 @@ from typing import Any
 import torch.distributed as dist
 
 from sclong_ds.checkpoint.load import Loaded, load
-from sclong_ds.checkpoint.on_disk import restore_best
-from sclong_ds.checkpoint.state import TrainState
+from sclong_ds.checkpoint.on_disk import complete_checkpoints, restore_best
+from sclong_ds.checkpoint.state import TrainState, read_state
 from sclong_ds.config.history import VERSION
 from sclong_ds.config.strict_yaml import to_dict, to_yaml
 from sclong_ds.corpus.corpus import Corpus
@@ -238,6 +238,22 @@ def refuse_other_run(
     refuse_changes(checkpoint, given.config)
     grown = given.config.data.grown if has_grown(found, corpus) else None
     refuse_other_inputs(given.run_dir, found, now, grown=grown)
+
+
+def check_run_folder(given: Given, now: TrainState, corpus: Corpus) -> None:
+    """Check, without a change, that a run could begin or continue in its folder.
+
+    Args:
+        given: What the run is given.
+        now: State that it would begin with.
+        corpus: Its corpus.
+
+    Raises:
+        ValueError: The folder holds another run's checkpoints.
+    """
+    found = complete_checkpoints(given.run_dir / "checkpoints")
+    if found:
+        refuse_other_run(given, now, corpus, found[0], read_state(found[0]))
 
 
 def write_inputs(given: Given, corpus: Corpus) -> None:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.checkpoint.on_disk import complete_checkpoints
-from sclong_ds.checkpoint.state import TrainState, read_state
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import DataConfig, ObjectiveConfig, OptimConfig, RunConfig
 from sclong_ds.config.strict_yaml import to_dict
@@ -242,23 +241,3 @@ def refuse_other_inputs(
             f"before, since the annotations of the corpus are others (finalize writes them); take "
             f"the corpus as it was, or a new run.dir"
         )
-
-
-def check_run_folder(run_dir: Path, config: RunConfig, now: TrainState, corpus: Corpus) -> None:
-    """Check, without a change, that a run could begin or continue in a folder.
-
-    Args:
-        run_dir: Run folder.
-        config: The run's configuration.
-        now: State that the run would begin with.
-        corpus: Its corpus.
-
-    Raises:
-        ValueError: It holds another run's checkpoints.
-    """
-    found = complete_checkpoints(run_dir / "checkpoints")
-    if found:
-        refuse_changes(found[0], config)
-        state = read_state(found[0])
-        grown = config.data.grown if has_grown(state, corpus) else None
-        refuse_other_inputs(run_dir, state, now, grown=grown)

@@ -98,7 +98,7 @@ def _write_near(
     rule: NearRule,
 ) -> Made:
     """Write which cells are left out as near duplicates; return their numbers."""
-    primary = [read_primary(t, len(store)) for t, store in zip(tables, stores, strict=True)]
+    primary = [read_primary(table) for table in tables]
     near = search.found(np.concatenate(primary), rule)
     write_atomic(path, npz_bytes(dropped=near.dropped))
     ends = np.cumsum([len(store) for store in stores])[:-1]
@@ -136,15 +136,15 @@ def read_near(path: Path) -> NDArray[np.bool_]:
     return np.asarray(read_npz(path, cure="run finalize again")["dropped"], bool)
 
 
-def read_primary(path: Path, n_cells: int) -> NDArray[np.uint8]:
+def read_primary(path: Path) -> NDArray[np.uint8]:
     """Return (cells,) what a dataset says of `is_primary_data`: PRIMARY, SECONDARY, UNKNOWN.
 
     Args:
-        path: Annotations of its staged cells (`sclong_ds.files.obs_table`).
-        n_cells: Their number.
+        path: Annotations of its staged cells (`sclong_ds.files.obs_table`); `write_coded` has
+            compared their number with that of the cells.
 
     Raises:
-        ValueError: The annotations are damaged or of another number of cells.
+        ValueError: The annotations are damaged.
     """
     try:
         n_rows, present = obs_length(path), IS_PRIMARY in obs_names(path)
@@ -153,7 +153,5 @@ def read_primary(path: Path, n_cells: int) -> NDArray[np.uint8]:
         )
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; or convert the dataset again") from None
-    if n_rows != n_cells:
-        raise ValueError(f"{path}: {n_rows} rows for {n_cells} cells; convert the dataset again")
     codes = {"true": PRIMARY, "1": PRIMARY, "false": SECONDARY, "0": SECONDARY}
     return np.array([codes.get(text.strip().lower(), UNKNOWN) for text in texts], np.uint8)[found]
