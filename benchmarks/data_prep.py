@@ -133,16 +133,10 @@ def measure(out: Path, source: Path, rounds: int) -> dict[str, Any]:
             if name == CONTENDERS[0]:
                 opened = Corpus(corpus)
                 n_cells, n_values = len(opened), opened.cells.n_values
-                files = (corpus / "cells.zarr").rglob("*")
-                sizes[name] = sum(file.stat().st_size for file in files if file.is_file())
+                sizes[name] = _size_of_store(corpus / "cells.zarr")
                 shutil.rmtree(corpus)
             else:
-                # Only the matrix: annotation is beside the point on both sides.
-                with h5py.File(copy) as root:
-                    sizes[name] = sum(
-                        root["X"][part].id.get_storage_size()
-                        for part in ("data", "indices", "indptr")
-                    )
+                sizes[name] = _size_of_matrix(copy)
                 copy.unlink()
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
@@ -161,6 +155,16 @@ def measure(out: Path, source: Path, rounds: int) -> dict[str, Any]:
         "medians": medians,
         "all_rounds": costs,
     }
+
+
+def _size_of_store(store: Path) -> int:
+    return sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+
+
+def _size_of_matrix(path: Path) -> int:
+    """Return the bytes of the matrix alone: annotation is beside the point on both sides."""
+    with h5py.File(path) as root:
+        return sum(root["X"][part].id.get_storage_size() for part in ("data", "indices", "indptr"))
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ the other genome, a name of nothing), so that the truth needs no reader and no r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -141,6 +141,63 @@ def _written(draw: st.DrawFn, gene: int, style: str, mark: str) -> str:
 _NOTHING = ("nothing", "tdTomato", "ERCC-00002", "__alignment_not_unique", "AC000000.99")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Feature:
+    name: str
+    symbol: str
+    target: int | None = None
+    certain: bool = True
+    type: str = EXPRESSION
+    genome: str = "GRCh38"
+
+
+def _genes(draw: st.DrawFn) -> list[_Feature]:
+    """Draw genes in one writing, some of them twice, and names of nothing."""
+    genes = draw(st.lists(st.integers(0, len(GENES) - 1), min_size=1, max_size=7, unique=True))
+    style = draw(st.sampled_from([*EXACT_STYLES, *LOSSY_STYLES]))
+    mark = draw(st.sampled_from(["_", "|"]))
+    found = [
+        _Feature(
+            name=_written(draw, gene, style, mark),
+            symbol=GENES.symbols[gene],
+            target=gene,
+            certain=style not in LOSSY_STYLES,
+        )
+        for gene in genes
+    ]
+    for number in range(draw(st.integers(0, 2))):
+        # The same gene a second time: as it stands, or made unique as scanpy and R do.
+        first = found[draw(st.integers(0, len(genes) - 1))]
+        end = draw(st.sampled_from(["", f"-{number + 1}", f".{number + 1}"]))
+        found.append(
+            replace(first, name=first.name + end, symbol=first.symbol + end, certain=not end)
+        )
+    nothing = draw(st.lists(st.sampled_from(_NOTHING), max_size=2, unique=True))
+    return found + [_Feature(name=name, symbol=name) for name in nothing]
+
+
+def _of_other_types(draw: st.DrawFn) -> list[_Feature]:
+    """Draw features that are not gene expression, some by the name of a gene."""
+    found = []
+    for _ in range(draw(st.integers(0, 4))):
+        gene = draw(st.integers(0, len(GENES) - 1))
+        names = [GENES.ids[gene], GENES.symbols[gene], "CD4_TotalSeqB", "HTO_1", "chr1:1-90"]
+        name = draw(st.sampled_from(names))
+        symbol = draw(st.sampled_from([name, GENES.symbols[gene]]))
+        found.append(_Feature(name=name, symbol=symbol, type=draw(st.sampled_from(OTHER_TYPES))))
+    return found
+
+
+def _of_another_genome(draw: st.DrawFn) -> list[_Feature]:
+    """Draw genes of a mouse, some by the name of a human gene."""
+    found = []
+    for number in range(draw(st.integers(0, 3))):
+        gene = draw(st.integers(0, len(GENES) - 1))
+        name = draw(st.sampled_from([f"mm10___Gene{number}", GENES.symbols[gene]]))
+        found.append(_Feature(name=name, symbol=name, genome="mm10"))
+    return found
+
+
 @st.composite
 def examples(draw: st.DrawFn, container: str) -> Example:
     """Draw a dataset for a container.
@@ -150,83 +207,42 @@ def examples(draw: st.DrawFn, container: str) -> Example:
         container: One of made_sources.CONTAINERS.
     """
     n_cells = draw(st.integers(1, 6))
-    genes = draw(st.lists(st.integers(0, len(GENES) - 1), min_size=1, max_size=7, unique=True))
-    style = draw(st.sampled_from([*EXACT_STYLES, *LOSSY_STYLES]))
-    mark = draw(st.sampled_from(["_", "|"]))
-    ids = [_written(draw, gene, style, mark) for gene in genes]
-    targets: list[int | None] = list(genes)
-    certain = [style not in LOSSY_STYLES] * len(genes)
-    symbols = [GENES.symbols[gene] for gene in genes]
-    for number in range(draw(st.integers(0, 2))):
-        # The same gene a second time: as it stands, or made unique as scanpy and R do.
-        place = draw(st.integers(0, len(genes) - 1))
-        end = draw(st.sampled_from(["", f"-{number + 1}", f".{number + 1}"]))
-        ids.append(ids[place] + end)
-        symbols.append(symbols[place] + end)
-        targets.append(targets[place])
-        certain.append(not end)
-    for name in draw(st.lists(st.sampled_from(_NOTHING), max_size=2, unique=True)):
-        ids.append(name)
-        symbols.append(name)
-        targets.append(None)
-        certain.append(True)
-    types: list[str] | None = None
-    genomes: list[str] | None = None
+    features = _genes(draw)
+    with_types = container in WITH_TYPES and draw(st.booleans())
+    if with_types:
+        features += _of_other_types(draw)
     options, must = {}, True
-    if container in WITH_TYPES and draw(st.booleans()):
-        types = [EXPRESSION] * len(ids)
-        for _ in range(draw(st.integers(0, 4))):
-            gene = draw(st.integers(0, len(GENES) - 1))
-            name = draw(
-                st.sampled_from(
-                    [GENES.ids[gene], GENES.symbols[gene], "CD4_TotalSeqB", "HTO_1", "chr1:1-90"]
-                )
-            )
-            ids.append(name)
-            symbols.append(draw(st.sampled_from([name, GENES.symbols[gene]])))
-            targets.append(None)
-            certain.append(True)
-            types.append(draw(st.sampled_from(OTHER_TYPES)))
-    if container in WITH_GENOMES and draw(st.booleans()):
-        genomes = ["GRCh38"] * len(ids)
-        others = draw(st.integers(0, 3))
-        for number in range(others):
-            gene = draw(st.integers(0, len(GENES) - 1))
-            name = draw(st.sampled_from([f"mm10___Gene{number}", GENES.symbols[gene]]))
-            ids.append(name)
-            symbols.append(name)
-            targets.append(None)
-            certain.append(True)
-            genomes.append("mm10")
-            if types is not None:
-                types.append(EXPRESSION)
+    with_genomes = container in WITH_GENOMES and draw(st.booleans())
+    if with_genomes:
+        others = _of_another_genome(draw)
+        features += others
         if draw(st.integers(0, 3)):
             options["genome"] = "GRCh38"
         must = not others or "genome" in options
-    order = draw(st.permutations(range(len(ids))))
+    features = draw(st.permutations(features))
     dtype = draw(_dtypes(container))
     both = draw(st.booleans())
     made = Made(
         n_cells=n_cells,
-        triples=draw(_triples(container, n_cells, len(ids), dtype)),
-        ids=[ids[n] for n in order],
-        symbols=[symbols[n] for n in order] if both else None,
-        types=None if types is None else [types[n] for n in order],
-        genomes=None if genomes is None else [genomes[n] for n in order],
+        triples=draw(_triples(container, n_cells, len(features), dtype)),
+        ids=[feature.name for feature in features],
+        symbols=[feature.symbol for feature in features] if both else None,
+        types=[feature.type for feature in features] if with_types else None,
+        genomes=[feature.genome for feature in features] if with_genomes else None,
         dtype=dtype,
         pointers=draw(st.sampled_from(["<i4", "<i8"])),
         obs=_obs(draw, container, n_cells) if container in WITH_OBS else _no_obs(n_cells),
         barcodes=draw(_barcodes(container, n_cells)),
     )
     # Equal numbers of rows and columns do not tell which are the cells.
-    assume("transposed" not in container or n_cells != len(ids))
+    assume("transposed" not in container or n_cells != len(features))
     options["counts"] = draw(st.sampled_from(["X", "X", "auto"]))
     if len(made.obs.columns):
         options["obs_columns"] = "*"
     return Example(
         made=made,
-        targets=[targets[n] for n in order],
-        certain=[certain[n] for n in order],
+        targets=[feature.target for feature in features],
+        certain=[feature.certain for feature in features],
         options=options,
         must=must and options["counts"] == "X" and container not in TEXT,
     )

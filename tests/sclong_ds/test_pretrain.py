@@ -2,9 +2,8 @@
 
 What a run survives beyond that is in `test_survival.py`.
 
-Covers also `sclong_ds/engine/gradient_norms.py`, `sclong_ds/run_folder/lock.py`,
-`sclong_ds/training/begin.py`, `sclong_ds/training/build.py`, `sclong_ds/training/resume.py`,
-`sclong_ds/training/run.py`, `sclong_ds/training/timing.py`.
+Covers also `sclong_ds/engine/gradient_norms.py`, `sclong_ds/training/build.py`,
+`sclong_ds/training/resume.py`, `sclong_ds/training/run.py`, `sclong_ds/training/timing.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,65 +22,31 @@ import psutil
 import pytest
 import torch
 from launching import (
-    PORT,
-    ROOT,
-    deepspeed_command,
-    environment,
     run_module,
-    start_ranks,
-    train,
+)
+from pretraining import (
+    STEPS,
+    cells,
+    launch,
+    log_of,
+    losses,
+    refused,
+    run_ranks,
+    settings,
+    wait_for_step,
+    weights,
 )
 from safetensors.numpy import load_file
 from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 
-from benchmarks.random_kills import end_ranks, last_step, openings
+from benchmarks.random_kills import last_step, openings
 from sclong_ds.config.load import load_config
 from sclong_ds.model.random_features import drawn_features
-from sclong_ds.report.status import describe, read_status
 from sclong_ds.run_folder.files import read_events
-from sclong_ds.run_folder.lock import lock_run_folder
 from sclong_ds.run_folder.metric_names import BASELINES as NAMES
 from sclong_ds.run_folder.rows import read_metrics
 
 pytestmark = pytest.mark.distributed
-STEPS = 60
-
-
-def settings(run_dir, corpus, graph, **overrides):
-    base = {
-        "run.dir": run_dir, "data.corpus": corpus, "model.gene_graph": graph,
-        "model.top_seq_len": 64, "run.max_steps": STEPS, "run.validate_every_n_steps": 30,
-        "run.validation_cells": 21, "checkpoint.every_n_steps": 12, "checkpoint.keep_last": 5,
-        "optim.decay_steps": STEPS, "tracking.enabled": "false",
-        "tracking.picture_cells": "null", "engine.train_batch_size": 4,
-    }  # fmt: skip
-    return ["--config", "sclong_tiny", *(f"{k}={v}" for k, v in (base | overrides).items())]
-
-
-def launch(ranks, args, **kwargs):
-    return subprocess.Popen(
-        deepspeed_command(ranks, *args), cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **kwargs,
-    )  # fmt: skip
-
-
-def finish(process, expected=0):
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == expected, output[-6000:]
-    return output
-
-
-def run_ranks(ranks, args, run_dir, *, program=("-m", "sclong_ds.pretrain")):
-    """Train on some ranks, without the time that a launcher takes."""
-    train([*program, *args], n_ranks=ranks, log=run_dir.with_suffix(".log"))
-
-
-def log_of(run_dir):
-    return run_dir.with_suffix(".log").read_text()
-
-
-def losses(run_dir):
-    return {int(r["step"]): r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r}
 
 
 def check_gradient_norms(run_dir):
@@ -103,27 +65,6 @@ def check_gradient_norms(run_dir):
     assert all(v > 0 for k, v in steps[-1].items() if k.startswith("train/grad_norm/"))
 
 
-def cells(run_dir):
-    rows = read_metrics(run_dir)
-    return [r["data/cells_crc32"] for r in rows if "data/cells_crc32" in r]
-
-
-def wait_for_step(run_dir, step, process):
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0][-6000:]
-        if last_step(run_dir) >= step:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"step {step} was not reached")
-
-
-def weights(run_dir, tmp_path):
-    out = tmp_path / f"model_{run_dir.name}"
-    run_module("sclong_ds", "export", run_dir, "--out", out)
-    return load_file(out / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, small_corpus, small_graph) -> Path:
     """An uninterrupted run on two ranks."""
@@ -133,7 +74,7 @@ def straight(tmp_path_factory, small_corpus, small_graph) -> Path:
     return run_dir
 
 
-def test_run_learns_and_leaves_a_complete_folder(straight):
+def test_run_learns(straight):
     found = losses(straight)
     assert sorted(found) == list(range(1, STEPS + 1))
     rows = read_metrics(straight)
@@ -166,6 +107,10 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
     # In the row after the step that was saved.
     stalled = {int(r["step"]) for r in steps if r["perf/checkpoint_s"] > 0}
     assert {13, 25, 37, 49} <= stalled
+    assert scores[-1]["perf/rank_skew"] >= 1
+
+
+def test_run_leaves_a_complete_folder(straight):
     for name in (
         "config.yaml",
         "ds_config.json",
@@ -184,7 +129,6 @@ def test_run_learns_and_leaves_a_complete_folder(straight):
                        (60, {"gradient_norms", "ranks"})):  # fmt: skip
         pictures = (straight / "plots" / f"step_{step:08d}").glob("*.png")
         assert {p.stem for p in pictures} == shown | more
-    assert scores[-1]["perf/rank_skew"] >= 1
     (node,) = (straight / "system").glob("*.jsonl")
     assert len(node.read_text().splitlines()) >= 2
     resolved = json.loads((straight / "ds_config.json").read_text())
@@ -409,31 +353,6 @@ def test_first_loss_is_the_variance_of_the_targets(small_corpus, small_graph, tm
     assert first["val/mse"] == pytest.approx(first["val/target_variance"], rel=0.1)
 
 
-def test_dry_run_checks_and_leaves_nothing(small_corpus, small_graph, tmp_path):
-    longer = {"optim.decay_steps": 10 * STEPS, "optim.warmup_steps": 1}
-    args = settings(tmp_path / "run", small_corpus, small_graph, **longer)
-    done = run_module("sclong_ds.pretrain", "--dry-run", *args)
-    assert "everything fits together" in done.stderr
-    assert done.stderr.count("the learning rate of the last step is 98% of its peak") == 1
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "file").touch()
-    for place, says in (("s3://b/run", "not a URL"), (tmp_path / "file/run", "is not a folder")):
-        args = settings(place, small_corpus, small_graph)
-        error = refused("--dry-run", *args)
-        assert error.startswith(f"error: run.dir={place}: ")
-        assert says in error
-
-
-def refused(*args):
-    """Run and expect one clear line and exit status 1."""
-    done = run_module("sclong_ds.pretrain", *args, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    return errors[0]
-
-
 def test_resume_refuses_another_run_and_passes_over_a_damaged_checkpoint(
     straight, small_corpus, small_graph, tmp_path
 ):
@@ -483,65 +402,6 @@ def test_settings_changed_at_a_resume_are_in_force_and_said(
     assert log_of(run_dir).count("optim.eps: 1e-08 -> 1000000000.0, from step 13 on") == 1
 
 
-def test_a_start_that_waits_for_mlflow_is_shown_and_ends_when_asked(
-    small_corpus, small_graph, tmp_path
-):
-    program = (
-        "import threading; from sclong_ds.job import failures; from sclong_ds import pretrain; "
-        "from sclong_ds.tracking import sender, tracker; tracker._START_WAIT_S = 300; "
-        "sender.Sender.send = lambda *a, **k: threading.Event().wait(); "
-        "failures.run_to_end(pretrain.main)"
-    )
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    args = settings(run_dir, small_corpus, small_graph, **{"tracking.enabled": "true"})
-    ranks = start_ranks(2, ["-c", program, *args], log=log)
-    waits = f"waits for MLflow at sqlite:///{tmp_path / 'mlflow.db'}, 300 s at most since "
-    try:
-        deadline = time.monotonic() + 120
-        while not (run_dir / "run.json").exists() or waits not in describe(read_status(run_dir)):
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.1)
-        assert read_status(run_dir).state == "starting"
-        for rank in ranks:
-            rank.send_signal(signal.SIGTERM)
-        assert [rank.wait(timeout=30) for rank in ranks] == [75, 75]
-    finally:
-        end_ranks(ranks)
-    assert "stopped by SIGTERM while starting, phase 'record': waits for MLflow" in log.read_text()
-
-
-def test_many_ranks_say_an_error_once_and_leave_nothing(small_corpus, demo_graph, tmp_path):
-    args = settings(tmp_path / "run", small_corpus, demo_graph)
-    output = finish(launch(2, args), expected=1)
-    assert not list(Path("/dev/shm").glob(f"deepspeed*_{PORT}_*"))
-    assert output.count("error: ") == 1
-    assert "made for another gene vocabulary" in output
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_rank_that_would_run_something_else_is_found(small_corpus, small_graph, tmp_path):
-    """Nothing but parameters is broadcast: other random features would never be noticed."""
-    program = (
-        "import os, sys; from sclong_ds.job import failures; from sclong_ds import pretrain; "
-        "sys.argv.append('model.projection_seed=' + os.environ['RANK']); "
-        "import psutil; status = pretrain.main(); "
-        "found = [c.laddr for c in psutil.Process().net_connections() if c.status == 'LISTEN']; "
-        "print('listens:', *{a.ip for a in found}, os.environ['MASTER_PORT'] in "
-        "{str(a.port) for a in found}); failures.run_to_end(lambda: status)"
-    )
-    args, log = settings(tmp_path / "run", small_corpus, small_graph), tmp_path / "log"
-    ranks = start_ranks(2, ["-c", program, *args], log=log)
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [1, 1]
-    finally:
-        end_ranks(ranks)
-    assert log.read_text().count("error: ranks [1] have another configuration") == 1
-    # Ranks of one machine listen on it alone, gloo's sockets included.
-    said = {line for line in log.read_text().splitlines() if line.startswith("listens:")}
-    assert said == {"listens: 127.0.0.1 True", "listens: 127.0.0.1 False"}
-    assert not (tmp_path / "run").exists()
-
-
 def test_released_choices_train(small_corpus, small_graph, tmp_path):
     """The choices of sclong_reference at a small size: features are redrawn, the mask is cut."""
     tiny, released = (load_config(name).model for name in ("sclong_tiny", "sclong_reference"))
@@ -576,39 +436,3 @@ def test_released_choices_train(small_corpus, small_graph, tmp_path):
     assert torch.equal(
         torch.from_numpy(features["decoder.0"]), drawn_features(model, 1)["decoder.0"]
     )
-
-
-def test_missing_inputs_are_named(small_corpus, small_graph, tmp_path, capsys):
-    """Found before any process group is joined."""
-    from sclong_ds.pretrain import main
-
-    run_dir = tmp_path / "run"
-    cases = {
-        "model.gene_graph is not set": settings(run_dir, small_corpus, "null"),
-        "model.gene_graph=/none.npz: no such file": settings(run_dir, small_corpus, "/none.npz"),
-        "no such folder": settings(run_dir, tmp_path / "none", small_graph),
-        "takes for a pattern": settings(tmp_path / "run[1]", small_corpus, small_graph),
-        "did you mean 'max_steps'": settings(
-            run_dir, small_corpus, small_graph, **{"run.max_step": 3}
-        ),
-        "must be a multiple": settings(
-            run_dir, small_corpus, small_graph, **{"engine.train_micro_batch_size_per_gpu": 3}
-        ),
-    }
-    for message, args in cases.items():
-        assert main(args) == 1
-        said = capsys.readouterr().err
-        assert said.count("error: ") == 1
-        assert message in said
-    assert not run_dir.exists()
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path):
-    held = lock_run_folder(tmp_path, wait_s=0)
-    code = (
-        "from pathlib import Path; from sclong_ds.run_folder.lock import lock_run_folder; "
-        f"lock_run_folder(Path({str(tmp_path)!r}), wait_s=0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "another process is training there" in done.stderr
-    held.close()

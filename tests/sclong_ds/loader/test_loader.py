@@ -1,15 +1,9 @@
 """The loader: every rank gets its share of one stream, from any position, whatever happens.
 
-Covers also `sclong_ds/corpus/transform.py`, `sclong_ds/loader/batches.py`,
-`sclong_ds/loader/reading.py`, `sclong_ds/loader/shares.py`, `sclong_ds/loader/threads.py`.
+Covers also `sclong_ds/corpus/transform.py`, `sclong_ds/loader/batches.py` and
+`sclong_ds/loader/shares.py`.
 """
 
-import gc
-import logging
-import multiprocessing
-import pickle
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -18,130 +12,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded_cells import (
+    WEIGHTS,
+    dense,
+    in_order,
+    in_stream,
+    make_corpus,
+    open_loader,
+    order_of,
+    take,
+    visits,
+)
 from scipy import sparse
 
-from sclong_ds.corpus.byte_code import PackedCells, decode
-from sclong_ds.corpus.catalogue import write_catalogue
-from sclong_ds.corpus.cell_store import DamagedChunk
-from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.loader import threads as loading
-from sclong_ds.loader.loader import CellLoader, most_lanes, open_stream
+from sclong_ds.loader.loader import most_lanes, open_stream
 from sclong_ds.loader.order import ONE
 from sclong_ds.loader.weights import ColumnWeights
 
-GENES = 40
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")
-DATASET = {
-    "duplicates_dropped": 0, "split_cells": {}, "n_genes_mapped": None, "counts_kept": None,
-    "organism": None, "tissue": None, "format": None, "source": None, "source_hash": None,
-}  # fmt: skip
-
-
-def counts_of(n_cells):
-    """Counts of many sizes; some cells have none."""
-    rng = np.random.default_rng(5)
-    counts = rng.poisson(0.4, (n_cells, GENES)) * rng.choice([1, 3, 300, 70_000], (n_cells, GENES))
-    counts[rng.random(n_cells) < 0.1] = 0
-    return counts.astype(np.uint32)
-
-
-def make_corpus(folder, *, n_train, n_validation=0, chunk_entries=200, chunks_per_shard=2):
-    folder.mkdir()
-    counts = counts_of(n_train + n_validation)
-    options = {"chunk_entries": chunk_entries, "chunks_per_shard": chunks_per_shard}
-    with CellWriter(folder / "cells.zarr", n_genes=GENES, **options) as writer:
-        for rows in (slice(0, n_train), slice(n_train, None)):
-            n = len(counts[rows])
-            source = {"dataset": (np.arange(n) % 3).astype(np.uint32)}
-            writer.append(sparse.csr_matrix(counts[rows]), source=source)
-            writer.end_chunk()
-    n = len(counts)
-    splits = {"train": [0, n_train], "validation": [n_train, n], "test": [n, n]}
-    datasets = [{"dataset_id": f"d{i}", "n_cells": 1, **DATASET} for i in range(3)]
-    about = {"hash": "", "genes_hash": "", "n_cells": n, "splits": splits, "datasets": datasets}
-    write_catalogue(folder, about)
-    return Corpus(folder)
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory):
-    """One with many small chunks and one with few large ones; both with a validation split."""
-    folder = tmp_path_factory.mktemp("corpora")
-    return [
-        make_corpus(folder / "small", n_train=61, n_validation=10, chunk_entries=150),
-        make_corpus(folder / "large", n_train=90, n_validation=7, chunk_entries=900),
-    ]
-
-
-@pytest.fixture
-def corpus(corpora):
-    return corpora[0]
-
-
-def order_of(group=2, lanes=None):
-    """Arguments of `open_stream` for either order."""
-    return {"group_chunks": group} if lanes is None else {"lanes": lanes[0], "batch": lanes[1]}
-
-
-def open_loader(corpus, *, seed=0, group=2, lanes=None, weights=None, split="train", **options):
-    order = order_of(group, lanes)
-    stream = open_stream(corpus, split=split, seed=seed, weights=weights, **order)
-    defaults = {
-        "cells_seen": 0, "rank": 0, "world_size": 1, "train_batch_size": 8, "micro_batch_size": 4,
-        "prefetch_batches": 2,
-    }  # fmt: skip
-    return CellLoader(corpus, stream=stream, **(defaults | options))
-
-
-def dense(counts):
-    """Counts of any output but dense_norm as a fresh dense array."""
-    if isinstance(counts, np.ndarray):
-        return counts.copy()
-    if sparse.issparse(counts):
-        return counts.toarray()
-    return decode(counts.gap, counts.count, counts.row_entries, GENES).toarray()
-
-
-def visits(batch):
-    return list(
-        zip(batch.cell_ids.tolist(), batch.epochs.tolist(), batch.passes.tolist(), strict=True)
-    )
-
-
-def take(corpus, steps=None, *, check=True, **options):
-    """Return the visits of each micro-batch of each step; checks what belongs to the cells."""
-    truth = counts_of(len(corpus))
-    got = []
-    with open_loader(corpus, **options) as loader:
-        for step in loader:
-            for b in step.micro_batches if check else ():
-                assert np.array_equal(dense(b.counts), truth[b.cell_ids])
-                assert b.skipped.shape == b.cell_ids.shape
-                assert not b.skipped.any()
-            got.append([visits(b) for b in step.micro_batches])
-            if len(got) == steps:
-                break
-    return got
-
-
-def in_order(ranks):
-    """Put the micro-batches of all ranks back together into the global stream."""
-    return [v for step in zip(*ranks, strict=True) for micro in zip(*step, strict=True)
-            for batch in micro for v in batch]  # fmt: skip
-
-
-def in_stream(corpus, n, *, start=0, **options):
-    """Return the first n visits of the stream itself."""
-    batches = open_stream(corpus, **options).batches(start, size=n, stop=start + n)
-    return [
-        v for b in batches
-        for v in zip(b.rows.tolist(), b.epochs.tolist(), b.passes.tolist(), strict=True)
-    ]  # fmt: skip
-
-
-WEIGHTS = np.array([ONE // 2, ONE * 7 // 4, ONE])
 
 
 @settings(max_examples=30, deadline=None)
@@ -385,109 +275,6 @@ def test_more_lanes_than_fit_are_refused(many_cells):
         open_loader(many_cells, lanes=(64, 64), train_batch_size=64, memory_bytes=2_000_000)
 
 
-def test_errors_of_finish_reach_the_training_loop(corpus):
-    with open_loader(corpus, finish=lambda batch: 1 // 0) as loader:
-        for _ in range(2):
-            with pytest.raises(ZeroDivisionError):
-                next(loader)
-    assert loader.position == 0
-
-
-def go_on(loader, results):
-    """In another process: continue for four steps."""
-    with loader:
-        results.send([visits(b) for _ in range(4) for b in next(loader).micro_batches])
-
-
-FORK = """
-import os, pickle, sys
-loader = pickle.load(sys.stdin.buffer)
-def ids(steps):
-    return [next(loader).cell_ids.tolist() for _ in range(steps)]
-def fork():
-    if pid := os.fork():
-        assert os.waitpid(pid, 0)[1] == 0
-        return
-    print(ids(3), flush=True)
-    loader.close()
-    sys.exit()
-fork()
-print(ids(2), flush=True)
-fork()
-print(ids(3), flush=True)
-"""
-
-
-def test_a_loader_can_be_carried_over_forks_and_left_open(corpus):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK],
-        input=pickle.dumps(open_loader(corpus)), capture_output=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, b"")
-    with open_loader(corpus) as loader:
-        steps = [next(loader).cell_ids.tolist() for _ in range(5)]
-    shown = [steps[:3], steps[:2], steps[2:5], steps[2:5]]
-    assert done.stdout.decode().splitlines() == [str(part) for part in shown]
-
-
-def test_a_loader_can_be_sent_to_a_spawned_process(corpus):
-    with open_loader(corpus, weights=WEIGHTS) as loader:
-        next(loader)
-        spawn = multiprocessing.get_context("spawn")
-        results, their_end = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=go_on, args=(loader, their_end))
-        process.start()
-        their_end.close()
-        got = results.recv()
-        process.join()
-        assert got == [visits(b) for _ in range(4) for b in next(loader).micro_batches]
-
-
-def cell_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("cells-")]
-
-
-def test_nothing_starts_before_the_first_step_and_nothing_stays_after_close(corpus):
-    loader = open_loader(corpus, prefetch_batches=1, read_threads=3)
-    assert not cell_threads()
-    next(loader)
-    assert len(cell_threads()) == 4
-    loader.close()
-    loader.close()
-    assert not cell_threads()
-    with pytest.raises(ValueError, match="closed"):
-        next(loader)
-
-
-def test_a_forgotten_loader_takes_its_threads_along(corpus):
-    loader = open_loader(corpus)
-    next(loader)
-    del loader
-    gc.collect()
-    for thread in cell_threads():
-        thread.join(timeout=10)
-    assert not cell_threads()
-
-
-def test_an_interrupted_wait_loses_no_step(corpus, monkeypatch):
-    straight = take(corpus, 4)
-    loader = open_loader(corpus)
-    got = [[visits(b) for b in next(loader).micro_batches] for _ in range(2)]
-    next_step = loading.LoaderThreads.next_step
-
-    def interrupted(threads):
-        next_step(threads)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loading.LoaderThreads, "next_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        next(loader)
-    monkeypatch.undo()
-    with loader:
-        got += [[visits(b) for b in next(loader).micro_batches] for _ in range(2)]
-    assert got == straight
-
-
 def test_only_chunks_with_cells_between_start_and_end_are_read(corpora, monkeypatch):
     corpus = Corpus(corpora[0].path)
     n_chunks = int(np.searchsorted(corpus.chunk_rows, 61))
@@ -502,20 +289,6 @@ def test_only_chunks_with_cells_between_start_and_end_are_read(corpora, monkeypa
     delivered = in_order([take(corpus, cells_seen=30, stop_at=32, **options)])
     of_cells = np.searchsorted(corpus.chunk_rows, [row for row, *_ in delivered], side="right") - 1
     assert sorted(chunks) == np.unique(of_cells).tolist()
-
-
-def test_a_chunk_with_too_few_cells_is_an_error(corpora, monkeypatch):
-    corpus = Corpus(corpora[0].path)
-    read = corpus.read_packed
-
-    def cut(chunk, *, out=None):
-        cells = read(chunk, out=out)
-        tables = (cells.row_entries, cells.row_nnz, cells.row_total)
-        return cells if chunk else PackedCells(cells.gap, cells.count, *(t[:-1] for t in tables))
-
-    monkeypatch.setattr(corpus, "read_packed", cut)
-    with pytest.raises(ValueError, match=r"chunk 0 of .* too few for the rows"):
-        take(corpus, stop_at=60)
 
 
 @pytest.mark.parametrize(("group", "lanes"), [(2, None), (2, (8, 8))])
@@ -543,108 +316,6 @@ def test_without_prefetching_nothing_is_read_before_a_batch_needs_it(
             assert len(set(chunks) - needed) <= (0 if lanes else group)
             if number == 5:
                 break
-
-
-def test_a_long_wait_says_what_is_being_read(corpora, monkeypatch, caplog):
-    corpus = Corpus(corpora[0].path)
-    read, go = corpus.read_packed, threading.Event()
-
-    def slow(chunk, *, out=None):
-        assert go.wait(timeout=30)
-        return read(chunk, out=out)
-
-    monkeypatch.setattr(corpus, "read_packed", slow)
-    monkeypatch.setattr(loading, "WAIT_WARNING_S", 0.05)
-    loader = open_loader(corpus)
-    with caplog.at_level(logging.WARNING):
-        timer = threading.Timer(0.5, go.set)
-        timer.start()
-        next(loader)
-        timer.join()
-    loader.close()
-    waits = [r.getMessage() for r in caplog.records if "waiting for cells" in r.getMessage()]
-    assert len(waits) >= 2
-    assert "reading chunk" in waits[0]
-    assert str(corpus.path) in waits[0]
-    assert loader.waited_s > 0.2
-
-
-@pytest.fixture
-def damaged(tmp_path):
-    """A corpus without one of its shards, and the rows that were in it."""
-    corpus = make_corpus(tmp_path / "corpus", n_train=61, chunk_entries=150)
-    (tmp_path / "corpus" / "cells.zarr" / "gap" / "c" / "1").unlink()
-    return corpus, range(int(corpus.chunk_rows[2]), int(corpus.chunk_rows[4]))
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize(("group", "lanes"), [(1, None), (3, None), (2, (2, 8)), (2, (8, 8))])
-def test_damage_stops_the_loop_where_it_is_met_and_says_where(damaged, group, lanes, prefetch):
-    """All batches before it are given, however far ahead its chunk was read."""
-    corpus, lost = damaged
-    rows = [row for row, *_ in in_stream(corpus, 61, seed=0, **order_of(group, lanes))]
-    whole = next(i for i, row in enumerate(rows) if row in lost) // 8 * 8
-    with open_loader(corpus, group=group, lanes=lanes, prefetch_batches=prefetch) as loader:
-        delivered = []
-        with pytest.raises(DamagedChunk, match=r"gap/c/1.*restore"):  # noqa: PT012
-            while True:
-                delivered += [i for b in next(loader).micro_batches for i in b.cell_ids]
-        assert loader.position == len(delivered) == whole
-        assert delivered == rows[:whole]
-        # The next call tries again.
-        with pytest.raises(DamagedChunk):
-            next(loader)
-
-
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_skipped_cells_keep_their_place_without_counts(damaged, output, caplog):
-    corpus, lost = damaged
-    truth = counts_of(61)
-    truth[lost.start : lost.stop] = 0
-    target_sum = 1e4 if output == "dense_norm" else None
-    ranks = []
-    for rank in range(2):
-        loader = open_loader(
-            corpus, rank=rank, world_size=2, micro_batch_size=2, on_damage="skip", stop_at=122,
-            output=output, target_sum=target_sum,
-        )  # fmt: skip
-        skipped, got = 0, []
-        with caplog.at_level(logging.WARNING), loader:
-            for step in loader:
-                for b in step.micro_batches:
-                    expected = truth[b.cell_ids]
-                    if target_sum:
-                        expected = log1p_normalise(
-                            sparse.csr_matrix(expected), target_sum=target_sum
-                        )
-                    assert np.array_equal(dense(b.counts), expected)
-                    assert b.skipped.tolist() == [int(i) in lost for i in b.cell_ids]
-                assert step.skipped == sum(b.skipped.sum() for b in step.micro_batches)
-                skipped += step.skipped
-                got.append([visits(b) for b in step.micro_batches])
-        assert loader.skipped_cells == skipped
-        ranks.append(got)
-    warnings = [r.getMessage() for r in caplog.records]
-    assert len(warnings) == 2  # both ranks are of this process
-    assert all("gap/c/1" in w for w in warnings)
-    assert in_order(ranks) == in_stream(corpus, 122, seed=0, group_chunks=2)
-
-
-def test_cells_that_do_not_decode_stop_the_loop_even_when_damage_is_skipped(corpora, monkeypatch):
-    corpus = Corpus(corpora[0].path)
-    read = corpus.read_packed
-
-    def changed(chunk, *, out=None):
-        cells = read(chunk, out=out)
-        cells.gap[:] = 255
-        return cells
-
-    monkeypatch.setattr(corpus, "read_packed", changed)
-    with (
-        open_loader(corpus, output="dense", on_damage="skip") as loader,
-        pytest.raises(ValueError, match="damaged"),
-    ):
-        next(loader)
 
 
 @pytest.mark.parametrize(

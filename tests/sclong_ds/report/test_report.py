@@ -1,12 +1,10 @@
-"""The report page of a run, its figures and what `compare` says of several.
+"""The report page of a run and its figures.
 
-Covers also `sclong_ds/report/arguments.py`, `sclong_ds/report/compare.py`,
-`sclong_ds/report/validation_page.py`, `sclong_ds/run_folder/record.py`.
+Covers also `sclong_ds/report/arguments.py`, `sclong_ds/report/validation_page.py` and
+`sclong_ds/run_folder/record.py`.
 """
 
-import argparse
 import base64
-import html.parser
 import json
 import math
 import re
@@ -15,103 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from report_pages import NASTY, Page, call, validated
 
-from sclong_ds.__main__ import main
-from sclong_ds.report import arguments, compare, report
-from sclong_ds.report import curves as plots
-from sclong_ds.report.figures import prediction_density_figure
+from sclong_ds.report import report
 from sclong_ds.run_folder.files import RunFolder, update_run_json
-from sclong_ds.run_folder.record import RunRecord, read_run
-
-NASTY = '<script>alert("x")</script>&'
-
-
-class Page(html.parser.HTMLParser):
-    """Collects what a page refers to, its text and its table cells; checks that tags are closed."""
-
-    VOID = frozenset({"meta", "img", "br", "input"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.sources: list[str] = []
-        self.tags: list[str] = []
-        self.cells: list[str] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.sources += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "data")]
-        if tag in ("td", "th"):
-            self.cells.append("")
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._open and self._open[-1] in ("td", "th"):
-            self.cells[-1] += data
-
-    def value(self, name: str) -> str:
-        return self.cells[self.cells.index(name) + 1]
-
+from sclong_ds.run_folder.record import read_run
 
 LOST = "without a word (killed, or its node was lost)"
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of 30 steps that was stopped after step 12, and resumed at step 10 an hour later."""
-    folder = tmp_path / "trial"
-    clock = 1_700_000_000.0
-    monkeypatch.setattr("sclong_ds.run_folder.files.time.time", lambda: clock)
-    for first, last, name in ((1, 12, "start"), (11, 30, "resume")):
-        with RunFolder(folder) as files:
-            files.append_event(name, step=first - 1, world_size=2, note=NASTY)
-            for step in range(first, last + 1):
-                clock += 2.0
-                figures = {"train/loss": 30.0 / step, "train/lr": 1e-3, "train/grad_norm": 1.0}
-                speed = {"perf/cells_per_s": 2.5, "perf/step_time_s": 2.0, "mem/peak_gib": 1.5}
-                files.append_metrics(step, {**figures, **speed, "cells_seen": 4 * step})
-                if step % 10 == 0:
-                    bins = {"val/mse/bin_0": 0.25, "val/baseline_mse/bin_0": 0.5}
-                    scores = {"val/mse": 12.0 / step, "val/baseline_mse": 0.8, "val/pearson": 0.7}
-                    files.append_metrics(step, {**scores, **bins, "cells_seen": 4 * step})
-        clock += 3600.0
-    (folder / "config.yaml").write_text(f"model: '{NASTY}'\n")
-    (folder / "ds_config.json").write_text('{"zero_optimization": {"stage": 3}}')
-    pictures = folder / "plots" / "step_00000020"
-    pictures.mkdir(parents=True)
-    figure = prediction_density_figure(np.arange(9.0), np.arange(9.0))
-    (pictures / "predicted_vs_true.png").write_bytes(plots.png_bytes(figure))
-    update_run_json(
-        folder,
-        status="FINISHED",
-        restarts=1,
-        commit="0123456789abcdef",
-        created="2023-11-14T22:13:20+00:00",
-        environment={"host": NASTY, "python": "3.11.7"},
-        summary={
-            "n_cells_train": 372,
-            "n_genes": 27874,
-            "parameters": {"gene_encoder": 1000, "decoder": 234},
-            "expression_bins": ["low", "high"],
-            "note": NASTY,
-        },
-    )
-    return folder
-
-
-def call(*argv: str) -> int:
-    parser = argparse.ArgumentParser()
-    arguments.add_arguments(parser)
-    return report.run(parser.parse_args(list(argv)))
 
 
 def test_page_states_the_numbers_of_the_run(
@@ -258,157 +166,6 @@ def test_what_a_start_changes_is_no_sign_of_the_start_before(tmp_path: Path) -> 
     assert read_run(tmp_path).sessions[0].end == 20.0
 
 
-@pytest.fixture
-def other_run(tmp_path: Path) -> Path:
-    """A run of 5 steps with another learning rate, that never validated."""
-    folder = tmp_path / "other"
-    with RunFolder(folder) as files:
-        files.append_event("start", step=0, world_size=2)
-        for step in range(1, 6):
-            files.append_metrics(step, {"train/loss": 2.0, "cells_seen": 4 * step})
-    (folder / "config.yaml").write_text("optim:\n  lr: 0.5\nrun:\n  dir: x\n  seed: 0\n")
-    return folder
-
-
-def test_runs_are_compared_on_one_page(run_dir: Path, other_run: Path, tmp_path: Path) -> None:
-    (run_dir / "config.yaml").write_text("optim:\n  lr: 0.1\nrun:\n  dir: y\n  seed: 0\n")
-    out = tmp_path / "two.html"
-    assert call(str(run_dir), str(other_run), "--out", str(out)) == 0
-    page = Page(out.read_text(encoding="utf-8"))
-    at = page.cells.index("optim.lr")
-    assert page.cells[at + 1 : at + 3] == ["0.1", "0.5"]
-    assert "run.seed" not in page.cells, "the same in both"
-    assert "run.dir" not in page.cells, "always different"
-    at = page.cells.index("val/mse, last")
-    assert page.cells[at + 1 : at + 3] == ["0.4000", ""]
-    assert page.tags.count("img") == 5
-    assert all(s.startswith("data:image/svg+xml;base64,") for s in page.sources)
-
-
-def test_compare_prints_what_the_page_shows(
-    run_dir: Path, other_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (run_dir / "config.yaml").write_text("optim:\n  lr: 0.1\n")
-    assert main(["compare", str(run_dir), str(other_run)]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["trial", "other"]
-    assert ["step", "30", "5"] in lines
-    assert ["restarts", "1", "0"] in lines
-    assert ["optim.lr", "0.1", "0.5"] in lines
-    assert main(["compare", str(run_dir), str(other_run), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["differences"]["optim.lr"] == {"trial": "0.1", "other": "0.5"}
-    first, second = (run["figures"] for run in found["runs"])
-    assert (first["val/mse, last"], first["val/mse, best"]) == (0.4, 0.4)
-    assert second["val/mse, last"] is None
-    assert second["train/loss"] == 2.0
-
-
-def test_runs_of_one_name_are_told_apart(run_dir: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "elsewhere" / "trial"
-    shutil.copytree(run_dir, copy)
-    names = compare.names_of([read_run(run_dir), read_run(copy)])
-    assert names == [f"{tmp_path.name}/trial", "elsewhere/trial"]
-    records = []
-    for who in ("alice", "bob"):
-        shutil.copytree(run_dir, tmp_path / who / "runs" / "trial")
-        records.append(read_run(tmp_path / who / "runs" / "trial"))
-    records.append(read_run(run_dir))
-    names = compare.names_of(records)
-    assert names == ["alice/runs/trial", "bob/runs/trial", f"{tmp_path.name}/trial"]
-    assert Page(report.build_comparison(records)).text.count("bob/runs/trial") > 1
-
-
-@pytest.mark.parametrize("command", ["compare", "report"])
-def test_a_run_named_twice_is_refused(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    monkeypatch.chdir(run_dir.parent)
-    assert main([command, "trial", str(run_dir)]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err == f"error: trial and {run_dir} are the same run; name it once\n"
-
-
-def test_the_best_figure_is_one_of_those_that_measure_the_same(run_dir: Path) -> None:
-    """From step 30 on the objective is another one."""
-    with RunFolder(run_dir) as files:
-        files.append_event("resume", step=30, compared_after=30)
-        for step, error in ((30, 2.0), (40, 3.0), (50, 4.0)):
-            files.append_metrics(step, {"val/mse": error})
-    found = compare.figures(read_run(run_dir))
-    assert (found["val/mse, last"], found["val/mse, best"]) == (4.0, 3.0)
-
-
-def test_abandoned_future_of_a_run_is_not_shown(run_dir: Path) -> None:
-    """The run diverges, and continues from step 20 once more."""
-    with RunFolder(run_dir) as files:
-        for step in range(31, 41):
-            files.append_metrics(
-                step, {"train/loss": 5.0, "cells_seen": 4 * step, "train/spike": 1}
-            )
-        files.append_metrics(40, {"val/mse": 5.0})
-        files.append_event("resume", step=20)
-        for step in range(21, 26):
-            files.append_metrics(step, {"train/loss": 0.25, "cells_seen": 4 * step})
-    record = read_run(run_dir)
-    found = compare.figures(record)
-    assert (found["step"], found["cells_seen"], found["spikes"]) == (25, 100, 0)
-    assert (found["val/mse, last"], found["val/mse, best"]) == (0.6, 0.6)
-    assert found["train/loss"] == pytest.approx(
-        np.mean([30 / s for s in range(16, 21)] + [0.25] * 5)
-    )
-
-
-def test_a_spike_that_is_done_again_counts_once(tmp_path: Path) -> None:
-    with RunFolder(tmp_path / "run") as files:
-        for _ in range(3):
-            files.append_metrics(7, {"train/loss": 1.0, "train/spike": 0})
-            files.append_metrics(8, {"train/loss": 5.0, "train/spike": 1})
-            files.append_event("spike", step=8)
-    assert compare.figures(read_run(tmp_path / "run"))["spikes"] == 1
-    assert Page(report.build_page(read_run(tmp_path / "run"))).cells
-
-
-def test_other_content_and_deepspeed_settings_are_differences(
-    run_dir: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(run_dir, copy)
-    records = [read_run(run_dir), read_run(copy)]
-    assert compare.settings_table(records) == []
-    (copy / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}}')
-    for folder, content in ((run_dir, "aa"), (copy, "bb")):
-        update_run_json(folder, summary={"corpus_hash": content, "graph_hash": "cc"})
-    assert compare.settings_table([read_run(run_dir), read_run(copy)]) == [
-        ["ds_config.zero_optimization.stage", "3", "2"], ["corpus_hash", "aa", "bb"],
-    ]  # fmt: skip
-
-
-def test_scores_stand_beside_those_of_the_mean() -> None:
-    row = {"val/mse": 0.5, "val/baseline_mse": 0.75, "val/pearson": 0.9, "val/n_values": 12.0}
-    row |= {"val/mse/bin_1": 0.25, "val/n_values/bin_1": 4.0}
-    assert compare.scores_table(row, ["low", "high"]) == [
-        ["all values", "12", "0.5000", "0.7500", "0.9000", "", "", ""],
-        ["value high", "4", "0.2500", "", "", "", "", ""],
-    ]
-
-
-def validated(folder: Path, **changes: float) -> RunRecord:
-    """Return a run with one validation, whose strongest baseline is `linear`."""
-    row = {
-        "val/n_hidden": 90.0, "val/mse": 0.25, "val/strongest_mse": 0.2, "val/gene_mean/mse": 0.4,
-        "val/linear/mse": 0.2, "val/linear/mse_several": 0.125, "val/mse/dataset/pbmc": 0.5,
-        "val/linear/mse/dataset/pbmc": 0.75, "attention/mse": 0.4,
-        "attention/decoder/mean_mse": 0.6, "attention/large_encoder/mean_mse": 0.402,
-        "attention/large_encoder.1/eps_share": 0.9531, "attention/softmax_mse": 0.3,
-    }  # fmt: skip
-    with RunFolder(folder) as files:
-        files.append_metrics(5, {"val/mse": 0.1, "val/baseline_mse": 0.5})
-        files.append_metrics(10, row | changes)
-    return read_run(folder)
-
-
 def test_validation_names_the_strongest_baseline_first_and_says_below_or_above(
     tmp_path: Path,
 ) -> None:
@@ -542,20 +299,3 @@ def test_a_damaged_file_beside_the_metrics_does_not_stop_a_report(
     if name in ("run.json", "events.jsonl", "system"):
         assert str(path) in caplog.text
     assert path.read_bytes() == before, "reading changes nothing"
-
-
-def test_runs_whose_errors_are_of_another_kind_are_not_compared_without_a_word(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    validated(tmp_path / "new")
-    with RunFolder(tmp_path / "old") as files:
-        files.append_metrics(10, {"val/mse": 0.25})
-    assert main(["compare", str(tmp_path / "new"), str(tmp_path / "old")]) == 0
-    printed = capsys.readouterr().out
-    assert "The errors of these runs do not compare" in printed
-    assert "left out: 1 validation of new by another version" in printed
-    figures = compare.figures(read_run(tmp_path / "new"))
-    assert figures["val/mse, best"] == 0.25, "not the 0.1 of the older version"
-    assert figures["the model is"] == "above the strongest baseline"
-    text = report.build_comparison([read_run(tmp_path / name) for name in ("new", "old")])
-    assert compare.TWO_KINDS in text
