@@ -274,7 +274,8 @@ def report(runs: list[list[dict[str, Any]]], args: argparse.Namespace) -> None:
           f"MiB (target {TARGET_MIB:g}): {'met' if met else 'MISSED'}")  # fmt: skip
     if args.json:
         options = {key: str(value) for key, value in vars(args).items() if key != "measure"}
-        result = {"n_cells": args.cells, "stages": stages, "seconds": seconds, "private_mib": peak}
+        by_name = {stage.pop("stage"): stage for stage in stages}
+        result = {"n_cells": args.cells, "stages": by_name, "seconds": seconds, "private_mib": peak}
         write_result(args.json, "corpus_start", {**result, "met": met, "options": options})
 
 

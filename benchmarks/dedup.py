@@ -71,6 +71,7 @@ def measure(out: Path, n_cells: int) -> dict[str, Any]:
         "repeated": int(found.sum()),
         "write_s": written - start,
         "sort_s": time.perf_counter() - written,
+        "seconds": time.perf_counter() - start,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "scratch_mib": sum(path.stat().st_size for path in out.iterdir()) / 2**20,
     }

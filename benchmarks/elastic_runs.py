@@ -1,6 +1,7 @@
 """Continue runs on other numbers of ranks, and compare them with runs that kept theirs.
 
     python -m benchmarks.elastic_runs [--stages zero1 zero2 zero3] [--precision fp32] [--work DIR]
+        [--json OUT]
 
 Trains a small model on a corpus below DIR (the system's folder for temporary files unless told
 otherwise) on one number of ranks, continues with another, saves there, and goes back to the first.
@@ -22,12 +23,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import environment
-from benchmarks.random_kills import make_corpus, settings, train
+from benchmarks.environment import environment, write_result
 from sclong_ds.checkpoint.load import full_weights
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.rows import read_metrics
+from tests.small_runs import N_GENES, make_corpus, settings, train
 
 PATHS = ((2, 1, 2), (2, 4, 2), (4, 2, 4))
 STEPS_A_START = 4
@@ -116,11 +117,12 @@ def main() -> int:
     parser.add_argument("--precision", default="fp32", help="default %(default)s")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="default %(default)s")
     parser.add_argument("--work", type=Path, help="folder to make and keep (default: temporary)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures as JSON")
     args = parser.parse_args()
     titles = ("engine.ds_config", "ranks", "resumed after steps", "loss", "gradient norm",
               "weights", "cells, targets, rates", "groups, counters")  # fmt: skip
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
-    good = True
+    good, rows = True, {}
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         corpus = make_corpus(work / "corpus")
@@ -132,6 +134,7 @@ def main() -> int:
                 run_dir = run_path(path, work / f"{stage}_{name}", corpus, **kinds)
                 found, whole = compare(run_dir, straight), optimizer_is_whole(run_dir)
                 resumed = [e["step"] for e in read_events(run_dir) if e["event"] == "resume"]
+                rows[f"{stage} {name}"] = found | {"whole": whole}
                 good &= found["exact"] and whole and found["loss"] <= args.tolerance
                 print(
                     f"| {stage} | {' -> '.join(map(str, path))} | {resumed} | {found['loss']:.1e} "
@@ -141,6 +144,10 @@ def main() -> int:
                     flush=True,
                 )
     print(environment())
+    if args.json:
+        most = {key: max(row[key] for row in rows.values()) for key in ("loss", "weights")}
+        result = {"steps": 3 * STEPS_A_START, "genes": N_GENES, "good": good, "most": most}
+        write_result(args.json, "elastic_runs", result | {"rows": rows})
     return not good
 
 

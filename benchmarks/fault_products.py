@@ -226,7 +226,7 @@ def run_settings(folder: Path, run_dir: Path, *, seed: int) -> list[str]:
 
 def make_run(folder: Path) -> None:
     """Train FOLDER/run and FOLDER/other-run on two ranks, two checkpoints each."""
-    from benchmarks.random_kills import train
+    from tests.small_runs import train
 
     for name, seed in (("", 0), ("other-", 1)):
         run_dir = folder / f"{name}run"

@@ -102,8 +102,8 @@ def step(args: argparse.Namespace) -> Iterator[Row]:
 
 def _measured(case: Case, corpus: Path, run_dir: Path, left: float, args: Any) -> Row:
     """Start a run, wait for its steps, end it and return their medians."""
-    from benchmarks.random_kills import environments
     from sclong_ds.run_folder.rows import read_metrics
+    from tests.small_runs import environments
 
     small = ["model.top_seq_len=64", "model.zero_genes=null"] if args.tiny else []
     command = [
@@ -161,7 +161,7 @@ def random_corpus(folder: Path, *, n_genes: int) -> Path:
         folder: Folder to make.
         n_genes: Number of genes.
     """
-    from benchmarks.random_kills import write_corpus
+    from tests.small_runs import write_corpus
 
     rng, shape = np.random.default_rng(0), (CELLS + VALIDATION, n_genes)
     counts = np.where(rng.random(shape) < EXPRESSED, rng.geometric(0.5, shape), 0)

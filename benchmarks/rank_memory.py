@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.environment import write_result
-from benchmarks.random_kills import N_GENES, make_corpus, settings, train
 from sclong_ds.config.load import load_config
 from sclong_ds.planning.memory import Setup, memory_per_rank, zero_settings
 from sclong_ds.run_folder.rows import read_metrics
+from tests.small_runs import N_GENES, make_corpus, settings, train
 
 MIB = 2**20
 STEPS = 2

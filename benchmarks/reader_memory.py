@@ -417,7 +417,9 @@ def main() -> int:
             flush=True,
         )
     if args.json:
-        write_result(args.json, "reader_memory", {"rows": [asdict(row) for row in rows]})
+        most = max(row.peak_rss_mb for row in rows)
+        result = {"cells": args.cells, "most_mb": most, "rows": [asdict(row) for row in rows]}
+        write_result(args.json, "reader_memory", result)
     return 0
 
 

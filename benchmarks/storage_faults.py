@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.random_kills import openings, settings, write_corpus
 from sclong_ds.job.exit_status import OWN_STATUS, PASSING_STATUS
 from sclong_ds.run_folder.rows import read_metrics
+from tests.small_runs import openings, settings, write_corpus
 
 SHORT_S, LONG_S, STEPS, CHUNKS = 5, 120, 16, "cells.zarr/gap/c"
 FAULTS: dict[str, tuple[dict[str, float], int, int]] = {

@@ -261,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
               f"{'sent' if through else 'kept in the run folder'}")  # fmt: skip
     print("  ".join(f"{name} {value:,}" for name, value in asdict(counts).items()))
     if args.json:
-        write_result(args.json, "tracking_outage", {"counts": asdict(counts), "passed": passed})
+        result = {"steps": args.steps * len(passed), "counts": asdict(counts), "passed": passed}
+        write_result(args.json, "tracking_outage", result)
     return int(bool(counts.missing or counts.doubled or counts.out_of_order))
 
 

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import write_result
-from benchmarks.random_kills import make_corpus, settings
 from sclong_ds.run_folder.rows import read_metrics
+from tests.small_runs import make_corpus, settings
 
 EVERY = 20
 """Steps between validations."""

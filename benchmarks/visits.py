@@ -1,6 +1,7 @@
 """Cells per CPU-second of small models, and what equal CPU-seconds of training reach.
 
     python -m benchmarks.visits CORPUS --graph FILE [--readings NAME ...] [--seconds N] [--seeds N]
+        [--json OUT]
 
 Trains `sclong_tiny_published` with a bias per gene on one thread, each reading for the same
 CPU-seconds, and prints for each the visits, visits per CPU-second and the mean squared error of
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.environment import write_result
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.corpus.corpus import Corpus
@@ -59,8 +61,10 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=64, help="validation cells")
     parser.add_argument("--set", nargs="*", default=[], help="more changes, for all readings")
     parser.add_argument("--step", action="store_true", help="where the time of one step goes")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    errors: dict[str, dict[str, float]] = {}
     corpus = Corpus(args.corpus, cache_dir=None)
     for seed in args.seeds:
         for name in args.readings:
@@ -73,11 +77,14 @@ def main() -> None:
             visits, model = train(config, corpus, micro, batch, args.seconds)
             mse = hidden_mse(config, corpus, model, args.cells)
             rate = visits / args.seconds
+            errors.setdefault(f"seed_{seed}", {})[name] = mse
             print(
                 f"{name:<16} seed {seed}: {visits:>6} visits, {rate:6.2f} per CPU-second; "
                 f"hidden MSE {mse:.4f}",
                 flush=True,
             )
+    if args.json and not args.step:
+        write_result(args.json, "visits", {"seconds": args.seconds, "hidden_mse": errors})
 
 
 def train(

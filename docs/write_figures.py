@@ -4,7 +4,8 @@
 
 `SENTENCES` names for a piece of text the result in benchmarks/results/NAME.json that its figures
 come from. The script puts the figures of the results into the pages; a test fails where they
-differ. A benchmark writes its result with `--json`, commit and machine included.
+differ. A benchmark writes its result with `--json`, commit and machine included; until it has been
+run, its text keeps the figures that stand there.
 """
 
 from __future__ import annotations
@@ -26,28 +27,179 @@ class Sentence(NamedTuple):
     page: str
     result: str
     text: str
-    """Fields are paths into `result`, with a format, for instance {n_cells:,}."""
+    """Fields are paths into `result`, with a format, for instance {n_cells:,}; of a number another
+    one may divide: {bytes/1e9:.1f}. {commit} is that of the result."""
 
 
+README, MEASURED = "README.md", "docs/measured.md"
+_DEMO = (
+    "MSE of the hidden values of {n_held_out} held-out cells {mse:.4f} (one seed): below every "
+    "depth baseline (linear {baselines.linear:.3f}, Poisson {baselines.poisson:.3f}, gene mean + "
+    "offset {baselines.offset:.3f}, per-gene mean {baselines.gene_mean:.3f}; no training) and, by "
+    "little, below the 30 nearest training cells ({baselines.nearest:.4f}); correlation per gene "
+    "across cells {per_gene:.2f} (nearest {baselines_per_gene.nearest:.2f}). Before its first step "
+    "{first_mse:.3f}:"
+)
+_KILLS = (
+    "SIGKILL of a random rank at {kills} random moments: {starting} while starting, {training} "
+    "while training, {saving} while saving"
+)
+_AGREEMENT = (
+    "float64: outputs to {float64.output:.0e}, gradients to {float64.gradients:.0e}; "
+    "float32: outputs to {float32.output:.0e}, gradients to {float32.gradients:.0e}"
+)
+_DEDUP = "duplicate search over {n_cells:,} cells |"
 SENTENCES = [
-    Sentence("README.md", "dedup", "duplicate search over {n_cells:,} cells |"),
-    Sentence("docs/measured.md", "dedup", "duplicate search over {n_cells:,} cells |"),
+    Sentence(README, "demo", "used model: about {minutes:.0f} minutes on 2 cores"),
+    Sentence(README, "demo", _DEMO),
     Sentence(
-        "docs/measured.md",
+        MEASURED,
+        "demo",
+        "{n_cells} cells, {steps} steps of {batch} | 2 CPU cores, {world_size} processes, "
+        "{minutes:.1f} minutes | {commit:.7} | " + _DEMO,
+    ),
+    Sentence(README, "random_kills", _KILLS),
+    Sentence(
+        MEASURED,
+        "random_kills",
+        _KILLS + " (`python -m benchmarks.random_kills`) | `sclong_tiny` at {genes} genes, {steps} "
+        "steps | {ranks} CPU processes | {commit:.7} |",
+    ),
+    Sentence(
+        MEASURED,
+        "elastic_runs",
+        "`sclong_tiny` at {genes} genes, {steps} steps, fp32 | CPU | {commit:.7} | same cells, "
+        "targets, learning rates; losses within {most.loss:.0e}, weights within {most.weights:.0e}",
+    ),
+    Sentence(
+        MEASURED,
+        "host_time",
+        "{layers} layers of width 16: Python, autograd and hooks alone | one CPU core | "
+        "{commit:.7} |",
+    ),
+    Sentence(
+        MEASURED,
+        "rank_memory",
+        "{runs} runs of small models: ZeRO-1, 2, 3, offload, bf16, recomputed | 2 CPU processes | "
+        "{commit:.7} | measured {least:.2f} to {most:.2f} times the prediction",
+    ),
+    Sentence(
+        MEASURED,
+        "partitioned_build",
+        "`sclong_1b` ({parameters:,} parameters) | built under ZeRO-3, fp32 "
+        "(`python -m benchmarks.partitioned_build`) | {ranks} CPU processes | {commit:.7} | "
+        "{own_pages.peak_bytes/1e9:.2f} GB a process at the peak ({default.peak_bytes/1e9:.2f} GB "
+        "with glibc's default allocator), of {model_bytes/1e9:.2f} GB for the model",
+    ),
+    Sentence(README, "agreement", _AGREEMENT),
+    Sentence(
+        MEASURED,
+        "agreement",
+        "{goldens} models, {cases} batches, outputs, encodings, loss, gradients | CPU | "
+        "{commit:.7} | " + _AGREEMENT,
+    ),
+    Sentence(
+        MEASURED,
+        "import_memory",
+        "| {commit:.7} | {seconds:.0f} s, peak {peak_bytes/1e9:.1f} GB, {ratio:.2f} times the "
+        "weights (`python -m benchmarks.import_memory`)",
+    ),
+    Sentence(
+        MEASURED,
+        "simulate_datasets",
+        "data preparation, {n_datasets:,} made datasets of mixed formats, {statuses.excluded} not "
+        "usable and {statuses.failed} broken on purpose | {tasks} array tasks | 2 CPU cores | "
+        "{commit:.7} | convert {costs.convert.wall_s/1618:.2f} s a dataset, finalize "
+        "{costs.finalize.wall_s:.0f} s",
+    ),
+    Sentence(
+        MEASURED,
+        "convert_pair",
+        "| {commit:.7} | {1 x 10,000 cells.cpu_s.ratio:.2f} and "
+        "{8 x 1,000 cells, 2 jobs.cpu_s.ratio:.2f} times (5 rounds, paired)",
+    ),
+    Sentence(
+        MEASURED,
+        "loader_pair",
+        "| {commit:.7} | slower: packed {packed.ratio:.2f} ({packed.here:.2f} µs a cell), csr "
+        "{csr.ratio:.2f}, dense {dense.ratio:.2f}, dense_norm {dense_norm.ratio:.2f} times",
+    ),
+    Sentence(README, "dedup", _DEDUP),
+    Sentence(README, "dedup", "{seconds:.0f} s, {peak_rss_mib:,.0f} MiB of memory"),
+    Sentence(MEASURED, "dedup", _DEDUP),
+    Sentence(
+        MEASURED,
         "dedup",
-        "MiB of memory at the peak: {peak_rss_mib:,.0f}, of scratch files: {scratch_mib:,.0f}",
+        "| {commit:.7} | {seconds:.0f} s (`python -m benchmarks.dedup`); MiB of memory at the "
+        "peak: {peak_rss_mib:,.0f}, of scratch files: {scratch_mib:,.0f}",
+    ),
+    Sentence(
+        MEASURED,
+        "tracking_outage",
+        "{steps} steps, {counts.logged:,} values with the node's | 2 CPU cores | {commit:.7} | "
+        "{counts.replayed} values replayed",
+    ),
+    Sentence(
+        MEASURED,
+        "favor_cpu",
+        "takes {median.ours.total_s:.1f} s against {median.literal.total_s:.1f} s of literal "
+        "Performer code, in {median.ours.working_mib:.0f} MiB\nof working memory instead of "
+        "{median.literal.working_mib:,.0f} (`python -m benchmarks.favor_cpu`)",
+    ),
+    Sentence(
+        "docs/start/install.md",
+        "install_sizes",
+        "none {none.mb:,} (torch {none.largest.torch:,.0f} of them), `[evaluate]` {evaluate.mb:,}, "
+        "`[track]` {track.mb:,}, `[train]` {train.mb:,}, `[prep]` {prep.mb:,} (goatools "
+        "{prep.largest.goatools:,.0f}, hdf5plugin {prep.largest.hdf5plugin:,.0f}), `[gpu]` "
+        "{gpu.mb:,} (triton {gpu.largest.triton:,.0f}), `[hub]` {hub.mb:,}; `[all]` {all.mb:,}",
+    ),
+    Sentence(
+        "docs/start/prepare-a-corpus.md",
+        "corpus_start",
+        "Opening {n_cells:,} cells takes {stages.open the corpus.seconds:.1f} s and "
+        "{private_mib:.0f} MiB of a rank's own memory",
+    ),
+    Sentence(
+        "docs/start/prepare-a-corpus.md",
+        "corpus_start",
+        "({n_cells:,} cells: {stages.checks of the tables of training.cpu_s:.1f} s of CPU",
+    ),
+    Sentence(
+        "docs/start/prepare-a-corpus.md",
+        "reader_memory",
+        "{cells:,} cells of 27,874\n  genes convert in at most {most_mb/1e3:.1f} GB of memory",
+    ),
+    Sentence(
+        "docs/start/train-on-one-gpu.md",
+        "visits",
+        "After {seconds:.0f} CPU seconds on the demo's cells, MSE of the hidden values of 64 "
+        "held-out cells, two seeds: {hidden_mse.seed_0.zeros-256:.3f} and\n"
+        "{hidden_mse.seed_1.zeros-256:.3f}, with all genes {hidden_mse.seed_0.all:.3f} and "
+        "{hidden_mse.seed_1.all:.3f} (`python -m benchmarks.visits`)",
     ),
 ]
+"""In the order of the pages. What stands in measured.md or README.md beside these was measured by a
+test (Slurm), by a study that takes hours (docs/explain/recipe.md), or beside a commit of before."""
+
+
+_NUMBER = r"-?\d[\d.,]*(?:e[+-]?\d+)?(?<![.,])"
+_COMMIT = r"[0-9a-f]{7,12}"
 
 
 class _Paths(string.Formatter):
-    """Takes `a.b` as item b of item a."""
+    """Takes `a.b` as item b of item a, and `a/2` as half of it."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        path, _, divisor = field_name.partition("/")
         value: Any = kwargs
-        for part in field_name.split("."):
+        for part in path.split("."):
             value = value[part]
-        return value, field_name
+        return (value / float(divisor) if divisor else value), field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        # As people write it: 3e-7, not 3e-07.
+        return re.sub(r"e([+-])0(\d)$", r"e\1\2", str(super().format_field(value, format_spec)))
 
 
 def read_result(name: str) -> dict[str, Any]:
@@ -58,8 +210,13 @@ def read_result(name: str) -> dict[str, Any]:
 
 
 def expected(sentence: Sentence) -> str:
-    """Return the text with the figures of its result."""
-    return _Paths().vformat(sentence.text, (), read_result(sentence.result)["result"])
+    """Return the text with the figures of its result.
+
+    Raises:
+        FileNotFoundError: There is no result yet.
+    """
+    document = read_result(sentence.result)
+    return _Paths().vformat(sentence.text, (), {"commit": document["commit"], **document["result"]})
 
 
 def pattern(sentence: Sentence) -> re.Pattern[str]:
@@ -67,16 +224,22 @@ def pattern(sentence: Sentence) -> re.Pattern[str]:
     parts = string.Formatter().parse(sentence.text)
     return re.compile(
         "".join(
-            re.escape(literal) + ("" if field is None else r"[\d.,]*\d")
+            re.escape(literal)
+            + ("" if field is None else _COMMIT if field == "commit" else _NUMBER)
             for literal, field, _, _ in parts
         )
     )
 
 
+def is_made(sentence: Sentence) -> bool:
+    """Tell whether the benchmark of a sentence has written its result."""
+    return (RESULTS / f"{sentence.result}.json").exists()
+
+
 def main() -> int:
     """Put the figures into the pages; return the exit status."""
     status = 0
-    for sentence in SENTENCES:
+    for sentence in filter(is_made, SENTENCES):
         page = ROOT / sentence.page
         text = page.read_text(encoding="utf-8")
         new, count = pattern(sentence).subn(expected(sentence), text)

@@ -202,11 +202,7 @@ def as_anndata(make: Callable[[np.ndarray], Any]) -> Callable[[Path, np.ndarray]
 
 
 Read = Callable[[Path], tuple[np.ndarray, list[str]]]
-
-
 Write = Callable[[Path, np.ndarray], Path]
-
-
 FORMATS: dict[str, tuple[Write, Read | None]] = {
     "csr.h5ad": (as_anndata(sparse.csr_matrix), read_anndata),
     "csr_gz.h5ad": (as_anndata(sparse.csr_matrix), read_anndata),

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-
-from benchmarks import random_kills
+import small_runs
 
 ROOT = Path(__file__).parents[1]
 PORT = 20000 + os.getpid() % 20000
@@ -156,14 +155,14 @@ def run_forked(arguments: Sequence[str], *, timeout: float) -> subprocess.Comple
 
 
 def start_ranks(n_ranks: int, command: Sequence[object], *, log: Path) -> list[Forked]:
-    """Start the ranks of a run as `random_kills.start_ranks` does, without the time of imports."""
+    """Start the ranks of a run as `small_runs.start_ranks` does, without the time of imports."""
     with log.open("ab") as output:
         return [
             Forked([*map(str, command)], env=env, stdout=output, stderr=output)
-            for env in random_kills.environments(n_ranks)
+            for env in small_runs.environments(n_ranks)
         ]
 
 
 def train(command: Sequence[object], *, n_ranks: int, log: Path) -> None:
-    """Run a command on some ranks to its end, as `random_kills.train` does."""
-    random_kills.train([*map(str, command)], n_ranks=n_ranks, log=log, start=start_ranks)
+    """Run a command on some ranks to its end, as `small_runs.train` does."""
+    small_runs.train([*map(str, command)], n_ranks=n_ranks, log=log, start=start_ranks)

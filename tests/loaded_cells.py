@@ -11,8 +11,6 @@ from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.loader.order import ONE
 
 GENES = 40
-
-
 DATASET = {
     "duplicates_dropped": 0, "split_cells": {}, "n_genes_mapped": None, "counts_kept": None,
     "organism": None, "tissue": None, "format": None, "source": None, "source_hash": None,

@@ -14,8 +14,8 @@ from launching import (
     train,
 )
 from safetensors.numpy import load_file
+from small_runs import last_step
 
-from benchmarks.random_kills import last_step
 from sclong_ds.run_folder.rows import read_metrics
 
 STEPS = 60

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from launching import ROOT, run_module
-
-from benchmarks.random_kills import make_corpus, settings
+from small_runs import make_corpus, settings
 
 pytestmark = pytest.mark.distributed
 DRAWN = ("run.dir", "optim.lr", "optim.weight_decay")

@@ -37,9 +37,9 @@ from pretraining import (
     weights,
 )
 from safetensors.numpy import load_file
+from small_runs import last_step, openings
 from trained_outputs import OUTPUTS, assert_export_is_the_trained_model
 
-from benchmarks.random_kills import last_step, openings
 from sclong_ds.config.load import load_config
 from sclong_ds.model.random_features import drawn_features
 from sclong_ds.run_folder.files import read_events

@@ -20,11 +20,8 @@ import torch
 from launching import run_module, start_ranks, train
 from served_files import FileServer
 from small_disk import CANNOT_MOUNT, small_disk
-
-from benchmarks.random_kills import (
-    differences,
+from small_runs import (
     end_ranks,
-    kill_at_random,
     last_step,
     make_corpus,
     openings,
@@ -32,6 +29,8 @@ from benchmarks.random_kills import (
     wait_until,
     write_corpus,
 )
+
+from benchmarks.random_kills import differences, kill_at_random
 from sclong_ds.checkpoint.on_disk import complete_checkpoints, damage, name_of
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.loader import open_stream

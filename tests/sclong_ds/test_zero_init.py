@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 from launching import ROOT, environment
+from small_runs import train
 
-from benchmarks.random_kills import train
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.planning.costs import parameter_counts

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from small_runs import end_ranks, start_ranks
 
-from benchmarks.random_kills import end_ranks, start_ranks
 from sclong_ds import pretrain
 from sclong_ds.checkpoint.save import SaveError
 from sclong_ds.job.failures import passes, read_failure, report

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from small_runs import make_corpus
 
-from benchmarks.random_kills import make_corpus
 from benchmarks.rank_memory import CASES, TINY, measure, predict
 
 pytestmark = pytest.mark.distributed

@@ -19,8 +19,8 @@ from pretraining import (
     refused,
     settings,
 )
+from small_runs import end_ranks
 
-from benchmarks.random_kills import end_ranks
 from sclong_ds.report.status import describe, read_status
 
 pytestmark = pytest.mark.distributed
