@@ -61,7 +61,7 @@ check: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-	@echo "site/index.html"
+	@echo "site/index.html; with search: $(PYTHON) -m http.server --directory site"
 
 clean:
 	rm -rf demo_run site .pytest_cache .mypy_cache .ruff_cache

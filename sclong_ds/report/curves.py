@@ -74,7 +74,7 @@ def loss_figure(
     axes.set(xlabel=X_AXES[against], ylabel="masked MSE")
     axes.set_ylim(bottom=0.0, top=_top(loss, val, base))
     if wide:
-        _legend_above(axes)
+        _legend_above(figure)
     return figure
 
 
@@ -111,7 +111,7 @@ def runs_figure(
     axes.set(xlabel=X_AXES[against], ylabel=ylabel)
     axes.set_ylim(bottom=min(0.0, *(c.min() for c in curves), 0.0), top=_top(*curves))
     if len(curves) <= _MAX_NAMED:
-        _legend_above(axes)
+        _legend_above(figure)
     return figure
 
 
@@ -233,9 +233,14 @@ def _window(values: NDArray[np.float64]) -> int:
     return 1 if len(values) < 20 else max(5, len(values) // 25) | 1
 
 
-def _legend_above(axes: Axes) -> None:
+def _legend_above(figure: Figure) -> None:
+    """Name the curves above the axes, in as many columns as the figure has room for, 4 at most."""
+    (axes,) = figure.axes
+    _, labels = axes.get_legend_handles_labels()
+    widest_in = 0.6 + 0.08 * max(map(len, labels), default=0)  # of the line, and of a character
+    ncols = min(4, max(1, int(figure.get_figwidth() / widest_in)))
     axes.legend(
-        frameon=False, fontsize=9, labelcolor=INK, ncols=4, loc="lower left",
+        frameon=False, fontsize=9, labelcolor=INK, ncols=ncols, loc="lower left",
         bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, columnspacing=1.4,
     )  # fmt: skip
 

@@ -34,6 +34,22 @@ def test_loss_figure_shows_all_three_curves_and_restarts() -> None:
     assert lines["restart"][0] == [2, 2]
 
 
+def test_a_legend_takes_no_width_from_the_axes() -> None:
+    rows = train_rows([3.0, 2.0] * 20)
+    more = {"val/mse": 1.0, "val/baseline_mse": 1.5, "val/strongest_mse": 1.2}
+    rows += [{"step": s, **more} for s in (0, 40)]
+    names = {f"a run whose name is rather long {n}": rows for n in range(5)}
+    for figure in (
+        plots.loss_figure(rows, restarts=[2]),
+        plots.runs_figure(names, "train/loss", ylabel="loss"),
+        plots.runs_figure({"a": rows, "b": rows}, "train/loss", ylabel="loss"),
+    ):
+        figure.draw_without_rendering()
+        box = figure.axes[0].get_position()
+        assert box.width > 0.85
+        assert box.height > 0.5
+
+
 def test_single_spike_does_not_set_the_scale() -> None:
     figure = plots.loss_figure(train_rows([1.0] * 500 + [1e6] + [1.0] * 500))
     assert figure.axes[0].get_ylim() == pytest.approx((0.0, 1.12))
