@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import sclong_ds
+
 ROOT = Path(__file__).parents[1]
 INSTALL = ROOT / "install"
 SCRIPT = INSTALL / "into_environment.sh"
@@ -130,6 +132,11 @@ def test_the_conda_environment_takes_the_requirements() -> None:
     (pip,) = [one["pip"] for one in found["dependencies"] if isinstance(one, dict)]
     assert pip[0] == "-r ../requirements.txt"
     assert (INSTALL / "../requirements.txt").resolve().exists()
+
+
+def test_the_citation_is_of_the_version_of_the_package() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == sclong_ds.__version__
 
 
 def test_notes_are_the_section_of_the_tag_that_is_the_version(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from sclong_ds.files.atomic import locked, named_errors, partial_name, read_file, sync_folder
+from sclong_ds.files.atomic import locked, named_errors, read_file, sync_folder, whole_file
 from sclong_ds.files.checksums import check_file
 from sclong_ds.files.storage import CutError, UnusableUrlError, ask_storage
 from sclong_ds.remote.range_cache import RangeCache
@@ -403,14 +403,10 @@ def _read_at(handle: int, start: int, length: int) -> bytes:
 
 def _download(files: Any, path: str, target: Path, *, size: int | None) -> None:
     """Copy a remote file to its place in the cache, whole or not at all."""
-    temporary = partial_name(target)
-    try:
+    with whole_file(target) as temporary:
         files.get_file(path, str(temporary))
         found = temporary.stat().st_size
         # A file that is another than on record is no cut one.
         if found != size and found != (expected := files.size(path)):
             raise CutError(f"{found} of {expected} bytes arrived")
         sync_folder(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sclong_ds.files.atomic import write_atomic
+
 DEFAULT_PORT = "29500"
 """Of the launcher `deepspeed`: two runs on one machine would both take it."""
 _WAIT_S = 300.0
@@ -45,9 +47,7 @@ def own_port(rank: int) -> Iterator[None]:
     path = _port_file()
     if rank == 0:
         os.environ["MASTER_PORT"] = str(free_port())
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(os.environ["MASTER_PORT"], encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, os.environ["MASTER_PORT"].encode())
     else:
         os.environ["MASTER_PORT"] = _read_port(path)
     try:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from sclong_ds.files.atomic import named_errors, partial_name, remove_partials_of
+from sclong_ds.files.atomic import named_errors, remove_partials_of, whole_file
 
 if TYPE_CHECKING:
     import h5py
@@ -107,19 +107,18 @@ def new_hdf5(out: Path) -> Iterator[tuple[h5py.File, WatchedFile]]:
     import h5py
 
     remove_partials_of(out)
-    partial = partial_name(out)
-    try:
-        with named_errors(out), partial.open("xb+", buffering=0) as raw:
-            watched = WatchedFile(raw)
-            try:
-                with h5py.File(watched, "w") as file:
-                    yield file, watched
-            except (OSError, RuntimeError, ValueError, KeyError):
-                # HDF5's own message, about a file with holes, hides that of the disk.
-                watched.check()
-                raise
+    with (
+        whole_file(out) as partial,
+        named_errors(out),
+        partial.open("xb+", buffering=0) as raw,
+    ):
+        watched = WatchedFile(raw)
+        try:
+            with h5py.File(watched, "w") as file:
+                yield file, watched
+        except (OSError, RuntimeError, ValueError, KeyError):
+            # HDF5's own message, about a file with holes, hides that of the disk.
             watched.check()
-            os.fsync(raw.fileno())
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+            raise
+        watched.check()
+        os.fsync(raw.fileno())

@@ -16,7 +16,6 @@ the run folder's file system may be what hangs.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import select
@@ -30,10 +29,9 @@ from typing import NoReturn, Self
 
 import psutil
 
-from sclong_ds.files.sealed_json import CHECKSUM, checksum_of
 from sclong_ds.job.exit_status import PASSING_STATUS, STOP_STATUS
 from sclong_ds.job.signals import StopRequest
-from sclong_ds.run_folder.heartbeats import STARTING, Heartbeat
+from sclong_ds.run_folder.heartbeats import STARTING, Heartbeat, write_heartbeat
 
 log = logging.getLogger("sclong_ds.pretrain")
 
@@ -208,12 +206,9 @@ class Starting:
             )
         )  # fmt: skip
         path = self._path(self._run_dir)
-        partial = path.with_name(f".{path.name}.{self._rank}")
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = content | {CHECKSUM: checksum_of(content)}
-            partial.write_text(json.dumps(whole) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            write_heartbeat(path, content, rank=self._rank)
 
     def _leave_nothing(self) -> None:
         """Remove the heartbeat of a start that failed, and the folders made for it."""

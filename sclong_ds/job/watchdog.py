@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import threading
@@ -31,7 +30,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
-from sclong_ds.files.sealed_json import CHECKSUM, checksum_of
 from sclong_ds.run_folder.heartbeats import (
     ENDED,
     HANG_FILE,
@@ -41,6 +39,7 @@ from sclong_ds.run_folder.heartbeats import (
     read_heartbeats,
     read_json,
     who_is_behind,
+    write_heartbeat,
 )
 
 log = logging.getLogger(__name__)
@@ -244,12 +243,9 @@ class Watchdog:
         self._write(f"rank_{self._rank:05d}.json", asdict(self._heartbeat()))
 
     def _write(self, name: str, content: Mapping[str, object]) -> None:
-        """Write a file whole, but not to the disk: after a power cut it is of no use."""
-        partial = self._folder / f".{name}.{self._rank}"
+        """Write a file of the folder; that it cannot be written is logged once."""
         try:
-            whole = dict(content) | {CHECKSUM: checksum_of(content)}
-            partial.write_text(json.dumps(whole) + "\n", encoding="utf-8")
-            os.replace(partial, self._folder / name)
+            write_heartbeat(self._folder / name, content, rank=self._rank)
         except OSError as error:
             self._complain(error)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from sclong_ds.files.atomic import is_partial, locked, partial_name
+from sclong_ds.files.atomic import is_partial, locked, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +89,8 @@ class RangeCache:
             with locked(self._folder / ".lock"):
                 if path.exists() or not self._reserve(_HEAD.size + len(data)):
                     return
-                partial = partial_name(path)
-                try:
+                with whole_file(path) as partial:
                     partial.write_bytes(_HEAD.pack(*_head_of(data)) + data)
-                    os.replace(partial, path)
-                finally:
-                    partial.unlink(missing_ok=True)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             log.warning(

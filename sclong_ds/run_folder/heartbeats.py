@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed
+from sclong_ds.files.sealed_json import CHECKSUM, checksum_of, read_object, read_sealed
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,23 @@ class Heartbeat:
     def place(self) -> str:
         """Where in the program the rank is, in words."""
         return f"'{self.phase}' of step {self.step}"
+
+
+def write_heartbeat(path: Path, content: Mapping[str, object], *, rank: int) -> None:
+    """Write a file of the heartbeat folder whole, but not to the disk, where nobody needs it.
+
+    Args:
+        path: Its place.
+        content: What a JSON object holds.
+        rank: The rank that writes it, and no other process of that rank at the same time.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{rank}")
+    whole = dict(content) | {CHECKSUM: checksum_of(content)}
+    partial.write_text(json.dumps(whole) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:

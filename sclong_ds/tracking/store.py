@@ -8,12 +8,11 @@ another name, and gives it its own when it is whole.
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from sclong_ds.files.atomic import locked, partial_name, remove_partials_of
+from sclong_ds.files.atomic import locked, remove_partials_of, whole_file
 
 _log = logging.getLogger(__name__)
 
@@ -33,9 +32,8 @@ def make_store(file: Path) -> None:
         with locked(file.with_name(f".{file.name}.lock")):
             if not file.exists():
                 remove_partials_of(file)
-                partial = partial_name(file)
-                _initialise(partial)
-                os.replace(partial, file)
+                with whole_file(file) as partial:
+                    _initialise(partial)
     _check(file)
 
 
