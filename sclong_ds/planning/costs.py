@@ -27,6 +27,9 @@ import math
 
 from sclong_ds.config.sections import COUNT_OFFSETS, POISSON_COUNTS, ModelConfig, PerformerConfig
 
+_FAVOR_BLOCK = 2**20
+"""Bytes of features in work at a time in the torch backend of FAVOR+."""
+
 
 def top_genes(model: ModelConfig, n_expressed: int | None = None) -> int:
     """Return how many genes T of a cell the large encoder reads.
@@ -271,8 +274,12 @@ def _layer_flops(
         dot = 2 * n * rows * inner
         return linear + 2 * dot, 2 * linear + 5 * dot
     row = 2 * rows * stack.heads * stack.features()
-    keys, queries = 2 * n * inner * stack.features(), row * stack.dim_head
-    return linear + 2 * keys + 2 * queries, 2 * linear + 6 * keys + 4 * queries + row
+    of_key = 2 * inner * stack.features()
+    keys, queries = n * of_key, row * stack.dim_head
+    # The block of keys that holds each head's maximum, once more.
+    maxima = min(n, max(16, _FAVOR_BLOCK // (4 * min(stack.heads, 8) * stack.features()))) * of_key
+    backward = 2 * linear + 4 * keys + maxima + 4 * queries + row
+    return linear + 2 * keys + 2 * queries, backward
 
 
 def activation_bytes(
@@ -288,8 +295,8 @@ def activation_bytes(
 
     Per token of a Performer layer: inputs of both norms (W each), of the linear layers (W, I, W, F)
     and of GELU (F), q, k and v (3 I), and two fp32 statistics per norm; softmax attention also
-    keeps the logarithm of each row's sum (H, fp32). With recompute the layer's input alone (W). The
-    last decoder layer counts as if all its tokens were wanted, an upper bound.
+    keeps the logarithm of each row's sum (H, fp32), FAVOR+ sums over the keys. With recompute the
+    layer's input alone (W). The last decoder layer counts as if all tokens were wanted.
 
     Args:
         model: The `model` section.
@@ -323,10 +330,11 @@ def activation_bytes(
         parts["to_large"] = top * (model.large_dim * e + stats)
         parts["from_large"] = top * ((model.large_dim + c) * e + stats)
     for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
-        layer = width * e if recompute else _layer_bytes(model, stack, width, e)
+        layer, sums = width * e, 0
         if not recompute:
-            layer += _joined_width(model, name, stack) * e
-        parts[name] = stack.depth * tokens * layer
+            layer = _layer_bytes(model, stack, width, e) + _joined_width(model, name, stack) * e
+            sums = _favor_sums_bytes(model, stack)
+        parts[name] = stack.depth * (tokens * layer + sums)
     if some:
         parts["read_genes"] = 8 * (n + wanted)  # each token's gene, the token of a wanted gene
     if model.contextual_encoder == "dual" and not packed:
@@ -394,10 +402,18 @@ def _joined_width(model: ModelConfig, name: str, stack: PerformerConfig) -> int:
     return stack.heads * stack.dim_head if joined else 0
 
 
+def _favor_sums_bytes(model: ModelConfig, stack: PerformerConfig) -> int:
+    """Return what the torch backend of FAVOR+ keeps of a cell's keys: `favor_torch.Summary`."""
+    m, k = stack.features(), stack.dim_head
+    return (
+        0 if model.attention_of(stack) == "softmax" else stack.heads * (4 * (k + m * k + m + 2) + 8)
+    )
+
+
 def _favor_block_bytes(stack: PerformerConfig, tokens: int) -> int:
     """Return what the torch backend of FAVOR+ works in: a block of rows, and its heads' sums."""
     m, k = stack.features(), stack.dim_head
-    rows = min(stack.heads * tokens, 2**20 // (4 * m))
+    rows = min(stack.heads * tokens, _FAVOR_BLOCK // (4 * m))
     return 4 * (rows * (3 * m + 2 * k) + 2 * stack.heads * m * (k + 2))
 
 
