@@ -216,9 +216,11 @@ def _run_manifest(args: argparse.Namespace) -> int:
         print(json.dumps(draft, indent=1))
     elif not args.out:
         print(format_manifest(draft), end="")
+    n_refused = sum(bool(d["note"]) for d in draft["datasets"])
     print(
         f"{args.folder}: {counted(len(draft['datasets']), 'dataset')} of "
-        f"{counted(sum(d['n_cells'] or 0 for d in draft['datasets']), 'cell')} to be read, "
+        f"{counted(sum(d['n_cells'] or 0 for d in draft['datasets']), 'cell')} to be read"
+        f"{f' ({n_refused} will be excluded: see the column note)' if n_refused else ''}, "
         f"{counted(len(draft['unreadable']), 'file')} not readable, "
         f"{counted(len(draft['skipped']), 'file')} without data",
         file=sys.stderr,
@@ -384,9 +386,10 @@ def _tell_finished(args: argparse.Namespace, catalogue: dict[str, Any]) -> None:
     parts = len(catalogue.get("parts", ()))
     print(
         f"{args.corpus}: {catalogue['n_cells']} cells x {catalogue['n_genes']} genes of "
-        f"{len(catalogue['datasets'])} datasets; {splits} (split by {catalogue['split_unit']}); "
-        f"{catalogue['duplicates_dropped']} duplicates dropped; "
-        f"{left_out} datasets left out (failed or excluded); "
+        f"{counted(len(catalogue['datasets']), 'dataset')}; "
+        f"{splits} (split by {catalogue['split_unit']}); "
+        f"{counted(catalogue['duplicates_dropped'], 'duplicate')} dropped; "
+        f"{counted(left_out, 'dataset')} left out (failed or excluded); "
         f"{f'{parts} parts; ' if parts else ''}hash {catalogue['hash'][:12]}"
     )
     print(counts.text())

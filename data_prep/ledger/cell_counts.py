@@ -44,7 +44,7 @@ class CellCounts:
 
     def text(self) -> str:
         """Return the counts as one line."""
-        reasons = ", ".join(f"{number} {reason}" for reason, number in self.dropped.items())
+        reasons = ", ".join(f"{reason}: {number:,}" for reason, number in self.dropped.items())
         return (
             f"{counted(self.read, 'cell')} read = {self.kept:,} kept + {self.n_dropped:,} dropped"
             f"{f' ({reasons})' if reasons else ''} + {self.in_datasets_left_out:,} in datasets "

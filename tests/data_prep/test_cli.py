@@ -55,7 +55,7 @@ def test_from_manifest_to_verified_corpus(
     assert catalogue["splits"]["train"] == [0, 20]
     assert catalogue["splits"]["validation"] == [20, 40]
     assert main(["finalize", corpus, "--validation-datasets", "good2"]) == 0
-    assert "; 1 datasets left out (failed or excluded); hash" in capsys.readouterr().out
+    assert "; 1 dataset left out (failed or excluded); hash" in capsys.readouterr().out
     assert main(["verify", corpus, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
     assert main(["verify", corpus]) == 0
@@ -231,9 +231,9 @@ def test_a_drafted_manifest_is_converted(
     assert main(["manifest", str(data), "--out", str(manifest)]) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert (
-        err
-        == f"{data}: 3 datasets of 60 cells to be read, 1 file not readable, 2 files without data\n"
+    assert err == (
+        f"{data}: 3 datasets of 60 cells to be read (1 will be excluded: see the column note), "
+        "1 file not readable, 2 files without data\n"
     )
     assert main(["convert", str(manifest), "--out", str(tmp_path / "c"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"ok": 2, "excluded": 1, "failed": 0}
