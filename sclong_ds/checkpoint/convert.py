@@ -21,8 +21,10 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -49,13 +51,13 @@ def load_converted(engine: Engine, checkpoint: Path) -> str | None:
         ValueError: It cannot be converted.
     """
     folder = checkpoint.with_name(f"{checkpoint.name}.universal.partial")
-    names = [name for name, _ in engine.module.named_parameters()]
+    names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
     on_first_rank(lambda: convert(checkpoint, folder, names=names))
     optimizer = engine.optimizer.optimizer
     # Left on, DeepSpeed would write later checkpoints wrongly and read them as converted ones.
     engine._config.load_universal_checkpoint = True
     try:
-        with plain_values_only():
+        with plain_values_only(), stand_ins_for_absent_groups(engine):
             path, _ = engine.load_checkpoint(str(folder), tag=checkpoint.name)
     finally:
         engine._config.load_universal_checkpoint = False
@@ -69,6 +71,54 @@ def load_converted(engine: Engine, checkpoint: Path) -> str | None:
     dist.barrier()
     on_first_rank(lambda: shutil.rmtree(folder))
     return path
+
+
+class _StandIn:
+    """Stands for the parameters of a group of which this rank holds no element."""
+
+    _hp_mapping = SimpleNamespace(get_optim_state_keys=list)
+
+    def load_hp_checkpoint_state(self, *_args: object, **_options: object) -> None:
+        """Load nothing; no step counter either."""
+
+
+@contextmanager
+def stand_ins_for_absent_groups(engine: Engine) -> Iterator[None]:
+    """Let ranks without an element of some parameter group load a converted checkpoint.
+
+    With ZeRO stages 1 and 2 a group of few elements, the biases of a small head, say, lies on some
+    ranks alone; the others hold padding. DeepSpeed takes the step counter of a group from the first
+    parameter of it that a rank holds, without asking whether there is one (IndexError in
+    `load_hp_checkpoint_state_from_checkpoint_dir`, deepspeed/runtime/base_optimizer.py, 0.19).
+
+    Args:
+        engine: The DeepSpeed engine.
+    """
+    optimizer = engine.optimizer
+    groups = getattr(optimizer, "bit16_groups", [])
+    absent = [g for g in groups if all(parameter._hp_mapping is None for parameter in g)]
+    if not absent:
+        yield
+        return
+    stand_in, names = _StandIn(), optimizer.param_names
+    load = optimizer.load_hp_checkpoint_state_from_checkpoint_dir
+
+    def load_with_stand_ins(*args: object) -> None:
+        names[stand_in] = ""
+        for group in absent:
+            group.append(stand_in)
+        try:
+            load(*args)
+        finally:
+            for group in absent:
+                group.pop()
+            del names[stand_in]
+
+    optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_with_stand_ins
+    try:
+        yield
+    finally:
+        del optimizer.load_hp_checkpoint_state_from_checkpoint_dir
 
 
 def convert(checkpoint: Path, folder: Path, *, names: Iterable[str]) -> None:

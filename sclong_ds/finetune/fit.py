@@ -1,7 +1,8 @@
 """One fit: a trainee on the training groups of a fold, stopped early on the held-out ones.
 
 The order of cells is a function of (seed, position), dropout of (seed, step, rank): a fit that was
-stopped continues from its newest checkpoint as if it had not been. Engine, checkpoints, sums over
+stopped continues from its newest checkpoint as if it had not been, on another number of ranks to
+rounding (and with other dropout). Engine, checkpoints, sums over
 ranks and learning rates are those of pretraining. Every rank calls these functions.
 
     DIR/fits/NAME/checkpoints/   while it runs
@@ -30,9 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sclong_ds.checkpoint.load import load
-from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.checkpoint.save import begin_save, finish_save
-from sclong_ds.checkpoint.state import TrainState, read_state
+from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.engine.deepspeed_engine import Engine, initialize, set_hyper_parameters
 from sclong_ds.engine.ranks import on_first_rank, sum_over_ranks
 from sclong_ds.files.atomic import read_file, whole_file, write_atomic
@@ -322,7 +322,6 @@ def _resume(
                 )
 
     start = {name: p.detach().cpu().clone() for name, p in trainable(engine.module).items()}
-    on_first_rank(lambda: _forget_other_ranks(setting, plan, folder / "checkpoints"))
     found = load(engine, folder / "checkpoints", accept=accept)
     if found is None:
         return Position(), start
@@ -331,20 +330,6 @@ def _resume(
     text["best_loss"] = float(text["best_loss"])
     _log.info("%s: resuming after step %d", plan.name, found.state.step)
     return Position(**text), dict(load_file(checkpoint / BEST))
-
-
-def _forget_other_ranks(setting: Setting, plan: Plan, checkpoints: Path) -> None:
-    """Remove the checkpoints of a fit that another number of ranks saved; the fit begins again.
-
-    DeepSpeed cannot divide a head among ranks when it converts: some rank has none of its biases.
-    """
-    found = complete_checkpoints(checkpoints)
-    if not found:
-        return
-    saved_by, now = read_state(found[0]).world_size, setting.ranks.world_size
-    if saved_by != now:
-        _log.warning("%s: saved by %d ranks, begins again with %d", plan.name, saved_by, now)
-        shutil.rmtree(checkpoints)
 
 
 def mean_steps(found: Sequence[Fitted]) -> int:
