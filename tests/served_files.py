@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,12 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FileServer:
     """Serves files by range over HTTP; `fault` tells what becomes of a request."""
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
+    def __init__(self, files: Mapping[str, bytes], tls: ssl.SSLContext | None = None) -> None:
         """Start it on a free port of this machine.
 
         Args:
             files: Path below the server to content.
+            tls: With its certificate; None: plain HTTP.
         """
+        self._tls = tls
         self.files = files
         self.fault: Callable[[int], str] = lambda number: ""
         """From the number of a request to "", a status, "cut" (its body breaks off), "changed" (a
@@ -30,7 +33,7 @@ class FileServer:
     @property
     def url(self) -> str:
         """Its address."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self._tls else ''}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Begin to answer, on the port of before."""
@@ -53,6 +56,8 @@ class FileServer:
                 """Say nothing of clients that are gone."""
 
         self._server = Server(("127.0.0.1", self.port), Handler)
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()

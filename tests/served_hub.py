@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,8 +15,13 @@ COMMIT = "0" * 40
 class Hub:
     """Keeps the files of repositories in memory; published ones can be fetched again."""
 
-    def __init__(self) -> None:
-        """Start it on a free port of this machine."""
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        """Start it on a free port of this machine.
+
+        Args:
+            tls: With its certificate; None: plain HTTP.
+        """
+        self._tls = tls
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: set[str] = set()
         hub = self
@@ -39,13 +45,15 @@ class Hub:
                 """Say nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
         """Its address."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http{'s' if self._tls else ''}://127.0.0.1:{self._server.server_address[1]}"
 
     def stop(self) -> None:
         """Stop answering."""

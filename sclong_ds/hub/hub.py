@@ -7,7 +7,8 @@ Files come into a cache and are compared with the model's manifest, as those of 
 code that comes with them is run. `push_to_hub` publishes a folder: its files, a model card with the
 front matter that the hub reads, and a config.json by which the hub counts downloads.
 
-Reads HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub; the cache of web addresses
+Reads HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub, and SSL_CERT_FILE, the
+certificates of an authority of one's own, for both; the cache of web addresses
 is $XDG_CACHE_HOME/sclong_ds/models, ~/.cache without it.
 """
 
@@ -118,6 +119,8 @@ def _from_web(address: str) -> Path:
     import requests
 
     with requests.Session() as session:
+        # As the hub's client does; requests' own REQUESTS_CA_BUNDLE comes before it.
+        session.verify = os.environ.get("SSL_CERT_FILE") or True
         answer = _get(session, f"{address}/{MANIFEST}")
         waiting = cache / f".{os.getpid()}.partial"
         waiting.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from exported import named_genes, write_model
+from own_authority import own_authority
 from served_files import FileServer
 from served_hub import Hub
 
@@ -117,6 +118,45 @@ def test_an_address_with_nothing_behind_it(hub, served, tmp_path, capsys):
         model_folder(f"{served.url}/m")
     assert main(["push", str(tmp_path), "lab/blood"]) == 1
     assert "manifest.json: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["web", "hub"])
+def test_over_tls_with_the_certificates_of_an_own_authority(
+    kind, model_dir, monkeypatch, tmp_path, capsys
+):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    bundle, tls = own_authority(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    files = {path.name: path.read_bytes() for path in model_dir.iterdir()}
+    server: Hub | FileServer
+    if kind == "hub":
+        server = Hub(tls)
+        server.repositories["lab/blood"] = files
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        place = "hf://lab/blood"
+    else:
+        server = FileServer({f"m/{name}": data for name, data in files.items()}, tls)
+        place = f"{server.url}/m"
+    assert server.url.startswith("https://")
+    try:
+        huggingface_hub.close_session()  # the client keeps the certificates that it began with
+        assert main(["genes", place, "--out", str(tmp_path / "genes.h5ad")]) != 0
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if "CERTIFICATE_VERIFY" in x]
+        assert place in line
+        huggingface_hub.close_session()
+        monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+        x = torch.rand(2, len(GENES))
+        with torch.inference_mode():
+            there = sclong_ds.load_model(place).embed(x)
+            assert torch.equal(there, sclong_ds.load_model(model_dir).embed(x))
+    finally:
+        huggingface_hub.close_session()
+        server.stop()
 
 
 def test_a_damaged_model_is_not_published(hub, model_dir, tmp_path):
