@@ -1,6 +1,6 @@
 """Cell embeddings from an exported model: raw counts in any format in, AnnData out.
 
-    python -m sclong_ds embed MODEL_DIR INPUT --out OUT.h5ad [--batch-size N] [--device cuda]
+    python -m sclong_ds embed MODEL_DIR INPUT --out OUT.h5ad [--batch-size N] [--jobs N]
 
 Reads MODEL_DIR (`python -m sclong_ds export`) and INPUT: any file or folder that `data_prep` reads,
 under the same rules (raw counts, human genes, refused with the reason otherwise) and with the
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from scipy.sparse import csr_matrix
 from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.embedding.opening import cells_of, count_inputs, model_of
+from sclong_ds.embedding.processes.workers import Workers, started_workers
 from sclong_ds.embedding.record import input_record, origin_of, record_of, training_record
 from sclong_ds.embedding.stored import UNS_KEY, measured_column, measured_record
 from sclong_ds.exported.head import FittedHead, read_head
@@ -96,17 +98,25 @@ def run(args: argparse.Namespace) -> int:
     model = model_of(args)
     cells = cells_of(args, model)
     training_cells = read_training_cells(args.model_dir)
-    coverage = embed_to_file(
-        model,
-        cells,
-        out=args.out,
-        model_dir=args.model_dir,
-        batch_size=args.batch_size,
-        with_counts=not args.no_counts,
-        origin=origin_of(args),
-        training_cells=training_cells,
-        head=read_head(args.model_dir),
+    device = next(model.parameters()).device
+    started = (
+        nullcontext()
+        if args.jobs == 1
+        else started_workers(embed_and_predict, args.model_dir, device=device, n=args.jobs)
     )
+    with started as workers:
+        coverage = embed_to_file(
+            model,
+            cells,
+            out=args.out,
+            model_dir=args.model_dir,
+            batch_size=args.batch_size,
+            with_counts=not args.no_counts,
+            origin=origin_of(args),
+            training_cells=training_cells,
+            head=read_head(args.model_dir),
+            workers=workers,
+        )
     print(share_in_training(training_cells, coverage.n_cells_in_training, coverage.n_cells))
     print(
         f"{args.out}: {coverage.n_cells} cells, {KEY} of width {embedding_width(model)}; "
@@ -146,13 +156,12 @@ def embed_counts(
         ValueError: Another number of genes than the model's, or measured genes are needed.
     """
     embedded = np.zeros((counts.shape[0], embedding_width(model)), dtype=np.float32)
-    for part, x, unmeasured in count_inputs(
-        model, counts, batch_size=batch_size, measured=measured
-    ):
-        with torch.inference_mode():
+    batches = count_inputs(model, counts, batch_size=batch_size, measured=measured)
+    with torch.inference_mode(), model.gene_encoder.kept():
+        for part, x, unmeasured in batches:
             embedded[part] = model.embed(x, unmeasured=unmeasured).float().cpu().numpy()
-        if on_cells is not None:
-            on_cells(len(x))
+            if on_cells is not None:
+                on_cells(len(x))
     return embedded
 
 
@@ -181,14 +190,13 @@ def pooled_counts(
         (n, P * C) float32; zero for a cell without counts.
     """
     pooled = np.zeros((counts.shape[0], len(parts) * model.config.base_dim), dtype=np.float32)
-    for part, x, unmeasured in count_inputs(
-        model, counts, batch_size=batch_size, measured=measured
-    ):
-        with torch.inference_mode():
+    batches = count_inputs(model, counts, batch_size=batch_size, measured=measured)
+    with torch.inference_mode(), model.gene_encoder.kept():
+        for part, x, unmeasured in batches:
             found = model.pooled(x, parts, unmeasured=unmeasured, directions=directions)
             pooled[part] = torch.cat(found, dim=1).float().cpu().numpy()
-        if on_cells is not None:
-            on_cells(len(x))
+            if on_cells is not None:
+                on_cells(len(x))
     return pooled
 
 
@@ -234,6 +242,20 @@ def recipe_rows(model: ScLong, parts: Sequence[np.ndarray]) -> np.ndarray:
         return np.array(model.recipe.apply(given).float().cpu().numpy())
 
 
+def _said_of(
+    model: ScLong,
+    counts: csr_matrix,
+    head: FittedHead | None,
+    workers: Workers | None,
+    **how: Any,
+) -> tuple[np.ndarray, _Columns]:
+    """Return what `embed_and_predict` returns, computed by other processes where there are some."""
+    if workers is None:
+        return embed_and_predict(model, counts, head, **how)
+    found = workers.each(counts, **how)
+    return np.concatenate([rows for rows, _ in found]), _joined([own for _, own in found])
+
+
 def _joined(blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return the columns of consecutive cells as one."""
     names = blocks[0] if blocks else {}
@@ -251,6 +273,7 @@ def embed_to_file(
     origin: dict[str, Any] | None = None,
     training_cells: TrainingCells | None = None,
     head: FittedHead | None = None,
+    workers: Workers | None = None,
 ) -> Coverage:
     """Embed all cells of an input and write the h5ad; it appears whole or not at all.
 
@@ -264,6 +287,7 @@ def embed_to_file(
         origin: What the cells are, for the record.
         training_cells: What the model was trained on; None: not known.
         head: Adds its predictions to obs; None: nothing was fine-tuned on the model.
+        workers: Processes that hold the same model and head; None: this one computes.
 
     Returns:
         What was embedded.
@@ -279,10 +303,8 @@ def embed_to_file(
         for part, block, measured in cells.placed_blocks():
             n_genes_mapped[part] = np.diff(block.counts.indptr)
             n_counts[part] = np.asarray(block.counts.sum(axis=1)).ravel()
-            embedded[part], columns = embed_and_predict(
-                model, block.counts, head, batch_size=batch_size, on_cells=on_cells,
-                measured=measured,
-            )  # fmt: skip
+            how = {"batch_size": batch_size, "on_cells": on_cells, "measured": measured}
+            embedded[part], columns = _said_of(model, block.counts, head, workers, **how)
             predicted.append(columns)
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))

@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-counts", action="store_true", help="leave the counts (X) out of the file"
     )
+    parser.add_argument(
+        "--jobs",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="processes that embed, on as many GPUs or sharing the CPU (default %(default)s)",
+    )
 
 
 def add_input_arguments(parser: argparse.ArgumentParser, *, input_needed: bool = True) -> None:

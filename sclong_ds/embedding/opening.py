@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from scipy.sparse import csr_matrix
@@ -12,10 +13,16 @@ from torch import Tensor
 from data_prep.manifest.input_options import input_dataset
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.exported.model_dir import load_model
+from sclong_ds.exported.training_cells import read_training_cells, share_in_training
 from sclong_ds.hub.hub import model_folder
 from sclong_ds.model.counts_input import model_input
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
+
+CPU_TOKENS = 2**15
+"""Genes of all cells of a batch on a CPU, at most: more of them leave its caches. A model of 27,874
+genes of width 32 takes 1.5 times the CPU time in batches of 8 (`python -m
+benchmarks.embed_speed`)."""
 
 
 def model_of(args: argparse.Namespace) -> ScLong:
@@ -54,6 +61,19 @@ def cells_of(args: argparse.Namespace, model: ScLong) -> Cells:
     )
 
 
+def known_from_training(model_dir: Path, cells: Cells) -> str:
+    """Return the sentence on how many cells a model was trained on, for which they are read once.
+
+    Args:
+        model_dir: Folder of the model.
+        cells: From `cells_of`.
+    """
+    known, n = read_training_cells(model_dir), 0
+    if known is not None:
+        n = sum(int(known.hold(block.counts).sum()) for block in cells.blocks())
+    return share_in_training(known, n, len(cells.obs))
+
+
 def model_inputs(
     model: ScLong, cells: Cells, *, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
@@ -82,7 +102,7 @@ def count_inputs(
     Args:
         model: From `load_model`, with its `transform`.
         counts: (n, G) raw counts in the model's gene order.
-        batch_size: Cells at a time.
+        batch_size: Cells at a time; on a CPU fewer of a model that reads all genes.
         measured: Genes that the inputs of the n cells name.
 
     Raises:
@@ -99,6 +119,8 @@ def count_inputs(
             "or finalize the corpus again"
         )
     device = next(model.parameters()).device
+    if device.type == "cpu" and model.config.zero_genes is None:
+        batch_size = min(batch_size, max(1, CPU_TOKENS // model.n_genes))
     for start in range(0, counts.shape[0], batch_size):
         part = slice(start, start + batch_size)
         unknown = measured.of(part).unmeasured() if masks and measured is not None else None

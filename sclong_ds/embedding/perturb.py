@@ -36,7 +36,7 @@ from torch import Tensor
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.embedding.embed import plain_columns
-from sclong_ds.embedding.opening import cells_of, model_inputs, model_of
+from sclong_ds.embedding.opening import cells_of, known_from_training, model_inputs, model_of
 from sclong_ds.embedding.record import origin_of, record_of
 from sclong_ds.embedding.stored import UNS_KEY
 from sclong_ds.files.atomic import whole_file, write_atomic
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
     table = tested(names, every, effects, n_null=args.null, model=model)
     table.uns[UNS_KEY] = record_of(model, args.model_dir) | origin_of(args)
     write(table, args.out)
+    print(known_from_training(args.model_dir, cells))
     for name, row in zip(names, table.obs.itertuples(), strict=True):
         print(
             f"{name}: {row.n_cells} cells, embedding moves {row.shift:.4g} (null "

@@ -23,7 +23,7 @@ from scipy.sparse import coo_matrix, issparse
 
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.embedding.embed import check_out, plain_columns
-from sclong_ds.embedding.opening import cells_of, model_of
+from sclong_ds.embedding.opening import cells_of, known_from_training, model_of
 from sclong_ds.embedding.perturb import genes_of
 from sclong_ds.embedding.record import origin_of, record_of
 from sclong_ds.embedding.stored import UNS_KEY
@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         path = beside(args.out, f"{kind}.tsv")
         write_atomic(path, edges.to_csv(sep="\t", index=False, float_format="%.6g").encode())
         print(f"{path}: {len(edges)} edges of {edges['source'].nunique()} genes")
+    if read is not None:
+        print(known_from_training(args.model_dir, read.cells))
     if args.benchmark:
         _benchmark(args, model, read, table)
     with whole_file(args.out) as partial:
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together, before anything is opened."""
-    check_out(args.out, input=args.input or args.model_dir)
+    check_out(args.out, input=args.input or Path(args.model_dir))
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists; choose another name, or remove it")
     if args.by and args.input is None:
@@ -239,7 +241,11 @@ def _scored(
     if means is not None:
         found["expression_level"] = level_areas(means[annotated], within.members)
     table = score_table(found, seed=seed)
-    held = " held out of the graph" if name == "GO" and not within.known else ""
+    held = ""
+    if name == "GO" and not within.known:
+        held = " not in the graph"
+        if "gene_graph" in rows:
+            held = " held out of the graph, which has terms above and below them"
     print(f"\n{name}{held}: {verdict(found, {'gene_vectors', 'contextual'}, within, seed=seed)}")
     print(table.to_string(float_format=lambda value: f"{value:.3f}"))
     return table.assign(sets=name, n_sets=len(within.names), known=within.known)

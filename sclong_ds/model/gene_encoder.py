@@ -17,6 +17,8 @@ Shapes: G genes, C base width, E edges.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,6 +131,7 @@ class GeneEncoder(nn.Module):
         # weights to bf16.
         self._graph = graph
         self._adjacency: tuple[SparseRows, SparseRows] | None = None
+        self._kept: Tensor | None = None
 
     @property
     def graph(self) -> GeneGraph | None:
@@ -142,6 +145,8 @@ class GeneEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the gene vectors (G, C)."""
+        if self._kept is not None:
+            return self._kept
         if self.table is None:
             assert self.vectors is not None
             return self.vectors
@@ -151,6 +156,19 @@ class GeneEncoder(nn.Module):
                 h = h.relu()
             h = linear(self._convolve(h))
         return h if self.vectors is None else self.vectors + h
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Compute the gene vectors once for all calls in the block, without gradients.
+
+        The weights must stay as they are meanwhile.
+        """
+        with torch.no_grad():
+            self._kept = self()
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def _convolve(self, h: Tensor) -> Tensor:
         if self._graph is None:

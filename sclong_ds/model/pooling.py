@@ -162,14 +162,36 @@ def along_directions(x: Tensor, directions: Tensor | None) -> Tensor:
     return x.to(kind) @ directions.to(x.device, kind)
 
 
-def pool_parts(found: Mapping[Layer, Tensor], x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+class Places(NamedTuple):
+    """Where the genes lie that a cell expresses; P: the most of any cell, 1 at least."""
+
+    genes: Tensor
+    """(B, P) int64, rising; 0 behind those of a cell with fewer."""
+    there: Tensor
+    """(B, P) bool: whether a place is of a gene."""
+
+
+def expressed_places(x: Tensor) -> Places:
+    """Return the expressed genes of cells x (B, G), for which a GPU waits."""
+    cells, genes = torch.nonzero(x > 0, as_tuple=True)
+    n = torch.bincount(cells, minlength=len(x))
+    there = torch.arange(max(1, int(n.max())), device=x.device) < n[:, None]
+    places = torch.zeros(there.shape, dtype=torch.int64, device=x.device)
+    places[there] = genes  # Both go cell by cell.
+    return Places(places, there)
+
+
+def pool_parts(
+    found: Mapping[Layer, Tensor], x: Tensor, parts: Sequence[Part], places: Places | None = None
+) -> list[Tensor]:
     """Return the weighted means of some parts.
 
     Args:
-        found: By layer (B, G, C), (G, C) for the gene vectors, (B, C) for those of `OF_CELLS`,
-            (blocks, B, C) for `principal`.
+        found: By layer (B, G, C), or (B, P, C) with `places`, (G, C) for the gene vectors, (B, C)
+            for those of `OF_CELLS`, (blocks, B, C) for `principal`.
         x: (B, G) transformed expression; unmeasured genes are 0.
         parts: What to return.
+        places: Genes that the vectors are of; None: all.
 
     Returns:
         A tensor (B, C) for each part; 0 for a cell without expressed genes.
@@ -183,7 +205,10 @@ def pool_parts(found: Mapping[Layer, Tensor], x: Tensor, parts: Sequence[Part]) 
         if part.layer == PRINCIPAL:
             return found[PRINCIPAL][int(part.weights.removeprefix(_BLOCK)) - 1]
         # A matrix product: a weighted copy of the largest array here would double the memory.
-        return _mean(weights[part.weights], found[part.layer])
+        weight, vectors = weights[part.weights], found[part.layer]
+        if places is not None and vectors.ndim == 3:
+            weight = weight.gather(1, places.genes) * places.there
+        return _mean(weight, vectors)
 
     return [one(part) for part in parts]
 

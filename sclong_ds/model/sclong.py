@@ -39,6 +39,7 @@ from sclong_ds.model.pooling import (
     Part,
     Recipe,
     along_directions,
+    expressed_places,
     pool_parts,
 )
 from sclong_ds.model.pretrained import Pretrained
@@ -298,9 +299,13 @@ class ScLong(Pretrained, nn.Module):
         if PRINCIPAL in layers:
             own = self.recipe.directions if directions is None else directions
             found[PRINCIPAL] = along_directions(x, own)
+        places = None
         if rest := tuple(layers - {*OF_CELLS, PRINCIPAL}):
-            found |= self._represent(x, None, None, None, unmeasured, rest, routes=routes)
-        return pool_parts(found, x, parts)
+            if self.config.zero_genes is None and rest != ("gene_vectors",):
+                places = expressed_places(x)  # All others have the weight 0.
+            positions = None if places is None else places.genes
+            found |= self._represent(x, None, positions, None, unmeasured, rest, routes=routes)
+        return pool_parts(found, x, parts, places)
 
     def embed(self, x: Tensor, *, unmeasured: Tensor | None = None) -> Tensor:
         """Return the embeddings (B, W) of cells by `recipe`; 0 for a cell without counts.
@@ -326,7 +331,8 @@ class ScLong(Pretrained, nn.Module):
     ) -> dict[Layer, Tensor]:
         """Return the representations (B, G, C), or (B, P, C), behind some layers.
 
-        Arguments as `forward`. The gene vectors are (G, C), those behind the encoders (B, G, C).
+        Arguments as `forward`. The gene vectors are (G, C). Behind the encoders, `positions` are
+        of models that read all genes.
         """
         genes = self.gene_encoder()
         found: dict[Layer, Tensor] = {}
@@ -349,7 +355,8 @@ class ScLong(Pretrained, nn.Module):
         tokens = self.expression_encoder(x, no_value) + genes
         merged = self._contextual(tokens, routed, mask, lengths) + genes
         if "encoders" in layers:
-            found["encoders"] = merged[:, : self.n_genes]
+            own = merged[:, : self.n_genes]
+            found["encoders"] = own if positions is None else select_tokens(merged, positions)
         if "decoder" in layers:
             h = self.norm(self.decoder(merged, None, positions))
             found["decoder"] = h[:, : self.n_genes] if positions is None else h

@@ -18,7 +18,7 @@ import argparse
 import numpy as np
 import pandas as pd
 
-from sclong_ds.embedding.opening import cells_of, model_of
+from sclong_ds.embedding.opening import cells_of, known_from_training, model_of
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.perturb_bench.metrics import METRICS, effect_scores, summary, worded
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     scores = bench_scores(screen, encodings, folds=args.folds, seed=args.seed)
     table = summary(scores, simple=SIMPLE, seed=args.seed)
     _write(args, table, scores)
+    print(known_from_training(args.model_dir, cells))
     print(_headline(screen, model))
     print(_shown(table).to_string())
     print(worded(table, simple=SIMPLE))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from exported import named_genes, write_model
+from small_model import cells, small_model
 
 from sclong_ds.embedding.embed import embedding_width
 from sclong_ds.exported.model_dir import load_model
@@ -137,3 +138,38 @@ def test_a_model_embeds_by_its_recipe_alone_or_in_a_batch(tmp_path: Path) -> Non
         first, last = model.pooled(x, [Part("encoders", "expressed"), Part("decoder", "expressed")])
         torch.testing.assert_close(last, mean)
         assert not torch.allclose(first, last)
+
+
+@pytest.mark.parametrize("changes", [{}, {"routing": "expressed"}, {"pad_token": True}])
+def test_pooling_the_expressed_genes_alone_gives_the_means_over_all(
+    changes: dict[str, object],
+) -> None:
+    model = small_model(**changes)
+    x, _ = cells(b=5)
+    x[2], x[3, 1:] = 0, 0
+    unmeasured = torch.rand(x.shape, generator=torch.Generator().manual_seed(5)) < 0.2
+    weights = ("expressed", "value", "value^3", "top_3")
+    layers = ("decoder", "encoders", "gene_vectors")
+    parts = [Part(layer, weight) for layer in layers for weight in weights]
+    routes, _ = cells(b=5, seed=9)
+    with torch.no_grad():
+        for unknown, routed in ((None, None), (unmeasured, None), (None, routes)):
+            every = model._represent(x, None, None, None, unknown, layers, routes=routed)
+            known = x if unknown is None else x.masked_fill(unknown, 0.0)
+            expected = pool_parts(every, known, parts)
+            for found, wanted in zip(
+                model.pooled(x, parts, unmeasured=unknown, routes=routed), expected, strict=True
+            ):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_gene_vectors_that_are_kept_are_those_of_the_weights_and_end_with_the_block() -> None:
+    model = small_model()
+    x, _ = cells()
+    with torch.no_grad():
+        before = model.embed(x)
+        with model.gene_encoder.kept():
+            assert torch.equal(model.embed(x), before)
+            model.gene_encoder.table.data.add_(1.0)
+            assert torch.equal(model.embed(x), before)
+        assert not torch.equal(model.embed(x), before)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from launching import run_forked, start_ranks
+from small_runs import make_corpus
 
-from benchmarks.random_kills import make_corpus
 from sclong_ds.run_folder.files import read_events
 from sclong_ds.run_folder.rows import read_metrics
 

@@ -1,0 +1,1 @@
+"""Several processes that embed the cells of one input."""
