@@ -45,8 +45,8 @@ _KILLS = (
     "while training, {saving} while saving"
 )
 _AGREEMENT = (
-    "float64: outputs to {float64.output:.0e}, gradients to {float64.gradients:.0e}; "
-    "float32: outputs to {float32.output:.0e}, gradients to {float32.gradients:.0e}"
+    "float64: outputs to {float64.output:.1e}, gradients to {float64.gradients:.1e}; "
+    "float32: outputs to {float32.output:.1e}, gradients to {float32.gradients:.1e}"
 )
 _DEDUP = "duplicate search over {n_cells:,} cells |"
 SENTENCES = [
@@ -69,7 +69,7 @@ SENTENCES = [
         MEASURED,
         "elastic_runs",
         "`sclong_tiny` at {genes} genes, {steps} steps, fp32 | CPU | {commit:.7} | same cells, "
-        "targets, learning rates; losses within {most.loss:.0e}, weights within {most.weights:.0e}",
+        "targets, learning rates; losses within {most.loss:.1e}, weights within {most.weights:.1e}",
     ),
     Sentence(
         MEASURED,
