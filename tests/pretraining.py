@@ -75,7 +75,8 @@ def wait_for_step(run_dir, step, process):
 
 def weights(run_dir, tmp_path):
     out = tmp_path / f"model_{run_dir.name}"
-    run_module("sclong_ds", "export", run_dir, "--out", out)
+    done = run_module("sclong_ds", "export", run_dir, "--out", out)
+    assert "it/s" not in done.stderr, "bars of a library"
     return load_file(out / "model.safetensors")
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
 from sclong_ds.checkpoint.convert import load_converted
@@ -30,6 +31,7 @@ from sclong_ds.checkpoint.torch_files import plain_values_only, refuse_code
 from sclong_ds.engine.deepspeed_engine import Engine
 from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.files.atomic import listed
+from sclong_ds.progress import each_with_progress
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +175,18 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
     refuse_code([path for path in listed(checkpoint) if path.suffix == ".pt"])
     folder, name = str(checkpoint.parent), checkpoint.name
     try:
-        with quiet(), plain_values_only():
-            return get_fp32_state_dict_from_zero_checkpoint(folder, tag=name)
+        with quiet(), plain_values_only(), _progress_as_elsewhere():
+            return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder, tag=name)
     except RuntimeError as error:  # torch's own for a file that does not open
         raise ValueError(f"{checkpoint}: its weights cannot be read: {error}") from error
+
+
+@contextmanager
+def _progress_as_elsewhere() -> Iterator[None]:
+    """Show what DeepSpeed does as all commands do: a bar on a terminal, else a line a minute."""
+    bars = zero_to_fp32.tqdm
+    zero_to_fp32.tqdm = lambda items, desc: each_with_progress([*items], desc.lower(), "parts")
+    try:
+        yield
+    finally:
+        zero_to_fp32.tqdm = bars
