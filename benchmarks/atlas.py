@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Watch(threading.Thread):
 
 
 def measured(
-    commands: Sequence[Sequence[str | Path]],
+    commands: Sequence[Sequence[str]],
     folder: Path,
     *,
     log: Path,
@@ -206,7 +207,8 @@ class Atlas:
     def convert(self, manifest: Path, corpus: Path) -> dict[str, Any]:
         """Convert a manifest's datasets, as many at a time as there are cores."""
         jobs = str(len(os.sched_getaffinity(0)))
-        command = ["-m", "data_prep", "convert", manifest, "--out", corpus, "--jobs", jobs]
+        command = ["-m", "data_prep", "convert", str(manifest), "--out", str(corpus)]
+        command += ["--jobs", jobs]
         found = measured([command], corpus, log=self._out / "convert.log")
         found["staging_bytes"] = sum(
             path.stat().st_size for path in (corpus / "staging").rglob("*") if path.is_file()
@@ -218,10 +220,8 @@ class Atlas:
         outs = [self._out / f"task_{task}.json" for task in range(tasks)]
         for out in outs:
             out.unlink(missing_ok=True)
-        commands = [
-            ["-m", "benchmarks.atlas", "--out", corpus, "--as-task", str(task), str(tasks), out]
-            for task, out in enumerate(outs)
-        ]
+        command = ["-m", "benchmarks.atlas", "--out", str(corpus), "--as-task"]
+        commands = [[*command, str(task), str(tasks), str(out)] for task, out in enumerate(outs)]
         found = measured(commands, corpus, log=self._out / "finalize.log")
         each = [json.loads(out.read_bytes()) for out in outs]
         names = sorted({name for task in each for name in task["units"]})
@@ -297,11 +297,11 @@ class Atlas:
         self.stage("make", lambda: self.made)
         self.stage("convert", lambda: self.convert(self.first_manifest(), self._out / "converted"))
         for n in tasks:
-            self.stage(f"finalize, {n} tasks", lambda n=n: self.with_tasks(n))
+            self.stage(f"finalize, {n} tasks", partial(self.with_tasks, n))
         hashes = [self.found[f"finalize, {n} tasks"]["products"] for n in tasks]
         self.stage("grow", self.grow)
         for n in RANKS:
-            self.stage(f"train, {n} ranks", lambda n=n: self.train(n))
+            self.stage(f"train, {n} ranks", partial(self.train, n))
         steps = [self.found[f"train, {n} ranks"]["equal"] for n in RANKS]
         return {
             "same_bytes": all(found == hashes[0] for found in hashes),

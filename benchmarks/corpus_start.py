@@ -45,12 +45,13 @@ BATCH, LANES, PREFETCH = 256, 256, 4
 TARGET_S, TARGET_MIB = 2.0, 300.0
 
 
-def make(folder: Path, n_cells: int) -> None:
+def make(folder: Path, n_cells: int, sizes: NDArray[np.int64] | None = None) -> None:
     """Write the corpus.
 
     Args:
-        folder: Folder to fill.
+        folder: Folder to fill; `columns` that are there already are its columns.
         n_cells: Its number of cells.
+        sizes: Cells of each dataset; None: equal.
     """
     from sclong_ds.corpus.catalogue import DatasetInfo, write_catalogue
     from sclong_ds.corpus.corpus import Corpus
@@ -61,11 +62,15 @@ def make(folder: Path, n_cells: int) -> None:
     genes.write(folder / "genes.tsv")
     n_chunks = -(-n_cells // CELLS_PER_CHUNK)
     chunk_rows = np.minimum(np.arange(n_chunks + 1, dtype=np.int64) * CELLS_PER_CHUNK, n_cells)
-    sizes = np.bincount(np.arange(n_cells) % N_DATASETS, minlength=N_DATASETS).tolist()
+    if sizes is None:
+        sizes = np.bincount(np.arange(n_cells) % N_DATASETS, minlength=N_DATASETS)
+    of_cells = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)
+    np.random.default_rng(1).shuffle(of_cells)
     train = int(chunk_rows[max(1, int(0.95 * n_chunks))])
+    in_train = np.bincount(of_cells[:train], minlength=len(sizes)).tolist()
     unknown = dict.fromkeys(field.name for field in fields(DatasetInfo))
-    known = {"duplicates_dropped": 0, "split_cells": {}, "source_hash": "0" * 64}
-    payloads = _write_cells(folder / "cells.zarr", chunk_rows, len(genes))
+    known = {"duplicates_dropped": 0, "source_hash": "0" * 64}
+    payloads = _write_cells(folder / "cells.zarr", chunk_rows, len(genes), of_cells)
     write_catalogue(
         folder,
         {
@@ -74,8 +79,14 @@ def make(folder: Path, n_cells: int) -> None:
             "genes_hash": genes.hash,
             "splits": {"train": [0, train], "validation": [train, n_cells], "test": [n_cells] * 2},
             "datasets": [
-                {**unknown, **known, "dataset_id": f"dataset_{code:04d}", "n_cells": size}
-                for code, size in enumerate(sizes)
+                {
+                    **unknown,
+                    **known,
+                    "dataset_id": f"dataset_{code:04d}",
+                    "n_cells": size,
+                    "split_cells": {"train": in_train[code]},
+                }
+                for code, size in enumerate(sizes.tolist())
             ],
         },
     )
@@ -86,7 +97,9 @@ def make(folder: Path, n_cells: int) -> None:
     _write_shards(folder / "cells.zarr", payloads, np.unique(chunks))
 
 
-def _write_cells(path: Path, chunk_rows: NDArray[np.int64], n_genes: int) -> dict[str, bytes]:
+def _write_cells(
+    path: Path, chunk_rows: NDArray[np.int64], n_genes: int, of_cells: NDArray[np.uint32]
+) -> dict[str, bytes]:
     """Write metadata and row tables; return the bytes of a chunk in each stream."""
     from sclong_ds.corpus.cell_store import CellStore
     from sclong_ds.corpus.cell_writer import CellWriter
@@ -110,7 +123,7 @@ def _write_cells(path: Path, chunk_rows: NDArray[np.int64], n_genes: int) -> dic
     # Not read at the start: files of zeros that take no disk.
     for name in ("obs_row", "source_row"):
         _write_table(path, name, np.zeros(n_cells, np.int64))
-    _write_table(path, "dataset", rng.integers(0, N_DATASETS, n_cells, dtype=np.uint32))
+    _write_table(path, "dataset", of_cells)
     _write_table(path, "chunk_rows", chunk_rows)
     for name in ("gap_crc32c", "count_crc32c"):
         _write_table(path, name, np.resize(one.table(name), n_chunks))
