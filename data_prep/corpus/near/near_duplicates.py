@@ -113,16 +113,17 @@ class NearSearch:
         Returns:
             The file with the checksums of what was written, as of `ask` and `answer`.
         """
-        chosen = _as_numbers(self.sets.genes)
-        parts = [np.zeros(0, _RECORD)]
+        parts, of = [np.zeros(0, _RECORD)], -1
         for dataset, chunk in self.runs[run]:
             store, first = self._stores[dataset], int(self._first[dataset])
+            if dataset != of:
+                numbers = np.flatnonzero(self.sets.takes[:, self.sets.of_dataset[dataset]])
+                chosen, of = _as_numbers(self.sets.genes[numbers]), dataset
             start, stop = (int(row) for row in store.chunk_rows[chunk : chunk + 2])
             here = np.flatnonzero(self._kept[first + start : first + stop])
-            numbers = np.flatnonzero(self.sets.takes[:, self.sets.of_dataset[dataset]])
             if len(here) and len(numbers):
                 counts = store.read_chunk(chunk)[here]
-                parts += _records(counts, first + start + here, numbers, chosen[:, numbers])
+                parts += _records(counts, first + start + here, numbers, chosen)
         records = np.concatenate(parts)
         return self._write("compared", run, records, records["high"])
 
