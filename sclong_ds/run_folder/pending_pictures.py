@@ -192,6 +192,7 @@ class Artist:
             )  # fmt: skip
             self._process.kill()
             self._process.wait()
+            put_back(self._run_dir)
 
     def _is_busy(self) -> bool:
         """Tell whether a process is at work; one that failed is reported once."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sclong_ds.run_folder.pending_pictures import PICTURES_FILE, seal_pictures, sound_pictures
+from sclong_ds.run_folder.pending_pictures import (
+    PICTURES_FILE,
+    Artist,
+    pending,
+    seal_pictures,
+    sound_pictures,
+)
 
 
 @pytest.fixture
@@ -43,3 +51,16 @@ def test_without_a_record_that_can_be_read_pictures_are_taken(
     assert "pictures.json: damaged" in caplog.text
     path.unlink()
     assert len(sound_pictures(drawn)[0]) == 2
+
+
+def test_what_is_drawn_when_the_wait_is_over_waits_again(tmp_path: Path) -> None:
+    artist = Artist(tmp_path, step=0)
+    artist.draw(5, {"predicted_true": np.ones((2, 1_000_000))})
+    plots = tmp_path / "plots"
+    deadline = time.monotonic() + 240
+    while not (plots / "step_00000005.drawing.npz").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    artist.finish(wait_s=0)
+    assert pending(tmp_path) == [plots / "step_00000005.npz"]
+    assert not list(plots.glob("*.drawing.npz"))
