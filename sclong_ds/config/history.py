@@ -33,6 +33,7 @@ LATER_KEYS: dict[int, dict[str, Any]] = {
     10: {"model.zero_head": False, "objective.loss": "mse"},
     11: {"run.profile": "trace"},
     12: {"data.grown": False},
+    13: {"engine.linear_products": "precision"},
 }
 """By version, the keys that came with it: `section.key`, `section.stack.key`, or a whole section
 with all of its keys. `transform` is the section of an exported model."""

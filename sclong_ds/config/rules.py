@@ -8,6 +8,7 @@ from sclong_ds.config.sections import (
     COUNT_OFFSETS,
     CheckpointConfig,
     DataConfig,
+    EngineConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -28,18 +29,9 @@ def check(config: RunConfig, where: str) -> None:
     Raises:
         ValueError: The first value that does not fit.
     """
-    d, e = config.data, config.engine
-    micro = e.train_micro_batch_size_per_gpu
+    d = config.data
     rules: list[tuple[bool, str]] = [
-        (
-            e.gradient_clipping >= 0,
-            f"engine.gradient_clipping: got {e.gradient_clipping}, must be >= 0",
-        ),
-        (
-            micro == 0 or e.train_batch_size % micro == 0,
-            f"engine.train_batch_size: got {e.train_batch_size}, must be a multiple of "
-            f"engine.train_micro_batch_size_per_gpu {micro}",
-        ),
+        *_engine_rules(config.engine),
         (d.target_sum > 0, f"data.target_sum: got {d.target_sum}, must be > 0"),
         *_data_rules(d),
         *_objective_rules(config.objective),
@@ -76,6 +68,26 @@ def check(config: RunConfig, where: str) -> None:
     for ok, message in rules:
         if not ok:
             raise ValueError(f"{where}: {message}")
+
+
+def _engine_rules(e: EngineConfig) -> list[tuple[bool, str]]:
+    micro = e.train_micro_batch_size_per_gpu
+    return [
+        (
+            e.gradient_clipping >= 0,
+            f"engine.gradient_clipping: got {e.gradient_clipping}, must be >= 0",
+        ),
+        (
+            micro == 0 or e.train_batch_size % micro == 0,
+            f"engine.train_batch_size: got {e.train_batch_size}, must be a multiple of "
+            f"engine.train_micro_batch_size_per_gpu {micro}",
+        ),
+        (
+            e.linear_products != "bf16" or e.precision == "fp32",
+            "engine.linear_products=bf16 has no effect with engine.precision=bf16: set it to "
+            "precision",
+        ),
+    ]
 
 
 def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:

@@ -295,14 +295,23 @@ class EngineConfig:
     gradient_clipping: float
     """Largest norm of the whole gradient; 0 switches clipping off."""
     precision: Literal["fp32", "bf16"]
-    """bf16 keeps fp32 master weights. CPUs without AMX are about 5 times slower in bf16."""
+    """bf16 keeps fp32 master weights. CPUs without AVX512_BF16 or AMX are about 5 times slower in
+    bf16."""
+    linear_products: Literal["precision", "bf16", "fp8"]
+    """How the linear layers of the Performer stacks multiply. precision: as engine.precision says.
+    bf16: with precision=fp32 on a CPU that has AVX512_BF16 or AMX: factors and results are rounded
+    to bf16, sums, weights and everything else stay fp32; products are twice as fast. fp8: the large
+    encoder's four, forward and the gradient of their input, in 8-bit floats scaled token by token;
+    for GPUs of compute capability 9.0 or newer, but was not run on one; slower on a CPU. An
+    exported model multiplies in fp32, and `plan` does not count what this saves."""
     activation_checkpointing: bool
     """Recompute each Performer layer in the backward pass instead of storing its activations."""
     attention_backend: Literal["auto", "triton", "torch"]
     """What computes FAVOR+: auto: Triton kernels on GPUs that can run them, else plain torch."""
     compile_layers: bool
     """Compile each Performer layer with torch.compile, which fuses LayerNorm, GELU and residual;
-    under ZeRO-3 between the gathering of its weights and their release."""
+    under ZeRO-3 between the gathering of its weights and their release. Not faster on a CPU
+    (docs/measured.md); not timed on a GPU."""
     timeout_s: int
     """Longest time without progress before the run stops and names the rank it waits for; saving
     may take four times as long, and each phase of a start 600 s at least."""

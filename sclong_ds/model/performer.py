@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.favor_attention import Backend, favor_attention_kv, favor_attention_packed
 from kernels.favor_torch import Scope
+from kernels.linear_products import Linear, Products, linear
 from kernels.softmax_attention import softmax_attention, softmax_attention_packed
 from sclong_ds.config.sections import ModelConfig, PerformerConfig
 from sclong_ds.model.random_features import layer_features
@@ -54,7 +55,7 @@ def select_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
     return tokens.reshape(b * n, c).index_select(0, rows.reshape(-1)).view(b, -1, c)
 
 
-class Projection(nn.Linear):
+class Projection(Linear):
     """Linear layer to queries, keys and values side by side."""
 
     def forward(  # type: ignore[override]
@@ -67,9 +68,9 @@ class Projection(nn.Linear):
         """
         if queries is None:
             return super().forward(x)
-        inner, linear = self.out_features // 3, nn.functional.linear
+        inner, weight, how = self.out_features // 3, self.weight, self.products
         first, rest = (None, None) if self.bias is None else (self.bias[:inner], self.bias[inner:])
-        return linear(queries, self.weight[:inner], first), linear(x, self.weight[inner:], rest)
+        return linear(queries, weight[:inner], first, how), linear(x, weight[inner:], rest, how)
 
 
 class SelfAttention(nn.Module):
@@ -83,7 +84,7 @@ class SelfAttention(nn.Module):
         self.eps = model.favor_eps
         self.backend: Backend = "auto"
         self.to_qkv = Projection(dim, 3 * inner, bias=model.qkv_bias)
-        self.to_out = nn.Linear(inner, dim)
+        self.to_out = Linear(inner, dim)
 
     def forward(
         self,
@@ -139,7 +140,7 @@ class PerformerLayer(nn.Module):
         self.attention = SelfAttention(dim, config, model)
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
-            nn.Linear(dim, dim * config.ff_mult), nn.GELU(), nn.Linear(dim * config.ff_mult, dim)
+            Linear(dim, dim * config.ff_mult), nn.GELU(), Linear(dim * config.ff_mult, dim)
         )
 
     def forward(
@@ -250,6 +251,12 @@ class Performer(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, PerformerLayer)
             layer.compiled = compiled
+
+    def set_products(self, products: Products) -> None:
+        """Tell the layers how their linear layers multiply."""
+        for module in self.layers.modules():
+            if isinstance(module, Linear):
+                module.products = products
 
     def features(self, device: torch.device) -> list[Tensor]:
         """Return the layers' random features (M, K) on `device`, drawing them after a redraw."""

@@ -113,6 +113,11 @@ def cpu_rank(instruction_sets: Collection[str], cores: float, memory_gib: float)
     return Device(memory_gib, bf16, tflops, link, link, reserve_gib=0.7)
 
 
+def multiplies_bf16() -> bool:
+    """Return whether this machine's CPU multiplies bf16 (AVX512_BF16 or AMX)."""
+    return not _instruction_sets().isdisjoint(CPU_BF16_RATIO)
+
+
 def _instruction_sets() -> frozenset[str]:
     """Return the instruction sets that this machine's CPU names; none where it names none."""
     try:

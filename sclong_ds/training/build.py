@@ -143,7 +143,9 @@ def set_options(model: ScLong, engine: EngineConfig, ds_config: dict[str, Any]) 
     """Tell the model's layers how to run; before DeepSpeed's engine is made."""
     if ds_config["zero_optimization"]["stage"] == 3:
         gather_at_once(model, [PerformerLayer])
-    for performer in model.performers().values():
+    for name, performer in model.performers().items():
+        if engine.linear_products == "bf16" or name == "large_encoder":
+            performer.set_products(engine.linear_products)
         performer.recompute = engine.activation_checkpointing
         performer.compile_layers = engine.compile_layers
         for layer in performer.layers:

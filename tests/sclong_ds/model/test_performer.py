@@ -11,9 +11,11 @@ from deepspeed.utils import z3_leaf_module
 from small_model import G, cells, close, gradients, small_model
 from torch._dynamo.utils import counters
 
+from kernels.linear_products import Linear
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.model.performer import PerformerLayer
+from sclong_ds.training import run
 from sclong_ds.training.build import set_options
 
 PRECISION = [(torch.float32, 2e-6), (torch.float64, 1e-12)]
@@ -150,3 +152,57 @@ def test_layers_are_compiled_and_gathered_at_once(stage):
     assert all(performer.compile_layers for performer in model.performers().values())
     together = {type(m) for m in model.modules() if z3_leaf_module(m)}
     assert together == ({PerformerLayer} if stage == 3 else set())
+
+
+@pytest.mark.parametrize("products", ["precision", "bf16", "fp8"])
+def test_linear_layers_multiply_as_configured(products):
+    """In bf16 those of all stacks, in 8 bits those of the large encoder."""
+    config = load_config("sclong_tiny", [f"engine.linear_products={products}"])
+    model = small_model()
+    set_options(model, config.engine, {"zero_optimization": {"stage": 1}})
+    for name, stack in model.performers().items():
+        found = {m.products for m in stack.modules() if isinstance(m, Linear)}
+        here = products != "fp8" or name == "large_encoder"
+        assert found == {products if here else "precision"}
+
+
+@pytest.mark.parametrize("products", ["bf16", "fp8"])
+def test_products_in_fewer_bits_change_a_model_little(products):
+    x, mask = cells()
+    found = []
+    for how in ("precision", products):
+        model = small_model()
+        model.large_encoder.set_products(how)
+        out = model(x, mask)
+        out.square().mean().backward()
+        found.append((out.detach(), gradients(model)))
+    (out, of_out), (want, of_want) = found[::-1]
+    least, most = {"bf16": (1e-6, 2e-2), "fp8": (1e-4, 0.2)}[products]
+    assert least < (out - want).norm() / want.norm() < most
+    changed = sum((of_out[n] - g).square().sum() for n, g in of_want.items()).sqrt()
+    assert changed < most * sum(g.square().sum() for g in of_want.values()).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "bf16", "refused"),
+    [
+        (["engine.linear_products=bf16"], "cpu", True, None),
+        (["engine.linear_products=bf16"], "cpu", False, "CPUs with AVX512_BF16 or AMX"),
+        (["engine.linear_products=fp8"], "cpu", False, None),
+        (["engine.linear_products=precision"], "cpu", False, None),
+    ],
+)
+def test_products_that_cannot_be_are_refused(overrides, device, bf16, refused, monkeypatch):
+    monkeypatch.setattr(run, "multiplies_bf16", lambda: bf16)
+    config = load_config("sclong_tiny", overrides)
+    given = config.engine, small_model()
+    if refused is None:
+        run.check_products(*given, device=torch.device(device))
+    else:
+        with pytest.raises(ValueError, match=refused):
+            run.check_products(*given, device=torch.device(device))
+
+
+def test_bf16_products_of_a_bf16_model_are_refused():
+    with pytest.raises(ValueError, match="has no effect"):
+        load_config("sclong_tiny", ["engine.linear_products=bf16", "engine.precision=bf16"])

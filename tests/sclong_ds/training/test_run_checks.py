@@ -103,6 +103,7 @@ OTHER = {
     "engine.train_micro_batch_size_per_gpu": "2", "engine.gradient_clipping": "0.5",
     "engine.precision": "bf16", "engine.activation_checkpointing": "true",
     "engine.attention_backend": "torch", "engine.compile_layers": "true", "engine.timeout_s": "9",
+    "engine.linear_products": "fp8",
 }  # fmt: skip
 """Another value of every key of three sections than sclong_tiny has."""
 NEEDED = {
