@@ -38,11 +38,11 @@ from benchmarks.data_prep import ROOT, adopt_orphans
 from benchmarks.environment import environment, write_result
 from benchmarks.finalize_tasks import Units
 from benchmarks.growth import disk_bytes, products
-from benchmarks.random_kills import environments
 from data_prep.corpus.finalize import finalize
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.run_folder.rows import read_metrics
+from tests.small_runs import environments
 
 TASKS, RANKS, STEPS, BATCH = (1, 4, 16), (1, 2, 4), 3, 8
 NEW_SHARE = 0.1

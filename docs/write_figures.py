@@ -141,6 +141,21 @@ SENTENCES = [
     ),
     Sentence(
         MEASURED,
+        "atlas",
+        "| {commit:.7} | convert {convert.cpu_s:.0f} CPU s; finalize with 1, 4, 16 tasks: the same "
+        "bytes, {finalize, 1 tasks.cpu_s:.0f}, {finalize, 4 tasks.cpu_s:.0f}, "
+        "{finalize, 16 tasks.cpu_s:.0f} CPU s in all, {finalize, 1 tasks.busiest_cpu_s:.0f}, "
+        "{finalize, 4 tasks.busiest_cpu_s:.1f}, {finalize, 16 tasks.busiest_cpu_s:.1f} of the "
+        "busiest task",
+    ),
+    Sentence(
+        MEASURED,
+        "atlas",
+        "{grow.dropped} copies left out; grown by a tenth: {grow.cpu_s:.0f} CPU s, "
+        "{grow.cells_rewritten_bytes} bytes of cells rewritten",
+    ),
+    Sentence(
+        MEASURED,
         "favor_cpu",
         "takes {median.ours.total_s:.1f} s against {median.literal.total_s:.1f} s of literal "
         "Performer code, in {median.ours.working_mib:.0f} MiB\nof working memory instead of "
