@@ -156,6 +156,17 @@ SENTENCES = [
     ),
     Sentence(
         MEASURED,
+        "atlas_tables",
+        "| {commit:.7} | opened in {open_s:.1f} s; annotations of 1,000 random cells in ten "
+        "columns {random_obs_s:.2f} s; a resume at a random position of ten epochs, order "
+        "included: {resume.uniform.median_s:.2f} s uniform, "
+        "{resume.dataset.median_s:.2f} balanced by dataset, "
+        "{resume.cell_type.median_s:.2f} by cell type (medians of 20; slowest "
+        "{resume.uniform.slowest_s:.1f}, {resume.dataset.slowest_s:.1f}, "
+        "{resume.cell_type.slowest_s:.1f})",
+    ),
+    Sentence(
+        MEASURED,
         "favor_cpu",
         "takes {median.ours.total_s:.1f} s against {median.literal.total_s:.1f} s of literal "
         "Performer code, in {median.ours.working_mib:.0f} MiB\nof working memory instead of "
