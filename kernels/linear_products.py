@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 Products = Literal["precision", "bf16", "fp8"]
+FP8_WIDTH = 16
+"""Divides the widths of 8-bit products on a GPU."""
 _FEWER: tuple[Products, ...] = ("bf16", "fp8")
 
 
@@ -56,17 +58,18 @@ def scaled_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return rows in an 8-bit format and their scales.
 
     Args:
-        x: (N, I); a row of zeros has scale 1.
+        x: (N, I).
         dtype: torch.float8_e4m3fn or torch.float8_e5m2.
 
     Returns:
         (N, I) in `dtype` and float32 (N, 1); their product is x, each entry rounded relative to
         itself or, far below its row's largest, to a multiple of the format's smallest number.
     """
-    largest = x.abs().amax(1, keepdim=True).float()
-    scale = torch.where(largest > 0, largest / torch.finfo(dtype).max, 1.0)
-    # The largest entry over its rounded scale may lie above the largest number, which is nan then.
     limit = torch.finfo(dtype).max
+    largest = x.abs().amax(1, keepdim=True).float()
+    # Not 0, where the row is of zeros or of numbers so small that the quotient is.
+    scale = (largest / limit).clamp(min=torch.finfo(torch.float32).tiny)
+    # The largest entry over its rounded scale may lie above the largest number, which is nan then.
     return (x.float() / scale).clamp(-limit, limit).to(dtype), scale
 
 
@@ -83,9 +86,11 @@ def fp8_matmul(a: Tensor, b: Tensor, a_dtype: torch.dtype) -> Tensor:
     """
     (qa, scale_a), (qb, scale_b) = scaled_rows(a, a_dtype), scaled_rows(b, torch.float8_e4m3fn)
     if a.is_cuda:
+        # A GPU reads the rows of the left and the columns of the right factor in one piece.
         found = torch._scaled_mm(
-            qa, qb.T, scale_a=scale_a, scale_b=scale_b.T, out_dtype=torch.bfloat16
-        )
+            qa.contiguous(), qb.contiguous().T, scale_a=scale_a, scale_b=scale_b.T,
+            out_dtype=torch.bfloat16,
+        )  # fmt: skip
         return found.to(a.dtype)
     exact = torch.promote_types(a.dtype, torch.float32)  # a product of two such numbers is exact
     found = torch.matmul(qa.to(exact), qb.to(exact).T)

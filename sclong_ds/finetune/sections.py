@@ -30,6 +30,12 @@ class Sections:
     """The whole as YAML, for the folder."""
 
 
+_PRETRAINING_ONLY = {
+    "linear_products": "precision", "attention_backend": "auto", "compile_layers": False,
+}  # fmt: skip
+"""Keys of `engine` that have no effect here, and their only values."""
+
+
 def read_sections(args: argparse.Namespace) -> Sections:
     """Return the sections of a fine-tuning: those of a run, with other defaults.
 
@@ -59,6 +65,11 @@ def read_sections(args: argparse.Namespace) -> Sections:
             f"engine.ds_config={config.engine.ds_config}: fine-tuning runs with zero1 or zero2; "
             "with --mode lora a model of a billion parameters needs 4 GB for its weights"
         )
+    for key, value in _PRETRAINING_ONLY.items():
+        if (got := getattr(config.engine, key)) != value:
+            raise ValueError(
+                f"engine.{key}={got}: fine-tuning does not use it; leave it at {value}"
+            )
     return Sections(
         optim=config.optim, engine=config.engine, checkpoint=config.checkpoint,
         tracking=config.tracking, text=to_yaml(config),

@@ -147,7 +147,9 @@ class ChunkReader:
                 if task.error is None:
                     task.done = True
                     heapq.heappush(self._in_use, (task.read.last, task.place))
-                if task.error is not None or self._front() >= self._wanted:
+                front = self._front()
+                failed = bool(self._open) and self._open[0].error is not None
+                if failed or front >= self._wanted:
                     self._changed.notify_all()
 
     def wait_for(self, position: int, *, timeout_s: float) -> bool:

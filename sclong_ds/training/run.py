@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kernels.favor_attention import triton_obstacle
+from kernels.linear_products import FP8_WIDTH, Linear
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.sections import EngineConfig, OptimConfig, RunConfig, RunSection
 from sclong_ds.config.strict_yaml import to_yaml
@@ -210,6 +211,13 @@ def check_products(engine: EngineConfig, model: ScLong, *, device: torch.device)
             raise ValueError(
                 f"engine.linear_products=fp8 needs a GPU of compute capability 9.0 or newer: got "
                 f"{'.'.join(map(str, capability))}; set it to precision"
+            )
+        layers = [m for m in model.performers()["large_encoder"].modules() if isinstance(m, Linear)]
+        widths = {w for layer in layers for w in (layer.in_features, layer.out_features)}
+        if odd := sorted(w for w in widths if w % FP8_WIDTH):
+            raise ValueError(
+                f"engine.linear_products=fp8 needs widths that {FP8_WIDTH} divides: the large "
+                f"encoder has {', '.join(map(str, odd))}; set it to precision"
             )
     log.info("linear layers: products in %s%s", how, "" if how == "bf16" else " (large encoder)")
 

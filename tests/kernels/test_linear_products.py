@@ -52,11 +52,15 @@ def test_a_layer_multiplies_as_it_is_told():
 
 
 @pytest.mark.parametrize("dtype", HALF_STEP)
-@given(seed=st.integers(0, 2**31), size=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 1e30]))
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([0.0, 1e-44, 1e-42, 1e-38, 1e-30, 1e-3, 1.0, 1e4, 1e30]),
+)
 def test_rounding_to_eight_bits_is_off_by_half_a_step(dtype, seed, size):
     x = made(n=5, seed=seed)[0] * size
     rounded, scale = scaled_rows(x, dtype)
     assert rounded.dtype == dtype
+    assert not rounded.float().isnan().any()
     found = rounded.double() * scale.double()
     relative, absolute = HALF_STEP[dtype]
     bound = torch.maximum(relative * x.double().abs(), absolute * scale.double())
@@ -125,3 +129,13 @@ def test_a_frozen_weight_gets_no_gradient():
     linear(x, w, None, "bf16").backward(grad)
     assert x.grad is not None
     assert w.grad is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_fp8_products_on_a_gpu_are_those_of_the_cpu():
+    given = made()
+    for found, want in zip(
+        results(*(t.cuda() for t in given), "fp8"), results(*given, "fp8"), strict=True
+    ):
+        # The GPU rounds its products to bf16.
+        torch.testing.assert_close(found.cpu(), want, rtol=2**-7, atol=1e-2)

@@ -39,6 +39,8 @@ from sclong_ds.files.checksums import check_file
 
 LIST = "list"
 """Folder inside the work folder with the new corpus.json and its files."""
+_COPY = "corpus.json.copy"
+"""File of the work folder, on its way to the part."""
 
 
 def earlier_datasets(earlier: EarlierParts, near: NearCounts) -> list[DatasetInfo]:
@@ -185,7 +187,9 @@ def add_part(corpus: Path, work: Path, products: Sequence[str]) -> dict[str, Any
         if (place / name).is_dir():
             shutil.rmtree(place / name)
         os.replace(work / name, place / name)
-    write_atomic(place / "corpus.json", read_file(work / "corpus.json"))
+    # A copy that is complete before it gets there: a kill leaves nothing half written in the part.
+    write_atomic(work / _COPY, read_file(work / "corpus.json"))
+    os.replace(work / _COPY, place / "corpus.json")
     for path in listed(work / LIST / PARTS):
         os.replace(path, corpus / PARTS / path.name)
     for folder in (place, corpus / PARTS, corpus):

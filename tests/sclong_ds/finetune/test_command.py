@@ -213,4 +213,7 @@ def test_another_fine_tuning_in_the_same_folder_is_refused(folder, capsys):
     assert "zero1 or zero2" in capsys.readouterr().err
     assert main(["finetune", *words(folder, "x", *LABELS, "run.max_steps=3")]) == 1
     assert "settings are of the sections" in capsys.readouterr().err
+    for key in ("linear_products=fp8", "attention_backend=torch", "compile_layers=true"):
+        assert main(["finetune", *words(folder, "x", *LABELS, f"engine.{key}")]) == 1
+        assert "fine-tuning does not use it" in capsys.readouterr().err
     assert not (folder / "x").exists()

@@ -4,6 +4,8 @@ Covers `sclong_ds/loader/reading.py`.
 """
 
 import logging
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.loader.threads import WAIT_WARNING_S
 
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")
 
@@ -104,6 +107,31 @@ def test_cells_that_do_not_decode_stop_the_loop_even_when_damage_is_skipped(corp
         pytest.raises(ValueError, match="damaged"),
     ):
         next(loader)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_failure_behind_a_slow_chunk_arrives_with_it(corpora, monkeypatch, prefetch):
+    corpus = Corpus(corpora[0].path)
+    read, failed, begun = corpus.read_packed, threading.Event(), []
+
+    def held(chunk, *, out=None):
+        begun.append(chunk)
+        if len(begun) == 1:
+            assert failed.wait(10)
+            time.sleep(0.2)  # until the thread of the failure has told
+        elif len(begun) == 2:
+            failed.set()
+            raise OSError("no such shard")
+        return read(chunk, out=out)
+
+    monkeypatch.setattr(corpus, "read_packed", held)
+    started = time.monotonic()
+    with open_loader(
+        corpus, group=4, train_batch_size=16, micro_batch_size=16, prefetch_batches=prefetch,
+        read_threads=2,
+    ) as loader, pytest.raises(OSError, match="no such shard"):  # fmt: skip
+        next(iter(loader))
+    assert time.monotonic() - started < WAIT_WARNING_S / 2
 
 
 def test_a_chunk_with_too_few_cells_is_an_error(corpora, monkeypatch):

@@ -203,6 +203,27 @@ def test_products_that_cannot_be_are_refused(overrides, device, bf16, refused, m
             run.check_products(*given, device=torch.device(device))
 
 
+@pytest.mark.parametrize(
+    ("capability", "width", "refused"),
+    [
+        ((8, 9), 32, "capability 9.0"),
+        ((9, 0), 24, "the large encoder has 24;"),
+        ((9, 0), 32, None),
+    ],
+)
+def test_8_bit_products_that_a_gpu_lacks_are_refused(capability, width, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    engine = load_config("sclong_tiny", ["engine.linear_products=fp8"]).engine
+    model = small_model()
+    for layer in [m for m in model.large_encoder.modules() if isinstance(m, Linear)]:
+        layer.in_features, layer.out_features = width, 4 * width
+    if refused is None:
+        run.check_products(engine, model, device=torch.device("cuda"))
+    else:
+        with pytest.raises(ValueError, match=refused):
+            run.check_products(engine, model, device=torch.device("cuda"))
+
+
 def test_bf16_products_of_a_bf16_model_are_refused():
     with pytest.raises(ValueError, match="has no effect"):
         load_config("sclong_tiny", ["engine.linear_products=bf16", "engine.precision=bf16"])
