@@ -74,8 +74,34 @@ SENTENCES = [
     Sentence(
         MEASURED,
         "host_time",
-        "{layers} layers of width 16: Python, autograd and hooks alone | one CPU core | "
-        "{commit:.7} |",
+        "{layers} layers of width 16: Python, autograd and hooks alone | one CPU core beside other "
+        "work | {commit:.7} | CPU ms forward and backward: plain {cases.plain.total_ms:.0f}; "
+        "ZeRO-1 {cases.zero1.total_ms:.0f}; ZeRO-2 {cases.zero2.total_ms:.0f}; ZeRO-3 "
+        "{cases.zero3 by module.total_ms:.0f} where each module's weights are gathered by "
+        "themselves, {cases.zero3.total_ms:.0f} as shipped ({cases.zero3.over_zero1:.2f} times "
+        "ZeRO-1; "
+        "{cases.zero3.forward_calls/46:,.0f} + {cases.zero3.backward_calls/46:,.0f} Python calls a "
+        "layer), {cases.zero3 compiled.total_ms:.0f} compiled",
+    ),
+    Sentence(
+        MEASURED,
+        "compiled_cpu",
+        "| {commit:.7} | not faster on a CPU, so off by default: eager over compiled "
+        "{sclong_tiny.ratio:.2f} (quartiles {sclong_tiny.quartiles.0:.2f} to "
+        "{sclong_tiny.quartiles.1:.2f}) and {sclong_100m.ratio:.2f} "
+        "({sclong_100m.quartiles.0:.2f} to {sclong_100m.quartiles.1:.2f})",
+    ),
+    Sentence(
+        MEASURED,
+        "cpu_step",
+        "| {commit:.7} | CPU seconds (peak GiB): literal {median.literal.total_s:.1f} "
+        "({median.literal.peak_gib:.1f}); like for like {median.like for like.total_s:.1f} "
+        "({median.like for like.peak_gib:.1f}), with `engine.linear_products=bf16` "
+        "{median.like for like, bf16.total_s:.1f} ({median.like for like, bf16.peak_gib:.1f}), "
+        "{median.like for like, bf16.ratio:.1f} times as fast; as trained, where hidden genes "
+        "alone are predicted, {median.as trained.total_s:.1f} ({median.as trained.peak_gib:.1f}), "
+        "with bf16 {median.as trained, bf16.total_s:.1f} ({median.as trained, bf16.peak_gib:.1f}), "
+        "{median.as trained, bf16.ratio:.1f} times as fast",
     ),
     Sentence(
         MEASURED,
@@ -142,7 +168,8 @@ SENTENCES = [
     Sentence(
         MEASURED,
         "atlas",
-        "| {commit:.7} | convert {convert.cpu_s:.0f} CPU s; finalize with 1, 4, 16 tasks: the same "
+        "| {commit:.7} | {finalize, 1 tasks.n_cells:,} of the cells: convert {convert.cpu_s:.0f} "
+        "CPU s; finalize with 1, 4, 16 tasks: the same "
         "bytes, {finalize, 1 tasks.cpu_s:.0f}, {finalize, 4 tasks.cpu_s:.0f}, "
         "{finalize, 16 tasks.cpu_s:.0f} CPU s in all, {finalize, 1 tasks.busiest_cpu_s:.0f}, "
         "{finalize, 4 tasks.busiest_cpu_s:.1f}, {finalize, 16 tasks.busiest_cpu_s:.1f} of the "
@@ -151,7 +178,8 @@ SENTENCES = [
     Sentence(
         MEASURED,
         "atlas",
-        "{grow.dropped} copies left out; grown by 16%: {grow.cpu_s:.0f} CPU s, "
+        "{finalize, 1 tasks.dropped} copies left out; grown to {grow.n_cells:,} cells, "
+        "{grow.dropped} copies left out in all: {grow.cpu_s:.0f} CPU s, "
         "{grow.cells_rewritten_bytes} bytes of cells rewritten",
     ),
     Sentence(
@@ -214,13 +242,13 @@ _COMMIT = r"[0-9a-f]{7,12}"
 
 
 class _Paths(string.Formatter):
-    """Takes `a.b` as item b of item a, and `a/2` as half of it."""
+    """Takes `a.b` or `a.0` as an item of a, and `a/2` as half of it."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
         path, _, divisor = field_name.partition("/")
         value: Any = kwargs
         for part in path.split("."):
-            value = value[part]
+            value = value[int(part) if isinstance(value, list) else part]
         return (value / float(divisor) if divisor else value), field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
