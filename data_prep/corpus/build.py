@@ -35,7 +35,7 @@ from data_prep.corpus.growth.digests import DigestUnit, keep_piece, plan_units, 
 from data_prep.corpus.growth.earlier import EarlierParts
 from data_prep.corpus.inputs import Inputs
 from data_prep.corpus.near.gene_sets import GeneSets, gene_sets
-from data_prep.corpus.near.kept_cells import NEAR_STAGES, read_near, run_near
+from data_prep.corpus.near.kept_cells import NEAR_FOLDER, NEAR_STAGES, read_near, run_near
 from data_prep.corpus.near.near_duplicates import NearRule, NearSearch
 from data_prep.corpus.split_rule import SplitRule
 from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split, planned_by, read_donors
@@ -112,8 +112,7 @@ class Build:
         """The datasets whose cells are written."""
         self.sizes = [len(s.cells) for s in staged]
         self.firsts = np.cumsum([0, *self.sizes])
-        total = 2 * sum(int(s.cells.row_entries.sum(dtype=np.int64)) for s in self.new)
-        self.unit_bytes = min(max(total // USUAL_UNITS, LEAST_BYTES), MOST_BYTES)
+        self.unit_bytes = _unit_bytes(self.new)
 
     def make_products(self) -> None:
         """Run the stages up to `recheck`."""
@@ -277,9 +276,9 @@ class Build:
     @cached_property
     def _near_search(self) -> NearSearch:
         """The search for near duplicates; after the stage `repeated`."""
-        stores, folder = [s.cells for s in self.staged], self.work / "near"
-        kept = ~self._all_repeated()
-        return NearSearch(stores, kept, self._sets, folder, run_bytes=self.unit_bytes)
+        stores, folder = [s.cells for s in self.staged], self.work / NEAR_FOLDER
+        kept, run_bytes = ~self._all_repeated(), _unit_bytes(self.staged)
+        return NearSearch(stores, kept, self._sets, folder, run_bytes=run_bytes)
 
     def _plan(self, unit: int) -> Made:
         """Write the split of each cell and the layout; return the rest of the split's plan."""
@@ -466,6 +465,12 @@ class Build:
 def _each(do: Callable[[int], None], places: Sequence[int]) -> None:
     for place in places:
         do(place)
+
+
+def _unit_bytes(staged: Sequence[Staged]) -> int:
+    """Return the encoded cells of a unit of work on all cells of some datasets."""
+    total = 2 * sum(int(s.cells.row_entries.sum(dtype=np.int64)) for s in staged)
+    return min(max(total // USUAL_UNITS, LEAST_BYTES), MOST_BYTES)
 
 
 def _staged_bytes(entry: LedgerEntry) -> int:

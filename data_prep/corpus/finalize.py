@@ -42,6 +42,7 @@ from data_prep.corpus.growth.earlier import (
 )
 from data_prep.corpus.growth.part_list import remove_unlisted
 from data_prep.corpus.inputs import Inputs, read_inputs
+from data_prep.corpus.near.kept_cells import forget_lost
 from data_prep.corpus.near.near_duplicates import NearRule
 from data_prep.corpus.publish import begun, is_sealed, publish
 from data_prep.corpus.seal import restated, seal, unused
@@ -51,7 +52,7 @@ from data_prep.corpus.work_folder import clear, discard, open_work, work_folder
 from data_prep.ledger.corpus_lock import alone_in_corpus, tasks_in_corpus
 from data_prep.ledger.ledger import LedgerEntry, read_ledger
 from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
-from data_prep.passes.crew import Crew, WorkIsGone, forget_damaged, has_failed
+from data_prep.passes.crew import Crew, WorkIsGone, has_failed
 from data_prep.passes.dedup import Progress
 from sclong_ds.corpus.catalogue import PARTS, read_catalogue, write_catalogue
 from sclong_ds.corpus.location import Location
@@ -62,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 10
+_WORK_VERSION = 11
 """Raised when an interrupted run of an older program could not be continued."""
 
 
@@ -164,8 +165,7 @@ class _Job:
         whole: bool,
     ) -> None:
         self.corpus, self.given, self.allow_missing = corpus, given, allow_missing
-        self.whole = whole
-        self.asked = codec, near
+        self.whole, self.asked = whole, (codec, near)
         self.codec: Codec
         self.near: NearRule
         self.lock = corpus / ".locks" / "~units"
@@ -226,7 +226,7 @@ class _Job:
             discard(work)
             work = open_work(self.corpus, content)
         elif not sealed:
-            forget_damaged(work)
+            forget_lost(work)
         if earlier is not None:
             (work / EARLIER).mkdir(exist_ok=True)
             write_catalogue(work / EARLIER, earlier.catalogue)

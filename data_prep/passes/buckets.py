@@ -227,9 +227,23 @@ def forget_records(folder: Path, field: str) -> None:
         folder: Of all runs; it need not be there.
         field: Name of the field.
     """
-    for path in listed(folder) if folder.is_dir() else ():
+    for path in listed(folder):
         if path.suffix == f".{field}":
             path.unlink(missing_ok=True)
+
+
+def lacks_records(folder: Path, field: str) -> bool:
+    """Tell whether records of a field were removed from a run that is there.
+
+    Args:
+        folder: Of all runs; it need not be there.
+        field: Name of the field.
+    """
+    names = {path.name for path in listed(folder)}
+    ends = ".bounds.npz"
+    return any(
+        f"{name.removesuffix(ends)}.{field}" not in names for name in names if name.endswith(ends)
+    )
 
 
 def discard_scratch(folder: Path) -> None:

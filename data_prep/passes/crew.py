@@ -118,6 +118,19 @@ class Crew:
                 time.sleep(pause)
                 pause = max(LOOK_S, min(1.5 * pause, MOST_LOOK_S))
 
+    def is_done(self, stage: str, units: int) -> bool:
+        """Tell whether all units of a stage are done.
+
+        Args:
+            stage: Its name.
+            units: Their number.
+
+        Raises:
+            ValueError: A process has found damage.
+            WorkIsGone: Another process has finished the work.
+        """
+        return len(self._done(stage, units)) == units
+
     def made_files(self, *paths: Path, result: Any = None) -> Made:
         """Return what a unit has made, with the SHA-256 of its files.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +17,20 @@ from data_prep.corpus.near.near_duplicates import (
     UNKNOWN,
     NearRule,
     NearSearch,
+    lacks_near_records,
 )
-from data_prep.passes.crew import Crew, Made
+from data_prep.passes.crew import Crew, Made, forget_damaged
 from sclong_ds.corpus.cell_store import CellStore
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import listed, write_atomic
 from sclong_ds.files.npz import npz_bytes, read_npz
 from sclong_ds.files.obs_table import obs_length, obs_names, read_coded
 
+_log = logging.getLogger(__name__)
+
 NEAR_STAGES = ("near-digests", "near-pairs", "near-shared", "near")
 """In their order; the last one is one unit."""
+NEAR_FOLDER = "near"
+"""Scratch folder of the search, inside the work folder."""
 IS_PRIMARY = "is_primary_data"
 """CELLxGENE's column: False where the cell stands in another dataset, too."""
 
@@ -82,11 +89,35 @@ def run_near(
     buckets = [0] * search.n_buckets
     cells = [search.n_cells(run) for run in range(len(search.runs))]
     digests, pairs, shared, last = NEAR_STAGES
-    crew.run(digests, cells, lambda run: crew.made_files(search.compare(run)))
-    crew.run(pairs, buckets, lambda bucket: crew.made_files(search.ask(bucket)))
-    crew.run(shared, buckets, lambda bucket: crew.made_files(search.answer(bucket)))
+    # What was found needs nothing of the other stages, which a process that continues may find
+    # damaged and without their records.
+    if not crew.is_done(last, 1):
+        crew.run(digests, cells, lambda run: crew.made_files(search.compare(run)))
+        crew.run(pairs, buckets, lambda bucket: crew.made_files(search.ask(bucket)))
+        crew.run(shared, buckets, lambda bucket: crew.made_files(search.answer(bucket)))
     crew.run(last, [0], lambda _: _write_near(crew, path, tables, stores, search, rule))
     search.forget_records()
+
+
+def forget_lost(work: Path) -> None:
+    """Let units be done again that have not left what they say; no process is at work.
+
+    If what the search has found is lost and its records are removed, all its units are done again.
+
+    Args:
+        work: Folder of the work.
+    """
+    forget_damaged(work)
+    markers, last = listed(work / "done"), f"{NEAR_STAGES[-1]}."
+    folder = work / NEAR_FOLDER
+    if any(path.name.startswith(last) for path in markers) or not lacks_near_records(folder):
+        return
+    _log.warning("%s: its records were removed; near duplicates are searched again", folder)
+    for marker in markers:
+        if marker.name.split(".")[0] in NEAR_STAGES:
+            marker.unlink()
+    # Killed before this, the next call does the same.
+    shutil.rmtree(folder)
 
 
 def _write_near(

@@ -11,8 +11,9 @@ the genes costs no more than a sum; two different cells share one with probabili
 
 All records go to disk in runs (`data_prep.passes.buckets`). Each step is cut into units that any
 number of processes share and that a kill leaves done or not: runs of chunks, then buckets. Memory:
-one bucket (about 200 MB) and four bytes a cell. Disk: 24 bytes a cell and set, and as much for near
-duplicates. Datasets that all name the same genes cost nothing.
+the records of one unit (200 MB, 350 MB where all are of near duplicates) and four bytes a cell.
+Disk: 24 bytes a cell and set, and as much for near duplicates. Datasets that all name the same
+genes cost nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from data_prep.passes.buckets import (
     bounds_path,
     bucket_of,
     forget_records,
+    lacks_records,
     plan_runs,
     write_run,
 )
@@ -48,6 +50,8 @@ _SET_SHIFT = np.uint64(48)
 """A record's `cell` holds the number of its set above the number of the cell."""
 _NONE = np.uint64(2**64 - 1)
 _FIELD = "records"
+_STEPS = ("compared", "asked", "shared")
+"""Folders of what `compare`, `ask` and `answer` write."""
 _BLOCK = 2**15
 """Values whose bits are made at once: they stay in the cache of a core."""
 
@@ -87,17 +91,27 @@ class NearSearch:
             kept: (cells,) which cells of all datasets count.
             sets: Of the gene lists of the datasets.
             folder: Scratch folder.
-            run_bytes: Encoded cells of a unit of `compare`.
+            run_bytes: Encoded cells of a unit of `compare`, at most: it makes about as many
+                records as a bucket has.
         """
         self.sets, self.folder = sets, folder
         self._stores, self._kept = stores, kept
         self._first = np.cumsum([0, *(len(store) for store in stores)])
         """(datasets + 1,) number of the first cell of each."""
         n_sets = len(sets.genes)
-        self.runs = plan_runs(stores, run_bytes=run_bytes) if n_sets else []
+        self.runs: list[list[tuple[int, int]]] = []
         """The (dataset, chunk) of each unit of `compare`."""
+        if n_sets:
+            self.runs = plan_runs(stores, run_bytes=min(run_bytes, self._most_bytes()))
         self.n_buckets = -(-len(kept) * n_sets // CELLS_PER_BUCKET)
         """Units of `ask` and of `answer`."""
+        self._opened: dict[str, BucketRuns] = {}
+
+    def _most_bytes(self) -> int:
+        """Return the encoded cells that make as many records as a bucket has."""
+        most_sets = int(self.sets.takes.sum(axis=0).max())
+        n_bytes = 2 * sum(int(store.row_entries.sum(dtype=np.int64)) for store in self._stores)
+        return n_bytes * CELLS_PER_BUCKET // max(1, len(self._kept) * most_sets)
 
     def n_cells(self, run: int) -> int:
         """Return the cells of a unit of `compare`."""
@@ -215,11 +229,16 @@ class NearSearch:
 
     def forget_records(self) -> None:
         """Remove what takes disk; after what was `found` is kept."""
-        for name in ("compared", "asked", "shared"):
+        for name in _STEPS:
             forget_records(self.folder / name, _FIELD)
 
     def _complete(self, name: str, n_runs: int) -> BucketRuns:
-        return BucketRuns.complete(self.folder / name, n_buckets=self.n_buckets, n_runs=n_runs)
+        """Return what all units of a step have written, opened once: it is complete."""
+        if name not in self._opened:
+            runs = BucketRuns.complete(self.folder / name, n_buckets=self.n_buckets, n_runs=n_runs)
+            # Of the step before, nothing is read any more.
+            self._opened = {name: runs}
+        return self._opened[name]
 
     def _write(
         self, name: str, run: int, records: NDArray[np.void], key: NDArray[np.uint64]
@@ -282,6 +301,15 @@ class NearSearch:
         found = np.empty(len(here), np.uint64)
         found[order] = best[1 - side, group]
         return found
+
+
+def lacks_near_records(folder: Path) -> bool:
+    """Tell whether `NearSearch.forget_records` has removed records, or some of them.
+
+    Args:
+        folder: Scratch folder of the search; it need not be there.
+    """
+    return any(lacks_records(folder / name, _FIELD) for name in _STEPS)
 
 
 def _records(

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import sparse
 
@@ -35,8 +36,10 @@ import hashlib, json, os, pathlib, random, select, shutil, signal, sys, time
 from data_prep.corpus import build
 from data_prep.passes import crew
 from data_prep.corpus.finalize import finalize
+from data_prep.corpus.near import near_duplicates
 
 # Small enough that tiny data takes many units.
+near_duplicates.CELLS_PER_BUCKET = 50
 build.LEAST_BYTES, build.CELLS_PER_BUCKET, build.CELLS_OF_TABLES = 5_000, 50, 50
 build.CHUNK_ENTRIES, build.CHUNKS_PER_SHARD = 2048, 2
 crew.LOOK_S, crew.MOST_LOOK_S = 0.01, 0.05
@@ -87,7 +90,7 @@ for seed, tasks in enumerate((1, 2, 3, 5, 2, 3, 5)):
     for round in range(2):
         # Some of the tasks, in any order, each killed somewhere.
         some = rng.sample(range(tasks), rng.randint(1, tasks))
-        states = ended([start(corpus, t, tasks, rng.randrange(45), jobs=jobs) for t in some])
+        states = ended([start(corpus, t, tasks, rng.randrange(75), jobs=jobs) for t in some])
         killed += states.count(signal.SIGKILL)
         if not set(states) <= {0, signal.SIGKILL}:
             wrong.append((seed, tasks, states))
@@ -121,8 +124,20 @@ print(json.dumps([killed, wrong]))
 """
 
 
+def with_copies(
+    tables: dict[str, sparse.csr_matrix],
+) -> tuple[dict[str, sparse.csr_matrix], dict[str, np.ndarray]]:
+    """Let half the cells of c be those of a on the genes of c; return what c measures, too."""
+    part = np.arange(tables["a"].shape[1]) < 590
+    of_c = tables["c"].toarray()
+    half = len(of_c) // 2
+    of_c[:half] = tables["a"][:half].toarray()
+    return tables | {"c": sparse.csr_matrix(of_c * part)}, {"c": part}
+
+
 def test_tasks_in_any_order_and_killed_anywhere(stage_corpus: Stage, counts: Counts) -> None:
-    folder = stage_corpus({"a": counts(1, 90), "b": counts(2, 45), "c": counts(3, 30)})
+    tables, measured = with_copies({"a": counts(1, 90), "b": counts(2, 45), "c": counts(3, 30)})
+    folder = stage_corpus(tables, measured=measured)
     done = subprocess.run(
         [sys.executable, "-c", TASKS, str(folder)],
         capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False,
@@ -131,6 +146,8 @@ def test_tasks_in_any_order_and_killed_anywhere(stage_corpus: Stage, counts: Cou
     killed, wrong = json.loads(done.stdout)
     assert not wrong, (wrong, done.stderr)
     assert killed >= 7
+    whole = json.loads((folder.with_name("whole") / "corpus.json").read_text())
+    assert sum(info["near_kept"] + info["near_dropped"] for info in whole["datasets"]) > 15
     assert verify(folder.with_name("whole"))["ok"]
 
 
@@ -286,6 +303,7 @@ CHANGED = (
     "coded/b.npz",
     "digests/000000.bounds.npz",
     "repeated/000000.npz",
+    "near/shared/000000.bounds.npz",
     "near.npz",
     "plan.npz",
     "scattered/000000.bounds.npz",
@@ -308,7 +326,8 @@ def test_what_has_changed_since_a_kill_is_done_again(
     monkeypatch: pytest.MonkeyPatch,
     tasks: int | None,
 ) -> None:
-    folder = stage_corpus(three)
+    tables, measured = with_copies(three)
+    folder = stage_corpus(tables, measured=measured)
     whole = shutil.copytree(folder, folder.with_name("whole"))
     finalize(whole)
 
@@ -331,8 +350,8 @@ def test_what_has_changed_since_a_kill_is_done_again(
     assert _files(folder) == _files(whole)
     told = [record.message for record in caplog.records if "is done again" in record.message]
     stages = {message.split("; ")[-1].split(".")[0] for message in told}
-    assert stages == {"annotations", "duplicates", "repeated", "near", "plan", "scatter", "write",
-                      "join", "columns"}  # fmt: skip
+    assert stages == {"annotations", "duplicates", "repeated", "near-shared", "near", "plan",
+                      "scatter", "write", "join", "columns"}  # fmt: skip
     assert all(str(work) in message for message in told)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from scipy import sparse
 
 from data_prep.corpus.finalize import finalize
 from data_prep.corpus.near.kept_cells import read_primary
+from data_prep.corpus.near.near_duplicates import NearSearch
 from data_prep.verify.verify import verify
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.datasheet.health import health_of
@@ -59,6 +62,61 @@ def test_the_same_staging_and_rule_give_the_same_bytes(staged: Path) -> None:
     first = finalize(staged, split_by="cell")
     assert finalize(staged, split_by="cell")["hash"] == first["hash"]
     assert finalize(staged, near_duplicates="keep")["hash"] != first["hash"]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [["near.npz"], ["near/asked/000000.bounds.npz"],
+     ["near.npz", "near/compared/000000.bounds.npz"],
+     ["done/near.000000.json"], ["done/near-pairs.000000.json"]],
+)  # fmt: skip
+def test_what_is_damaged_after_the_records_are_gone_is_done_again(
+    staged: Path, monkeypatch: pytest.MonkeyPatch, lost: list[str]
+) -> None:
+    expected = finalize(shutil.copytree(staged, staged.with_name("whole")), split_by="cell")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.corpus.finalize.seal", fail)
+        with pytest.raises(OSError, match="disk full"):
+            finalize(staged, split_by="cell")
+    (work,) = staged.glob(".finalize-*")
+    kept = (work / "plan.npz").stat().st_ino
+    for name in lost:
+        (work / name).unlink()
+    plans: set[int] = set()
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if stage == "recheck":
+            plans.add((work / "plan.npz").stat().st_ino)
+
+    assert finalize(staged, split_by="cell", progress=watch)["hash"] == expected["hash"]
+    # What does not depend on it stays.
+    assert plans == {kept}
+
+
+def test_a_small_new_part_is_searched_in_units_of_all_cells(
+    staged: Path, counts: Callable[..., sparse.csr_matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("data_prep.corpus.build.LEAST_BYTES", 10)
+    monkeypatch.setattr("data_prep.corpus.build.USUAL_UNITS", 4)
+
+    def search(*arguments: Any, run_bytes: int) -> NearSearch:
+        seen.append(run_bytes)
+        return NearSearch(*arguments, run_bytes=run_bytes)
+
+    monkeypatch.setattr("data_prep.corpus.build.NearSearch", search)
+    entry = staged / "ledger" / "d.json"
+    later = entry.read_bytes()
+    entry.unlink()
+    finalize(staged, split_by="cell")
+    entry.write_bytes(later)
+    finalize(staged, split_by="cell")
+    assert len(Corpus(staged).parts) == 2
+    assert seen[1] >= seen[0]
 
 
 def test_what_is_neither_true_nor_false_is_unknown(staged: Path) -> None:

@@ -21,6 +21,7 @@ from data_prep.corpus.near.near_duplicates import (
     NearDuplicates,
     NearSearch,
 )
+from data_prep.passes.buckets import BucketRuns
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.cell_writer import CellWriter
 
@@ -196,6 +197,48 @@ def test_units_in_any_order_find_the_same(tmp_path: Path, monkeypatch: pytest.Mo
         assert near.kept.tolist() == still
         assert near.dropped.tolist() == dropped
     assert any(dropped)
+
+
+def test_the_runs_of_a_step_are_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, measured = copies()
+    stores, kept, opened = written(tmp_path, counts), np.ones(120, bool), []
+    monkeypatch.setattr(search, "CELLS_PER_BUCKET", 40)
+    one = NearSearch(stores, kept, gene_sets(measured), tmp_path / "near", run_bytes=600)
+    real = BucketRuns.complete
+
+    def complete(folder: Path, **options: int) -> BucketRuns:
+        opened.append(folder.name)
+        return real(folder, **options)
+
+    monkeypatch.setattr(BucketRuns, "complete", complete)
+    for step, n_units in (
+        (one.compare, len(one.runs)), (one.ask, one.n_buckets), (one.answer, one.n_buckets)
+    ):  # fmt: skip
+        assert n_units > 3
+        for unit in range(n_units):
+            step(unit)
+    assert opened == ["compared", "asked"]
+
+
+def test_a_unit_makes_about_as_many_records_as_a_bucket_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The more sets a cell is compared on, the fewer cells."""
+    counts, measured = copies()
+    stores, sets = written(tmp_path, counts), gene_sets(measured)
+    most_sets = int(sets.takes.sum(axis=0).max())
+    assert most_sets == 2
+    largest_chunk = max(int(np.diff(store.chunk_rows).max()) for store in stores)
+    monkeypatch.setattr(search, "CELLS_PER_BUCKET", 60)
+    one = NearSearch(stores, np.ones(120, bool), sets, tmp_path / "near", run_bytes=2**28)
+    cells = [one.n_cells(run) for run in range(len(one.runs))]
+    # Cells have different numbers of values.
+    assert max(cells) <= 2 * 60 // most_sets + largest_chunk
+    monkeypatch.setattr(search, "CELLS_PER_BUCKET", 1000)
+    one = NearSearch(stores, np.ones(120, bool), sets, tmp_path / "near", run_bytes=2**28)
+    assert len(one.runs) == 1
 
 
 def test_a_run_that_is_missing_is_told(tmp_path: Path) -> None:
