@@ -38,9 +38,9 @@ class StopRequest:
         """Ask for a stop, as a signal does; the first reason stays.
 
         Args:
-            reason: Why.
+            reason: Why; without words it is a callback's.
         """
-        self._reason = self._reason or reason
+        self._reason = self._reason or reason or "a callback"
 
     def reason(self) -> str | None:
         """Return why to stop, or None."""
@@ -54,7 +54,7 @@ class StopRequest:
         return self._reason
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._reason = signal.Signals(number).name
+        self._reason = self._reason or signal.Signals(number).name
         # Handle the first signal, ignore repeats: at interpreter shutdown Python restores default
         # handlers, and a repeated signal would kill the rank.
         for again in _STOP_SIGNALS:

@@ -24,6 +24,26 @@ last = Last()
 sys.exit(75)
 """
 
+ASKED_FIRST = """
+import os, signal
+from sclong_ds.job.signals import StopRequest
+
+for reason, told in (("the loss is fine", "the loss is fine"), ("", "a callback")):
+    stop = StopRequest()
+    stop.ask(reason)
+    stop.ask("too late")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason() == told, stop.reason()
+    stop.release()
+"""
+
+
+def test_the_first_reason_stays_also_one_without_words() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_FIRST], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
 
 def test_a_repeated_signal_does_not_kill_a_process_that_ends() -> None:
     done = subprocess.run(
