@@ -114,6 +114,7 @@ from sclong_ds.engine.ranks import (
     sum_over_ranks,
 )
 from sclong_ds.job.exit_status import STOP_STATUS
+from sclong_ds.job.watchdog import PATIENCE
 from sclong_ds.loader.batches import StepBatch
 from sclong_ds.loader.loader import CellLoader, open_stream
 from sclong_ds.model.random_features import redraw_index
@@ -129,7 +130,6 @@ from sclong_ds.training.callbacks.calling import CallbackError
 from sclong_ds.training.resume import check_run_folder, open_run_folder
 from sclong_ds.training.run import Counted, Given, Opened, training_run
 from sclong_ds.training.run_checks import with_order_of_run
-from sclong_ds.training.saving import PATIENCE
 from sclong_ds.training.timing import StepTimer
 
 log = logging.getLogger("sclong_ds.pretrain")
@@ -225,8 +225,9 @@ def train_as_rank(
             open_loader(opened.cells, config.engine, ranks, state=counted.state) as loader,
         ):
             if not go_to_the_end(run, loader, progress):
+                status = stop_early(run)
                 outcome = "KILLED"
-                return stop_early(run)
+                return status
         outcome = "FINISHED"
         log.info(
             "done: %d steps, %s cells; run folder %s",
@@ -275,11 +276,13 @@ def go_to_the_end(run: Run, loader: CellLoader, progress: StepProgress) -> bool:
             record_step(run, figures, step_s=time.perf_counter() - started)
             progress.show(step, figures)
             run.saver.settle_if_written(step)
+            run.saver.tell_callbacks()
             done = step == settings.max_steps
             if not validated():
                 return False
             if step % every == 0 or done:
                 run.saver.save(counted.state, must=done)
+                run.saver.tell_callbacks()
     except (UnreadableCellsError, CallbackError):
         run.saver.save_before_failing(counted.state)
         raise
@@ -398,6 +401,7 @@ def judge(run: Run, batch: StepBatch, figures: dict[str, float]) -> None:
         )  # fmt: skip
     except ValueError:
         record("spoilt_step" if applied else "skipped_step")
+        run.saver.tell_callbacks(failing=True)
         raise
     figures[SPIKE_METRIC] = int(verdict.kind == "spike")
     if verdict.kind != "ok":
@@ -411,12 +415,17 @@ def any_rank_must_stop(ranks: Ranks, stop: StopRequest) -> bool:
 
 
 def stop_early(run: Run) -> int:
-    """Save the last finished step and return the status that asks for a restart."""
+    """Save the last finished step and return the status that asks for a restart.
+
+    Raises:
+        CallbackError: After all that.
+    """
     state, stop = run.counted.state, run.given.stop
     if state.step:
         run.saver.save(state, must=True)
     run.opened.tracker.event("signal", step=state.step, reason=stop.reason() or "another rank")
     log.info("stopped after step %d; start the same command again to continue", state.step)
+    run.saver.tell_callbacks()
     return STOP_STATUS
 
 

@@ -314,7 +314,7 @@ class EngineConfig:
     (docs/measured.md); not timed on a GPU."""
     timeout_s: int
     """Longest time without progress before the run stops and names the rank it waits for; saving
-    may take four times as long, and each phase of a start 600 s at least."""
+    and callbacks may take four times as long, and each phase of a start 600 s at least."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

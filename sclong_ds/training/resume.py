@@ -24,6 +24,7 @@ from sclong_ds.engine.ranks import on_first_rank
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
 from sclong_ds.files.atomic import read_file, remove_partials, write_atomic
 from sclong_ds.job.starting import Starting
+from sclong_ds.job.watchdog import PATIENCE
 from sclong_ds.run_folder.files import RUN_FILE, RunFolder, read_events
 from sclong_ds.run_folder.heartbeats import HANG_FILE, read_json
 from sclong_ds.run_folder.identity import take_over_ids
@@ -44,7 +45,6 @@ from sclong_ds.training.run_checks import (
     refuse_changes,
     refuse_other_inputs,
 )
-from sclong_ds.training.saving import PATIENCE
 
 log = logging.getLogger(__name__)
 

@@ -18,18 +18,15 @@ from sclong_ds.config.sections import CheckpointConfig
 from sclong_ds.engine.deepspeed_engine import Engine
 from sclong_ds.engine.ranks import Ranks, sum_over_ranks
 from sclong_ds.exported.model_dir import FEATURES, GRAPH
-from sclong_ds.job.watchdog import Watchdog
+from sclong_ds.job.watchdog import PATIENCE, Watchdog
 from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.run_folder.rows import Judged
 from sclong_ds.tracking.tracker import Tracker
-from sclong_ds.training.callbacks.calling import Callbacks
+from sclong_ds.training.callbacks.calling import CallbackError, Callbacks
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
 
-PATIENCE = 4
-"""Saving may take this many times engine.timeout_s. Collectives wait twice as long: the watchdog,
-which names the slow rank, must come first."""
 COPIED = ("config.yaml", "genes.tsv", GRAPH, FEATURES, RUN_FILE)
 """Files of the run folder that make a checkpoint self-contained, and say which run it is of."""
 
@@ -44,7 +41,7 @@ class Saver:
         ranks: The ranks.
         tracker: Told about every checkpoint.
         watchdog: Told that one begins, which takes longer than other phases.
-        callbacks: Told about every checkpoint too.
+        callbacks: Told about every checkpoint too, by `tell_callbacks`.
     """
 
     def __init__(
@@ -67,6 +64,7 @@ class Saver:
         self._validated: tuple[int, Judged] | None = None
         self._failed_in_a_row = 0
         self._stalled_s = 0.0
+        self._untold: list[tuple[int, Path]] = []
 
     def save(self, state: TrainState, *, must: bool) -> None:
         """Begin to write a checkpoint; finish it where training has to wait.
@@ -112,11 +110,35 @@ class Saver:
             self.settle(step, must=must)
 
     def save_before_failing(self, state: TrainState) -> None:
-        """Save the last finished step of a run that cannot continue, unless that fails too."""
+        """Save the last finished step of a run that cannot continue, and tell the callbacks.
+
+        What fails here is logged: it must not hide why the run cannot continue.
+        """
         if state.step:
             try:
                 self.save(state, must=True)
             except checkpoint.SaveError as error:
+                log.error("%s", error)
+        self.tell_callbacks(failing=True)
+
+    def tell_callbacks(self, *, failing: bool = False) -> None:
+        """Tell the callbacks of the checkpoints that were finished since the last call.
+
+        Not while a checkpoint or a step is being made: what they raise must cost neither.
+
+        Args:
+            failing: The run fails already: log what they raise.
+
+        Raises:
+            CallbackError: On all ranks.
+        """
+        while self._untold:
+            step, folder = self._untold.pop(0)
+            try:
+                self._callbacks.checkpoint(step, folder)
+            except CallbackError as error:
+                if not failing:
+                    raise
                 log.error("%s", error)
 
     def settle_if_written(self, step: int) -> None:
@@ -156,7 +178,7 @@ class Saver:
             seconds=round(saved.seconds, 3),
         )  # fmt: skip
         log.info("saved %s, %.1f MB in %.1f s", saved.name, saved.n_bytes / 1e6, saved.seconds)
-        self._callbacks.checkpoint(saving.state.step, self._run_dir / "checkpoints" / saved.name)
+        self._untold.append((saving.state.step, self._run_dir / "checkpoints" / saved.name))
 
     def judge(self, state: TrainState, by: Judged) -> None:
         """Take the figures of a validation, by which the checkpoint of its step is judged.
@@ -186,6 +208,7 @@ class Saver:
         self._failed_in_a_row += 1
         self._tracker.event("checkpoint_failed", step=step, error=str(error))
         if must or self._failed_in_a_row >= self._settings.max_failed_saves:
+            self.tell_callbacks(failing=True)
             raise error
         log.error("%s", error)
 

@@ -33,7 +33,9 @@ class TrainingRun:
     """Optimizer steps that earlier starts have made."""
     stop: Callable[[str], None]
     """Call it with a reason, on any rank: all ranks stop after the step, save, and `train` raises
-    InterruptedError with the reason. Training again resumes."""
+    InterruptedError with the reason. Training again resumes. In `on_step` of the last step it stops
+    only a validation that is due, which training again makes; later, or with none due, the run is
+    finished and `train` returns."""
 
 
 class Callback:
@@ -42,7 +44,8 @@ class Callback:
     All methods are called on every rank, in the order of the list, while the run waits: give every
     rank the same ones. What one raises ends the run on all ranks after its last finished step is
     saved; `train` raises it where it was raised, and RuntimeError on the other ranks. The run is
-    recorded as failed with that error; training again resumes.
+    recorded as failed with that error; training again resumes. A method, `on_end` excepted, that
+    takes longer than four times `engine.timeout_s` ends the process, as a hang.
     """
 
     def on_start(self, run: TrainingRun) -> None:
@@ -71,6 +74,8 @@ class Callback:
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         """Take a checkpoint that is whole on disk; steps may have been made since it began.
+
+        What this raises of a run that is failing already is logged.
 
         Args:
             step: Its step.

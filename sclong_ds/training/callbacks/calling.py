@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sclong_ds.engine.ranks import Ranks, sum_over_ranks
 from sclong_ds.job.failures import in_a_line
-from sclong_ds.job.watchdog import Watchdog
+from sclong_ds.job.watchdog import PATIENCE, Watchdog
 from sclong_ds.training.callbacks.callback import Callback, TrainingRun
 
 log = logging.getLogger("sclong_ds.pretrain")
@@ -74,7 +74,7 @@ class Callbacks:
     def _call(self, step: int, method: str, *args: Any) -> None:
         if not self._anywhere:
             return
-        self._watchdog.beat(step, f"callbacks: {method}")
+        self._watchdog.beat(step, f"callbacks: {method}", patience=PATIENCE)
         error = self._first_error(method, *args)
         if not sum_over_ranks(self._ranks, error is not None)[0]:
             return

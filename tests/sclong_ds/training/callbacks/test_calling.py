@@ -165,6 +165,123 @@ sclong_ds.train(config())
     ]  # fmt: skip
 
 
+PENDING = """
+from sclong_ds import pretrain
+from sclong_ds.training import saving
+
+# Checkpoint 3 is still being written when step 5 ends.
+saving.Saver.settle_if_written = lambda *_: None
+
+
+class Fails(Told):
+    def on_step(self, step, metrics):
+        if step == 5:
+            self.at_step_5()
+
+    def on_checkpoint(self, step, path):
+        super().on_checkpoint(step, path)
+        raise KeyError(f"checkpoint {step}")
+
+
+fails = Fails()
+
+
+def at_step_5(what):
+    fails.at_step_5 = what
+    print(repr(raised(lambda: sclong_ds.train(config(), [fails]))))
+    print(json.dumps([call[:2] for call in fails.calls if call[0] == "checkpoint"]))
+"""
+STOPS = "at_step_5(lambda: fails.run.stop('enough'))"
+RAISES = """
+def server_is_down():
+    raise OSError("the server is down")
+at_step_5(server_is_down)
+"""
+POISONED = """
+loss_of, calls = pretrain.loss_of, []
+
+def poisoned(*args):
+    calls.append(args)
+    # Four micro-batches a step: one of the fifth.
+    return loss_of(*args) * (float("nan") if len(calls) == 17 else 1)
+
+pretrain.loss_of = poisoned
+at_step_5(lambda: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "told"),
+    [
+        (STOPS, "KeyError('checkpoint 3')", [3]),
+        (RAISES, "OSError('the server is down')", [3, 5]),
+        (POISONED, "KeyError('checkpoint 3')", [3, 5]),
+    ],
+    ids=["stops", "raises", "poisoned"],
+)
+def test_a_pending_checkpoint_whose_callback_raises_costs_neither_the_last_step_nor_the_reason(
+    corpus: Path, tmp_path: Path, code: str, error: str, told: list[int]
+) -> None:
+    run_dir = tmp_path / "run"
+    *_, raised, calls = alone(corpus, run_dir, PENDING + code).splitlines()
+    assert raised == error
+    assert json.loads(calls) == [["checkpoint", step] for step in told]
+    saved = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+    assert saved == ["step_00000003", "step_00000005"]
+    end = finish(run_dir)
+    assert (end["outcome"], end["step"]) == ("FAILED", 5)
+
+
+def test_a_stop_at_the_last_step_stops_a_validation_that_is_due_and_nothing_else(
+    corpus: Path, tmp_path: Path
+) -> None:
+    code = """
+class Stops(Told):
+    def __init__(self, method):
+        super().__init__()
+        setattr(self, method, lambda step, *_: step == 6 and self.run.stop("enough"))
+error = raised(lambda: sclong_ds.train(config(), [Stops("on_step")]))
+assert isinstance(error, InterruptedError), error
+last = Stops("on_validation")
+sclong_ds.train(config(), [last])
+assert last.calls[-1] == ["end", 6, "FINISHED"], last.calls
+"""
+    run_dir = tmp_path / "run"
+    alone(corpus, run_dir, code)
+    ends = [e["outcome"] for e in read_events(run_dir) if e["event"] == "finish"]
+    assert ends == ["KILLED", "FINISHED"]
+
+
+SLOW = """
+import time
+from pathlib import Path
+from sclong_ds.engine.ranks import join_process_group
+from sclong_ds.job.failures import run_to_end
+from sclong_ds.job.watchdog import Watchdog
+from sclong_ds.training.callbacks.calling import Callbacks
+
+
+class Slow(sclong_ds.Callback):
+    def on_step(self, step, metrics):
+        time.sleep(3)
+
+
+def main():
+    ranks = join_process_group(timeout_s=60)
+    folder = Path(sys.argv[2])
+    with Watchdog(folder, rank=0, world_size=1, timeout_s=1, node="here") as watchdog:
+        Callbacks([Slow()], ranks, watchdog).step(1, {})
+    return 0
+
+
+run_to_end(main)
+"""
+
+
+def test_a_callback_may_take_longer_than_a_step(corpus: Path, tmp_path: Path) -> None:
+    alone(corpus, tmp_path / "heartbeat", SLOW)
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_error_on_one_rank_ends_all_after_a_checkpoint(
     corpus: Path, tmp_path: Path, who: int
