@@ -63,22 +63,28 @@ def _positions(
     return {code: np.concatenate(parts) for code, parts in found.items() if parts}
 
 
+def cells_by_dataset(corpus: Corpus) -> list[npt.NDArray[np.int64]]:
+    """Return the positions of the cells of each dataset, ascending, from one sort of all cells."""
+    dataset = np.asarray(corpus.row_dataset)
+    order = np.argsort(dataset, kind="stable")
+    borders = np.searchsorted(dataset, np.arange(1, len(corpus.datasets)), sorter=order)
+    return np.split(order, borders)
+
+
 def draw_dropped(
-    corpus: Corpus, code: int, entry: LedgerEntry, n_cells: int, rng: np.random.Generator
+    there: npt.NDArray[np.int64], entry: LedgerEntry, n_cells: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Return some rows of a source that are not in the corpus.
 
     Args:
-        corpus: The corpus.
-        code: Number of the dataset.
-        entry: Its ledger entry.
+        there: (cells,) rows of the source that are in the corpus.
+        entry: Ledger entry of the dataset.
         n_cells: Cells of the dataset that were drawn.
         rng: Of the draw.
 
     Returns:
         (rows,) at most DROPPED_SHARE of `n_cells`, rounded up.
     """
-    there = corpus.row_source[corpus.row_dataset == code]
     missing = np.ones(max(entry["n_cells_input"], int(there.max()) + 1), dtype=bool)
     missing[there] = False
     rows = np.flatnonzero(missing)

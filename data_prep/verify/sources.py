@@ -36,7 +36,7 @@ from data_prep.passes.dedup import Progress
 from data_prep.source.source import Matrix
 from data_prep.staging.outcome import UNPROVEN
 from data_prep.staging.quality import MITOCHONDRIAL_IDS
-from data_prep.verify.drawn_cells import draw_cells, draw_dropped
+from data_prep.verify.drawn_cells import cells_by_dataset, draw_cells, draw_dropped
 from data_prep.verify.plain_arrays import PlainSource, plain_anndata, plain_loom, plain_tenx
 from data_prep.verify.plain_proof import is_proven, restored
 from data_prep.verify.plain_text import plain_matrix_market, plain_npz, plain_table
@@ -147,7 +147,7 @@ def check_sources(
     settings = _settings(corpus.path)
     resolver = GeneResolver(corpus.genes)
     rng = np.random.default_rng(seed)
-    places = draw_cells(corpus, number, rng)
+    places, cells_of = draw_cells(corpus, number, rng), cells_by_dataset(corpus)
     done, n_all = 0, sum(map(len, places.values()))
     for code, positions in places.items():
         info = corpus.datasets[code]
@@ -157,7 +157,8 @@ def check_sources(
             lists = {"gone": report.gone, "removed": report.removed}
             lists.get(state, report.changed).append(info.dataset_id)
         else:
-            dropped = draw_dropped(corpus, code, entry, len(positions), rng)
+            there = corpus.cells.rows_of("source_row", cells_of[code])
+            dropped = draw_dropped(there, entry, len(positions), rng)
             problems = []
             for start in range(0, len(positions), BATCH):
                 part = slice(start, start + BATCH)

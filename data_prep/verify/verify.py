@@ -226,7 +226,7 @@ def _increasing(indices: np.ndarray, indptr: np.ndarray) -> bool:
 
 def _check_rows(corpus: Corpus, problems: list[str]) -> None:
     """Check the datasets, splits, annotation rows and held-out groups of all cells."""
-    dataset, obs_row = corpus.row_dataset, corpus.cells.table("obs_row")
+    dataset, obs_row = np.asarray(corpus.row_dataset), corpus.cells.table("obs_row")
     if len(dataset) and int(dataset.max()) >= len(corpus.datasets):
         problems.append(f"cells.zarr/dataset: no dataset {int(dataset.max())}")
         return

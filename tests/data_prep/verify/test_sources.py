@@ -37,7 +37,7 @@ from data_prep.staging.quality import CellLimits
 from data_prep.staging.settings import Settings
 from data_prep.verify import plain_arrays
 from data_prep.verify import sources as verify_sources
-from data_prep.verify.drawn_cells import draw_cells
+from data_prep.verify.drawn_cells import cells_by_dataset, draw_cells
 from data_prep.verify.sources import check_sources, sources_line
 from data_prep.verify.verify import verify
 from sclong_ds.corpus.corpus import Corpus
@@ -366,6 +366,8 @@ def test_what_is_drawn(tmp_path: Path) -> None:
         staged(corpus, name, write("h5ad_csr", tmp_path / name, source))
     finalize(corpus, split_by="cell", validation_fraction=0)
     opened = Corpus(corpus)
+    for code, cells in enumerate(cells_by_dataset(opened)):
+        assert cells.tolist() == np.flatnonzero(opened.row_dataset == code).tolist()
 
     def drawn(number: int, seed: int = 0) -> dict[int, list[int]]:
         places = draw_cells(opened, number, np.random.default_rng(seed))
