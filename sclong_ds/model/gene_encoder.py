@@ -161,14 +161,15 @@ class GeneEncoder(nn.Module):
     def kept(self) -> Iterator[None]:
         """Compute the gene vectors once for all calls in the block, without gradients.
 
-        The weights must stay as they are meanwhile.
+        The weights must stay as they are meanwhile. Within another such block its vectors stay.
         """
+        before = self._kept
         with torch.no_grad():
             self._kept = self()
         try:
             yield
         finally:
-            self._kept = None
+            self._kept = before
 
     def _convolve(self, h: Tensor) -> Tensor:
         if self._graph is None:

@@ -52,7 +52,7 @@ def select_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
     """
     b, n, c = tokens.shape
     rows = positions + torch.arange(b, device=positions.device)[:, None] * n
-    return tokens.reshape(b * n, c).index_select(0, rows.reshape(-1)).view(b, -1, c)
+    return tokens.reshape(b * n, c).index_select(0, rows.reshape(-1)).view(*positions.shape, c)
 
 
 class Projection(Linear):

@@ -175,7 +175,8 @@ def expressed_places(x: Tensor) -> Places:
     """Return the expressed genes of cells x (B, G), for which a GPU waits."""
     cells, genes = torch.nonzero(x > 0, as_tuple=True)
     n = torch.bincount(cells, minlength=len(x))
-    there = torch.arange(max(1, int(n.max())), device=x.device) < n[:, None]
+    most = max(1, int(n.max())) if len(n) else 1
+    there = torch.arange(most, device=x.device) < n[:, None]
     places = torch.zeros(there.shape, dtype=torch.int64, device=x.device)
     places[there] = genes  # Both go cell by cell.
     return Places(places, there)

@@ -163,6 +163,14 @@ def test_pooling_the_expressed_genes_alone_gives_the_means_over_all(
                 torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"pad_token": True}])
+def test_no_cells_have_no_rows(changes: dict[str, object]) -> None:
+    model = small_model(**changes)
+    x, _ = cells()
+    with torch.no_grad():
+        assert model.embed(x[:0]).shape == (0, embedding_width(model))
+
+
 def test_gene_vectors_that_are_kept_are_those_of_the_weights_and_end_with_the_block() -> None:
     model = small_model()
     x, _ = cells()
@@ -172,4 +180,7 @@ def test_gene_vectors_that_are_kept_are_those_of_the_weights_and_end_with_the_bl
             assert torch.equal(model.embed(x), before)
             model.gene_encoder.table.data.add_(1.0)
             assert torch.equal(model.embed(x), before)
+            with model.gene_encoder.kept():
+                assert torch.equal(model.embed(x), before)
+            assert torch.equal(model.embed(x), before)  # The inner block ends nothing.
         assert not torch.equal(model.embed(x), before)
