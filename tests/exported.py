@@ -13,6 +13,7 @@ from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
+from sclong_ds.exported.head import FittedHead
 from sclong_ds.exported.model_dir import write_model_dir
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import TrainingCells
@@ -35,6 +36,7 @@ def write_model(
     unmeasured: Literal["zero", "mask"] = "zero",
     training_cells: TrainingCells | None = None,
     chosen: ChosenRecipe | None = None,
+    head: FittedHead | None = None,
 ) -> Path:
     """Export a small model with random weights."""
     genes.write(folder / "genes.tsv")
@@ -63,5 +65,6 @@ def write_model(
         provenance={"step": 0}
         | ({} if training_cells is None else {"training_cells": training_cells.facts()}),
         training_cells=training_cells,
+        head=head,
     )
     return folder / "exported"

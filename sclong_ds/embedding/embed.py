@@ -36,10 +36,17 @@ import pandas as pd
 import torch
 from anndata.io import sparse_dataset, write_elem
 from scipy.sparse import csr_matrix
+from torch import Tensor
 
 from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.embedding.cells import Cells
-from sclong_ds.embedding.opening import cells_of, count_inputs, model_of
+from sclong_ds.embedding.opening import (
+    cells_of,
+    cells_of_a_batch,
+    choose_device,
+    count_inputs,
+    model_of,
+)
 from sclong_ds.embedding.processes.workers import Workers, started_workers
 from sclong_ds.embedding.record import input_record, origin_of, record_of, training_record
 from sclong_ds.embedding.stored import UNS_KEY, measured_column, measured_record
@@ -95,14 +102,15 @@ def run(args: argparse.Namespace) -> int:
         ValueError: An input that is not counts of known human genes, or a wrong option.
     """
     check_out(args.out, input=args.input)
-    model = model_of(args)
+    device, alone = choose_device(args.device), args.jobs == 1
+    # Processes hold models of their own: this one's takes no GPU's memory beside them.
+    model = model_of(args, device=device if alone else torch.device("cpu"))
     cells = cells_of(args, model)
     training_cells = read_training_cells(args.model_dir)
-    device = next(model.parameters()).device
     started = (
         nullcontext()
-        if args.jobs == 1
-        else started_workers(embed_and_predict, args.model_dir, device=device, n=args.jobs)
+        if alone
+        else started_workers(embed_and_features, args.model_dir, device=device, n=args.jobs)
     )
     with started as workers:
         coverage = embed_to_file(
@@ -155,14 +163,8 @@ def embed_counts(
     Raises:
         ValueError: Another number of genes than the model's, or measured genes are needed.
     """
-    embedded = np.zeros((counts.shape[0], embedding_width(model)), dtype=np.float32)
-    batches = count_inputs(model, counts, batch_size=batch_size, measured=measured)
-    with torch.inference_mode(), model.gene_encoder.kept():
-        for part, x, unmeasured in batches:
-            embedded[part] = model.embed(x, unmeasured=unmeasured).float().cpu().numpy()
-            if on_cells is not None:
-                on_cells(len(x))
-    return embedded
+    how: dict[str, Any] = {"batch_size": batch_size, "on_cells": on_cells, "measured": measured}
+    return _rows(model, counts, embedding_width(model), model.embed, **how)
 
 
 def pooled_counts(
@@ -189,15 +191,75 @@ def pooled_counts(
     Returns:
         (n, P * C) float32; zero for a cell without counts.
     """
-    pooled = np.zeros((counts.shape[0], len(parts) * model.config.base_dim), dtype=np.float32)
+
+    def of_batch(x: Tensor, *, unmeasured: Tensor | None) -> Tensor:
+        return torch.cat(
+            model.pooled(x, parts, unmeasured=unmeasured, directions=directions), dim=1
+        )
+
+    how: dict[str, Any] = {"batch_size": batch_size, "on_cells": on_cells, "measured": measured}
+    return _rows(model, counts, len(parts) * model.config.base_dim, of_batch, **how)
+
+
+def embed_and_features(
+    model: ScLong,
+    counts: csr_matrix,
+    head: FittedHead | None,
+    *,
+    batch_size: int = 8,
+    on_cells: Callable[[int], None] | None = None,
+    measured: MeasuredGenes | None = None,
+) -> np.ndarray:
+    """Return embeddings and behind them the features that a head reads, from one pass.
+
+    Args:
+        model: As in `embed_counts`, which names the errors too.
+        counts: As in `embed_counts`.
+        head: The head; None reads nothing.
+        batch_size: As in `embed_counts`.
+        on_cells: As in `embed_counts`.
+        measured: As in `embed_counts`.
+
+    Returns:
+        (n, W + F) float32.
+    """
+    how: dict[str, Any] = {"batch_size": batch_size, "on_cells": on_cells, "measured": measured}
+    if head is None:
+        return embed_counts(model, counts, **how)
+    read, own = head.head.shape.parts, model.recipe.parts
+    parts = tuple(dict.fromkeys((*read, *own)))
+
+    def of_batch(x: Tensor, *, unmeasured: Tensor | None) -> Tensor:
+        found = model.pooled(x, parts, unmeasured=unmeasured)
+        pooled = dict(zip(parts, found, strict=True))
+        embedded = model.recipe.apply([pooled[part] for part in own])
+        return torch.cat([embedded, *(pooled[part] for part in read)], dim=1)
+
+    width = embedding_width(model)
+    rows = _rows(model, counts, width + len(read) * model.config.base_dim, of_batch, **how)
+    rows[np.diff(counts.indptr) == 0, :width] = 0.0
+    return rows
+
+
+def _rows(
+    model: ScLong,
+    counts: csr_matrix,
+    width: int,
+    of_batch: Callable[..., Tensor],
+    *,
+    batch_size: int,
+    on_cells: Callable[[int], None] | None,
+    measured: MeasuredGenes | None,
+) -> np.ndarray:
+    """Return rows (n, width) float32 that `of_batch` makes of x (B, G) and its `unmeasured`."""
+    rows = np.zeros((counts.shape[0], width), dtype=np.float32)
     batches = count_inputs(model, counts, batch_size=batch_size, measured=measured)
     with torch.inference_mode(), model.gene_encoder.kept():
         for part, x, unmeasured in batches:
-            found = model.pooled(x, parts, unmeasured=unmeasured, directions=directions)
-            pooled[part] = torch.cat(found, dim=1).float().cpu().numpy()
+            rows[part] = of_batch(x, unmeasured=unmeasured).float().cpu().numpy()
             if on_cells is not None:
                 on_cells(len(x))
-    return pooled
+    return rows
 
 
 def embed_and_predict(
@@ -208,6 +270,7 @@ def embed_and_predict(
     batch_size: int = 8,
     on_cells: Callable[[int], None] | None = None,
     measured: MeasuredGenes | None = None,
+    workers: Workers | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return embeddings (n, W) and the columns of obs that a head predicts, from one pass.
 
@@ -218,20 +281,22 @@ def embed_and_predict(
         batch_size: As in `embed_counts`.
         on_cells: As in `embed_counts`.
         measured: As in `embed_counts`.
+        workers: Processes of `embed_and_features` with the same model and head; None: this one
+            computes.
     """
-    how: dict[str, Any] = {"batch_size": batch_size, "on_cells": on_cells, "measured": measured}
+    how: dict[str, Any] = {"on_cells": on_cells, "measured": measured}
+    if workers is None or not counts.shape[0]:
+        rows = embed_and_features(model, counts, head, batch_size=batch_size, **how)
+    else:
+        size = cells_of_a_batch(model, batch_size, workers.device)
+        rows = workers.each(counts, batch_size=size, **how)
     if head is None:
-        return embed_counts(model, counts, **how), {}
-    shape, width = head.head.shape, model.config.base_dim
-    parts = tuple(dict.fromkeys((*shape.parts, *model.recipe.parts)))
-    pooled = pooled_counts(model, counts, parts, **how)
-    of = {part: pooled[:, i * width : (i + 1) * width] for i, part in enumerate(parts)}
-    columns = head.columns(np.concatenate([of[part] for part in shape.parts], axis=1))
-    empty = np.diff(counts.indptr) == 0
-    columns[f"predicted_{head.label}_unknown"] |= empty
-    embedded = recipe_rows(model, [of[part] for part in model.recipe.parts])
-    embedded[empty] = 0.0
-    return embedded, columns
+        return rows, {}
+    # Of all cells at once whoever made the rows: products of other shapes have other bits.
+    width = embedding_width(model)
+    columns = head.columns(rows[:, width:])
+    columns[f"predicted_{head.label}_unknown"] |= np.diff(counts.indptr) == 0
+    return rows[:, :width], columns
 
 
 def recipe_rows(model: ScLong, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -240,20 +305,6 @@ def recipe_rows(model: ScLong, parts: Sequence[np.ndarray]) -> np.ndarray:
     given = [torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts]
     with torch.inference_mode():
         return np.array(model.recipe.apply(given).float().cpu().numpy())
-
-
-def _said_of(
-    model: ScLong,
-    counts: csr_matrix,
-    head: FittedHead | None,
-    workers: Workers | None,
-    **how: Any,
-) -> tuple[np.ndarray, _Columns]:
-    """Return what `embed_and_predict` returns, computed by other processes where there are some."""
-    if workers is None:
-        return embed_and_predict(model, counts, head, **how)
-    found = workers.each(counts, **how)
-    return np.concatenate([rows for rows, _ in found]), _joined([own for _, own in found])
 
 
 def _joined(blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -303,8 +354,10 @@ def embed_to_file(
         for part, block, measured in cells.placed_blocks():
             n_genes_mapped[part] = np.diff(block.counts.indptr)
             n_counts[part] = np.asarray(block.counts.sum(axis=1)).ravel()
-            how = {"batch_size": batch_size, "on_cells": on_cells, "measured": measured}
-            embedded[part], columns = _said_of(model, block.counts, head, workers, **how)
+            embedded[part], columns = embed_and_predict(
+                model, block.counts, head, batch_size=batch_size, on_cells=on_cells,
+                measured=measured, workers=workers,
+            )  # fmt: skip
             predicted.append(columns)
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))

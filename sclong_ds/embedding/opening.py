@@ -25,19 +25,20 @@ genes of width 32 takes 1.5 times the CPU time in batches of 8 (`python -m
 benchmarks.embed_speed`)."""
 
 
-def model_of(args: argparse.Namespace) -> ScLong:
-    """Return the model that a command line names, on the device that it names.
+def model_of(args: argparse.Namespace, *, device: torch.device | None = None) -> ScLong:
+    """Return the model that a command line names.
 
     Args:
         args: With the arguments of `add_input_arguments`; `model_dir` becomes the folder where an
             address was given.
+        device: Where to put it; None: on the device that the command line names.
 
     Raises:
         FileNotFoundError: No such model.
         ValueError: A damaged model, or a device that is not there.
     """
     args.model_dir = model_folder(args.model_dir)
-    return load_model(args.model_dir, device=choose_device(args.device))
+    return load_model(args.model_dir, device=device or choose_device(args.device))
 
 
 def cells_of(args: argparse.Namespace, model: ScLong) -> Cells:
@@ -102,7 +103,7 @@ def count_inputs(
     Args:
         model: From `load_model`, with its `transform`.
         counts: (n, G) raw counts in the model's gene order.
-        batch_size: Cells at a time; on a CPU fewer of a model that reads all genes.
+        batch_size: Cells at a time, at most: `cells_of_a_batch`.
         measured: Genes that the inputs of the n cells name.
 
     Raises:
@@ -119,8 +120,7 @@ def count_inputs(
             "or finalize the corpus again"
         )
     device = next(model.parameters()).device
-    if device.type == "cpu" and model.config.zero_genes is None:
-        batch_size = min(batch_size, max(1, CPU_TOKENS // model.n_genes))
+    batch_size = cells_of_a_batch(model, batch_size, device)
     for start in range(0, counts.shape[0], batch_size):
         part = slice(start, start + batch_size)
         unknown = measured.of(part).unmeasured() if masks and measured is not None else None
@@ -128,6 +128,19 @@ def count_inputs(
             counts[part], target_sum=model.transform.target_sum, unmeasured=unknown, device=device
         )
         yield part, x, unmeasured
+
+
+def cells_of_a_batch(model: ScLong, batch_size: int, device: torch.device) -> int:
+    """Return how many cells are computed at a time: on a CPU fewer of a model that reads all genes.
+
+    Args:
+        model: The model.
+        batch_size: Cells at a time, at most.
+        device: Where they are computed.
+    """
+    if device.type == "cpu" and model.config.zero_genes is None:
+        return min(batch_size, max(1, CPU_TOKENS // model.n_genes))
+    return batch_size
 
 
 def choose_device(name: str) -> torch.device:
