@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import multiprocessing.context
 import os
 import queue
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import anndata
@@ -97,7 +99,6 @@ def test_two_processes_write_what_one_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, with_head: bool
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process has
-    monkeypatch.setattr(opening, "CPU_TOKENS", 5 * N_GENES)  # below the size of a batch
     model = write_model(tmp_path, GENES, seed=0, head=made_head() if with_head else None)
     cells = write_cells(tmp_path)
     words = ["embed", str(model), str(cells), "--min-genes-mapped", "1", "--device", "cpu"]
@@ -119,6 +120,44 @@ def test_a_block_without_cells_asks_no_process(tmp_path: Path) -> None:
         rows, columns = embed_and_predict(model, made_counts()[:0], made_head(), workers=workers)
     assert rows.shape == (0, embedding_width(model))
     assert {len(values) for values in columns.values()} == {0}
+
+
+def test_processes_are_sent_the_batches_of_one_and_a_head_reads_a_whole_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (opening, embed):
+        monkeypatch.setattr(module, "cells_of_a_batch", lambda _, size, __: min(size, 5))
+    model = load_model(write_model(tmp_path, GENES, seed=0), device="cpu")
+    head, counts, read = made_head(), made_counts(), list[int]()
+    columns_of = FittedHead.columns
+
+    def columns(head: FittedHead, features: np.ndarray) -> dict[str, np.ndarray]:
+        read.append(len(features))
+        return columns_of(head, features)
+
+    monkeypatch.setattr(FittedHead, "columns", columns)
+    ours, theirs = multiprocessing.Pipe()
+    free: queue.Queue[Connection] = queue.Queue()
+    free.put(ours)
+
+    def answer() -> None:
+        with theirs, suppress(EOFError):
+            while True:
+                part, size, measured = theirs.recv()
+                how = {"batch_size": size, "measured": measured}
+                theirs.send((None, embed.embed_and_features(model, part, head, **how)))
+
+    batches: dict[str, list[int]] = {"one": [], "sent": []}
+    with ThreadPoolExecutor(1) as threads, ThreadPoolExecutor(1) as other, ours:
+        other.submit(answer)
+        workers = Workers(free, threads, torch.device("cpu"))
+        sent, _ = embed_and_predict(
+            model, counts, head, batch_size=8, on_cells=batches["sent"].append, workers=workers
+        )
+    one, _ = embed_and_predict(model, counts, head, batch_size=8, on_cells=batches["one"].append)
+    assert batches["sent"] == batches["one"] == [5] * 9
+    assert read == [N_CELLS, N_CELLS]
+    assert sent.tobytes() == one.tobytes()
 
 
 def test_beside_processes_the_model_takes_no_gpu(
