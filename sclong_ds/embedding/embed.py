@@ -356,8 +356,7 @@ def embed_to_file(
             n_counts[part] = np.asarray(block.counts.sum(axis=1)).ravel()
             embedded[part], columns = embed_and_predict(
                 model, block.counts, head, batch_size=batch_size, on_cells=on_cells,
-                measured=measured, workers=workers,
-            )  # fmt: skip
+                measured=measured, workers=workers)  # fmt: skip
             predicted.append(columns)
             if with_counts:
                 sparse_dataset(file["X"]).append(_as_uint32(block.counts))
