@@ -35,6 +35,7 @@ from typing import Any, cast
 from data_prep.corpus.build import STAGES, Build, Codec
 from data_prep.corpus.growth.earlier import (
     EARLIER,
+    MISSING,
     EarlierParts,
     earlier_parts,
     find_earlier,
@@ -188,7 +189,7 @@ class _Job:
     def settle(self) -> None:
         """Take the options that are not given from the corpus."""
         codec, near = "zstd", "primary"
-        with suppress(OSError, ValueError, LookupError):
+        with suppress(ValueError, LookupError, *MISSING):
             catalogue, codec = begun(self.corpus)
             near = catalogue.get("near_duplicates", near)
         self.codec = self.asked[0] or cast("Codec", codec)
@@ -258,7 +259,7 @@ class _Job:
                 and cells["attributes"]["codec"] == self.codec
                 and finished_inputs(self.corpus, catalogue) == self.inputs.checksums()
             )
-        except (OSError, ValueError, KeyError):
+        except (ValueError, KeyError, *MISSING):
             return False
 
     def finished(self) -> dict[str, Any] | None:
@@ -282,7 +283,7 @@ class _Job:
             return False
         try:
             catalogue = read_catalogue(self.corpus)
-        except (OSError, ValueError):
+        except (ValueError, *MISSING):
             return False
         if PARTS not in catalogue or len(self.inputs.used) != len(catalogue["datasets"]):
             return False

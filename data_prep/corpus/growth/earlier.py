@@ -118,6 +118,10 @@ def earlier_parts(corpus: Path, catalogue: Mapping[str, Any]) -> EarlierParts:
     return EarlierParts(corpus=corpus, catalogue=catalogue, parts=tuple(parts))
 
 
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors of a file that is not there; others may pass, and are no reason to make a corpus again."""
+
+
 def first_part(catalogue: Mapping[str, Any]) -> PartInfo:
     """Return a corpus that is no list of parts as the first part of one.
 
@@ -156,6 +160,7 @@ def find_earlier(
 
     Raises:
         ValueError: There are too many parts to add another.
+        OSError: What was finished cannot be read: that tells nothing of whether it is whole.
     """
     try:
         catalogue = read_catalogue(corpus)
@@ -171,7 +176,7 @@ def find_earlier(
         found = earlier_parts(corpus, catalogue)
         for part in found.parts:
             _check_part(corpus, part, catalogue)
-    except (ValueError, OSError, LookupError) as error:
+    except (ValueError, LookupError, *MISSING) as error:
         return None, f"what was finished is damaged: {error}"
     if n_new and len(found.parts) >= MOST_PARTS:
         raise ValueError(

@@ -183,3 +183,19 @@ def test_a_file_that_is_not_of_its_part_is_named(folder: Path) -> None:
         (folder / "parts" / "000001" / name).write_text("x")
     found = verify(folder)["problems"]
     assert found == [f"parts/000001/{n}: not part of the corpus" for n in ("obs/b.json", "stray")]
+
+
+@pytest.mark.parametrize("name", ["corpus.json", "checksums.json", "cells.zarr/zarr.json"])
+def test_what_cannot_be_read_is_no_reason_to_make_the_corpus_again(folder: Path, name: str) -> None:
+    path, aside = folder / name, folder.parent / "of_before"
+    cells = sorted(p for p in (folder / "cells.zarr").rglob("*") if p.is_file())
+    before = [p.stat().st_mtime_ns for p in cells]
+    path.rename(aside)
+    path.symlink_to(path)  # to open it fails, though it is there
+    with pytest.raises(OSError, match=r"symbolic links"):
+        finalize(folder)
+    path.unlink()
+    aside.rename(path)
+    assert len(finalize(folder)[PARTS]) == 2
+    assert [p.stat().st_mtime_ns for p in cells] == before
+    assert made_with(folder) == ("none", "drop")
