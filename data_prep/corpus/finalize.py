@@ -287,8 +287,7 @@ class _Job:
             return False
         if PARTS not in catalogue or len(self.inputs.used) != len(catalogue["datasets"]):
             return False
-        found, _ = find_earlier(self.corpus, self.inputs, rule, codec=self.codec, near=self.near)
-        if found is None:
+        if not find_earlier(self.corpus, self.inputs, rule, codec=self.codec, near=self.near)[0]:
             return False
         self.inputs.check_documents()
         write_catalogue(self.corpus, restated(catalogue, self.inputs, self.pending))
