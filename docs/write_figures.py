@@ -147,7 +147,7 @@ SENTENCES = [
     Sentence(
         MEASURED,
         "loader_pair",
-        "| {commit:.7} | slower: packed {packed.ratio:.2f} ({packed.here:.2f} µs a cell), csr "
+        "| {commit:.7} | packed {packed.ratio:.2f} ({packed.here:.2f} µs a cell), csr "
         "{csr.ratio:.2f}, dense {dense.ratio:.2f}, dense_norm {dense_norm.ratio:.2f} times",
     ),
     Sentence(README, "dedup", _DEDUP),
@@ -199,14 +199,6 @@ SENTENCES = [
         "takes {median.ours.total_s:.1f} s against {median.literal.total_s:.1f} s of literal "
         "Performer code, in {median.ours.working_mib:.0f} MiB\nof working memory instead of "
         "{median.literal.working_mib:,.0f} (`python -m benchmarks.favor_cpu`)",
-    ),
-    Sentence(
-        "docs/start/install.md",
-        "install_sizes",
-        "none {none.mb:,} (torch {none.largest.torch:,.0f} of them), `[evaluate]` {evaluate.mb:,}, "
-        "`[track]` {track.mb:,}, `[train]` {train.mb:,}, `[prep]` {prep.mb:,} (goatools "
-        "{prep.largest.goatools:,.0f}, hdf5plugin {prep.largest.hdf5plugin:,.0f}), `[gpu]` "
-        "{gpu.mb:,} (triton {gpu.largest.triton:,.0f}), `[hub]` {hub.mb:,}; `[all]` {all.mb:,}",
     ),
     Sentence(
         "docs/start/prepare-a-corpus.md",
