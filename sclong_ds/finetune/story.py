@@ -43,7 +43,7 @@ from sclong_ds.job import failures
 from sclong_ds.job.exit_status import STOP_STATUS
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
-from sclong_ds.job.watchdog import Watchdog
+from sclong_ds.job.watchdog import PATIENCE, Watchdog
 from sclong_ds.model.pooling import Part
 from sclong_ds.progress import count_progress, stage_progress
 from sclong_ds.run_folder.identity import node_name
@@ -58,8 +58,6 @@ PARTS = (
     Part("encoders", "value^3"), Part("gene_vectors", "value"), Part("gene_vectors", "value^3"),
 )  # fmt: skip
 """What every head but that of `frozen` reads."""
-PATIENCE = 4
-"""Baselines and writing may take this many times engine.timeout_s."""
 _log = logging.getLogger(__name__)
 
 

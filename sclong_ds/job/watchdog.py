@@ -45,8 +45,8 @@ from sclong_ds.run_folder.heartbeats import (
 log = logging.getLogger(__name__)
 
 PATIENCE = 4
-"""Saving and callbacks may take this many times engine.timeout_s. Collectives wait twice as long:
-the watchdog, which names the slow rank, must come first."""
+"""Saving, callbacks and the baselines of a fine-tuning may take this many times engine.timeout_s.
+Collectives wait twice as long: the watchdog, which names the slow rank, must come first."""
 _FIRST_NOTICE_S = 30.0
 
 
