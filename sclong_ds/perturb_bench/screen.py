@@ -6,6 +6,7 @@ Shapes: N cells, G genes, P perturbations.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class Screen:
     """Perturbations and their measured effects."""
 
     names: tuple[str, ...]
-    """(P,) values of the column."""
+    """(P,) values of the column, the first of those that name the same genes."""
     targets: tuple[tuple[int, ...], ...]
     """(P,) columns of the perturbed genes."""
     control: NDArray[np.float64]
@@ -93,8 +94,8 @@ def read_screen(
     mean = _mean(values)
     few = _values(counts[_some(rows, rng)], target_sum).toarray()
     deltas, ranked, changed = [], [], []
-    for name, targets in named.items():
-        own = np.flatnonzero(labels == name)
+    for targets, spellings in named.items():
+        own = np.flatnonzero(np.isin(labels, spellings))
         deltas.append(_mean(_values(counts[own], target_sum)) - mean)
         p = _evidence(_values(counts[_some(own, rng)], target_sum).toarray(), few)
         # By p, then by the size of the change: p of clear changes are all zero.
@@ -103,7 +104,8 @@ def read_screen(
         others = np.delete(p, targets)
         changed.append(int((false_discovery_control(others) < 0.05).sum()))
     return Screen(
-        names=tuple(named), targets=tuple(named.values()), control=mean, deltas=np.array(deltas),
+        names=tuple(spellings[0] for spellings in named.values()), targets=tuple(named),
+        control=mean, deltas=np.array(deltas),
         ranked=np.array(ranked), n_changed=np.array(changed), controls=counts[rows],
         control_rows=rows, values=values,
     )  # fmt: skip
@@ -111,12 +113,17 @@ def read_screen(
 
 def _perturbations(
     labels: NDArray[np.str_], genes: GeneVocabulary, control: str, separator: str, min_cells: int
-) -> Mapping[str, tuple[int, ...]]:
-    """Return the columns of the genes of each usable perturbation."""
+) -> Mapping[tuple[int, ...], list[str]]:
+    """Return the columns of the genes of each usable perturbation, and all labels that name them.
+
+    `A+B`, `B+A` and, with the control `ctrl`, `A+ctrl` and `A` are the same genes: as two
+    perturbations one would be predicted from the other.
+    """
     columns = {symbol: i for i, symbol in reversed(list(enumerate(genes.symbols)))}
     columns |= genes.index
-    found: dict[str, tuple[int, ...]] = {}
-    unknown, rare = [], []
+    found: dict[tuple[int, ...], list[str]] = {}
+    n_cells: Counter[tuple[int, ...]] = Counter()
+    unknown = []
     names, numbers = np.unique(labels, return_counts=True)
     for name, number in zip(names.tolist(), numbers.tolist(), strict=True):
         if name in ("", control):
@@ -125,16 +132,19 @@ def _perturbations(
         parts = [part for part in parts if part != control]
         if not parts or any(part not in columns for part in parts):
             unknown.append(name)
-        elif number < min_cells:
-            rare.append(name)
         else:
-            found[name] = tuple(sorted({columns[part] for part in parts}))
-    for what, left in (
-        ("genes that the model lacks", unknown),
-        (f"fewer than {min_cells} cells", rare),
+            targets = tuple(sorted({columns[part] for part in parts}))
+            found.setdefault(targets, []).append(name)
+            n_cells[targets] += number
+    several = ["/".join(same) for same in found.values() if len(same) > 1]
+    rare = [found.pop(targets)[0] for targets, n in n_cells.items() if n < min_cells]
+    for what, these in (
+        ("left out, genes that the model lacks", unknown),
+        (f"left out, fewer than {min_cells} cells", rare),
+        ("named in several ways, taken as one", several),
     ):
-        if left:
-            _log.warning("%d perturbations left out, %s: %s", len(left), what, ", ".join(left[:10]))
+        if these:
+            _log.warning("%d perturbations %s: %s", len(these), what, ", ".join(these[:10]))
     if len(found) < 4:
         raise ValueError(
             f"{len(found)} perturbations have known genes and {min_cells} cells; 4 are needed "

@@ -138,7 +138,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for gene in range(P):
         own = base + effect[gene]
         own[gene] = -3.0
-        names += [f"{GENES.symbols[gene]}+ctrl"] * CELLS
+        half = CELLS // 2
+        names += [f"{GENES.symbols[gene]}+ctrl"] * half
+        names += [f"ctrl+{GENES.symbols[gene]}"] * (CELLS - half)
         rates += [own] * CELLS
     names += ["NOGENE"] * CELLS + [GENES.symbols[50]] * 3
     rates += [base] * (CELLS + 3)
@@ -157,7 +159,9 @@ def bench(files: tuple[Path, Path], out: Path, *more: str) -> int:
     return main(words)
 
 
-def test_a_screen_is_read_and_its_changed_genes_found(files: tuple[Path, Path]) -> None:
+def test_a_screen_is_read_with_one_perturbation_a_gene_and_its_changed_genes(
+    files: tuple[Path, Path],
+) -> None:
     model = load_model(files[0])
     cells = open_cells(files[1], genes=model.genes, min_genes=1)
     screen = read_screen(
@@ -166,6 +170,7 @@ def test_a_screen_is_read_and_its_changed_genes_found(files: tuple[Path, Path]) 
     )  # fmt: skip
     assert len(screen.names) == P
     assert set(screen.targets) == {(gene,) for gene in range(P)}
+    assert screen.names[0] == f"{GENES.symbols[screen.targets[0][0]]}+ctrl"
     assert screen.controls.shape == (100, G)
     for deltas, ranked, targets in zip(screen.deltas, screen.ranked, screen.targets, strict=True):
         assert ranked[-1] == targets[0]
