@@ -111,7 +111,7 @@ def run_rank(argv: list[str]) -> int:
     one = corpus.read_packed(0)
     starts = np.cumsum(one.row_entries, dtype=np.int64) - one.row_entries
     pool = CellPool(one.gap, one.count, starts, one.row_entries, one.row_nnz, one.row_total)
-    gather_packed(pool, np.arange(1))
+    gather_packed(pool)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     before, cpu, wall, cells = _bytes_read(), time.process_time(), time.perf_counter(), 0
     first = None

@@ -105,27 +105,27 @@ def assemble(
     Raises:
         ValueError: Bytes that are not such cells.
     """
-    cells = np.arange(len(pool.start))
     if output == "packed":
-        return _packed(pool, cells, buffer)
+        return _packed(pool, buffer)
     if output == "csr":
         size = int(pool.nnz.sum(dtype=np.int64))
         block = buffer.reserve(8 * size, spare=2 * size)
         out = block[: 4 * size].view(np.int32), block[4 * size :].view(np.uint32)
-        return to_csr(pool, cells, n_genes=n_genes, out=out, dtype=np.uint32)
-    matrix = buffer.reserve(4 * len(cells) * n_genes).view(np.float32).reshape(len(cells), n_genes)
+        return to_csr(pool, n_genes=n_genes, out=out, dtype=np.uint32)
+    n_cells = len(pool.start)
+    matrix = buffer.reserve(4 * n_cells * n_genes).view(np.float32).reshape(n_cells, n_genes)
     if target_sum is None:
-        return to_dense(pool, cells, out=matrix)
-    return to_dense_norm(pool, cells, target_sum=target_sum, out=matrix)
+        return to_dense(pool, out=matrix)
+    return to_dense_norm(pool, target_sum=target_sum, out=matrix)
 
 
-def _packed(pool: CellPool, cells: NDArray[np.int64], buffer: Buffer) -> PackedCells:
+def _packed(pool: CellPool, buffer: Buffer) -> PackedCells:
     """Put cells into one block: tables, then gaps, then counts."""
-    n, size = len(cells), int(pool.entries.sum(dtype=np.int64))
+    n, size = len(pool.start), int(pool.entries.sum(dtype=np.int64))
     block = buffer.reserve(16 * n + 2 * size, spare=size // 2)
     total = block[: 8 * n].view(np.int64)
     entries, nnz = block[8 * n : 16 * n].view(np.uint32).reshape(2, n)
     gap, count = block[16 * n :].reshape(2, size)
-    gather_packed(pool, cells, out=(gap, count))
+    gather_packed(pool, out=(gap, count))
     entries[:], nnz[:], total[:] = pool.entries, pool.nnz, pool.total
     return PackedCells(gap, count, entries, nnz, total)

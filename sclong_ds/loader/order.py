@@ -265,6 +265,8 @@ class CellStream:
             first = max(start, group.start)
             rows = group.rows[first - group.start : None if stop is None else stop - group.start]
             chunks = np.searchsorted(self._bounds, rows, side="right") - 1
+            # Sorted faster, by radix, where the numbers have 16 bits.
+            chunks = chunks.astype(np.min_scalar_type(len(self._bounds)))
             order = np.argsort(chunks, kind="stable")
             for of_chunk in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1):
                 visited = partial(self._visited, group, first + of_chunk)

@@ -1,7 +1,7 @@
 """From the bytes of cells to a batch on the CPU: packed, sparse or dense, one pass over the bytes.
 
-The loader keeps some thousand cells in memory as they are stored (a `CellPool`, about two bytes a
-non-zero value) and takes the cells of each batch from it. The kernels follow the byte code of
+The loader keeps some thousand cells in memory as they are stored, about two bytes a non-zero value.
+Where those of a batch lie there is a `CellPool`. The kernels follow the byte code of
 `sclong_ds.corpus.byte_code` straight into the result; they release the GIL, and never write outside
 of it, whatever the bytes are. numba compiles them at their first call and keeps the machine code in
 `__pycache__`, or where that cannot be written in the user's cache folder.
@@ -64,46 +64,40 @@ class CellPool:
 
 
 def gather_packed(
-    pool: CellPool,
-    cells: NDArray[np.int64],
-    *,
-    out: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None,
+    pool: CellPool, *, out: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
 ) -> PackedCells:
-    """Copy chosen cells, still encoded, one behind the other.
+    """Copy the cells, still encoded, one behind the other.
 
     Args:
-        pool: The cells.
-        cells: (B,) positions in the pool, in the order wanted; repeats are fine.
+        pool: B cells.
         out: Buffers for gap and count of at least as many bytes as the cells have entries; the
             result's streams are then views of them.
 
     Returns:
-        The B cells.
+        The cells; its tables are those of the pool.
 
     Raises:
-        ValueError: Positions outside the pool, a cell outside the pool's buffers, or unfit buffers.
+        ValueError: A cell outside the pool's buffers, or unfit buffers.
     """
-    start, entries = _slices(pool, cells)
+    entries = pool.entries.astype(np.int64)
     size = int(entries.sum())
     gap, count = out or (np.empty(size, np.uint8), np.empty(size, np.uint8))
     gap, count = _cut(gap, "gap", size, np.uint8), _cut(count, "count", size, np.uint8)
-    _check_cell(_gather(pool.gap, pool.count, start, entries, gap, count), pool, cells)
-    return PackedCells(gap, count, pool.entries[cells], pool.nnz[cells], pool.total[cells])
+    _check_cell(_gather(pool.gap, pool.count, pool.start, entries, gap, count), pool)
+    return PackedCells(gap, count, pool.entries, pool.nnz, pool.total)
 
 
 def to_csr(
     pool: CellPool,
-    cells: NDArray[np.int64],
     *,
     n_genes: int,
     out: tuple[NDArray[np.int32], NDArray[Any]] | None = None,
     dtype: type[np.float32] | type[np.uint32] = np.float32,
 ) -> csr_matrix:
-    """Decode chosen cells into a sparse matrix.
+    """Decode the cells into a sparse matrix.
 
     Args:
-        pool: The cells.
-        cells: (B,) positions in the pool, in the order wanted; repeats are fine.
+        pool: B cells.
         n_genes: G.
         out: Buffers for indices (int32) and data (`dtype`) of at least as many elements as the
             cells have values; the matrix then is a view of them.
@@ -113,17 +107,17 @@ def to_csr(
         (B, G) CSR with sorted int32 indices.
 
     Raises:
-        ValueError: Positions outside the pool, bytes that are not such cells, or unfit buffers.
+        ValueError: Bytes that are not such cells, or unfit buffers.
     """
-    start, entries = _slices(pool, cells)
-    indptr = np.zeros(len(cells) + 1, np.int64)
-    np.cumsum(pool.nnz[cells], out=indptr[1:])
+    entries, n_cells = pool.entries.astype(np.int64), len(pool.start)
+    indptr = np.zeros(n_cells + 1, np.int64)
+    np.cumsum(pool.nnz, out=indptr[1:])
     size = int(indptr[-1])
     indices, data = out or (np.empty(size, np.int32), np.empty(size, dtype))
     indices, data = _cut(indices, "indices", size, np.int32), _cut(data, "data", size, dtype)
-    wrong = _decode_csr(pool.gap, pool.count, start, entries, n_genes, indptr, indices, data)
-    _check_cell(wrong, pool, cells, n_genes)
-    result = csr_matrix((len(cells), n_genes), dtype=dtype)
+    wrong = _decode_csr(pool.gap, pool.count, pool.start, entries, n_genes, indptr, indices, data)
+    _check_cell(wrong, pool, n_genes)
+    result = csr_matrix((n_cells, n_genes), dtype=dtype)
     # Not through the constructor, which copies the views of buffers that are mostly unused.
     index = np.int32 if size < 2**31 else np.int64
     result.indptr, result.indices = indptr.astype(index), indices.astype(index, copy=False)
@@ -132,36 +126,33 @@ def to_csr(
     return result
 
 
-def to_dense(
-    pool: CellPool, cells: NDArray[np.int64], *, out: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Decode chosen cells into a dense matrix of raw counts.
+def to_dense(pool: CellPool, *, out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Decode the cells into a dense matrix of raw counts.
 
     Args:
-        pool: The cells.
-        cells: (B,) positions in the pool, in the order wanted; repeats are fine.
+        pool: B cells.
         out: (B, G) C-contiguous; all of it is overwritten.
 
     Returns:
         out. Counts above 2^24 are rounded to float32.
 
     Raises:
-        ValueError: Positions outside the pool, bytes that are not such cells, or an unfit buffer.
+        ValueError: Bytes that are not such cells, or an unfit buffer.
     """
-    start, entries = _slices(pool, cells)
-    _check_dense(out, len(cells))
-    _check_cell(_decode_dense(pool.gap, pool.count, start, entries, out), pool, cells, out.shape[1])
+    _check_dense(out, len(pool.start))
+    entries = pool.entries.astype(np.int64)
+    wrong = _decode_dense(pool.gap, pool.count, pool.start, entries, out)
+    _check_cell(wrong, pool, out.shape[1])
     return out
 
 
 def to_dense_norm(
-    pool: CellPool, cells: NDArray[np.int64], *, target_sum: float, out: NDArray[np.float32]
+    pool: CellPool, *, target_sum: float, out: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Decode chosen cells into log1p(target_sum * count / total of the cell).
+    """Decode the cells into log1p(target_sum * count / total of the cell).
 
     Args:
-        pool: The cells.
-        cells: (B,) positions in the pool, in the order wanted; repeats are fine.
+        pool: B cells.
         target_sum: Counts of a cell after scaling.
         out: (B, G) C-contiguous; all of it is overwritten.
 
@@ -171,28 +162,13 @@ def to_dense_norm(
         which survives the rounding of about one value in 10^10.
 
     Raises:
-        ValueError: Positions outside the pool, bytes that are not such cells, or an unfit buffer.
+        ValueError: Bytes that are not such cells, or an unfit buffer.
     """
-    start, entries = _slices(pool, cells)
-    _check_dense(out, len(cells))
-    scale = scale_of(pool.total[cells], target_sum)
-    _check_cell(
-        _decode_dense_norm(pool.gap, pool.count, start, entries, scale, out),
-        pool, cells, out.shape[1],
-    )  # fmt: skip
+    _check_dense(out, len(pool.start))
+    entries, scale = pool.entries.astype(np.int64), scale_of(pool.total, target_sum)
+    wrong = _decode_dense_norm(pool.gap, pool.count, pool.start, entries, scale, out)
+    _check_cell(wrong, pool, out.shape[1])
     return out
-
-
-def _slices(
-    pool: CellPool, cells: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return first entry and number of entries of chosen cells."""
-    if len(cells) and not 0 <= cells.min() <= cells.max() < len(pool.start):
-        raise ValueError(
-            f"cells {cells.min()} to {cells.max()}: this pool has the cells 0 to "
-            f"{len(pool.start) - 1}"
-        )
-    return pool.start[cells], pool.entries[cells].astype(np.int64)
 
 
 def _check_array(array: NDArray[Any], name: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
@@ -220,17 +196,14 @@ def _cut(array: NDArray[Any], name: str, size: int, dtype: type) -> NDArray[Any]
     return array[:size]
 
 
-def _check_cell(
-    wrong: int, pool: CellPool, cells: NDArray[np.int64], n_genes: int | None = None
-) -> None:
+def _check_cell(wrong: int, pool: CellPool, n_genes: int | None = None) -> None:
     """Raise what a kernel reports: the first cell that it could not read, or -1."""
     if wrong < 0:
         return
-    cell = int(cells[wrong])
     raise ValueError(
-        f"damaged cell {cell} of the pool (number {wrong} of the batch): {pool.entries[cell]} "
-        f"entries from byte {pool.start[cell]} of {len(pool.gap)} on are not a cell with "
-        f"{pool.nnz[cell]} values" + ("" if n_genes is None else f" of {n_genes} genes")
+        f"damaged cell {wrong} of the batch: {pool.entries[wrong]} entries from byte "
+        f"{pool.start[wrong]} of {len(pool.gap)} on are not a cell with {pool.nnz[wrong]} values"
+        + ("" if n_genes is None else f" of {n_genes} genes")
     )
 
 

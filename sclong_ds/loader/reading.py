@@ -45,24 +45,43 @@ def say_skipped(damage: str) -> None:
     log.warning("%s. Cells read with it are skipped: they go through without counts", damage)
 
 
-_VISIT = np.dtype(
-    [
-        ("rows", np.int64),
-        ("passes", np.int64),
-        ("positions", np.int64),
-        ("start", np.int64),  # first entry of the cell in the buffer
-        ("total", np.int64),
-        ("entries", np.uint32),
-        ("nnz", np.uint32),
-        ("damaged", np.bool_),
-    ],
-    align=True,
-)
-"""What is known of a visit. One record, so that one assignment enters the visits of a chunk."""
+@dataclass(frozen=True, slots=True, eq=False)
+class VisitTable:
+    """What is known of visits; all arrays are (visits,)."""
 
-VISIT_BYTES = (_TABLE_LIVES + 1) * _VISIT.itemsize
+    rows: NDArray[np.int64]
+    passes: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    start: NDArray[np.int64]
+    """First entry of the cell in the buffer."""
+    total: NDArray[np.int64]
+    entries: NDArray[np.uint32]
+    nnz: NDArray[np.uint32]
+    damaged: NDArray[np.bool_]
+
+    def __getitem__(self, here: slice | NDArray[np.int64]) -> VisitTable:
+        """Return some of the visits; with a slice, views."""
+        return VisitTable(*(getattr(self, name)[here] for name in _TYPES))
+
+    def enter(self, here: NDArray[np.int64], visits: VisitTable) -> None:
+        """Put visits at some places."""
+        for name in _TYPES:
+            getattr(self, name)[here] = getattr(visits, name)
+
+
+_TYPES = {
+    "rows": np.int64, "passes": np.int64, "positions": np.int64, "start": np.int64,
+    "total": np.int64, "entries": np.uint32, "nnz": np.uint32, "damaged": np.bool_,
+}  # fmt: skip
+"""Type of each array of `VisitTable`, in its order."""
+
+VISIT_BYTES = (_TABLE_LIVES + 1) * sum(np.dtype(dtype).itemsize for dtype in _TYPES.values())
 """Memory that the table takes for a visit to a chunk in use: as many times as the table covers it,
 and once more while the table grows."""
+
+
+def _table_of(length: int) -> VisitTable:
+    return VisitTable(*(np.zeros(length, dtype) for dtype in _TYPES.values()))
 
 
 @dataclass(slots=True, eq=False)
@@ -118,7 +137,7 @@ class ChunkReader:
         self.gap, self.count = (empty_bytes(places * self._size) for _ in range(2))
         self._free = list(range(places))[::-1]
         self._in_use: list[tuple[int, int]] = []  # heap of (last position, place)
-        self._table = np.zeros(share.size, _VISIT)
+        self._table = _table_of(share.size)
         self._length = share.size
         self._changed = threading.Condition()
         self._open: deque[_Task] = deque()
@@ -169,10 +188,10 @@ class ChunkReader:
                     return False
         return True
 
-    def visits(self, first: int, last: int) -> NDArray[np.void]:
+    def visits(self, first: int, last: int) -> VisitTable:
         """Return the visits of the share from number `first` to `last` - 1, all of one batch.
 
-        A view, overwritten after `release`.
+        Views, overwritten after `release`.
         """
         place = first % self._length
         return self._table[place : place + last - first]
@@ -263,8 +282,8 @@ class ChunkReader:
             length *= _TABLE_LIVES
             first = (self._used - self._start) // self._batch * self._share.size
             numbers = np.arange(first, first + self._length)
-            table = np.zeros(length, _VISIT)
-            table[numbers % length] = self._table[numbers % self._length]
+            table = _table_of(length)
+            table.enter(numbers % length, self._table[numbers % self._length])
             self._table, self._length = table, length
         self._changed.notify_all()
 
@@ -278,9 +297,12 @@ class ChunkReader:
         first = task.place * self._size
         here = slice(first, first + self._size)
         cells, damaged = self._read(task, chunk, (self.gap[here], self.count[here]))
+        table = self._table
         entered = _enter_visits(
-            self._table, numbers, rows, passes, positions, int(self._chunk_rows[chunk]), first,
+            numbers, rows, passes, positions, int(self._chunk_rows[chunk]), first,
             cells.row_entries, cells.row_nnz, cells.row_total, damaged,
+            table.rows, table.passes, table.positions, table.start, table.total, table.entries,
+            table.nnz, table.damaged,
         )  # fmt: skip
         if not entered:
             raise ValueError(
@@ -310,8 +332,9 @@ class ChunkReader:
 # One pass over the visits, since chunks are short: numpy took fifteen.
 @compiled
 def _enter_visits(  # type: ignore[no-untyped-def]
-    table, numbers, rows, passes, positions, first_row, first_entry, entries, nnz, total, damaged
-):
+    numbers, rows, passes, positions, first_row, first_entry, entries, nnz, total, damaged,
+    to_rows, to_passes, to_positions, to_start, to_total, to_entries, to_nnz, to_damaged,
+):  # fmt: skip
     starts = np.empty(len(entries), np.int64)
     place = first_entry
     for row in range(len(entries)):
@@ -320,10 +343,10 @@ def _enter_visits(  # type: ignore[no-untyped-def]
     for k in range(len(numbers)):
         if numbers[k] < 0:
             continue
-        visit, row = table[numbers[k] % len(table)], rows[k] - first_row
+        to, row = numbers[k] % len(to_rows), rows[k] - first_row
         if not 0 <= row < len(entries):
             return False
-        visit.rows, visit.passes, visit.positions = rows[k], passes[k], positions[k]
-        visit.start, visit.total = starts[row], total[row]
-        visit.entries, visit.nnz, visit.damaged = entries[row], nnz[row], damaged
+        to_rows[to], to_passes[to], to_positions[to] = rows[k], passes[k], positions[k]
+        to_start[to], to_total[to] = starts[row], total[row]
+        to_entries[to], to_nnz[to], to_damaged[to] = entries[row], nnz[row], damaged
     return True

@@ -324,10 +324,9 @@ class LoaderThreads:
         plan, reader = self._plan, self._reader
         visits = reader.visits(first, first + n)
         pool = CellPool(
-            reader.gap, reader.count, visits["start"].copy(), visits["entries"].copy(),
-            visits["nnz"].copy(), visits["total"].copy(),
-        )  # fmt: skip
-        rows = visits["rows"].copy()
+            reader.gap, reader.count, visits.start, visits.entries, visits.nnz, visits.total
+        )
+        rows = visits.rows.copy()
         try:
             counts = assemble(
                 pool, buffer, output=plan.output, n_genes=plan.corpus.n_genes,
@@ -340,8 +339,8 @@ class LoaderThreads:
                 f"run: python -m data_prep verify {plan.corpus.location}"
             ) from None
         batch = CellBatch(
-            counts, rows, visits["positions"] // plan.stream.epoch_visits,
-            visits["passes"].copy(), visits["damaged"].copy(), None,
+            counts, rows, visits.positions // plan.stream.epoch_visits,
+            visits.passes.copy(), visits.damaged.copy(), None,
             {name: plan.corpus.columns[name].codes(rows) for name in plan.columns},
         )  # fmt: skip
         return batch if plan.finish is None else replace(batch, extra=plan.finish(batch))
