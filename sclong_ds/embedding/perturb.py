@@ -20,26 +20,23 @@ Shapes: S sets (named ones and those of their nulls), N null sets, G genes.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
-from anndata import AnnData
-from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding.cells import Cells
-from sclong_ds.embedding.embed import plain_columns
 from sclong_ds.embedding.opening import cells_of, known_from_training, model_inputs, model_of
+from sclong_ds.embedding.perturbed.effects import Effects, tested, write
 from sclong_ds.embedding.record import origin_of, record_of
 from sclong_ds.embedding.stored import UNS_KEY
-from sclong_ds.files.atomic import whole_file, write_atomic
+from sclong_ds.files.atomic import make_folder
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
 
@@ -47,22 +44,7 @@ FACTOR = 1.5
 """Between the mean expression of a gene and of those that stand for it in the null."""
 Over = Literal["any", "every", "all"]
 """Cells that express any gene of a set, every gene of it, or all cells."""
-CELL = "cell_embedding"
-"""Target of the rows about the cell's embedding in a table."""
-
-
-@dataclass(frozen=True, slots=True)
-class Effects:
-    """Mean shifts of S sets over their cells."""
-
-    genes: np.ndarray
-    """(S, G) float64, of each gene's representation."""
-    cell: np.ndarray
-    """(S,) float64, of the cell's embedding."""
-    n_cells: np.ndarray
-    """(S,) int64."""
-    towards: np.ndarray | None = None
-    """(S,) float64, share of the way to a goal; None without one."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists; choose another name, or remove it")
     model = model_of(args)
-    names = [text.strip() for text in args.genes.split(";")]
+    names = names_of(args.genes)
     sets = [genes_of(name, model.genes) for name in names]
     cells = cells_of(args, model)
     goal = None
@@ -111,14 +93,16 @@ def run(args: argparse.Namespace) -> int:
     if model.transform.unmeasured == "mask" and cells.measured is not None:
         avoid |= set(np.flatnonzero(~cells.measured.table.any(axis=0)).tolist())
     every = list(sets)
+    how = {"n": args.null, "avoid": avoid, "rng": rng, "symbols": model.genes.symbols}
     for genes in sets:
-        every += null_sets(
-            genes, means, n=args.null, avoid=avoid, rng=rng, symbols=model.genes.symbols
-        )
+        every += null_sets(genes, means, **how)
+    over = cells_changed(model, args.mode)
+    n_cells = cells_reached(model, cells, every, over=over, goal=goal)
+    check_reached(names, n_cells, n_null=args.null, over=over, which=which)
+    make_folder(args.out.parent)
     effects = measure(
-        model, cells, every, value=value, over=cells_changed(model, args.mode),
-        batch_size=args.batch_size, goal=goal,
-    )  # fmt: skip
+        model, cells, every, value=value, over=over, batch_size=args.batch_size, goal=goal
+    )
     table = tested(names, every, effects, n_null=args.null, model=model)
     table.uns[UNS_KEY] = record_of(model, args.model_dir) | origin_of(args)
     write(table, args.out)
@@ -134,6 +118,22 @@ def run(args: argparse.Namespace) -> int:
                 f"{row.towards_null_mean:+.2%}), p {row.towards_p:.3g}, q {row.towards_q:.3g}"
             )
     return 0
+
+
+def names_of(text: str) -> list[str]:
+    """Return the sets that a text names, each once.
+
+    Args:
+        text: Sets divided by semicolons.
+
+    Raises:
+        ValueError: There is none.
+    """
+    named = (part.strip() for part in text.split(";"))
+    names = list(dict.fromkeys(part for part in named if part))
+    if not names:
+        raise ValueError("--genes names no gene; give symbols or Ensembl ids")
+    return names
 
 
 def value_of(mode: str) -> float:
@@ -292,8 +292,6 @@ def measure(
         batch_size: Perturbed cells at a time.
         goal: State to move to: only cells outside of it are perturbed.
 
-    Raises:
-        ValueError: A set that has no cell.
     """
     genes, cell = np.zeros((len(sets), model.n_genes)), np.zeros(len(sets))
     towards = np.zeros(len(sets))
@@ -303,11 +301,7 @@ def measure(
             if goal is not None and not goal.others[place.start]:
                 on_cells(1)
                 continue
-            reached = x[0] > 0 if over != "all" else torch.ones_like(x[0], dtype=torch.bool)
-            if unmeasured is not None:
-                reached = reached & ~unmeasured[0]
-            known, enough = reached.cpu().numpy(), np.all if over == "every" else np.any
-            these = [i for i, one in enumerate(sets) if enough(known[list(one)])]
+            these = sets_reached(x, unmeasured, sets, over=over)
             before = None
             for start in range(0, len(these), batch_size):
                 part = these[start : start + batch_size]
@@ -324,12 +318,76 @@ def measure(
                     towards[part] += shares_of_way(before[1], after[1], goal.place)
                 n_cells[part] += 1
             on_cells(1)
-    if not n_cells.all():
-        raise ValueError(
-            "--genes: no cell has a value to change for one of the sets (or of its null)"
-        )
-    way = None if goal is None else towards / n_cells
-    return Effects(genes / n_cells[:, None], cell / n_cells, n_cells, way)
+    share = np.where(n_cells, 1 / np.maximum(n_cells, 1), np.nan)
+    way = None if goal is None else towards * share
+    return Effects(genes * share[:, None], cell * share, n_cells, way)
+
+
+def sets_reached(
+    x: Tensor, unmeasured: Tensor | None, sets: Sequence[Sequence[int]], *, over: Over
+) -> list[int]:
+    """Return the numbers of the sets that a cell's value is changed of.
+
+    Args:
+        x: (1, G) the cell.
+        unmeasured: (1, G) bool, genes of which nothing is known; None: all are known.
+        sets: S sets of columns.
+        over: As in `measure`.
+    """
+    reached = x[0] > 0 if over != "all" else torch.ones_like(x[0], dtype=torch.bool)
+    if unmeasured is not None:
+        reached = reached & ~unmeasured[0]
+    known, enough = reached.cpu().numpy(), np.all if over == "every" else np.any
+    return [i for i, one in enumerate(sets) if enough(known[list(one)])]
+
+
+def cells_reached(
+    model: ScLong, cells: Cells, sets: Sequence[Sequence[int]], *, over: Over, goal: Goal | None
+) -> np.ndarray:
+    """Return the number (S,) of cells that each set is changed in; arguments as `measure`."""
+    found = np.zeros(len(sets), dtype=np.int64)
+    for x, unmeasured, place in model_inputs(model, cells, batch_size=1):
+        if goal is None or goal.others[place.start]:
+            found[sets_reached(x, unmeasured, sets, over=over)] += 1
+    return found
+
+
+def check_reached(
+    names: Sequence[str], n_cells: np.ndarray, *, n_null: int, over: Over, which: str
+) -> None:
+    """Refuse a set that no cell is changed for, and one with no null; warn where some are left out.
+
+    Args:
+        names: Of the P named sets.
+        n_cells: (P + P N,) from `cells_reached`, the null sets behind the named ones.
+        n_null: N.
+        over: As in `measure`.
+        which: Words for "no cell".
+
+    Raises:
+        ValueError: Which set, and why.
+    """
+    does = {
+        "any": "expresses it, so there is nothing to delete",
+        "every": "expresses all of it, and the model does not read all other genes: there is "
+        "nothing to change; name genes that are expressed together",
+        "all": "measures it, so there is nothing to change",
+    }[over]
+    null = n_cells[len(names) :].reshape(len(names), n_null)
+    for name, n, of_null in zip(names, n_cells, null, strict=False):
+        empty = int((of_null == 0).sum())
+        if not n:
+            raise ValueError(f"--genes {name}: {which} {does}")
+        if empty == n_null:
+            raise ValueError(
+                f"--genes {name}: no cell expresses all genes of any of the {n_null} random sets "
+                "that stand for it; give a larger --null, or fewer genes in a set"
+            )
+        if empty:
+            _log.warning(
+                "--genes %s: %d of %d random sets are left out, no cell expresses all their genes",
+                name, empty, n_null,
+            )  # fmt: skip
 
 
 def shares_of_way(before: Tensor, after: Tensor, goal: Tensor) -> np.ndarray:
@@ -356,96 +414,3 @@ def _represented(
     known = x if unmeasured is None else x.masked_fill(unmeasured, 0.0)
     found = torch.where((known > 0).any(dim=1, keepdim=True), model.recipe.apply(parts), 0.0)
     return genes.float(), found.float()
-
-
-def tested(
-    names: Sequence[str],
-    sets: Sequence[Sequence[int]],
-    effects: Effects,
-    *,
-    n_null: int,
-    model: ScLong,
-) -> AnnData:
-    """Return the effects of the named sets beside their nulls.
-
-    Args:
-        names: Of the P named sets.
-        sets: The P named sets, then the N null sets of each.
-        effects: Of all of them.
-        n_null: N.
-        model: Whose genes they are.
-
-    Returns:
-        (P, G): X the shift of each gene; layers null_mean, p and q, where NaN stands for a gene of
-        the set itself; obs the same of the embedding, with n_cells, and of the way to a goal. q is
-        p after
-        Benjamini-Hochberg: over the genes of a set, and over the sets for the embedding.
-    """
-    shape = (len(names), model.n_genes)
-    layers = {name: np.full(shape, np.nan) for name in ("null_mean", "p", "q")}
-    rows, ways = [], []
-    for i, own in enumerate(sets[: len(names)]):
-        of_null = slice(len(names) + i * n_null, len(names) + (i + 1) * n_null)
-        null = effects.genes[of_null].copy()
-        for row, one in zip(null, sets[of_null], strict=True):
-            row[list(one)] = np.nan  # A gene moves by its own change, which is no effect.
-        p = empirical_p(effects.genes[i], null)
-        p[list(own)] = np.nan
-        counted = ~np.isnan(p)
-        layers["p"][i], layers["q"][i, counted] = p, false_discovery_control(p[counted])
-        n = (~np.isnan(null)).sum(axis=0)
-        layers["null_mean"][i] = np.nansum(null, axis=0) / np.where(n, n, np.nan)
-        cell = effects.cell[of_null]
-        p_cell = empirical_p(effects.cell[i : i + 1], cell[:, None])[0]
-        rows.append((effects.n_cells[i], effects.cell[i], cell.mean(), p_cell))
-        if effects.towards is not None:
-            way, null_way = effects.towards[i], effects.towards[of_null]
-            p_way = empirical_p(np.array([way]), null_way[:, None])[0]
-            ways.append((way, null_way.mean(), p_way))
-    obs = pd.DataFrame(rows, columns=["n_cells", "shift", "null_mean", "p"], index=list(names))
-    obs["q"] = false_discovery_control(obs["p"])
-    if ways:
-        obs[["towards", "towards_null_mean", "towards_p"]] = ways
-        obs["towards_q"] = false_discovery_control(obs["towards_p"])
-    var = pd.DataFrame({"symbol": model.genes.symbols}, index=list(model.genes.ids))
-    return AnnData(effects.genes[: len(names)], obs=obs, var=plain_columns(var), layers=layers)
-
-
-def empirical_p(effect: np.ndarray, null: np.ndarray) -> np.ndarray:
-    """Return (1 + null effects as large) / (1 + null effects) for K effects.
-
-    Args:
-        effect: (K,).
-        null: (N, K); NaN is left out.
-    """
-    as_large = (null >= effect).sum(axis=0)
-    return (1.0 + as_large) / (1.0 + (~np.isnan(null)).sum(axis=0))
-
-
-def write(table: AnnData, out: Path) -> None:
-    """Write effects as h5ad, or as a table with a row for each set and target; atomic.
-
-    Args:
-        table: From `tested`.
-        out: Ends in .h5ad or .tsv.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".h5ad":
-        with whole_file(out) as partial:
-            table.write_h5ad(partial)
-        return
-    parts = []
-    for i, name in enumerate(table.obs_names):
-        cell = {"target": CELL, "symbol": ""} | dict(table.obs.iloc[i].drop("n_cells"))
-        genes = {
-            "target": table.var_names,
-            "symbol": list(table.var["symbol"]),
-            "shift": table.X[i],
-        }
-        genes |= {key: table.layers[key][i] for key in ("null_mean", "p", "q")}
-        part = pd.concat([pd.DataFrame([cell]), pd.DataFrame(genes)])
-        part.insert(0, "n_cells", int(table.obs["n_cells"].iloc[i]))
-        part.insert(0, "perturbed", name)
-        parts.append(part)
-    text = pd.concat(parts).to_csv(sep="\t", index=False, float_format="%.6g")
-    write_atomic(out, text.encode())

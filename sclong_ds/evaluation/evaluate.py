@@ -58,7 +58,7 @@ from sclong_ds.exported.training_cells import (
     read_training_cells,
     share_in_training,
 )
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import make_folder, write_atomic
 from sclong_ds.model.sclong import ScLong
 
 _MAX_DRAWN_CELLS = 3000
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     cells = cells_of(args, model)
     scored = choose_cells(cells, label=args.label, batch=args.batch, group=args.group)
     layout = layout_of(scored, args)
+    make_folder(args.out)
     if stored is None:
         embedded = embed_scored(model, scored, batch_size=args.batch_size, what="embed")
     else:
@@ -102,7 +103,6 @@ def run(args: argparse.Namespace) -> int:
     n_known = 0 if known is None else int(known.hold(scored.counts).sum())
     recipe_facts, warning = _recipe_leak(read_judged(args.model_dir), scored)
     leaks = [share_in_training(known, n_known, len(scored.rows)), *warning]
-    args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "tsne.png", draw(points, scored, seed=args.seed))
     written = table.join(intervals)
     write_atomic(args.out / "scores.tsv", written.to_csv(sep="\t").encode())

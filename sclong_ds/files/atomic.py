@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder and try to write into it: before long work, whose result goes there.
+
+    Args:
+        folder: May exist.
+
+    Raises:
+        OSError: It cannot be made, or takes no file.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with named_errors(folder), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

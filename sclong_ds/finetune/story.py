@@ -189,7 +189,8 @@ class Story:
         facts, path = self._facts(), self.out / IDENTITY
         if path.exists():
             before = json.loads(read_file(path))
-            changed = [name for name, value in facts.items() if before.get(name) != value]
+            named = {"balanced": "balance", "cells": "INPUT", "model": "MODEL_DIR"}
+            changed = [named.get(k, k) for k, value in facts.items() if before.get(k) != value]
             if changed:
                 raise ValueError(
                     f"--out {self.out} holds a fine-tuning with another {', '.join(changed)}; give "

@@ -27,7 +27,7 @@ from sclong_ds.embedding.opening import cells_of, known_from_training, model_of
 from sclong_ds.embedding.perturb import genes_of
 from sclong_ds.embedding.record import origin_of, record_of
 from sclong_ds.embedding.stored import UNS_KEY
-from sclong_ds.files.atomic import whole_file, write_atomic
+from sclong_ds.files.atomic import make_folder, whole_file, write_atomic
 from sclong_ds.gene_analysis.benchmark import (
     count_vectors,
     level_areas,
@@ -50,6 +50,7 @@ from sclong_ds.model.sclong import ScLong
 
 FEWEST_CELLS = 10
 """That express a gene which is scored; of inputs with fewer cells, one."""
+_FEWEST_TO_DECOMPOSE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     read = None if args.input is None else _read(args, model)
     contextual = None
     if read is not None:
+        _check_cells(args, model, read, sources or [])
         contextual = contextual_vectors(
             model, read.cells, read.codes, n_groups=len(read.groups), batch_size=args.batch_size
         )
@@ -114,7 +116,27 @@ def _check(args: argparse.Namespace) -> None:
     for kind in args.network:
         if kind != "cosine" and (args.input is None or args.of is None):
             raise ValueError(f"--network {kind}: needs INPUT, and --of with the genes it is of")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out.parent)
+
+
+def _check_cells(args: argparse.Namespace, model: ScLong, read: Read, sources: list[int]) -> None:
+    """Refuse what cannot be had of the cells, before the model reads them."""
+    if args.benchmark and len(read.cells.obs) < _FEWEST_TO_DECOMPOSE:
+        raise ValueError(
+            f"--benchmark: {args.input} has {len(read.cells.obs)} cells, "
+            f"{_FEWEST_TO_DECOMPOSE} are needed for the singular vectors beside the model"
+        )
+    of_cells = [kind for kind in args.network if kind != "cosine"]
+    if of_cells:
+        n_cells = sum(block.counts[:, sources].getnnz(axis=0) for block in read.cells.blocks())
+        silent = [
+            model.genes.symbols[gene] for gene, n in zip(sources, n_cells, strict=True) if not n
+        ]
+        if silent:
+            raise ValueError(
+                f"--of {','.join(silent)}: no cell expresses it, so it has no edges by "
+                f"{of_cells[0]}; leave it out"
+            )
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -136,6 +158,11 @@ def _read(args: argparse.Namespace, model: ScLong) -> Read:
     )
     if not len(names):
         raise ValueError(f"--by {args.by}: the column is empty")
+    if len({_key(name) for name in map(str, names)}) < len(names):
+        raise ValueError(
+            f"--by {args.by}: two of its values differ in / and | alone, which the names of the "
+            "output cannot; rename one"
+        )
     return Read(cells, tuple(map(str, names)), codes)
 
 
@@ -157,11 +184,16 @@ def gene_table(model: ScLong, read: Read | None, contextual: Contextual | None) 
         obsm["contextual"] = contextual.together()
         if read.groups != ("",):
             for i, name in enumerate(read.groups):
-                key = name.replace("/", "|")  # HDF5 takes a slash for a folder
+                key = _key(name)
                 obs[f"n_cells:{key}"] = contextual.n_cells[i]
                 obsm[f"contextual:{key}"] = contextual.vectors[i]
     table = pd.DataFrame(obs, index=list(model.genes.ids))
     return AnnData(obs=plain_columns(table), obsm=obsm)
+
+
+def _key(name: str) -> str:
+    """Return a value of --by as part of a name: HDF5 takes a slash for a folder."""
+    return name.replace("/", "|")
 
 
 def gene_vectors(model: ScLong) -> np.ndarray:

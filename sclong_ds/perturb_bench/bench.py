@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from sclong_ds.embedding.opening import cells_of, known_from_training, model_of
-from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.atomic import make_folder, write_atomic
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.perturb_bench.metrics import METRICS, effect_scores, summary, worded
 from sclong_ds.perturb_bench.predictors import SIMPLE, Encodings, encode_targets, predictors
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         cells, model.genes, key=args.perturbation, control=args.control, seed=args.seed,
         separator=args.separator, min_cells=args.min_cells, target_sum=model.transform.target_sum,
     )  # fmt: skip
+    make_folder(args.out.parent)
     measured = None if cells.measured is None else cells.measured.of(screen.control_rows)
     encodings = encode_targets(
         model, screen, measured=measured, n_cells=args.encoded_cells, mode=args.mode,
@@ -89,7 +90,6 @@ def bench_scores(
 
 
 def _write(args: argparse.Namespace, table: pd.DataFrame, scores: dict[str, pd.DataFrame]) -> None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     each = pd.concat(scores, names=["predictor", "perturbation"])
     path = args.out.with_suffix(".perturbations.tsv")
     write_atomic(path, each.to_csv(sep="\t", float_format="%.6g").encode())

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
+from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
@@ -90,8 +91,12 @@ def _outputs(
 ) -> NDArray[np.float64]:
     if isinstance(model, Ridge):
         return np.asarray(model.predict(x))[:, None]
+    scores = model.decision_function(x)
+    if scores.ndim == 1:  # of two classes scikit-learn gives the second's alone
+        scores = np.stack([np.zeros(len(scores)), scores], axis=1)
     found = np.full((len(x), examples.width), -np.inf)
-    found[:, model.classes_] = model.predict_log_proba(x)
+    # Not the logarithm of its probabilities: of sure ones that is -inf, which no temperature mends.
+    found[:, model.classes_] = log_softmax(scores, axis=1)
     return found
 
 

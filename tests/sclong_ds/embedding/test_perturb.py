@@ -1,6 +1,7 @@
 """`perturb`: kept routing, the null, sets of genes, both formats, refusals.
 
-Covers also `sclong_ds/embedding/perturb_arguments.py`.
+Covers also `sclong_ds/embedding/perturb_arguments.py`,
+`sclong_ds/embedding/perturbed/effects.py`.
 """
 
 from pathlib import Path
@@ -18,14 +19,16 @@ from sclong_ds.__main__ import main
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import open_cells
 from sclong_ds.embedding.perturb import (
-    CELL,
-    empirical_p,
+    cells_reached,
+    check_reached,
     goal_of,
     mean_expression,
     measure,
     null_sets,
     shares_of_way,
 )
+from sclong_ds.embedding.perturbed.effects import CELL, empirical_p
+from sclong_ds.embedding.perturbed.effects import tested as compared
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.model.pooling import Part, Recipe
 
@@ -85,8 +88,11 @@ def test_a_set_value_reaches_all_cells_and_every_gene_of_a_set(model_dir, h5ad):
     everywhere = measure(model, cells, [[DEAD], [1, 2]], over="all", **how)
     assert everywhere.n_cells.tolist() == [N_CELLS, N_CELLS]
     assert (everywhere.cell > 0).all()
-    with pytest.raises(ValueError, match="no cell has a value to change"):
-        measure(model, cells, [[DEAD, 1]], over="every", **how)
+    together = [[DEAD, 1], [1, 2]]
+    nowhere = cells_reached(model, cells, together, over="every", goal=None)
+    assert nowhere.tolist() == [0, 4]
+    with pytest.raises(ValueError, match="--genes a: no cell expresses all of it"):
+        check_reached(["a"], nowhere, n_null=1, over="every", which="no cell")
 
 
 def test_genes_that_the_input_lacks_are_no_null_of_a_model_that_masks(h5ad, tmp_path, capsys):
@@ -205,6 +211,7 @@ def test_shares_of_the_way_are_exact():
         (GENES.ids[1], "delete", ("--towards", "state=x"), "give KEY=VALUE with a column of obs"),
         (GENES.ids[1] + "x", "delete", (), f"did you mean {GENES.ids[1]}?"),
         (GENES.ids[DEAD], "delete", (), "no cell expresses it"),
+        (" ; ", "delete", (), "--genes names no gene"),
         (GENES.ids[1], "delete", ("--null", "70"), "other genes are within a factor"),
         (GENES.ids[1], "set:-1", (), "allowed are delete, overexpress and set:X"),
         (GENES.ids[1], "remove", (), "allowed are delete, overexpress and set:X"),
@@ -216,6 +223,44 @@ def test_refusals_are_one_line(model_dir, h5ad, tmp_path, capsys, genes, mode, m
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "a.tsv").exists()
+
+
+def test_a_set_counts_once_and_an_empty_one_not(model_dir, h5ad, tmp_path):
+    text = f"{GENES.ids[1]};;{GENES.ids[1]};"
+    assert perturb(model_dir, h5ad, tmp_path / "a.h5ad", text, "delete", "--null", "2") == 0
+    assert list(anndata.read_h5ad(tmp_path / "a.h5ad").obs_names) == [GENES.ids[1]]
+
+
+def test_null_sets_that_no_cell_is_changed_in_do_not_count(model_dir, h5ad, caplog):
+    model = load_model(model_dir)
+    cells = open_cells(h5ad, genes=model.genes, min_genes=1)
+    sets = [[1], [2], [DEAD], [3]]
+    n_cells = cells_reached(model, cells, sets, over="every", goal=None)
+    assert n_cells[2] == 0
+    assert n_cells[[0, 1, 3]].all()
+    check_reached(["a"], n_cells, n_null=3, over="every", which="no cell")
+    assert "1 of 3 random sets are left out" in caplog.text
+    with pytest.raises(ValueError, match="--genes a: no cell expresses all genes of any of the 1"):
+        check_reached(["a"], n_cells[[0, 2]], n_null=1, over="every", which="no cell")
+    effects = measure(model, cells, sets, value=1.0, over="every", batch_size=2)
+    assert effects.n_cells.tolist() == n_cells.tolist()
+    assert np.isnan(effects.cell[2])
+    table = compared(["a"], sets, effects, n_null=3, model=model)
+    smaller = (effects.cell[[1, 3]] >= effects.cell[0]).sum()
+    assert table.obs["p"].tolist() == [(1 + smaller) / 3]
+    assert table.obs["null_mean"].tolist() == [effects.cell[[1, 3]].mean()]
+    assert (table.layers["p"][0, 4:] >= 1 / 3).all()
+
+
+def test_a_place_that_takes_no_file_is_told_before_the_model_works(
+    model_dir, h5ad, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sclong_ds.embedding.perturb.measure", lambda *_, **__: pytest.fail("late"))
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "a.tsv"
+    assert perturb(model_dir, h5ad, out, GENES.ids[1], "delete", "--null", "2") == 1
+    assert "file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_existing_file_is_kept(model_dir, h5ad, tmp_path, capsys):

@@ -7,7 +7,6 @@ Covers
 `sclong_ds/finetune/sections.py`
 `sclong_ds/finetune/setting.py`
 `sclong_ds/finetune/trainee.py`
-`sclong_ds/finetune/scored/baselines.py`
 `sclong_ds/finetune/scored/compare.py`
 `sclong_ds/finetune/written/figures.py`
 `sclong_ds/finetune/written/model.py`

@@ -208,14 +208,34 @@ def test_all_networks_and_scores_are_written_beside_the_table(model_dir, h5ad, t
         (["CELLS", "--network", "gradient"], "needs INPUT, and --of"),
         (["CELLS", "--by", "kind"], "--by kind: no such column in obs; there are cell_type"),
         (["--network", "cosine", "--of", "NOGENE"], "--of: the model has no gene 'NOGENE'"),
-        (["CELLS", "--network", "ablation", "--of", GENES.ids[DEAD]], "no cell has a value"),
+        *(
+            (
+                ["CELLS", "--network", "cosine", kind, "--of", f"{GENES.ids[1]},{GENES.ids[DEAD]}"],
+                f"--of {GENES.symbols[DEAD]}: no cell expresses it",
+            )
+            for kind in ("attention", "gradient", "ablation")
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(model_dir, h5ad, tmp_path, capsys, words, message):
     words = [str(h5ad) if word == "CELLS" else word for word in words]
     assert genes(model_dir, *words, "--out", tmp_path / "g.h5ad") == 1
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "g.h5ad").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_cells_that_are_not_enough_or_not_told_apart_are_refused(
+    model_dir, h5ad, tmp_path_factory, capsys
+):
+    place, cells = tmp_path_factory.mktemp("few"), anndata.read_h5ad(h5ad)
+    cells[:1].write_h5ad(place / "one.h5ad")
+    assert genes(model_dir, place / "one.h5ad", "--benchmark", "--out", place / "g.h5ad") == 1
+    assert "has 1 cells, 2 are needed" in capsys.readouterr().err
+    cells.obs["by"] = [("a/b", "a|b")[i % 2] for i in range(cells.n_obs)]
+    cells.write_h5ad(place / "by.h5ad")
+    assert genes(model_dir, place / "by.h5ad", "--by", "by", "--out", place / "g.h5ad") == 1
+    assert "differ in / and | alone" in capsys.readouterr().err
+    assert sorted(path.name for path in place.iterdir()) == ["by.h5ad", "one.h5ad"]
 
 
 def test_an_output_that_exists_stays(model_dir, tmp_path, capsys):

@@ -1,0 +1,26 @@
+"""Linear baselines: outputs of cells that lie far from all training cells."""
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+from sclong_ds.finetune.examples import Examples
+from sclong_ds.finetune.scored.baselines import linear_outputs
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_outputs_of_sure_cells_are_finite_so_that_a_temperature_can_soften_them(n_classes):
+    rng, n = np.random.default_rng(0), 90
+    target = np.arange(n) % n_classes
+    features = np.eye(n_classes)[target] + 0.05 * rng.normal(size=(n, n_classes))
+    features[(np.arange(n) // 6) % 3 == 0] *= 1e4  # the cells of fold 0
+    examples = Examples(
+        counts=csr_matrix((n, 1)), measured=None, classes=tuple("abc"[:n_classes]),
+        target=target.astype(float), groups=np.full(n, "g"), fold=(np.arange(n) // 6) % 3,
+        left_out={},
+    )  # fmt: skip
+    found = linear_outputs(examples, lambda _: features, fold=0, balanced=True)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(np.exp(found).sum(axis=1), 1.0)
+    assert (found.argmax(axis=1) == target).mean() > 0.9
+    assert found.min() < -800  # probabilities would be 0, their logarithms -inf
