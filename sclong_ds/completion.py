@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from sclong_ds.config.arguments import add_training_arguments
+
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -44,11 +46,15 @@ def run(args: argparse.Namespace) -> int:
     from data_prep import __main__ as prepare
     from sclong_ds import __main__ as train
 
+    training = argparse.ArgumentParser()
+    add_training_arguments(training)
+    forwarded = {"train": _options(training), "prep": (Option("", "", tuple(prepare.COMMANDS)),)}
     programs = {
         "sclong": [_command(train.parser([name]), name) for name in train.COMMANDS],
         "sclong-prep": [_command(prepare.parser([name]), name) for name in prepare.COMMANDS],
     }
-    programs["sclong"] += [Command(name, text, ()) for name, (_, text) in train.FORWARDED.items()]
+    for name, (_, text) in train.FORWARDED.items():
+        programs["sclong"].append(Command(name, text, forwarded[name]))
     sys.stdout.write(script(programs, args.shell))
     return 0
 
@@ -72,6 +78,11 @@ def _command(parser: argparse.ArgumentParser, name: str) -> Command:
     """Return a command of a parser that was made for it."""
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     command = commands.choices[name]
+    return Command(name, str(command.description).rstrip("."), _options(command))
+
+
+def _options(command: argparse.ArgumentParser) -> tuple[Option, ...]:
+    """Return what can stand behind a command."""
     options = tuple(
         Option(flag, str(action.help or "").partition(" (default")[0], _words(action.choices))
         for action in command._actions
@@ -83,7 +94,7 @@ def _command(parser: argparse.ArgumentParser, name: str) -> Command:
         for action in command._actions
         if not action.option_strings and action.choices
     )
-    return Command(name, str(command.description).rstrip("."), options + positional)
+    return options + positional
 
 
 def _words(choices: object) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from sclong_ds.command_line import need, parse_arguments
+from sclong_ds.command_line import add_example, need, parse_arguments
+from sclong_ds.config.arguments import EXAMPLE, add_training_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import EngineConfig, RunConfig
 from sclong_ds.input_checks import check_inputs, check_launch, check_run_dir
@@ -40,13 +41,13 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m sclong_ds.pretrain",
-        description="Pretrain scLong. Starting again on the same run.dir resumes.",
+        description="Pretrain scLong, or resume the run in run.dir.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--config", required=True, metavar="FILE|PRESET", help="complete YAML or name of a preset")
-    add("--dry-run", action="store_true", help="check everything, build the model, do not train")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    add("overrides", nargs="*", metavar="key=value", help="for instance run.max_steps=100")
+    add_training_arguments(parser)
+    # The deepspeed launcher passes it.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_example(parser, EXAMPLE)
     return parser
 
 
@@ -242,7 +243,7 @@ def train_as_rank(
         opened.tracker.event("finish", step=counted.state.step, outcome=outcome, **why)
         opened.tracker.finish(outcome)
         if run.lock is not None:
-            run.lock.close()
+            run.lock.release()
         opened.callbacks.end(counted.state.step, outcome)
 
 

@@ -31,13 +31,19 @@ from pathlib import Path
 from typing import Any
 
 from sclong_ds.command_line import parse_arguments
-from sclong_ds.job.restarts import PREFLIGHT_FILE, add_training_arguments, read_verdict
+from sclong_ds.config.arguments import add_training_arguments
+from sclong_ds.job.restarts import PREFLIGHT_FILE, read_verdict
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m sclong_ds.job.preflight")
-    parser.add_argument("--timeout-s", type=float, default=120.0, metavar="SECONDS")
+    parser = argparse.ArgumentParser(
+        prog="python -m sclong_ds.job.preflight",
+        description="Check the nodes of a job before it trains, for slurm/pretrain.sh.",
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, default=120.0, metavar="SECONDS", help="wait for the nodes"
+    )
     add_training_arguments(parser)
     return parser
 

@@ -41,6 +41,7 @@ from typing import Any
 
 from sclong_ds.checkpoint.on_disk import complete_checkpoints, step_of
 from sclong_ds.command_line import parse_arguments
+from sclong_ds.config.arguments import add_training_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import EngineConfig
 from sclong_ds.files.atomic import read_file, write_atomic
@@ -264,16 +265,12 @@ def _made_a_step(run_dir: Path) -> bool:
     return newest_step(run_dir) > 0 or any(row["step"] > 0 for row in rows)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of sclong_ds.pretrain, of which only the configuration matters here."""
-    parser.add_argument("--config", required=True, metavar="FILE|PRESET")
-    parser.add_argument("--dry-run", action="store_true", help="as for the training")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sclong_ds.job.restarts")
+    parser = argparse.ArgumentParser(
+        prog="python -m sclong_ds.job.restarts",
+        description="Record the starts of a training, for slurm/pretrain.sh.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("check", "nodes", "begin", "seconds-to-save", "end", "bad-nodes"):
         command = commands.add_parser(name)
@@ -284,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "nodes":
             command.add_argument("--most", type=int, required=True, metavar="N")
             command.add_argument("--ranks-per-node", type=int, required=True, metavar="N")
-        add_training_arguments(command)
+        add_training_arguments(command)  # only the configuration matters here
     args = parse_arguments(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     job = os.environ.get("SCLONG_CHAIN") or os.environ.get("SLURM_JOB_ID", "none")

@@ -1,6 +1,6 @@
 """Every command's help has one form, and the three shells complete its words.
 
-Covers also `sclong_ds/__main__.py`.
+Covers also `sclong_ds/__main__.py` and `sclong_ds/config/arguments.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import data_prep.__main__ as prepare
 import sclong_ds.__main__ as train
 from sclong_ds.__main__ import main
 from sclong_ds.completion import SHELLS, Command, Option, script
+from sclong_ds.config.arguments import EXAMPLE, add_training_arguments
 
 EVERY = [(module, name) for module in (train, prepare) for name in module.COMMANDS]
 METAVARS = {
@@ -61,13 +62,17 @@ def test_a_kind_of_value_has_one_name(module: object, name: str) -> None:
 
 
 def test_prep_and_train_are_the_programs_they_name() -> None:
-    for words, said in ((["prep", "forget"], "DATASET_ID"), (["train"], "FILE|PRESET")):
+    example = f"example:\n  python -m sclong_ds.pretrain {EXAMPLE}\n"
+    for words, said in ((["prep", "forget"], "DATASET_ID"), (["train"], example)):
         run = subprocess.run(
             [sys.executable, "-m", "sclong_ds", *words, "--help"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert said in run.stdout
         assert run.stderr == "", "nothing of another library"
+    training = argparse.ArgumentParser()
+    add_training_arguments(training)
+    assert training.parse_args(EXAMPLE.split()).config == "sclong_tiny"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +94,8 @@ CASES = [
     ("sclong embed --o", {"--out"}),
     ("sclong embed --device c", {"cpu", "cuda"}),
     ("sclong completion f", {"fish"}),
+    ("sclong train --d", {"--dry-run"}),
+    ("sclong prep fin", {"finalize"}),
     ("sclong-prep fin", {"finalize"}),
     ("sclong-prep finalize --split-by d", {"dataset", "donor"}),
 ]
