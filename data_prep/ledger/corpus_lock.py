@@ -9,18 +9,15 @@ by the system when a process ends.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sclong_ds.files.atomic import locked
+from sclong_ds.files.atomic import Lock, NoLocksError, locked
 
 _OTHERS = "another finalize is at work here, or a convert or forget; wait for it"
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
@@ -36,7 +33,7 @@ def shared_corpus(corpus: Path) -> Iterator[None]:
     with _entry(corpus) as entry, locked(_path(corpus), shared=True, wait=False) as held:
         if not held or not _no_tasks(corpus):
             raise ValueError(f"{corpus}: finalize is at work here; wait for it and start again")
-        entry.close()
+        entry.release()
         yield
 
 
@@ -53,7 +50,7 @@ def alone_in_corpus(corpus: Path) -> Iterator[None]:
     with _entry(corpus) as entry, locked(_path(corpus), wait=False) as held:
         if not held or not _no_tasks(corpus):
             raise ValueError(f"{corpus}: {_OTHERS}")
-        entry.close()
+        entry.release()
         yield
 
 
@@ -76,33 +73,24 @@ def tasks_in_corpus(corpus: Path, begin: Callable[[], dict[str, Any]]) -> Iterat
         with locked(_path(corpus), wait=False) as held:
             if not held:
                 raise ValueError(f"{corpus}: {_OTHERS}")
-        with _path(corpus, "~tasks").open("a+b") as file:
-            if _is_first(corpus, file.fileno()):
-                said = begin()
-                file.truncate(0)
-                file.write(json.dumps(said).encode())
-                file.flush()
-            fcntl.flock(file, fcntl.LOCK_SH)
-            file.seek(0)
-            said = json.loads(file.read())
-            entry.close()
+        with Lock(_path(corpus, "~tasks")) as lock:
+            if _is_first(corpus, lock):
+                lock.note = json.dumps(begin())
+            lock.take(shared=True)
+            said = json.loads(lock.note)
+            entry.release()
             yield said
 
 
-def _is_first(corpus: Path, file: int) -> bool:
+def _is_first(corpus: Path, lock: Lock) -> bool:
     """Tell whether no other task is at work; the lock is held alone then."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+        return lock.take(wait_s=0)
+    except NoLocksError:
         raise ValueError(
             f"{corpus}: this file system has no locks, which tasks need; run finalize as one "
             "command, with --jobs N for more than one process"
         ) from None
-    return True
 
 
 def _path(corpus: Path, name: str = "~corpus") -> Path:
@@ -114,24 +102,9 @@ def _no_tasks(corpus: Path) -> bool:
         return free
 
 
-class _Entry:
-    """The lock of whoever comes in; it can be given back before its block ends."""
-
-    def __init__(self, lock: Any) -> None:
-        self._lock = lock
-        lock.__enter__()
-
-    def close(self) -> None:
-        """Let the next one in."""
-        if self._lock is not None:
-            self._lock.__exit__(None, None, None)
-            self._lock = None
-
-
-@contextmanager
-def _entry(corpus: Path) -> Iterator[_Entry]:
-    entry = _Entry(locked(_path(corpus, "~entry")))
-    try:
-        yield entry
-    finally:
-        entry.close()
+def _entry(corpus: Path) -> Lock:
+    """Return the lock of whoever comes in; it can be given back before its block ends."""
+    lock = Lock(_path(corpus, "~entry"))
+    with suppress(NoLocksError):
+        lock.take()
+    return lock

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sclong_ds.files.atomic import locked
+from sclong_ds.files.atomic import Lock, NoLocksError
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +81,16 @@ def alone(folder: Path, *, waits: Waits) -> Iterator[None]:
         folder: Folder of the extension; made if missing.
         waits: Told what this process waits for.
     """
-    ours, owner = folder.with_name(f"{folder.name}.lock"), folder.with_name(f"{folder.name}.owner")
-    while True:
-        with locked(ours, wait=False) as held:
-            if held:
-                owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-                folder.mkdir(parents=True, exist_ok=True)
-                _take_away(folder / "lock", waits)
-                yield
-                return
-        who = owner.read_text() if owner.is_file() else "another process"
-        waits(f"the extension {folder}, which {who} is loading")
-        time.sleep(_LOOK_AGAIN_S)
+    with Lock(folder.with_name(f"{folder.name}.lock")) as lock:
+        try:
+            while not lock.take(wait_s=_LOOK_AGAIN_S):
+                waits(f"the extension {folder}, which {lock.note or 'another process'} is loading")
+        except NoLocksError as error:
+            log.warning("%s; start one process only", error)
+        lock.sign()
+        folder.mkdir(parents=True, exist_ok=True)
+        _take_away(folder / "lock", waits)
+        yield
 
 
 def _take_away(path: Path, waits: Waits) -> None:

@@ -7,16 +7,18 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ _NO_COPY_EITHER = (errno.ENOENT, errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno
 """What the file system says where a copy is impossible or wrong, too; there are many ways to say
 that it cannot give a file another name."""
 _RANDOM_CHARS = 16 + len(".partial")
+_LOOK_AGAIN_S = 0.2
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -213,33 +216,97 @@ def remove_partials(folder: str | Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@contextmanager
-def locked(path: str | Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file; the lock ends with the block, or with the process.
+class NoLocksError(OSError):
+    """The file system has no locks."""
+
+
+class Lock:
+    """A lock file of processes; the lock ends with `release`, with the block, or with the process.
+
+    The file is made if missing and never removed: a process that waits would hold a file that no
+    other one can find.
 
     Args:
-        path: The lock file; made if missing and never removed, since a process that waits would
-            hold a file that no other one can find.
+        path: The file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # NFS gives an exclusive lock to files open for writing only, a shared one to reading.
+        self._file = self._path.open("a+b")
+
+    def take(self, *, shared: bool = False, wait_s: float = math.inf) -> bool:
+        """Return whether this process holds the lock now; it may hold it already, of another kind.
+
+        Args:
+            shared: Share it with others that share it, instead of holding it alone.
+            wait_s: How long to wait for those who hold it.
+
+        Raises:
+            NoLocksError: The file system has no locks.
+        """
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        until = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(self._file, kind if wait_s == math.inf else kind | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    return False
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+                raise NoLocksError(error.errno, error.strerror, str(self._path)) from None
+            time.sleep(_LOOK_AGAIN_S)
+
+    @property
+    def note(self) -> str:
+        """What a holder has left for others to read: who it is, or what it does."""
+        self._file.seek(0)
+        return self._file.read().decode()
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self._file.truncate(0)
+        self._file.write(text.encode())
+        self._file.flush()
+
+    def sign(self) -> None:
+        """Leave a note of which process holds the lock."""
+        self.note = f"process {os.getpid()} on {os.uname().nodename}"
+
+    def release(self) -> None:
+        """Give the lock back; a second time changes nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@contextmanager
+def locked(path: str | Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file as long as the block runs; without locks, warn and continue.
+
+    Args:
+        path: The lock file.
         shared: Share it with others that share it, instead of holding it alone.
         wait: Wait for those who hold it.
 
     Yields:
         Whether it is held; False only where another process has it and `wait` is off.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # NFS gives an exclusive lock to files open for writing only, a shared one to reading.
-    with path.open("a+b") as file:
-        held = True
+    with Lock(path) as lock:
         try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            _log.warning("%s: this file system has no locks; start one process only", path.parent)
+            held = lock.take(shared=shared, wait_s=math.inf if wait else 0)
+        except NoLocksError:
+            held = True
+            folder = Path(path).parent
+            _log.warning("%s: this file system has no locks; start one process only", folder)
         yield held
 
 

@@ -13,7 +13,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from sclong_ds.exported.head import HeadShape
 from sclong_ds.exported.manifest import weights_hash
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import read_training_cells, share_in_training
-from sclong_ds.files.atomic import read_file, write_atomic
+from sclong_ds.files.atomic import Lock, read_file, write_atomic
 from sclong_ds.files.npz import read_npz, write_npz
 from sclong_ds.finetune.examples import Examples, choose_examples
 from sclong_ds.finetune.fit import Fitted, Plan, fit, mean_steps
@@ -126,7 +126,7 @@ class Story:
         """Do all of it; returns the exit status."""
         self.say(share_in_training(self.known, self.n_known, self.n_used))
         on_first_rank(lambda: check_tracking(self.config.tracking, self.out))
-        held: list[IO[str]] = []
+        held: list[Lock] = []
         resumed = on_first_rank(lambda: self._open(held))
         summary = {"world_size": self.ranks.world_size, "device": str(self.ranks.device)}
         self.tracker.start(
@@ -145,8 +145,8 @@ class Story:
         finally:
             self.tracker.event("finish", step=self.offset, outcome=outcome)
             self.tracker.finish(outcome)
-            for file in held:
-                file.close()
+            for lock in held:
+                lock.release()
         if outcome == "KILLED":
             reason = self.stop.reason() or "another rank"
             _log.info("stopped by %s after saving; start the same command again", reason)
@@ -178,7 +178,7 @@ class Story:
             "train_batch_size": config.engine.train_batch_size,
         }
 
-    def _open(self, held: list[IO[str]]) -> bool:
+    def _open(self, held: list[Lock]) -> bool:
         """Make the folder or continue in it; returns whether it was there.
 
         Raises:

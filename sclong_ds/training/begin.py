@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.strict_yaml import to_yaml
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.engine.gradient_norms import GradientNorms
-from sclong_ds.files.atomic import file_sha256
+from sclong_ds.files.atomic import Lock, file_sha256
 from sclong_ds.job.starting import Starting
 from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.loader.loader import most_lanes
@@ -51,7 +51,7 @@ class Run:
     saver: Saver
     validation: Validation
     rates: Rates
-    lock: IO[str] | None = None
+    lock: Lock | None = None
     """On the run folder, held by rank 0."""
 
 

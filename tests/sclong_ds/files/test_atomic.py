@@ -1,13 +1,18 @@
 import errno
+import fcntl
 import multiprocessing
 import os
 import pathlib
 import re
 import signal
+import threading
+import time
 
 import pytest
 
 from sclong_ds.files.atomic import (
+    Lock,
+    NoLocksError,
     files_below,
     is_partial,
     link_or_copy,
@@ -136,6 +141,36 @@ def test_shared_locks_go_together_and_exclusive_ones_do_not(tmp_path, first, sec
         assert ours.recv() is expected
     with locked(path, wait=False) as held:
         assert held
+
+
+def test_a_lock_waits_as_long_as_it_is_told_and_names_its_holder(tmp_path):
+    path = tmp_path / "lock"
+    with Lock(path) as first, Lock(path) as second:
+        assert second.take(wait_s=0)
+        second.sign()
+        began = time.monotonic()
+        assert not first.take(wait_s=0.3)
+        assert time.monotonic() - began >= 0.3
+        assert first.note == f"process {os.getpid()} on {os.uname().nodename}"
+        threading.Timer(0.3, second.release).start()
+        assert first.take(wait_s=600)
+        first.note = "short"
+    with Lock(path) as third:
+        assert third.note == "short"
+        assert third.take(shared=True, wait_s=0)
+
+
+def test_without_locks_a_process_is_told_or_warned(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "lock"
+    with Lock(path) as lock, pytest.raises(NoLocksError, match=f"'{path}'"):
+        lock.take()
+    with locked(path, wait=False) as held:
+        assert held
+    assert f"{tmp_path}: this file system has no locks" in caplog.text
 
 
 def _manifest(path):
