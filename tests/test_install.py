@@ -127,11 +127,27 @@ def test_shell_code_passes_shellcheck(name: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_conda_environment_takes_the_requirements() -> None:
+def test_the_conda_environment_takes_the_requirements_and_the_package(tmp_path: Path) -> None:
     found = yaml.safe_load((INSTALL / "environment.yml").read_text())
-    (pip,) = [one["pip"] for one in found["dependencies"] if isinstance(one, dict)]
-    assert pip[0] == "-r ../requirements.txt"
-    assert (INSTALL / "../requirements.txt").resolve().exists()
+    (lines,) = [one["pip"] for one in found["dependencies"] if isinstance(one, dict)]
+    assert lines[0] == "-r ../requirements.txt"
+    # conda gives pip the lines as a file of requirements, in the folder of environment.yml.
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "a-package"\nversion = "1"\n'
+    )
+    (tmp_path / "install").mkdir()
+    (tmp_path / "install" / "lines.txt").write_text("\n".join(lines))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--no-deps",
+            "--no-build-isolation", "-r", "lines.txt",
+        ],
+        cwd=tmp_path / "install", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Would install a-package-1" in done.stdout
 
 
 def test_the_citation_is_of_the_version_of_the_package() -> None:
