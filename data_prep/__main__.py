@@ -401,10 +401,10 @@ def _share_text(catalogue: Mapping[str, Any], name: str) -> str:
     share = catalogue["split_shares"].get(name)
     if not share or not share["wanted"]:
         return ""
-    return (
-        f" ({share['cells']:.1%} of the cells, {share['groups']:.1%} of the "
-        f"{catalogue['split_unit']}s; {share['wanted']:.1%} asked for)"
-    )
+    unit, groups = catalogue["split_unit"], ""
+    if unit != "cell":
+        groups = f", {share['groups']:.1%} of the {unit}s"
+    return f" ({share['cells']:.1%} of the cells{groups}; {share['wanted']:.1%} asked for)"
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

@@ -57,6 +57,7 @@ from sclong_ds.files.atomic import (
     remove_partials_of,
     write_atomic,
 )
+from sclong_ds.page.words import counted
 from sclong_ds.progress import Bar, progress_bar
 
 _log = logging.getLogger(__name__)
@@ -351,9 +352,9 @@ def _report_others(corpus: Path, datasets: Sequence[Dataset]) -> None:
     if others:
         named = ", ".join(others[:_MOST_NAMES]) + (", ..." if len(others) > _MOST_NAMES else "")
         _log.info(
-            "%d datasets of this corpus are not in this manifest: %s (python -m data_prep forget "
-            "takes datasets out)",
-            len(others),
+            "%s of this corpus not in this manifest: %s (python -m data_prep forget takes datasets "
+            "out)",
+            counted(len(others), "dataset"),
             named,
         )
 

@@ -37,6 +37,7 @@ from sclong_ds.files.atomic import (
     read_json,
     write_atomic,
 )
+from sclong_ds.page.words import counted
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHARD = re.compile(r"cells\.zarr/(gap|count)/c/.*")
@@ -336,7 +337,7 @@ def require_current(corpus: str | Path, entries: Iterable[LedgerEntry]) -> None:
     older = [entry["dataset_id"] for entry in entries if is_older(entry)]
     if older:
         raise ValueError(
-            f"{corpus}: {len(older)} datasets were staged by an older version ({older[0]}"
+            f"{corpus}: staged by an older version: {counted(len(older), 'dataset')} ({older[0]}"
             f"{', ...' if len(older) > 1 else ''}); run convert again with their manifest"
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from data_prep.ledger.ledger import STATUSES, LedgerEntry, count_statuses, is_older
 from data_prep.ledger.pending import Pending, tasks_to_run
+from sclong_ds.page.words import counted
 
 
 def format_table(entries: Sequence[LedgerEntry], pending: Sequence[Pending] = ()) -> str:
@@ -55,7 +56,7 @@ def format_table(entries: Sequence[LedgerEntry], pending: Sequence[Pending] = ()
         for entry in usable
         for warning in entry["warnings"]
     ]
-    totals = f"{len(entries) + len(pending)} datasets: {counts}; {n_cells} cells"
+    totals = f"{counted(len(entries) + len(pending), 'dataset')}: {counts}; {n_cells} cells"
     n_kept = sum(bool(entry["reason"]) and not is_older(entry) for entry in usable)
     if n_kept:
         totals += f"; {n_kept} kept as staged (source not reachable)"

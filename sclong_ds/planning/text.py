@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sclong_ds.page.words import counted
 from sclong_ds.planning.devices import GIB
 from sclong_ds.planning.loading import loading_lines
 from sclong_ds.planning.verdict import advice_of, verdict_of
@@ -22,11 +23,11 @@ def format_plan(plan: Mapping[str, Any], *, verbose: bool) -> str:
         verdict_of(plan),
         *([advice] if (advice := advice_of(plan)) else []),
         "",
-        f"{_counted(plan['nodes'], 'node')} x {plan['gpus_per_node']} {plan['device']['name']} = "
-        f"{_counted(plan['world_size'], 'rank')}, {plan['precision']}; {plan['n_genes']:,} genes, "
+        f"{counted(plan['nodes'], 'node')} x {plan['gpus_per_node']} {plan['device']['name']} = "
+        f"{counted(plan['world_size'], 'rank')}, {plan['precision']}; {plan['n_genes']:,} genes, "
         + (f"{edges:,} graph edges" if edges else "no gene graph given"),
         f"{batch['train_batch_size']} cells per step = {batch['train_micro_batch_size_per_gpu']} "
-        f"per rank x {_counted(plan['world_size'], 'rank')} x "
+        f"per rank x {counted(plan['world_size'], 'rank')} x "
         f"{batch['gradient_accumulation_steps']} accumulated",
         f"{plan['parameters']['total']:,} parameters, "
         f"{plan['time']['training_flops_per_cell'] / 1e9:,.1f} GFLOP to train a cell",
@@ -40,10 +41,6 @@ def format_plan(plan: Mapping[str, Any], *, verbose: bool) -> str:
     if not verbose:
         lines += ["", "Tables of parts, of memory and of all ZeRO stages: --verbose"]
     return "\n".join(lines)
-
-
-def _counted(number: int, one: str) -> str:
-    return f"{number:,} {one}{'s' * (number != 1)}"
 
 
 def _cost_lines(plan: Mapping[str, Any]) -> list[str]:

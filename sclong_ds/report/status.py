@@ -25,6 +25,7 @@ from sclong_ds.command_line import local_path
 from sclong_ds.config.strict_yaml import read_yaml
 from sclong_ds.job.failures import read_failure
 from sclong_ds.job.restarts import Start, read_starts, read_verdict
+from sclong_ds.page.words import counted
 from sclong_ds.run_folder.files import METRICS_FILE, RUN_FILE, read_events, read_run_json
 from sclong_ds.run_folder.heartbeats import (
     ENDED,
@@ -280,9 +281,10 @@ def _describe_ranks(status: RunStatus) -> list[str]:
         nodes.setdefault(rank.node, []).append(rank)
     alive = sum(rank.state == "alive" for rank in status.ranks)
     total = status.world_size or len(status.ranks)
-    lines = [_line("ranks", f"{alive} of {total} alive, on {len(nodes)} nodes")]
+    where = f"on {counted(len(nodes), 'node')}"
+    lines = [_line("ranks", f"{alive} of {total} alive, {where}")]
     if all(rank.state == "ended" for rank in status.ranks):
-        return [_line("ranks", f"all {len(status.ranks)} have ended, on {len(nodes)} nodes")]
+        return [_line("ranks", f"{len(status.ranks)} of {total} ended, {where}")]
     # Nodes in trouble first: of a thousand, only some are shown.
     by_trouble = sorted(nodes, key=lambda n: (all(r.state == "alive" for r in nodes[n]), n))
     lines += [_line("", f"{n}: {_describe_node(nodes[n])}") for n in by_trouble[:_SHOWN_NODES]]

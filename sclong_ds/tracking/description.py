@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclong_ds.config.sections import TrackingConfig
+from sclong_ds.page.words import counted
 from sclong_ds.tracking.client import MAX_DIGEST_CHARS
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ def _note(run: Mapping[str, Any], run_dir: Path) -> str:
     lines = [f"Run folder `{run_dir.resolve()}`, commit `{run['commit']}`."]
     if "corpus" in about:
         lines.append(
-            f"\n{about['n_cells_train']:,} training cells of {about['n_datasets']:,} datasets, "
+            f"\n{about['n_cells_train']:,} training cells of "
+            f"{counted(about['n_datasets'], 'dataset')}, "
             f"{about['n_cells_validation']:,} validation cells, {about['n_genes']:,} genes, from "
             f"`{about['corpus']}`; {sum(about['parameters'].values()):,} parameters on "
             f"{about['world_size']} x {about['device']}."

@@ -15,6 +15,7 @@ import yaml
 from sclong_ds.datasheet.citations import COLUMNS, UNKNOWN, doi_address, table
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.model.pooling import MEAN
+from sclong_ds.page.words import counted
 from sclong_ds.run_folder.metric_names import MSE, N_HIDDEN
 from sclong_ds.run_folder.rows import sentence
 
@@ -173,7 +174,7 @@ def _trained_on(provenance: Mapping[str, Any]) -> str:
     names = cells["datasets"]
     more = f" and {len(names) - _MAX_NAMED} more" * (len(names) > _MAX_NAMED)
     return (
-        f"\n{cells['n_digests']:,} distinct training cells of {len(names)} datasets: "
+        f"\n{cells['n_digests']:,} distinct training cells of {counted(len(names), 'dataset')}: "
         f"{', '.join(names[:_MAX_NAMED])}{more}. `embed` and `evaluate` tell how many of the cells "
         f"that they are given are among them.\n"
     )

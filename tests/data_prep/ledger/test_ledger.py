@@ -207,7 +207,7 @@ def test_entries_of_other_versions(corpus: Path) -> None:
     assert (found[2]["n_cells"], found[2]["reason"]) == (5, OLDER)
     lines = format_table(found).splitlines()
     assert next(line for line in lines if line.startswith("c ")).endswith(OLDER)
-    with pytest.raises(ValueError, match=r"1 datasets were staged by an older version \(c\); run"):
+    with pytest.raises(ValueError, match=r"staged by an older version: 1 dataset \(c\); run"):
         require_current(corpus, found)
     del old["settings_hash"]
     path.write_text(json.dumps(old))

@@ -36,5 +36,5 @@ def test_forgotten_datasets_are_gone_until_a_manifest_lists_them_again(
     assert [(p.dataset_id, p.task) for p in read_pending(corpus, [])] == [("c", 0)]
     with caplog.at_level("INFO"):
         convert(datasets[:1], out=corpus, **options)
-    assert "1 datasets of this corpus are not in this manifest: c (" in caplog.text
+    assert "1 dataset of this corpus not in this manifest: c (" in caplog.text
     assert [entry["dataset_id"] for entry in read_ledger(corpus)] == ["a"]

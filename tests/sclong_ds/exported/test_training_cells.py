@@ -113,7 +113,7 @@ def test_a_model_folder_carries_them_sealed_and_an_earlier_one_leaves_it_unknown
     assert read.hold(TEN).all()
     assert read.datasets == ("made",)
     assert training_cells.share_in_training(read, 3, 9) == "3 of 9 cells were in training"
-    assert "10 distinct training cells of 1 datasets: made" in (folder / "README.md").read_text()
+    assert "10 distinct training cells of 1 dataset: made" in (folder / "README.md").read_text()
     assert check_files(folder)
     path = folder / training_cells.TRAINING_CELLS
     path.write_bytes(path.read_bytes()[:-5] + b"other")

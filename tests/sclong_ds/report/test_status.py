@@ -145,7 +145,7 @@ def test_a_finished_run(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["status", str(run_dir)]) == 0
     text = capsys.readouterr().out
     assert "finished, step 30 of 90 (33.3%)" in text
-    assert "all 4 have ended, on 2 nodes" in text
+    assert "4 of 4 ended, on 2 nodes" in text
     assert " left" not in text
 
 
