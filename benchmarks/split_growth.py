@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.corpus.split_rule import SplitOptions, SplitRule
-from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split
+from data_prep.corpus.split.plan import SplitCells, SplitPlan, plan_split
+from data_prep.corpus.split.rule import SplitOptions, SplitRule
 
 
 def main() -> None:

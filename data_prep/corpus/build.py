@@ -37,8 +37,8 @@ from data_prep.corpus.inputs import Inputs
 from data_prep.corpus.near.gene_sets import GeneSets, gene_sets
 from data_prep.corpus.near.kept_cells import NEAR_FOLDER, NEAR_STAGES, read_near, run_near
 from data_prep.corpus.near.near_duplicates import NearRule, NearSearch
-from data_prep.corpus.split_rule import SplitRule
-from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split, planned_by, read_donors
+from data_prep.corpus.split.plan import SplitCells, SplitPlan, plan_split, planned_by, read_donors
+from data_prep.corpus.split.rule import SplitRule
 from data_prep.corpus.staged import Staged, file_states
 from data_prep.ledger.ledger import LedgerEntry, check_staged
 from data_prep.passes.buckets import BucketRuns, bounds_path, plan_runs, write_run

@@ -18,8 +18,6 @@ Memory: about a GB a process, and for the plan of the split 60 bytes a cell.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -30,42 +28,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from data_prep.corpus.build import STAGES, Build, Codec
-from data_prep.corpus.growth.earlier import (
-    EARLIER,
-    MISSING,
-    EarlierParts,
-    earlier_parts,
-    find_earlier,
-    finished_inputs,
-)
+from data_prep.corpus.growth.earlier import EARLIER, earlier_parts
 from data_prep.corpus.growth.part_list import remove_unlisted
-from data_prep.corpus.inputs import Inputs, read_inputs
-from data_prep.corpus.near.kept_cells import forget_lost
+from data_prep.corpus.job import Job
 from data_prep.corpus.near.near_duplicates import NearRule
-from data_prep.corpus.publish import begun, is_sealed, publish
-from data_prep.corpus.seal import restated, seal, unused
-from data_prep.corpus.split_rule import SplitBy, SplitRule, read_rule, resolve, rule_of
+from data_prep.corpus.publish import publish
+from data_prep.corpus.seal import seal
+from data_prep.corpus.split.rule import SplitBy, SplitRule, rule_of
 from data_prep.corpus.staged import open_used
-from data_prep.corpus.work_folder import clear, discard, open_work, work_folder
+from data_prep.corpus.work_folder import discard, work_folder
 from data_prep.ledger.corpus_lock import alone_in_corpus, tasks_in_corpus
-from data_prep.ledger.ledger import LedgerEntry, read_ledger
-from data_prep.ledger.pending import Pending, read_pending, tasks_to_run
-from data_prep.passes.crew import Crew, WorkIsGone, has_failed
+from data_prep.ledger.ledger import read_ledger
+from data_prep.passes.crew import Crew, WorkIsGone
 from data_prep.passes.dedup import Progress
-from sclong_ds.corpus.catalogue import PARTS, read_catalogue, write_catalogue
-from sclong_ds.corpus.location import Location
-from sclong_ds.corpus.shards import read_metadata
+from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.files.atomic import named_errors
 
 logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 10
 """Datasets that a message names."""
-_WORK_VERSION = 11
-"""Raised when an interrupted run of an older program could not be continued."""
 
 
 def finalize(
@@ -119,7 +104,7 @@ def finalize(
     given = _given(seed, validation_fraction, test_fraction, split_by, validation_datasets)
     if not (corpus / "ledger").is_dir():
         read_ledger(corpus)  # Says what to do; no lock file is made in a folder that is no corpus.
-    job = _Job(corpus, given, codec, near_duplicates, allow_missing=allow_missing, whole=whole)
+    job = Job(corpus, given, codec, near_duplicates, allow_missing=allow_missing, whole=whole)
     members = range(task * jobs, (task + 1) * jobs)
     with named_errors(corpus):
         if tasks is None or tasks == 1:
@@ -152,209 +137,56 @@ def _given(
     }
 
 
-class _Job:
-    """What one call of finalize is about."""
+def _crew(job: Job, work: Path, member: int, members: int, progress: Progress | None) -> Crew:
+    """Return one of the processes of the work."""
+    return Crew(work, job.lock, stages=STAGES, member=member, members=members, progress=progress)
 
-    def __init__(
-        self,
-        corpus: Path,
-        given: Mapping[str, Any],
-        codec: Codec | None,
-        near: NearRule | None,
-        *,
-        allow_missing: bool,
-        whole: bool,
-    ) -> None:
-        self.corpus, self.given, self.allow_missing = corpus, given, allow_missing
-        self.whole, self.asked = whole, (codec, near)
-        self.codec: Codec
-        self.near: NearRule
-        self.lock = corpus / ".locks" / "~units"
-        """Of the units of the work."""
-        self.inputs: Inputs
-        self.pending: list[Pending]
 
-    def read(self) -> None:
-        """Read what lies in the folder; staged files are not compared yet."""
-        self.inputs = read_inputs(self.corpus)
-        self.pending = _pending(self.corpus, self.inputs.ledger, allow_missing=self.allow_missing)
+def _work_through(job: Job, crew: Crew, rule: SplitRule) -> None:
+    """Do what is left of the work; return when it is sealed, whoever has done that.
 
-    @property
-    def call(self) -> str:
-        """What all tasks of one work have in common."""
-        options = [*self.given.items(), *self.asked]
-        missing = [dataset.dataset_id for dataset in self.pending]
-        return _hash([_WORK_VERSION, options, self.inputs.documents, missing, self.whole])
-
-    def settle(self) -> None:
-        """Take the options that are not given from the corpus."""
-        codec, near = "zstd", "primary"
-        with suppress(ValueError, LookupError, *MISSING):
-            catalogue, codec = begun(self.corpus)
-            near = catalogue.get("near_duplicates", near)
-        self.codec = self.asked[0] or cast("Codec", codec)
-        self.near = self.asked[1] or cast("NearRule", near)
-
-    def rule(self) -> SplitRule:
-        """Return the rule of the split: that of the corpus and what is given; settle the rest."""
-        self.settle()
-        before = read_rule(self.corpus)
-        rule = resolve(self.given, before)
-        if before is not None and rule.datasets != before.datasets:
-            logger.warning(
-                "%s: the split is drawn again (seed %s, split_by %s; before: %s, %s): validation "
-                "figures before and after cannot be compared, and earlier models were trained on "
-                "cells that are held out now",
-                *(self.corpus, rule.options.seed, rule.options.split_by),
-                *(before.options.seed, before.options.split_by),
-            )
-        return rule
-
-    def open(self, rule: SplitRule) -> tuple[Path, SplitRule]:
-        """Return the work folder, with what an earlier run has left of this work, and its rule."""
-        missing = [dataset.dataset_id for dataset in self.pending]
-        ledger = [dict(entry) for entry in self.inputs.ledger]
-        earlier = self.earlier(rule)
-        if earlier is not None:
-            rule = earlier.rule
-        options = [rule.as_json(), self.codec, self.near]
-        content = [_WORK_VERSION, *options, ledger, self.inputs.documents, missing]
-        if earlier is not None:
-            content.append(earlier.catalogue["hash"])
-        work = open_work(self.corpus, content)
-        sealed = (work / "corpus.json").exists()
-        if has_failed(work) or (sealed and not is_sealed(self.corpus, work)):
-            discard(work)
-            work = open_work(self.corpus, content)
-        elif not sealed:
-            forget_lost(work)
-        if earlier is not None:
-            (work / EARLIER).mkdir(exist_ok=True)
-            write_catalogue(work / EARLIER, earlier.catalogue)
-        return work, rule
-
-    def earlier(self, rule: SplitRule) -> EarlierParts | None:
-        """Return the parts that this work adds one to; None where it makes one corpus."""
-        if self.whole:
-            return None
-        found, reason = find_earlier(
-            self.corpus, self.inputs, rule, codec=self.codec, near=self.near
-        )
-        if reason:
-            logger.warning(
-                "%s: is made again as one corpus, with another hash: %s", self.corpus, reason
-            )
-        return found
-
-    def is_finished(self, rule: SplitRule) -> bool:
-        """Tell whether the corpus is what this call would make; its cells are not read."""
-        try:
-            catalogue = read_catalogue(self.corpus)
-            cells = read_metadata(Location(self.corpus / "cells.zarr"))
-            return (
-                not (self.whole and PARTS in catalogue)
-                and catalogue.get("split_rule") == rule.as_json()
-                and catalogue.get("near_duplicates") == self.near
-                and catalogue.get("unused") == unused(self.inputs, self.pending)
-                and cells["attributes"]["codec"] == self.codec
-                and finished_inputs(self.corpus, catalogue) == self.inputs.checksums()
-            )
-        except (ValueError, KeyError, *MISSING):
-            return False
-
-    def finished(self) -> dict[str, Any] | None:
-        """Return the catalogue of the corpus if this call finds nothing to do, None otherwise.
-
-        No other process may be at work in the folder: one that publishes has no corpus there.
-
-        Raises:
-            FileNotFoundError: One corpus is to be made of the parts, and nothing was finalized.
-        """
-        if self.whole and PARTS not in begun(self.corpus)[0] and not self.has_parts:
-            return read_catalogue(self.corpus)
-        return None
-
-    def restate(self, rule: SplitRule) -> bool:
-        """Tell whether the parts hold all cells already; then write which datasets are unused.
-
-        The cells stay, and with them the hash: a dataset that failed concerns none of them.
-        """
-        if self.whole or not self.has_parts:
-            return False
-        try:
-            catalogue = read_catalogue(self.corpus)
-        except (ValueError, *MISSING):
-            return False
-        if PARTS not in catalogue or len(self.inputs.used) != len(catalogue["datasets"]):
-            return False
-        if not find_earlier(self.corpus, self.inputs, rule, codec=self.codec, near=self.near)[0]:
-            return False
-        self.inputs.check_documents()
-        write_catalogue(self.corpus, restated(catalogue, self.inputs, self.pending))
-        return True
-
-    @property
-    def has_parts(self) -> bool:
-        """Whether there are parts, be it those that a killed compact has left."""
-        return (self.corpus / PARTS).is_dir()
-
-    def crew(self, work: Path, member: int, members: int, progress: Progress | None) -> Crew:
-        """Return one of the processes of the work."""
-        return Crew(
-            work, self.lock, stages=STAGES, member=member, members=members, progress=progress
-        )
-
-    def work_through(self, crew: Crew, rule: SplitRule) -> None:
-        """Do what is left of the work; return when it is sealed, whoever has done that.
-
-        Raises:
-            ValueError: Impossible options or damaged staging.
-        """
-        sealed = crew.work / "corpus.json"
-        if sealed.exists():
-            return
-        try:
-            staged = open_used(self.corpus, self.inputs, rule)
-            earlier = None
-            if (crew.work / EARLIER).is_dir():
-                earlier = earlier_parts(self.corpus, read_catalogue(crew.work / EARLIER))
-            build = Build(
-                crew, inputs=self.inputs, staged=staged, rule=rule, codec=self.codec,
-                near=self.near, earlier=earlier,
-            )  # fmt: skip
-            build.make_products()
-            # Never twice: another process may be moving what it lists.
-            crew.run("seal", [0], lambda _: None if sealed.exists() else seal(build, self.pending))
-        except (OSError, ValueError) as error:
-            # Others were faster, and move or have removed what this process was about to read.
-            if crew.work.is_dir() and not sealed.exists():
-                with crew.damage_ends_the_work():
-                    raise error
+    Raises:
+        ValueError: Impossible options or damaged staging.
+    """
+    sealed = crew.work / "corpus.json"
+    if sealed.exists():
+        return
+    try:
+        staged = open_used(job.corpus, job.inputs, rule)
+        earlier = None
+        if (crew.work / EARLIER).is_dir():
+            earlier = earlier_parts(job.corpus, read_catalogue(crew.work / EARLIER))
+        build = Build(
+            crew, inputs=job.inputs, staged=staged, rule=rule, codec=job.codec,
+            near=job.near, earlier=earlier,
+        )  # fmt: skip
+        build.make_products()
+        # Never twice: another process may be moving what it lists.
+        crew.run("seal", [0], lambda _: None if sealed.exists() else seal(build, job.pending))
+    except (OSError, ValueError) as error:
+        # Others were faster, and move or have removed what this process was about to read.
+        if crew.work.is_dir() and not sealed.exists():
+            with crew.damage_ends_the_work():
+                raise error
 
 
 def _as_one_command(
-    job: _Job, members: range, progress: Progress | None, *, again: bool
+    job: Job, members: range, progress: Progress | None, *, again: bool
 ) -> dict[str, Any]:
     """Make the corpus, or continue that, with no other command beside; `again` if it is there."""
     with alone_in_corpus(job.corpus), tempfile.TemporaryFile() as local:
         # All processes are on this machine, whose own folder has locks; without a name, the file is
         # gone after a kill, too.
         job.lock = Path(f"/proc/self/fd/{local.fileno()}")
-        if (catalogue := job.finished()) is not None:
-            return catalogue
-        job.read()
-        rule = job.rule()
-        # One corpus is made again, as it was asked for; a list of parts with nothing new stays.
-        if (not again or job.has_parts) and (job.is_finished(rule) or job.restate(rule)):
-            clear(job.corpus)
-            remove_unlisted(job.corpus)
+        begun = job.begin(again=again)
+        if begun is None:
             return read_catalogue(job.corpus)
-        work, rule = job.open(rule)
+        work, rule = begun
         try:
             with _others(job, work, rule, members[1:], len(members)):
-                crew = job.crew(work, 0, len(members), progress)
+                crew = _crew(job, work, 0, len(members), progress)
                 try:
-                    job.work_through(crew, rule)
+                    _work_through(job, crew, rule)
                 finally:
                     crew.close()
             if not work.is_dir():
@@ -374,37 +206,29 @@ def _as_one_command(
         return catalogue
 
 
-def _as_task(
-    job: _Job, members: range, n_members: int, progress: Progress | None
-) -> dict[str, Any]:
+def _as_task(job: Job, members: range, n_members: int, progress: Progress | None) -> dict[str, Any]:
     """Do a share of the work, and what others leave; return when the corpus is there."""
-    job.read()
 
     def begin() -> dict[str, Any]:
-        job.inputs.check_documents()
-        if job.finished() is not None:
-            return {"call": job.call, "work": None}
-        rule = job.rule()
-        if job.is_finished(rule) or job.restate(rule):
-            clear(job.corpus)
-            remove_unlisted(job.corpus)
-            return {"call": job.call, "work": None}
-        work, rule = job.open(rule)
-        made = {"codec": job.codec, "near": job.near}
-        return {"call": job.call, "work": work.name, "rule": rule.as_json(), **made}
+        begun = job.begin()
+        if begun is None:
+            return {"options": job.options_hash, "work": None}
+        work, rule = begun
+        made = {"rule": rule.as_json(), "codec": job.codec, "near": job.near}
+        both = {"options": job.options_hash, "inputs": job.inputs_hash}
+        return {**both, "work": work.name, **made}
 
     with tasks_in_corpus(job.corpus, begin) as said:
-        if said["call"] != job.call:
+        same = said["options"] == job.options_hash
+        if same and (said["work"] is None or not work_folder(job.corpus, said["work"]).is_dir()):
+            return read_catalogue(job.corpus)
+        if not same or said["inputs"] != job.inputs_hash:
             raise ValueError(
                 f"{job.corpus}: another finalize, with other options or of other datasets, is at "
                 "work here; wait for it"
             )
-        if said["work"] is None:
-            return read_catalogue(job.corpus)
         work, rule = work_folder(job.corpus, said["work"]), rule_of(said["rule"])
         job.codec, job.near = said["codec"], said["near"]
-        if not work.is_dir():
-            return read_catalogue(job.corpus)
 
         def put_out(_: int) -> None:
             publish(job.corpus, work)
@@ -413,9 +237,9 @@ def _as_task(
             raise WorkIsGone
 
         with suppress(WorkIsGone), _others(job, work, rule, members[1:], n_members):
-            crew = job.crew(work, members[0], n_members, progress)
+            crew = _crew(job, work, members[0], n_members, progress)
             try:
-                job.work_through(crew, rule)
+                _work_through(job, crew, rule)
                 crew.run("publish", [0], put_out)
             finally:
                 crew.close()
@@ -424,7 +248,7 @@ def _as_task(
 
 @contextmanager
 def _others(
-    job: _Job, work: Path, rule: SplitRule, members: range, n_members: int
+    job: Job, work: Path, rule: SplitRule, members: range, n_members: int
 ) -> Iterator[None]:
     """Let more processes do units of the work as long as the block runs.
 
@@ -447,15 +271,15 @@ def _others(
             process.close()
 
 
-def _help(job: _Job, work: Path, rule: SplitRule, member: int, n_members: int) -> None:
+def _help(job: Job, work: Path, rule: SplitRule, member: int, n_members: int) -> None:
     """Run in a process of its own."""
     # Ctrl-C reaches all processes of a terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    crew = job.crew(work, member, n_members, None)
+    crew = _crew(job, work, member, n_members, None)
     try:
-        job.work_through(crew, rule)
+        _work_through(job, crew, rule)
     except WorkIsGone:
         return
     except (ValueError, OSError) as error:
@@ -470,10 +294,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return one line that counts and names the datasets whose ledger has warnings, if any."""
     numbers = {info["dataset_id"]: len(info.get("warnings") or ()) for info in datasets}
@@ -485,16 +305,3 @@ def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> li
         f"{sum(numbers.values())} warnings about {len(found)} of the {len(datasets)} datasets "
         f"used: {', '.join(found[:_MOST_NAMES])}{more}; see: python -m data_prep status {corpus}"
     ]
-
-
-def _pending(corpus: Path, ledger: Sequence[LedgerEntry], *, allow_missing: bool) -> list[Pending]:
-    """Return the datasets that were never converted; they are an error unless allowed."""
-    pending = read_pending(corpus, ledger)
-    if pending and not allow_missing:
-        names = ", ".join(dataset.dataset_id for dataset in pending[:3])
-        raise ValueError(
-            f"{corpus}: {len(pending)} of {len(ledger) + len(pending)} datasets were not converted "
-            f"yet ({names}{', ...' if len(pending) > 3 else ''}): {tasks_to_run(pending)}, or "
-            "finalize with --allow-missing to continue without them"
-        )
-    return pending

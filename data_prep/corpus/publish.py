@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus.growth.part_list import LIST, add_part, is_whole, place_of
-from data_prep.corpus.split_rule import write_rule
+from data_prep.corpus.split.rule import write_rule
 from data_prep.corpus.work_folder import PREFIX
 from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.corpus.location import Location

@@ -26,7 +26,7 @@ from data_prep.corpus.gene_statistics import (
 from data_prep.corpus.growth.part_list import earlier_datasets, growth_warnings, write_list
 from data_prep.corpus.inputs import Inputs
 from data_prep.corpus.near.kept_cells import NearCounts, near_counts
-from data_prep.corpus.splits import SplitPlan
+from data_prep.corpus.split.plan import SplitPlan
 from data_prep.ledger.ledger import origin_of
 from data_prep.ledger.pending import Pending
 from data_prep.source.measured import MEASURED, pack

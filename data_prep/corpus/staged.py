@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.corpus.inputs import Inputs
-from data_prep.corpus.split_rule import SplitRule, in_order_of_arrival
+from data_prep.corpus.split.rule import SplitRule, in_order_of_arrival
 from data_prep.ledger.ledger import LedgerEntry, count_statuses
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.genes import GeneVocabulary

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus.split_rule import RULE_FILE
+from data_prep.corpus.split.rule import RULE_FILE
 from sclong_ds.files.atomic import listed, remove_partials, remove_partials_of
 
 _log = logging.getLogger(__name__)

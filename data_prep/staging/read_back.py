@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
-from data_prep.corpus.splits import read_donors
+from data_prep.corpus.split.plan import read_donors
 from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.files.obs_table import read_obs

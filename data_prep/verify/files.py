@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus.publish import PRODUCTS
-from data_prep.corpus.split_rule import RULE_FILE, read_rule
+from data_prep.corpus.split.rule import RULE_FILE, read_rule
 from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry
 from sclong_ds.corpus.catalogue import PARTS, parts_of, read_catalogue
 from sclong_ds.files.atomic import file_sha256, files_below, listed, read_file

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from data_prep.annotations.columns import Annotations, ColumnPlan, column_of, plan_columns
 from data_prep.corpus.gene_statistics import gene_statistics
-from data_prep.corpus.split_rule import rule_of
-from data_prep.corpus.splits import read_donors
+from data_prep.corpus.split.plan import read_donors
+from data_prep.corpus.split.rule import rule_of
 from data_prep.passes.dedup import Progress, find_duplicates
 from data_prep.verify.files import (
     CATALOGUE,

@@ -42,8 +42,7 @@ def compact(
 
     Raises:
         FileNotFoundError: No such folder, or not finalized.
-        ValueError: Staging that is not there any more, damaged, or another command at work; one of
-            several tasks needs its staging also where there are no parts.
+        ValueError: Staging that is not there any more, damaged, or another command at work.
     """
     corpus = Path(corpus)
     if not (corpus / "ledger").is_dir() and not (corpus / PARTS).is_dir():

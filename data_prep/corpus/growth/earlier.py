@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.corpus.inputs import Inputs
-from data_prep.corpus.split_rule import SplitRule, in_order_of_arrival, rule_of
+from data_prep.corpus.split.rule import SplitRule, in_order_of_arrival, rule_of
 from data_prep.ledger.ledger import ledger_path
 from sclong_ds.corpus.catalogue import (
     ONE_PART_VERSION,

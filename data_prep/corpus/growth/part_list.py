@@ -21,7 +21,7 @@ from typing import Any
 from data_prep.corpus.growth.digests import join_pieces
 from data_prep.corpus.growth.earlier import MANY_PARTS, EarlierParts, digests_name
 from data_prep.corpus.near.kept_cells import NearCounts
-from data_prep.corpus.split_rule import write_rule
+from data_prep.corpus.split.rule import write_rule
 from sclong_ds.corpus.catalogue import (
     PARTS,
     DatasetInfo,

@@ -1,7 +1,7 @@
 """Finalize: nothing lost, no duplicates, honest splits, uniform order, never half done.
 
 Covers also `data_prep/corpus/publish.py`, `data_prep/corpus/build.py`,
-`data_prep/corpus/seal.py` and `data_prep/corpus/staged.py`.
+`data_prep/corpus/job.py`, `data_prep/corpus/seal.py` and `data_prep/corpus/staged.py`.
 """
 
 from __future__ import annotations

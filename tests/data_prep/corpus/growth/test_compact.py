@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,16 @@ def test_compact_makes_what_finalize_makes_of_everything(
     assert sums(folder) == files
     with pytest.raises(FileNotFoundError, match="not finalized"):
         compact(made)
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_where_nothing_is_to_do_the_staging_is_not_read(
+    made: Path, tmp_path: Path, tasks: int | None
+) -> None:
+    folder = grown(made, tmp_path / "grown", ["ab"])
+    for entry in (folder / "ledger").glob("*.json"):
+        entry.write_text("damaged")
+    shutil.rmtree(folder / "staging")
+    files = sums(folder)
+    assert compact(folder, tasks=tasks)["hash"] == Corpus(folder).hash
+    assert sums(folder) == files

@@ -2,7 +2,7 @@
 
 Cells of one donor (or dataset) resemble each other more than cells of another, so a validation set
 that shares donors with the training set overrates a model. The side of a group follows from its
-name by a rule that stays with the corpus (`data_prep.corpus.split_rule`).
+name by a rule that stays with the corpus (`data_prep.corpus.split.rule`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpus.split_rule import (
+from data_prep.corpus.split.rule import (
     SplitOptions,
     SplitRule,
     in_order_of_arrival,

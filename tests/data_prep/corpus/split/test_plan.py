@@ -1,6 +1,6 @@
 """Splits are contiguous, hold out whole groups, move nobody, and say what they cannot do.
 
-Covers also `data_prep/corpus/split_rule.py`.
+Covers also `data_prep/corpus/split/rule.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 from scipy import sparse
 
 from data_prep.corpus.finalize import finalize
-from data_prep.corpus.split_rule import SplitBy, SplitOptions, SplitRule, resolve, rule_of
-from data_prep.corpus.splits import SplitCells, SplitPlan, plan_split
+from data_prep.corpus.split.plan import SplitCells, SplitPlan, plan_split
+from data_prep.corpus.split.rule import SplitBy, SplitOptions, SplitRule, resolve, rule_of
 from data_prep.verify.verify import verify
 from sclong_ds.corpus.catalogue import write_catalogue
 from sclong_ds.corpus.corpus import Corpus
