@@ -21,8 +21,6 @@ import torch
 from torch import Tensor, nn
 
 Products = Literal["precision", "bf16", "fp8"]
-FP8_WIDTH = 16
-"""Divides the widths of 8-bit products on a GPU."""
 _FEWER: tuple[Products, ...] = ("bf16", "fp8")
 
 
@@ -66,11 +64,12 @@ def scaled_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         itself or, far below its row's largest, to a multiple of the format's smallest number.
     """
     limit = torch.finfo(dtype).max
-    largest = x.abs().amax(1, keepdim=True).float()
+    # Few passes over memory: at most widths they take as long as the products save.
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).float()
     # Not 0, where the row is of zeros or of numbers so small that the quotient is.
     scale = (largest / limit).clamp(min=torch.finfo(torch.float32).tiny)
     # The largest entry over its rounded scale may lie above the largest number, which is nan then.
-    return (x.float() / scale).clamp(-limit, limit).to(dtype), scale
+    return (x / scale).clamp_(-limit, limit).to(dtype), scale
 
 
 def fp8_matmul(a: Tensor, b: Tensor, a_dtype: torch.dtype) -> Tensor:

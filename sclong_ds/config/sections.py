@@ -302,8 +302,9 @@ class EngineConfig:
     bf16: with precision=fp32 on a CPU that has AVX512_BF16 or AMX: factors and results are rounded
     to bf16, sums, weights and everything else stay fp32; products are twice as fast. fp8: the large
     encoder's four, forward and the gradient of their input, in 8-bit floats scaled token by token;
-    for GPUs of compute capability 9.0 or newer, but was not run on one; slower on a CPU. An
-    exported model multiplies in fp32, and `plan` does not count what this saves."""
+    for GPUs of compute capability 8.9 or newer, but was not run on one; slower on a CPU. Without
+    compile_layers rounding to 8 bits is predicted to take longer than it saves. An exported model
+    multiplies in fp32. `plan` predicts what it saves."""
     activation_checkpointing: bool
     """Recompute each Performer layer in the backward pass instead of storing its activations."""
     attention_backend: Literal["auto", "triton", "torch"]

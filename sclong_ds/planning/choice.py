@@ -14,14 +14,16 @@ from sclong_ds.config.sections import EngineConfig, ModelConfig, ObjectiveConfig
 from sclong_ds.engine.ds_config import resolve_ds_config
 from sclong_ds.objective.targets import target_count
 from sclong_ds.planning.costs import (
+    Products,
     parameter_counts,
     recompute_flops_per_cell,
+    rounded_sizes,
     stacks,
     training_flops_per_cell,
 )
-from sclong_ds.planning.devices import Device
+from sclong_ds.planning.devices import Device, check_products
 from sclong_ds.planning.memory import Setup, Zero, memory_per_rank, zero_settings
-from sclong_ds.planning.step_time import Site, StepTime, Work, step_time
+from sclong_ds.planning.step_time import FewerBits, Site, StepTime, Work, step_time
 
 IN_MEMORY, OFFLOADED = ("zero3", "zero2", "zero1"), "zero3_offload"
 """The shipped DeepSpeed JSONs."""
@@ -100,7 +102,7 @@ class Chooser:
         site, work = self.site, self.work
         return Setup(
             site.world_size, site.device == "cpu", work.n_genes, work.n_edges,
-            **work.wanted(self.objective),
+            **work.wanted(self.objective), products=self.engine.linear_products,
         )  # fmt: skip
 
     @property
@@ -128,6 +130,7 @@ class Chooser:
                 element_bytes=self.element_bytes,
                 training_flops=flops,
                 recompute_flops=again,
+                fewer_bits=self._fewer_bits(),
             ),
             zero,
             self.device,
@@ -136,6 +139,65 @@ class Chooser:
             step_cells=self.engine.train_batch_size,
             micro_batch=micro_batch,
         )
+
+    def of_fewer_bits(self, zero: Zero) -> dict[str, float]:
+        """Return how many times as fast the step is with products in fewer bits, by overrides.
+
+        Only what the device can do and is meant for it; on a CPU, which emulates 8-bit floats, they
+        are here if they are configured.
+
+        Args:
+            zero: Stage and offloading.
+        """
+        engine, on_cpu = self.engine, self.setup.on_cpu
+        again, micro = engine.activation_checkpointing, engine.train_micro_batch_size_per_gpu
+
+        def step_s(products: Products, *, compiled: bool) -> float:
+            changed = dataclasses.replace(engine, linear_products=products, compile_layers=compiled)
+            other = dataclasses.replace(self, engine=changed)
+            return other.time(zero, recompute=again, micro_batch=micro).step_s
+
+        found = {}
+        wanted: Products = "bf16" if on_cpu else "fp8"
+        for products in dict.fromkeys((wanted, engine.linear_products)):
+            if products == "precision" or not self._can_multiply(products):
+                continue
+            for compiled in (False, True):
+                name = f"engine.linear_products={products}"
+                name += " engine.compile_layers=true" if compiled else ""
+                base = step_s("precision", compiled=compiled)
+                found[name] = base / step_s(products, compiled=compiled)
+        return found
+
+    def _can_multiply(self, products: Products) -> bool:
+        if products == "bf16" and self.engine.precision == "bf16":
+            return False
+        try:
+            self.check_products(products)
+        except ValueError:
+            return False
+        return True
+
+    def check_products(self, products: Products) -> None:
+        """Check that the device can multiply as `engine.linear_products` tells.
+
+        Args:
+            products: The setting.
+
+        Raises:
+            ValueError: It cannot, or no layer would multiply so.
+        """
+        check_products(
+            products, device=self.site.device, on_cpu=self.setup.on_cpu,
+            has_fp8=self.device.fp8_tflops > 0, model=self.model,
+        )  # fmt: skip
+
+    def _fewer_bits(self) -> FewerBits | None:
+        how, work = self.engine.linear_products, self.work
+        if how == "precision":
+            return None
+        sizes = rounded_sizes(self.model, work.n_genes, how, **work.wanted(self.objective))
+        return FewerBits(products=how, sizes=sizes, compiled=self.engine.compile_layers)
 
     def fastest(self) -> Choice | None:
         """Return the fastest setting that fits; None: none does.

@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sclong_ds.config.sections import ModelConfig
+
 USABLE_SHARE = 0.92
 """Share of the device memory that a run may plan with; the rest is lost to fragmentation."""
 GIB = 2**30
@@ -27,12 +29,17 @@ class Device:
     """To the other devices of its node, GB/s in one direction."""
     host_gb_per_s: float
     """To its host's memory, GB/s in one direction."""
+    memory_gb_per_s: float
+    """Of its own memory, GB/s."""
+    fp8_tflops: float = 0.0
+    """Peak of dense products of 8-bit floats, TFLOP/s; 0: it has no units for them."""
     reserve_gib: float = 2.0
     """Taken by the CUDA context, NCCL and cuBLAS, GiB."""
 
     def flops_per_s(self, precision: str) -> float:
-        """Return the peak, FLOP/s, in `engine.precision`."""
-        return (self.bf16_tflops if precision == "bf16" else self.fp32_tflops) * 1e12
+        """Return the peak, FLOP/s, in `engine.precision`, or in fp8."""
+        peaks = {"fp32": self.fp32_tflops, "bf16": self.bf16_tflops, "fp8": self.fp8_tflops}
+        return peaks[precision] * 1e12
 
     def usable_bytes(self) -> int:
         """Return the memory that tensors may fill."""
@@ -43,16 +50,16 @@ PCIE_4, PCIE_5 = 32.0, 64.0
 """GB/s of 16 lanes in one direction."""
 
 DEVICES: Mapping[str, Device] = {
-    "a100": Device(79.1, 312, 19.5, 300, PCIE_4),
-    "a100_40gb": Device(39.4, 312, 19.5, 300, PCIE_4),
-    "b200": Device(178.3, 2250, 75, 900, PCIE_5),
-    "h100": Device(79.1, 989, 67, 450, PCIE_5),
-    "h100_pcie": Device(79.1, 756, 51, PCIE_5, PCIE_5),
-    "h200": Device(139.7, 989, 67, 450, PCIE_5),
-    "l40s": Device(44.4, 362, 91.6, PCIE_4, PCIE_4),
-    "rtx4090": Device(23.5, 165, 82.6, PCIE_4, PCIE_4),
-    "rtx5090": Device(31.4, 209.5, 104.8, PCIE_5, PCIE_5),
-    "rtx_pro_6000": Device(95.0, 503.8, 126, PCIE_5, PCIE_5),
+    "a100": Device(79.1, 312, 19.5, 300, PCIE_4, 2039),
+    "a100_40gb": Device(39.4, 312, 19.5, 300, PCIE_4, 1555),
+    "b200": Device(178.3, 2250, 75, 900, PCIE_5, 8000, fp8_tflops=4500),
+    "h100": Device(79.1, 989, 67, 450, PCIE_5, 3350, fp8_tflops=1979),
+    "h100_pcie": Device(79.1, 756, 51, PCIE_5, PCIE_5, 2000, fp8_tflops=1513),
+    "h200": Device(139.7, 989, 67, 450, PCIE_5, 4800, fp8_tflops=1979),
+    "l40s": Device(44.4, 362, 91.6, PCIE_4, PCIE_4, 864, fp8_tflops=733),
+    "rtx4090": Device(23.5, 165, 82.6, PCIE_4, PCIE_4, 1008, fp8_tflops=330),
+    "rtx5090": Device(31.4, 209.5, 104.8, PCIE_5, PCIE_5, 1792, fp8_tflops=419),
+    "rtx_pro_6000": Device(95.0, 503.8, 126, PCIE_5, PCIE_5, 1792, fp8_tflops=1007.6),
 }
 """Accelerators, SXM form unless named otherwise; peaks from NVIDIA's data sheets, of products whose
 sums are in fp32, dense. NVLink where the form has it, else PCIe."""
@@ -73,7 +80,12 @@ data sheet's 16, since the clock falls."""
 CPU_BF16_WITHOUT = 0.2
 """The same where it does not and each product is converted; measured on an AVX2 machine."""
 CPU_LINK_GB_PER_S = 10.0
-"""Between processes of one machine, through its memory."""
+"""Between processes of one machine, through its memory; also what a core reads and writes."""
+
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which torch multiplies 8-bit floats that are scaled row by row."""
+FP8_WIDTH = 16
+"""Divides the widths of such products on a GPU."""
 
 
 def find_device(name: str, *, ranks_per_node: int) -> Device:
@@ -110,7 +122,50 @@ def cpu_rank(instruction_sets: Collection[str], cores: float, memory_gib: float)
     ratios = [ratio for name, ratio in CPU_BF16_RATIO.items() if name in instruction_sets]
     bf16 = tflops * max(ratios, default=CPU_BF16_WITHOUT)
     link = CPU_LINK_GB_PER_S
-    return Device(memory_gib, bf16, tflops, link, link, reserve_gib=0.7)
+    return Device(memory_gib, bf16, tflops, link, link, link * cores, reserve_gib=0.7)
+
+
+def check_products(
+    products: str, *, device: str, on_cpu: bool, has_fp8: bool, model: ModelConfig
+) -> None:
+    """Check that a device can multiply as `engine.linear_products` tells.
+
+    Args:
+        products: `engine.linear_products`.
+        device: Its name, for the message.
+        on_cpu: Whether it is this machine's CPU.
+        has_fp8: Whether it is a GPU with units for 8-bit floats.
+        model: The `model` section.
+
+    Raises:
+        ValueError: It cannot, or no layer would multiply so.
+    """
+    if products == "bf16" and not (on_cpu and multiplies_bf16()):
+        raise ValueError(
+            f"engine.linear_products=bf16 is for CPUs with AVX512_BF16 or AMX: this is {device}; "
+            "set it to precision"
+        )
+    if products != "fp8":
+        return
+    if model.contextual_encoder == "mini":
+        raise ValueError(
+            "engine.linear_products=fp8 is of the large encoder, which this model lacks: set it to "
+            "precision"
+        )
+    if on_cpu:  # emulated
+        return
+    if not has_fp8:
+        raise ValueError(
+            "engine.linear_products=fp8 needs a GPU of compute capability "
+            f"{'.'.join(map(str, FP8_CAPABILITY))} or newer: this is {device}; set it to precision"
+        )
+    large = model.large_encoder
+    widths = {model.large_dim, large.heads * large.dim_head, large.ff_mult * model.large_dim}
+    if odd := sorted(width for width in widths if width % FP8_WIDTH):
+        raise ValueError(
+            f"engine.linear_products=fp8 needs widths that {FP8_WIDTH} divides: the large "
+            f"encoder has {', '.join(map(str, odd))}; set it to precision"
+        )
 
 
 def multiplies_bf16() -> bool:

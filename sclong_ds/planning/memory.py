@@ -13,8 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sclong_ds.config.sections import ModelConfig
-from sclong_ds.planning.costs import parameter_shapes, peak_activation_bytes, stacks
+from sclong_ds.config.sections import COUNT_OFFSETS, POISSON_COUNTS, ModelConfig, PerformerConfig
+from sclong_ds.planning.costs import (
+    FAVOR_BLOCK,
+    Products,
+    parameter_shapes,
+    read_tokens,
+    rounds,
+    stacks,
+    top_genes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,8 @@ class Setup:
     """Expected number of expressed genes of a cell (`model.routing: expressed`)."""
     n_wanted: int | None = None
     """Predicted genes of a cell; None: all."""
+    products: Products = "precision"
+    """`engine.linear_products`."""
 
 
 def zero_settings(ds_config: Mapping[str, Any]) -> Zero:
@@ -166,6 +176,7 @@ def memory_per_rank(
             recompute=recompute,
             n_expressed=setup.n_expressed,
             n_wanted=setup.n_wanted,
+            products=setup.products,
         ),
         # One group's gradients in fp32, flattened, and in stage 1 those in the model's precision.
         optimizer_step=0 if to_host else (6 if zero.stage == 1 and e == 2 else 4) * group,
@@ -243,3 +254,208 @@ def largest_micro_batch(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def activation_bytes(
+    model: ModelConfig,
+    n_genes: int,
+    *,
+    element_bytes: int,
+    recompute: bool,
+    n_expressed: int | None = None,
+    n_wanted: int | None = None,
+    products: Products = "precision",
+) -> dict[str, int]:
+    """Return what autograd keeps of one cell from forward to backward, by part.
+
+    Per token of a layer: inputs of both norms (W each), of the linear layers (W, I, W, F)
+    and of GELU (F), q, k and v (3 I), and two fp32 statistics per norm; softmax attention also
+    keeps the logarithm of each row's sum (H, fp32), FAVOR+ sums over the keys. With recompute the
+    layer's input alone (W). With products in fewer bits linear layers keep their inputs in bf16.
+    The last decoder layer counts as if all tokens were wanted.
+
+    Args:
+        model: The `model` section.
+        n_genes: Number of genes G.
+        element_bytes: 2 for bf16, 4 for fp32.
+        recompute: Whether activation checkpointing is on.
+        n_expressed: Expected number of expressed genes of a cell.
+        n_wanted: Predicted genes P; None: all.
+        products: `engine.linear_products`.
+
+    Returns:
+        Bytes per cell; the split between cells is exact in fp32 for micro-batches above 1.
+    """
+    e, c, top = element_bytes, model.base_dim, top_genes(model, n_expressed)
+    wanted, stats = n_genes if n_wanted is None else n_wanted, 8
+    n, some = read_tokens(model, n_genes, n_expressed), model.zero_genes is not None
+    given = n if some else n_genes + model.pad_token
+    parts = {
+        # The values and the mask as the model reads them; the error and its weights.
+        "batch_and_loss": (4 + 1) * given + (4 + 1) * wanted + (2 * n if e == 2 else 0),
+        "expression_encoder": n * (model.expression_hidden * e + c * e + stats),
+        "norm": n * (c * e + stats),
+        "head": _head_bytes(model, n_genes, n_wanted, e),
+    }
+    parts, packed = parts | _cell_parts(model, n_genes, wanted, e), model.routing == "expressed"
+    if model.contextual_encoder != "mini":
+        # Two int64 permutations, the top genes that to_large reads: of packed cells a view.
+        view = packed and model.contextual_encoder == "large"
+        parts["order"] = given * 16 + (n if view else top) * c * e
+        parts["to_large"] = top * (model.large_dim * e + stats)
+        parts["from_large"] = top * ((model.large_dim + c) * e + stats)
+    for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
+        layer, sums = width * e, 0
+        if not recompute:
+            layer = _layer_bytes(model, name, stack, width, e, products)
+            sums = _favor_sums_bytes(model, stack)
+        parts[name] = stack.depth * (tokens * layer + sums)
+    if some:
+        parts["read_genes"] = 8 * (n + wanted)  # each token's gene, the token of a wanted gene
+    if model.contextual_encoder == "dual" and not packed:
+        # The first input of the mini encoder is a view of the ordered cells, kept whole.
+        parts["order"] += top * c * e
+    return parts
+
+
+def _head_bytes(model: ModelConfig, n_genes: int, n_wanted: int | None, e: int) -> int:
+    """Return what the head keeps of a cell, bytes."""
+    wanted, c = n_genes if n_wanted is None else n_wanted, model.base_dim
+    kept = wanted * c * e * (3 if model.head == "mlp" else 1)
+    if model.cell_vector != "none" and n_wanted is not None:
+        kept += wanted * c * max(e, 4)  # a copy of the weights of these genes, in fp32
+    return kept + _offset_bytes(model, n_genes, wanted)
+
+
+def _offset_bytes(model: ModelConfig, n_genes: int, wanted: int) -> int:
+    """Return what `model.cell_offset` keeps of a cell, bytes, in fp32 at least."""
+    if model.cell_offset == "visible":
+        return n_genes + 8  # which values are visible, and their number
+    if model.cell_offset in COUNT_OFFSETS:
+        # Of a negative binomial count also what the gamma functions and the dispersion need.
+        counts = 4 * POISSON_COUNTS * (1 if model.cell_offset == "poisson" else 3)
+        # The chance of each count, and what else the expected value needs; of the cell the values
+        # of counts, and half a count's.
+        return wanted * (counts + 5 * 4 + 1) + counts + 4
+    return 0
+
+
+def _cell_parts(model: ModelConfig, n_genes: int, wanted: int, e: int) -> dict[str, int]:
+    """Return what the parts that read the cell as a whole keep of it, bytes."""
+    parts = {}
+    if model.cell_vector != "none":
+        parts["cell_vector"] = _cell_vector_bytes(model, n_genes, e)
+    if model.zero_head:
+        # In fp32 a copy of the weights and slopes of these genes, and the log depth.
+        parts["zero_head"] = wanted * (model.base_dim + 1) * 4 + 4
+    return parts
+
+
+def _cell_vector_bytes(model: ModelConfig, n_genes: int, e: int) -> int:
+    """Return what `model.cell_vector` keeps of a cell, bytes."""
+    # In fp32: which values are visible, unless the offset keeps it already; values less their
+    # centres; the MLP's inputs and result, of which two are twice as wide.
+    e = max(e, 4)
+    visible = 0 if model.cell_offset == "visible" else n_genes
+    return visible + n_genes * e + 7 * model.base_dim * e + 8
+
+
+def _layer_bytes(
+    model: ModelConfig, name: str, stack: PerformerConfig, width: int, e: int, products: Products
+) -> int:
+    """Return what one token of one layer keeps without recompute, bytes."""
+    inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
+    exact, joined = model.attention_of(stack) == "softmax", _joined_width(model, name, stack)
+    row_sums = 4 * stack.heads if exact else 0
+    of_linears = e * (2 * width + inner + wide)
+    if rounds(products, name):
+        # In bf16; exact attention keeps its output too, which is not what is rounded.
+        own = e * inner if exact and not joined and e > 2 else 0
+        of_linears = 2 * (2 * width + inner + wide) + own
+    return of_linears + e * (2 * width + 3 * inner + wide + joined) + 16 + row_sums
+
+
+def _joined_width(model: ModelConfig, name: str, stack: PerformerConfig) -> int:
+    """Return the width of the outputs of softmax attention where those of packed cells are joined.
+
+    With `model.routing: expressed` the decoder's cells are packed only with `model.zero_genes`.
+    """
+    packed = model.routing == "expressed" and (name != "decoder" or model.zero_genes is not None)
+    joined = packed and model.attention_of(stack) == "softmax"
+    return stack.heads * stack.dim_head if joined else 0
+
+
+def _favor_sums_bytes(model: ModelConfig, stack: PerformerConfig) -> int:
+    """Return what the torch backend of FAVOR+ keeps of a cell's keys: `favor_torch.Summary`."""
+    m, k = stack.features(), stack.dim_head
+    return (
+        0 if model.attention_of(stack) == "softmax" else stack.heads * (4 * (k + m * k + m + 2) + 8)
+    )
+
+
+def _favor_block_bytes(stack: PerformerConfig, tokens: int) -> int:
+    """Return what the torch backend of FAVOR+ works in: a block of rows, and its heads' sums."""
+    m, k = stack.features(), stack.dim_head
+    rows = min(stack.heads * tokens, FAVOR_BLOCK // (4 * m))
+    return 4 * (rows * (3 * m + 2 * k) + 2 * stack.heads * m * (k + 2))
+
+
+def peak_activation_bytes(
+    model: ModelConfig,
+    n_genes: int,
+    *,
+    micro_batch: int,
+    element_bytes: int,
+    recompute: bool,
+    n_expressed: int | None = None,
+    n_wanted: int | None = None,
+    products: Products = "precision",
+) -> int:
+    """Predict the peak of activations and working memory in one pass with the plain torch kernels.
+
+    Three moments can be the highest: the start of the backward pass; in that of a layer, its
+    feed-forward block (gradients on both sides of GELU) or its attention (q, k, v and their
+    gradients of all cells; for FAVOR+ also a block of rows in fp32, with three times its features).
+
+    Args:
+        model: The `model` section.
+        n_genes: Number of genes G.
+        micro_batch: Cells per forward pass.
+        element_bytes: 2 for bf16, 4 for fp32.
+        recompute: Whether activation checkpointing is on.
+        n_expressed: Expected number of expressed genes of a cell.
+        n_wanted: Predicted genes P; None: all.
+        products: `engine.linear_products`.
+    """
+    e = element_bytes
+    kept = activation_bytes(
+        model,
+        n_genes,
+        element_bytes=e,
+        recompute=recompute,
+        n_expressed=n_expressed,
+        n_wanted=n_wanted,
+        products=products,
+    )
+    stored = sum(kept.values())
+    # The gradients of the predictions and of what they are made from: all else is still kept.
+    wanted = n_genes if n_wanted is None else n_wanted
+    counts = 2 * 4 * POISSON_COUNTS if model.cell_offset in COUNT_OFFSETS else 0
+    peak = micro_batch * (stored + wanted * (4 + model.base_dim * e + counts))
+    for name, (stack, width, tokens) in stacks(model, n_genes, n_expressed).items():
+        inner, wide = stack.heads * stack.dim_head, stack.ff_mult * width
+        # Freed before: the head. Counted again: what this layer itself keeps, except its input.
+        joined = _joined_width(model, name, stack)
+        layer = _layer_bytes(model, name, stack, width, e, products)
+        own = 0 if recompute else tokens * (layer - width * e)
+        others = stored - kept["head"] - own
+        feed_forward = e * tokens * (4 * width + 4 * inner + joined + 3 * wide)
+        attention = e * tokens * (3 * width + 7 * inner + joined)
+        favor = model.attention_of(stack) == "favor"
+        one_block = _favor_block_bytes(stack, tokens) if favor else 0
+        peak = max(
+            peak,
+            micro_batch * (others + feed_forward),
+            micro_batch * (others + attention) + one_block,
+        )
+    return peak

@@ -34,7 +34,6 @@ from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
 from sclong_ds.planning.arguments import SCLONG_CELLS
 from sclong_ds.planning.choice import Chooser, Workload
 from sclong_ds.planning.costs import (
-    activation_bytes,
     backward_flops_per_cell,
     flops_per_cell,
     parameter_counts,
@@ -44,6 +43,7 @@ from sclong_ds.planning.devices import find_device
 from sclong_ds.planning.loading import as_plan, loading, read_rate, sampling
 from sclong_ds.planning.memory import (
     Zero,
+    activation_bytes,
     largest_micro_batch,
     memory_per_rank,
     zero_settings,
@@ -70,7 +70,8 @@ def make_plan(
         What `--json` prints: sizes in bytes, times in seconds or hours.
 
     Raises:
-        ValueError: Unknown device or ZeRO stage, or more top genes than genes.
+        ValueError: Unknown device or ZeRO stage, more top genes than genes, or products that the
+            device lacks.
     """
     model, genes = config.model, work.n_genes
     if model.contextual_encoder != "mini" and model.top_seq_len >= genes:
@@ -80,6 +81,7 @@ def make_plan(
     device = find_device(site.device, ranks_per_node=site.gpus_per_node)
     zero, engine = zero_settings(ds_config), config.engine
     chooser = Chooser(model, engine, config.objective, site, device, work)
+    chooser.check_products(engine.linear_products)
     cell = work.wanted(config.objective)
     parameters, steps = _with_total(parameter_counts(model, genes)), config.run.max_steps
     batch = [key for key in ds_config if "batch_size" in key or "accumulation" in key]
@@ -104,6 +106,7 @@ def make_plan(
         )
         | _schedule_plan(config.optim, max_steps=steps),
         "fastest": _fastest_plan(chooser, max_steps=steps),
+        "linear_products": _products_plan(chooser, zero),
         "checkpoint": _checkpoint_plan(
             config.checkpoint,
             parameters["total"],
@@ -112,6 +115,12 @@ def make_plan(
             max_steps=steps,
         ),
     }
+
+
+def _products_plan(chooser: Chooser, zero: Zero) -> dict[str, Any]:
+    """Return `engine.linear_products`, and how many times as fast products in fewer bits are."""
+    configured = chooser.engine.linear_products
+    return {"configured": configured, "times_as_fast": chooser.of_fewer_bits(zero)}
 
 
 def _fastest_plan(chooser: Chooser, *, max_steps: int) -> dict[str, Any] | None:
@@ -150,6 +159,7 @@ def _memory_plan(chooser: Chooser, zero: Zero) -> dict[str, Any]:
             recompute=recompute,
             n_expressed=setup.n_expressed,
             n_wanted=setup.n_wanted,
+            products=setup.products,
         )
         cells = engine.train_batch_size // setup.world_size
         return {

@@ -2,15 +2,18 @@
 
 A GPU waits for Python where starting a layer takes longer than running it, and for its links where
 gathering weights does. The three run side by side, so the longest counts; what DeepSpeed does not
-overlap is added. A prediction: nothing here was measured on a GPU.
+overlap is added. Products in fewer bits (`engine.linear_products`) save what matrix products of
+that size take less of, and cost what rounding their factors moves through memory. A prediction:
+nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from sclong_ds.planning.costs import Products, Rounded
 from sclong_ds.planning.devices import Device
 from sclong_ds.planning.memory import Zero
 
@@ -27,8 +30,71 @@ LINK_SHARE = 0.8
 """Share of a link's peak that collectives reach."""
 HOST_MEMORY_GB_PER_S = 200.0
 """Of a node, for optimizer steps on its CPUs."""
+GEMM_SHARE = 0.65
+"""Share of its peak that a matrix product of the large encoder reaches; assumed."""
 ADAM_BYTES = 28
 """That an optimizer step on a CPU moves per parameter: gradient, weight and moments, in fp32."""
+
+
+class Rounding(NamedTuple):
+    """How often a step with products in fewer bits touches what `costs.Rounded` counts."""
+
+    products: int
+    """Of the three of a linear layer (output, gradients of input and weight), in fewer bits."""
+    element_bytes: int
+    """Moved to round the inputs and the outputs' gradients, for each input and output."""
+    weight_bytes: int
+    """Moved to round the weights, in both passes, and their gradients."""
+
+
+def rounding(products: Products, *, compiled: bool) -> Rounding:
+    """Return how often, and how much of it, factors are rounded.
+
+    Counted from `kernels/linear_products.py`: in bf16 a copy of each factor and result there and
+    back (6 bytes each); in fp8 of a bf16 model, operator by operator, the largest of each row,
+    scaling, clamping and rounding (21 bytes), which a compiled layer does in two passes (5 bytes).
+
+    Args:
+        products: `engine.linear_products`.
+        compiled: `engine.compile_layers`.
+    """
+    if products == "bf16":
+        return Rounding(3, 12, 18)
+    once = 5 if compiled else 21
+    return Rounding(2, once, 2 * once)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewerBits:
+    """Linear layers whose products are in fewer bits than the rest."""
+
+    products: Literal["bf16", "fp8"]
+    sizes: Rounded
+    compiled: bool
+    """`engine.compile_layers`."""
+
+    def saves_s(
+        self, device: Device, *, precision: str, mfu: float, micro_batch: int, forwards: int
+    ) -> float:
+        """Return the seconds that they save of a micro-batch; below 0, they cost them.
+
+        Args:
+            device: A rank's; one without units for 8-bit floats multiplies them as `precision`.
+            precision: `engine.precision`.
+            mfu: Utilisation while a rank computes.
+            micro_batch: Cells of a forward pass.
+            forwards: 2 where the forward pass is repeated, else 1.
+        """
+        how, sizes = rounding(self.products, compiled=self.compiled), self.sizes
+        peak = device.flops_per_s(precision)
+        fewer = device.flops_per_s(self.products) or peak
+        flops = micro_batch * sizes.flops * (how.products + forwards - 1)
+        again = 1 + (forwards - 1) / 2
+        moved = again * (
+            micro_batch * sizes.elements * how.element_bytes + sizes.weights * how.weight_bytes
+        )
+        faster = flops * (1 / peak - 1 / fewer) / max(mfu, GEMM_SHARE)
+        return faster - moved / (device.memory_gb_per_s * 1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +129,8 @@ class Work:
     """Of forward and backward of a cell, without what is recomputed."""
     recompute_flops: float
     """That activation checkpointing repeats of a cell; 0 without it."""
+    fewer_bits: FewerBits | None = None
+    """None: all products are in `engine.precision`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +190,12 @@ def step_time(
     world, e, third = site.world_size, work.element_bytes, zero.stage == 3
     recomputed = work.recompute_flops > 0
     flops = micro_batch * (work.training_flops + work.recompute_flops)
+    saved = 0.0
+    if work.fewer_bits is not None:
+        saved = work.fewer_bits.saves_s(
+            device, precision=precision, mfu=site.mfu, micro_batch=micro_batch,
+            forwards=1 + recomputed,
+        )  # fmt: skip
     whole = collective_s(e * work.parameters, device, site)
     share = work.parameters / world
     to_host = device.host_gb_per_s * 1e9 * LINK_SHARE
@@ -133,7 +207,7 @@ def step_time(
         of_node = share * site.gpus_per_node * ADAM_BYTES / (HOST_MEMORY_GB_PER_S * 1e9)
         update += share * (4 + e) / to_host + of_node
     return StepTime(
-        compute_s=flops / (device.flops_per_s(precision) * site.mfu),
+        compute_s=flops / (device.flops_per_s(precision) * site.mfu) - saved,
         host_s=work.layers * HOST_MS_PER_LAYER[third, recomputed] / 1e3,
         links_s=links,
         overlapped=zero.overlap,

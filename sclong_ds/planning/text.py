@@ -122,6 +122,7 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"{time['run_hours']:,.4g} h, {time['run_gpu_hours']:,.4g} {hours}; the learning rate of "
         f"the last step is {time['last_learning_rate_share']:.0%} of optim.lr",
         *([f"  WARNING: {warning}"] if warning else []),
+        *_products_lines(plan),
         f"  the loader of every rank must read and decode "
         f"{time['decoded_cells_per_s_per_rank']:,.4g} cells/s",
         "",
@@ -134,6 +135,20 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         copied = _gib(saved["host_copy_bytes"])
         lines.append(f"  checkpoint.asynchronous: a copy of {copied} GiB in a rank's host memory")
     return lines
+
+
+def _products_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Return what products in fewer bits would save, as far as the device has them."""
+    products = plan["linear_products"]
+    gains = [f"{what} {ratio:.2f}" for what, ratio in products["times_as_fast"].items()]
+    if not gains:
+        return []
+    beside = "not timed on a GPU" if plan["device"]["name"] != "cpu" else "8 bits are emulated here"
+    now = "counted above" if products["configured"] != "precision" else "not counted above"
+    return [
+        "  products in fewer bits than engine.precision, times as fast as without, predicted "
+        f"({beside}; {now}; they change what is trained a little): {', '.join(gains)}"
+    ]
 
 
 def _gib(size: float) -> str:

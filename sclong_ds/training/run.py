@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from kernels.favor_attention import triton_obstacle
-from kernels.linear_products import FP8_WIDTH, Linear
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.sections import EngineConfig, OptimConfig, RunConfig, RunSection
 from sclong_ds.config.strict_yaml import to_yaml
@@ -24,7 +23,7 @@ from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.objective.metrics import bin_labels
-from sclong_ds.planning.devices import multiplies_bf16
+from sclong_ds.planning.devices import FP8_CAPABILITY, check_products
 from sclong_ds.tracking.tracker import Tracker
 from sclong_ds.training.callbacks.callback import Callback, TrainingRun
 from sclong_ds.training.callbacks.calling import Callbacks
@@ -164,7 +163,7 @@ def describe(given: Given, corpus: Corpus, model: ScLong) -> None:
     )  # fmt: skip
     describe_schedule(config.optim, max_steps=config.run.max_steps, warns=ranks.rank == 0)
     log.info("attention: %s", attention_path(e, model, device=ranks.device))
-    check_products(e, model, device=ranks.device)
+    describe_products(e, model, device=ranks.device)
     if ranks.rank == 0 and e.precision == "bf16" and stage == 1 and accumulated > 1:
         log.warning(
             "ZeRO stage 1 adds the gradients of %d micro-steps up in bf16; stages 2 and 3 do in "
@@ -186,40 +185,26 @@ def describe_schedule(config: OptimConfig, *, max_steps: int, warns: bool) -> No
         log.warning("%s", warning)
 
 
-def check_products(engine: EngineConfig, model: ScLong, *, device: torch.device) -> None:
+def describe_products(engine: EngineConfig, model: ScLong, *, device: torch.device) -> None:
     """Check that `engine.linear_products` can run here, and log it where it is set.
 
     Raises:
         ValueError: It cannot, or no layer would multiply so.
     """
-    how = engine.linear_products
-    if how == "precision":
-        return
-    if how == "bf16" and (device.type != "cpu" or not multiplies_bf16()):
-        raise ValueError(
-            f"engine.linear_products=bf16 is for CPUs with AVX512_BF16 or AMX: this is "
-            f"{device_name(device)}; set it to precision"
-        )
-    if how == "fp8" and "large_encoder" not in model.performers():
-        raise ValueError(
-            "engine.linear_products=fp8 is of the large encoder, which this model lacks: set it to "
-            "precision"
-        )
-    if how == "fp8" and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (9, 0):
-            raise ValueError(
-                f"engine.linear_products=fp8 needs a GPU of compute capability 9.0 or newer: got "
-                f"{'.'.join(map(str, capability))}; set it to precision"
-            )
-        layers = [m for m in model.performers()["large_encoder"].modules() if isinstance(m, Linear)]
-        widths = {w for layer in layers for w in (layer.in_features, layer.out_features)}
-        if odd := sorted(w for w in widths if w % FP8_WIDTH):
-            raise ValueError(
-                f"engine.linear_products=fp8 needs widths that {FP8_WIDTH} divides: the large "
-                f"encoder has {', '.join(map(str, odd))}; set it to precision"
-            )
-    log.info("linear layers: products in %s%s", how, "" if how == "bf16" else " (large encoder)")
+    how, on_cpu = engine.linear_products, device.type == "cpu"
+    has_fp8 = (
+        how == "fp8"
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    )
+    check_products(
+        how, device=device_name(device), on_cpu=on_cpu, has_fp8=has_fp8, model=model.config
+    )
+    if how == "bf16":
+        log.info("linear layers: products in bf16")
+    elif how == "fp8":
+        emulated = " (emulated on a CPU, slower)" if on_cpu else ""
+        log.info("linear layers of the large encoder: products in fp8%s", emulated)
 
 
 def attention_path(engine: EngineConfig, model: ScLong, *, device: torch.device) -> str:

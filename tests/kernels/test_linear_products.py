@@ -51,6 +51,23 @@ def test_a_layer_multiplies_as_it_is_told():
     assert not torch.equal(linear(x, w, b, "bf16"), linear(x, w, b, "fp8"))
 
 
+# torch.compile itself makes an instance of the function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("products", FEWER)
+def test_layers_are_traced_without_graph_breaks(products):
+    """As `engine.compile_layers` needs it: on a GPU rounding alone takes too many passes."""
+    traced = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    x, w, b, grad = made()
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+    out = traced(*leaves, products)
+    out.backward(grad)
+    for found, wanted in zip(
+        (out.detach(), *(leaf.grad for leaf in leaves)), results(x, w, b, grad, products),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", HALF_STEP)
 @given(
     seed=st.integers(0, 2**31),

@@ -15,6 +15,7 @@ from kernels.linear_products import Linear
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.model.performer import PerformerLayer
+from sclong_ds.planning import devices
 from sclong_ds.training import run
 from sclong_ds.training.build import set_options
 
@@ -184,44 +185,36 @@ def test_products_in_fewer_bits_change_a_model_little(products):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "device", "bf16", "refused"),
+    ("products", "device", "capability", "said"),
     [
-        (["engine.linear_products=bf16"], "cpu", True, None),
-        (["engine.linear_products=bf16"], "cpu", False, "CPUs with AVX512_BF16 or AMX"),
-        (["engine.linear_products=fp8"], "cpu", False, None),
-        (["engine.linear_products=precision"], "cpu", False, None),
+        ("precision", "cpu", None, ""),
+        ("precision", "cuda", None, ""),  # not asked for
+        ("bf16", "cpu", None, "linear layers: products in bf16"),
+        ("fp8", "cpu", None, "the large encoder: products in fp8 (emulated on a CPU, slower)"),
+        ("fp8", "cuda", (8, 9), "the large encoder: products in fp8"),
+        ("fp8", "cuda", (12, 0), "the large encoder: products in fp8"),
     ],
 )
-def test_products_that_cannot_be_are_refused(overrides, device, bf16, refused, monkeypatch):
-    monkeypatch.setattr(run, "multiplies_bf16", lambda: bf16)
-    config = load_config("sclong_tiny", overrides)
-    given = config.engine, small_model()
-    if refused is None:
-        run.check_products(*given, device=torch.device(device))
-    else:
-        with pytest.raises(ValueError, match=refused):
-            run.check_products(*given, device=torch.device(device))
-
-
-@pytest.mark.parametrize(
-    ("capability", "width", "refused"),
-    [
-        ((8, 9), 32, "capability 9.0"),
-        ((9, 0), 24, "the large encoder has 24;"),
-        ((9, 0), 32, None),
-    ],
-)
-def test_8_bit_products_that_a_gpu_lacks_are_refused(capability, width, refused, monkeypatch):
+def test_a_run_says_how_it_multiplies(products, device, capability, said, monkeypatch, caplog):
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    engine = load_config("sclong_tiny", ["engine.linear_products=fp8"]).engine
+    engine = load_config("sclong_tiny", [f"engine.linear_products={products}"]).engine
     model = small_model()
-    for layer in [m for m in model.large_encoder.modules() if isinstance(m, Linear)]:
-        layer.in_features, layer.out_features = width, 4 * width
-    if refused is None:
-        run.check_products(engine, model, device=torch.device("cuda"))
-    else:
-        with pytest.raises(ValueError, match=refused):
-            run.check_products(engine, model, device=torch.device("cuda"))
+    large = dataclasses.replace(model.config.large_encoder, heads=2, dim_head=16)
+    model.config = dataclasses.replace(model.config, large_dim=32, large_encoder=large)
+    with caplog.at_level("INFO"):
+        run.describe_products(engine, model, device=torch.device(device))
+    assert caplog.text.rstrip().endswith(said)
+    assert bool(caplog.records) == bool(said)
+
+
+def test_a_run_is_refused_8_bit_products_that_its_gpu_lacks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    engine = load_config("sclong_tiny", ["engine.linear_products=fp8"]).engine
+    with pytest.raises(ValueError, match=r"capability 8\.9 or newer: this is NVIDIA A100"):
+        run.describe_products(engine, small_model(), device=torch.device("cuda"))
 
 
 def test_bf16_products_of_a_bf16_model_are_refused():

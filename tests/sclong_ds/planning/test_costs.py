@@ -1,4 +1,7 @@
-"""What follows from the shapes of the model: equal to what torch counts."""
+"""What follows from the shapes of the model: equal to what torch counts.
+
+Also the bytes of activations, of `sclong_ds/planning/memory.py`.
+"""
 
 import functools
 import weakref
@@ -11,18 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from kernels.linear_products import Linear
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import PerformerConfig
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.planning.costs import (
-    activation_bytes,
     backward_flops_per_cell,
     flops_per_cell,
     parameter_counts,
-    peak_activation_bytes,
     recompute_flops_per_cell,
+    rounded_sizes,
     training_flops_per_cell,
 )
+from sclong_ds.planning.memory import activation_bytes, peak_activation_bytes
 
 GENES = 27_874
 
@@ -294,6 +298,64 @@ def test_kept_activations_equal_what_autograd_saves(changes, recompute):
     assert sum(parts.values()) == per_cell
 
 
+FEWER = [
+    *((products, {}) for products in ("bf16", "fp8")),
+    *((products, {"attention": "softmax"}) for products in ("bf16", "fp8")),
+    ("bf16", {"routing": "expressed", "zero_genes": 9}),
+    ("fp8", {"routing": "expressed", "zero_genes": 9, "attention": "softmax"}),
+]
+
+
+def multiplying(net, products):
+    """Let a model multiply as `engine.linear_products` tells."""
+    for name, performer in net.performers().items():
+        here = products != "fp8" or name == "large_encoder"
+        performer.set_products(products if here else "precision")
+    return net
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("products", "changes"), FEWER)
+def test_kept_activations_with_products_in_fewer_bits(products, changes, recompute):
+    model = small(**changes)
+    n_expressed = 7 if model.zero_genes else None
+    net = multiplying(built(model, 37), products)
+    for performer in net.performers().values():
+        performer.recompute = recompute
+    per_cell = (kept_bytes(net, 6, 37, n_expressed) - kept_bytes(net, 2, 37, n_expressed)) / 4
+    cell = {"n_expressed": n_expressed, "products": products}
+    parts = activation_bytes(model, 37, element_bytes=4, recompute=recompute, **cell)
+    assert 0 <= per_cell - sum(parts.values()) <= 12
+
+
+@pytest.mark.parametrize(("products", "changes"), [*FEWER, ("precision", {})])
+@pytest.mark.parametrize("n_wanted", [None, 5])
+def test_sizes_of_what_is_rounded(products, changes, n_wanted):
+    """As the linear layers are called, forward, of three cells."""
+    model, cells = small(**changes), 3
+    net, seen = multiplying(built(model, 37), products), []
+
+    def note(layer, given, out):
+        if layer.products != "precision":
+            outs = out if isinstance(out, tuple) else (out,)
+            inputs = (given[1], given[0]) if len(outs) == 2 else given[:1]
+            for x, y in zip(inputs, outs, strict=True):
+                seen.append((x[..., 0].numel(), x.shape[-1], y.shape[-1]))
+
+    for layer in (m for m in net.modules() if isinstance(m, Linear)):
+        layer.register_forward_hook(note)
+    n_expressed = 7 if model.zero_genes else None
+    x, mask = inputs(cells, 37, n_expressed)
+    positions = None if n_wanted is None else torch.arange(n_wanted).expand(cells, -1)
+    net(x, mask, positions=positions)
+    found = rounded_sizes(model, 37, products, n_expressed=n_expressed, n_wanted=n_wanted)
+    assert cells * found.flops == sum(2 * tokens * i * o for tokens, i, o in seen)
+    assert found.weights == sum(i * o for _, i, o in seen)
+    # Queries count apart from keys and values, though they are mostly projected together.
+    counted = sum(tokens * (i + o) for tokens, i, o in seen)
+    assert counted <= cells * found.elements <= 1.3 * counted
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "changes",
@@ -401,9 +463,12 @@ class PeakBytes(TorchDispatchMode):
         {"cell_offset": "poisson", "gene_bias": True},
         {"cell_offset": "poisson", "gene_bias": True, "routing": "expressed", "zero_genes": 60},
         {"cell_vector": "random", "routing": "expressed", "zero_genes": 60},
+        {"products": "bf16"},
+        {"products": "fp8"},
     ],
 )
 def test_predicted_peak_is_near_the_counted_one(changes, cells, recompute):
+    products = changes.get("products", "precision")
     model = small(
         base_dim=48,
         large_dim=96,
@@ -411,10 +476,10 @@ def test_predicted_peak_is_near_the_counted_one(changes, cells, recompute):
         large_encoder=stack(3, 4, 32, 70, 4),
         mini_encoder=stack(1, 4, 16, 44, 4),
         decoder=stack(2, 4, 16, 160, 4),
-        **changes,
+        **{key: value for key, value in changes.items() if key != "products"},
     )
     n_expressed = None if model.zero_genes is None else 200
-    net, (x, mask) = built(model, 400), inputs(cells, 400, n_expressed)
+    net, (x, mask) = multiplying(built(model, 400), products), inputs(cells, 400, n_expressed)
     for performer in net.performers().values():
         performer.recompute = recompute
     net(x, mask).sum().backward()  # allocates gradients and draws the random features
@@ -429,5 +494,6 @@ def test_predicted_peak_is_near_the_counted_one(changes, cells, recompute):
         element_bytes=4,
         recompute=recompute,
         n_expressed=n_expressed,
+        products=products,
     )
     assert predicted_peak == pytest.approx(counted.peak, rel=0.045)

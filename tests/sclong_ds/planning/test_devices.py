@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from sclong_ds.planning.devices import DEVICES, GIB, cpu_rank, device_of_name, find_device
+from sclong_ds.config.load import load_config
+from sclong_ds.planning import devices
+from sclong_ds.planning.devices import (
+    DEVICES,
+    GIB,
+    check_products,
+    cpu_rank,
+    device_of_name,
+    find_device,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +73,42 @@ def test_a_gpu_keeps_its_memory_and_a_part_of_it_is_usable():
 def test_an_unknown_device_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"--device v100: unknown; known devices are a100, .*cpu"):
         find_device("v100", ranks_per_node=1)
+
+
+def test_devices_with_units_for_8_bits_multiply_twice_as_many():
+    ratios = {name: d.flops_per_s("fp8") / d.flops_per_s("bf16") for name, d in DEVICES.items()}
+    assert {name for name, ratio in ratios.items() if ratio == 0} == {"a100", "a100_40gb"}
+    assert all(ratio == pytest.approx(2, rel=0.03) for ratio in ratios.values() if ratio)
+
+
+@pytest.mark.parametrize(
+    ("products", "place", "overrides", "refused"),
+    [
+        ("precision", "v100", [], None),
+        ("bf16", "cpu", [], None),
+        ("bf16", "old cpu", [], "=bf16 is for CPUs with AVX512_BF16 or AMX: this is old cpu; set"),
+        ("bf16", "h100", [], "=bf16 is for CPUs with AVX512_BF16 or AMX: this is h100; set"),
+        ("fp8", "old cpu", [], None),
+        ("fp8", "h100", [], None),
+        ("fp8", "a100", [], "capability 8.9 or newer: this is a100; set it to precision"),
+        ("fp8", "h100", ["model.large_dim=72"], "the large encoder has 72; set it to precision"),
+        ("fp8", "cpu", ["model.large_dim=72"], None),
+        ("fp8", "h100", ["model.contextual_encoder=mini"], "which this model lacks: set it to"),
+    ],
+)
+def test_products_that_a_device_cannot_compute_are_refused(
+    products: str,
+    place: str,
+    overrides: list[str],
+    refused: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda: place == "cpu")
+    model = load_config("sclong_tiny", overrides).model
+    given = {"device": place, "on_cpu": place.endswith("cpu"), "model": model}
+    has_fp8 = place in DEVICES and DEVICES[place].fp8_tflops > 0
+    if refused is None:
+        check_products(products, has_fp8=has_fp8, **given)
+    else:
+        with pytest.raises(ValueError, match=refused):
+            check_products(products, has_fp8=has_fp8, **given)

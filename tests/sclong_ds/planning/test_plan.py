@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sclong_ds.config.load import load_config
+from sclong_ds.planning import devices
 from sclong_ds.planning.arguments import add_arguments
 from sclong_ds.planning.choice import Workload
 from sclong_ds.planning.costs import flops_per_cell, parameter_counts
@@ -206,6 +207,53 @@ def test_exact_attention_of_the_large_encoder_alone():
     assert saved[0] - saved[1] == 4 * sizes.depth * sizes.features() * sizes.dim_head
 
 
+def test_products_in_8_bits_are_counted_for_gpus_that_have_them():
+    """What they save of arithmetic, less what their rounding takes; said beside where not set."""
+    plans = {
+        how: plan_of("sclong_1b", "engine.compile_layers=true", f"engine.linear_products={how}")
+        for how in ("precision", "fp8")
+    }
+    times = [plan["time"]["micro_batch"]["compute_s"] for plan in plans.values()]
+    assert 1.05 < times[0] / times[1] < 1.5
+    ratio = plans["precision"]["linear_products"]["times_as_fast"]
+    assert ratio == plans["fp8"]["linear_products"]["times_as_fast"]
+    best = "engine.linear_products=fp8 engine.compile_layers=true"
+    steps = [plan["time"]["step_time_s"] for plan in plans.values()]
+    assert ratio[best] == pytest.approx(steps[0] / steps[1])
+    assert ratio["engine.linear_products=fp8"] < 1  # operator by operator
+    for how, counted in (("precision", "not counted above"), ("fp8", "; counted above")):
+        text = format_plan(plans[how], verbose=False)
+        assert "not timed on a GPU" in text
+        assert counted in text
+        assert f"{best} {ratio[best]:.2f}" in text
+    assert plans["precision"]["memory"]["peak_bytes"] == plans["fp8"]["memory"]["peak_bytes"]
+    none = plan_of("sclong_1b", device="a100")
+    assert none["linear_products"]["times_as_fast"] == {}
+    assert "fewer bits" not in format_plan(none, verbose=False)
+
+
+@pytest.mark.parametrize(("bf16", "faster"), [(True, True), (False, False)])
+def test_products_on_a_cpu(bf16, faster, monkeypatch):
+    sets = {"avx512f", "avx512_bf16"} if bf16 else {"avx512f"}
+    monkeypatch.setattr(devices, "_instruction_sets", lambda: frozenset(sets))
+    site = {"nodes": 1, "gpus_per_node": 1, "device": "cpu"}
+    fp32 = ("sclong_1b", "engine.precision=fp32")
+    plain = plan_of(*fp32, **site)
+    emulated = plan_of(*fp32, "engine.linear_products=fp8", **site)
+    assert emulated["time"]["step_time_s"] > plain["time"]["step_time_s"]
+    assert "8 bits are emulated here" in format_plan(emulated, verbose=False)
+    if not faster:
+        with pytest.raises(ValueError, match="AVX512_BF16 or AMX: this is cpu"):
+            plan_of(*fp32, "engine.linear_products=bf16", **site)
+        assert plain["linear_products"]["times_as_fast"] == {}
+        return
+    rounded = plan_of(*fp32, "engine.linear_products=bf16", **site)
+    ratio = plain["time"]["step_time_s"] / rounded["time"]["step_time_s"]
+    assert 1.1 < ratio < 2
+    assert plain["linear_products"]["times_as_fast"]["engine.linear_products=bf16"] == ratio
+    assert rounded["memory"]["peak_bytes"] < 0.95 * plain["memory"]["peak_bytes"]
+
+
 def test_says_when_it_does_not_fit():
     plan = plan_of("sclong_1b", device="rtx4090")
     assert plan["memory"]["fits"] is False
@@ -291,6 +339,10 @@ def test_graph_of_the_configuration_is_counted(tmp_path, capsys):
         (
             ("engine.train_batch_size=96",),
             r"got 96, must be a multiple of .*_per_gpu 4 x 16 ranks",
+        ),
+        (
+            ("--device", "a100", "engine.linear_products=fp8"),
+            r"linear_products=fp8 needs a GPU of compute capability 8.9 or newer: this is a100",
         ),
         (("model.top_seq_len=27874",), r"model.top_seq_len: got 27874, must be below .* 27874"),
     ],

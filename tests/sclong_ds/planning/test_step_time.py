@@ -6,13 +6,16 @@ import dataclasses
 
 import pytest
 
+from sclong_ds.planning.costs import Rounded
 from sclong_ds.planning.devices import Device
 from sclong_ds.planning.memory import zero_settings
 from sclong_ds.planning.step_time import (
     ADAM_BYTES,
+    GEMM_SHARE,
     HOST_MEMORY_GB_PER_S,
     HOST_MS_PER_LAYER,
     LINK_SHARE,
+    FewerBits,
     Site,
     StepTime,
     Work,
@@ -20,7 +23,8 @@ from sclong_ds.planning.step_time import (
     step_time,
 )
 
-DEVICE = Device(80, bf16_tflops=1000, fp32_tflops=50, link_gb_per_s=400, host_gb_per_s=50)
+DEVICE = Device(80, bf16_tflops=1000, fp32_tflops=50, link_gb_per_s=400, host_gb_per_s=50,
+                memory_gb_per_s=2000, fp8_tflops=2000)  # fmt: skip
 SITE = Site(nodes=2, gpus_per_node=8, device="h100", mfu=0.5, network_gbit=800)
 WORK = Work(parameters=10**9, layers=40, element_bytes=2, training_flops=30e12, recompute_flops=0.0)
 
@@ -34,6 +38,48 @@ def test_arithmetic_is_flops_over_what_is_reached():
     assert predicted(3).compute_s == pytest.approx(4 * 30e12 / (0.5 * 1000e12))
     again = dataclasses.replace(WORK, recompute_flops=10e12)
     assert predicted(3, work=again).compute_s == pytest.approx(4 * 40e12 / (0.5 * 1000e12))
+
+
+SIZES = Rounded(flops=int(8e12), elements=10**9, weights=10**8)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "recomputed", "products", "moved"),
+    [
+        # Of three products two are in fp8, of the repeated forward pass one more.
+        (False, False, 2, 21 * (4e9 + 2e8)),
+        (True, False, 2, 5 * (4e9 + 2e8)),
+        (True, True, 3, 1.5 * 5 * (4e9 + 2e8)),
+    ],
+)
+def test_fewer_bits_save_arithmetic_and_cost_memory_traffic(
+    compiled: bool, recomputed: bool, products: int, moved: float
+):
+    plain = dataclasses.replace(WORK, recompute_flops=10e12 * recomputed)
+    fewer = FewerBits(products="fp8", sizes=SIZES, compiled=compiled)
+    times = [
+        predicted(1, work=dataclasses.replace(plain, fewer_bits=how)).compute_s
+        for how in (None, fewer)
+    ]
+    faster = products * 4 * 8e12 * (1 / 1000e12 - 1 / 2000e12) / GEMM_SHARE
+    assert times[0] - times[1] == pytest.approx(faster - moved / 2000e9)
+
+
+def test_where_nothing_multiplies_8_bits_they_only_cost():
+    fewer = FewerBits(products="fp8", sizes=SIZES, compiled=True)
+    without = dataclasses.replace(DEVICE, fp8_tflops=0.0)
+    saved = [
+        fewer.saves_s(device, precision="bf16", mfu=0.4, micro_batch=4, forwards=1)
+        for device in (DEVICE, without)
+    ]
+    assert saved[0] > 0 > saved[1]
+
+
+def test_bf16_products_of_an_fp32_model_count_all_three():
+    fewer = FewerBits(products="bf16", sizes=SIZES, compiled=False)
+    saved = fewer.saves_s(DEVICE, precision="fp32", mfu=0.9, micro_batch=1, forwards=1)
+    faster = 3 * 8e12 * (1 / 50e12 - 1 / 1000e12) / 0.9
+    assert saved == pytest.approx(faster - (12 * 1e9 + 18 * 1e8) / 2000e9)
 
 
 def test_python_follows_the_layers_the_stage_and_what_is_recomputed():
