@@ -168,6 +168,11 @@ def predict(
         FileNotFoundError: No such model or path.
         ValueError: A model that was not fine-tuned, or what `embed` refuses.
     """
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"got {type(model).__name__}; give the folder of the model, or its address: "
+            "what predicts lies there beside the weights"
+        )
     folder = model_folder(model if str(model).startswith((HUB, *WEB)) else Path(model))
     head = read_head(folder)
     if head is None:
@@ -200,7 +205,12 @@ def opened_cells(
 
     Raises:
         TypeError: A name that is not in `Reading`.
+        ValueError: No model.
     """
+    if not isinstance(model, ScLong):
+        raise ValueError(
+            f"got {type(model).__name__} as the model; give what sclong_ds.load_model returns"
+        )
     unknown = sorted(reading.keys() - Reading.__annotations__.keys())
     if unknown:
         allowed = ", ".join(Reading.__annotations__)

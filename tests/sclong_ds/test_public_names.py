@@ -93,6 +93,17 @@ def test_embed_gives_a_row_a_cell_and_leaves_the_input_as_it_is(cells: anndata.A
         embed(model, table + 0.25)
 
 
+def test_what_is_no_model_is_told_in_words(cells: anndata.AnnData) -> None:
+    model = load_model(MODEL / "model")
+    for call in (embed, lambda m, c: align(c, m), lambda m, c: evaluate(m, c, label="kind")):
+        with pytest.raises(ValueError, match=r"got str as the model; .*load_model"):
+            call(str(MODEL / "model"), cells)
+        with pytest.raises(ValueError, match="got AnnData as the model"):
+            call(cells, model)
+    with pytest.raises(ValueError, match="got ScLong; give the folder of the model"):
+        sclong_ds.predict(model, cells)
+
+
 def test_align_gives_the_order_of_the_model_and_what_it_reads(cells: anndata.AnnData) -> None:
     model = load_model(MODEL / "model")
     shuffled = cells[:, np.random.default_rng(1).permutation(cells.n_vars)[:300]].copy()

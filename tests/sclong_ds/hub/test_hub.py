@@ -120,6 +120,16 @@ def test_an_address_with_nothing_behind_it(hub, served, tmp_path, capsys):
     assert "manifest.json: missing" in capsys.readouterr().err
 
 
+def test_a_hub_that_does_not_answer_is_one_line(hub, model_dir, capsys):
+    hub.stop()
+    with pytest.raises(OSError, match="hf://lab/blood: "):
+        push_to_hub(model_dir, "lab/blood")
+    assert main(["push", str(model_dir), "lab/blood"]) == 1
+    assert capsys.readouterr().err.startswith("error: hf://lab/blood: ")
+    with pytest.raises(OSError, match="hf://lab/blood: "):
+        model_folder("hf://lab/blood")
+
+
 @pytest.mark.parametrize("kind", ["web", "hub"])
 def test_over_tls_with_the_certificates_of_an_own_authority(
     kind, model_dir, monkeypatch, tmp_path, capsys
