@@ -46,6 +46,8 @@ class Contender:
     """Called with the number of the epoch and whether the cells' numbers are wanted."""
     settings: str = ""
     """Of the loader, for the table."""
+    owned: bool = True
+    """Each batch has memory of its own, so that it can be kept; else the next one overwrites it."""
 
 
 class SourceCells:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.loader_cells import TARGET_SUM, Contender, Loaded, SourceCells
+from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.loader import CellLoader, open_stream
 
@@ -69,12 +70,13 @@ class OwnStore:
             cells_seen=start, stop_at=stop, **defaults | options,
         )  # fmt: skip
 
-    def contender(self, name: str, output: str) -> Contender:
+    def contender(self, name: str, output: str, *, owned: bool = False) -> Contender:
         """Return one output as a contender, an epoch at a time.
 
         Args:
             name: Name of the store.
             output: As for CellLoader.
+            owned: Copy each batch, so that it can be kept.
         """
         n_cells = self.stream.epoch_visits
         kept: list[NDArray[np.uint8]] = []
@@ -97,6 +99,33 @@ class OwnStore:
             with self.loader(output, start, stop, prefetch_batches=0, allocate=allocate) as loader:
                 for step in loader:
                     (micro,) = step.micro_batches
+                    counts = _copied(micro.counts) if owned else micro.counts
+                    yield Loaded(len(micro.cell_ids), counts, self.cells[micro.cell_ids])
+
+        return Contender(name, KINDS[output], n_cells, batches, output, owned)
+
+    def ahead(self, name: str, output: str) -> Contender:
+        """Return one output as training reads it: threads assemble batches ahead.
+
+        Args:
+            name: Name of the store.
+            output: As for CellLoader.
+        """
+        n_cells = self.stream.epoch_visits
+
+        def batches(epoch: int, _: bool) -> Iterator[Loaded]:
+            with self.loader(output, epoch * n_cells, (epoch + 1) * n_cells) as loader:
+                for step in loader:
+                    (micro,) = step.micro_batches
                     yield Loaded(len(micro.cell_ids), micro.counts, self.cells[micro.cell_ids])
 
-        return Contender(name, KINDS[output], n_cells, batches, output)
+        way = f"{output}, {PREFETCH_BATCHES} ahead"
+        return Contender(name, KINDS[output], n_cells, batches, way, owned=False)
+
+
+def _copied(counts: Any) -> Any:
+    if isinstance(counts, PackedCells):
+        return PackedCells(*(array.copy() for array in (
+            counts.gap, counts.count, counts.row_entries, counts.row_nnz, counts.row_total
+        )))  # fmt: skip
+    return counts.copy()

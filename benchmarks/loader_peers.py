@@ -1,11 +1,12 @@
-"""The other loaders of the loader benchmark: annbatch, and bionemo-scdl where it is installed.
+"""The other loaders of the loader benchmark: annbatch; scDataset and bionemo-scdl if installed.
 
     python -m benchmarks.loader_peers list | u16 WORK | NAME WORK
 
 lists the stores it can make, writes the source files of WORK with uint16 counts, or converts them
 to the store NAME and prints what that cost; as JSON. Python 3.12
-with `annbatch[zarrs]` is needed, torch only for annbatch's documented way to dense batches and for
-bionemo-scdl. Sources: https://annbatch.readthedocs.io (0.3.1), https://pypi.org/project/bionemo-scdl
+with `annbatch[zarrs]` is needed, torch only for annbatch's documented way to dense batches, for
+scDataset and for bionemo-scdl. Sources: https://annbatch.readthedocs.io (0.3.1),
+https://scdataset.github.io (0.3.0), https://pypi.org/project/bionemo-scdl (0.1.3)
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from zarr.codecs import BloscCodec
 
 from benchmarks.loader_cells import TARGET_SUM, Contender, Loaded, SourceCells
@@ -53,9 +56,17 @@ STORES = {
     "annbatch u16 zstd": AnnbatchStore(whole=True, codec="zstd"),
     "annbatch u16 uncompressed": AnnbatchStore(whole=True, codec="none"),
 }
+LZ4, PLAIN = "annbatch u16 lz4", "annbatch u16 uncompressed"
+QUEUE = 32
+"""Batches that a user's thread keeps ready."""
 ARGUMENTS = ((32, 256), (512, 16), (512, 32))
 """(chunk_size, preload_nchunks): the README's, a pool of 8,192 in long reads, the tutorial's."""
 SCDL = "bionemo-scdl"
+SCDATASET = "scDataset on h5ad"
+BLOCKS = (16, 64)
+"""Rows that scDataset reads in one piece."""
+FETCH_FACTOR = 32
+"""Batches that it reads at a time: 32 of 256 are the pool of 8,192 that the others get."""
 
 
 def use_zarrs() -> None:
@@ -211,8 +222,8 @@ class Annbatch:
                 cells = self._numbers()[item["index"]] if ids else None
                 yield Loaded(counts.shape[0], counts, cells)
 
-        way = f"{arguments[0]}x{arguments[1]}{' torch' if torch else ''}"
-        return Contender(name, kind, self.n_cells, batches, way)
+        way = f"{arguments[0]}x{arguments[1]}{' torch' if torch else ''}{' fresh' if fresh else ''}"
+        return Contender(name, kind, self.n_cells, batches, way, kind == "sparse" or torch or fresh)
 
 
 def scdl_contender(path: Path, *, batch: int) -> Contender:
@@ -245,6 +256,72 @@ def scdl_contender(path: Path, *, batch: int) -> Contender:
     return Contender(SCDL, "sparse", len(dataset), batches)
 
 
+class _Cells:
+    """Counts and numbers of cells, cut into batches together."""
+
+    def __init__(self, counts: csr_matrix, cells: NDArray[np.int64]) -> None:
+        self.counts, self.cells = counts, cells
+
+    def __getitem__(self, rows: Any) -> _Cells:
+        return _Cells(self.counts[rows], self.cells[rows])
+
+
+class _H5adFiles:
+    """The cells of h5ad files by number, read from disk; what scDataset is given."""
+
+    def __init__(self, source: SourceCells) -> None:
+        self._starts, self._n_cells = source.starts, source.n_cells
+        self._parts = [anndata.io.sparse_dataset(h5py.File(path)["X"]) for path in source.paths]
+
+    def __len__(self) -> int:
+        return self._n_cells
+
+    def __getitem__(self, cells: Any) -> _Cells:
+        wanted = np.asarray(cells)
+        files = np.searchsorted(self._starts, wanted, side="right") - 1
+        cuts = np.flatnonzero(np.diff(files, prepend=-1, append=-1))
+        parts = [
+            self._parts[files[a]][wanted[a:b] - self._starts[files[a]]] for a, b in pairwise(cuts)
+        ]
+        return _Cells(csr_matrix(vstack(parts, format="csr")), wanted)
+
+
+def scdataset_contender(
+    source: SourceCells, kind: str, *, block: int, batch: int, workers: int = 0
+) -> Contender:
+    """Return scDataset on the h5ad files, which it sorts each fetch of to read them in order.
+
+    Args:
+        source: The files.
+        kind: sparse or ready.
+        block: Rows that it reads in one piece.
+        batch: Cells of a batch.
+        workers: Processes of torch's DataLoader; 0: none.
+    """
+    import torch
+    from scdataset import BlockShuffling, scDataset
+
+    torch.set_num_threads(1)
+    files = _H5adFiles(source)
+
+    def whole(batch_of_cells: _Cells) -> _Cells:
+        return batch_of_cells
+
+    def batches(epoch: int, ids: bool) -> Iterator[Loaded]:
+        dataset = scDataset(
+            files, BlockShuffling(block_size=block), batch_size=batch,
+            fetch_factor=FETCH_FACTOR, seed=epoch,
+        )  # fmt: skip
+        for found in torch.utils.data.DataLoader(
+            dataset, batch_size=None, collate_fn=whole, num_workers=workers
+        ):
+            counts = normalised(found.counts, None) if kind == "ready" else found.counts
+            yield Loaded(counts.shape[0], counts, found.cells if ids else None)
+
+    way = f"blocks of {block}" + (f", {workers} workers" if workers else "")
+    return Contender(SCDATASET, kind, source.n_cells, batches, way)
+
+
 def contenders(work: Path, *, batch: int) -> list[Contender]:
     """Return all ways to read the stores of a work folder.
 
@@ -259,14 +336,47 @@ def contenders(work: Path, *, batch: int) -> list[Contender]:
         store = Annbatch(folder_of(name, work), batch=batch)
         for kind in ("sparse", "ready"):
             found += [store.contender(name, kind, way) for way in ARGUMENTS]
+        found += [store.contender(name, "ready", way, fresh=True) for way in ARGUMENTS[1:]]
         if find_spec("torch"):
             import torch
 
             torch.set_num_threads(1)
             if STORES[name] in (AnnbatchStore(whole=False), AnnbatchStore(whole=True)):
                 found.append(store.contender(name, "ready", ARGUMENTS[1], torch=True))
+    if find_spec("scdataset"):
+        source = SourceCells(work / "h5ad")
+        found += [
+            scdataset_contender(source, kind, block=block, batch=batch)
+            for kind in ("sparse", "ready")
+            for block in BLOCKS
+        ]
     if find_spec("bionemo") and folder_of(SCDL, work).exists():
         found.append(scdl_contender(folder_of(SCDL, work), batch=batch))
+    return found
+
+
+def contenders_ahead(work: Path, *, batch: int) -> list[Contender]:
+    """Return the ways that use all cores, with what a user adds to have batches made ahead.
+
+    Args:
+        work: Folder of the stores.
+        batch: Cells of a batch.
+    """
+    found = []
+    for name in (LZ4, PLAIN):
+        store = Annbatch(folder_of(name, work), batch=batch)
+        for kind in ("sparse", "ready"):
+            one = store.contender(name, kind, ARGUMENTS[1], fresh=True)
+            found.append(replace(
+                one, settings=f"{one.settings}, user thread",
+                batches=lambda epoch, ids, one=one: read_ahead(one.batches(epoch, ids), QUEUE),
+            ))  # fmt: skip
+    if find_spec("scdataset"):
+        source = SourceCells(work / "h5ad")
+        found += [
+            scdataset_contender(source, kind, block=BLOCKS[-1], batch=batch, workers=2)
+            for kind in ("sparse", "ready")
+        ]
     return found
 
 

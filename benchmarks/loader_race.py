@@ -1,10 +1,11 @@
 """The measuring process of the loader benchmark; `python -m benchmarks.loader` starts it.
 
-    python -m benchmarks.loader_race race|stall WORK SETTINGS OUT
+    python -m benchmarks.loader_race race|stall|ahead WORK SETTINGS OUT
 
 SETTINGS and OUT are JSON files. `race` checks every contender against the source cells, then times
-all of them in turn, round after round; `stall` has batches consumed by a pretended training step.
-Runs in the Python of the other loaders, on the cores that it is started on.
+all of them in turn, round after round; `stall` has batches consumed by a pretended training step;
+`ahead` times what uses all cores. Runs in the Python of the other loaders, on the cores that it is
+started on.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ OWN = ("own zstd", "own uncompressed")
 NPZ_BATCH = 64
 CHECKED_READY_BATCHES = 3
 STEPS_S = (0.010, 0.050)
-USER_QUEUE = 32
 COLD = (*OWN, "annbatch f32 lz4 (default)", "annbatch u16 lz4", "annbatch u16 uncompressed")
 log = logging.getLogger("loader_race")
 
@@ -103,6 +103,7 @@ def race(contenders: list[Contender], rounds: int) -> list[dict[str, Any]]:
             "name": contender.name,
             "kind": contender.kind,
             "settings": contender.settings,
+            "owned": contender.owned,
             "cells_per_cpu_s": statistics.median(cpus),
             "cells_per_wall_s": statistics.median(walls),
             "all_cells_per_cpu_s": cpus,
@@ -287,10 +288,10 @@ def stalls(work: Path, source: SourceCells, settings: dict[str, Any]) -> list[di
         from benchmarks import loader_peers as peers
 
         def ahead(contender: Contender) -> Iterator[Loaded]:
-            return peers.read_ahead(_epochs(contender, epochs), USER_QUEUE)
+            return peers.read_ahead(_epochs(contender, epochs), peers.QUEUE)
 
         peers.use_zarrs()
-        name = "annbatch u16 lz4"
+        name = peers.LZ4
         store = peers.Annbatch(peers.folder_of(name, work), batch=size)
         for kind in ("sparse", "ready"):
             plain = store.contender(name, kind, peers.ARGUMENTS[1])
@@ -327,7 +328,10 @@ def run_race(work: Path, source: SourceCells, settings: dict[str, Any]) -> dict[
     size = settings["batch"]
     stores = {name: OwnStore(work / name.replace(" ", "_"), source, batch=size) for name in OWN}
     contenders = [
-        store.contender(name, output) for name, store in stores.items() for output in KINDS
+        store.contender(name, output, owned=owned)
+        for name, store in stores.items()
+        for output in KINDS
+        for owned in (False, True)
     ]
     folders = {name: work / name.replace(" ", "_") / "cells.zarr" for name in OWN}
     if settings["peers"]:
@@ -350,11 +354,40 @@ def run_race(work: Path, source: SourceCells, settings: dict[str, Any]) -> dict[
             c
             for c in contenders
             if c is npz
-            or (c.name in COLD and c.settings in ("csr", "512x16") and c.kind == "sparse")
+            or (
+                c.name in COLD
+                and c.settings in ("csr", "512x16")
+                and c.kind == "sparse"
+                and c.owned is (c.name not in OWN)
+            )
         ],
         folders,
     )
     return result
+
+
+def run_ahead(work: Path, source: SourceCells, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Time the ways that use all cores: batches are made ahead while one waits for the next.
+
+    Args:
+        work: Folder of the stores.
+        source: The source files.
+        settings: Of the benchmark.
+    """
+    size = settings["batch"]
+    contenders = [
+        OwnStore(work / name.replace(" ", "_"), source, batch=size).ahead(name, output)
+        for name in OWN
+        for output in ("csr", "dense_norm")
+    ]
+    if settings["peers"]:
+        from benchmarks import loader_peers as peers
+
+        peers.use_zarrs()
+        contenders += peers.contenders_ahead(work, batch=size)
+    for contender in contenders:
+        check(contender, source, source.fingerprints())
+    return race(contenders, settings["rounds"])
 
 
 def main() -> int:
@@ -365,6 +398,8 @@ def main() -> int:
     source = SourceCells(work / "h5ad")
     if part == "stall":
         result: dict[str, Any] = {"stall": stalls(work, source, settings)}
+    elif part == "ahead":
+        result = {"ahead": run_ahead(work, source, settings)}
     else:
         result = run_race(work, source, settings)
         result["python"] = platform.python_version()
