@@ -1,11 +1,14 @@
-"""Peak memory of importing a checkpoint as large as the published one.
+"""Peak memory of importing a checkpoint as large as the published one, and time to open the model.
 
     python -m benchmarks.import_memory --out FOLDER [--json OUT]
 
 Writes a checkpoint with the names, shapes and types of the published one (1,006,086,461 parameters
 of no meaning) and part of an optimizer state beside it, imports it with `python -m sclong_ds
 import-reference` in a process of its own, and prints that process's peak resident memory against
-the size of the weights in float32. Needs about 10 GB in FOLDER, which are removed.
+the size of the weights in float32. Then opens the model folder with `load_model`, which compares
+the checksum of every file and looks for weights that are not finite, and reads the weights without
+any check, three times each in a process that has imported the package. Needs about 10 GB in FOLDER,
+which are removed.
 
 Source of the shapes: tests/golden/full_config_state_dict.json.
 """
@@ -39,6 +42,28 @@ DISK_BYTES = 10 * 10**9
 """Disk that the inputs and the model folder need."""
 
 
+_OPEN = """
+import json, statistics, sys, time
+import torch
+from safetensors import safe_open
+from sclong_ds import load_model
+torch.set_num_threads(1)
+def read():
+    with safe_open(sys.argv[1] + "/model.safetensors", "pt") as file:
+        for name in file.keys():
+            file.get_tensor(name).sum()
+found = {}
+for name, do in {"opened": lambda: load_model(sys.argv[1]), "read": read}.items():
+    times = []
+    for _ in range(3):
+        wall, cpu = time.perf_counter(), time.process_time()
+        do()
+        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    found[name + "_s"], found[name + "_cpu_s"] = map(statistics.median, zip(*times))
+print(json.dumps(found))
+"""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Files of a checkpoint as it is published."""
@@ -56,6 +81,8 @@ class Peak:
     peak_bytes: int
     weight_bytes: int
     seconds: float
+    opened: dict[str, float]
+    """Wall and CPU seconds of opening the model, and of reading its weights unchecked."""
 
     @property
     def ratio(self) -> float:
@@ -137,7 +164,11 @@ def measure(inputs: Inputs, out: Path) -> Peak:
     if process.returncode != 0:
         raise RuntimeError(f"the import ended with exit status {process.returncode}")
     seconds = time.perf_counter() - started
-    return Peak(usage.ru_maxrss * 1024, 4 * inputs.n_parameters, round(seconds, 1))
+    done = subprocess.run(
+        [sys.executable, "-c", _OPEN, out], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    opened = json.loads(done.stdout.splitlines()[-1])
+    return Peak(usage.ru_maxrss * 1024, 4 * inputs.n_parameters, round(seconds, 1), opened)
 
 
 def main() -> int:
@@ -155,6 +186,10 @@ def main() -> int:
     print("|---|---|---|---|---|")
     figures = (file_bytes / 1e9, peak.weight_bytes / 1e9, peak.peak_bytes / 1e9, peak.ratio)
     print(f"| {' | '.join(f'{x:.2f}' for x in figures)} | {peak.seconds} |")
+    print(
+        "opened in {opened_s:.1f} s ({opened_cpu_s:.1f} CPU s); each weight read and summed: "
+        "{read_s:.1f} s ({read_cpu_s:.1f})".format(**peak.opened)
+    )
     if args.json:
         result = asdict(peak) | {"ratio": peak.ratio, "checkpoint_bytes": file_bytes}
         write_result(args.json, "import_memory", result)
