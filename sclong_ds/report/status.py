@@ -267,8 +267,11 @@ def describe(status: RunStatus) -> str:
         )
     if status.job is not None:
         lines.append(_line("job", f"{status.job}, start {status.starts}, on {status.nodes}"))
-    counts = f"{status.restarts} restarts, {status.skipped_steps} skipped steps"
-    lines.append(_line("trouble", f"{counts}, {status.spikes} loss spikes"))
+    trouble = {
+        "restart": status.restarts, "skipped step": status.skipped_steps,
+        "loss spike": status.spikes,
+    }  # fmt: skip
+    lines.append(_line("trouble", ", ".join(counted(n, one) for one, n in trouble.items())))
     return "\n".join(lines + _describe_ranks(status))
 
 

@@ -67,6 +67,7 @@ def test_figures_are_those_of_the_present_life(run_dir: Path):
     assert status.cells_per_s == pytest.approx(4.0)
     assert status.eta_s == pytest.approx(120.0)
     assert (status.restarts, status.skipped_steps, status.spikes) == (1, 1, 2)
+    assert "trouble      1 restart, 1 skipped step, 2 loss spikes" in describe(status)
     assert (status.validation_step, status.validation) == (30, {"mse": 0.4, "pearson": 0.5})
 
 
