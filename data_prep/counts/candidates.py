@@ -246,7 +246,7 @@ def _look(matrix: Matrix, *, kept: bool) -> _Look:
         if reason:
             raise UnusableError(
                 f"{matrix.name} {reason}; if they are raw counts, write counts = {matrix.name} in "
-                "the manifest"
+                "the manifest (--counts)"
             )
     except ValueError as error:
         # Its traceback would hold the block.

@@ -123,7 +123,8 @@ def _check_floats(block: sparse.csr_matrix, where: str) -> None:
         found = describe(block)
         advice = (
             "; if they are corrected or estimated counts (SoupX, CellBender, alevin), take the "
-            f"uncorrected ones, or write counts = {ROUND}:{where} for the nearest whole numbers"
+            f"uncorrected ones, or write counts = {ROUND}:{where} (--counts) for the nearest whole "
+            "numbers"
         )
         raise UnusableError(
             f"{where} {found.text} (first fraction {fraction:.6g}){advice * found.corrected}"

@@ -192,7 +192,10 @@ def test_rounded_tpm_of_a_few_bulk_samples_is_taken_only_by_name() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (ROUNDED, "X looks normalised and rounded, not counts .*write counts = X"),
+        (
+            ROUNDED,
+            r"X looks normalised and rounded, not counts .*write counts = X in .*\(--counts\)",
+        ),
         (SPREAD, "X looks normalised and rounded, not counts"),
         (np.rint(np.log1p(1e4 * FEW / FEW.sum(axis=1, keepdims=True))), "X looks like rounded log"),
         ((MANY > 0).astype(int), r"X holds no other value than 1 \(detected / not detected\)"),

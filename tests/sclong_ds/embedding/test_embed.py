@@ -296,6 +296,10 @@ def test_refuses_low_coverage_and_values_that_are_not_counts(
     anndata.AnnData(scaled, var=var).write_h5ad(tmp_path / "scaled.h5ad")
     with pytest.raises(ValueError, match="scaled"):
         run(model_dir, tmp_path / "scaled.h5ad", "--out", tmp_path / "out.h5ad")
+    estimated = np.random.default_rng(0).gamma(2.0, 3.0, (5, N_GENES)).astype(np.float32)
+    anndata.AnnData(estimated, var=var).write_h5ad(tmp_path / "estimated.h5ad")
+    with pytest.raises(ValueError, match=r"counts = round:X \(--counts\)"):
+        run(model_dir, tmp_path / "estimated.h5ad", "--out", tmp_path / "out.h5ad")
     assert not (tmp_path / "out.h5ad").exists()
 
 
