@@ -105,14 +105,15 @@ def _asked(address: str, ask: Callable[[Any], Any]) -> Any:
     from huggingface_hub import errors
 
     # Where no answer comes, its HTTP library raises: another one with each version.
-    of_the_wire = (*errors.HfHubHTTPError.__bases__, OSError)
+    wire = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)
+    silent: tuple[type[Exception], ...] = (errors.LocalEntryNotFoundError, *wire, OSError)
     try:
         return ask(huggingface_hub)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise FileNotFoundError(
             f"{address}: no such model on the hub, or HF_TOKEN may not read it"
         ) from None
-    except (errors.LocalEntryNotFoundError, *of_the_wire) as error:
+    except silent as error:
         raise OSError(f"{address}: {' '.join(str(error).split())[:300]}") from None
 
 
