@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from scipy.stats import t
 from torch import Tensor
 
 from benchmarks.environment import write_result
@@ -80,12 +81,29 @@ def main() -> None:
     for seed in range(args.seeds):
         rows.append({kind: trained(kind, seed, args.steps) for kind in kinds})
         print(json.dumps(rows[-1]), flush=True)
-    for kind in kinds[1:]:
-        logs = [math.log(row[kind] / row["precision"]) for row in rows]
-        spread = statistics.stdev(logs) / len(logs) ** 0.5
-        print(f"{kind}: {math.exp(statistics.mean(logs)):.4f} times, standard error {spread:.4f}")
+    result = {
+        "steps": args.steps,
+        "seeds": args.seeds,
+        "mse": {kind: statistics.mean(row[kind] for row in rows) for kind in kinds},
+        "times": {kind: ratio_of([row[kind] / row["precision"] for row in rows]) for kind in kinds},
+        "rows": rows,
+    }
+    print(json.dumps(result["times"]))
     if args.json:
-        write_result(args.json, "fewer_bits", rows)
+        write_result(args.json, "fewer_bits", result)
+
+
+def ratio_of(ratios: list[float]) -> dict[str, float]:
+    """Return the geometric mean of ratios paired by seed, and its 95% interval (Student's t)."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean, half = statistics.mean(logs), 0.0
+    if len(logs) > 1:
+        half = t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5
+    return {
+        "mean": math.exp(mean),
+        "low": math.exp(mean - half),
+        "high": math.exp(mean + half),
+    }
 
 
 if __name__ == "__main__":

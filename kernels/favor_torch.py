@@ -370,10 +370,12 @@ def _key_maxima(k: Tensor, w: _Features, summary: Summary) -> tuple[Tensor, Tens
 
     Its block is known, so that no pass over all features need look for it.
     """
-    n, width = k.shape[1:]
+    n = k.shape[1]
     rows = _blocks(k, w)[1][0].stop
     tokens = (summary.block[:, None] + torch.arange(rows, device=k.device)).clamp_(max=n - 1)
-    block = k.gather(1, tokens[..., None].expand(-1, -1, width)).to(w.w.dtype)
+    # By row: `gather` takes an index for every number.
+    heads = torch.arange(len(k), device=k.device)[:, None]
+    block = k[heads, tokens].to(w.w.dtype)
     best = torch.matmul(block, w.base2.T).flatten(1).argmax(-1)
     m = w.w.shape[0]
     return tokens.gather(1, (best // m)[:, None])[:, 0], best % m
