@@ -34,6 +34,8 @@ class Command(NamedTuple):
     name: str
     text: str
     options: tuple[Option, ...]
+    program: str = ""
+    """The program that completes the words behind it, where another one does."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,13 +50,15 @@ def run(args: argparse.Namespace) -> int:
 
     training = argparse.ArgumentParser()
     add_training_arguments(training)
-    forwarded = {"train": _options(training), "prep": (Option("", "", tuple(prepare.COMMANDS)),)}
     programs = {
         "sclong": [_command(train.parser([name]), name) for name in train.COMMANDS],
         "sclong-prep": [_command(prepare.parser([name]), name) for name in prepare.COMMANDS],
     }
-    for name, (_, text) in train.FORWARDED.items():
-        programs["sclong"].append(Command(name, text, forwarded[name]))
+    texts = {name: text for name, (_, text) in train.FORWARDED.items()}
+    programs["sclong"] += [
+        Command("train", texts["train"], _options(training)),
+        Command("prep", texts["prep"], (), program="sclong-prep"),
+    ]
     sys.stdout.write(script(programs, args.shell))
     return 0
 
@@ -102,9 +106,16 @@ def _words(choices: object) -> tuple[str, ...]:
 
 
 def _bash(program: str, commands: list[Command]) -> str:
-    function = f"_{program.replace('-', '_')}"
+    function = _function(program)
     cases = []
     for command in commands:
+        if command.program:
+            cases.append(
+                f'  {command.name})\n    COMP_WORDS=("${{COMP_WORDS[@]:1}}")\n'
+                f"    COMP_CWORD=$((COMP_CWORD - 1))\n    {_function(command.program)}\n"
+                "    return ;;\n"
+            )
+            continue
         flags = " ".join(option.flag for option in command.options if option.flag)
         words = " ".join(
             word for option in command.options if not option.flag for word in option.choices
@@ -135,14 +146,23 @@ def _bash(program: str, commands: list[Command]) -> str:
     )
 
 
+def _function(program: str) -> str:
+    """Return the name of the function that completes a program."""
+    return f"_{program.replace('-', '_')}"
+
+
 def _fish(program: str, commands: list[Command]) -> Iterator[str]:
     yield f"complete -c {program} -n __fish_use_subcommand -l version -d 'Print the version'"
     for command in commands:
-        start = f"complete -c {program} -n '__fish_seen_subcommand_from {command.name}'"
+        # The word behind the program alone: `sclong prep status` is not `sclong status`.
+        start = f"complete -c {program} -n 'contains -- {command.name} (commandline -opc)[2]'"
         yield (
             f"complete -c {program} -n __fish_use_subcommand -f -a {command.name} "
             f"-d {_quoted(command.text)}"
         )
+        if command.program:
+            line = "(string escape -- (commandline -opc)[3..]) (commandline -ct)"
+            yield f"{start} -fa '(complete -C (string join \" \" -- {command.program} {line}))'"
         for option in command.options:
             choices = f" -xa {_quoted(' '.join(option.choices))}" if option.choices else ""
             if option.flag:

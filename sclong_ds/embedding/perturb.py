@@ -291,7 +291,6 @@ def measure(
         over: The cells that express any gene of a set, or every gene of it, or all cells.
         batch_size: Perturbed cells at a time.
         goal: State to move to: only cells outside of it are perturbed.
-
     """
     genes, cell = np.zeros((len(sets), model.n_genes)), np.zeros(len(sets))
     towards = np.zeros(len(sets))
@@ -373,6 +372,9 @@ def check_reached(
         "nothing to change; name genes that are expressed together",
         "all": "measures it, so there is nothing to change",
     }[over]
+    does_null = {
+        "any": "expresses a gene", "every": "expresses all genes", "all": "measures a gene"
+    }[over]  # fmt: skip
     null = n_cells[len(names) :].reshape(len(names), n_null)
     for name, n, of_null in zip(names, n_cells, null, strict=False):
         empty = int((of_null == 0).sum())
@@ -380,13 +382,13 @@ def check_reached(
             raise ValueError(f"--genes {name}: {which} {does}")
         if empty == n_null:
             raise ValueError(
-                f"--genes {name}: no cell expresses all genes of any of the {n_null} random sets "
+                f"--genes {name}: {which} {does_null} of any of the {n_null} random sets "
                 "that stand for it; give a larger --null, or fewer genes in a set"
             )
         if empty:
             _log.warning(
-                "--genes %s: %d of %d random sets are left out, no cell expresses all their genes",
-                name, empty, n_null,
+                "--genes %s: %d of %d random sets left out: %s %s of them",
+                name, empty, n_null, which, does_null,
             )  # fmt: skip
 
 

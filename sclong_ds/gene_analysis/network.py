@@ -220,9 +220,6 @@ def ablation_weights(
         cells: From `open_cells`.
         sources: Q genes.
         batch_size: Perturbed cells at a time.
-
-    Raises:
-        ValueError: No cell expresses a source.
     """
     found = measure(
         model, cells, [[gene] for gene in sources], value=0.0, over="any", batch_size=batch_size

@@ -114,7 +114,8 @@ def _asked(address: str, ask: Callable[[Any], Any]) -> Any:
             f"{address}: no such model on the hub, or HF_TOKEN may not read it"
         ) from None
     except silent as error:
-        raise OSError(f"{address}: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{address}: {reason[:300]}") from None
 
 
 def _from_web(address: str) -> Path:

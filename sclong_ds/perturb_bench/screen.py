@@ -18,6 +18,7 @@ from scipy.stats import false_discovery_control, mannwhitneyu
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import Cells
+from sclong_ds.page.words import counted
 
 MOST_CELLS = 500
 """Of controls and of each perturbation, that the tests of single genes read."""
@@ -136,18 +137,20 @@ def _perturbations(
             targets = tuple(sorted({columns[part] for part in parts}))
             found.setdefault(targets, []).append(name)
             n_cells[targets] += number
-    several = ["/".join(same) for same in found.values() if len(same) > 1]
     rare = [found.pop(targets)[0] for targets, n in n_cells.items() if n < min_cells]
+    several = ["/".join(same) for same in found.values() if len(same) > 1]
     for what, these in (
         ("left out, genes that the model lacks", unknown),
         (f"left out, fewer than {min_cells} cells", rare),
         ("named in several ways, taken as one", several),
     ):
         if these:
-            _log.warning("%d perturbations %s: %s", len(these), what, ", ".join(these[:10]))
+            n = counted(len(these), "perturbation")
+            _log.warning("%s %s: %s", n, what, ", ".join(these[:10]))
     if len(found) < 4:
         raise ValueError(
-            f"{len(found)} perturbations have known genes and {min_cells} cells; 4 are needed "
+            f"{counted(len(found), 'perturbation')} with known genes and {min_cells} cells; "
+            "4 are needed "
             f"({len(unknown)} with genes that the model lacks, {len(rare)} with fewer cells)"
         )
     return found

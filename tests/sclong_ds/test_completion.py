@@ -96,13 +96,22 @@ CASES = [
     ("sclong completion f", {"fish"}),
     ("sclong train --d", {"--dry-run"}),
     ("sclong prep fin", {"finalize"}),
+    ("sclong prep finalize co", set()),
+    ("sclong prep finalize --sp", {"--split-by"}),
+    ("sclong prep finalize --split-by d", {"dataset", "donor"}),
+    ("sclong prep convert cel", {"cells.h5ad"}),
+    ("sclong prep status --", {"--help", "--json"}),
     ("sclong-prep fin", {"finalize"}),
+    ("sclong-prep convert cel", {"cells.h5ad"}),
     ("sclong-prep finalize --split-by d", {"dataset", "donor"}),
 ]
 
 
 @pytest.mark.parametrize(("line", "words"), CASES)
-def test_bash_completes(scripts: dict[str, Path], line: str, words: set[str]) -> None:
+def test_bash_completes(
+    scripts: dict[str, Path], tmp_path: Path, line: str, words: set[str]
+) -> None:
+    (tmp_path / "cells.h5ad").touch()
     program = line.split()[0]
     ask = f"""
     . {scripts["bash"]}
@@ -110,7 +119,9 @@ def test_bash_completes(scripts: dict[str, Path], line: str, words: set[str]) ->
     _{program.replace("-", "_")}
     printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    run = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["bash", "-c", ask], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert set(run.stdout.split()) == words
     assert run.stderr == ""
 
@@ -134,12 +145,17 @@ def test_zsh_and_fish_read_their_script(scripts: dict[str, Path], shell: str) ->
 
 
 @pytest.mark.parametrize(("line", "words"), CASES)
-def test_fish_completes(scripts: dict[str, Path], line: str, words: set[str]) -> None:
+def test_fish_completes(
+    scripts: dict[str, Path], tmp_path: Path, line: str, words: set[str]
+) -> None:
+    (tmp_path / "cells.h5ad").touch()
     program = shutil.which("fish")
     if program is None:
         pytest.skip("fish is not installed")
     ask = f"source {scripts['fish']}; complete -C '{line}'"
-    run = subprocess.run([program, "-N", "-c", ask], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [program, "-N", "-c", ask], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert {row.split("\t")[0] for row in run.stdout.splitlines()} == words
 
 

@@ -95,6 +95,18 @@ def test_a_set_value_reaches_all_cells_and_every_gene_of_a_set(model_dir, h5ad):
         check_reached(["a"], nowhere, n_null=1, over="every", which="no cell")
 
 
+@pytest.mark.parametrize(
+    ("over", "verb"),
+    [("any", "expresses a gene"), ("every", "expresses all genes"), ("all", "measures a gene")],
+)
+def test_a_null_that_changes_no_cell_is_said_in_the_words_of_its_mode(over, verb, caplog):
+    how = {"n_null": 2, "over": over, "which": "no cell outside of disease=normal"}
+    with pytest.raises(ValueError, match=f"{how['which']} {verb} of any of the 2 random sets"):
+        check_reached(["a"], np.array([3, 0, 0]), **how)
+    check_reached(["a"], np.array([3, 0, 1]), **how)
+    assert f"1 of 2 random sets left out: {how['which']} {verb} of them" in caplog.text
+
+
 def test_genes_that_the_input_lacks_are_no_null_of_a_model_that_masks(h5ad, tmp_path, capsys):
     masking = write_model(tmp_path, GENES, seed=0, unmeasured="mask")
     few = tmp_path / "few.h5ad"
@@ -239,7 +251,8 @@ def test_null_sets_that_no_cell_is_changed_in_do_not_count(model_dir, h5ad, capl
     assert n_cells[2] == 0
     assert n_cells[[0, 1, 3]].all()
     check_reached(["a"], n_cells, n_null=3, over="every", which="no cell")
-    assert "1 of 3 random sets are left out" in caplog.text
+    said = "1 of 3 random sets left out: no cell expresses all genes of them"
+    assert said in caplog.text
     with pytest.raises(ValueError, match="--genes a: no cell expresses all genes of any of the 1"):
         check_reached(["a"], n_cells[[0, 2]], n_null=1, over="every", which="no cell")
     effects = measure(model, cells, sets, value=1.0, over="every", batch_size=2)

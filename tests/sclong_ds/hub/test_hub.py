@@ -6,6 +6,7 @@ and `sclong_ds/exported/described/model_card.py`.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,11 +123,22 @@ def test_an_address_with_nothing_behind_it(hub, served, tmp_path, capsys):
 
 def test_a_hub_that_does_not_answer_is_one_line(hub, model_dir, capsys):
     hub.stop()
-    with pytest.raises(OSError, match="hf://lab/blood: "):
+    with pytest.raises(OSError, match=r"hf://lab/blood: \S"):
         push_to_hub(model_dir, "lab/blood")
     assert main(["push", str(model_dir), "lab/blood"]) == 1
-    assert capsys.readouterr().err.startswith("error: hf://lab/blood: ")
-    with pytest.raises(OSError, match="hf://lab/blood: "):
+    assert re.fullmatch(r"error: hf://lab/blood: \S.*\n", capsys.readouterr().err)
+    with pytest.raises(OSError, match=r"hf://lab/blood: \S"):
+        model_folder("hf://lab/blood")
+
+
+def test_an_error_of_the_hub_without_words_is_named_by_its_kind(hub, model_dir, monkeypatch):
+    import huggingface_hub
+
+    def wait(*args, **kwargs):
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", wait)
+    with pytest.raises(OSError, match=r"hf://lab/blood: TimeoutError$"):
         model_folder("hf://lab/blood")
 
 

@@ -23,7 +23,7 @@ from sclong_ds.exported.model_dir import load_model
 from sclong_ds.perturb_bench.bench import bench_scores
 from sclong_ds.perturb_bench.metrics import effect_scores, summary, worded
 from sclong_ds.perturb_bench.predictors import SIMPLE, Encodings, additive
-from sclong_ds.perturb_bench.screen import Screen, folds_of, read_screen
+from sclong_ds.perturb_bench.screen import Screen, _perturbations, folds_of, read_screen
 
 G, P, CELLS = 120, 30, 40
 GENES = named_genes(G)
@@ -179,6 +179,23 @@ def test_a_screen_is_read_with_one_perturbation_a_gene_and_its_changed_genes(
     assert (screen.n_changed > 30).all()
 
 
+def test_one_warning_names_each_perturbation_that_is_left_out_or_taken_as_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    a, b, c, d, e = GENES.symbols[:5]
+    several = {a: 6, f"{a}+ctrl": 6, f"{c}+{b}": 1, f"{b}+{c}": 1}
+    labels = np.repeat(
+        [*several, b, c, d, e, "ctrl", "ours"], [*several.values(), 10, 10, 10, 10, 9, 9]
+    )
+    found = _perturbations(labels, GENES, "ctrl", "+", 10)
+    assert found == {(0,): [a, f"{a}+ctrl"], (1,): [b], (2,): [c], (3,): [d], (4,): [e]}
+    assert caplog.messages == [
+        "1 perturbation left out, genes that the model lacks: ours",
+        f"1 perturbation left out, fewer than 10 cells: {c}+{b}",
+        f"1 perturbation named in several ways, taken as one: {a}/{a}+ctrl",
+    ]
+
+
 def test_the_command_ranks_predictors_of_a_made_screen(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,7 +221,7 @@ def test_the_command_ranks_predictors_of_a_made_screen(
     [
         (["--perturbation", "drug"], "obs has no such column; it has guide"),
         (["--control", "nobody"], "0 cells of 'guide' have this value"),
-        (["--separator", "-"], "0 perturbations have known genes"),
+        (["--separator", "-"], "0 perturbations with known genes"),
         (["--out", "scores.csv"], "the name must end in .tsv"),
     ],
 )
