@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import deepspeed
 import torch
@@ -142,17 +142,31 @@ def initialize(
             groups, adamw_mode=optim.name == "adamw", **settings
         )
     else:
-        # torch's own fused optimizer: DeepSpeed's needs nvcc on every node. On a CPU it takes a
-        # fifth of the time of one operator after another, and no copies of the moments.
-        kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
-        fused = get_accelerator().device_name() in ("cuda", "cpu")
-        optimizer = kind(groups, fused=fused, **settings)
+        optimizer = torch_optimizer(groups, optim.name, **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     mark_ranges(False)
     if ds_config["zero_optimization"]["stage"] == 3:
         autocast = bool(ds_config.get("torch_autocast", {}).get("enabled"))
         spare_calls(model, autocast=autocast)
     return engine
+
+
+def torch_optimizer(
+    groups: list[dict[str, Any]], name: Literal["adam", "adamw"], **settings: Any
+) -> torch.optim.Optimizer:
+    """Return torch's own fused optimizer: DeepSpeed's needs nvcc on every node.
+
+    On a CPU it takes a fifth of the time of one operator after another, and no copies of the
+    moments.
+
+    Args:
+        groups: Of `parameter_groups`.
+        name: adam or adamw.
+        **settings: Rate, betas and eps.
+    """
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    fused = get_accelerator().device_name() in ("cuda", "cpu")
+    return kind(groups, fused=fused, **settings)
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

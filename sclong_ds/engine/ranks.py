@@ -5,7 +5,6 @@ One rank's error reaches every rank, so that none waits in a collective for a pe
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -24,9 +23,6 @@ from sclong_ds.engine.ports import free_port, own_port, port_named
 from sclong_ds.engine.rendezvous import LOOPBACK, one_machine, stay_on_this_machine
 
 T = TypeVar("T")
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Of glibc's mallopt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +81,6 @@ def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
-        keep_freed_memory()
         # Hidden from DeepSpeed: where all ranks are local it makes 66 MiB of shared memory for
         # each, for inference alone, and leaves them behind; where there is no room, ranks crash.
         os.environ.pop("LOCAL_SIZE", None)
@@ -109,22 +104,6 @@ def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
     # A collective of the GPUs would make the host wait for all work before it.
     control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, local_rank, int(os.environ["WORLD_SIZE"]), device, control)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for the tensors of its next steps.
-
-    glibc gives large blocks back to the system at once, which makes every page of every large
-    tensor again: at published widths 0.5 million page faults a step, 7% of its CPU time. The peak
-    is 5% higher. Whatever the environment sets of glibc's allocator stays as it is.
-    """
-    tuned = any(name.startswith("MALLOC_") for name in os.environ)
-    if tuned or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries lack it
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def sum_over_ranks(ranks: Ranks, *values: int) -> list[int]:

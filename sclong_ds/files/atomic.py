@@ -223,8 +223,8 @@ class NoLocksError(OSError):
 class Lock:
     """A lock file of processes; the lock ends with `release`, with the block, or with the process.
 
-    The file is made if missing and never removed: a process that waits would hold a file that no
-    other one can find.
+    A child forked while it is held holds it too, until it ends. The file is made if missing and
+    never removed: a process that waits would hold a file that no other one can find.
 
     Args:
         path: The file.
@@ -238,6 +238,8 @@ class Lock:
 
     def take(self, *, shared: bool = False, wait_s: float = math.inf) -> bool:
         """Return whether this process holds the lock now; it may hold it already, of another kind.
+
+        Who shares a lock and fails to have it alone at once may not share it any more.
 
         Args:
             shared: Share it with others that share it, instead of holding it alone.
@@ -265,7 +267,7 @@ class Lock:
     def note(self) -> str:
         """What a holder has left for others to read: who it is, or what it does."""
         self._file.seek(0)
-        return self._file.read().decode()
+        return self._file.read().decode(errors="replace").strip()
 
     @note.setter
     def note(self, text: str) -> None:

@@ -143,7 +143,9 @@ def _products_lines(plan: Mapping[str, Any]) -> list[str]:
     gains = [f"{what} {ratio:.2f}" for what, ratio in products["times_as_fast"].items()]
     if not gains:
         return []
-    beside = "not timed on a GPU" if plan["device"]["name"] != "cpu" else "8 bits are emulated here"
+    beside = "not timed on a GPU"
+    if plan["device"]["name"] == "cpu":
+        beside = "8 bits are emulated here" if "fp8" in " ".join(gains) else "estimated"
     now = "counted above" if products["configured"] != "precision" else "not counted above"
     return [
         "  products in fewer bits than engine.precision, times as fast as without, predicted "

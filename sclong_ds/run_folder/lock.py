@@ -11,7 +11,7 @@ def lock_run_folder(run_dir: Path, *, wait_s: float) -> Lock:
     """Take the run folder for this process; the lock goes with the process, however it ends.
 
     Args:
-        run_dir: Run folder.
+        run_dir: Run folder, made if missing.
         wait_s: How long to wait for a process that is still saving.
 
     Returns:

@@ -5,15 +5,12 @@ Covers also `sclong_ds/engine/ds_config.py`, `sclong_ds/engine/ranks.py`.
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from sclong_ds.config.load import load_config
-from sclong_ds.engine.deepspeed_engine import parameter_groups
+from sclong_ds.engine.deepspeed_engine import parameter_groups, torch_optimizer
 from sclong_ds.engine.ds_config import (
     DS_CONFIGS_DIR,
     SHIPPED_ZERO_KEYS,
@@ -104,43 +101,18 @@ def test_only_matrices_are_decayed():
     assert len(no_decay["params"]) == 3
 
 
-FREED = """
-import os
-import resource
-import torch
-from sclong_ds.engine.ranks import keep_freed_memory
-for kept, environment in ((True, {}), (False, {}), (True, {"MALLOC_MMAP_THRESHOLD_": "1048576"}),
-                          (True, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"})):
-    if os.fork() == 0:
-        os.environ.update(environment)
-        if kept:
-            keep_freed_memory()
-        for size in (2**26, 2**25):  # the second finds the memory of the first
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(size, dtype=torch.uint8)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
-        os._exit(0)
-    os.wait()
-"""
-
-
-def test_freed_memory_serves_the_next_tensor():
-    """32 MiB are 8,192 pages; what the environment sets of the allocator is left alone."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", FREED]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
-    kept, *others = (int(line) for line in done.stdout.splitlines()[-4:])
-    assert kept < 500
-    assert min(others) > 8_000
-
-
 def test_the_fused_optimizer_is_the_same_to_rounding():
     """As `initialize` takes it, on a CPU too; of two lengths, of which one is no vector's."""
     found = []
     for fused in (False, True):
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(n, generator=generator).requires_grad_() for n in (64, 37)]
-        optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1, fused=fused)
+        settings = {"lr": 1e-2, "weight_decay": 0.1}
+        if fused:
+            optimizer = torch_optimizer([{"params": weights}], "adamw", **settings)
+        else:
+            optimizer = torch.optim.AdamW(weights, fused=False, **settings)
+        assert all(group["fused"] is fused for group in optimizer.param_groups)
         for _ in range(20):
             for weight in weights:
                 weight.grad = torch.randn(weight.shape, generator=generator)

@@ -226,7 +226,8 @@ def test_products_in_8_bits_are_counted_for_gpus_that_have_them():
         assert "not timed on a GPU" in text
         assert counted in text
         assert f"{best} {ratio[best]:.2f}" in text
-    assert plans["precision"]["memory"]["peak_bytes"] == plans["fp8"]["memory"]["peak_bytes"]
+    peaks = [plan["memory"]["peak_bytes"] for plan in plans.values()]
+    assert 1 <= peaks[1] / peaks[0] < 1.02
     none = plan_of("sclong_1b", device="a100")
     assert none["linear_products"]["times_as_fast"] == {}
     assert "fewer bits" not in format_plan(none, verbose=False)
