@@ -128,7 +128,8 @@ SENTENCES = [
         MEASURED,
         "import_memory",
         "| {commit:.7} | {seconds:.0f} s, peak {peak_bytes/1e9:.1f} GB, {ratio:.2f} times the "
-        "weights (`python -m benchmarks.import_memory`)",
+        "weights (`python -m benchmarks.import_memory`); the model then opens in "
+        "{opened.opened_s:.1f} s, {opened.opened_cpu_s:.1f} CPU s, with every checksum compared",
     ),
     Sentence(
         MEASURED,
