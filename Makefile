@@ -37,7 +37,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 demo: $(VENV)/.ready
 	$(BIN)/python -m sclong_ds.demo --out demo_run
 
-PYTEST := $(BIN)/python -m pytest --durations=25
+# TEST_MINUTES=N starts no test after N minutes, and tells how many that were.
+PYTEST := $(BIN)/python -m pytest --durations=25 $(if $(TEST_MINUTES),--minutes $(TEST_MINUTES))
 RANKS := distributed or slurm
 
 # Without processes: between two changes. MLflow, left in the middle of a start, takes no second one.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import multiprocessing.process
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +14,26 @@ import pytest
 from goldens import REPORT
 from launching import ROOT, run_module
 
+BEGAN = time.monotonic()
+LATE = pytest.StashKey[int]()
 RESOURCES = ROOT / "data_prep" / "resources"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --golden-dir and --quick."""
+    """Add --golden-dir, --quick and --minutes."""
     parser.addoption("--golden-dir", metavar="DIR", help="goldens to test (default: tests/golden)")
     parser.addoption("--quick", action="store_true", help="skip a test when it starts a process")
+    parser.addoption("--minutes", type=float, metavar="N", help="start no test after N minutes")
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Print the tables of errors against the goldens."""
+    """Print the tables of errors against the goldens, and how many tests there was no time for."""
+    if config.stash[LATE]:
+        minutes = config.getoption("--minutes")
+        terminalreporter.section(f"not run, since {minutes:g} minutes were over")
+        terminalreporter.write_line(f"number of tests: {config.stash[LATE]}")
     if config.stash[REPORT]:
         terminalreporter.section("agreement with the released code")
         for line in config.stash[REPORT]:
@@ -45,12 +53,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # Small matrices gain nothing from threads, and lose much where other processes run.
     torch.set_num_threads(1)
-    config.stash[REPORT] = []
+    config.stash[REPORT], config.stash[LATE] = [], 0
     if config.getoption("--quick"):
         # A test that is left in its middle leaves its files to the garbage collector.
         config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
 
     assert Path(kernels.__file__).is_relative_to(ROOT), f"kernels is {kernels.__file__}, not ours"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """With --minutes, skip what would begin too late: a slow machine still tells of the rest."""
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - BEGAN > 60 * minutes:
+        item.config.stash[LATE] += 1
+        pytest.skip(f"{minutes:g} minutes are over (--minutes)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
