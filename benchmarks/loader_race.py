@@ -385,8 +385,9 @@ def run_ahead(work: Path, source: SourceCells, settings: dict[str, Any]) -> list
 
         peers.use_zarrs()
         contenders += peers.contenders_ahead(work, batch=size)
+    wanted = source.fingerprints()
     for contender in contenders:
-        check(contender, source, source.fingerprints())
+        check(contender, source, wanted)
     return race(contenders, settings["rounds"])
 
 

@@ -17,7 +17,7 @@ import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +45,7 @@ def say_skipped(damage: str) -> None:
     log.warning("%s. Cells read with it are skipped: they go through without counts", damage)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class VisitTable:
+class VisitTable(NamedTuple):
     """What is known of visits; all arrays are (visits,)."""
 
     rows: NDArray[np.int64]
@@ -59,29 +58,17 @@ class VisitTable:
     nnz: NDArray[np.uint32]
     damaged: NDArray[np.bool_]
 
-    def __getitem__(self, here: slice | NDArray[np.int64]) -> VisitTable:
-        """Return some of the visits; with a slice, views."""
-        return VisitTable(*(getattr(self, name)[here] for name in _TYPES))
 
-    def enter(self, here: NDArray[np.int64], visits: VisitTable) -> None:
-        """Put visits at some places."""
-        for name in _TYPES:
-            getattr(self, name)[here] = getattr(visits, name)
+_TYPES = (*[np.int64] * 5, np.uint32, np.uint32, np.bool_)
+"""Of the arrays of `VisitTable`."""
 
-
-_TYPES = {
-    "rows": np.int64, "passes": np.int64, "positions": np.int64, "start": np.int64,
-    "total": np.int64, "entries": np.uint32, "nnz": np.uint32, "damaged": np.bool_,
-}  # fmt: skip
-"""Type of each array of `VisitTable`, in its order."""
-
-VISIT_BYTES = (_TABLE_LIVES + 1) * sum(np.dtype(dtype).itemsize for dtype in _TYPES.values())
+VISIT_BYTES = (_TABLE_LIVES + 1) * sum(np.dtype(dtype).itemsize for dtype in _TYPES)
 """Memory that the table takes for a visit to a chunk in use: as many times as the table covers it,
 and once more while the table grows."""
 
 
 def _table_of(length: int) -> VisitTable:
-    return VisitTable(*(np.zeros(length, dtype) for dtype in _TYPES.values()))
+    return VisitTable._make(np.zeros(length, dtype) for dtype in _TYPES)
 
 
 @dataclass(slots=True, eq=False)
@@ -194,7 +181,7 @@ class ChunkReader:
         Views, overwritten after `release`.
         """
         place = first % self._length
-        return self._table[place : place + last - first]
+        return VisitTable._make(column[place : place + last - first] for column in self._table)
 
     def release(self, position: int) -> None:
         """Let go of what only visits before a position need."""
@@ -283,7 +270,8 @@ class ChunkReader:
             first = (self._used - self._start) // self._batch * self._share.size
             numbers = np.arange(first, first + self._length)
             table = _table_of(length)
-            table.enter(numbers % length, self._table[numbers % self._length])
+            for column, before in zip(table, self._table, strict=True):
+                column[numbers % length] = before[numbers % self._length]
             self._table, self._length = table, length
         self._changed.notify_all()
 
@@ -297,12 +285,9 @@ class ChunkReader:
         first = task.place * self._size
         here = slice(first, first + self._size)
         cells, damaged = self._read(task, chunk, (self.gap[here], self.count[here]))
-        table = self._table
         entered = _enter_visits(
             numbers, rows, passes, positions, int(self._chunk_rows[chunk]), first,
-            cells.row_entries, cells.row_nnz, cells.row_total, damaged,
-            table.rows, table.passes, table.positions, table.start, table.total, table.entries,
-            table.nnz, table.damaged,
+            cells.row_entries, cells.row_nnz, cells.row_total, damaged, *self._table,
         )  # fmt: skip
         if not entered:
             raise ValueError(

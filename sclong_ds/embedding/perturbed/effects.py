@@ -55,8 +55,7 @@ def tested(
     Returns:
         (P, G): X the shift of each gene; layers null_mean, p and q, where NaN stands for a gene of
         the set itself; obs the same of the embedding, with n_cells, and of the way to a goal. q is
-        p after
-        Benjamini-Hochberg: over the genes of a set, and over the sets for the embedding.
+        p after Benjamini-Hochberg: over the genes of a set, and over the sets for the embedding.
     """
     shape = (len(names), model.n_genes)
     layers = {name: np.full(shape, np.nan) for name in ("null_mean", "p", "q")}
