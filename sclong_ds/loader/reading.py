@@ -17,7 +17,7 @@ import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +67,8 @@ VISIT_BYTES = (_TABLE_LIVES + 1) * sum(np.dtype(dtype).itemsize for dtype in _TY
 and once more while the table grows."""
 
 
-def _table_of(length: int) -> VisitTable:
-    return VisitTable._make(np.zeros(length, dtype) for dtype in _TYPES)
+def _table_of(length: int) -> tuple[NDArray[Any], ...]:
+    return tuple(np.zeros(length, dtype) for dtype in _TYPES)
 
 
 @dataclass(slots=True, eq=False)
