@@ -154,6 +154,18 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse_missing(args: argparse.Namespace) -> None:
+    """Refuse a model or cells that are not there, before seconds go by with the command's imports.
+
+    Raises:
+        FileNotFoundError: There is no such model folder or input.
+    """
+    if isinstance(folder := getattr(args, "model_dir", None), Path):
+        import_module("sclong_ds.exported.manifest").refuse_other_folder(folder)
+    if isinstance(cells := getattr(args, "input", None), Path) and not cells.exists():
+        raise FileNotFoundError(f"{cells}: no such file or folder")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 bad usage."""
     own_process = argv is None
@@ -168,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     try:
+        _refuse_missing(args)
         status = import_module(COMMANDS[args.command][0]).run(args)
         if own_process and args.command in _JOINS_RANKS:
             import_module("sclong_ds.job.failures").run_to_end(lambda: status)

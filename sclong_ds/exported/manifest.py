@@ -47,6 +47,23 @@ def write_manifest(folder: Path) -> str:
     return write_sealed(folder / MANIFEST, content)
 
 
+def refuse_other_folder(folder: Path) -> None:
+    """Refuse a folder that is no exported model.
+
+    Args:
+        folder: MODEL_DIR.
+
+    Raises:
+        FileNotFoundError: A file that every model has is missing.
+    """
+    for name in sorted(REQUIRED):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} is no exported model ({name} is missing): make one with "
+                f"`python -m sclong_ds export CHECKPOINT_DIR --out MODEL_DIR`"
+            )
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a model folder; None: it has none, as in format version 2.
 

@@ -46,7 +46,14 @@ from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
 from sclong_ds.exported.described.model_card import CONFIG, hub_config, model_card
 from sclong_ds.exported.head import FittedHead, write_head
-from sclong_ds.exported.manifest import CARD, CURE, WEIGHTS, check_files, write_manifest
+from sclong_ds.exported.manifest import (
+    CARD,
+    CURE,
+    WEIGHTS,
+    check_files,
+    refuse_other_folder,
+    write_manifest,
+)
 from sclong_ds.exported.recipe_file import ChosenRecipe, read_control, read_recipe, write_recipe
 from sclong_ds.exported.training_cells import TrainingCells
 from sclong_ds.files.atomic import partial_name, remove_partials_of, sync_tree
@@ -309,12 +316,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         LaterVersionError: A later version wrote it.
         ValueError: A damaged file, or a version before 2.
     """
-    for name in ("config.yaml", "genes.tsv", WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is no exported model ({name} is missing): make one with "
-                f"`python -m sclong_ds export CHECKPOINT_DIR --out MODEL_DIR`"
-            )
+    refuse_other_folder(folder)
     checked = check_files(folder)
     config, where = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
     if config.get("format") == FORMAT:
