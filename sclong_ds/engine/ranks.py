@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from sclong_ds.engine.extensions import extensions_folder, load_extension
 from sclong_ds.engine.ports import free_port, own_port, port_named
 from sclong_ds.engine.rendezvous import LOOPBACK, one_machine, stay_on_this_machine
+from sclong_ds.files.cores import usable_cores
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
         # each, for inference alone, and leaves them behind; where there is no room, ranks crash.
         os.environ.pop("LOCAL_SIZE", None)
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
+            torch.set_num_threads(max(1, usable_cores() // max(1, local_size)))
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(), local_rank)

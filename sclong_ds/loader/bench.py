@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sclong_ds.command_line import positive, whole
 from sclong_ds.files.atomic import write_atomic
+from sclong_ds.files.cores import usable_cores
 
 if TYPE_CHECKING:
     from sclong_ds.loader.threads import Output
@@ -137,7 +137,7 @@ def measure(asked: Asked, ranks: int) -> dict[str, Any]:
         "bytes_per_s": sum(rank.read_bytes / rank.wall_s for rank in found),
         "requests_per_s": sum(rank.requests / rank.wall_s for rank in found),
         "cores": sum(rank.cpu_s / rank.wall_s for rank in found),
-        "cores_of_machine": len(os.sched_getaffinity(0)),
+        "cores_of_machine": usable_cores(),
         "cpu_us_per_cell": 1e6 * sum(rank.cpu_s for rank in found) / max(1, cells),
         "first_batch_s": max(rank.first_batch_s for rank in found),
         "peak_bytes": max(rank.peak_bytes for rank in found),

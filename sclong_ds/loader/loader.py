@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
+from sclong_ds.files.cores import usable_cores
 from sclong_ds.loader.batches import CellBatch, StepBatch, empty_bytes
 from sclong_ds.loader.lanes import LaneStream, lanes_for
 from sclong_ds.loader.order import CellOrder, CellStream, CellWeights, VisitWeights
@@ -264,7 +265,7 @@ def _threads_for(corpus: Corpus) -> int:
     """Return the number of threads that read a corpus."""
     if not corpus.location.is_local:
         return _REMOTE_READ_THREADS
-    return min(_READ_THREADS, len(os.sched_getaffinity(0)))
+    return min(_READ_THREADS, usable_cores())
 
 
 def _stream_for(corpus: Corpus, batch: int, memory_bytes: int) -> CellOrder:

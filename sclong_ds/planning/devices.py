@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sclong_ds.config.sections import ModelConfig
+from sclong_ds.files.cores import usable_cores
 
 USABLE_SHARE = 0.92
 """Share of the device memory that a run may plan with; the rest is lost to fragmentation."""
@@ -102,7 +103,7 @@ def find_device(name: str, *, ranks_per_node: int) -> Device:
     """
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         return cpu_rank(_instruction_sets(), cores / ranks_per_node, memory / ranks_per_node)
     if name not in DEVICES:
         raise ValueError(f"--device {name}: unknown; known devices are {', '.join(DEVICES)}, cpu")

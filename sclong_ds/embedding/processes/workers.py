@@ -28,6 +28,7 @@ from scipy.sparse import csr_matrix
 
 from sclong_ds.exported.head import FittedHead, read_head
 from sclong_ds.exported.model_dir import load_model
+from sclong_ds.files.cores import usable_cores
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
 
@@ -154,7 +155,7 @@ def serve(connection: Connection, compute: Compute, model_dir: Path, place: str,
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The process that asks ends this one.
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n))
+        torch.set_num_threads(max(1, usable_cores() // n))
     model: Any = None
     with ExitStack() as kept:
         while True:
