@@ -96,11 +96,8 @@ class OwnStore:
             start = epoch * n_cells
             stop = start + n_cells
             # On one core nothing can overlap, and the others do not prefetch either.
-            with self.loader(output, start, stop, prefetch_batches=0, allocate=allocate) as loader:
-                for step in loader:
-                    (micro,) = step.micro_batches
-                    counts = _copied(micro.counts) if owned else micro.counts
-                    yield Loaded(len(micro.cell_ids), counts, self.cells[micro.cell_ids])
+            loader = self.loader(output, start, stop, prefetch_batches=0, allocate=allocate)
+            return self._batches(loader, owned=owned)
 
         return Contender(name, KINDS[output], n_cells, batches, output, owned)
 
@@ -114,13 +111,18 @@ class OwnStore:
         n_cells = self.stream.epoch_visits
 
         def batches(epoch: int, _: bool) -> Iterator[Loaded]:
-            with self.loader(output, epoch * n_cells, (epoch + 1) * n_cells) as loader:
-                for step in loader:
-                    (micro,) = step.micro_batches
-                    yield Loaded(len(micro.cell_ids), micro.counts, self.cells[micro.cell_ids])
+            loader = self.loader(output, epoch * n_cells, (epoch + 1) * n_cells)
+            return self._batches(loader, owned=False)
 
         way = f"{output}, {PREFETCH_BATCHES} ahead"
         return Contender(name, KINDS[output], n_cells, batches, way, owned=False)
+
+    def _batches(self, loader: CellLoader, *, owned: bool) -> Iterator[Loaded]:
+        with loader:
+            for step in loader:
+                (micro,) = step.micro_batches
+                counts = _copied(micro.counts) if owned else micro.counts
+                yield Loaded(len(micro.cell_ids), counts, self.cells[micro.cell_ids])
 
 
 def _copied(counts: Any) -> Any:
