@@ -127,6 +127,8 @@ FORWARDED = {
     "prep": ("data_prep.__main__", "prepare datasets for pretraining, as sclong-prep does"),
 }
 """Commands that another program's module runs with the words behind them."""
+_READ_FIRST = ("input", "checkpoint", "hyper_params", "genes")
+"""Arguments that, where they are paths, name what a command reads before all else."""
 _JOINS_RANKS = {"finetune"}
 """Commands whose process ends as a rank must, see `sclong_ds.job.failures.run_to_end`."""
 
@@ -155,15 +157,16 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _refuse_missing(args: argparse.Namespace) -> None:
-    """Refuse a model or cells that are not there, before seconds go by with the command's imports.
+    """Refuse a model or an input that is not there, before seconds go by with the imports.
 
     Raises:
         FileNotFoundError: There is no such model folder or input.
     """
     if isinstance(folder := getattr(args, "model_dir", None), Path):
         import_module("sclong_ds.exported.manifest").refuse_other_folder(folder)
-    if isinstance(cells := getattr(args, "input", None), Path) and not cells.exists():
-        raise FileNotFoundError(f"{cells}: no such file or folder")
+    for name in _READ_FIRST:
+        if isinstance(path := getattr(args, name, None), Path) and not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
