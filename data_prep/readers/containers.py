@@ -3,7 +3,8 @@
 HDF5 is opened for reading and without a lock, so that a file that another process holds open for
 writing can be read all the same; its source hash tells whether it changed meanwhile. Compression
 filters other than gzip and LZF come from hdf5plugin. AnnData may lie inside of something larger:
-the modality `rna` of MuData, the table of SpatialData.
+the modality `rna` of MuData, the table of SpatialData. Consolidated metadata of zarr are not
+believed: a part that was written again after them is not in them.
 """
 
 from __future__ import annotations
@@ -122,13 +123,13 @@ def zarr_root(path: Path, where: str = "") -> Open:
 
 @contextmanager
 def _zarr_group(path: Path, where: str) -> Iterator[Any]:
-    yield zarr.open_group(path, mode="r", path=where or None)
+    yield zarr.open_group(path, mode="r", path=where or None, use_consolidated=False)
 
 
 @contextmanager
 def _zipped_group(path: Path, where: str) -> Iterator[Any]:
     with ZipStore(path, mode="r") as store:
-        yield zarr.open_group(store, mode="r", path=where or None)
+        yield zarr.open_group(store, mode="r", path=where or None, use_consolidated=False)
 
 
 def zipped_zarr(path: Path) -> str | None:

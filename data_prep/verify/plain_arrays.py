@@ -159,12 +159,12 @@ def plain_loom(
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if path.is_dir():
-        yield zarr.open_group(path, mode="r")
+        yield zarr.open_group(path, mode="r", use_consolidated=False)
     elif zipfile.is_zipfile(path):
         with zarr.storage.ZipStore(path, mode="r") as store:
             names = {name.split("/")[0] for name in zipfile.ZipFile(path).namelist()}
             top = next(iter(names)) if len(names) == 1 else ""
-            yield zarr.open_group(store, mode="r", path=top or None)
+            yield zarr.open_group(store, mode="r", path=top or None, use_consolidated=False)
     else:
         with suppress(ImportError):
             importlib.import_module("hdf5plugin")

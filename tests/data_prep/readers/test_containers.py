@@ -24,6 +24,7 @@ from scipy import sparse
 from data_prep.readers import containers as readers_containers
 from data_prep.readers.open import detect_format, h5ad_beside_counts, open_source
 from data_prep.source.source import Source
+from data_prep.verify.plain_arrays import plain_anndata
 
 COUNTS = np.random.default_rng(5).poisson(0.8, (6, 5)).astype(np.float32)
 pytestmark = pytest.mark.filterwarnings(
@@ -367,3 +368,22 @@ def test_a_disk_that_fails_is_no_annotation_that_cannot_be_read(
     damaged = OSError("Can't synchronously read data (inflate() failed)")
     assert readers_containers.failed_call(damaged) is None
     assert readers_containers.failed_call(NotADirectoryError(20, "Not a directory")) is None
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_was_written_after_the_consolidated_metadata_is_seen(
+    tmp_path: Path, version: int, packed: bool
+) -> None:
+    path, adata = tmp_path / "a.zarr", cells()
+    with anndata.settings.override(zarr_write_format=version):
+        adata.write_zarr(path)
+        zarr.consolidate_metadata(str(path))
+        adata.var["feature_types"] = ["Gene Expression"] * 4 + ["Antibody Capture"]
+        root = zarr.open_group(path, mode="r+", use_consolidated=False)
+        anndata.io.write_elem(root, "var", adata.var)
+    if packed:
+        path = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", path))
+    assert opened(path).matrices[0].gene_columns["index"].tolist() == ["G0", "G1", "G2", "G3"]
+    plain = plain_anndata(path, rows=[0], matrices=["X"], columns=[])
+    assert plain.features["feature_types"] == adata.var["feature_types"].tolist()
