@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -142,6 +143,29 @@ def require_line_feeds(path: Path) -> None:
             "the lines end in carriage returns alone, as on old Macs; write them with line feeds: "
             f"tr '\\r' '\\n' < {path.name} > NEW"
         )
+
+
+def first_of_same(paths: Sequence[Path]) -> Path | None:
+    """Return the first of the files that are there, of which all must hold the same lines.
+
+    Args:
+        paths: Names under which the same file may lie, gzip or not.
+
+    Raises:
+        ValueError: Two of them differ.
+    """
+    first, *others = [path for path in paths if path.is_file()] or [None]
+    for other in others:
+        assert first is not None
+        assert other is not None
+        with open_bytes(first) as one, open_bytes(other) as two:
+            pairs = itertools.zip_longest(one, two, fillvalue=b"")
+            if any(a.rstrip(b"\r\n") != b.rstrip(b"\r\n") for a, b in pairs):
+                raise ValueError(
+                    f"{first.name} and {other.name} lie beside each other and differ; remove the "
+                    "one that does not belong to the matrix"
+                )
+    return first
 
 
 def name_columns(path: Path, *, most: int) -> list[StringArray]:

@@ -22,7 +22,7 @@ from scipy import sparse
 from data_prep.readers.arrays import Blocks, checked_indices, checked_pointers, line_numbers
 from data_prep.readers.containers import ZIP_SIGNATURE
 from data_prep.readers.gather import gathered
-from data_prep.readers.lines import name_columns
+from data_prep.readers.lines import first_of_same, name_columns
 from data_prep.source.source import (
     BLOCK_ENTRIES,
     Annotations,
@@ -82,9 +82,9 @@ def gene_list_file(path: Path, gene_list: Path | None = None) -> Path:
         return gene_list
     names = [name.replace("STEM", path.stem) for name in GENE_LISTS]
     for name in names:
-        for found in (path.with_name(name), path.with_name(f"{name}.gz")):
-            if found.is_file():
-                return found
+        found = first_of_same([path.with_name(name), path.with_name(f"{name}.gz")])
+        if found is not None:
+            return found
     raise ValueError(
         "an npz file names no genes; put one gene a line, in the order of the columns, "
         f"into one of {', '.join(names)} beside it, or name the list in the manifest"

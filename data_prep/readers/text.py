@@ -22,6 +22,7 @@ from data_prep.readers.gather import gathered
 from data_prep.readers.lines import (
     LONGEST_NAME,
     NUMBER,
+    first_of_same,
     name_columns,
     open_bytes,
     open_text,
@@ -138,7 +139,7 @@ def open_matrix_market(path: Path, *, scratch: Path | None) -> Source:
         scratch: See `readers.open_source`.
 
     Raises:
-        ValueError: A part is missing, or the sizes do not fit.
+        ValueError: A part is missing or there twice and not the same, or the sizes do not fit.
     """
     matrices = matrix_market_files(path) if path.is_dir() else [path]
     if len(matrices) != 1:
@@ -178,10 +179,10 @@ def open_matrix_market(path: Path, *, scratch: Path | None) -> Source:
 
 def _part(folder: Path, prefix: str, part: str) -> Path:
     names = [f"{prefix}{name}{suffix}" for name in _PARTS[part] for suffix in ("", ".gz")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"no {part}: expected one of {', '.join(names)} beside the matrix")
+    found = first_of_same([folder / name for name in names])
+    if found is None:
+        raise ValueError(f"no {part}: expected one of {', '.join(names)} beside the matrix")
+    return found
 
 
 def _matrix_size(path: Path) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Matrices of scipy.sparse.save_npz: the genes come from a list, and damage is seen."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,17 @@ def test_halves_are_read(tmp_path: Path, layout: str) -> None:
     (tmp_path / "genes.txt").write_text("\n".join(GENES))
     blocks = [block[:4].toarray() for block in opened(path).matrices[0].blocks()]
     np.testing.assert_array_equal(np.concatenate(blocks), counts[:4])
+
+
+def test_two_gene_lists_of_one_name_must_be_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz")
+    (tmp_path / "genes.txt").write_text("\n".join(GENES))
+    twin = tmp_path / "genes.txt.gz"
+    twin.write_bytes(gzip.compress("\n".join(GENES).encode()))
+    assert opened(path).matrices[0].gene_columns["column 1"].tolist() == list(GENES)
+    twin.write_bytes(gzip.compress("\n".join(reversed(GENES)).encode()))
+    with pytest.raises(ValueError, match=r"genes.txt and genes.txt.gz .* differ; remove"):
+        opened(path)
 
 
 def test_a_table_of_genes_with_a_header(tmp_path: Path) -> None:

@@ -44,6 +44,24 @@ def test_a_matrix_file_with_a_sample_name_in_front(tmp_path: Path) -> None:
     assert source_hash(path) == before
 
 
+@pytest.mark.parametrize("part", ["features", "barcodes"])
+def test_a_part_that_is_there_twice_must_be_the_same(tmp_path: Path, part: str) -> None:
+    folder = write_mtx(tmp_path / "mtx", version=3)
+    text = (folder / f"{part}.tsv").read_bytes()
+    twin = folder / f"{part}.tsv.gz"
+    twin.write_bytes(gzip.compress(text.replace(b"\n", b"\r\n")))
+    np.testing.assert_array_equal(values(opened(folder)), COUNTS)
+    lines = text.splitlines(keepends=True)
+    for other in (b"".join(lines[::-1]), b"".join(lines[:-1]), text + b"more\n"):
+        twin.write_bytes(gzip.compress(other))
+        with pytest.raises(ValueError, match=f"{part}.tsv and {part}.tsv.gz .* differ; remove"):
+            opened(folder)
+    twin.unlink()
+    (folder / "genes.tsv").write_text("".join(f"{name}\tother\n" for name in GENES))
+    with pytest.raises(ValueError, match=r"features.tsv and genes.tsv lie beside each other"):
+        opened(folder)
+
+
 @pytest.mark.parametrize("genes_in_rows", [True, False])
 @pytest.mark.parametrize("corner", [True, False], ids=["named corner", "as R writes it"])
 @pytest.mark.parametrize("format", ["csv", "tsv"])
