@@ -204,10 +204,13 @@ def _named(matrices: Sequence[Matrix], wanted: str) -> Matrix:
 
 def _in_order(matrices: Sequence[Matrix], layers: Sequence[str]) -> list[Matrix]:
     """Return raw.X, the layers of the given names and X, as far as they are there."""
-    named = {matrix.name: matrix for matrix in matrices}
-    named |= {name.lower(): matrix for name, matrix in named.items() if name.startswith("layers/")}
     order = ["raw.X", *(f"layers/{name}" for name in layers), "X"]
-    return [named[name] for name in order if name in named]
+    return [matrix for name in order for matrix in matrices if _plain_name(matrix) == name]
+
+
+def _plain_name(matrix: Matrix) -> str:
+    """Return the name without the case of a layer: `Counts` and `counts` may both be there."""
+    return matrix.name.lower() if matrix.name.startswith("layers/") else matrix.name
 
 
 def _look(matrix: Matrix, *, kept: bool) -> _Look:
@@ -405,16 +408,17 @@ def _warnings(chosen: _Look, looks: Sequence[_Look], option: CountsOption) -> It
     if option.how != "auto":
         return
     yield from _strangers(chosen, looks)
-    found = {look.name.lower(): look for look in looks if look.error is None and look is not chosen}
-    parts = [found[f"layers/{name}"] for name in VELOCITY_LAYERS if f"layers/{name}" in found]
+    found = [look for look in looks if look.error is None and look is not chosen]
+    names = [f"layers/{name}" for name in VELOCITY_LAYERS]
+    parts = [look for name in names for look in found if _plain_name(look.matrix) == name]
     for look in parts:
         if not _differences(chosen, look, shared_columns(chosen.matrix, look.matrix)):
-            names = "+".join(part.name for part in parts)
+            everything = "+".join({_plain_name(part.matrix): part.name for part in parts}.values())
             yield (
                 f"{chosen.name} equals {look.name}, which is only a part of the counts; write "
-                f"counts = {names} for all of them"
+                f"counts = {everything} for all of them"
             )
-    for look in found.values():
+    for look in found:
         known = [*VELOCITY_LAYERS, *COUNT_LAYERS]
         layer = look.name.removeprefix("layers/")
         if layer == look.name or layer.lower() in known:

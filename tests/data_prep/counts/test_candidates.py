@@ -214,3 +214,17 @@ def test_blocks_that_were_looked_at_are_not_read_again() -> None:
     assert passes == [4, 4]
     assert (first != second).nnz == 0
     np.testing.assert_array_equal(first.toarray()[5:], values[5:])
+
+
+@pytest.mark.parametrize("late", [0, 40])
+def test_layers_whose_names_differ_in_case_are_compared(late: int) -> None:
+    other = COUNTS.copy()
+    other[late:] *= 2
+    layers = [matrix(COUNTS, "layers/Counts"), matrix(other, "layers/counts")]
+    with pytest.raises(UnusableError, match=r"layers/Counts .*layers/counts"):
+        read([matrix(LOGGED), *layers])
+    np.testing.assert_array_equal(read([matrix(COUNTS, "layers/COUNTS"), layers[0]]), COUNTS)
+    np.testing.assert_array_equal(read(layers, "layers/counts"), other)
+    spliced = [matrix(COUNTS, "layers/Spliced"), matrix(COUNTS, "layers/spliced")]
+    warnings = choose_counts([matrix(COUNTS), *spliced]).warnings
+    assert all(f"X equals layers/{name}," in str(warnings) for name in ("Spliced", "spliced"))
