@@ -6,7 +6,8 @@ is of a gene that is not listed does not.
 
 `settle` then looks at the list as a whole. An annotation names a gene once: where the list has a
 gene by its current name, an alias of it is another place of the genome, which that annotation held
-for a gene of its own, and yields. A name of several genes means the one that the list does not name
+for a gene of its own, and yields; so does, among ids, the symbol of a gene that is there by its id:
+it is that of an antibody. A name of several genes means the one that the list does not name
 otherwise, if one alone is left. A list with names that HGNC replaced in 2020 (MARCH1, SEPT9) is of
 an annotation from before: there SEPT2 and DEC1 are the symbols of SEPTIN2 and DELEC1, and not what
 others also call SEPTIN6 and BHLHE40.
@@ -28,13 +29,15 @@ from data_prep.source.source import StringArray
 
 KINDS = ("ensembl", "symbol", "alias", "settled", "yielded", "ambiguous", "date", "unlisted")
 """How a gene name was resolved. The first four are: by id, by current symbol, by another name of
-one gene, by a name of several of which the list leaves one. yielded: an alias, or the symbol beside
-a retired id, of a gene that the list names otherwise; ambiguous: of several genes still; date: made
-a date by Excel; unlisted: of no gene of the vocabulary."""
+one gene, by a name of several of which the list leaves one. yielded: an alias, or a symbol among
+ids or beside a retired id, of a gene that the list names otherwise; ambiguous: of several genes
+still; date: made a date by Excel; unlisted: of no gene of the vocabulary."""
 ENSEMBL, SYMBOL, ALIAS, SETTLED, YIELDED, AMBIGUOUS, DATE, UNLISTED = range(len(KINDS))
 _LEAST_AGREEMENT = 0.9
 """Two columns name the same genes: ids and symbols of one annotation differ in less than 1%."""
-
+_MOSTLY_IDS = 0.9
+"""Share of ids from which on a symbol is a second feature of the gene that is there by its id, such
+as its antibody."""
 
 _REPLACED = re.compile(r"MARCH\d{1,2}|SEPT\d{1,2}|MARC[12]")
 """Symbols that HGNC replaced in 2020, since Excel made dates of them."""
@@ -150,6 +153,8 @@ def settle(
 
     yields = column.retired & named(kind == ENSEMBL)
     yields |= (kind == ALIAS) & named(np.isin(kind, (ENSEMBL, SYMBOL)) & ~yields)
+    if np.mean((kind == ENSEMBL) | column.elsewhere | column.retired) >= _MOSTLY_IDS:
+        yields |= (kind == SYMBOL) & named(kind == ENSEMBL)
     target[yields], kind[yields] = -1, YIELDED
     for gene, name in (_symbols_before(column, meanings) | _only_left(column, meanings)).items():
         if gene in index:

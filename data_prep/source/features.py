@@ -38,6 +38,7 @@ ANTIBODY_NAME = "named like an antibody, hashtag or guide"
 SECOND_NAME = "a gene's name among Ensembl ids, beside that gene"
 """Reasons of `Matrix.left_out` where the file gives no types; the others name the type or genome
 that was left out."""
+TYPE_OF_OTHER = "by its type in another matrix of the file"
 
 _TYPE_COLUMNS = frozenset({"featuretype", "featuretypes", "modality"})
 _GENES = frozenset({"geneexpression", "gene", "genes", "gex", "rna", "mrna", "expression"})
@@ -357,24 +358,80 @@ def _with_ensembl_id(columns: _Columns) -> _Keep:
 def _types_of_others(
     selection: _Selection, columns: _Columns, typed: Sequence[tuple[_Columns, _Selection]]
 ) -> None:
-    """Take the types of another gene table of the file, place by place or by names."""
-    names = columns.get("index")
+    """Take the types of another gene table of the file, place by place or by names.
+
+    Features that the other table does not name keep the rules of names.
+
+    Raises:
+        ValueError: Nobody can tell which of these features are the others of that table.
+    """
+    own = _name_columns(selection, columns)
     for other, types in typed:
-        if names is None or "index" not in other:
+        names = _name_columns(types, other)
+        if not own or not names:
             continue
-        selection.typed = True
-        if len(names) == len(types.keep) and (names == other["index"]).all():
-            out = ~types.keep
-        else:
-            wrong = set(other["index"][~types.keep])
-            both = sorted(wrong & set(other["index"][types.keep]) & set(names))
-            if both:
-                raise ValueError(
-                    f"the feature '{both[0]}' is a gene and something else in the table of X; "
-                    "give the gene table of raw.X its own feature_types"
-                )
-            out = np.array([name in wrong for name in names], dtype=bool)
-        selection.drop(out, "by its type in another matrix of the file")
+        alike = [name for name in own if name in names and len(own[name]) == len(names[name])]
+        if any((own[name] == names[name]).all() for name in alike):
+            selection.typed = True
+            selection.drop(~types.keep, TYPE_OF_OTHER)
+            continue
+        is_gene, is_other, missed = _found_by_name(own, names, types.keep)
+        both = is_gene & is_other
+        if both.any():
+            raise ValueError(
+                f"the feature '{own[next(iter(own))][both][0]}' is a gene and something else in "
+                "the table of X; give the gene table of raw.X its own feature_types"
+            )
+        unknown = ~is_gene & ~is_other
+        untold = unknown & ~_with_ensembl_id(columns)
+        if missed and untold.any():
+            raise ValueError(
+                f"in the table of X '{missed}' is no gene, and {np.count_nonzero(untold)} features "
+                f"of raw.X (such as '{own[next(iter(own))][untold][0]}') are not in that table; "
+                "give the gene table of raw.X its own feature_types"
+            )
+        selection.typed |= not unknown.any()
+        selection.drop(is_other, TYPE_OF_OTHER)
+
+
+def _found_by_name(own: _Columns, other: _Columns, keep: _Keep) -> tuple[_Keep, _Keep, str]:
+    """Look features up in another table, where `keep` tells which are genes.
+
+    A name that only genes have says more than one that a gene shares with its antibody. Names that
+    repeat in a table may have been made unique in the other, CD4-1 beside CD4.
+
+    Returns:
+        (features,) which are genes, (features,) which are something else, both where it cannot be
+        told; and a feature of the other table that is no gene and was not met, or ''.
+    """
+    exact: dict[str, set[bool]] = {}
+    loose: dict[str, set[bool]] = {}
+    for values in other.values():
+        for value, is_gene in zip(values, keep, strict=True):
+            exact.setdefault(value, set()).add(bool(is_gene))
+            loose.setdefault(_plain_name(value), set()).add(bool(is_gene))
+    found = np.zeros((3, len(next(iter(own.values())))), dtype=bool)  # gene, other, either
+    met: set[str] = set()
+    for values in own.values():
+        times = Counter(values)
+        for place, value in enumerate(values):
+            if not value:
+                continue
+            met |= {value, _plain_name(value)}
+            kinds = exact.get(value) if times[value] == 1 else loose.get(_plain_name(value))
+            if kinds:
+                found[2 if len(kinds) > 1 else 0 if True in kinds else 1, place] = True
+    either = found[2] & ~found[0] & ~found[1]
+    missed = [
+        rows[0] for rows, is_gene in zip(zip(*other.values(), strict=True), keep, strict=True)
+        if not is_gene and not met & {name for row in rows for name in (row, _plain_name(row))}
+    ]  # fmt: skip
+    return found[0] | either, found[1] | either, missed[0] if missed else ""
+
+
+def _plain_name(name: str) -> str:
+    """Return a name without the number that made it unique: CD4 of CD4-1 and CD4.1."""
+    return re.sub(r"[-.]\d+$", "", name)
 
 
 def _name_columns(selection: _Selection, columns: _Columns) -> dict[str, StringArray]:
@@ -408,8 +465,11 @@ def _by_name(selection: _Selection, names: Mapping[str, StringArray]) -> None:
         for other, values in names.items():
             if other != name:
                 listed.update(values[is_id])
-        second = ~is_id & np.array([value in listed for value in ids], dtype=bool)
-        selection.drop(second, SECOND_NAME)
+        listed.discard("")
+        second = np.zeros(len(ids), dtype=bool)
+        for values in names.values():
+            second |= [value in listed or _plain_name(value) in listed for value in values]
+        selection.drop(~is_id & second, SECOND_NAME)
 
 
 def _by_genome(

@@ -156,3 +156,15 @@ def test_columns_that_differ_are_read_by_their_ids(first: str) -> None:
     columns = {"index": symbols, "ids": names(*GENES.ids[:40])}
     ordered = {name: columns[name] for name in (first, *columns)}
     assert resolved(**ordered).target.tolist() == list(range(40))
+
+
+def test_a_symbol_among_ids_yields_to_the_gene_that_is_there_by_its_id() -> None:
+    """Antibody CD4, in a list of ids whose types were lost."""
+    ids = [*GENES.ids[:40]]
+    listed, absent = column(GENES.symbols[3]), GENES.symbols[50]
+    gene_map = resolved(index=names(*ids, GENES.symbols[3], absent))
+    assert gene_map.target.tolist() == [*range(40), -1, 50]
+    assert gene_map.kinds["yielded"] == 1
+    # Where symbols are no exception, the list is a mixture: the gene twice.
+    half = resolved(index=names(*ids[:8], *GENES.symbols[8:16], GENES.symbols[3]))
+    assert half.target.tolist() == [*range(16), listed]

@@ -155,6 +155,56 @@ def test_a_second_feature_of_a_gene_among_ensembl_ids_is_left_out() -> None:
     assert kept(names | {"feature_types": types})[1] == list(range(22))
 
 
+@pytest.mark.parametrize("own", ["A0072", "ab1"])
+def test_a_second_feature_with_an_id_of_its_own_is_left_out(own: str) -> None:
+    for names in (
+        {"index": [*IDS, own], "symbols": [*SYMBOLS, "CD4"]},
+        {"index": [*SYMBOLS, "CD4-1"], "gene_ids": [*IDS, own]},
+    ):
+        matrix, found = kept(names)
+        assert found == list(range(20))
+        assert matrix.left_out == {SECOND_NAME: 1}
+
+
+OTHER_IDS = ["A0072", "A0050", "A0034"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "raw", "expected"),
+    [
+        # Found by a name of another column, or by the name that was made unique.
+        ({"index": [*SYMBOLS, "CD4-1", "CD19-1", "CD3"], "ids": [*IDS, *OTHER_IDS]},
+         {"index": [*IDS, *OTHER_IDS], "symbols": [*SYMBOLS, "CD4", "CD19", "CD3"]}, range(20)),
+        ({"index": [*IDS, *OTHER_IDS], "symbols": [*SYMBOLS, "CD4", "CD19", "CD3"]},
+         {"index": [*IDS, *OTHER_IDS]}, range(20)),
+        ({"index": [*SYMBOLS, "CD4-1", "CD19-1", "CD3"]},
+         {"index": [*SYMBOLS, "CD4-1", "CD19-1", "CD3"]}, range(20)),
+        # Nobody can tell the antibody CD4 from the gene.
+        ({"index": [*SYMBOLS, "CD4-1", "CD19-1", "CD3"]},
+         {"index": [*SYMBOLS, "CD4", "CD19", "CD3"]}, "'CD4' is a gene and something else"),
+        ({"index": [*IDS, *OTHER_IDS], "symbols": [*SYMBOLS, "CD4", "CD19", "CD3"]},
+         {"index": [*SYMBOLS, "CD4-1", "CD19-1", "CD3"]}, "is a gene and something else"),
+        ({"index": [*IDS, *OTHER_IDS]}, {"index": [*SYMBOLS, "CD4-1", "CD19-1", "CD3"]},
+         "'A0072' is no gene, and 23 features of raw.X"),
+        # X holds the variable genes: the others of raw.X keep the rules of names.
+        ({"index": IDS[:8]}, {"index": [*IDS, "CD4"], "symbols": [*SYMBOLS, "CD4"]}, range(20)),
+        ({"index": SYMBOLS[:8]}, {"index": SYMBOLS}, range(20)),
+    ],
+)  # fmt: skip
+def test_raw_takes_the_types_of_x_by_any_name(
+    typed: dict[str, list[str]], raw: dict[str, list[str]], expected: object
+) -> None:
+    n = len(typed["index"])
+    types = (["Gene Expression"] * 20 + ["Antibody Capture"] * 3)[:n]
+    matrices = [matrix_of(typed | {"feature_types": types}), matrix_of(raw, "raw.X")]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            genes_only(matrices, genome="auto")
+        return
+    [block] = genes_only(matrices, genome="auto")[1].blocks()
+    assert (block.toarray()[0] - 1).tolist() == list(expected)  # type: ignore[call-overload]
+
+
 def test_raw_takes_the_types_of_x() -> None:
     index = [*SYMBOLS, "CD4", "CD19", "CD3"]
     types = ["Gene Expression"] * 20 + ["Antibody Capture"] * 3
