@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import time
+import zipfile
 from pathlib import Path
 
 from sclong_ds.files.atomic import (
@@ -48,7 +49,7 @@ def source_files(path: Path, *, gene_list: Path | None = None) -> list[Path]:
         return sorted(_files_below(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" or _is_npz(path):
         # The readers import every library of formats, which other files need not wait for here.
         from data_prep.readers.npz import gene_list_file
         from data_prep.readers.open import readable
@@ -61,6 +62,15 @@ def source_files(path: Path, *, gene_list: Path | None = None) -> list[Path]:
     prefix = path.name[: path.name.index("matrix.mtx")]
     beside = path.parent.iterdir()
     return sorted(file for file in beside if file.is_file() and file.name.startswith(prefix))
+
+
+def _is_npz(path: Path) -> bool:
+    """Return whether a file is one of scipy.sparse.save_npz, whatever its name."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            return "indptr.npy" in packed.namelist()
+    except zipfile.BadZipFile:
+        return False
 
 
 def source_hash(path: Path, *, gene_list: Path | None = None) -> str:

@@ -7,6 +7,7 @@ of the zip members, whose checksums are tested at their ends.
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -40,6 +41,13 @@ _SMALL = 16
 """Values of a member that describes the matrix."""
 _MOST_EMPTY = 2**24
 """Lines that may be mostly empty: unfiltered runs have 7 million barcodes."""
+_TITLE = re.compile(
+    r"(?!(?:IDS|Ids|VARS|Vars)$)(?i:(?:gene|feature|ensembl|hgnc|ncbi|entrez|external|original|stable|var|probe|symbol|id|"
+    r"name|index|accession)s?[-_. ]*)+"
+)
+"""Header of a column of genes; IDS and VARS are genes."""
+_EMPTY_TITLES = frozenset({"", "0", "x", "V1", "V2"})
+"""What R and pandas write above a column without a title."""
 _MEMBERS = ("format", "shape", "data", "indices", "indptr")
 
 
@@ -163,13 +171,16 @@ def open_npz(path: Path, *, gene_list: Path | None, scratch: Path | None) -> Sou
 
 def _gene_columns(path: Path, n_genes: int) -> dict[str, StringArray]:
     columns = name_columns(path, most=n_genes + 2)
-    if len(columns[0]) == n_genes + 1:
+    n_lines, first = len(columns[0]), [str(column[0]) for column in columns]
+    has_header = any(_TITLE.fullmatch(field) for field in first)
+    if n_lines == n_genes + 1 and (has_header or set(first) <= _EMPTY_TITLES):
         # A table with a header, such as the genes.tsv of a model or a corpus.
         return {str(column[0]): column[1:] for column in columns}
-    if len(columns[0]) != n_genes:
-        raise ValueError(
-            f"the matrix has {n_genes} columns, but {path.name} names {len(columns[0])} genes"
-        )
+    if n_lines != n_genes or has_header:
+        names = f"{n_lines} genes"
+        if has_header:
+            names = f"{n_lines - 1} genes below the header '{' '.join(first)}'"
+        raise ValueError(f"the matrix has {n_genes} columns, but {path.name} names {names}")
     return {f"column {number}": column for number, column in enumerate(columns, 1)}
 
 

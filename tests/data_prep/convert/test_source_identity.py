@@ -6,7 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import sparse
 
 from data_prep.convert import source_identity
 from data_prep.convert.source_identity import source_files, source_hash
@@ -93,3 +95,17 @@ def test_the_hash_of_a_fetched_file_needs_no_second_look_at_it(tmp_path: Path) -
     path.write_bytes(b"content")
     sha256 = hashlib.sha256(b"content").hexdigest()
     assert source_identity.fetched_hash(path, sha256) == source_hash(path)
+
+
+@pytest.mark.parametrize("name", ["cells.npz", "cells.NPZ", "cells.dat"])
+def test_the_gene_list_belongs_to_a_file_of_scipy_whatever_its_name(
+    tmp_path: Path, name: str
+) -> None:
+    with (tmp_path / name).open("wb") as file:
+        sparse.save_npz(file, sparse.csr_matrix(np.eye(2)))
+    genes = tmp_path / "cells.genes.txt"
+    genes.write_text("A\nB\n")
+    assert source_files(tmp_path / name) == [tmp_path / name, genes]
+    before = source_hash(tmp_path / name)
+    genes.write_text("B\nA\n")
+    assert source_hash(tmp_path / name) != before

@@ -128,3 +128,31 @@ def test_a_shape_is_not_believed(tmp_path: Path, shape: tuple[int, int], message
     (tmp_path / "genes.txt").write_text("A\nB\nC\nD\n")
     with pytest.raises(ValueError, match=message):
         opened(path)
+
+
+@pytest.mark.parametrize("extra", ["TP53", "ENSG00000141510", "IDS", "Vars"])
+def test_a_gene_too_many_is_no_header(tmp_path: Path, extra: str) -> None:
+    path = write(tmp_path / "a.npz")
+    (tmp_path / "a.genes.txt").write_text("\n".join([extra, *GENES]) + "\n")
+    with pytest.raises(ValueError, match=r"4 columns, but a\.genes\.txt names 5 genes"):
+        opened(path)
+
+
+@pytest.mark.parametrize("header", ["gene", "Gene Symbol", "gene_ids", "ID", "feature.name"])
+def test_a_header_in_place_of_a_gene_is_refused(tmp_path: Path, header: str) -> None:
+    path = write(tmp_path / "a.npz")
+    (tmp_path / "a.genes.txt").write_text("\n".join([header, *GENES[1:]]) + "\n")
+    with pytest.raises(ValueError, match=rf"names 3 genes below the header '{header}'"):
+        opened(path)
+    (tmp_path / "a.genes.txt").write_text("\n".join([header, *GENES]) + "\n")
+    assert opened(path).matrices[0].gene_columns[header].tolist() == GENES
+
+
+@pytest.mark.parametrize("header", ["", "0", "x"])
+def test_an_empty_title_is_a_header_where_the_number_of_lines_says_so(
+    tmp_path: Path, header: str
+) -> None:
+    path = write(tmp_path / "a.npz")
+    rows = [f"{i}\t{gene}\n" for i, gene in enumerate(GENES)]
+    (tmp_path / "a.genes.txt").write_text(f"{header}\tx\n" + "".join(rows))
+    assert opened(path).matrices[0].gene_columns["x"].tolist() == GENES
