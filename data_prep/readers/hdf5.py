@@ -198,12 +198,10 @@ def open_loom(path: Path, *, scratch: Path | None) -> Source:
         for name, where in places.items():
             if part_inside(root, where).shape != (n_genes, n_cells):
                 raise ValueError(f"{name} has the shape {root[where].shape}, not that of matrix")
-        cells = [
-            name
-            for name, values in part_inside(root, "col_attrs").items()
-            if _is_list(values, n_cells)
-        ]
-        named = next((name for name in _CELL_NAMES if name in cells), None)
+        attributes = part_inside(root, "col_attrs")
+        # Those that are no lists stay: they cannot be read where they are asked for.
+        cells = list(attributes)
+        named = next((n for n in _CELL_NAMES if _is_list(attributes.get(n), n_cells)), None)
         if named is None:
             require_whole(root["matrix"], "matrix")
             barcodes = objects(map(str, range(n_cells)))
@@ -242,7 +240,8 @@ def _gene_names(group: Any, n_genes: int) -> tuple[dict[str, StringArray], dict[
     found, notes = {}, {}
     for name, values in group.items():
         if not _is_list(values, n_genes):
-            require_names_only(name, "it is no list with one value a gene")
+            notes[f"row_attrs/{name}"] = "it is no list with one value a gene"
+            require_names_only(name, notes[f"row_attrs/{name}"])
             continue
         if values.dtype.kind not in "SUO" and not is_kind_column(name):
             continue
@@ -258,13 +257,16 @@ def _gene_names(group: Any, n_genes: int) -> tuple[dict[str, StringArray], dict[
 
 
 def _is_list(values: Any, size: int) -> bool:
-    return isinstance(values, h5py.Dataset) and values.shape == (size,)
+    """Return whether a part is a list of one value each, which may stand as a column."""
+    return isinstance(values, h5py.Dataset) and values.shape in ((size,), (size, 1))
 
 
 def _loom_obs(opened: Open, names: Sequence[str], n_cells: int) -> Annotations:
     def reader(name: str) -> Callable[[], pd.Series]:
         def column() -> pd.Series:
             with opened() as root:
+                if not _is_list(root["col_attrs"][name], n_cells):
+                    raise ValueError(f"col_attrs/{name} is no list with one value a cell")
                 values = _whole_attribute(root["col_attrs"], name)
             return pd.Series(values, dtype=values.dtype)
 
@@ -276,7 +278,7 @@ def _loom_obs(opened: Open, names: Sequence[str], n_cells: int) -> Annotations:
 def _whole_attribute(group: Any, name: str) -> npt.NDArray[Any]:
     """Return an attribute that was written as a whole, texts as objects."""
     require_whole(part_inside(group, name), f"{group.name}/{name}")
-    return decoded(group[name][:])
+    return decoded(group[name][:].reshape(-1))
 
 
 def _strings(group: Any, name: str) -> StringArray:

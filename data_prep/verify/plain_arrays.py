@@ -136,17 +136,21 @@ def plain_loom(
         attributes = root["col_attrs"]
         n_features, n_cells = root["matrix"].shape
         features = {
-            name: [_text(value) for value in values[:]]
+            name: [_text(value) for value in values[:].ravel()]
             for name, values in root["row_attrs"].items()
-            if values.shape == (n_features,) and values.dtype.kind in "SO"
+            if getattr(values, "shape", None) in ((n_features,), (n_features, 1))
+            and values.dtype.kind in "SO"
         }
-        named = [n for n in CELL_NAMES if n in attributes and attributes[n].shape == (n_cells,)]
-        barcodes = {row: _text(attributes[named[0]][row]) if named else str(row) for row in rows}
+        lists = ((n_cells,), (n_cells, 1))
+        named = [n for n in CELL_NAMES if n in attributes and attributes[n].shape in lists]
+        barcodes = {
+            row: _text(_single(attributes[named[0]], row)) if named else str(row) for row in rows
+        }
         stored: dict[str, Stored] = {}
         for name in matrices:
             matrix = root["matrix" if name == "X" else name]
             stored[name] = {row: _nonzero(matrix[:, row]) for row in rows}
-        texts = {name: [_text(attributes[name][row]) for row in rows] for name in columns}
+        texts = {name: [_text(_single(attributes[name], row)) for row in rows] for name in columns}
     return PlainSource(
         n_cells=n_cells,
         features=features,
@@ -154,6 +158,11 @@ def plain_loom(
         barcodes=barcodes,
         annotations=_by_row(rows, texts),
     )
+
+
+def _single(values: Any, row: int) -> Any:
+    """Return a value of a list, or of one that stands as a column."""
+    return values[row] if len(values.shape) == 1 else values[row, 0]
 
 
 @contextmanager

@@ -45,6 +45,8 @@ from data_prep.source.source import (
     Source,
     UnusableError,
 )
+from data_prep.staging.chosen_cells import unwanted_cells
+from data_prep.verify.plain_arrays import plain_loom
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,39 @@ def test_loom(tmp_path: Path) -> None:
     assert found.barcodes.tolist() == CELLS
     assert set(found.matrices[0].gene_columns) == {"Gene"}
     assert found.obs["donor"].tolist() == ["d0", "d1"] * 3 + ["d0"]
+
+
+@pytest.mark.parametrize("columns", ["list", "column", "two columns"])
+def test_loom_attributes_that_stand_as_columns(tmp_path: Path, columns: str) -> None:
+    path = write_loom(tmp_path / "a.loom")
+    with h5py.File(path, "r+") as root:
+        for name, values in (("Gene", GENES), ("Alias", GENES), ("kind", GENES)):
+            root.require_group("row_attrs").pop(name, None)
+            wide = [[value] * 2 for value in values] if name == "kind" else [[v] for v in values]
+            root[f"row_attrs/{name}"] = wide
+        del root["col_attrs/CellID"]
+        root["col_attrs/CellID"] = [[name] for name in CELLS]
+        primary = np.arange(N_CELLS) < 3
+        root["col_attrs/is_primary_data"] = {
+            "list": primary,
+            "column": primary[:, None],
+            "two columns": np.stack([primary, primary], axis=1),
+        }[columns]
+    found = opened(path)
+    assert found.barcodes.tolist() == CELLS
+    assert found.matrices[0].gene_columns["Alias"].tolist() == GENES
+    assert found.notes["row_attrs/kind"] == "it is no list with one value a gene"
+    assert "map is no list with one value a cell" in found.obs.frame()[1]["obs/map"]
+    if columns == "two columns":
+        with pytest.raises(ValueError, match="is_primary_data is no list with one value a cell"):
+            unwanted_cells(found.obs, "")
+        return
+    (dropped,) = unwanted_cells(found.obs, "").values()
+    assert dropped.tolist() == (~primary).tolist()
+    plain = plain_loom(path, rows=[1, 4], matrices=["X"], columns=["is_primary_data"])
+    assert plain.barcodes == {1: CELLS[1], 4: CELLS[4]}
+    assert plain.features["Gene"] == GENES
+    assert [row["is_primary_data"] for row in plain.annotations.values()] == ["True", "False"]
 
 
 def test_small_blocks_give_the_same_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
