@@ -52,19 +52,22 @@ _CORNER_WORDS = frozenset(
 )
 """Words in the usual names of the column of row names."""
 ANNOTATIONS = frozenset(
-    "batch chr chrom chromosome cluster clusters doublet_score entrez entrez_gene_id entrez_id "
-    "entrezid g2m_score gene_length leiden length library_size log10_total_counts "
-    "log1p_total_counts louvain n_counts n_features n_genes n_genes_by_counts n_umi n_umis ncount "
-    "ncount_rna nfeature nfeature_rna ngene ngenes ngenes_rna numi numis pct_counts_mt "
-    "pct_counts_ribo pct_mito pct_mt percent_mito percent_mt percent_ribo res_0_6 res_0_8 s_score "
-    "seurat_clusters size_factor size_factors strand sum total total_count total_counts "
-    "total_genes total_umi total_umis tsne_1 tsne_2 umap_1 umap_2".split()
+    "batch chr chrom chromosome cluster clusters doublet_score eff_len eff_length effective_length "
+    "end entrez entrez_gene_id entrez_id entrezid exon_length g2m_score gene_length leiden length "
+    "library_size log10_total_counts log1p_total_counts louvain n_counts n_features n_genes "
+    "n_genes_by_counts n_umi n_umis ncount ncount_rna nfeature nfeature_rna ngene ngenes "
+    "ngenes_rna numi numis pct_counts_mt pct_counts_ribo pct_mito pct_mt percent_mito percent_mt "
+    "percent_ribo res_0_6 res_0_8 s_score seurat_clusters size_factor size_factors start strand "
+    "sum total total_count total_counts total_genes total_umi total_umis transcript_length tsne_1 "
+    "tsne_2 umap_1 umap_2 width".split()
 )
 """Names of numbers about a cell or a gene that are saved beside the counts; in lower case, all
 else than letters and digits as `_`."""
+_GENES_TOO = frozenset(["end"])
+"""Those of ANNOTATIONS that are names of genes, too."""
 _SHORTEST_ENTRY = len("1 1 1\n")
-_FEWEST_ROWS = 20
-"""Fewer rows may add up to one of their columns by chance."""
+_FEWEST = 20
+"""Fewer rows may add up to one of their columns by chance, and fewer columns to a row."""
 _MATRIX_NAMES = ("matrix.mtx", "matrix.mtx.gz")
 _PARTS = {"barcodes": ("barcodes.tsv",), "features": ("features.tsv", "genes.tsv")}
 
@@ -283,7 +286,7 @@ def open_table(
         raise ValueError(f"a table with {len(row_names)} rows and {len(header)} columns of values")
     columns = np.array(header, dtype=object)
     genes_in_rows = gene_share(row_names) > gene_share(columns)
-    _check_names(corner, columns, row_names, gene_share)
+    _check_names(corner, columns, row_names, gene_share, genes_in_rows=genes_in_rows)
     genes, barcodes = (row_names, columns) if genes_in_rows else (columns, row_names)
     shape = (len(barcodes), len(genes))
     table_shape = (len(row_names), len(columns))
@@ -311,6 +314,8 @@ def _check_names(
     columns: StringArray,
     rows: StringArray,
     gene_share: Callable[[StringArray], float],
+    *,
+    genes_in_rows: bool,
 ) -> None:
     """Refuse a first column or line of numbers instead of names, and annotations in between."""
     words = re.split(r"[^a-z0-9]+", corner.lower())
@@ -327,8 +332,10 @@ def _check_names(
                 "cell names; write the table with column names"
             )
     for place, names in (("column", columns), ("row", rows)):
+        of_genes = genes_in_rows == (place == "row")
+        refused = ANNOTATIONS - _GENES_TOO if of_genes else ANNOTATIONS
         for name in names:
-            if re.sub(r"[^a-z0-9]+", "_", name.lower()) in ANNOTATIONS:
+            if re.sub(r"[^a-z0-9]+", "_", name.lower()) in refused:
                 raise ValueError(
                     f"the {place} '{name}' is no cell or gene but a number about them; "
                     f"remove the {place} from the table"
@@ -372,13 +379,13 @@ def _table_blocks(
 ) -> Iterator[tuple[int, sparse.csr_matrix]]:
     """Yield the number of the first row and the values of consecutive blocks of lines.
 
-    A column that is the sum of all others in every row is refused before the last block.
+    A row or column that is the sum of all others is refused before the last block.
     numpy parses these tables: pandas needs a minute for 30,000 columns.
     """
     with open_text(path) as file:
         lines = (line for line in file if line.strip())
         next(lines)
-        totals = _TotalColumns(n_columns)
+        totals = _Totals(n_columns)
         for first, stop in dense_blocks(n_rows, n_columns):
             try:
                 values = np.loadtxt(
@@ -400,16 +407,21 @@ def _table_blocks(
             yield first, sparse.csr_matrix(values)
 
 
-class _TotalColumns:
-    """Looks for a column that is the sum of all others in every row."""
+class _Totals:
+    """Looks for a column that is the sum of all others in every row, and for a last such row."""
 
     def __init__(self, n_columns: int) -> None:
         # Of two columns, equal ones are each other's sum.
         self._columns = np.arange(n_columns if n_columns > 2 else 0)
-        self._n_rows = 0
+        self._n_rows = self._n_all = 0
+        self._sums = np.zeros(n_columns)
+        self._last = np.zeros(n_columns)
 
     def add(self, values: npt.NDArray[np.float64]) -> None:
         """Take in the next rows."""
+        self._n_all += len(values)
+        self._sums += values.sum(axis=0)
+        self._last = values[-1]
         if not len(self._columns):
             return
         sums = values.sum(axis=1)
@@ -421,8 +433,11 @@ class _TotalColumns:
             self._columns = self._columns[equal.all(axis=0)]
 
     def check(self) -> None:
-        """Raise if there is such a column."""
-        if len(self._columns) and self._n_rows >= _FEWEST_ROWS:
+        """Raise if there is such a column, or the last row is such a one."""
+        n_filled = np.count_nonzero(self._sums)
+        if self._n_all > 2 and n_filled >= _FEWEST and np.array_equal(2 * self._last, self._sums):
+            raise ValueError("the last line is the sum of all others; remove it from the table")
+        if len(self._columns) and self._n_rows >= _FEWEST:
             raise ValueError(
                 f"column {self._columns[0] + 2} is the sum of all others in every line; "
                 "remove it from the table"

@@ -103,7 +103,9 @@ def test_a_table_without_names_is_refused(tmp_path: Path) -> None:
         opened(write_frame(tmp_path / "b.tsv", FRAME.T, header=False, sep="\t"))
 
 
-@pytest.mark.parametrize("name", ["n_counts", "nCount_RNA", "percent.mt", "Length", "Entrez ID"])
+@pytest.mark.parametrize(
+    "name", ["n_counts", "nCount_RNA", "percent.mt", "Entrez ID", "Start", "eff.length"]
+)
 @pytest.mark.parametrize("genes_in_rows", [True, False])
 def test_annotations_among_the_counts_are_refused(
     tmp_path: Path, name: str, genes_in_rows: bool
@@ -128,6 +130,30 @@ def test_a_column_of_sums_is_refused(
         values(opened(write_frame(tmp_path / "a.csv", frame)))
     frame.iloc[-1, -1] += 1
     assert values(opened(write_frame(tmp_path / "b.csv", frame))).shape == (35, 12)
+
+
+@pytest.mark.parametrize("block", [100, 2**20])
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_a_last_row_of_sums_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, genes_in_rows: bool
+) -> None:
+    monkeypatch.setattr(source, "BLOCK_ENTRIES", block)
+    cells, genes = [f"cell{i}" for i in range(30)], [f"G{i}" for i in range(40)]
+    counts = np.random.default_rng(0).poisson(1.0, (30, 40))
+    frame = pd.DataFrame(counts, index=cells, columns=genes)
+    frame = frame.T if genes_in_rows else frame
+    frame.loc["all of it"] = frame.sum()
+    with pytest.raises(ValueError, match="the last line is the sum of all others; remove it"):
+        values(opened(write_frame(tmp_path / "a.csv", frame)))
+    frame.iloc[-1, -1] += 1
+    assert values(opened(write_frame(tmp_path / "b.csv", frame))).size == frame.size
+
+
+def test_a_gene_whose_name_is_that_of_a_number_about_genes(tmp_path: Path) -> None:
+    frame = FRAME.rename(columns={FRAME.columns[3]: "END"})
+    np.testing.assert_array_equal(values(opened(write_frame(tmp_path / "a.csv", frame))), frame)
+    with pytest.raises(ValueError, match="the column 'End' is no cell or gene"):
+        opened(write_frame(tmp_path / "b.csv", frame.T.assign(End=5)))
 
 
 @pytest.mark.parametrize("end", ["0", "7.0", "0.0"])
