@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from data_prep.source.other_table import found_by_name, stem
 from data_prep.source.source import Matrix, RowRange, StringArray, UnusableError
 
 GENE_EXPRESSION = "Gene Expression"
@@ -375,7 +376,7 @@ def _types_of_others(
             selection.typed = True
             selection.drop(~types.keep, TYPE_OF_OTHER)
             continue
-        is_gene, is_other, missed = _found_by_name(own, names, types.keep)
+        is_gene, is_other, missed = found_by_name(own, names, types.keep)
         both = is_gene & is_other
         if both.any():
             raise ValueError(
@@ -392,46 +393,6 @@ def _types_of_others(
             )
         selection.typed |= not unknown.any()
         selection.drop(is_other, TYPE_OF_OTHER)
-
-
-def _found_by_name(own: _Columns, other: _Columns, keep: _Keep) -> tuple[_Keep, _Keep, str]:
-    """Look features up in another table, where `keep` tells which are genes.
-
-    A name that only genes have says more than one that a gene shares with its antibody. Names that
-    repeat in a table may have been made unique in the other, CD4-1 beside CD4.
-
-    Returns:
-        (features,) which are genes, (features,) which are something else, both where it cannot be
-        told; and a feature of the other table that is no gene and was not met, or ''.
-    """
-    exact: dict[str, set[bool]] = {}
-    loose: dict[str, set[bool]] = {}
-    for values in other.values():
-        for value, is_gene in zip(values, keep, strict=True):
-            exact.setdefault(value, set()).add(bool(is_gene))
-            loose.setdefault(_plain_name(value), set()).add(bool(is_gene))
-    found = np.zeros((3, len(next(iter(own.values())))), dtype=bool)  # gene, other, either
-    met: set[str] = set()
-    for values in own.values():
-        times = Counter(values)
-        for place, value in enumerate(values):
-            if not value:
-                continue
-            met |= {value, _plain_name(value)}
-            kinds = exact.get(value) if times[value] == 1 else loose.get(_plain_name(value))
-            if kinds:
-                found[2 if len(kinds) > 1 else 0 if True in kinds else 1, place] = True
-    either = found[2] & ~found[0] & ~found[1]
-    missed = [
-        rows[0] for rows, is_gene in zip(zip(*other.values(), strict=True), keep, strict=True)
-        if not is_gene and not met & {name for row in rows for name in (row, _plain_name(row))}
-    ]  # fmt: skip
-    return found[0] | either, found[1] | either, missed[0] if missed else ""
-
-
-def _plain_name(name: str) -> str:
-    """Return a name without the number that made it unique: CD4 of CD4-1 and CD4.1."""
-    return re.sub(r"[-.]\d+$", "", name)
 
 
 def _name_columns(selection: _Selection, columns: _Columns) -> dict[str, StringArray]:
@@ -468,7 +429,7 @@ def _by_name(selection: _Selection, names: Mapping[str, StringArray]) -> None:
         listed.discard("")
         second = np.zeros(len(ids), dtype=bool)
         for values in names.values():
-            second |= [value in listed or _plain_name(value) in listed for value in values]
+            second |= [value in listed or stem(value) in listed for value in values]
         selection.drop(~is_id & second, SECOND_NAME)
 
 

@@ -27,9 +27,9 @@ from typing import Any, TypeVar
 
 from sclong_ds.files.atomic import locked, named_errors, read_file, sync_folder, whole_file
 from sclong_ds.files.checksums import check_file
-from sclong_ds.files.storage import CutError, UnusableUrlError, ask_storage
 from sclong_ds.remote.range_cache import RangeCache
 from sclong_ds.remote.ranges import RangeRequests, client_options, try_once
+from sclong_ds.remote.storage import CutError, UnusableUrlError, ask_storage
 
 CACHE_VARIABLE = "SCLONG_CACHE"
 _FETCHED_AT_ONCE = 16
@@ -331,7 +331,7 @@ class Location:
         return self._base / f"{readable}-{key}" / self._inside / name
 
     def _ask(self, name: str, action: Callable[[Any, str], T]) -> T:
-        """Ask the server until it answers or the time for that is over (`files.storage`).
+        """Ask the server until it answers or the time for that is over (`remote.storage`).
 
         Every failure leaves as a named OSError.
         """

@@ -2,7 +2,7 @@
 
 Clients of object stores wait for minutes and ask again by themselves, one try after the other, with
 ten connections at a time. Here they may keep as many connections open as a rank reads with, wait as
-long as is said below, and fail at once: `sclong_ds.files.storage` decides what is asked again.
+long as is said below, and fail at once: `sclong_ds.remote.storage` decides what is asked again.
 
 A request that takes longer than nineteen of twenty did is sent a second time, and the first answer
 counts: on object storage a few requests in a thousand take seconds, and a batch waits for the

@@ -24,7 +24,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.location import CACHE_VARIABLE, Location
 from sclong_ds.files.obs_table import write_obs
-from sclong_ds.files.storage import WAIT_VARIABLE
+from sclong_ds.remote.storage import WAIT_VARIABLE
 
 CONTENT = bytes(range(256)) * 10
 

@@ -16,10 +16,9 @@ from served_files import FileServer
 from sclong_ds.corpus.cell_store import CellStore, DamagedChunk
 from sclong_ds.corpus.cell_writer import CellWriter
 from sclong_ds.corpus.location import Location
-from sclong_ds.files import storage
-from sclong_ds.files.storage import WAIT_VARIABLE
-from sclong_ds.remote import ranges
+from sclong_ds.remote import ranges, storage
 from sclong_ds.remote.ranges import RangeRequests, client_options, try_once
+from sclong_ds.remote.storage import WAIT_VARIABLE
 
 CONTENT = bytes(range(256)) * 40
 

@@ -12,9 +12,9 @@ import pytest
 from served_files import FileServer
 
 from sclong_ds.corpus.location import Location
-from sclong_ds.files import storage
-from sclong_ds.files.storage import WAIT_VARIABLE, ask_storage, passes
 from sclong_ds.job import failures
+from sclong_ds.remote import storage
+from sclong_ds.remote.storage import WAIT_VARIABLE, ask_storage, passes
 
 CONTENT = bytes(range(256)) * 300
 
