@@ -4,14 +4,17 @@
 
 Conditions are separated by `;` and all hold for a cell that is kept; `|` separates values, of which
 one is enough. Values are compared as the text that an annotation becomes
-(`data_prep.staging.annotations`); nothing after `=` is a missing value. True and False also fit 1
-and 0 and any case. Standard library only.
+(`data_prep.staging.annotations`); nothing after `=` is a missing value. Numbers are compared
+without zeros behind the point, since 1 becomes 1.0 where a value is missing. True and False also
+fit 1 and 0, T and F and any case. Standard library only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from data_prep.annotations.words import fits
 
 PRIMARY = "is_primary_data"
 """Annotation of CELLxGENE: False for cells that are in another of its datasets, too."""
@@ -21,7 +24,6 @@ WHERE_HELP = (
     "keep the cells for which all conditions hold, such as 'suspension_type=cell|nucleus; "
     "disease!=COVID-19'; cells with is_primary_data False are left out unless it names that column"
 )
-_TRUTH = {"true": "true", "1": "true", "false": "false", "0": "false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,7 @@ class Condition:
         Args:
             value: The annotation as text.
         """
-        found = value in self.values
-        wanted = {_TRUTH[v.lower()] for v in self.values if v.lower() in ("true", "false")}
-        return (found or _TRUTH.get(value.lower()) in wanted) == self.equal
+        return any(fits(wanted, value) for wanted in self.values) == self.equal
 
 
 PRIMARY_CELLS = Condition(PRIMARY, ("False",), equal=False)

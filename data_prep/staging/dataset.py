@@ -134,7 +134,7 @@ def stage_piece(
         if any(matrix.by_gene or matrix.ranges is None for matrix in source.matrices):
             raise NotToBeCutError("a matrix of the file is not stored by cells")
         entry["n_cells_input"] = len(source.barcodes)
-        unwanted = unwanted_cells(source.obs, dataset.where)
+        unwanted, _ = unwanted_cells(source.obs, dataset.where)
         opened = _harmonized(source, dataset, entry, settings, resolver)
         limits = cell_limits(dataset, settings, n_mapped=opened.gene_map.n_mapped)
         outcome = Outcome.begin(opened, limits, unwanted)
@@ -194,9 +194,9 @@ def _write(
     entry["format"] = source.format
     entry["about"] = {name: without_secrets(text) for name, text in source.about.items()}
     entry["n_cells_input"] = len(source.barcodes)
-    unwanted = unwanted_cells(source.obs, dataset.where)
+    unwanted, odd = unwanted_cells(source.obs, dataset.where)
     annotations, columns, unread = read_annotations(source.obs, dataset)
-    entry["notes"] = {**source.notes, **unread}
+    entry["notes"] = {**source.notes, **unread, **odd}
     opened = _harmonized(source, dataset, entry, settings, resolver)
     staged = part / "staged"
     limits = cell_limits(dataset, settings, n_mapped=opened.gene_map.n_mapped)
@@ -207,7 +207,7 @@ def _write(
     else:
         written = pieces.put_together(outcome, entry, path, genes, codec)
     outcome.fill(entry)
-    entry["warnings"] += primary_warning(entry["dropped_cells"], entry["n_cells_input"])
+    entry["warnings"] += primary_warning(entry["dropped_cells"], entry["n_cells_input"], odd)
     outcome.check(entry, min_counts_kept=settings.min_counts_kept)
     kept = outcome.kept
     entry["n_cells"] = int(kept.sum())

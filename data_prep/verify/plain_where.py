@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 _FRONT = "not where "
-_SAME = {"true": "1", "false": "0"}
+_SAME = ({"true", "t", "1"}, {"false", "f", "0"})
 
 
 def where_reasons(dropped: Iterable[str], where: str) -> list[str]:
@@ -50,7 +50,20 @@ def _split(reason: str) -> tuple[str, bool, list[str]]:
 
 
 def _is_one_of(value: str, values: list[str]) -> bool:
-    low = value.lower()
-    return value in values or any(
-        v.lower() in _SAME and low in (v.lower(), _SAME[v.lower()]) for v in values
-    )
+    return any(_is_alike(value, wanted) for wanted in values)
+
+
+def _is_alike(value: str, wanted: str) -> bool:
+    one, other = _trimmed(value), _trimmed(wanted)
+    if one == other:
+        return True
+    low = {_trimmed(value.strip()).lower(), other.lower()}
+    return any(low <= same and not low.isdisjoint(("true", "false")) for same in _SAME)
+
+
+def _trimmed(text: str) -> str:
+    """Return a number without zeros behind the point."""
+    whole, point, part = text.partition(".")
+    if not point or not (whole.lstrip("+-") + part).isdecimal() or not whole.lstrip("+-"):
+        return text
+    return f"{whole}.{part.rstrip('0')}".rstrip(".")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.annotations.words import truth
 from data_prep.corpus.near.near_duplicates import (
     PRIMARY,
     SECONDARY,
@@ -184,5 +185,5 @@ def read_primary(path: Path) -> NDArray[np.uint8]:
         )
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; or convert the dataset again") from None
-    codes = {"true": PRIMARY, "1": PRIMARY, "false": SECONDARY, "0": SECONDARY}
-    return np.array([codes.get(text.strip().lower(), UNKNOWN) for text in texts], np.uint8)[found]
+    codes = {True: PRIMARY, False: SECONDARY, None: UNKNOWN}
+    return np.array([codes[truth(text)] for text in texts], np.uint8)[found]

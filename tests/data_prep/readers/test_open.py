@@ -258,7 +258,7 @@ def test_loom_attributes_that_stand_as_columns(tmp_path: Path, columns: str) -> 
         with pytest.raises(ValueError, match="is_primary_data is no list with one value a cell"):
             unwanted_cells(found.obs, "")
         return
-    (dropped,) = unwanted_cells(found.obs, "").values()
+    (dropped,) = unwanted_cells(found.obs, "")[0].values()
     assert dropped.tolist() == (~primary).tolist()
     plain = plain_loom(path, rows=[1, 4], matrices=["X"], columns=["is_primary_data"])
     assert plain.barcodes == {1: CELLS[1], 4: CELLS[4]}

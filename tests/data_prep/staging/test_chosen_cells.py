@@ -92,6 +92,41 @@ def test_conditions_are_counted_and_cells_found_again(source: Path) -> None:
     assert found.dropped > 0
 
 
+@pytest.mark.parametrize("kind", [float, int, str, object])
+def test_truths_of_other_types_are_truths(source: Path, kind: type) -> None:
+    adata = anndata.read_h5ad(source)
+    primary = adata.obs["is_primary_data"]
+    adata.obs["is_primary_data"] = (
+        primary.map({True: "T", False: "F"}) if kind is object else (primary.astype(kind))
+    )
+    adata.obs["doublet"] = primary.astype(float)
+    adata.write_h5ad(source)
+    assert run(source)["dropped_cells"] == {"not where is_primary_data!=False": 10}
+    assert rows(source) == list(range(20))
+    run(source, "is_primary_data=False")
+    assert rows(source) == list(range(20, N_CELLS))
+    entry = run(source, "doublet!=1; is_primary_data=True|False")
+    assert entry["dropped_cells"] == {"not where doublet!=1": 20}
+    finalize(source.parent / "corpus", split_by="cell", validation_fraction=0)
+    assert check_sources(Corpus(source.parent / "corpus"), N_CELLS).problems == []
+
+
+def test_values_that_do_not_occur_or_are_no_truths_are_said(source: Path) -> None:
+    entry = run(source, "suspension_type!=nuclei|na")
+    assert entry["notes"] == {
+        "where suspension_type!=nuclei|na": "no cell has 'nuclei'; suspension_type holds 'cell', "
+        "'na', 'nucleus'"
+    }
+    adata = anndata.read_h5ad(source)
+    adata.obs["is_primary_data"] = ["True"] * 20 + ["False"] * 5 + ["no"] * 5
+    adata.write_h5ad(source)
+    entry = run(source)
+    assert entry["n_cells"] == 25
+    text = "is_primary_data holds 'False', 'True', 'no': not all are True or False"
+    assert [said for said in entry["warnings"] if said.startswith(text)]
+    assert entry["notes"] == {"where is_primary_data!=False": text}
+
+
 def test_a_cell_lost_beside_conditions_is_found(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,11 +134,11 @@ def test_a_cell_lost_beside_conditions_is_found(
 
     right = staging.unwanted_cells
 
-    def wrong(obs: object, where: str) -> dict[str, np.ndarray]:
-        found = right(obs, where)  # type: ignore[arg-type]
+    def wrong(obs: object, where: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        found, notes = right(obs, where)  # type: ignore[arg-type]
         mask = next(iter(found.values()))
         mask[3], mask[25] = True, False
-        return found
+        return found, notes
 
     monkeypatch.setattr(staging, "unwanted_cells", wrong)
     run(source)
