@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.annotations.words import plain_number
 from data_prep.corpus.split.rule import (
     SplitOptions,
     SplitRule,
@@ -115,7 +116,8 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
         n_cells: Number of staged cells, which the table must match.
 
     Returns:
-        Donor names (None if there is no such column) and (cells,) int32 positions among them.
+        Donor names, 1 for 1.0 (None if there is no such column), and (cells,) int32 positions
+        among them.
 
     Raises:
         ValueError: The table is damaged or has another number of rows.
@@ -131,7 +133,7 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
     if column is None:
         return None, codes.astype(np.int32)
     names: dict[str, int] = {}
-    places = [names.setdefault(value.strip(), len(names)) for value in values]
+    places = [names.setdefault(plain_number(value.strip()), len(names)) for value in values]
     return tuple(names), np.array(places, np.int32)[codes]
 
 

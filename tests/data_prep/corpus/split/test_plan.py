@@ -88,6 +88,28 @@ def test_donors_stay_together_across_datasets(
     assert all(len(splits) == 1 for splits in groups.values())
 
 
+def test_a_donor_whose_number_is_a_float_elsewhere_is_one_donor(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    donors = {
+        "a": [f"{row % 12}" for row in range(240)],
+        "b": [f"{row % 12}.0" if row % 5 else "" for row in range(126)],
+    }
+    folder = stage_corpus(three, donors=donors)
+    result = finalize(folder, validation_fraction=0.4, seed=1)
+    assert not [name for names in result["held_out"].values() for name in names if "." in name]
+    corpus = Corpus(folder)
+    held_out = {
+        (donors[name][(corpus.row_source[row] - 1) // 2].removesuffix(".0"), split)
+        for split in corpus.splits
+        for row in corpus.split(split)
+        if (name := corpus.datasets[corpus.row_dataset[row]].dataset_id) in donors
+    }
+    named = [donor for donor, _ in held_out if donor]
+    assert sorted(named) == sorted(map(str, range(12)))
+    assert verify(folder)["problems"] == []
+
+
 def test_one_dataset_is_split_by_cell_with_a_warning(
     stage_corpus: Stage, counts: Counts, caplog: pytest.LogCaptureFixture
 ) -> None:
