@@ -29,6 +29,7 @@ from data_prep.staging.quality import (
     mitochondrial_genes,
     mitochondrial_share,
 )
+from sclong_ds.corpus.byte_code import MAX_COUNT
 from sclong_ds.corpus.genes import GeneVocabulary
 
 UNPROVEN = "counts not proven"
@@ -119,6 +120,7 @@ class Outcome:
         first, last, blocks = (0, matrix.shape[0], None) if rows is None else rows
         for block in self.opened.proven_blocks(blocks):
             cells = gene_map.apply(block.counts)
+            self._require_storable(cells, genes)
             here = slice(first, first + cells.shape[0])
             unwanted = {reason: mask[here] for reason, mask in self.unwanted.items()}
             passed = _passing(block, cells, mitochondrial, entry, self.limits, unwanted)
@@ -127,6 +129,19 @@ class Outcome:
             first += block.counts.shape[0]
         if first != last:
             raise ValueError(f"{matrix.name} has {first} cells, {last} were announced")
+
+    def _require_storable(self, cells: sparse.csr_matrix, genes: GeneVocabulary) -> None:
+        """Refuse counts of one gene that are more than a cell can hold once they are added."""
+        if cells.nnz and cells.data.max() > MAX_COUNT:
+            place = int(cells.data.argmax())
+            gene = int(cells.indices[place])
+            columns = np.flatnonzero(self.opened.gene_map.target == gene)
+            where = f"{self.opened.source.path.name}: {self.opened.matrix.name}"
+            raise ValueError(
+                f"{where}: the count of {genes.ids[gene]} ({genes.symbols[gene]}) is "
+                f"{int(cells.data[place])} in one cell, the sum of {len(columns)} columns; at most "
+                f"{MAX_COUNT} can be stored: correct these values"
+            )
 
     def sums(self, first: int, last: int) -> dict[str, npt.ArrayLike]:
         """Return what `take` needs of a range of cells that was read.

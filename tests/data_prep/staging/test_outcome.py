@@ -146,3 +146,23 @@ def test_what_is_not_counts_is_found_in_any_block(
         entry = converted(tmp_path, values, resolver)
         assert entry["status"] == "excluded", message
         assert message in entry["reason"]
+
+
+def test_counts_of_one_gene_that_are_too_many_together_name_it(
+    tmp_path: Path, resolver: GeneResolver
+) -> None:
+    values = CELLS.astype(np.int64)
+    values[3, 7] = 3_000_000_000
+    names = [*GENES.ids[:N_GENES], f"{GENES.ids[7]}.2"]
+    doubled = np.hstack([values, values[:, 7:8]])
+    path = tmp_path / "twice.h5ad"
+    anndata.AnnData(sparse.csr_matrix(doubled), var=pd.DataFrame(index=names)).write_h5ad(path)
+    settings = Settings(genes_hash=GENES.hash)
+    prepare_corpus(tmp_path / "corpus", genes=GENES, settings=settings)
+    dataset = Dataset(dataset_id="twice", path=path)
+    entry = convert_dataset(
+        dataset, corpus=tmp_path / "corpus", settings=settings, resolver=resolver
+    )
+    assert entry["status"] == "failed"
+    for part in ("twice.h5ad", "X: the count of", GENES.ids[7], "6000000000", "sum of 2 columns"):
+        assert part in entry["reason"]
