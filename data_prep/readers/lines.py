@@ -154,18 +154,16 @@ def first_of_same(paths: Sequence[Path]) -> Path | None:
     Raises:
         ValueError: Two of them differ.
     """
-    first, *others = [path for path in paths if path.is_file()] or [None]
-    for other in others:
-        assert first is not None
-        assert other is not None
-        with open_bytes(first) as one, open_bytes(other) as two:
+    found = [path for path in paths if path.is_file()]
+    for other in found[1:]:
+        with open_bytes(found[0]) as one, open_bytes(other) as two:
             pairs = itertools.zip_longest(one, two, fillvalue=b"")
             if any(a.rstrip(b"\r\n") != b.rstrip(b"\r\n") for a, b in pairs):
                 raise ValueError(
-                    f"{first.name} and {other.name} lie beside each other and differ; remove the "
-                    "one that does not belong to the matrix"
+                    f"{found[0].name} and {other.name} lie beside each other and differ; remove "
+                    "the one that does not belong to the matrix"
                 )
-    return first
+    return found[0] if found else None
 
 
 def name_columns(path: Path, *, most: int) -> list[StringArray]:
