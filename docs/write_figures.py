@@ -105,6 +105,14 @@ SENTENCES = [
     ),
     Sentence(
         MEASURED,
+        "fewer_bits",
+        "{seeds} seeds, {steps} steps of 8 cells | one CPU core beside other work | {commit:.7} | "
+        "MSE of hidden values in fp32 {mse.precision:.4f}; times that: bf16 {times.bf16.mean:.4f} "
+        "[{times.bf16.low:.4f}, {times.bf16.high:.4f}], 8 bits {times.fp8.mean:.4f} "
+        "[{times.fp8.low:.4f}, {times.fp8.high:.4f}]",
+    ),
+    Sentence(
+        MEASURED,
         "rank_memory",
         "{runs} runs of small models: ZeRO-1, 2, 3, offload, bf16, recomputed | 2 CPU processes | "
         "{commit:.7} | measured {least:.2f} to {most:.2f} times the prediction",
