@@ -292,7 +292,7 @@ class Build:
             repeated[:before] = gone
         groups, n_donors = [], []
         for s, here in zip(self.staged, self._by_dataset(~repeated), strict=True):
-            donors, donor = read_donors(self._coded(s), len(s.cells))
+            donors, donor = read_donors(self._coded(s), len(s.cells), whole=self.rule.whole_donors)
             n_donors.append(len({*(donors or ())} - {""}))
             rows = s.cells.table("source_row")
             groups.append(

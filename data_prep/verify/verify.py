@@ -242,6 +242,8 @@ def _check_rows(corpus: Corpus, problems: list[str]) -> None:
     # One sort instead of a look at all cells for each of a thousand datasets.
     order = np.argsort(dataset, kind="stable")
     borders = np.searchsorted(dataset, np.arange(len(corpus.datasets) + 1), sorter=order)
+    rule = corpus.catalogue.get("split_rule")
+    whole = rule is not None and rule_of(rule).whole_donors
     for code, info in enumerate(corpus.datasets):
         here = order[borders[code] : borders[code + 1]]
         rows = obs_row[here]
@@ -251,7 +253,7 @@ def _check_rows(corpus: Corpus, problems: list[str]) -> None:
         if len(here) and int(rows.max()) >= n_staged:
             problems.append(f"{info.dataset_id}: a cell without annotation")
             continue
-        donors, donor = read_donors(corpus.obs_path(info.dataset_id), n_staged)
+        donors, donor = read_donors(corpus.obs_path(info.dataset_id), n_staged, whole=whole)
         split = np.searchsorted(ends, here, side="right")
         for pair in np.unique(len(SPLITS) * donor[rows].astype(np.int64) + split).tolist():
             group, part = divmod(pair, len(SPLITS))

@@ -107,16 +107,19 @@ class SplitPlan:
         )
 
 
-def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArray[np.int32]]:
+def read_donors(
+    path: Path, n_cells: int, *, whole: bool = True
+) -> tuple[tuple[str, ...] | None, NDArray[np.int32]]:
     """Read the donor of every cell from a staged annotation table.
 
     Args:
         path: Annotations of a dataset (`sclong_ds.files.obs_table`); the column `donor`, or
             `donor_id`, is used.
         n_cells: Number of staged cells, which the table must match.
+        whole: Read 1.0 as 1, see `SplitRule.whole_donors`.
 
     Returns:
-        Donor names, 1 for 1.0 (None if there is no such column), and (cells,) int32 positions
+        Donor names (None if there is no such column), and (cells,) int32 positions
         among them.
 
     Raises:
@@ -133,7 +136,8 @@ def read_donors(path: Path, n_cells: int) -> tuple[tuple[str, ...] | None, NDArr
     if column is None:
         return None, codes.astype(np.int32)
     names: dict[str, int] = {}
-    places = [names.setdefault(plain_number(value.strip()), len(names)) for value in values]
+    read = [plain_number(value.strip()) if whole else value.strip() for value in values]
+    places = [names.setdefault(name, len(names)) for name in read]
     return tuple(names), np.array(places, np.int32)[codes]
 
 

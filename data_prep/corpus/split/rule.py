@@ -90,6 +90,8 @@ class SplitRule:
     datasets: tuple[str, ...] = ()
     """All datasets that ever were in the corpus, in the order in which they came: of cells that
     repeat each other the one that came first stays."""
+    whole_donors: bool = True
+    """Whether the donor 1.0 is the donor 1; not in corpora whose split was drawn before that."""
 
     def side(self, name: str) -> int:
         """Return the place in SPLITS of a group.
@@ -129,6 +131,7 @@ class SplitRule:
             "by_cell": list(self.by_cell),
             "pinned": dict(self.pinned),
             "datasets": list(self.datasets),
+            "whole_donors": self.whole_donors,
         }
 
 
@@ -197,7 +200,10 @@ def _earlier(catalogue: Mapping[str, Any]) -> SplitRule | None:
         for name in names
     }
     datasets = tuple(dataset["dataset_id"] for dataset in catalogue["datasets"])
-    return SplitRule(options=SplitOptions(**options), unit=unit, pinned=pinned, datasets=datasets)
+    return SplitRule(
+        options=SplitOptions(**options), unit=unit, pinned=pinned, datasets=datasets,
+        whole_donors=False,
+    )  # fmt: skip
 
 
 def write_rule(corpus: Path, rule: Mapping[str, Any]) -> None:
@@ -239,6 +245,7 @@ def rule_of(tree: Mapping[str, Any]) -> SplitRule:
         by_cell=tuple(map(str, tree["by_cell"])),
         pinned={str(name): int(side) for name, side in tree["pinned"].items()},
         datasets=tuple(map(str, tree["datasets"])),
+        whole_donors=bool(tree.get("whole_donors", False)),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,15 @@ from scipy import sparse
 
 from data_prep.corpus.finalize import finalize
 from data_prep.corpus.split.plan import SplitCells, SplitPlan, plan_split
-from data_prep.corpus.split.rule import SplitBy, SplitOptions, SplitRule, resolve, rule_of
+from data_prep.corpus.split.rule import (
+    SplitBy,
+    SplitOptions,
+    SplitRule,
+    read_rule,
+    resolve,
+    rule_of,
+    write_rule,
+)
 from data_prep.verify.verify import verify
 from sclong_ds.corpus.catalogue import write_catalogue
 from sclong_ds.corpus.corpus import Corpus
@@ -108,6 +117,22 @@ def test_a_donor_whose_number_is_a_float_elsewhere_is_one_donor(
     named = [donor for donor, _ in held_out if donor]
     assert sorted(named) == sorted(map(str, range(12)))
     assert verify(folder)["problems"] == []
+
+
+def test_a_corpus_that_was_split_before_keeps_its_donors_apart(
+    stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
+) -> None:
+    donors = {"a": [f"{row % 12}.0" for row in range(240)]}
+    folder = stage_corpus(three, donors=donors)
+    old = SplitRule(options=SplitOptions(validation_fraction=0.4), salt="s", whole_donors=False)
+    write_rule(folder, {k: v for k, v in old.as_json().items() if k != "whole_donors"})
+    for _ in range(2):
+        result = finalize(folder)
+        expected = {f"donor {n}.0" for n in range(12) if old.side(f"donor {n}.0") == 1}
+        assert expected
+        assert {name for name in result["held_out"]["validation"] if "." in name} == expected
+        assert verify(folder)["problems"] == []
+    assert read_rule(folder) == replace(old, datasets=("a", "b", "c"))
 
 
 def test_one_dataset_is_split_by_cell_with_a_warning(
