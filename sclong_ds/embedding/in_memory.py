@@ -81,7 +81,7 @@ def embed(
 
     Raises:
         FileNotFoundError: No such path.
-        ValueError: Not counts of known human genes.
+        ValueError: Not counts of known human genes, or a wrong batch size.
     """
     with opened_cells(model, cells, (), reading) as opened:
         parts = [np.zeros((0, embedding_width(model)), dtype=np.float32)]

@@ -207,7 +207,7 @@ class EmbeddingModel:
         }
         if "gene_list" in given:
             given["gene_list"] = Path(given["gene_list"])
-        size = int(self._settings["batch_size"])
+        size = self._settings["batch_size"]
         found = embed(self._model, cells, batch_size=size, **given)
         names = cells.index.astype(str) if isinstance(cells, DataFrame) else cells.obs_names
         return DataFrame(found, index=names)

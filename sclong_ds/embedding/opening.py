@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -107,8 +108,8 @@ def count_inputs(
         measured: Genes that the inputs of the n cells name.
 
     Raises:
-        ValueError: Another number of genes than the model's, or the model needs to know what was
-            measured and `measured` is None.
+        ValueError: Another number of genes than the model's, a wrong batch size, or the model needs
+            to know what was measured and `measured` is None.
     """
     if counts.shape[1] != model.n_genes:
         raise ValueError(f"got counts of {counts.shape[1]} genes, the model has {model.n_genes}")
@@ -137,10 +138,24 @@ def cells_of_a_batch(model: ScLong, batch_size: int, device: torch.device) -> in
         model: The model.
         batch_size: Cells at a time, at most.
         device: Where they are computed.
+
+    Raises:
+        ValueError: `batch_size` is no whole number of 1 or more.
     """
+    check_whole("batch_size", batch_size, least=1)
     if device.type == "cpu" and model.config.zero_genes is None:
         return min(batch_size, max(1, CPU_TOKENS // model.n_genes))
     return batch_size
+
+
+def check_whole(name: str, value: object, *, least: int) -> None:
+    """Refuse an argument of a call from Python that is no whole number of `least` or more.
+
+    Raises:
+        ValueError: Name and value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} {value!r}: must be a whole number of {least} or more")
 
 
 def choose_device(name: str) -> torch.device:

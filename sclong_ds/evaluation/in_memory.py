@@ -15,6 +15,7 @@ from anndata import AnnData
 from pandas import DataFrame
 
 from sclong_ds.embedding.in_memory import CellSource, Reading, opened_cells
+from sclong_ds.embedding.opening import check_whole
 from sclong_ds.model.sclong import ScLong
 
 if TYPE_CHECKING:
@@ -53,8 +54,11 @@ def evaluate(
 
     Raises:
         FileNotFoundError: No such path.
-        ValueError: No such column, too few labels, batches or groups, or what `embed` refuses.
+        ValueError: No such column, too few labels, batches or groups, a wrong batch size or seed,
+            or what `embed` refuses.
     """
+    check_whole("batch_size", batch_size, least=1)
+    check_whole("seed", seed, least=0)
     columns = list(dict.fromkeys(name for name in (label, batch, group) if name is not None))
     if isinstance(cells, DataFrame):
         raise ValueError("a DataFrame of counts has no labels; give AnnData, or a path")

@@ -104,6 +104,19 @@ def test_what_is_no_model_is_told_in_words(cells: anndata.AnnData) -> None:
         sclong_ds.predict(model, cells)
 
 
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "8"])
+def test_a_wrong_batch_size_or_seed_is_refused(cells: anndata.AnnData, wrong: object) -> None:
+    model, message = load_model(MODEL / "model"), f"batch_size {wrong!r}: must be a whole number"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        embed(model, cells, batch_size=wrong)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate(model, cells, label="kind", batch_size=wrong)
+    if wrong != 0 or isinstance(wrong, bool):
+        with pytest.raises(ValueError, match=r"seed .*: must be a whole number of 0 or more"):
+            evaluate(model, cells, label="kind", seed=wrong)
+    np.testing.assert_array_equal(embed(model, cells, batch_size=np.int64(8)), embed(model, cells))
+
+
 def test_align_gives_the_order_of_the_model_and_what_it_reads(cells: anndata.AnnData) -> None:
     model = load_model(MODEL / "model")
     shuffled = cells[:, np.random.default_rng(1).permutation(cells.n_vars)[:300]].copy()
