@@ -11,8 +11,9 @@ cells, folds, resamples and distances (Euclidean): the model (`sclong`) and the 
 `sclong_ds.evaluation.scib` those of scib-metrics, added where it is installed.
 The first line of the output is the verdict, the strongest row comes first in the table.
 
-`majority_accuracy` is what always naming the most common label would reach. With --group, labels
-that only one group has are left out: no other group can teach them.
+`majority_accuracy` is what always naming the most common label would reach. Of cells with the same
+counts only the first is scored. With --group, labels that only one group has are left out: no other
+group can teach them.
 """
 
 from __future__ import annotations

@@ -13,17 +13,20 @@ from scipy.sparse import csr_matrix, vstack
 
 from sclong_ds.embedding.cells import Cells
 from sclong_ds.evaluation.scores import FOLDS, MIN_GROUPS, Layout
+from sclong_ds.exported.training_cells import short_digests
 from sclong_ds.objective.measured import MeasuredGenes
 
 MIN_CELLS_PER_LABEL = FOLDS
 """Labels with fewer cells are left out: every fold needs one of each."""
+COPIES = "copies of another cell"
+"""Why all but the first of the cells with the same counts are left out."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredCells:
-    """The cells that are scored: they have a label that is not too rare, and counts.
+    """The cells that are scored: their label is not too rare, their counts are those of no other.
 
     Shapes: n cells, G genes.
     """
@@ -73,6 +76,9 @@ def choose_cells(
     without = usable & (np.diff(counts.indptr) == 0)
     left_out["no counts of the model's genes"] = int(without.sum())
     usable &= ~without
+    # A copy in another fold would name the label of its cell to every representation.
+    copies = np.flatnonzero(usable)[pd.Series(short_digests(counts[usable])).duplicated()]
+    left_out[COPIES], usable[copies] = len(copies), False
     rare = {name: n for name, n in sizes_of(labels[usable]).items() if n < MIN_CELLS_PER_LABEL}
     left_out[f"label with fewer than {MIN_CELLS_PER_LABEL} cells"] = sum(rare.values())
     usable &= ~np.isin(labels, np.array(list(rare), dtype=str))

@@ -18,6 +18,7 @@ from scipy.sparse import csr_matrix, vstack
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from sclong_ds.embedding.cells import Cells
+from sclong_ds.evaluation.scored_cells import COPIES
 from sclong_ds.exported.training_cells import short_digests
 from sclong_ds.objective.measured import MeasuredGenes
 
@@ -110,6 +111,10 @@ def choose_examples(
     ):
         left_out[reason] = int((usable & missing).sum())
         usable &= ~missing
+    table = pd.DataFrame({"digest": short_digests(counts[usable]), "group": groups[usable]})
+    copies = np.flatnonzero(usable)[table.duplicated()]
+    left_out[COPIES] = len(copies)
+    usable[copies] = False
     if numbers is None:
         rare = _rare(labels[usable])
         left_out[f"label with fewer than {MIN_CELLS_OF_LABEL} cells"] = int(

@@ -28,6 +28,9 @@ from sclong_ds.finetune.examples import Examples
 from sclong_ds.finetune.scored.calibration import nll
 
 COMPONENTS = 50
+_LEAST_SINGULAR = 1e-6
+"""Share of the largest singular value. Components below it are rounding, where training cells are
+fewer than they seem: scaled to variance 1 they would blow up every other cell."""
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 _ITERATIONS = 2000
 
@@ -42,7 +45,8 @@ def principal_components(values: csr_matrix) -> Features:
         width = min(COMPONENTS, len(train) - 1, values.shape[1] - 1)
         pca = PCA(width, svd_solver="arpack", random_state=0)
         pca.fit(values[train].astype(np.float64))
-        return np.asarray(pca.transform(values.astype(np.float64)))
+        there = pca.singular_values_ >= _LEAST_SINGULAR * pca.singular_values_[0]
+        return np.asarray(pca.transform(values.astype(np.float64)))[:, there]
 
     return found
 

@@ -18,7 +18,9 @@ from scipy.sparse import csr_matrix
 
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding import embed, embed_arguments
+from sclong_ds.embedding.opening import cells_of
 from sclong_ds.evaluation import evaluate, evaluate_arguments, representations
+from sclong_ds.evaluation.scored_cells import choose_cells
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.exported.training_cells import TrainingCells, short_digests
@@ -88,6 +90,7 @@ def test_writes_scores_table_and_picture(
         "no label": 2,
         "no batch": 0,
         "no counts of the model's genes": 1,
+        "copies of another cell": 0,
         "label with fewer than 5 cells": 3,
     }
     assert report["n_cells"] == 60
@@ -292,6 +295,25 @@ def test_groups_are_held_out_and_batches_predict_others(
     assert [line.split()[1] for line in report["verdict"]] == ["knn_accuracy", "transfer_accuracy"]
     assert report["scores"]["pca"]["transfer_accuracy"] > 0.9
     assert (report["train_batch"], report["test_batch"]) == (["one"], ["two"])
+
+
+@pytest.mark.parametrize("group", [None, "batch"])
+def test_copies_of_a_cell_are_scored_once(
+    model_dir: Path, cells: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, group: str
+) -> None:
+    once = anndata.read_h5ad(cells)
+    again = once.copy()
+    again.obs["batch"] = again.obs["batch"].map({"one": "two", "two": "one"})
+    anndata.concat([once, again], index_unique="-").write_h5ad(tmp_path / "twice.h5ad")
+    found = []
+    for path in (cells, tmp_path / "twice.h5ad"):
+        read = cells_of(parse(model_dir, path, "--label", "x", "--out", "x"), load_model(model_dir))
+        found.append(choose_cells(read, label="cell_type", batch=None, group=group))
+    np.testing.assert_array_equal(found[0].rows, found[1].rows)
+    np.testing.assert_array_equal(found[0].labels, found[1].labels)
+    assert found[0].left_out["copies of another cell"] == 0
+    assert found[1].left_out["copies of another cell"] == 63
+    assert "63 (copies of another cell)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -92,13 +92,16 @@ def test_what_cannot_be_learnt_is_refused_in_one_line(case):
     assert "\n" not in str(caught.value)
 
 
-def test_the_same_cell_in_two_groups_is_refused_and_in_one_group_is_not():
-    cells = made()
+def test_the_same_cell_in_two_groups_is_refused_and_in_one_group_is_used_once():
+    cells = made(donor_age=np.linspace(20, 80, N))
     matrix = next(cells.blocks()).counts.tolil()
     matrix[11] = matrix[10]
     block = CountBlock(counts=matrix.tocsr(), n_input_counts=0)
     inside = Cells(**{**fields_of(cells), "blocks": lambda: iter([block])})
-    assert choose(inside).used.all()
+    found = choose(inside)
+    assert np.flatnonzero(~found.used).tolist() == [11]
+    assert found.left_out == {"copies of another cell": 1}
+    assert not choose(inside, label="donor_age", regress=True).used[11]
     matrix[25] = matrix[10]
     block = CountBlock(counts=matrix.tocsr(), n_input_counts=0)
     across = Cells(**{**fields_of(cells), "blocks": lambda: iter([block])})

@@ -5,7 +5,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from sclong_ds.finetune.examples import Examples
-from sclong_ds.finetune.scored.baselines import linear_outputs
+from sclong_ds.finetune.scored.baselines import linear_outputs, principal_components
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -24,3 +24,14 @@ def test_outputs_of_sure_cells_are_finite_so_that_a_temperature_can_soften_them(
     np.testing.assert_allclose(np.exp(found).sum(axis=1), 1.0)
     assert (found.argmax(axis=1) == target).mean() > 0.9
     assert found.min() < -800  # probabilities would be 0, their logarithms -inf
+
+
+def test_components_that_the_training_cells_do_not_span_are_left_out():
+    rng = np.random.default_rng(0)
+    rows = rng.poisson(3.0, (40, 120)).astype(float)
+    few = csr_matrix(np.concatenate([rows[:12], rows[:12], rows[12:]]))
+    found = principal_components(few)(np.arange(24))
+    assert found.shape == (52, 11)
+    spread = found[:24].std(axis=0)
+    assert np.abs(found[24:] / spread).max() < 10
+    assert principal_components(few)(np.arange(12, 52)).shape == (52, 39)
