@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(2),
         default=10,
         metavar="N",
-        help="leave out perturbations of fewer cells (default %(default)s)",
+        help="leave out perturbations of fewer cells; of controls twice as many are needed "
+        "(default %(default)s)",
     )
     add(
         "--encoded-cells",

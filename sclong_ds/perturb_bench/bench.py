@@ -5,7 +5,8 @@
 
 INPUT holds control and perturbed cells; obs column KEY names the perturbed genes of each cell
 (several with `+` between them). Perturbations are divided into folds; the effect of those of a
-fold, the mean of their cells less that of the controls, is predicted from the others. Writes
+fold, the mean of their cells less that of the controls, is predicted from the others; truth and
+predictors have a half of the controls each. Writes
 scores.tsv (means and bounds of 95% over perturbations, the strongest simple predictor first) and
 scores.perturbations.tsv (each perturbation). The definitions: `sclong_ds.perturb_bench.metrics`
 and `sclong_ds.perturb_bench.predictors`.
@@ -100,8 +101,8 @@ def _headline(screen: Screen, model: ScLong) -> str:
     several = sum(len(genes) > 1 for genes in screen.targets)
     return (
         f"{len(screen.names)} perturbations ({several} of several genes), "
-        f"{screen.controls.shape[0]} control cells, {model.n_genes} genes; "
-        f"median {np.median(screen.n_changed):.0f} genes changed"
+        f"{screen.controls.shape[0]} control cells to learn from, the others for the truth, "
+        f"{model.n_genes} genes; median {np.median(screen.n_changed):.0f} genes changed"
     )
 
 

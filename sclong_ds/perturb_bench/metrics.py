@@ -11,7 +11,9 @@ The perturbed genes themselves are left out everywhere: that a deleted gene is g
 prediction. A prediction of no change has no correlation: delta_pearson is 0. N is the number of
 genes with a false discovery rate below 5% (rank-sum test); predictions are means of cells, without
 a test of their own, so that the predicted set is always cut to N by size; a prediction
-of no change names no gene. des is NaN where N is 0. Ties in pds count half: 0.5 is chance.
+of no change names no gene. delta_pearson and des are NaN where N is 0. Ties in pds count half.
+A prediction of no change has a pds of about 0.5; the mean of the other perturbations is below it
+by construction, since it is made of all profiles except its own.
 Sources of the definitions: GEARS (doi:10.1038/s41587-023-01905-6) for delta Pearson on top genes;
 the Virtual Cell Challenge (doi:10.1016/j.cell.2025.06.008) for DES, PDS and MAE.
 
@@ -54,6 +56,8 @@ def effect_scores(screen: Screen, predicted: NDArray[np.floating]) -> pd.DataFra
 
 
 def _pearson(screen: Screen, predicted: NDArray[np.floating], i: int) -> float:
+    if screen.n_changed[i] == 0:
+        return np.nan
     own = len(screen.targets[i])
     top = screen.ranked[i, : min(TOP, screen.ranked.shape[1] - own)]
     a, b = predicted[i, top], screen.deltas[i, top]
@@ -97,7 +101,9 @@ def summary(scores: Mapping[str, pd.DataFrame], *, simple: set[str], seed: int) 
         Columns METRIC, METRIC_low, METRIC_high, and for delta_pearson the same of the
         difference from the strongest simple predictor (`gain`).
     """
-    means = {name: float(np.nanmean(found["delta_pearson"])) for name, found in scores.items()}
+    means = {
+        name: float(found["delta_pearson"].fillna(0.0).mean()) for name, found in scores.items()
+    }
     best = max(sorted(simple & set(scores)), key=lambda name: means[name])
     n = len(scores[best])
     drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))

@@ -14,7 +14,8 @@ Frozen encodings are the contextual vectors of the perturbed genes in control ce
 cells' embedding moves when the model reads them with these genes changed.
 Several genes have the sum of their features. All learn the deviation from the mean change, from
 standardised features; the strength of the ridge, and the step at which the head stops, are chosen
-on training perturbations that are held out for it. The weights of the model stay.
+on training perturbations that are held out for it. The control cells that all of this is from are
+not those of the truth. The weights of the model stay.
 
 Shapes: P perturbations, T of them in training, F features, G genes, C base width.
 """
@@ -70,7 +71,7 @@ def predictors(screen: Screen, encodings: Encodings, *, seed: int) -> dict[str, 
         encodings: From `encode_targets`.
         seed: Of held-out perturbations and of the head.
     """
-    deltas = screen.deltas
+    deltas = screen.learned
     loadings = principal_loadings(screen.values)
     pca = np.array([loadings[list(genes)].sum(axis=0) for genes in screen.targets])
 
@@ -91,10 +92,10 @@ def predictors(screen: Screen, encodings: Encodings, *, seed: int) -> dict[str, 
 def additive(screen: Screen, train: NDArray[np.int64], test: NDArray[np.int64]) -> Floats:
     """Return sums of the changes by single genes; the mean change for a gene without one."""
     single = {screen.targets[i][0]: i for i in train.tolist() if len(screen.targets[i]) == 1}
-    mean = screen.deltas[train].mean(axis=0)
+    mean = screen.learned[train].mean(axis=0)
     found = []
     for i in test.tolist():
-        known = [screen.deltas[single[gene]] for gene in screen.targets[i] if gene in single]
+        known = [screen.learned[single[gene]] for gene in screen.targets[i] if gene in single]
         found.append(np.sum(known, axis=0) if known else mean)
     return np.array(found)
 

@@ -1,5 +1,9 @@
 """A screen: control cells, perturbed cells, and what each perturbation did.
 
+The controls are split in two. True changes and the tests of genes are against one half; what
+predictors learn from is against the other, and so are the cells that they read: of one mean of
+controls, its noise would be in both and predict itself.
+
 Shapes: N cells, G genes, P perturbations.
 """
 
@@ -7,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,20 +38,20 @@ class Screen:
     """(P,) values of the column, the first of those that name the same genes."""
     targets: tuple[tuple[int, ...], ...]
     """(P,) columns of the perturbed genes."""
-    control: NDArray[np.float64]
-    """(G,) mean of the control cells, log1p of normalised counts."""
     deltas: NDArray[np.float64]
-    """(P, G) mean of the perturbed cells less that of the controls."""
+    """(P, G) true change: mean of the perturbed cells less that of one half of the controls."""
+    learned: NDArray[np.float64]
+    """(P, G) change that predictors learn from: the same less the mean of the other half."""
     ranked: NDArray[np.int64]
     """(P, G) genes by falling evidence of a change, the targets last."""
     n_changed: NDArray[np.int64]
     """(P,) genes, targets left out, whose change has a false discovery rate below 5%."""
     controls: csr_matrix
-    """(N, G) raw counts of the control cells."""
+    """(N, G) raw counts of the other half of the control cells."""
     control_rows: NDArray[np.int64]
     """(N,) where they are in the input."""
     values: csr_matrix
-    """(N, G) log1p of normalised counts of the control cells."""
+    """(N, G) log1p of normalised counts of `controls`."""
 
 
 def read_screen(
@@ -69,47 +73,68 @@ def read_screen(
         key: obs column.
         control: Its value for unperturbed cells.
         separator: Between genes perturbed together.
-        min_cells: Fewest cells of a perturbation, and of the controls.
+        min_cells: Fewest cells of a perturbation, and of each half of the controls.
         target_sum: Of the model's transform.
-        seed: Of the choice of cells.
+        seed: Of the halves of the controls and of the choice of cells.
 
     Raises:
-        ValueError: No such column, no controls, or fewer than four usable perturbations.
+        ValueError: No such column, too few controls, or fewer than four usable perturbations.
     """
-    if key not in cells.obs:
-        there = ", ".join(map(str, cells.obs)) or "none"
-        raise ValueError(f"--perturbation {key}: obs has no such column; it has {there}")
-    column = cells.obs[key]
-    labels = column.astype(object).where(column.isna(), column.astype(str)).fillna("").to_numpy(str)
-    if (labels == control).sum() < min_cells:
-        raise ValueError(
-            f"--control {control}: {(labels == control).sum()} cells of '{key}' have this value, "
-            f"{min_cells} are needed; it has {', '.join(sorted(set(labels) - {''})[:10])}"
-        )
+    labels = _labels(cells, key, control, min_cells)
+    rows = np.flatnonzero(labels == control)
     named = _perturbations(labels, genes, control, separator, min_cells)
     counts = vstack([block.counts for block in cells.blocks()], format="csr")
     counts.eliminate_zeros()
     rng = np.random.default_rng(seed)
-    rows = np.flatnonzero(labels == control)
-    values = _values(counts[rows], target_sum)
-    mean = _mean(values)
-    few = _values(counts[_some(rows, rng)], target_sum).toarray()
-    deltas, ranked, changed = [], [], []
+    truth, other = (np.sort(half) for half in np.array_split(rng.permutation(rows), 2))
+    values = _values(counts[other], target_sum)
+    true_mean, other_mean = _mean(_values(counts[truth], target_sum)), _mean(values)
+    few = _values(counts[_some(truth, rng)], target_sum).toarray()
+    deltas, learned, ranked, changed = [], [], [], []
     for targets, spellings in named.items():
         own = np.flatnonzero(np.isin(labels, spellings))
-        deltas.append(_mean(_values(counts[own], target_sum)) - mean)
+        mean = _mean(_values(counts[own], target_sum))
+        deltas.append(mean - true_mean)
+        learned.append(mean - other_mean)
         p = _evidence(_values(counts[_some(own, rng)], target_sum).toarray(), few)
         # By p, then by the size of the change: p of clear changes are all zero.
         order = np.lexsort((-np.abs(deltas[-1]), p))
         ranked.append(np.concatenate([order[~np.isin(order, targets)], targets]))
         others = np.delete(p, targets)
         changed.append(int((false_discovery_control(others) < 0.05).sum()))
+    names = tuple(spellings[0] for spellings in named.values())
+    _name_unchanged(names, changed)
     return Screen(
-        names=tuple(spellings[0] for spellings in named.values()), targets=tuple(named),
-        control=mean, deltas=np.array(deltas),
-        ranked=np.array(ranked), n_changed=np.array(changed), controls=counts[rows],
-        control_rows=rows, values=values,
+        names=names, targets=tuple(named), deltas=np.array(deltas), learned=np.array(learned),
+        ranked=np.array(ranked), n_changed=np.array(changed), controls=counts[other],
+        control_rows=other, values=values,
     )  # fmt: skip
+
+
+def _labels(cells: Cells, key: str, control: str, min_cells: int) -> NDArray[np.str_]:
+    """Return the label (N,) of each cell, of which the controls suffice for two halves."""
+    if key not in cells.obs:
+        there = ", ".join(map(str, cells.obs)) or "none"
+        raise ValueError(f"--perturbation {key}: obs has no such column; it has {there}")
+    column = cells.obs[key]
+    labels = column.astype(object).where(column.isna(), column.astype(str)).fillna("").to_numpy(str)
+    n = int((labels == control).sum())
+    if n < 2 * min_cells:
+        raise ValueError(
+            f"--control {control}: {counted(n, 'cell')} of '{key}' with this value, "
+            f"{2 * min_cells} are needed, half for the truth and half for the predictors; it has "
+            + ", ".join(sorted(set(labels) - {""})[:10])
+        )
+    return labels
+
+
+def _name_unchanged(names: Sequence[str], n_changed: Sequence[int]) -> None:
+    still = [name for name, n in zip(names, n_changed, strict=True) if n == 0]
+    if still:
+        _log.warning(
+            "no gene changed in %d of %s, left out of delta_pearson and des: %s",
+            len(still), counted(len(names), "perturbation"), ", ".join(still[:10]),
+        )  # fmt: skip
 
 
 def _perturbations(

@@ -18,6 +18,7 @@ from exported import named_genes, write_model
 from scipy.sparse import csr_matrix
 
 from sclong_ds.__main__ import main
+from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import open_cells
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.perturb_bench.bench import bench_scores
@@ -37,7 +38,7 @@ def screen_of(deltas: np.ndarray, targets: list[tuple[int, ...]], n_changed: int
     counts = csr_matrix(np.random.default_rng(0).poisson(1.0, (20, deltas.shape[1])))
     return Screen(
         names=tuple("+".join(map(str, own)) for own in targets), targets=tuple(targets),
-        control=np.zeros(deltas.shape[1]), deltas=deltas,
+        deltas=deltas, learned=deltas,
         ranked=np.argsort(-size, axis=1, kind="stable"),
         n_changed=np.full(len(targets), n_changed), controls=counts, control_rows=np.arange(20),
         values=csr_matrix(np.log1p(counts.toarray())),
@@ -66,7 +67,8 @@ def test_scores_are_those_worked_out_by_hand() -> None:
     found[0] = deltas[3]
     assert effect_scores(screen, found).iloc[0]["pds"] == pytest.approx(1 - 1 / 3)
     unchanged = effect_scores(dataclasses.replace(screen, n_changed=np.zeros(4, int)), deltas)
-    assert unchanged["des"].isna().all()
+    assert unchanged[["delta_pearson", "des"]].isna().all(axis=None)
+    assert unchanged[["pds", "mae"]].notna().all(axis=None)
 
 
 def test_the_summary_begins_with_the_strongest_simple_predictor_and_pairs_perturbations() -> None:
@@ -171,7 +173,21 @@ def test_a_screen_is_read_with_one_perturbation_a_gene_and_its_changed_genes(
     assert len(screen.names) == P
     assert set(screen.targets) == {(gene,) for gene in range(P)}
     assert screen.names[0] == f"{GENES.symbols[screen.targets[0][0]]}+ctrl"
-    assert screen.controls.shape == (100, G)
+    assert screen.controls.shape == (50, G)
+    assert set(screen.control_rows) < set(range(100))
+    np.testing.assert_array_equal(
+        screen.controls.toarray(), anndata.read_h5ad(files[1])[screen.control_rows].X.toarray()
+    )
+    # Truth and training differ by the halves of the controls, the same in all perturbations.
+    apart = screen.deltas - screen.learned
+    np.testing.assert_allclose(apart, np.tile(apart[0], (P, 1)), atol=1e-9)
+    truth = np.setdiff1d(np.arange(100), screen.control_rows)
+    counts = anndata.read_h5ad(files[1])[:100].X
+    means = [
+        log1p_normalise(counts[half], target_sum=1e4).mean(axis=0)
+        for half in (screen.control_rows, truth)
+    ]
+    np.testing.assert_allclose(apart[0], means[0] - means[1], atol=1e-5)
     for deltas, ranked, targets in zip(screen.deltas, screen.ranked, screen.targets, strict=True):
         assert ranked[-1] == targets[0]
         assert deltas[targets[0]] < -2
@@ -216,11 +232,40 @@ def test_the_command_ranks_predictors_of_a_made_screen(
     assert "ridge_gene_vectors better than" in shown
 
 
+def test_the_noise_of_the_controls_predicts_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(3)
+    names = ["ctrl"] * 60 + [symbol for symbol in GENES.symbols[:12] for _ in range(20)]
+    counts = rng.poisson(rng.uniform(0.5, 3.0, G), (len(names), G)).astype(np.float32)
+    made = anndata.AnnData(csr_matrix(counts))
+    made.var_names, made.obs["guide"] = list(GENES.ids), names
+    made.write_h5ad(tmp_path / "null.h5ad")
+    cells = open_cells(tmp_path / "null.h5ad", genes=GENES, min_genes=1)
+    noise = rng.normal(size=(12, 3))
+    encodings = Encodings(noise, noise, rng.normal(size=(G, 3)).astype(np.float32))
+    screen = read_screen(
+        cells, GENES, key="guide", control="ctrl", separator="+", min_cells=10, target_sum=1e4,
+        seed=0,
+    )  # fmt: skip
+    still = [name for name, n in zip(screen.names, screen.n_changed, strict=True) if n == 0]
+    assert len(still) > 8
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "sclong_ds.perturb_bench.screen"]
+    assert said.startswith(f"no gene changed in {len(still)} of 12 perturbations, left out of ")
+    every = dataclasses.replace(screen, n_changed=np.ones(12, dtype=int))
+    found = bench_scores(every, encodings, folds=4, seed=0)["mean_shift"]["delta_pearson"]
+    # Over made screens 0.0 with a deviation of 0.17; with one mean of all controls 0.78 and 0.03.
+    assert abs(found.mean()) < 0.4
+    masked = bench_scores(screen, encodings, folds=4, seed=0)["mean_shift"]["delta_pearson"]
+    assert list(masked.index[masked.isna()]) == still
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--perturbation", "drug"], "obs has no such column; it has guide"),
-        (["--control", "nobody"], "0 cells of 'guide' have this value"),
+        (["--control", "nobody"], "0 cells of 'guide' with this value, 20 are needed, half for"),
+        (["--min-cells", "51"], "100 cells of 'guide' with this value, 102 are needed, half for"),
         (["--separator", "-"], "0 perturbations with known genes"),
         (["--out", "scores.csv"], "the name must end in .tsv"),
     ],
