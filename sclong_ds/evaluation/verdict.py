@@ -21,7 +21,7 @@ def verdict(scores: Mapping[str, Scores], *, name: str, no_context: Sequence[str
     gap = {
         row: (
             _value(own, name) - _value(other, name),
-            interval(own.draws[name] - other.draws[name]),
+            _difference(own, other, name),
         )
         for row, other in scores.items()
         if row != "sclong"
@@ -29,7 +29,8 @@ def verdict(scores: Mapping[str, Scores], *, name: str, no_context: Sequence[str
     strongest = sorted(gap, key=lambda row: gap[row][0])
     plain = [row for row in strongest if row in no_context]
     above = [row for row in strongest if row not in no_context]
-    not_better = [row for row in strongest if not gap[row][1].low > 0]
+    not_better = [row for row, (_, bounds) in gap.items() if bounds is None or bounds.low <= 0]
+    not_better.sort(key=strongest.index)
     parts = []
     if not_better:
         parts.append("not better than " + ", ".join(f"{r} ({_gap(*gap[r])})" for r in not_better))
@@ -46,8 +47,13 @@ def _value(scores: Scores, name: str) -> float:
     return value
 
 
-def _gap(difference: float, bounds: Interval) -> str:
-    return f"{difference:+.3f} {_bounds(bounds)}"
+def _difference(own: Scores, other: Scores, name: str) -> Interval | None:
+    draws, gap = own.draws[name] - other.draws[name], _value(own, name) - _value(other, name)
+    return interval(draws, gap, n_units=own.units[name])
+
+
+def _gap(difference: float, bounds: Interval | None) -> str:
+    return f"{difference:+.3f} {_bounds(bounds)}".rstrip()
 
 
 def _bounds(bounds: Interval | None) -> str:

@@ -10,7 +10,8 @@
 
 Each cell is predicted by fits that saw no cell of its group, and scored if its label was in
 training. Intervals hold 95% of 1,000 resamples of groups, of cells where there are fewer than 5
-groups; ece has none, since a resample of few cells errs more by itself. All rows get the same
+groups; ece has none, since a resample of few cells errs more by itself, and r2 none where more than
+5% of the resamples have one number only. All rows get the same
 resamples. A row of several seeds has the mean of their scores.
 
 Shapes: n scored cells, K classes, R resamples, S seeds.
@@ -25,7 +26,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sclong_ds.evaluation.scores import Layout, Scores, interval, resampled_sums
+from sclong_ds.evaluation.scores import Layout, Scores, count_units, interval, resampled_sums
 from sclong_ds.finetune.scored.calibration import losses
 
 BINS = 15
@@ -35,6 +36,8 @@ LOWER_IS_BETTER = frozenset({"nll", "ece", "mae", "rmse"})
 BIASED = frozenset({"ece"})
 """Scores of a resample that are not about those of all cells: they get no interval."""
 FINE_TUNED = "fine-tuned"
+_LEAST_VARIANCE = 1e-9
+"""Share of the variance of all cells below which that of a resample is rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ class Row:
 def row_of(found: Sequence[Scores]) -> Row:
     """Return the mean over seeds of scores that have the same resamples."""
     first = next(iter(found[0].values))
-    mean = Scores()
+    mean = Scores(units=found[0].units)
     for name in found[0].values:
         mean.values[name] = float(np.mean([s.values[name] for s in found]))
     for name in found[0].draws:
@@ -92,6 +95,7 @@ def label_scores(
     there = n_true + n_given > 0
     f1 = 2 * hits / np.maximum(n_true + n_given, 1)
     return _scores(
+        groups,
         accuracy=n_right[:, 0] / count[:, 0],
         macro_f1=(f1 * there).sum(axis=1) / there.sum(axis=1),
         nll=loss[:, 0] / count[:, 0],
@@ -102,15 +106,20 @@ def label_scores(
 def number_scores(
     predicted: NDArray[np.float64], target: NDArray[np.float64], groups: NDArray[np.str_]
 ) -> Scores:
-    """Return the scores of predicted numbers (n,) of true ones (n,)."""
+    """Return the scores of predicted numbers (n,) of true ones (n,).
+
+    r2 is undefined (NaN) in a resample whose numbers are all the same.
+    """
     away, shifted = predicted - target, target - target.mean()
     columns = [np.abs(away), away**2, shifted, shifted**2, np.ones(len(away))]
     absolute, squared, first, second, count = _sums(np.stack(columns, axis=1), groups).T
     variance = second - first**2 / count
+    least = _LEAST_VARIANCE * variance[0]
     return _scores(
+        groups,
         mae=absolute / count,
         rmse=np.sqrt(squared / count),
-        r2=1 - squared / np.where(variance > 0, variance, np.nan),
+        r2=1 - squared / np.where(variance > least, variance, np.nan),
     )
 
 
@@ -121,16 +130,20 @@ def bins_of(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def _sums(columns: NDArray[np.float64], groups: NDArray[np.str_]) -> NDArray[np.float64]:
     """Return (1 + R, width): sums over all cells, then over each resample."""
-    layout = Layout(labels=groups, groups=groups)
-    return np.asarray(resampled_sums(columns, layout, np.arange(len(groups))))
+    return np.asarray(resampled_sums(columns, *_resampled(groups)))
 
 
-def _scores(**found: NDArray[np.float64]) -> Scores:
+def _resampled(groups: NDArray[np.str_]) -> tuple[Layout, NDArray[np.int64]]:
+    return Layout(labels=groups, groups=groups), np.arange(len(groups))
+
+
+def _scores(groups: NDArray[np.str_], **found: NDArray[np.float64]) -> Scores:
     scores = Scores()
     for name, draws in found.items():
         scores.values[name] = float(draws[0])
         if name not in BIASED:
             scores.draws[name] = draws[1:]
+            scores.units[name] = count_units(*_resampled(groups))
     return scores
 
 
@@ -147,15 +160,18 @@ def verdict(rows: Mapping[str, Row]) -> str:
     best = next(name for name in ordered(rows) if name != FINE_TUNED)
     own, other = rows[FINE_TUNED].scores, rows[best].scores
     gap = _value(rows[FINE_TUNED], first) - _value(rows[best], first)
-    low, high = interval(own.draws[first] - other.draws[first])
+    draws = own.draws[first] - other.draws[first]
+    bounds = interval(draws, gap, n_units=own.units[first])
     better = gap < 0 if first in LOWER_IS_BETTER else gap > 0
-    word = "not told apart from" if low <= 0 <= high else "above" if better else "below"
+    told = bounds is not None and not bounds.low <= 0 <= bounds.high
+    word = "not told apart from" if not told else "above" if better else "below"
+    shown = "" if bounds is None else f" [{bounds.low:+.3f}, {bounds.high:+.3f}]"
     spread = rows[FINE_TUNED].spread
     over = "" if spread is None else f" (standard deviation over seeds {spread:.3f})"
     return (
         f"{FINE_TUNED}: {first} {_shown(rows[FINE_TUNED], first)}{over}, {word} the strongest "
-        f"baseline, {best} {_shown(rows[best], first)}: difference {gap:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}]"
+        f"baseline, {best} {_shown(rows[best], first)}: difference {gap:+.3f}"
+        f"{shown}"
     )
 
 
@@ -190,6 +206,12 @@ def _value(row: Row, name: str) -> float:
 
 
 def _shown(row: Row, name: str) -> str:
-    bounds = row.scores.interval(name)
-    shown = "" if bounds is None else f" [{bounds.low:.3f}, {bounds.high:.3f}]"
-    return f"{_value(row, name):.3f}{shown}"
+    bounds, value = row.scores.interval(name), _value(row, name)
+    if np.isnan(value):
+        return "undefined"
+    if bounds is not None:
+        return f"{value:.3f} [{bounds.low:.3f}, {bounds.high:.3f}]"
+    if name in BIASED:
+        return f"{value:.3f}"
+    share = np.isnan(row.scores.draws[name]).mean()
+    return f"{value:.3f} (no interval: undefined in {share:.0%} of the resamples)"

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sclong_ds.evaluation.scores import Layout, Scores, interval, score
+from sclong_ds.evaluation.scores import Layout, Scores, interval, resampled_sums, score
 
 
 def test_label_scores_tell_structure_from_noise() -> None:
@@ -100,11 +100,42 @@ def test_intervals_are_of_cells_or_of_groups() -> None:
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 160), rel=0.1)
     groups = accuracy_draws(np.repeat([f"d{i}" for i in range(10)], 20))
     low, high = groups.interval("transfer_accuracy")
-    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 8), rel=0.15)
+    wider = 2.365 * np.sqrt(8 / 7)  # Student's t of 7 degrees of freedom
+    assert high - low == pytest.approx(2 * wider * np.sqrt(p * (1 - p) / 8), rel=0.15)
     few = accuracy_draws(np.repeat(["d1", "d2"], 100))
     np.testing.assert_array_equal(few.draws["transfer_accuracy"], cells.draws["transfer_accuracy"])
     again, other = accuracy_draws(None), accuracy_draws(None, seed=1)
     name = "transfer_accuracy"
     np.testing.assert_array_equal(again.draws[name], cells.draws[name])
     assert (other.draws[name] != cells.draws[name]).any()
-    assert interval(np.arange(1001.0)) == pytest.approx((25.0, 975.0))
+    assert interval(np.arange(1001.0), 500.0, n_units=10**6) == pytest.approx(
+        (25.0, 975.0), rel=1e-4
+    )
+
+
+def test_intervals_over_few_groups_hold_the_truth_as_often_as_they_claim() -> None:
+    rng, plain, wider, n = np.random.default_rng(0), 0, 0, 400
+    for seed in range(n):
+        groups = np.array(list("abcdef"))
+        values = np.stack([rng.normal(size=6), np.ones(6)], axis=1)
+        sums = resampled_sums(values, Layout(labels=groups, groups=groups, seed=seed), np.arange(6))
+        means = sums[:, 0] / sums[:, 1]
+        low, high = np.quantile(means[1:], [0.025, 0.975])
+        plain += low <= 0 <= high
+        low, high = interval(means[1:], means[0], n_units=6)
+        wider += low <= 0 <= high
+    assert plain / n < 0.89
+    assert 0.92 < wider / n < 0.98
+
+
+def test_intervals_end_where_their_scores_do_and_undefined_resamples_are_few() -> None:
+    draws = np.linspace(0.8, 1.0, 1000)
+    found = Scores(values={"knn_accuracy": 0.9}, draws={"knn_accuracy": draws})
+    found.units["knn_accuracy"] = 5
+    assert found.interval("knn_accuracy").high == 1.0
+    assert interval(draws, 0.9, n_units=5).high > 1.0
+    assert interval(draws, 0.9, n_units=1) is None
+    draws[:40] = np.nan
+    assert interval(draws, 0.9, n_units=1000) == pytest.approx((0.813, 0.995), abs=0.01)
+    draws[:60] = np.nan
+    assert interval(draws, 0.9, n_units=1000) is None

@@ -10,7 +10,7 @@ NAME = "knn_accuracy"
 
 def made(value: float, *, noise: float = 0.01, seed: int = 0) -> Scores:
     draws = value + noise * np.random.default_rng(seed).standard_normal(1000)
-    return Scores(values={NAME: value, "batch_asw": None}, draws={NAME: draws})
+    return Scores(values={NAME: value, "batch_asw": None}, draws={NAME: draws}, units={NAME: 1000})
 
 
 def sentence(**rows: Scores) -> str:

@@ -95,3 +95,21 @@ def test_lower_errors_of_numbers_are_above():
     }
     assert ordered(rows)[0] == FINE_TUNED
     assert "above the strongest" in verdict(rows)
+
+
+def test_explained_variance_has_an_interval_only_where_it_is_defined_in_nearly_all_resamples():
+    ages = {name: 20.0 + 10 * (i % 5) for i, name in enumerate(np.unique(GROUPS))}
+    true = np.array([ages[name] for name in GROUPS])
+    predicted = true + RNG.normal(0, 5, N)
+    row = row_of([number_scores(predicted, true, GROUPS)])
+    bounds = row.scores.interval("r2")
+    assert np.isfinite(bounds).all()
+    assert bounds.low <= row.scores.values["r2"] <= bounds.high <= 1
+    # Of five groups all but one have the same number: a third of the resamples have one number.
+    groups = np.repeat(list("abcde"), N // 5)
+    true = np.where(groups == "a", 0.1, 37.3)
+    row = row_of([number_scores(true + RNG.normal(0, 5, N), true, groups)])
+    assert row.scores.interval("r2") is None
+    shown = shown_rows({FINE_TUNED: row})
+    assert "no interval: undefined in 3" in shown.loc[FINE_TUNED, "r2"]
+    assert "[" in shown.loc[FINE_TUNED, "mae"]
