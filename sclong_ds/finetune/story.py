@@ -36,7 +36,7 @@ from sclong_ds.finetune.fit import Fitted, Plan, fit, mean_steps
 from sclong_ds.finetune.scored.compare import Fold, Outcome, compare
 from sclong_ds.finetune.sections import Sections
 from sclong_ds.finetune.setting import Options, Setting
-from sclong_ds.finetune.trainee import Trainee
+from sclong_ds.finetune.trainee import Trainee, check_stacks
 from sclong_ds.finetune.written.results import write_results
 from sclong_ds.hub.hub import model_folder
 from sclong_ds.job import failures
@@ -108,6 +108,8 @@ class Story:
             stacks=tuple(filter(None, args.stacks.split(","))), rank=args.rank,
             lora_scale=args.lora_scale, unknown_rate=args.unknown_rate, penalty=args.penalty,
         )  # fmt: skip
+        if self.options.mode == "lora":
+            check_stacks(self.model, self.options.stacks)
         self.known = read_training_cells(args.model_dir)
         used = self.examples.counts[np.flatnonzero(self.examples.used)]
         self.n_known = 0 if self.known is None else int(self.known.hold(used).sum())

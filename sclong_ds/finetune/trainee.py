@@ -43,6 +43,20 @@ class LowRank(nn.Module):
         return weight + self.scale * (self.up @ self.down)
 
 
+def check_stacks(model: ScLong, stacks: Sequence[str]) -> None:
+    """Refuse names that are not those of a model's stacks.
+
+    Raises:
+        ValueError: The model has no such stack, or none is named.
+    """
+    known = model.performers()
+    unknown = [name for name in stacks if name not in known]
+    if unknown or not stacks:
+        raise ValueError(
+            f"--stacks {','.join(unknown)}: the model has {', '.join(known)}; name some of these"
+        )
+
+
 def add_low_rank(model: ScLong, stacks: Sequence[str], *, rank: int, scale: float) -> None:
     """Freeze a model and add low-rank parameters to the linear layers of some stacks.
 
@@ -53,14 +67,10 @@ def add_low_rank(model: ScLong, stacks: Sequence[str], *, rank: int, scale: floa
         scale: Factor on it.
 
     Raises:
-        ValueError: The model has no such stack.
+        ValueError: As `check_stacks`.
     """
+    check_stacks(model, stacks)
     known = model.performers()
-    unknown = [name for name in stacks if name not in known]
-    if unknown or not stacks:
-        raise ValueError(
-            f"--stacks {','.join(unknown)}: the model has {', '.join(known)}; name some of these"
-        )
     model.requires_grad_(False)
     # With recomputation a layer whose input needs no gradient would pass none to its weights.
     model.expression_encoder.register_forward_hook(_begin_gradients)

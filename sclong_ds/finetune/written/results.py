@@ -24,6 +24,7 @@ from sclong_ds.finetune.trainee import Trainee
 from sclong_ds.finetune.written.model import write_model
 from sclong_ds.finetune.written.page import REPORT, page
 from sclong_ds.finetune.written.predictions import write_predictions
+from sclong_ds.page.words import counted
 
 
 def write_results(
@@ -77,7 +78,7 @@ def write_results(
     return [
         line,
         f"{facts['n_cells']} cells of {n_groups} groups of {args.group}, {examples.n_folds} folds, "
-        f"{args.seeds} seeds",
+        f"{counted(args.seeds, 'seed')}",
         shown.to_string(),
         f"written to {setting.out}: report.html, predictions.h5ad, model",
     ]

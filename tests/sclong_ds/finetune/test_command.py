@@ -80,6 +80,7 @@ def statuses(folder: Path) -> dict[str, int]:
             ),
             None,
         ),
+        "stacks": (words(folder, "stacks", *LABELS, "--mode", "lora", "--stacks", "large"), None),
         "again": (
             words(
                 folder, "again", *LABELS, "--mode", "all", "--max-epochs", "1", model="lora/model"
@@ -116,8 +117,12 @@ def scores(folder: Path, out: str) -> dict[str, dict[str, float]]:
 
 
 def test_each_ends_as_it_should(statuses):
-    ended = dict.fromkeys(statuses, 0) | {"stopped": 75}
+    ended = dict.fromkeys(statuses, 0) | {"stopped": 75, "stacks": 1}
     assert statuses == ended
+
+
+def test_a_wrong_stack_is_refused_before_anything_is_written(statuses, folder):
+    assert not (folder / "stacks").exists()
 
 
 @pytest.mark.parametrize("out", ["frozen", "head"])
