@@ -5,8 +5,9 @@
 The value of the named genes is changed in the model's input, the other values stay; genes are read
 and routed as in the unperturbed cell. Effect: Euclidean distance that a gene's representation, or
 the cell's embedding by the model's recipe, moves; mean over the cells. Each effect is compared with
-those of random sets of genes, each within a factor of 1.5 of the mean expression of the one that it
-stands for. `delete` is over the cells that express a gene of the set, the others over all cells;
+those of random sets of genes. For `delete` each is within a factor of 1.5 of the one that it stands
+for in the number of cells that express it and in its mean over these, otherwise in its mean over
+all cells. `delete` is over the cells that express a gene of the set, the others over all cells;
 with `model.zero_genes`, which leaves genes unread, over those that express every gene of the set.
 
 With `--towards disease=normal` the cells of that state give a goal, the mean of their embeddings;
@@ -22,7 +23,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +42,7 @@ from sclong_ds.model.sclong import ScLong
 from sclong_ds.progress import count_progress
 
 FACTOR = 1.5
-"""Between the mean expression of a gene and of those that stand for it in the null."""
+"""Between the expression of a gene and of those that stand for it in the null."""
 Over = Literal["any", "every", "all"]
 """Cells that express any gene of a set, every gene of it, or all cells."""
 _log = logging.getLogger(__name__)
@@ -83,19 +84,19 @@ def run(args: argparse.Namespace) -> int:
     goal = None
     if args.towards is not None:
         goal = goal_of(args.towards, model, cells, batch_size=args.batch_size)
-    means = mean_expression(model, cells, keep=None if goal is None else goal.others)
+    means, n_expressing = expression(model, cells, keep=None if goal is None else goal.others)
     which = "no cell" if goal is None else f"no cell outside of {goal.name}"
     for name, genes in zip(names, sets, strict=True):
         if value == 0 and not means[genes].any():
             raise ValueError(f"--genes {name}: {which} expresses it, so there is nothing to delete")
-    rng = np.random.default_rng(args.seed)
     avoid = {gene for genes in sets for gene in genes}
     if model.transform.unmeasured == "mask" and cells.measured is not None:
         avoid |= set(np.flatnonzero(~cells.measured.table.any(axis=0)).tolist())
     every = list(sets)
-    how = {"n": args.null, "avoid": avoid, "rng": rng, "symbols": model.genes.symbols}
+    alike = measures(means, n_expressing, mode=args.mode)
+    rng, symbols = np.random.default_rng(args.seed), model.genes.symbols
     for genes in sets:
-        every += null_sets(genes, means, **how)
+        every += null_sets(genes, alike, n=args.null, avoid=avoid, rng=rng, symbols=symbols)
     over = cells_changed(model, args.mode)
     n_cells = cells_reached(model, cells, every, over=over, goal=goal)
     check_reached(names, n_cells, n_null=args.null, over=over, which=which)
@@ -218,35 +219,49 @@ def goal_of(text: str, model: ScLong, cells: Cells, *, batch_size: int) -> Goal:
     return Goal(name=text, place=total / inside.sum(), others=~inside)
 
 
-def mean_expression(model: ScLong, cells: Cells, *, keep: np.ndarray | None = None) -> np.ndarray:
-    """Return the mean input (G,) of each gene over cells.
+def expression(
+    model: ScLong, cells: Cells, *, keep: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean input (G,) of each gene over cells, and how many cells (G,) express it.
 
     Args:
         model: From `load_model`.
         cells: From `open_cells`; B cells.
         keep: (B,) bool, the cells that count, which are those that are perturbed; None: all.
     """
-    total = np.zeros(model.n_genes)
+    total, n_expressing = np.zeros(model.n_genes), np.zeros(model.n_genes)
     for x, _, place in model_inputs(model, cells, batch_size=1):
         if keep is None or keep[place.start]:
-            total += x[0].cpu().numpy()
-    return total / max(len(cells.obs) if keep is None else int(keep.sum()), 1)
+            values = x[0].cpu().numpy()
+            total += values
+            n_expressing += values > 0
+    n_cells = len(cells.obs) if keep is None else int(keep.sum())
+    return total / max(n_cells, 1), n_expressing
+
+
+def measures(means: np.ndarray, n_expressing: np.ndarray, *, mode: str) -> dict[str, np.ndarray]:
+    """Return what null genes share with those they stand for, by name; inputs of `expression`."""
+    if mode != "delete":
+        return {"mean expression": means}
+    # The mean there up to a factor, which is the same for all genes.
+    there = means / np.maximum(n_expressing, 1)
+    return {"number of expressing cells": n_expressing, "mean expression there": there}
 
 
 def null_sets(
     genes: Sequence[int],
-    means: np.ndarray,
+    alike: Mapping[str, np.ndarray],
     *,
     n: int,
     avoid: set[int],
     rng: np.random.Generator,
     symbols: Sequence[str],
 ) -> list[list[int]]:
-    """Return N random sets, a gene of nearly equal mean expression for each of a set.
+    """Return N random sets, a gene of nearly equal expression for each of a set.
 
     Args:
         genes: The set.
-        means: (G,) mean expression.
+        alike: Measures (G,) of expression by name, each of which is within the factor.
         n: How many; the sets of a single gene differ from each other.
         avoid: Genes that are in no null set.
         rng: Source of chance.
@@ -257,13 +272,16 @@ def null_sets(
     """
     found: list[list[int]] = [[] for _ in range(n)]
     for gene in genes:
-        near = (means <= FACTOR * means[gene]) & (means * FACTOR >= means[gene])
+        near = np.ones(len(symbols), dtype=bool)
+        for size in alike.values():
+            near &= (size <= FACTOR * size[gene]) & (size * FACTOR >= size[gene])
         near[list(avoid)] = False
         pool = rng.permutation(np.flatnonzero(near))
         if len(pool) < n + len(genes) - 1:
             raise ValueError(
                 f"--genes {symbols[gene]}: only {len(pool)} other genes are within a factor of "
-                f"{FACTOR} of its mean expression, --null {n} needs {n + len(genes) - 1}; lower it"
+                f"{FACTOR} of its {' and '.join(alike)}, --null {n} needs {n + len(genes) - 1}; "
+                "lower it"
             )
         for number, one in enumerate(found):
             turned = np.roll(pool, -number)

@@ -21,8 +21,8 @@ from sclong_ds.embedding.cells import open_cells
 from sclong_ds.embedding.perturb import (
     cells_reached,
     check_reached,
+    expression,
     goal_of,
-    mean_expression,
     measure,
     null_sets,
     shares_of_way,
@@ -127,11 +127,51 @@ def test_p_is_uniform_where_named_and_null_genes_are_alike():
 def test_null_genes_have_nearly_the_same_mean_and_are_none_of_the_named():
     means = np.repeat([1.0, 1.4, 4.0], 20)
     sets = null_sets(
-        [0, 45], means, n=15, avoid={0, 1, 45}, rng=np.random.default_rng(0), symbols=GENES.symbols
-    )
+        [0, 45], {"mean": means}, n=15, avoid={0, 1, 45}, rng=np.random.default_rng(0),
+        symbols=GENES.symbols,
+    )  # fmt: skip
     assert len(sets) == 15
     assert all(means[a] < 2 and means[b] == 4 and not {a, b} & {0, 1, 45} for a, b in sets)
     assert len({a for a, _ in sets}) == 15
+
+
+def test_null_genes_of_a_deletion_are_expressed_in_as_many_cells_as_strongly(
+    model_dir, tmp_path, monkeypatch
+):
+    # Of equal mean: genes in 2 cells, strongly, and in 24, weakly; the effect is the value there.
+    counts = np.zeros((24, N_GENES))
+    for gene in range(20):
+        counts[[gene, (gene + 1 + gene % 5) % 24], gene] = 300 + gene
+    counts[:, 20:40] = 1
+    counts[:, 40:] = 1000
+    made = anndata.AnnData(csr_matrix(counts.astype(np.float32)))
+    made.var_names = list(GENES.ids)
+    made.write_h5ad(tmp_path / "cells.h5ad")
+    drawn = []
+
+    def seen(*_, **how):
+        drawn.extend(null_sets(*_, **how))
+        return drawn[-how["n"] :]
+
+    monkeypatch.setattr("sclong_ds.embedding.perturb.null_sets", seen)
+    how = (model_dir, tmp_path / "cells.h5ad")
+    assert perturb(*how, tmp_path / "a.tsv", GENES.ids[3], "delete", "--null", "15") == 0
+    assert {gene for (gene,) in drawn} <= set(range(20)) - {3}
+    drawn.clear()
+    assert perturb(*how, tmp_path / "b.tsv", GENES.ids[3], "set:2", "--null", "30") == 0
+    assert {gene for (gene,) in drawn} & set(range(20, 40))
+    # Effects that are the values in expressing cells: p of rare genes does not pile up at 1 / 16.
+    values = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
+    n = (values > 0).sum(axis=0)
+    strength = values.sum(axis=0) / n
+    alike = {"number of expressing cells": n, "mean expression there": strength}
+    p = []
+    for gene in range(20):
+        rng = np.random.default_rng(gene)
+        null = null_sets([gene], alike, n=15, avoid={gene}, rng=rng, symbols=GENES.symbols)
+        p.append(empirical_p(strength[[gene]], strength[null])[0])
+    assert np.mean(np.array(p) <= 1 / 16) <= 0.15
+    assert 0.35 < np.mean(p) < 0.75
 
 
 @pytest.mark.parametrize("mode", ["delete", "set:2.5", "overexpress"])
@@ -196,10 +236,11 @@ def test_with_a_goal_the_cells_that_are_perturbed_alone_count(model_dir, tmp_pat
     model = load_model(model_dir)
     cells = open_cells(tmp_path / "cells.h5ad", genes=model.genes, min_genes=1)
     goal = goal_of("state=well", model, cells, batch_size=3)
-    means = mean_expression(model, cells, keep=goal.others)
+    means, n_expressing = expression(model, cells, keep=goal.others)
+    assert n_expressing.tolist() == [0, *[4] * (N_GENES - 1)]
     assert means[0] == 0
     np.testing.assert_allclose(means[1:], means[1])  # all alike outside of the goal
-    every = mean_expression(model, cells)
+    every, _ = expression(model, cells)
     assert every[0] > 0
     assert every[1] > 1.2 * every[2]
     more = ["--towards", "state=well", "--null", "5"]
