@@ -53,7 +53,7 @@ def _difference(own: Scores, other: Scores, name: str) -> Interval | None:
 
 
 def _gap(difference: float, bounds: Interval | None) -> str:
-    return f"{difference:+.3f} {_bounds(bounds)}".rstrip()
+    return f"{difference:+z.3f} [{bounds.low:+z.3f}, {bounds.high:+z.3f}]".rstrip()
 
 
 def _bounds(bounds: Interval | None) -> str:

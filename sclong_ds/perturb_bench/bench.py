@@ -109,7 +109,7 @@ def _headline(screen: Screen, model: ScLong) -> str:
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
     shown = {
         name: [
-            f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+            f"{row[name]:z.3f} [{row[f'{name}_low']:z.3f}, {row[f'{name}_high']:z.3f}]"
             for _, row in table.iterrows()
         ]
         for name in METRICS

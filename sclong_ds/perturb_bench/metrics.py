@@ -22,17 +22,20 @@ Shapes: P perturbations, G genes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sclong_ds.page.words import counted
 from sclong_ds.perturb_bench.screen import Screen
 
 TOP = 20
 METRICS = ("delta_pearson", "des", "pds", "mae")
 RESAMPLES = 2000
+FEWEST = 10
+"""Perturbations with a changed gene, below which no predictor is better or worse."""
 
 
 def effect_scores(screen: Screen, predicted: NDArray[np.floating]) -> pd.DataFrame:
@@ -99,7 +102,8 @@ def summary(scores: Mapping[str, pd.DataFrame], *, simple: set[str], seed: int) 
 
     Returns:
         Columns METRIC, METRIC_low, METRIC_high, and for delta_pearson the same of the
-        difference from the strongest simple predictor (`gain`).
+        difference from the strongest simple predictor (`gain`), whose bounds are of 1 - 0.05 / M
+        for M predictors of the model; n_compared, the perturbations that have a delta_pearson.
     """
     means = {
         name: float(found["delta_pearson"].fillna(0.0).mean()) for name, found in scores.items()
@@ -107,24 +111,33 @@ def summary(scores: Mapping[str, pd.DataFrame], *, simple: set[str], seed: int) 
     best = max(sorted(simple & set(scores)), key=lambda name: means[name])
     n = len(scores[best])
     drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    level = _level(scores, simple)
     rows = {}
     for name in sorted(scores, key=lambda name: (name not in simple, -means[name])):
         row: dict[str, float] = {}
         for metric in METRICS:
             row |= _bounded(metric, scores[name][metric].to_numpy(), drawn)
         gain = scores[name]["delta_pearson"] - scores[best]["delta_pearson"]
-        rows[name] = row | _bounded("gain", gain.to_numpy(), drawn)
+        rows[name] = row | _bounded("gain", gain.to_numpy(), drawn, level=level)
+        rows[name]["n_compared"] = int(gain.notna().sum())
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("predictor")
 
 
-def _bounded(name: str, values: NDArray[np.float64], drawn: NDArray[np.int64]) -> dict[str, float]:
-    """Return the mean of values (P,), NaN left out, and the bounds of 95% of resampled means."""
+def _level(predictors: Iterable[str], simple: set[str]) -> float:
+    """Return the share that bounds hold for 95% over all predictors of the model together."""
+    return 1 - 0.05 / max(len(set(predictors) - simple), 1)
+
+
+def _bounded(
+    name: str, values: NDArray[np.float64], drawn: NDArray[np.int64], *, level: float = 0.95
+) -> dict[str, float]:
+    """Return the mean of values (P,), NaN left out, and the bounds of resampled means."""
     known = np.isfinite(values)
     if not known.any():
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
     totals = np.where(known, values, 0.0)[drawn].sum(axis=1)
     means = totals / np.maximum(known[drawn].sum(axis=1), 1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return {name: float(values[known].mean()), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -135,12 +148,18 @@ def worded(table: pd.DataFrame, *, simple: set[str]) -> str:
         table: From `summary`.
         simple: Predictors that read no model.
     """
-    best = table.index[0]
+    best, n = table.index[0], int(table["n_compared"].iloc[0])
+    if n < FEWEST:
+        return (
+            f"delta_pearson: no verdict, {counted(n, 'perturbation')} with a changed gene; "
+            f"{FEWEST} are needed"
+        )
     parts = []
     for name in table.index:
         if name in simple:
             continue
         gain, low, high = (float(table.loc[name, c]) for c in ("gain", "gain_low", "gain_high"))
         word = "better" if low > 0 else "worse" if high < 0 else "not better"
-        parts.append(f"{name} {word} than {best} ({gain:+.3f} [{low:.3f}, {high:.3f}])")
-    return f"delta_pearson: {'; '.join(parts)}"
+        parts.append(f"{name} {word} than {best} ({gain:+z.3f} [{low:+z.3f}, {high:+z.3f}])")
+    level = _level(table.index, simple)
+    return f"delta_pearson, bounds of {level:.1%} for {len(parts)} predictors: {'; '.join(parts)}"

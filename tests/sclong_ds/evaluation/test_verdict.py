@@ -29,7 +29,7 @@ def test_names_every_row_that_the_model_is_not_better_than_the_strongest_first()
 def test_differences_are_of_the_same_resamples() -> None:
     """Two rows whose errors are the same differ surely, however wide their own intervals are."""
     said = sentence(sclong=made(0.50, noise=0.1), depth=made(0.48, noise=0.1), pca=made(0.9))
-    assert "better than every row without context by +0.020 [0.020, 0.020]" in said
+    assert "better than every row without context by +0.020 [+0.020, +0.020]" in said
     assert said.count("not better than") == 1
 
 
@@ -37,7 +37,12 @@ def test_a_model_above_all_rows_says_so() -> None:
     said = sentence(sclong=made(0.95), depth=made(0.3), untrained=made(0.4), pca=made(0.9))
     assert "not better" not in said
     assert "better than every row without context by +0.550" in said
-    assert said.endswith("better than pca by +0.050 [0.050, 0.050]")
+    assert said.endswith("better than pca by +0.050 [+0.050, +0.050]")
+
+
+def test_a_difference_that_rounds_to_zero_has_no_minus() -> None:
+    said = sentence(sclong=made(0.5), pca=made(0.50001), depth=made(0.3), untrained=made(0.3))
+    assert "not better than pca (+0.000 [+0.000, +0.000])" in said
 
 
 def test_tables_start_with_the_strongest_row() -> None:

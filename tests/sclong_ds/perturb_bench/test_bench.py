@@ -91,6 +91,22 @@ def test_the_summary_begins_with_the_strongest_simple_predictor_and_pairs_pertur
     assert "frozen_linear better than mean_shift" in words
     assert "tuned_head worse than mean_shift" in words
     assert "ridge_gene_vectors not better than mean_shift" in words
+    assert words.startswith("delta_pearson, bounds of 98.3% for 3 predictors: ")
+    assert "(+0.010 [+0.010, +0.010])" in words
+    # Where three are compared, a gain at the edge of 95% is none.
+    wide = frames["ridge_gene_vectors"]["delta_pearson"] - base
+    drawn = np.random.default_rng(0).integers(0, 40, (2000, 40))
+    low, high = np.quantile(wide.to_numpy()[drawn].mean(axis=1), [0.05 / 6, 1 - 0.05 / 6])
+    row = table.loc["ridge_gene_vectors"]
+    assert (row["gain_low"], row["gain_high"]) == pytest.approx((low, high))
+    frames["tuned_head"] = pd.DataFrame(score) - 1e-5
+    assert "tuned_head worse than mean_shift (+0.000 [+0.000, +0.000])" in worded(
+        summary(frames, simple=SIMPLE, seed=0), simple=SIMPLE
+    )
+    for frame in frames.values():
+        frame.loc[9:, "delta_pearson"] = np.nan
+    few = worded(summary(frames, simple=SIMPLE, seed=0), simple=SIMPLE)
+    assert few == "delta_pearson: no verdict, 9 perturbations with a changed gene; 10 are needed"
 
 
 def test_what_follows_from_the_vectors_of_genes_is_predicted_from_them_alone() -> None:
