@@ -61,7 +61,8 @@ def verify(path: Path) -> Findings:
         FileNotFoundError: It is none of these.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
+        fault = "is a file; give a model or run folder" if path.exists() else "no such folder"
+        raise FileNotFoundError(f"{path}: {fault}")
     if (path / model_manifest.WEIGHTS).is_file() or (
         (path / model_manifest.MANIFEST).is_file() and (path / "provenance.json").is_file()
     ):

@@ -47,6 +47,7 @@ from sclong_ds.gene_analysis.network import (
 )
 from sclong_ds.gene_analysis.term_sets import SIZES, TermSets, go_terms, gold_sets
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.page.words import counted
 
 FEWEST_CELLS = 10
 """That express a gene which is scored; of inputs with fewer cells, one."""
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         edges = _network(kind, args, model, read, table, sources)
         path = beside(args.out, f"{kind}.tsv")
         write_atomic(path, edges.to_csv(sep="\t", index=False, float_format="%.6g").encode())
-        print(f"{path}: {len(edges)} edges of {edges['source'].nunique()} genes")
+        n = counted(edges["source"].nunique(), "gene")
+        print(f"{path}: {counted(len(edges), 'edge')} of {n}")
     if read is not None:
         print(known_from_training(args.model_dir, read.cells))
     if args.benchmark:

@@ -238,6 +238,8 @@ def push_to_hub(
 def _push(folder: Path, name: str, *, licence: str | None, private: bool) -> str:
     from sclong_ds.exported.described.model_card import CONFIG, front_matter, hub_config
 
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise ValueError(f"{name}: must be ORG/NAME")
     if read_manifest(folder) is None:
         raise FileNotFoundError(f"{folder}/{MANIFEST}: missing; export the model again")
     check_files(folder)

@@ -62,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables and return the exit status."""
     records = find_runs(args.runs)
+    if len(records) < 2:
+        raise ValueError(f"{args.runs[0]}: one run; give two runs or more")
     if args.json:
         text = json.dumps(as_json(records), indent=2, allow_nan=False)
     else:

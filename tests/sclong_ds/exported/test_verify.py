@@ -137,6 +137,9 @@ def test_what_is_none_of_these_is_one_line(
     assert "neither a run folder nor a checkpoint nor an exported model" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "absent")]) == 1
     assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["verify", str(tmp_path / "file")]) == 1
+    assert "file: is a file; give a model or run folder" in capsys.readouterr().err
 
 
 def test_the_command_is_cheap_to_import() -> None:

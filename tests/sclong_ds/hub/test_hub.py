@@ -121,6 +121,13 @@ def test_an_address_with_nothing_behind_it(hub, served, tmp_path, capsys):
     assert "manifest.json: missing" in capsys.readouterr().err
 
 
+def test_a_name_without_organisation_is_refused_before_the_hub_is_asked(hub, model_dir, capsys):
+    hub.stop()
+    for name in ("noorg", "a/b/c", "lab/"):
+        assert main(["push", str(model_dir), name]) == 1
+        assert capsys.readouterr().err == f"error: {name}: must be ORG/NAME\n"
+
+
 def test_a_hub_that_does_not_answer_is_one_line(hub, model_dir, capsys):
     hub.stop()
     with pytest.raises(OSError, match=r"hf://lab/blood: \S"):
