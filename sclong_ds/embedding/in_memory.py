@@ -205,7 +205,7 @@ def opened_cells(
 
     Raises:
         TypeError: A name that is not in `Reading`.
-        ValueError: No model.
+        ValueError: No model, or no cells.
     """
     if not isinstance(model, ScLong):
         raise ValueError(
@@ -221,6 +221,8 @@ def opened_cells(
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(cells, str | Path):
             path = Path(cells)
+        elif not len(cells):
+            raise ValueError(f"got a {type(cells).__name__} of 0 cells; give one or more")
         else:
             # Through a file, so that the one reader of h5ad decides what counts and genes are.
             path = Path(folder) / "cells.h5ad"

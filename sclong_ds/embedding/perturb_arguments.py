@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1),
         default=100,
         metavar="N",
-        help="random sets of equal expression to compare with (default %(default)s)",
+        help="random sets of like expression to compare with (default %(default)s)",
     )
     parser.add_argument(
         "--towards",

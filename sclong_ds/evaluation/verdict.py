@@ -53,7 +53,9 @@ def _difference(own: Scores, other: Scores, name: str) -> Interval | None:
 
 
 def _gap(difference: float, bounds: Interval | None) -> str:
-    return f"{difference:+z.3f} [{bounds.low:+z.3f}, {bounds.high:+z.3f}]".rstrip()
+    if bounds is None:
+        return f"{difference:+z.3f}"
+    return f"{difference:+z.3f} [{bounds.low:+z.3f}, {bounds.high:+z.3f}]"
 
 
 def _bounds(bounds: Interval | None) -> str:

@@ -115,7 +115,9 @@ def _asked(address: str, ask: Callable[[Any], Any]) -> Any:
         ) from None
     except silent as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{address}: {reason[:300]}") from None
+        raise OSError(
+            f"{address}: {reason[:300]}; is the hub reachable, is HF_ENDPOINT right?"
+        ) from None
 
 
 def _from_web(address: str) -> Path:

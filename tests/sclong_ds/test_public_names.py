@@ -117,6 +117,13 @@ def test_a_wrong_batch_size_or_seed_is_refused(cells: anndata.AnnData, wrong: ob
     np.testing.assert_array_equal(embed(model, cells, batch_size=np.int64(8)), embed(model, cells))
 
 
+def test_no_cells_are_said_to_be_none(cells: anndata.AnnData) -> None:
+    model = load_model(MODEL / "model")
+    for none in (cells[:0].copy(), cells[:0].to_df()):
+        with pytest.raises(ValueError, match=f"got a {type(none).__name__} of 0 cells"):
+            embed(model, none)
+
+
 def test_align_gives_the_order_of_the_model_and_what_it_reads(cells: anndata.AnnData) -> None:
     model = load_model(MODEL / "model")
     shuffled = cells[:, np.random.default_rng(1).permutation(cells.n_vars)[:300]].copy()
