@@ -122,7 +122,9 @@ class SplitRule:
     def as_json(self) -> dict[str, Any]:
         """Return the rule as JSON has it."""
         options = asdict(self.options)
-        return {
+        # Left out where it is not so: the rules of before are written as they were.
+        later = {"whole_donors": True} if self.whole_donors else {}
+        return later | {
             "version": VERSION,
             "hash": "sha256(salt/name)",
             "options": options | {"validation_datasets": list(self.options.validation_datasets)},
@@ -131,7 +133,6 @@ class SplitRule:
             "by_cell": list(self.by_cell),
             "pinned": dict(self.pinned),
             "datasets": list(self.datasets),
-            "whole_donors": self.whole_donors,
         }
 
 
