@@ -51,10 +51,11 @@ def test_linear_gives_the_bits_of_torch(
 
 
 def test_linear_of_rows_that_are_not_contiguous() -> None:
+    """To rounding: torch takes the transposed product there, on some CPUs in another order."""
     layer = partitioned(nn.Linear(4, 3))
     x = torch.randn(4, 6).t()
     found, expected = passes(x, layer, _linear), passes(x, layer, TORCH_LINEAR)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_linear_asks_only_for_the_gradients_that_are_wanted() -> None:
