@@ -126,7 +126,7 @@ cells.var_names = GeneVocabulary.read(Path("{model}/genes.tsv")).ids
 cells.write_h5ad("cells.h5ad")
 assert main(["embed", "{model}", "cells.h5ad", "--out", "out.h5ad"]) == 0
 for command in (["evaluate", "{model}", "cells.h5ad", "--label", "k", "--out", "s"],
-                ["export", "run", "--out", "m"], ["ui", "run"], ["report", "run"]):
+                ["export", "{model}", "--out", "m"], ["ui", "run"], ["report", "run"]):
     assert main(command) == 1
 from data_prep.__main__ import main as prepare
 assert prepare(["gene-graph", "--genes", "{model}/genes.tsv", "--out", "g.npz"]) == 1
