@@ -42,7 +42,8 @@ _SMALL = 16
 _MOST_EMPTY = 2**24
 """Lines that may be mostly empty: unfiltered runs have 7 million barcodes."""
 _TITLE = re.compile(
-    r"(?!(?:IDS|Ids|VARS|Vars)$)(?i:(?:gene|feature|ensembl|hgnc|ncbi|entrez|external|original|stable|var|probe|symbol|id|"
+    r"(?!(?:IDS|Ids|VARS|Vars)$)"
+    r"(?i:(?:gene|feature|ensembl|hgnc|ncbi|entrez|external|original|stable|var|probe|symbol|id|"
     r"name|index|accession)s?[-_. ]*)+"
 )
 """Header of a column of genes; IDS and VARS are genes."""

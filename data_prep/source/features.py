@@ -377,10 +377,10 @@ def _types_of_others(
             selection.drop(~types.keep, TYPE_OF_OTHER)
             continue
         is_gene, is_other, missed = found_by_name(own, names, types.keep)
-        both = is_gene & is_other
+        first, both = next(iter(own.values())), is_gene & is_other
         if both.any():
             raise ValueError(
-                f"the feature '{own[next(iter(own))][both][0]}' is a gene and something else in "
+                f"the feature '{first[both][0]}' is a gene and something else in "
                 "the table of X; give the gene table of raw.X its own feature_types"
             )
         unknown = ~is_gene & ~is_other
@@ -388,7 +388,7 @@ def _types_of_others(
         if missed and untold.any():
             raise ValueError(
                 f"in the table of X '{missed}' is no gene, and {np.count_nonzero(untold)} features "
-                f"of raw.X (such as '{own[next(iter(own))][untold][0]}') are not in that table; "
+                f"of raw.X (such as '{first[untold][0]}') are not in that table; "
                 "give the gene table of raw.X its own feature_types"
             )
         selection.typed |= not unknown.any()

@@ -119,8 +119,7 @@ def read_donors(
         whole: Read 1.0 as 1, see `SplitRule.whole_donors`.
 
     Returns:
-        Donor names (None if there is no such column), and (cells,) int32 positions
-        among them.
+        Donor names (None if there is no such column) and (cells,) int32 positions among them.
 
     Raises:
         ValueError: The table is damaged or has another number of rows.

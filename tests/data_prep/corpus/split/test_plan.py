@@ -34,6 +34,16 @@ Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]
 
 
+def sides_of(corpus: Corpus, donors: dict[str, list[str]]) -> set[tuple[str, str, str]]:
+    """Return dataset, donor ('' for none) and split of every cell."""
+    return {
+        (name, donors[name][(corpus.row_source[row] - 1) // 2] if name in donors else "", split)
+        for split in corpus.splits
+        for row in corpus.split(split)
+        for name in [corpus.datasets[corpus.row_dataset[row]].dataset_id]
+    }
+
+
 def test_splits_are_contiguous_and_whole_datasets(
     stage_corpus: Stage, three: dict[str, sparse.csr_matrix]
 ) -> None:
@@ -88,11 +98,8 @@ def test_donors_stay_together_across_datasets(
     for name in ("validation", "test"):
         assert result["split_shares"][name]["cells"] == pytest.approx(sizes[name])
     groups: dict[str, set[str]] = {}
-    for split in corpus.splits:
-        for row in corpus.split(split):
-            name = corpus.datasets[corpus.row_dataset[row]].dataset_id
-            donor = donors[name][(corpus.row_source[row] - 1) // 2] if name in donors else ""
-            groups.setdefault(donor or f"dataset {name}", set()).add(split)
+    for name, donor, split in sides_of(corpus, donors):
+        groups.setdefault(donor or f"dataset {name}", set()).add(split)
     assert len(groups) == 14
     assert all(len(splits) == 1 for splits in groups.values())
 
@@ -109,10 +116,9 @@ def test_a_donor_whose_number_is_a_float_elsewhere_is_one_donor(
     assert not [name for names in result["held_out"].values() for name in names if "." in name]
     corpus = Corpus(folder)
     held_out = {
-        (donors[name][(corpus.row_source[row] - 1) // 2].removesuffix(".0"), split)
-        for split in corpus.splits
-        for row in corpus.split(split)
-        if (name := corpus.datasets[corpus.row_dataset[row]].dataset_id) in donors
+        (donor.removesuffix(".0"), split)
+        for name, donor, split in sides_of(corpus, donors)
+        if name in donors
     }
     named = [donor for donor, _ in held_out if donor]
     assert sorted(named) == sorted(map(str, range(12)))
