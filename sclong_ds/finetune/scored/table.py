@@ -170,8 +170,7 @@ def verdict(rows: Mapping[str, Row]) -> str:
     over = "" if spread is None else f" (standard deviation over seeds {spread:.3f})"
     return (
         f"{FINE_TUNED}: {first} {_shown(rows[FINE_TUNED], first)}{over}, {word} the strongest "
-        f"baseline, {best} {_shown(rows[best], first)}: difference {gap:+.3f}"
-        f"{shown}"
+        f"baseline, {best} {_shown(rows[best], first)}: difference {gap:+.3f}{shown}"
     )
 
 
