@@ -76,7 +76,7 @@ def disturb(
             raise RuntimeError(f"{command.name} fails undisturbed: {ended.describe()}\n"
                                f"{ended.trace}{ended.output[-3000:]}")  # fmt: skip
         trees.append(contents(place))
-    if different := _unlike(trees[1], trees[2]):
+    if different := unlike(trees[1], trees[2]):
         raise RuntimeError(f"{command.name}: two undisturbed runs differ in {sorted(different)}")
     old, new, seen = command.units(before), command.units(place), calls.seen
     seen[KILL] = sum(seen[kind] for kind in CHANGING)
@@ -95,7 +95,7 @@ def disturb(
         state = _state(command, old, new, command.units(place))
         wrong = [_ending(command, ended, fault, state, place)]
         tree = contents(place)
-        if _unlike(tree, trees[0]) and _unlike(tree, trees[1]):
+        if unlike(tree, trees[0]) and unlike(tree, trees[1]):
             wrong.append(_again(command, place, log, trees[1], calls, state))
         found.append(
             Disturbed(command=command.name, fault=fault, calls=counts[fault], at=at, path=path,
@@ -185,15 +185,20 @@ def _again(
     ended = in_child(lambda: command.run(place), log=log, timeout_s=HANG_S)
     if ended.result != 0 and state != "new":
         return f"fails when run again: {ended.output.strip().splitlines()[-1:]}"
-    different = _unlike(contents(place), tree)
+    different = unlike(contents(place), tree)
     return f"other files when run again: {sorted(different)[:4]}" if different else ""
 
 
-def _unlike(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
-    """Return the names of the files that two trees do not share; lock files do not count."""
+def unlike(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """Return the names of the files that two trees do not share; those of the moment left out."""
     names = one.keys() | other.keys()
-    return {n for n in names if one.get(n) != other.get(n) and not _is_lock(n)}
+    return {n for n in names if one.get(n) != other.get(n) and not _of_the_moment(n)}
 
 
-def _is_lock(name: str) -> bool:
-    return ".locks/" in name or name.endswith(".lock")
+def _of_the_moment(name: str) -> bool:
+    """Return whether a file is a lock, or what was remembered of the times of sources.
+
+    The latter is written where a source has not just changed: how soon after its copy a command
+    came to it decides.
+    """
+    return ".locks/" in name or ".seen/" in name or name.endswith(".lock")

@@ -18,6 +18,7 @@ import pytest
 from launching import ROOT, environment, run_module
 
 from benchmarks.damage import DAMAGES, Product, damaged, judge
+from benchmarks.disturbed import unlike
 
 FLIPS = ((("staging", "work-seal", "corpus", "graph"), 16), (("run", "model"), 8))
 CALLS = ((("convert", "finalize", "gene-vectors"), 10), (("save", "export", "embed"), 10))
@@ -142,6 +143,13 @@ def test_only_errors_that_name_the_file_are_right(pair):
     assert outcome(ValueError(f"{pair.folder}: a file is missing"), "drop") == "named"
     assert outcome(ValueError("damaged")) == "unnamed"
     assert outcome(KeyError("first.txt")) == "crash"
+
+
+def test_what_depends_on_the_moment_is_not_compared():
+    records = {"corpus/corpus.json": 1, "corpus/staging/a/cells.zarr/zarr.json": 2}
+    moment = {"corpus/.seen/a.json": 3, "corpus/.locks/a": 4, "corpus/work.lock": 5}
+    assert unlike(records, records | moment) == set()
+    assert unlike(records, {"corpus/corpus.json": 6} | moment) == set(records)
 
 
 @pytest.fixture(scope="session")
