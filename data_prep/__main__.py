@@ -44,7 +44,7 @@ from data_prep.arguments import (
     chosen_genes,
 )
 from sclong_ds import __version__
-from sclong_ds.command_line import add_example, local_path, missing_package, share, whole
+from sclong_ds.command_line import add_example, local_path, missing_package, new_file, share, whole
 from sclong_ds.page.words import counted
 
 COMMANDS = {
@@ -198,7 +198,7 @@ def _delegate(
 def _add_manifest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=local_path, metavar="DIR", help="folder tree with datasets")
     parser.add_argument(
-        "--out", type=local_path, metavar="FILE", help="manifest to write (default: print it)"
+        "--out", type=new_file, metavar="FILE", help="manifest to write (default: print it)"
     )
     add_genes(parser)
     add_json(parser)

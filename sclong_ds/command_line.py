@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -96,6 +97,47 @@ def local_path(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text}: must be a path on this machine, not a URL")
     return Path(text)
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a file to write, which can be written: said before the work and not after.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is a folder or a URL, or cannot be made where it is to lie.
+    """
+    path = local_path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file, such as {path / 'out'}")
+    _check_place(path)
+    return path
+
+
+def new_folder(text: str) -> Path:
+    """Return the path of a folder to make or to add to, which can be written to.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is a file or a URL, or cannot be made where it is to lie.
+    """
+    path = local_path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    _check_place(path / "content")
+    return path
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a path below what is no folder, or is one that nothing can be written to."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} cannot be made: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be made: {above} may not be written to")
 
 
 def model_place(text: str) -> Path | str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from data_prep import __name__ as DATA_PREP
-from sclong_ds.command_line import local_path
+from sclong_ds.command_line import new_folder
 from sclong_ds.config.load import load_config
 from sclong_ds.engine.ports import free_port
 from sclong_ds.files.places import place_of
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--out",
-        type=local_path,
+        type=new_folder,
         default=Path("demo_run"),
         help="folder to make (default: demo_run)",
     )

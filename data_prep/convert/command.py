@@ -25,7 +25,7 @@ from data_prep.ledger.table import format_table
 from data_prep.manifest.manifest import COLUMNS, read_manifest
 from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.staging.settings import GENES_SHARE, MIN_GENES, Settings
-from sclong_ds.command_line import local_path, need, positive, share, whole
+from sclong_ds.command_line import local_path, need, new_folder, positive, share, whole
 from sclong_ds.corpus.genes import GeneVocabulary
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "changed source, or other options, fail."
     )
     parser.add_argument("manifest", type=local_path, metavar="MANIFEST", help="list of datasets")
-    parser.add_argument("--out", type=local_path, required=True, metavar="CORPUS", help="a folder")
+    parser.add_argument("--out", type=new_folder, required=True, metavar="CORPUS", help="a folder")
     add_tasks(parser, "this one of --tasks, from 0")
     parser.add_argument(
         "--jobs",

@@ -21,7 +21,7 @@ from data_prep.fetch.item import Item, items_of, manifest_text, path_in
 from data_prep.fetch.lock_file import LOCK_NAME, Lock, read_lock, with_digests, write_lock
 from data_prep.fetch.selection import TERM_FILTERS, Filters, select
 from data_prep.manifest.address import without_secrets
-from sclong_ds.command_line import local_path, whole
+from sclong_ds.command_line import local_path, new_folder, whole
 from sclong_ds.files.atomic import read_file, write_atomic
 
 _MARK = "# written by data_prep fetch; the next one replaces it\n"
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cellxgene; http(s), s3, gs, ftp or file addresses; or a text file with one a line, "
         "each perhaps behind a dataset id and a tab (default: the lock file)",
     )
-    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="a folder")
+    parser.add_argument("--out", type=new_folder, required=True, metavar="DIR", help="a folder")
     parser.add_argument(
         "--lock", type=local_path, metavar="FILE", help="lock file (default: DIR/fetch.lock.json)"
     )

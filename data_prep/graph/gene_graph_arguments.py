@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from data_prep.graph.gene_ontology import GENE_TABLE, GO_FOLDER, HUMAN, NAMESPACES
-from sclong_ds.command_line import share
+from sclong_ds.command_line import new_file, share
 
 THRESHOLD = 0.1
 """Edges with a Jaccard index above it are kept."""
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
+        type=new_file,
         metavar="FILE",
         required=True,
         help="graph to write (.npz); a .png of the degrees goes beside it",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from sclong_ds.command_line import new_file
+
 MAX_CELLS = 20_000
 """Most training cells that are read."""
 MIN_CELLS = 3
@@ -18,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", metavar="CORPUS", help="folder of a finalized corpus")
     parser.add_argument(
         "--out",
+        type=new_file,
         metavar="FILE",
         required=True,
         help="vectors to write (.npy); a .json goes beside it",

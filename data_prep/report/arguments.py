@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import local_path
+from sclong_ds.command_line import local_path, new_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=local_path, metavar="CORPUS", help="corpus folder")
     parser.add_argument(
         "--out",
-        type=local_path,
+        type=new_file,
         required=True,
         metavar="FILE",
         help="page to write, such as qc.html",

@@ -9,15 +9,13 @@ import argparse
 
 from data_prep.genes.cover import MIN_GENES_MAPPED, MIN_SHARE_MAPPED
 from data_prep.manifest.input_options import add_input_options
-from sclong_ds.command_line import local_path, model_place, share, whole
+from sclong_ds.command_line import local_path, model_place, new_file, share, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m sclong_ds embed`."""
     add_input_arguments(parser)
-    parser.add_argument(
-        "--out", type=local_path, required=True, metavar="FILE", help="file to write"
-    )
+    parser.add_argument("--out", type=new_file, required=True, metavar="FILE", help="file to write")
     parser.add_argument(
         "--no-counts", action="store_true", help="leave the counts (X) out of the file"
     )

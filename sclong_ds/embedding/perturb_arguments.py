@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import local_path, whole
+from sclong_ds.command_line import new_file, whole
 from sclong_ds.embedding.embed_arguments import add_input_arguments
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=local_path,
+        type=new_file,
         required=True,
         metavar="FILE",
         help="new .h5ad or .tsv file for the effects",

@@ -124,8 +124,6 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Which, and what to change.
     """
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; name a folder")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be 0 or more")
     if bool(args.train_batch) != bool(args.test_batch):

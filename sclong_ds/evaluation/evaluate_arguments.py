@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import local_path
+from sclong_ds.command_line import new_folder
 from sclong_ds.embedding.embed_arguments import add_input_arguments
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--test-batch", nargs="+", metavar="NAME", help="batches that --train-batch predicts"
     )
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="folder to write"
+        "--out", type=new_folder, required=True, metavar="DIR", help="folder to write"
     )
     parser.add_argument(
         "--seed",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import local_path, whole
+from sclong_ds.command_line import local_path, new_folder, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=local_path, metavar="CHECKPOINT_DIR", help="a checkpoint or a run folder"
     )
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="MODEL_DIR", help="folder to make"
+        "--out", type=new_folder, required=True, metavar="MODEL_DIR", help="folder to make"
     )
     parser.add_argument(
         "--no-training-cells",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import local_path, positive_share, share, whole
+from sclong_ds.command_line import new_folder, positive_share, share, whole
 from sclong_ds.embedding.embed_arguments import add_input_arguments
 
 MODES = ("frozen", "head", "lora", "all")
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="obs column with donors or datasets: folds are of whole groups",
     )
-    add("--out", type=local_path, required=True, metavar="DIR", help="folder to make or to resume")
+    add("--out", type=new_folder, required=True, metavar="DIR", help="folder to make or to resume")
     add(
         "--mode",
         choices=MODES,

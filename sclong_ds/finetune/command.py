@@ -32,8 +32,6 @@ def run(args: argparse.Namespace) -> int:
         0: done; 1, 71 or 75 as `sclong_ds.pretrain`.
     """
     sections = read_sections(args)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; name a folder")
     if args.device != "auto":
         # DeepSpeed looks for a device when it is imported.
         os.environ["DS_ACCELERATOR"] = args.device

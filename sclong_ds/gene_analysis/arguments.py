@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from data_prep.graph.gene_graph_arguments import add_ontology_arguments
-from sclong_ds.command_line import local_path, whole
+from sclong_ds.command_line import new_file, whole
 from sclong_ds.embedding.embed_arguments import add_input_arguments
 
 NETWORKS = ("cosine", "attention", "gradient", "ablation")
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser, input_needed=False)
     parser.add_argument(
         "--out",
-        type=local_path,
+        type=new_file,
         required=True,
         metavar="FILE",
         help="new .h5ad with a row for each gene; networks and scores get names beside it",

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from sclong_ds.command_line import local_path
+from sclong_ds.command_line import new_folder
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.places import place_of
 
@@ -21,7 +21,7 @@ _VENV = 'default_venv="$root/.venv"'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the folder."""
-    parser.add_argument("folder", type=local_path, metavar="DIR", help="gets a folder slurm/")
+    parser.add_argument("folder", type=new_folder, metavar="DIR", help="gets a folder slurm/")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclong_ds.command_line import positive, whole
+from sclong_ds.command_line import new_file, positive, whole
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.cores import usable_cores
 
@@ -47,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="data.loader_memory (default: %(default)s)")  # fmt: skip
     add("--cache-dir", metavar="DIR", type=Path, help="data.cache_dir, for a URL")
     add("--cells-cache", type=whole(0), default=0, metavar="MB", help="data.cells_cache, for a URL")
-    add("--json", type=Path, metavar="FILE", help="write the figures to a file, for plan --loader")
+    add(
+        "--json",
+        type=new_file,
+        metavar="FILE",
+        help="write the figures to a file, for plan --loader",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import local_path, whole
+from sclong_ds.command_line import new_file, whole
 from sclong_ds.embedding.embed_arguments import add_input_arguments
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the perturbation does to its genes: the model reads control cells with them "
         "changed so (default %(default)s)",
     )
-    add("--out", type=local_path, required=True, metavar="FILE", help="new .tsv table of scores")
+    add("--out", type=new_file, required=True, metavar="FILE", help="new .tsv table of scores")
     add(
         "--folds",
         type=whole(2),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sclong_ds.command_line import local_path
+from sclong_ds.command_line import local_path, new_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--checkpoint", "FILE", "checkpoint of the released code"),
         ("--hyper-params", "FILE", "its pickled constructor arguments"),
         ("--genes", "FILE", "its genes in input order, one name a line, or a gene table"),
-        ("--out", "MODEL_DIR", "folder to make"),
     ):
         parser.add_argument(name, type=local_path, required=True, metavar=metavar, help=text)
+    parser.add_argument(
+        "--out", type=new_folder, required=True, metavar="MODEL_DIR", help="folder to make"
+    )
     parser.add_argument(
         "--gene-graph",
         type=local_path,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sclong_ds.command_line import local_path
+from sclong_ds.command_line import new_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        type=local_path,
+        type=new_file,
         default=Path("report.html"),
         help="page to write (default: %(default)s)",
     )

@@ -109,9 +109,6 @@ _PICTURES = {
 def run(args: argparse.Namespace) -> int:
     """Write the page and print where it is; return the exit status."""
     try:
-        if args.out.is_dir():
-            page_in = args.out / "report.html"
-            raise ValueError(f"--out {args.out} is a folder; name a file, such as {page_in}")
         write_report(find_runs(args.runs), args.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
