@@ -107,11 +107,12 @@ def _headline(screen: Screen, model: ScLong) -> str:
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
-    shown = {
-        name: [
-            f"{row[name]:z.3f} [{row[f'{name}_low']:z.3f}, {row[f'{name}_high']:z.3f}]"
-            for _, row in table.iterrows()
-        ]
-        for name in METRICS
-    }
+    shown = {name: [_bounds(row, name) for _, row in table.iterrows()] for name in METRICS}
     return pd.DataFrame(shown, index=table.index)
+
+
+def _bounds(row: pd.Series, name: str) -> str:
+    """Return a score with its bounds, or that no perturbation has it."""
+    if np.isnan(row[name]):
+        return "none"
+    return f"{row[name]:z.3f} [{row[f'{name}_low']:z.3f}, {row[f'{name}_high']:z.3f}]"

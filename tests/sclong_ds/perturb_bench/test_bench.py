@@ -21,7 +21,7 @@ from sclong_ds.__main__ import main
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.embedding.cells import open_cells
 from sclong_ds.exported.model_dir import load_model
-from sclong_ds.perturb_bench.bench import bench_scores
+from sclong_ds.perturb_bench.bench import _shown, bench_scores
 from sclong_ds.perturb_bench.metrics import effect_scores, summary, worded
 from sclong_ds.perturb_bench.predictors import SIMPLE, Encodings, additive
 from sclong_ds.perturb_bench.screen import Screen, _perturbations, folds_of, read_screen
@@ -107,6 +107,11 @@ def test_the_summary_begins_with_the_strongest_simple_predictor_and_pairs_pertur
         frame.loc[9:, "delta_pearson"] = np.nan
     few = worded(summary(frames, simple=SIMPLE, seed=0), simple=SIMPLE)
     assert few == "delta_pearson: no verdict, 9 perturbations with a changed gene; 10 are needed"
+    for frame in frames.values():
+        frame["delta_pearson"] = np.nan
+    shown = _shown(summary(frames, simple=SIMPLE, seed=0))
+    assert list(shown["delta_pearson"]) == ["none"] * len(frames)
+    assert shown.loc["no_change", "mae"] == "0.000 [0.000, 0.000]"
 
 
 def test_what_follows_from_the_vectors_of_genes_is_predicted_from_them_alone() -> None:
