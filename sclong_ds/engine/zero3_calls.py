@@ -2,9 +2,10 @@
 
 Where a layer's kernels are short, the host's work at its hooks is what a step takes. DeepSpeed
 marks ranges for Nsight Systems whether or not it looks, asks for the rank before it drops a
-message, and lists the parameters of a module again at every hook; its linear layer is an autograd
-function of the kind whose arguments torch binds by `inspect`. Source: deepspeed/runtime/zero and
-deepspeed/utils of DeepSpeed 0.19; counted by `benchmarks/host_time.py`.
+message, lists the parameters of a module again at every hook and all modules twice in every forward
+pass; its linear layer is an autograd function of the kind whose arguments torch binds by `inspect`.
+Source: deepspeed/runtime and deepspeed/utils of DeepSpeed 0.19; counted by
+`benchmarks/host_time.py`.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def spare_calls(model: nn.Module, *, autocast: bool) -> None:
                 function.forward.__signature__ = inspect.signature(function.forward)
         if z3_leaf_module(part):
             _keep_list(part)
+    _keep_modules(model)
 
 
 def _print_only_what_is_wanted(module: Any) -> None:
@@ -102,6 +104,17 @@ def _print_only_what_is_wanted(module: Any) -> None:
 
     print_rank_0.spared = True  # type: ignore[attr-defined]
     module.print_rank_0 = print_rank_0
+
+
+def _keep_modules(model: nn.Module) -> None:
+    """Let a model give its modules without walking through them."""
+    kept = list(model.modules())
+
+    def modules(module: nn.Module) -> Iterator[nn.Module]:
+        return iter(kept) if module is model else type(module).modules(module)
+
+    # As in `_keep_list`, a copy has modules of its own.
+    model.modules = MethodType(modules, model)  # type: ignore[method-assign]
 
 
 def _keep_list(leaf: nn.Module) -> None:

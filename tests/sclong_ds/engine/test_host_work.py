@@ -13,6 +13,6 @@ LAYERS = 6
 def test_zero3_gathers_a_layer_with_few_calls():
     row = child("zero3", LAYERS, recompute=False)
     n = LAYERS + OTHER_LAYERS
-    # Counted once: 1,660 and 1,650, what is around the layers included.
-    assert row["forward_calls"] / n < 1900
-    assert row["backward_calls"] / n < 2000
+    # Counted once: 1,510 and 1,660, what is around the layers included.
+    assert row["forward_calls"] / n < 1700
+    assert row["backward_calls"] / n < 1900

@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from sclong_ds.engine.zero3_calls import _keep_list, _linear
+from sclong_ds.engine.zero3_calls import _keep_list, _keep_modules, _linear
 
 TORCH_LINEAR: Callable[..., Tensor] = torch._C._nn.linear
 
@@ -130,3 +130,15 @@ def test_a_kept_list_is_that_of_the_module() -> None:
     of_copy = [*copy.deepcopy(module).parameters()]
     assert not {*map(id, of_copy)} & {*map(id, expected.values())}
     assert len(of_copy) == len(expected)
+
+
+def test_kept_modules_are_those_of_the_model() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.GELU()), nn.LayerNorm(3))
+    expected = list(model.modules())
+    _keep_modules(model)
+    for _ in range(2):
+        assert list(model.modules()) == expected
+    assert list(model[0].modules()) == expected[1:4]
+    of_copy = list(copy.deepcopy(model).modules())
+    assert [type(part) for part in of_copy] == [type(part) for part in expected]
+    assert not {*map(id, of_copy)} & {*map(id, expected)}
