@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.loader_cells import TARGET_SUM, Contender, Loaded, SourceCells
-from sclong_ds.corpus.byte_code import PackedCells
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.loader import CellLoader, open_stream
 
@@ -76,7 +75,7 @@ class OwnStore:
         Args:
             name: Name of the store.
             output: As for CellLoader.
-            owned: Copy each batch, so that it can be kept.
+            owned: Batches can be kept.
         """
         n_cells = self.stream.epoch_visits
         kept: list[NDArray[np.uint8]] = []
@@ -96,8 +95,8 @@ class OwnStore:
             start = epoch * n_cells
             stop = start + n_cells
             # On one core nothing can overlap, and the others do not prefetch either.
-            loader = self.loader(output, start, stop, prefetch_batches=0, allocate=allocate)
-            return self._batches(loader, owned=owned)
+            options = {"prefetch_batches": 0, "allocate": allocate, "owned": owned}
+            return self._batches(self.loader(output, start, stop, **options))
 
         return Contender(name, KINDS[output], n_cells, batches, output, owned)
 
@@ -112,22 +111,13 @@ class OwnStore:
 
         def batches(epoch: int, _: bool) -> Iterator[Loaded]:
             loader = self.loader(output, epoch * n_cells, (epoch + 1) * n_cells)
-            return self._batches(loader, owned=False)
+            return self._batches(loader)
 
         way = f"{output}, {PREFETCH_BATCHES} ahead"
         return Contender(name, KINDS[output], n_cells, batches, way, owned=False)
 
-    def _batches(self, loader: CellLoader, *, owned: bool) -> Iterator[Loaded]:
+    def _batches(self, loader: CellLoader) -> Iterator[Loaded]:
         with loader:
             for step in loader:
                 (micro,) = step.micro_batches
-                counts = _copied(micro.counts) if owned else micro.counts
-                yield Loaded(len(micro.cell_ids), counts, self.cells[micro.cell_ids])
-
-
-def _copied(counts: Any) -> Any:
-    if isinstance(counts, PackedCells):
-        return PackedCells(*(array.copy() for array in (
-            counts.gap, counts.count, counts.row_entries, counts.row_nnz, counts.row_total
-        )))  # fmt: skip
-    return counts.copy()
+                yield Loaded(len(micro.cell_ids), micro.counts, self.cells[micro.cell_ids])

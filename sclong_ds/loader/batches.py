@@ -1,10 +1,12 @@
 """Batches of cells: what the loader delivers, and how each kind of output is put together.
 
-The cells of a micro-batch are put together in one reused `Buffer`, for each kind of output.
+The cells of a micro-batch are put together in one reused `Buffer`, for each kind of output. Batches
+that are to be kept get memory that comes back when no array lies in it any more (`OwnedBuffer`).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +26,7 @@ class CellBatch:
     counts: PackedCells | csr_matrix | NDArray[np.float32]
     """packed: PackedCells whose arrays lie in one buffer; csr: (B, G) of uint32 raw counts; dense:
     (B, G) raw counts; dense_norm: (B, G) as `log1p_normalise`. From a loader, valid until the next
-    `next`."""
+    `next`, unless its batches are `owned`."""
     cell_ids: NDArray[np.int64]
     """(B,) row in the corpus."""
     epochs: NDArray[np.int64]
@@ -85,6 +87,40 @@ class Buffer:
         if len(self._block) < size:
             self._block = self._allocate(size + spare)
         return self._block[:size]
+
+
+class OwnedBuffer(Buffer):
+    """Memory of micro-batches that are kept: a block is used again once no array lies in it.
+
+    Fresh memory from the system costs more than to decode a dense batch into it.
+    """
+
+    def __init__(
+        self, allocate: Callable[[int], NDArray[np.uint8]], free: deque[NDArray[np.uint8]]
+    ) -> None:
+        super().__init__(allocate)
+        self._free = free
+
+    def reserve(self, size: int, *, spare: int = 0) -> NDArray[np.uint8]:
+        """Return `size` bytes of a block that nothing else lies in."""
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = self._block  # of no bytes
+        if len(block) < size:
+            block = self._allocate(size + spare)
+        return np.asarray(_Lent(block, self._free))[:size]
+
+
+class _Lent:
+    """A block as the base of arrays; it goes back when the last of them does."""
+
+    def __init__(self, block: NDArray[np.uint8], free: deque[NDArray[np.uint8]]) -> None:
+        self.__array_interface__ = block.__array_interface__
+        self._block, self._free = block, free
+
+    def __del__(self) -> None:
+        self._free.append(self._block)
 
 
 def assemble(

@@ -124,10 +124,9 @@ class CellLoader:
     """Iterate over the optimizer steps of one rank from a position on.
 
     The arrays of a step are valid until the next call of `next`, which lets a thread overwrite
-    them. `cell_ids`, `epochs`, `passes`
-    and `skipped` stay as they are. The loader can be pickled, and can be carried over a fork: it
-    starts threads of its own in each process, at its position. After an error, `next` tries again
-    from the same position.
+    them, unless they are `owned`. `cell_ids`, `epochs`, `passes` and `skipped` stay as they are.
+    The loader can be pickled, and can be carried over a fork: it starts threads of its own in each
+    process, at its position. After an error, `next` tries again from the same position.
 
     Attributes:
         stream: The order of the cells.
@@ -154,6 +153,7 @@ class CellLoader:
         stop_at: int | None = None,
         finish: Callable[[CellBatch], Any] | None = None,
         allocate: Callable[[int], NDArray[np.uint8]] = empty_bytes,
+        owned: bool = False,
         memory_bytes: int | None = MEMORY_BYTES,
         read_threads: int | None = None,
         columns: Sequence[str] = (),
@@ -175,6 +175,8 @@ class CellLoader:
             stop_at: Position at which the stream ends; None: never.
             finish: Called in a thread with each micro-batch; its result becomes `extra`.
             allocate: Makes the uint8 buffers of counts, one a micro-batch; for instance pinned.
+            owned: Let `counts` stay valid as long as an array of them is kept, in memory of its
+                own, which is used again afterwards; what is kept adds to `memory_bytes`.
             memory_bytes: Most memory for chunks and steps; None: as much as the order asks for.
             read_threads: None: as many as cores, up to 4; 32 for a remote corpus.
             columns: Annotations that `CellBatch.columns` gives, names in `Corpus.columns`.
@@ -187,7 +189,7 @@ class CellLoader:
             micro_batch_size = train_batch_size // max(world_size, 1)
         self._plan = LoaderPlan(
             corpus, stream, rank, world_size, train_batch_size, micro_batch_size, prefetch_batches,
-            output, target_sum, on_damage, stop_at, finish, allocate, memory_bytes,
+            output, target_sum, on_damage, stop_at, finish, allocate, owned, memory_bytes,
             _threads_for(corpus) if read_threads is None else read_threads, tuple(columns),
         )  # fmt: skip
         self._plan.check_start(cells_seen)

@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.corpus.corpus import Corpus
-from sclong_ds.loader.batches import Buffer, CellBatch, StepBatch, assemble
+from sclong_ds.loader.batches import Buffer, CellBatch, OwnedBuffer, StepBatch, assemble
 from sclong_ds.loader.order import CellOrder
 from sclong_ds.loader.pool import CellPool
 from sclong_ds.loader.reading import VISIT_BYTES, ChunkReader, StoppedError
@@ -54,6 +55,7 @@ class LoaderPlan:
     stop_at: int | None
     finish: Callable[[CellBatch], Any] | None
     allocate: Callable[[int], NDArray[np.uint8]]
+    owned: bool
     memory_bytes: int | None
     read_threads: int
     columns: tuple[str, ...] = ()
@@ -190,8 +192,12 @@ class LoaderThreads:
         )
         self._lent: list[Buffer] | None = None
         micro_batches = self._share.size // plan.micro
+        free: deque[NDArray[np.uint8]] = deque(maxlen=plan.steps_in_memory * micro_batches)
         self._buffers = [
-            [Buffer(plan.allocate) for _ in range(micro_batches)]
+            [
+                OwnedBuffer(plan.allocate, free) if plan.owned else Buffer(plan.allocate)
+                for _ in range(micro_batches)
+            ]
             for _ in range(plan.steps_in_memory)
         ]
         for buffers in self._buffers:
@@ -269,8 +275,11 @@ class LoaderThreads:
             if self._plan.output in ("dense", "dense_norm"):
                 # Memory comes with the first touch, which takes longer than a batch: before the
                 # first.
-                for buffer in (b for buffers in self._buffers for b in buffers):
-                    buffer.reserve(4 * self._plan.micro * self._plan.corpus.n_genes).fill(0)
+                size = 4 * self._plan.micro * self._plan.corpus.n_genes
+                touched = [b.reserve(size) for buffers in self._buffers for b in buffers]
+                for block in touched:
+                    block.fill(0)
+                del touched, block
             for item in self._assembled:
                 self._steps.put(item)
         except StoppedError:

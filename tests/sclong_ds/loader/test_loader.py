@@ -205,6 +205,62 @@ def test_buffers_are_few_used_again_and_hold_a_whole_micro_batch(corpus):
                 assert homes == [homes[0]] * len(homes)
 
 
+@pytest.mark.parametrize("prefetch_batches", [0, 3])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_owned_batches_stay_as_they_are_and_their_memory_is_used_again(
+    corpus, output, prefetch_batches
+):
+    made = []
+
+    def allocate(size_bytes):
+        made.append(np.full(size_bytes, 0xAB, np.uint8))
+        return made[-1]
+
+    options = {"output": output, "target_sum": 1e4 if output == "dense_norm" else None}
+    kept = []
+    with open_loader(
+        corpus, allocate=allocate, owned=True, prefetch_batches=prefetch_batches, **options
+    ) as loader:
+        for _ in range(12):
+            kept += [batch.counts for batch in next(loader).micro_batches]
+    with open_loader(corpus, **options) as borrowed:
+        for place in range(0, len(kept), 2):
+            batches = next(borrowed).micro_batches
+            for mine, theirs in zip(kept[place : place + 2], batches, strict=True):
+                assert np.array_equal(as_dense(mine), as_dense(theirs.counts))
+    assert len(made) >= len(kept)
+    # One array is enough to hold a batch, whatever else of it is gone.
+    one = parts(kept[0])[0]
+    before = one.copy()
+    del kept, mine
+    made.clear()
+    with open_loader(
+        corpus, allocate=allocate, owned=True, prefetch_batches=prefetch_batches, **options
+    ) as loader:
+        held = parts(next(loader).micro_batches[0].counts)[0]
+        copy = held.copy()
+        for _ in range(40):
+            next(loader)
+    assert np.array_equal(one, before)
+    assert np.array_equal(held, copy)
+    # Packed and csr blocks grow with the largest share so far.
+    assert len(made) < 40
+
+
+def parts(counts):
+    """Return the arrays of counts that lie in a buffer."""
+    if isinstance(counts, np.ndarray):
+        return [counts]
+    return [counts.data] if hasattr(counts, "indptr") else [counts.gap, counts.count]
+
+
+def as_dense(counts):
+    """Return counts of any output as a dense matrix."""
+    if isinstance(counts, np.ndarray):
+        return counts
+    return counts.toarray() if hasattr(counts, "indptr") else dense(counts)
+
+
 def test_a_step_stays_whole_until_the_next_one_is_asked_for(corpus):
     with open_loader(corpus, output="dense", prefetch_batches=1) as loader:
         step = next(loader)
