@@ -239,7 +239,6 @@ def _docstring(node: ast.FunctionDef | ast.ClassDef) -> str:
 
 
 _MEANINGS = {
-    "train/loss": "Mean squared error of the hidden values of the step's cells.",
     "val/mse": "Mean squared error of the hidden values of held-out cells.",
     "val/pearson": "Correlation of predicted and true hidden values.",
     "val/baseline_pearson": "The same of the per-gene mean.",

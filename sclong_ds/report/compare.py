@@ -41,6 +41,10 @@ TWO_KINDS = (
     "The errors of these runs do not compare: some are of hidden values alone, those of older "
     "versions of targets of which a tenth was shown."
 )
+TWO_LOSSES = (
+    "The training losses of these runs do not compare: they are means of different things "
+    "(train/loss is of)."
+)
 _SCORES = ("mse", "pearson", "spearman")
 _FACTS = (
     "n_cells_train", "n_genes", "world_size", "device", "corpus_hash", "genes_hash", "graph_hash",
@@ -77,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
                     f"\n\nleft out: {left_out} of {record.name} by another version, with another "
                 )
                 text += "kind of error"
-        if len({_scored(record.validation[-1]) for record in records if record.validation}) > 1:
-            text += f"\n\n{TWO_KINDS}"
+        text += "".join(f"\n\n{note}" for note in not_comparable(records))
     sys.stdout.write(f"{text}\n")
     return 0
 
@@ -96,6 +99,14 @@ def names_of(records: Sequence[RunRecord]) -> list[str]:
     return names
 
 
+def not_comparable(records: Sequence[RunRecord]) -> list[str]:
+    """Return a sentence for each kind of figure that does not compare between the runs."""
+    scored = {_scored(record.validation[-1]) for record in records if record.validation}
+    losses = {record.loss_kind for record in records if record.train}
+    found = ((TWO_KINDS, scored), (TWO_LOSSES, losses))
+    return [sentence for sentence, kinds in found if len(kinds) > 1]
+
+
 def figures(record: RunRecord) -> dict[str, float | str | None]:
     """Return the figures that sum a run up; None for what it did not record."""
     last = record.validation[-1] if record.validation else {}
@@ -106,6 +117,7 @@ def figures(record: RunRecord) -> dict[str, float | str | None]:
         "step": record.steps,
         "cells_seen": row.get("cells_seen", math.nan),
         "train/loss": record.last_mean("train/loss"),
+        "train/loss is of": record.loss_kind if record.train else math.nan,
         "val/mse is of": _scored(last),
         STRONGEST_MSE: last.get(STRONGEST_MSE, math.nan),
         "the model is": standing(last).partition(" (")[0] or math.nan,

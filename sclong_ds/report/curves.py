@@ -40,19 +40,26 @@ X_AXES = {"step": "optimizer step", "cells_seen": "cells seen", "hours": "hours 
 
 
 def loss_figure(
-    rows: Sequence[Row], *, restarts: Sequence[int] = (), against: str = "step", wide: bool = True
+    rows: Sequence[Row],
+    *,
+    ylabel: str,
+    restarts: Sequence[int] = (),
+    against: str = "step",
+    wide: bool = True,
 ) -> Figure:
-    """Draw the masked MSE: training, validation and the per-gene-mean predictor.
+    """Draw what is there of the training loss, the validation's error and its baselines.
 
     Args:
-        rows: Metric rows with `train/loss`, `val/mse`, `val/baseline_mse`.
+        rows: Metric rows with `train/loss`, `val/mse`, `val/baseline_mse`, all of one unit.
+        ylabel: Axis label.
         restarts: Steps at which the run was resumed, marked by a thin line; against steps only.
         against: Key of `X_AXES`.
         wide: For the width of a page, or else for half of it.
     """
     figure, axes = new_figure(*((9.0, 3.9) if wide else (4.5, 2.9)))
     x, loss = series(rows, LOSS, against)
-    _curve(axes, x, loss, color=TRAIN_COLOR, label="training")
+    if len(loss):
+        _curve(axes, x, loss, color=TRAIN_COLOR, label="training")
     val_x, val = series(rows, MSE, against)
     if len(val):
         axes.plot(val_x, val, "o-", color=VALIDATION_COLOR, ms=4.5, lw=1.8, label="validation")
@@ -71,7 +78,7 @@ def loss_figure(
     for number, step in enumerate(restarts):
         label = "restart" if number == 0 else None
         axes.axvline(step, color=BASELINE_COLOR, lw=1.0, ls=":", zorder=1, label=label)
-    axes.set(xlabel=X_AXES[against], ylabel="masked MSE")
+    axes.set(xlabel=X_AXES[against], ylabel=ylabel)
     axes.set_ylim(bottom=0.0, top=_top(loss, val, base))
     if wide:
         _legend_above(figure)

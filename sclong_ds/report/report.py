@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.page import html as page
@@ -32,6 +31,7 @@ from sclong_ds.page.words import clock, duration, number
 from sclong_ds.report import compare
 from sclong_ds.report import curves as plots
 from sclong_ds.report.figures import bin_error_figure, bin_numbers
+from sclong_ds.report.training_page import drawn, loss_facts, loss_name, training_section
 from sclong_ds.report.validation_page import (
     attention_section,
     other_validations,
@@ -48,8 +48,8 @@ from sclong_ds.run_folder.metric_names import (
     STRONGEST_MSE,
     of_baseline,
 )
-from sclong_ds.run_folder.record import HOURS, LAST_STEPS, RunRecord
-from sclong_ds.run_folder.rows import is_hidden_only, series, standing, strongest, verdict
+from sclong_ds.run_folder.record import HOURS, Rows, RunRecord
+from sclong_ds.run_folder.rows import standing, strongest, verdict
 from sclong_ds.tracking.client import find_runs
 
 _MAX_EVENTS = 300
@@ -78,21 +78,6 @@ _PART_NAMES = {
 """Parts of the model whose own names do not tell."""
 _SHOWN_HASH = 12
 """Digits of a content hash that tell two apart; run.json has all."""
-_CURVES = (
-    ("train/lr", "Learning rate", "learning rate", False, "As applied at each step."),
-    ("perf/cells_per_s", "Throughput", "cells / s", True, "All ranks together."),
-    ("perf/mfu", "Model FLOP/s utilisation", "share of the device's peak", True, ""),
-    ("perf/data_wait_s", "Waiting for data", "s / step", True, "Time the step had no batch."),
-    ("mem/peak_gib", "Memory peak", "GiB", False, "Of rank 0 since it started."),
-    ("train/skipped_steps", "Skipped steps", "so far", False, "Not finite, hence not applied."),
-)
-_LOSSES = {
-    LOSS: "training",
-    MSE: "validation",
-    MEAN_MSE: "per-gene mean",
-    STRONGEST_MSE: "strongest baseline",
-}
-"""Curves of the pictures of the loss, and their names."""
 _PICTURES = {
     "predicted_vs_true": "Masked values of held-out cells: on the dashed line the prediction is "
     "the value that was hidden.",
@@ -137,7 +122,7 @@ def build_page(record: RunRecord) -> str:
             page.verdict(verdict_sentence(record)),
             _cards(record),
             page.section("What was run", _what_was_run(record)),
-            page.section("Training", _training(record)),
+            page.section("Training", training_section(record)),
             page.section("Validation", _validation(record)),
             page.section("Is attention used?", attention_section(record)),
             page.section("Pictures", _pictures(record)),
@@ -158,31 +143,32 @@ def build_comparison(records: Sequence[RunRecord]) -> str:
     """Return the HTML page that compares runs."""
     names = compare.names_of(records)
     figures = compare.figures_table(records)
-    runs = {
+    runs: dict[str, Rows] = {
         name: [*record.train, *record.validation]
         for name, record in zip(names, records, strict=True)
     }
+    kinds: dict[str, dict[str, Rows]] = {}
+    for name, record in zip(names, records, strict=True):
+        kinds.setdefault(record.loss_kind, {})[name] = record.losses
     curves = []
-    for metric, title, against in (
-        (MSE, "validation masked MSE", "step"),
-        (MSE, "validation masked MSE", "cells_seen"),
-        (MSE, "validation masked MSE", HOURS),
-        (LOSS, "training masked MSE", "step"),
-        ("perf/cells_per_s", "cells / s", "step"),
+    for metric, title, against, shown in (
+        (MSE, "validation MSE", "step", runs),
+        (MSE, "validation MSE", "cells_seen", runs),
+        (MSE, "validation MSE", HOURS, runs),
+        *((LOSS, f"training loss, {loss_name(kind)}", "step", own) for kind, own in kinds.items()),
+        ("perf/cells_per_s", "cells / s", "step", runs),
     ):
-        if any(metric in row and against in row for rows in runs.values() for row in rows):
+        if any(metric in row and against in row for rows in shown.values() for row in rows):
             smooth = not metric.startswith("val/")  # a validation is a mean already
-            figure = plots.runs_figure(runs, metric, ylabel=title, against=against, smooth=smooth)
+            figure = plots.runs_figure(shown, metric, ylabel=title, against=against, smooth=smooth)
             caption = f"{title[0].upper()}{title[1:]} by {plots.X_AXES[against]}"
             told = (
                 plots.told(rows, {metric: f"{name}:"}, against=against)
-                for name, rows in runs.items()
+                for name, rows in shown.items()
             )
-            curves.append(_figure(figure, caption, "", " ".join(told)))
+            curves.append(drawn(figure, caption, "", " ".join(told)))
     notes = [other_validations(record) for record in records if record.n_other_validations]
-    kinds = {is_hidden_only(record.validation[-1]) for record in records if record.validation}
-    if len(kinds) > 1:
-        notes.append(compare.TWO_KINDS)
+    notes += compare.not_comparable(records)
     curves += [page.note(note) for note in notes]
     differences = compare.settings_table(records)
     settings = (
@@ -299,13 +285,7 @@ def _what_was_run(record: RunRecord) -> Markup:
 
 
 def _results(record: RunRecord) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    if record.train:
-        _, loss = series(record.train, LOSS)
-        if len(loss):
-            rows.append(("Training masked MSE, first step", number(loss[0])))
-            last = f"Training masked MSE, mean of last {min(LAST_STEPS, len(loss))} steps"
-            rows.append((last, number(record.last_mean(LOSS))))
+    rows = loss_facts(record)
     if record.validation:
         first, last_row = record.validation[0], record.validation[-1]
         if STRONGEST_MSE in last_row:
@@ -338,44 +318,13 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
     return rows
 
 
-def _training(record: RunRecord) -> Markup:
-    if not record.train:
-        return page.note("No training step was logged.")
-    rows = [*record.train, *record.validation]
-    blocks = [
-        _figure(
-            plots.loss_figure(rows, restarts=record.restart_steps),
-            "Masked MSE",
-            "Mean squared error of the hidden expression values. The dashed line predicts every "
-            "gene's mean over the training cells, the solid grey one is the strongest baseline: a "
-            "model that learned nothing more ends there.",
-            plots.told(rows, _LOSSES),
-        )
-    ]
-    small = [
-        _figure(
-            plots.loss_figure(rows, against=against, wide=False),
-            f"Masked MSE by {plots.X_AXES[against]}",
-            "Pauses between two starts are left out." if against == HOURS else "",
-            plots.told(rows, _LOSSES, against=against),
-        )
-        for against in ("cells_seen", HOURS)
-        if any(against in row for row in record.train)
-    ]
-    for name, title, label, smooth, text in _CURVES:
-        if series(record.train, name)[1].any():
-            figure = plots.curve_figure(record.train, name, ylabel=label, smooth=smooth)
-            small.append(_figure(figure, title, text, plots.told(record.train, {name: title})))
-    return page.join(blocks) + page.grid(small)
-
-
 def _validation(record: RunRecord) -> Markup:
     text = validation_section(record)
     last = record.validation[-1] if record.validation else {}
     if bin_numbers(last) and not any(p.stem == "expression_bins" for p in record.images):
         labels = record.summary.get("expression_bins")
         title = f"By expression, step {int(last['step']):,}"
-        text += _figure(bin_error_figure(last, labels=labels), title, _PICTURES["expression_bins"])
+        text += drawn(bin_error_figure(last, labels=labels), title, _PICTURES["expression_bins"])
     return text
 
 
@@ -427,7 +376,7 @@ def _nodes(record: RunRecord) -> Markup:
             told = " ".join(
                 plots.told(rows, {title: f"{node}:"}, against=HOURS) for node, rows in runs.items()
             )
-            blocks.append(_figure(figure, title, "By node.", told))
+            blocks.append(drawn(figure, title, "By node.", told))
     return page.grid(blocks)
 
 
@@ -491,7 +440,3 @@ def _details(record: RunRecord) -> Markup:
     if table:
         blocks.append(page.folded("Environment and ids", table, unfolded=True))
     return page.join(blocks)
-
-
-def _figure(figure: Figure, title: str, text: str, seen: str = "") -> Markup:
-    return page.image(plots.svg_bytes(figure), "image/svg+xml", title, text, seen=seen)

@@ -6,6 +6,8 @@ A figure of the model over hidden values is `val/FIGURE`, that of a baseline `va
 from __future__ import annotations
 
 LOSS = "train/loss"
+"""Mean loss of the step's targets, those shown to the model among them: the squared error, or the
+negative log likelihood that `objective.loss` and `model.zero_head` ask for."""
 SKIPPED_METRIC = "train/skipped_steps"
 """Column of metrics.jsonl that holds the skipped steps so far, as `StepGuard.skipped` counts."""
 SPIKE_METRIC = "train/spike"

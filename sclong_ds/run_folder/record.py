@@ -42,6 +42,8 @@ _SIGNALS = {
     "SIGUSR1": "SIGUSR1 (time limit or preemption)",
     "another rank": "another rank's signal",
 }
+MSE_LOSS = "MSE"
+"""The training loss that has the unit of `val/mse`."""
 HOURS = "hours"
 """Key of a row's training time, see `read_run`."""
 
@@ -120,6 +122,21 @@ class RunRecord:
                 tree = complete({k: v for k, v in tree.items() if k != "version"})
             found |= dict(_flat(tree, prefix))
         return found
+
+    @cached_property
+    def loss_kind(self) -> str:
+        """What the training loss is the mean of; `MSE` has the unit of the validation's error."""
+        likelihood = self.settings.get("objective.loss") == "likelihood"
+        kind = "negative log likelihood of counts" if likelihood else MSE_LOSS
+        with_zeros = self.settings.get("model.zero_head") == "True"
+        return f"{kind} + log loss of being expressed" if with_zeros else kind
+
+    @cached_property
+    def losses(self) -> Rows:
+        """Training rows whose loss is of this kind: a resumed run may have changed it."""
+        changes = (e for e in self.events if e["event"] == "settings_changed")
+        steps = [e["step"] for e in changes if "objective.loss" in e]
+        return [row for row in self.train if not steps or row["step"] > steps[-1]]
 
     @property
     def steps(self) -> int:

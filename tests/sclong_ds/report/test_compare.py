@@ -1,6 +1,7 @@
 """Several runs beside each other, on a page and on the terminal."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -172,3 +173,22 @@ def test_runs_whose_errors_are_of_another_kind_are_not_compared_without_a_word(
     assert figures["the model is"] == "above the strongest baseline"
     text = report.build_comparison([read_run(tmp_path / name) for name in ("new", "old")])
     assert compare.TWO_KINDS in text
+
+
+def test_losses_of_two_kinds_are_told_apart(
+    run_dir: Path, other_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "config.yaml").write_text("objective:\n  loss: mse\n")
+    (other_run / "config.yaml").write_text("objective:\n  loss: likelihood\n")
+    assert main(["compare", str(run_dir), str(other_run)]) == 0
+    printed = capsys.readouterr().out
+    assert compare.TWO_LOSSES in printed
+    assert re.search(r"train/loss is of +MSE +negative log likelihood of counts\n", printed)
+    text = report.build_comparison([read_run(run_dir), read_run(other_run)])
+    assert compare.TWO_LOSSES in text
+    assert text.count('alt="Training loss, MSE of all targets by optimizer step') == 1
+    assert text.count('alt="Training loss, negative log likelihood of counts by optimizer') == 1
+    assert "training masked MSE" not in text
+    (other_run / "config.yaml").write_text("objective:\n  loss: mse\n")
+    assert main(["compare", str(run_dir), str(other_run)]) == 0
+    assert "do not compare" not in capsys.readouterr().out

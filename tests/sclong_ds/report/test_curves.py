@@ -27,7 +27,7 @@ def train_rows(values: Sequence[float]) -> list[dict[str, float]]:
 def test_loss_figure_shows_all_three_curves_and_restarts() -> None:
     rows = train_rows([3.0, 2.0, math.nan, 1.0])
     rows += [{"step": s, "val/mse": 2.0 - s / 4, "val/baseline_mse": 1.5} for s in (0, 4)]
-    lines = lines_of(plots.loss_figure(rows, restarts=[2, 3]))
+    lines = lines_of(plots.loss_figure(rows, ylabel="MSE", restarts=[2, 3]))
     assert lines["training"] == ([1, 2, 4], [3.0, 2.0, 1.0])
     assert lines["validation"] == ([0, 4], [2.0, 1.0])
     assert lines["validation, per-gene mean predictor"] == ([0, 4], [1.5, 1.5])
@@ -40,7 +40,7 @@ def test_a_legend_takes_no_width_from_the_axes() -> None:
     rows += [{"step": s, **more} for s in (0, 40)]
     names = {f"a run whose name is rather long {n}": rows for n in range(5)}
     for figure in (
-        plots.loss_figure(rows, restarts=[2]),
+        plots.loss_figure(rows, ylabel="MSE", restarts=[2]),
         plots.runs_figure(names, "train/loss", ylabel="loss"),
         plots.runs_figure({"a": rows, "b": rows}, "train/loss", ylabel="loss"),
     ):
@@ -51,7 +51,7 @@ def test_a_legend_takes_no_width_from_the_axes() -> None:
 
 
 def test_single_spike_does_not_set_the_scale() -> None:
-    figure = plots.loss_figure(train_rows([1.0] * 500 + [1e6] + [1.0] * 500))
+    figure = plots.loss_figure(train_rows([1.0] * 500 + [1e6] + [1.0] * 500), ylabel="MSE")
     assert figure.axes[0].get_ylim() == pytest.approx((0.0, 1.12))
 
 
@@ -101,8 +101,9 @@ def test_density_refuses_other_shapes(shapes: tuple[tuple[int, ...], tuple[int, 
 
 def test_same_rows_give_the_same_bytes() -> None:
     rows = train_rows(np.linspace(2, 1, 50).tolist())
-    assert plots.svg_bytes(plots.loss_figure(rows)) == plots.svg_bytes(plots.loss_figure(rows))
-    assert plots.png_bytes(plots.loss_figure(rows)) == plots.png_bytes(plots.loss_figure(rows))
+    first, second = (plots.loss_figure(rows, ylabel="MSE") for _ in range(2))
+    assert plots.svg_bytes(first) == plots.svg_bytes(second)
+    assert plots.png_bytes(first) == plots.png_bytes(second)
 
 
 def test_validations_of_several_runs_are_drawn_as_they_are_and_means_say_so() -> None:

@@ -1,6 +1,7 @@
 """The report page of a run and its figures.
 
-Covers also `sclong_ds/report/arguments.py`, `sclong_ds/report/validation_page.py` and
+Covers also `sclong_ds/report/arguments.py`, `sclong_ds/report/training_page.py`,
+`sclong_ds/report/validation_page.py` and
 `sclong_ds/run_folder/record.py`.
 """
 
@@ -33,9 +34,9 @@ def test_page_states_the_numbers_of_the_run(
     assert page.value("Genes") == "27,874"
     assert page.value("Parameters") == "1,234"
     assert page.value("of which gene encoder") == "1,000"
-    assert page.value("Training masked MSE, first step") == "30"
+    assert page.value("Training loss (MSE of all targets), first step") == "30"
     last = float(np.mean([30.0 / s for s in range(21, 31)]))
-    assert page.value("Training masked MSE, mean of last 10 steps") == f"{last:.4g}"
+    assert page.value("Training loss (MSE of all targets), mean of last 10 steps") == f"{last:.4g}"
     assert page.value("Validation masked MSE, first") == "1.2"
     assert page.value("Validation masked MSE, last") == "0.4"
     assert page.value("Per-gene mean predictor, same values") == "0.8"
@@ -112,7 +113,7 @@ def test_hashes_are_short_and_last_and_parts_have_names(run_dir: Path) -> None:
 def test_alt_texts_say_what_the_curves_do(run_dir: Path) -> None:
     text = report.build_page(read_run(run_dir))
     assert (
-        'alt="Masked MSE. By optimizer step: training from 30 at 1 to 1 at 30, between 1 and'
+        'alt="Mean squared error. By optimizer step: training from 30 at 1 to 1 at 30, between 1'
         in text
     )
     assert "validation from 1.2 at 10 to 0.4 at 30, between 0.4 and 1.2" in text
@@ -299,3 +300,49 @@ def test_a_damaged_file_beside_the_metrics_does_not_stop_a_report(
     if name in ("run.json", "events.jsonl", "system"):
         assert str(path) in caplog.text
     assert path.read_bytes() == before, "reading changes nothing"
+
+
+LIKELIHOOD = "objective:\n  loss: likelihood\nmodel:\n  zero_head: true\n"
+
+
+def charts(text: str) -> dict[str, str]:
+    """Return the text for who sees no picture, by the title of each."""
+    alts = re.findall(r'alt="([^"]*)"', text)
+    return {alt.partition(". ")[0]: alt.partition(". ")[2] for alt in alts}
+
+
+def test_a_likelihood_is_not_called_an_mse_and_has_a_chart_of_its_own(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text(LIKELIHOOD)
+    record = read_run(run_dir)
+    name = "negative log likelihood of counts + log loss of being expressed"
+    assert record.loss_kind == name
+    text = report.build_page(record)
+    page, seen = Page(text), charts(text)
+    assert page.value(f"Training loss ({name}), first step") == "30"
+    assert "training from 30" in seen[f"Training loss: {name}"]
+    assert "validation" not in seen[f"Training loss: {name}"]
+    assert "validation from 1.2" in seen["Mean squared error of validation"]
+    assert "training" not in seen["Mean squared error of validation"]
+    assert not [title for title in seen if "MSE" in title]
+
+
+def test_losses_before_a_change_of_their_kind_are_left_out(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text(LIKELIHOOD)
+    with RunFolder(run_dir) as files:
+        change = {"objective.loss": "'mse' -> 'likelihood'"}
+        files.append_event("settings_changed", step=20, **change)
+    text = report.build_page(read_run(run_dir))
+    assert "Left out: the losses of 20 steps, of another kind." in text
+    assert any("training from 1.429 at 21" in seen for seen in charts(text).values())
+
+
+def test_a_loss_chart_explains_the_lines_that_are_there(run_dir: Path, tmp_path: Path) -> None:
+    text = report.build_page(read_run(run_dir))
+    assert "Training: the mean over all targets, those shown to the model among them." in text
+    assert "The dashed line predicts" in text
+    assert "solid grey" not in text, "no row has the strongest baseline"
+    with RunFolder(tmp_path / "bare") as files:
+        files.append_metrics(1, {"train/loss": 1.0})
+    text = report.build_page(read_run(tmp_path / "bare"))
+    assert "The dashed line" not in text
+    assert "baseline" not in text
