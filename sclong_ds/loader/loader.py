@@ -175,8 +175,7 @@ class CellLoader:
             stop_at: Position at which the stream ends; None: never.
             finish: Called in a thread with each micro-batch; its result becomes `extra`.
             allocate: Makes the uint8 buffers of counts, one a micro-batch; for instance pinned.
-            owned: Let `counts` stay valid as long as an array of them is kept, in memory of its
-                own, which is used again afterwards; what is kept adds to `memory_bytes`.
+            owned: `counts` stay valid while an array of them is kept; adds to `memory_bytes`.
             memory_bytes: Most memory for chunks and steps; None: as much as the order asks for.
             read_threads: None: as many as cores, up to 4; 32 for a remote corpus.
             columns: Annotations that `CellBatch.columns` gives, names in `Corpus.columns`.
@@ -194,10 +193,9 @@ class CellLoader:
         )  # fmt: skip
         self._plan.check_start(cells_seen)
         self.stream, self.position = stream, cells_seen
-        self.waited_s, self.skipped_cells = 0.0, 0
+        self.waited_s, self.skipped_cells, self._closed = 0.0, 0, False
         self._threads: LoaderThreads | None = None
         self._finalizer: weakref.finalize | None = None
-        self._closed = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the threads."""
