@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 help:
 	@echo "make setup   virtual environment in $(VENV) with requirements.txt"
-	@echo "make demo    real cells to a trained, exported model (about 4 minutes on 2 cores)"
+	@echo "make demo    real cells to a trained, exported model (about 5 minutes on 2 cores)"
 	@echo "make test    all tests"
 	@echo "make test-quick  those that start no process"
 	@echo "make check   ruff, mypy, links of the documentation"

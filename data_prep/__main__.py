@@ -71,7 +71,7 @@ EXAMPLES = {
     "verify": "corpus --sources 1000",
     "report": "corpus --out qc.html",
     "gene-graph": "--out graph.npz",
-    "gene-vectors": "corpus --out vectors.npz",
+    "gene-vectors": "corpus --out vectors.npy",
 }
 """Command to an example of its arguments."""
 

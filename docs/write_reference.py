@@ -18,14 +18,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import data_prep.__main__ as data_prep
 import sclong_ds
 import sclong_ds.__main__ as sclong
+from sclong_ds import pretrain
 from sclong_ds.config import sections
 from sclong_ds.config.load import load_config, preset_names
-from sclong_ds.job import exit_status
+from sclong_ds.job import exit_status, sweep
 from sclong_ds.run_folder import metric_names
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +97,11 @@ def _type(kind: type, key: str) -> str:
     for field in body.body:
         if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == key:
             text = ast.unparse(field.annotation).replace("None", "null")
-            return text.removeprefix("Literal[").removesuffix("]") if "Literal" in text else text
+            # The alias of a Literal as what it stands for.
+            choices = get_args(getattr(sections, text, None))
+            if choices:
+                return " | ".join(map(repr, choices))
+            return re.sub(r"Literal\[([^\]]*)\]", lambda m: m[1].replace(", ", " | "), text)
     raise KeyError(key)
 
 
@@ -125,8 +130,9 @@ def _cli_page() -> str:
         "# Commands\n",
         _NOTE,
         "An installed package has the programs `sclong` and `sclong-prep`, which are "
-        "`python -m sclong_ds` and `python -m data_prep` of the repository. Training is started by "
-        "the `deepspeed` launcher or `sbatch slurm/pretrain.sh`.\n",
+        "`python -m sclong_ds` and `python -m data_prep` of the repository; `sclong prep` is "
+        "`sclong-prep`. Training is started by the `deepspeed` launcher, by "
+        "`sbatch slurm/pretrain.sh` or, on one rank, by `sclong train`.\n",
     ]
     programs = (("python -m sclong_ds", sclong.COMMANDS, sclong.parser),
                 ("python -m data_prep", data_prep.COMMANDS, data_prep.parser))  # fmt: skip
@@ -136,9 +142,18 @@ def _cli_page() -> str:
             command = _command(parser([name]), name)
             command.formatter_class = _fixed_width(command.formatter_class)
             command.prog = f"{program} {name}"
-            lines.append(f"### {name}\n")
-            lines.append(f"```text\n{command.format_help().rstrip()}\n```\n")
+            lines += [f"### {name}\n", _help(command)]
+    for command, also in (
+        (pretrain.parser(), "; `sclong train`, on one rank"),
+        (sweep.parser(), " ([sweeps](../operate/sweep.md))"),
+    ):
+        command.formatter_class = _fixed_width(command.formatter_class)
+        lines += [f"## {command.prog}\n", f"`{command.prog}`{also}.\n", _help(command)]
     return "\n".join(lines)
+
+
+def _help(command: argparse.ArgumentParser) -> str:
+    return f"```text\n{command.format_help().rstrip()}\n```\n"
 
 
 def _command(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
@@ -203,8 +218,8 @@ def _python_page() -> str:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
         ]
         lines.append(f"### {name}\n")
-        if not found:  # another module's, under this name
-            lines.append(f"Of `{sclong_ds._HOMES[name]}`.\n")
+        if not found:
+            lines.append(f"Another name of `{getattr(sclong_ds, name).__name__}`.\n")
             continue
         call = _call(found[0])
         lines.append(f"```python\n{name}({call})\n```\n")

@@ -88,6 +88,8 @@ def add_example(command: argparse.ArgumentParser, words: str) -> None:
 def local_path(text: str) -> Path:
     """Return a path of the command line; a URL would become a folder named `s3:`.
 
+    `~/` is the user's folder: behind `--out=` no shell puts it in.
+
     Args:
         text: The argument.
 
@@ -96,7 +98,7 @@ def local_path(text: str) -> Path:
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text}: must be a path on this machine, not a URL")
-    return Path(text)
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
 def new_file(text: str) -> Path:

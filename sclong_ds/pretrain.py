@@ -105,7 +105,7 @@ from sclong_ds.engine.deepspeed_engine import (
     set_hyper_parameters,
 )
 from sclong_ds.engine.ds_config import resolve_ds_config
-from sclong_ds.engine.profiling import check_profile, profiled
+from sclong_ds.engine.profiling import check_profile, profiled, unseen_profile
 from sclong_ds.engine.ranks import (
     Ranks,
     UnreadableCellsError,
@@ -211,6 +211,11 @@ def train_as_rank(
     )  # fmt: skip
     run = begin(given, starting)
     opened, counted = run.opened, run.counted
+    unseen = unseen_profile(
+        config.run.profile_step, first=counted.state.step + 1, last=config.run.max_steps
+    )
+    if unseen:
+        log.warning("%s", unseen)
     if dry_run:
         on_first_rank(lambda: check_run_folder(given, counted.state, opened.cells.corpus))
         log.info("dry run: everything fits together, nothing was trained")

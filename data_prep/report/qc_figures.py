@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#6B7280"
 _INK, _MUTED, _GRID = "#1F2937", "#4B5563", "#E5E7EB"
 WIDTH, HEIGHT = 5.2, 3.0
+_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)
+_MOST_TICKS = 8
 
 
 def bars(
@@ -77,9 +80,9 @@ def histogram(
     axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.85, lw=0)
     if log:
         axes.set_xscale("log")
-        _log_ticks(axes)
-    if log and len(used):
-        axes.set_xlim(edges[max(used[0] - 1, 0)], edges[min(used[-1] + 2, len(edges) - 1)])
+        if len(used):
+            axes.set_xlim(edges[max(used[0] - 1, 0)], edges[min(used[-1] + 2, len(edges) - 1)])
+        _log_ticks(axes.xaxis)
     axes.axvline(median, color=RED, lw=1.4)
     text = f"{median:.1%}" if percent else f"{median:,.0f}"
     left, right = axes.get_xlim()
@@ -121,8 +124,8 @@ def density(counts: NDArray[np.int64], x: NDArray[np.float64], y: NDArray[np.flo
         used = np.flatnonzero(sums)
         if len(used):
             limit(edges[max(used[0] - 1, 0)], edges[min(used[-1] + 2, len(edges) - 1)])
-    _log_ticks(axes, both=True)
     bar = figure.colorbar(picture, ax=axes, pad=0.02)
+    _log_ticks(axes.xaxis, axes.yaxis, bar.ax.yaxis)
     bar.set_label("cells", fontsize=9, color=_MUTED)
     bar.ax.tick_params(labelsize=8, colors=_MUTED)
     bar.outline.set_visible(False)
@@ -148,7 +151,7 @@ def dataset_points(
         xscale="log", yscale="log", xlabel="median counts a cell", ylabel="median genes a cell"
     )
     axes.margins(0.08)
-    _log_ticks(axes, both=True)
+    _log_ticks(axes.xaxis, axes.yaxis)
     bar = figure.colorbar(points, ax=axes, pad=0.02)
     bar.set_label("counts kept, %", fontsize=9, color=_MUTED)
     bar.ax.tick_params(labelsize=8, colors=_MUTED)
@@ -196,13 +199,16 @@ def _number_axis(axes: Axes, *, percent: bool = False) -> None:
     )
 
 
-def _log_ticks(axes: Axes, *, both: bool = False) -> None:
-    for axis in (axes.xaxis, axes.yaxis) if both else (axes.xaxis,):
+def _log_ticks(*axes: Axis) -> None:
+    """Label logarithmic axes by round numbers, as many as there is room for."""
+    for axis in axes:
         low, high = axis.get_view_interval()
-        # A range of less than two decades would have one label or none.
-        decades = np.log10(high / max(low, 1e-9))
-        steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)
-        axis.set_major_locator(LogLocator(subs=steps))
+        for steps in _TICKS:
+            locator = LogLocator(subs=steps, numticks=99)
+            shown = [v for v in locator.tick_values(low, high) if low <= v <= high]
+            if len(shown) <= _MOST_TICKS:
+                break
+        axis.set_major_locator(locator)
         axis.set_major_formatter(FuncFormatter(lambda value, _: _compact(value)))
         axis.set_minor_formatter(NullFormatter())
 

@@ -13,6 +13,7 @@ back. The configuration is never edited after it is loaded. Its keys are in
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,7 +67,8 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Args:
         source: Name of a preset (`sclong_tiny`) or path of a YAML file.
-        overrides: `section.key=value` strings; values are read as YAML.
+        overrides: `section.key=value` strings. The value of a key that takes text is what stands
+            there, quotes included, and null or ~ none; others are read as YAML.
 
     Returns:
         The checked configuration.
@@ -86,10 +88,20 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     tree = preset_tree(path.stem) if path.resolve().parent == PRESETS_DIR else _own_tree(path)
     for item in overrides:
         _apply_override(tree, item)
+    _expand_home(tree)
     # An override may replace a whole stack by one that lacks the later keys, as files do.
     config = section_from_dict(RunConfig, complete(tree), path.name)
     check(config, path.name)
     return config
+
+
+def _expand_home(tree: dict[str, Any]) -> None:
+    """Put the user's folder for `~/` at the beginning of texts: behind `run.dir=` no shell does."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _expand_home(value)
+        elif isinstance(value, str) and value.startswith("~/"):
+            tree[key] = os.path.expanduser(value)
 
 
 def preset_tree(name: str) -> dict[str, Any]:

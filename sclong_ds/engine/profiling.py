@@ -49,6 +49,22 @@ def check_profile(kind: ProfileKind, step: int, device: torch.device) -> None:
         )
 
 
+def unseen_profile(step: int, *, first: int, last: int) -> str | None:
+    """Return in a line that a step to look into is not among those to come; None: it is, or none.
+
+    Args:
+        step: `run.profile_step`; 0: none is asked for.
+        first: First step to come.
+        last: Last one.
+    """
+    if not step or first <= step <= last:
+        return None
+    return (
+        f"run.profile_step={step}: nothing will be looked into, this start goes from step {first} "
+        f"to {last}"
+    )
+
+
 @contextmanager
 def profiled(
     kind: ProfileKind, folder: Path, step: int, *, engine: Engine, ranks: Ranks

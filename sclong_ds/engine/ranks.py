@@ -5,6 +5,8 @@ One rank's error reaches every rank, so that none waits in a collective for a pe
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -100,7 +102,8 @@ def join_process_group(*, timeout_s: int, watch: Watch | None = None) -> Ranks:
         address = LOOPBACK if how else os.environ.get("MASTER_ADDR")
         place = f"{address}:{os.environ.get('MASTER_PORT')}"
         watch.waits(f"{others} other ranks to join rank {rank} at {place}")
-        with port_named(place):
+        # DeepSpeed prints that it has an extension; what it finds wrong it raises.
+        with port_named(place), contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(timeout=timeout, init_method=how, verbose=False)
     # A collective of the GPUs would make the host wait for all work before it.
     control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)

@@ -17,6 +17,12 @@ from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.places import place_of
 
 _VENV = 'default_venv="$root/.venv"'
+_WORDS = {
+    "by default the one `make setup` creates. Where": "by default the one that wrote this. Where",
+    " (make setup creates it)": "",
+    "`root`, the checkout;": "`root`, the folder above;",
+}
+"""What env.sh says of a checkout, and what holds where it was written by this command."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +57,8 @@ def write_scripts(folder: Path) -> Path:
     text = env.read_text(encoding="utf-8")
     if _VENV not in text:
         raise ValueError(f"{env} does not name the environment as `{_VENV}`")
-    own = f'default_venv="{sys.prefix}"'
-    write_atomic(env, text.replace(_VENV, own).encode())
+    text = text.replace(_VENV, f'default_venv="{sys.prefix}"')
+    for of_checkout, written in _WORDS.items():
+        text = text.replace(of_checkout, written)
+    write_atomic(env, text.encode())
     return target

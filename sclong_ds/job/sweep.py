@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sclong_ds.command_line import local_path, parse_arguments, whole
+from sclong_ds.command_line import add_example, local_path, parse_arguments, whole
+from sclong_ds.config.arguments import add_training_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.files.atomic import read_file
@@ -139,16 +140,27 @@ def task_arguments(
     return ["--config", config, *shared, *task.settings, *own]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check the sweep, print what is asked for, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sclong_ds.job.sweep")
-    parser.add_argument("--sweep", type=local_path, required=True, metavar="FILE")
-    parser.add_argument("--config", required=True, metavar="FILE|PRESET")
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sclong_ds.job.sweep",
+        description="Check a sweep and say how to submit it, or print the arguments of one task.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--sweep", type=local_path, required=True, metavar="FILE",
+        help="settings of one training in a line, key=value words",
+    )  # fmt: skip
+    add_training_arguments(parser)
     parser.add_argument("--task", type=whole(1), metavar="N", help="of the array, from 1")
     parser.add_argument("--last", type=whole(1), metavar="N", help="last task of the array")
-    parser.add_argument("--dry-run", action="store_true", help="as for the training")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parse_arguments(parser, argv)
+    add_example(parser, "--sweep rates.txt --config sclong_100m run.dir=runs/a data.corpus=corpus")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the sweep, print what is asked for, and return the exit status."""
+    args = parse_arguments(parser(), argv)
     try:
         said = _answer(args)
     except (ValueError, OSError) as error:

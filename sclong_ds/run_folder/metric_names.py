@@ -9,9 +9,9 @@ LOSS = "train/loss"
 """Mean loss of the step's targets, those shown to the model among them: the squared error, or the
 negative log likelihood that `objective.loss` and `model.zero_head` ask for."""
 SKIPPED_METRIC = "train/skipped_steps"
-"""Column of metrics.jsonl that holds the skipped steps so far, as `StepGuard.skipped` counts."""
+"""Steps of the run so far that changed no weight, since their loss or gradients were not finite."""
 SPIKE_METRIC = "train/spike"
-"""Column of metrics.jsonl: 1 where the loss of the step was a spike, else 0."""
+"""1 where the loss of the step was a spike, else 0."""
 
 DEPTH_BASELINES = ("gene_mean", "offset", "poisson", "linear")
 """Those that know a gene's mean and a cell's depth alone (`sclong_ds.objective.baselines`)."""

@@ -187,8 +187,8 @@ class Artist:
             time.sleep(0.1)
         if self._process is not None and self._is_busy():
             log.info(
-                "pictures that are missing: a resumed run draws them, or python -m "
-                "sclong_ds.report.draw %s", self._run_dir,
+                "the pictures of the last validation are not drawn within %.0f s: %s",
+                wait_s, self._cure,
             )  # fmt: skip
             self._process.kill()
             self._process.wait()
@@ -202,7 +202,9 @@ class Artist:
         if status is None:
             return True
         self._process = None
-        if status != 0:
+        if status < 0:  # as by the signal that stops the whole job
+            log.info("drawing pictures was ended by signal %d: %s", -status, self._cure)
+        elif status > 0:
             log.warning("pictures were not drawn (status %d): see %s", status, self._log_file)
         return False
 
@@ -222,6 +224,11 @@ class Artist:
                 )  # fmt: skip
         except OSError as error:  # a full disk, no memory: the next validation tries again
             log.error("pictures are not drawn now: %s", error)
+
+    @property
+    def _cure(self) -> str:
+        """What draws the pictures that are missing."""
+        return f"a resumed run draws them, or python -m sclong_ds.report.draw {self._run_dir}"
 
     @property
     def _log_file(self) -> Path:

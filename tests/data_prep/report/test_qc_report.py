@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import sparse
 
 from data_prep.corpus.finalize import finalize
 from data_prep.ledger.cell_counts import REPEATS
 from data_prep.ledger.ledger import read_entry, write_entry
 from data_prep.ledger.pending import record_manifest
-from data_prep.report import arguments, qc_report
+from data_prep.report import arguments, qc_figures, qc_report
 from data_prep.report.qc_report import page
 from data_prep.report.qc_summary import summarize
 from sclong_ds.corpus.corpus import Corpus
@@ -224,3 +225,15 @@ def test_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert out.read_text().startswith("<!DOCTYPE html>")
     with pytest.raises(FileNotFoundError, match="data_prep convert"):
         qc_report.run(parser.parse_args([str(tmp_path / "absent"), "--out", str(out)]))
+
+
+@pytest.mark.parametrize(
+    "limits", [(0.9, 9.0), (1, 2.5), (800, 1200), (300, 4000), (40, 12_000), (1, 1e5), (0.5, 1e9)]
+)
+def test_a_logarithmic_axis_has_some_numbers_and_not_too_many(limits: tuple[float, float]) -> None:
+    axis = Figure().subplots().xaxis
+    axis.axes.set(xscale="log", xlim=limits)
+    qc_figures._log_ticks(axis)
+    shown = [v for v in axis.get_majorticklocs() if limits[0] <= v <= limits[1]]
+    assert 2 <= len(shown) <= 9
+    assert axis.get_minor_formatter()(shown[0]) == ""

@@ -7,6 +7,7 @@ Covers also `sclong_ds/config/rules.py`, `sclong_ds/config/sections.py`,
 import argparse
 import dataclasses
 import typing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from launching import ROOT
 
 from sclong_ds.__main__ import main
-from sclong_ds.command_line import parse_arguments
+from sclong_ds.command_line import local_path, new_folder, parse_arguments
 from sclong_ds.config import load as c
 from sclong_ds.config import sections
 from sclong_ds.config.load import PRESETS_DIR, load_config, preset_names, preset_tree
@@ -158,6 +159,19 @@ def test_overrides_are_typed():
     assert config.run.dir == "2024-01-01"
     assert config.optim.lr == 1.0
     assert load_config("sclong_tiny", ["run.dir=null"]).run.dir is None
+    # Quotes are part of a text, as a shell's are gone by then.
+    assert load_config("sclong_tiny", ["run.dir='a'"]).run.dir == "'a'"
+
+
+def test_the_home_folder_stands_for_its_sign_in_overrides_and_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/who")
+    config = load_config("sclong_tiny", ["run.dir=~/runs/a", "data.corpus=/data/~/b"])
+    assert (config.run.dir, config.data.corpus) == ("/home/who/runs/a", "/data/~/b")
+    path = tmp_path / "own.yaml"
+    path.write_text(to_yaml(config).replace("/home/who/", "~/"))
+    assert load_config(path).run.dir == "/home/who/runs/a"
+    assert local_path("~/x.h5ad") == Path("/home/who/x.h5ad")
+    assert new_folder(f"{tmp_path}/~") == tmp_path / "~"
 
 
 @pytest.mark.parametrize(

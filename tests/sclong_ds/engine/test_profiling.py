@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sclong_ds.engine.profiling import check_profile, profiled
+from sclong_ds.engine.profiling import check_profile, profiled, unseen_profile
 from sclong_ds.training.timing import StepTimer
 
 CPU = torch.device("cpu")
@@ -78,3 +78,12 @@ def test_nsys_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match=r"run\.profile=nsys.*take\s+run\.profile=trace"):
         check_profile("nsys", 3, CPU)
     check_profile("nsys", 3, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("step", "told"), [(0, False), (3, True), (4, False), (9, False), (10, True)]
+)
+def test_a_step_that_does_not_come_is_told(step: int, told: bool) -> None:
+    said = unseen_profile(step, first=4, last=9)
+    assert (said is not None) == told
+    assert said is None or f"run.profile_step={step}: " in said
