@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 import threading
 from datetime import timedelta
 
 import psutil
 import pytest
 import torch.distributed as dist
+from launching import ROOT, environment
 
 from sclong_ds.engine.ports import free_port
 from sclong_ds.engine.rendezvous import loopback_store, one_machine, stay_on_this_machine
@@ -86,3 +89,14 @@ def test_one_machine_is_told_by_the_launcher(
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert one_machine(local_size) is expected
+
+
+def test_nothing_is_printed_where_the_results_of_a_command_stand() -> None:
+    """The time is for the compiler, where no run came before."""
+    code = "from sclong_ds.engine.ranks import *; join_process_group(timeout_s=60)"
+    alone = {name: text for name, text in environment().items() if name != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=alone, capture_output=True, text=True,
+        timeout=500, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]
