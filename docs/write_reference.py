@@ -145,7 +145,7 @@ def _cli_page() -> str:
             lines += [f"### {name}\n", _help(command)]
     for command, also in (
         (pretrain.parser(), "; `sclong train`, on one rank"),
-        (sweep.parser(), " ([sweeps](../operate/sweep.md))"),
+        (sweep.sweep_parser(), " ([sweeps](../operate/sweep.md))"),
     ):
         command.formatter_class = _fixed_width(command.formatter_class)
         lines += [f"## {command.prog}\n", f"`{command.prog}`{also}.\n", _help(command)]

@@ -140,7 +140,7 @@ def task_arguments(
     return ["--config", config, *shared, *task.settings, *own]
 
 
-def parser() -> argparse.ArgumentParser:
+def sweep_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m sclong_ds.job.sweep",
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the sweep, print what is asked for, and return the exit status."""
-    args = parse_arguments(parser(), argv)
+    args = parse_arguments(sweep_parser(), argv)
     try:
         said = _answer(args)
     except (ValueError, OSError) as error:
