@@ -16,6 +16,8 @@ from data_prep.corpus.growth.earlier import (
     EARLIER,
     MISSING,
     EarlierParts,
+    check_parts,
+    earlier_parts,
     find_earlier,
     finished_inputs,
 )
@@ -87,14 +89,15 @@ class Job:
         there. Where compact finds no parts, the inputs are not read.
 
         Args:
-            again: Make one corpus again also where nothing has changed.
+            again: Make one corpus again also where nothing has changed, and read all cells of one
+                with parts.
 
         Returns:
             None where the corpus is what this call would make.
 
         Raises:
             FileNotFoundError: One corpus is to be made of the parts, and nothing was finalized.
-            ValueError: Datasets that were never converted, or inputs that are damaged.
+            ValueError: Datasets that were never converted, or inputs or parts that are damaged.
         """
         if self.whole and PARTS not in begun(self.corpus)[0] and not self.has_parts:
             return None
@@ -102,6 +105,8 @@ class Job:
         rule = self.rule()
         # A list of parts with nothing new stays.
         if (not again or self.has_parts) and (self.is_finished(rule) or self.restate(rule)):
+            if again:
+                check_parts(earlier_parts(self.corpus, read_catalogue(self.corpus)))
             clear(self.corpus)
             remove_unlisted(self.corpus)
             return None
@@ -177,6 +182,9 @@ class Job:
             logger.warning(
                 "%s: is made again as one corpus, with another hash: %s", self.corpus, reason
             )
+        # Little beside the staging of all datasets, which this work reads.
+        if found is not None:
+            check_parts(found)
         return found
 
     def is_finished(self, rule: SplitRule) -> bool:

@@ -43,6 +43,7 @@ SPLITS = ("train", "validation", "test")
 CITATIONS = "CITATIONS.md"
 SINGLE_FILES = ("genes.tsv", "gene_stats.npz", "measured_genes.npy", CITATIONS, "checksums.json")
 """Files of a corpus besides cells.zarr, obs/, columns/ and corpus.json."""
+_NAME = "corpus.json"
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHARD = re.compile(r"cells\.zarr/(gap|count)/c/.*")
 PARTS = "parts"
@@ -149,7 +150,7 @@ class Catalogue(TypedDict):
     checksums_sha256: NotRequired[str]
 
 
-def read_catalogue(corpus: str | Path | Location, *, name: str = "corpus.json") -> dict[str, Any]:
+def read_catalogue(corpus: str | Path | Location, *, name: str = _NAME) -> dict[str, Any]:
     """Read and check `corpus.json`.
 
     Args:
@@ -166,11 +167,21 @@ def read_catalogue(corpus: str | Path | Location, *, name: str = "corpus.json") 
     location = corpus if isinstance(corpus, Location) else Location(corpus)
     path = f"{location}/{name}"
     cure = f"run: python -m data_prep finalize {corpus}"
+    if not location.is_local:
+        cure = "copy the corpus there again"
+    elif name != _NAME:
+        cure = "restore it from a copy of the corpus"
     try:
         raw = location.read_bytes(name)
     except FileNotFoundError:
-        there = not location.is_local or location.folder.is_dir()
-        reason = "the corpus is not finalized" if there else "no such folder"
+        if not location.is_local:
+            raise FileNotFoundError(
+                f"{corpus}: no {name} at this address; it is mistyped, or the copy of the corpus "
+                "there is not complete"
+            ) from None
+        if name != _NAME:
+            raise FileNotFoundError(f"{path}: missing; {cure}") from None
+        reason = "the corpus is not finalized" if location.folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{corpus}: {reason}; {cure}") from None
     try:
         catalogue = json.loads(raw)

@@ -87,8 +87,8 @@ class DamagedChunk(ValueError):
         """
         super().__init__(
             f"{path}: chunk {chunk} (cells {first_cell} to {last_cell}) is damaged: {reason}; "
-            "restore the file, or convert and finalize again (python -m data_prep verify CORPUS "
-            "lists all damage)"
+            "restore the file, or convert and finalize again, or compact where the corpus has "
+            "parts (python -m data_prep verify CORPUS lists all damage)"
         )
         self.reason, self.chunk, self.path = reason, chunk, path
         self.first_cell, self.last_cell = first_cell, last_cell
@@ -297,6 +297,31 @@ class CellStore:
                 )
         return tables
 
+    def check_shards(self, *, chunks: bool = False) -> None:
+        """Look whether all shards are there, and as long as their indices say.
+
+        A store of version 1 does not tell which shards it has.
+
+        Args:
+            chunks: Compare every chunk with its checksum, too, which reads all of them.
+
+        Raises:
+            ValueError: One is missing, cut or changed, or the store's metadata are damaged.
+            OSError: One cannot be read for another reason.
+        """
+        for stream, checksums in zip(self._streams, self._checksums, strict=True):
+            if checksums is None:
+                continue
+            for chunk in np.flatnonzero(checksums).tolist():
+                path = f"{stream.location}/{stream.shard_name(chunk)}"
+                cure = "restore the file or write the store again"
+                try:
+                    stream.check(chunk, crc32c=int(checksums[chunk]) if chunks else None)
+                except FileNotFoundError:
+                    raise ValueError(f"{path}: missing; {cure}") from None
+                except DamagedShard as error:
+                    raise ValueError(f"{path}: damaged ({error}); {cure}") from None
+
     def has_read(self) -> tuple[int, int]:
         """Return bytes of cells that this object has read, and requests to a server for them."""
         return (
@@ -392,8 +417,10 @@ class CellStore:
             if error.errno == errno.EIO and stream.location.is_local:
                 raise self._damaged(f"the disk cannot read it ({error})", chunk, path) from None
             # Permissions, network, descriptors: the cells may be sound.
-            first, last = self._bounds(chunk)
-            text = f"{path}: chunk {chunk} (cells {first} to {last}) cannot be read: {error}"
+            text = error.strerror or str(error)
+            if path in text:
+                raise
+            text = f"{path}: cells cannot be read: {text}"
             raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from error
 
     def _damaged(self, reason: str, chunk: int, path: str) -> DamagedChunk:

@@ -154,7 +154,7 @@ class Corpus:
             except FileNotFoundError:
                 raise FileNotFoundError(f"{where}: {info.catalogue} is missing; {cure}") from None
             except ValueError as error:
-                raise ValueError(f"{where} is damaged ({error}); {cure}") from None
+                raise ValueError(f"{where} is damaged: {error}") from None
             if catalogue_checksum(found) != info.checksum:
                 raise ValueError(f"{where}: {info.catalogue} is that of another part; {cure}")
             part = object.__new__(Corpus)
@@ -204,8 +204,7 @@ class Corpus:
         if len(self.cells) != self.catalogue["n_cells"]:
             raise ValueError(
                 f"{self.location}: corpus.json records {self.catalogue['n_cells']} cells, "
-                f"cells.zarr has {len(self.cells)}; run: python -m data_prep finalize "
-                f"{self.location}"
+                f"cells.zarr has {len(self.cells)}; {self._cure}"
             )
 
     def __reduce__(self) -> tuple[Any, tuple[str | Path, str | Path | None, int, str]]:
@@ -352,7 +351,8 @@ class Corpus:
 
     @property
     def _cure(self) -> str:
-        return f"restore the file, or run: python -m data_prep finalize {self.location}"
+        # A part has no finalize of its own.
+        return "restore the file, or run: python -m data_prep finalize on the corpus"
 
     def to_anndata(self, indices: ArrayLike) -> AnnData:
         """Return chosen cells as AnnData.

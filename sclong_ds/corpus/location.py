@@ -224,7 +224,11 @@ class Location:
             _, root, ranges = self._filesystem()
             data = ranges.read(f"{root}/{name}", start, None if start < 0 else start + length)
             if len(data) > length:
-                raise OSError(f"asked for {length} bytes, got {len(data)}: no range requests here")
+                raise UnusableUrlError(
+                    f"{self.url}/{name}: asked for {length} bytes, got {len(data)}: this server "
+                    "does not answer range requests, by which cells are read; serve the corpus by "
+                    "one that does (S3, nginx, Apache), or copy it to this machine"
+                )
             return data
 
         return ask_storage(f"{self.url}/{name}", attempt, first_pause_s=_FIRST_PAUSE_S)

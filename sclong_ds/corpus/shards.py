@@ -91,12 +91,7 @@ class ShardedArray:
             OSError: Its shard cannot be read.
             DamagedShard: Its shard is cut or changed, or the chunk is of another place.
         """
-        payload, found = self._stored(chunk)
-        if crc32c is not None and found != crc32c:
-            raise DamagedShard(
-                f"the chunk's crc32c is {found:08x}, here belongs {crc32c:08x}: a chunk of another "
-                "place, array or store"
-            )
+        payload = self._belonging(chunk, crc32c)
         if payload is None:
             out[:] = 0
             return
@@ -109,6 +104,33 @@ class ShardedArray:
             raise DamagedShard(f"a chunk of {len(payload)} bytes instead of {len(out)}")
         else:
             out[:] = payload
+
+    def check(self, chunk: int, *, crc32c: int | None = None) -> None:
+        """Look at the shard of a chunk: whether it is there, and as long as its index says.
+
+        Args:
+            chunk: Number of the chunk.
+            crc32c: `crc32c` of the chunk that belongs here, which is read, too; None: it is not.
+
+        Raises:
+            FileNotFoundError: The shard is missing.
+            OSError: It cannot be read.
+            DamagedShard: It is cut or changed, or the chunk is of another place.
+        """
+        if crc32c is None:
+            self._index(chunk // self._chunks_per_shard)
+        else:
+            self._belonging(chunk, crc32c)
+
+    def _belonging(self, chunk: int, crc32c: int | None) -> NDArray[np.uint8] | None:
+        """Return the stored bytes of a chunk, None for one not written, if they belong there."""
+        payload, found = self._stored(chunk)
+        if crc32c is not None and found != crc32c:
+            raise DamagedShard(
+                f"the chunk's crc32c is {found:08x}, here belongs {crc32c:08x}: a chunk of another "
+                "place, array or store"
+            )
+        return payload
 
     def crc32c(self, chunk: int) -> int:
         """Return the CRC-32C of a chunk's stored bytes after comparing it with the one beside them.

@@ -27,6 +27,7 @@ from sclong_ds.corpus.catalogue import (
     parts_of,
     read_catalogue,
 )
+from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.location import Location
 from sclong_ds.corpus.shards import read_metadata
@@ -37,6 +38,7 @@ MOST_PARTS = 1000
 """Parts of a corpus: each is opened, and every one of its files, by every process that trains."""
 MANY_PARTS = 100
 """From here on finalize recommends to make one part of them."""
+_CURE = "restore it from a copy of the corpus"
 EARLIER = "earlier"
 """Folder inside the work folder with the catalogue of before."""
 
@@ -159,7 +161,7 @@ def find_earlier(
         without parts of the same datasets.
 
     Raises:
-        ValueError: There are too many parts to add another.
+        ValueError: A part is damaged, which nothing makes again, or there are too many to add one.
         OSError: What was finished cannot be read: that tells nothing of whether it is whole.
     """
     try:
@@ -177,6 +179,8 @@ def find_earlier(
         for part in found.parts:
             _check_part(corpus, part, catalogue)
     except (ValueError, LookupError, *MISSING) as error:
+        if PARTS in catalogue:
+            raise ValueError(_beyond_repair(corpus, error)) from None
         return None, f"what was finished is damaged: {error}"
     if n_new and len(found.parts) >= MOST_PARTS:
         raise ValueError(
@@ -257,9 +261,7 @@ def finished_inputs(corpus: Path, catalogue: Mapping[str, Any]) -> dict[str, str
         ValueError: It is damaged, or lacks a file.
     """
     if PARTS not in catalogue:
-        missing = [name for name in catalogue["files"] if not (corpus / name).is_file()]
-        if missing:
-            raise ValueError(f"{corpus / missing[0]}: missing")
+        _check_there(corpus, catalogue)
         return dict(finished_documents(corpus, catalogue))
     found = dict(catalogue["documents"])
     for part in earlier_parts(corpus, catalogue).parts:
@@ -271,17 +273,52 @@ def finished_inputs(corpus: Path, catalogue: Mapping[str, Any]) -> dict[str, str
 
 
 def _check_part(corpus: Path, part: EarlierPart, catalogue: Mapping[str, Any]) -> None:
-    """Refuse a part files of which are missing, and damaged digests."""
+    """Refuse a part files of which are missing or cut, and damaged digests."""
     own = catalogue
     if PARTS in catalogue:
         own = read_catalogue(corpus, name=part.info.catalogue)
         if catalogue_checksum(own) != part.info.checksum:
             raise ValueError(f"{corpus / part.info.catalogue}: of another part")
-    folder = corpus / part.info.folder
-    missing = [name for name in own["files"] if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{folder / missing[0]}: missing")
+    _check_there(corpus / part.info.folder, own)
     if part.digests is not None:
         name = part.digests.relative_to(corpus).as_posix()
         size, crc32c = catalogue["files"][name]
-        check_file(part.digests, (size, crc32c), cure="restore it from a copy of the corpus")
+        check_file(part.digests, (size, crc32c), cure=_CURE)
+
+
+def _check_there(folder: Path, catalogue: Mapping[str, Any]) -> None:
+    """Refuse a corpus without parts that lacks a file, or has a cut shard; no cell is read."""
+    missing = [name for name in catalogue["files"] if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder / missing[0]}: missing")
+    CellStore(folder / "cells.zarr").check_shards()
+
+
+def check_parts(parts: EarlierParts) -> None:
+    """Compare every file and every chunk of cells with its checksum, which reads all of them.
+
+    Args:
+        parts: Parts that stay as they are.
+
+    Raises:
+        ValueError: One is damaged.
+    """
+    try:
+        for part in parts.parts:
+            own, folder = parts.catalogue, parts.corpus / part.info.folder
+            if PARTS in own:
+                own = read_catalogue(parts.corpus, name=part.info.catalogue)
+            for name, (size, crc32c) in own["files"].items():
+                check_file(folder / name, (size, crc32c), cure=_CURE)
+            CellStore(folder / "cells.zarr").check_shards(chunks=True)
+    except (ValueError, *MISSING) as error:
+        raise ValueError(_beyond_repair(parts.corpus, error)) from None
+
+
+def _beyond_repair(corpus: Path, error: Exception) -> str:
+    """Return what to say of a damaged part instead of the cure of a corpus without parts."""
+    return (
+        f"{str(error).partition('; ')[0]}; parts are not made again: restore the file from a copy "
+        f"of the corpus, or run: python -m data_prep compact {corpus} (one new corpus, on which a "
+        "run that began on the parts does not continue)"
+    )

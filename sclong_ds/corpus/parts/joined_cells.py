@@ -8,6 +8,7 @@ one of a part, and the order of the chunks is that of the cells.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
 
@@ -192,9 +193,25 @@ class JoinedCells(CellStore):
         segment = int(np.searchsorted(self._chunks, chunk, side="right")) - 1
         part, first = self._segments[segment, :2].tolist()
         store = self._stores[part]
-        try:
+        with self._numbered_here(part):
             return store.read_packed(first + chunk - int(self._chunks[segment]), out=out)
+
+    @contextmanager
+    def _numbered_here(self, part: int) -> Iterator[None]:
+        """Give a damaged chunk of a part the number, and its cells the places, that they have here.
+
+        Args:
+            part: Number of the part that is read.
+        """
+        try:
+            yield
         except DamagedChunk as error:
+            segments = enumerate(zip(self._segments.tolist(), np.diff(self._chunks), strict=True))
+            chunk = next(
+                int(self._chunks[number]) + error.chunk - first
+                for number, ((of_part, first, _, _), n_chunks) in segments
+                if of_part == part and first <= error.chunk < first + n_chunks
+            )
             rows = self.chunk_rows[chunk : chunk + 2].tolist()
             raise DamagedChunk(
                 error.reason, chunk=chunk, path=error.path, first_cell=rows[0],
@@ -204,9 +221,10 @@ class JoinedCells(CellStore):
     def packed_rows(self, indices: ArrayLike) -> PackedCells:
         """Return chosen cells, as `CellStore.packed_rows`; row tables of parts stay on the disk."""
         wanted = self._positions(indices)
-        found = [
-            (here, self._stores[p].packed_rows(rows)) for p, here, rows in self.by_part(wanted)
-        ]
+        found = []
+        for part, here, rows in self.by_part(wanted):
+            with self._numbered_here(part):
+                found.append((here, self._stores[part].packed_rows(rows)))
         if not found:
             return self._stores[0].packed_rows(wanted)
         back = np.argsort(np.concatenate([here for here, _ in found]), kind="stable")

@@ -9,16 +9,20 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cell_values import as_tuples
-from grown_corpora import grown
+from grown_corpora import grown, with_datasets
 from scipy import sparse
 
+from data_prep.corpus.finalize import finalize
+from data_prep.corpus.growth.compact import compact
 from data_prep.verify.verify import verify
-from sclong_ds.corpus.catalogue import SPLITS
+from sclong_ds.corpus.catalogue import SPLITS, read_catalogue
+from sclong_ds.corpus.cell_store import DamagedChunk
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.parts.views import as_it_was, sample
 from sclong_ds.loader.loader import CellLoader, open_stream
@@ -114,6 +118,72 @@ def test_a_damaged_part_is_named(made: Path, tmp_path: Path, damage: str) -> Non
     else:
         with pytest.raises((ValueError, FileNotFoundError), match=r"part 1 of 3.*restore it"):
             Corpus(folder)
+
+
+def damaged(path: Path, how: str) -> Path:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if how == "cut" else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "new"),
+    [
+        ("cells.zarr/gap/c/0", "missing", ""),
+        ("cells.zarr/count/c/0", "changed", "d"),
+        ("parts/000001/cells.zarr/gap/c/0", "cut", "d"),
+        ("parts/000001/cells.zarr/count/c/0", "changed", ""),
+        ("parts/000001/obs/c.parquet", "changed", ""),
+        ("parts/000001/corpus.json", "changed", ""),
+        ("obs/a.parquet", "missing", "d"),
+    ],
+)
+def test_finalize_refuses_a_damaged_part_and_says_what_makes_it_again(
+    made: Path, tmp_path: Path, name: str, how: str, new: str
+) -> None:
+    folder = grown(made, tmp_path / "grown", ["ab", "c"])
+    catalogue = (folder / "corpus.json").read_bytes()
+    with_datasets(made, folder, new)
+    path = damaged(folder / name, how)
+    with pytest.raises(ValueError, match=r"compact") as caught:
+        finalize(folder)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert (folder / "corpus.json").read_bytes() == catalogue
+    compact(folder)
+    assert verify(folder)["ok"]
+
+
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_a_task_of_finalize_misses_a_shard(made: Path, tmp_path: Path, how: str) -> None:
+    """Plain finalize makes a corpus without parts again in any case."""
+    folder = grown(made, tmp_path / "one", ["ab"])
+    before = read_catalogue(folder)
+    damaged(folder / "cells.zarr" / "gap" / "c" / "0", how)
+    assert finalize(folder, tasks=1) == before
+    assert verify(folder)["ok"]
+
+
+def test_damage_is_of_the_same_cells_however_it_is_met(made: Path, tmp_path: Path) -> None:
+    folder = grown(made, tmp_path / "grown", ["ab", "c"])
+    path = damaged(folder / "parts" / "000001" / "cells.zarr" / "gap" / "c" / "0", "missing")
+    corpus = Corpus(folder)
+    found = []
+    for chunk, (first, stop) in enumerate(pairwise(corpus.chunk_rows.tolist())):
+        for read in (
+            lambda chunk=chunk: corpus.read_packed(chunk),
+            lambda cells=range(first, stop): corpus.rows(cells),
+            lambda cell=stop - 1: corpus[cell],
+        ):
+            try:
+                read()
+            except DamagedChunk as error:
+                place = error.path, error.chunk, error.first_cell, error.last_cell
+                found.append(place == (str(path), chunk, first, stop - 1))
+    assert found == [True] * 3 * sum(len(cells) > 0 for cells in corpus.parts[1].splits.values())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
