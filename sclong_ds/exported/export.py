@@ -47,11 +47,12 @@ from sclong_ds.run_folder.metric_names import (
     BASELINES,
     HEADLINE,
     MSE,
+    N_CELLS,
     N_HIDDEN,
     SHOWN_MSE,
     of_baseline,
 )
-from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.run_folder.rows import read_metrics, unlisted
 
 log = logging.getLogger(__name__)
 
@@ -233,5 +234,7 @@ def _validation(checkpoint: Path, step: int) -> dict[str, float]:
         return {}
     rows = [r for r in read_metrics(run_dir) if MSE in r and r["step"] <= step]
     errors = (of_baseline(name, MSE) for name in BASELINES)
-    names = (*HEADLINE, SHOWN_MSE, N_HIDDEN, *errors)
-    return {n: rows[-1][n] for n in names if n in rows[-1]} if rows else {}
+    names = (*HEADLINE, SHOWN_MSE, N_HIDDEN, N_CELLS, *errors)
+    if not rows:
+        return {}
+    return {n: rows[-1][n] for n in names if n in rows[-1]} | unlisted(rows[-1])

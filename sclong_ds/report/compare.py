@@ -24,6 +24,7 @@ from sclong_ds.run_folder.metric_names import (
     MEAN_MSE,
     MEAN_PEARSON,
     MSE,
+    N_CELLS,
     PEARSON,
     PER_GENE,
     RELATIVE_MSE,
@@ -32,7 +33,7 @@ from sclong_ds.run_folder.metric_names import (
     WITHIN_CELL,
 )
 from sclong_ds.run_folder.record import RunRecord
-from sclong_ds.run_folder.rows import is_hidden_only, standing
+from sclong_ds.run_folder.rows import is_hidden_only, standing, unlisted
 from sclong_ds.tracking.client import find_runs
 
 SCORE_HEAD = ("MSE", "of the mean", "Pearson", "of the mean", "Spearman", "of the mean")
@@ -119,6 +120,7 @@ def figures(record: RunRecord) -> dict[str, float | str | None]:
         "train/loss": record.last_mean("train/loss"),
         "train/loss is of": record.loss_kind if record.train else math.nan,
         "val/mse is of": _scored(last),
+        N_CELLS: last.get(N_CELLS, math.nan),
         STRONGEST_MSE: last.get(STRONGEST_MSE, math.nan),
         "the model is": standing(last).partition(" (")[0] or math.nan,
         f"{MSE}, last": last.get(MSE, math.nan),
@@ -145,6 +147,7 @@ def figures(record: RunRecord) -> dict[str, float | str | None]:
         "skipped_steps": record.highest("train/skipped_steps"),
         "spikes": float(record.spikes),
         "parameters": float(sum((record.summary.get("parameters") or {}).values())) or math.nan,
+        **unlisted(last),
     }
     return {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in found.items()}
 
@@ -159,10 +162,11 @@ def _scored(row: Mapping[str, float]) -> str | float:
 def figures_table(records: Sequence[RunRecord]) -> list[list[str]]:
     """Return a row for every figure that some run has: its name, and the runs' values."""
     columns = [figures(record) for record in records]
+    names = dict.fromkeys(name for column in columns for name in column)
     return [
-        [name, *(_shown(name, column[name]) for column in columns)]
-        for name in columns[0]
-        if any(column[name] is not None for column in columns)
+        [name, *(_shown(name, column.get(name)) for column in columns)]
+        for name in names
+        if any(column.get(name) is not None for column in columns)
     ]
 
 
@@ -231,7 +235,7 @@ def _shown(name: str, value: float | str | None) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if name.startswith("val/"):
+    if name.startswith("val/") and not name.startswith("val/n_"):
         return f"{value:.4f}"
     return duration(value) if name == "wall_time_s" else number(value)
 

@@ -44,12 +44,13 @@ from sclong_ds.run_folder.metric_names import (
     MEAN_MSE,
     MEAN_PEARSON,
     MSE,
+    N_CELLS,
     PEARSON,
     STRONGEST_MSE,
     of_baseline,
 )
 from sclong_ds.run_folder.record import HOURS, Rows, RunRecord
-from sclong_ds.run_folder.rows import standing, strongest, verdict
+from sclong_ds.run_folder.rows import cells_scored, standing, strongest, verdict
 from sclong_ds.tracking.client import find_runs
 
 _MAX_EVENTS = 300
@@ -63,7 +64,7 @@ _SUMMARY_NAMES = {
     "corpus": "Corpus",
     "n_datasets": "Datasets",
     "n_cells_train": "Training cells",
-    "n_cells_validation": "Validation cells",
+    "n_cells_validation": "Cells of the validation split",
     "n_genes": "Genes",
     "world_size": "Ranks",
     "device": "Device",
@@ -225,7 +226,7 @@ def _cards(record: RunRecord) -> Markup:
         last = record.validation[-1]
         mse, mean = last[MSE], last.get(MEAN_MSE, math.nan)
         if STRONGEST_MSE in last:
-            sub = f"{standing(last)}; per-gene mean {number(mean)}"
+            sub = f"{standing(last)}; per-gene mean {number(mean)}; of {cells_scored(last)}"
             cards.append(("Validation MSE, hidden values", words.recorded(mse), sub))
         else:
             cards.append(("Validation MSE", words.recorded(mse), _against(mse, mean)))
@@ -248,8 +249,9 @@ def _against(mse: float, mean: float) -> str:
     if not (math.isfinite(mean) and mean > 0 and math.isfinite(mse)):
         return ""
     change = (mse - mean) / mean
-    word = "lower" if change < 0 else "higher"
-    return f"{abs(change):.0%} {word} than the per-gene mean ({number(mean)})"
+    size, word = f"{abs(change):.0%}", "lower" if change < 0 else "higher"
+    size = "less than 1%" if change and size == "0%" else size
+    return f"{size} {word} than the per-gene mean ({number(mean)})"
 
 
 def _against_pearson(row: Mapping[str, float]) -> str:
@@ -288,6 +290,8 @@ def _results(record: RunRecord) -> list[tuple[str, str]]:
     rows = loss_facts(record)
     if record.validation:
         first, last_row = record.validation[0], record.validation[-1]
+        if N_CELLS in last_row:
+            rows.append(("Validation cells scored", number(last_row[N_CELLS])))
         if STRONGEST_MSE in last_row:
             rows.append(("Strongest baseline, validation", words.recorded(last_row[STRONGEST_MSE])))
             rows.append(("The model is", f"{verdict(last_row)} the strongest baseline"))

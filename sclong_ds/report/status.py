@@ -35,8 +35,15 @@ from sclong_ds.run_folder.heartbeats import (
     read_heartbeats,
     read_json,
 )
-from sclong_ds.run_folder.metric_names import HEADLINE, LOSS, MSE, SKIPPED_METRIC, SPIKE_METRIC
-from sclong_ds.run_folder.rows import read_metrics, sentence
+from sclong_ds.run_folder.metric_names import (
+    HEADLINE,
+    LOSS,
+    MSE,
+    N_CELLS,
+    SKIPPED_METRIC,
+    SPIKE_METRIC,
+)
+from sclong_ds.run_folder.rows import read_metrics, sentence, unlisted
 from sclong_ds.run_folder.seal import say_changes
 
 log = logging.getLogger(__name__)
@@ -92,7 +99,9 @@ class RunStatus:
     max_steps: int | None
     """Optimizer steps to do."""
     loss: float | None
-    """Mean training loss of the last 10 steps."""
+    """Mean training loss of the last steps: `loss_steps`, 10 at most."""
+    loss_steps: int
+    """Steps of which it is the mean: of this start, and finite."""
     cells_per_s: float | None
     """Cells a second over the last 100 steps, pauses for validation and checkpoints included."""
     step_time_s: float | None
@@ -186,7 +195,7 @@ def read_status(run_dir: Path) -> RunStatus:
         state=state,
         step=step,
         max_steps=max_steps,
-        loss=_mean([r[LOSS] for r in steps[-_LOSS_STEPS:]]),
+        **_recent_loss(steps),
         cells_per_s=cells_per_s,
         step_time_s=step_time_s,
         eta_s=None if left is None or step_time_s is None else left * step_time_s,
@@ -250,7 +259,8 @@ def describe(status: RunStatus) -> str:
     elif status.warning:
         lines.append(_line("warning", status.warning))
     if status.loss is not None:
-        lines.append(_line("loss", f"{status.loss:.4f}, mean of the last {_LOSS_STEPS} steps"))
+        of_steps = counted(status.loss_steps, "step")
+        lines.append(_line("loss", f"{status.loss:.4f}, mean of the last {of_steps}"))
     if status.cells_per_s is not None and status.step_time_s is not None:
         speed = f"{status.cells_per_s:,.1f} cells/s, {status.step_time_s:.2f} s a step"
         left = "" if status.eta_s is None else f", {_duration(status.eta_s)} left"
@@ -377,6 +387,12 @@ def _speed(steps: Rows) -> tuple[float | None, float | None]:
     return last.get("perf/cells_per_s"), last.get("perf/step_time_s")
 
 
+def _recent_loss(steps: Rows) -> dict[str, Any]:
+    """Return the mean loss of the last steps, and of how many: of those that are finite."""
+    losses = [r[LOSS] for r in steps[-_LOSS_STEPS:] if math.isfinite(r[LOSS])]
+    return {"loss": sum(losses) / len(losses) if losses else None, "loss_steps": len(losses)}
+
+
 def _last_checkpoint(run_dir: Path, events: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the event of the newest checkpoint that was not pruned since."""
     folder = run_dir / "checkpoints"
@@ -396,13 +412,9 @@ def _max_steps(run_dir: Path) -> int | None:
 
 
 def _validation_figures(row: Mapping[str, float]) -> dict[str, float]:
-    found = {name.removeprefix("val/"): row.get(name, math.nan) for name in HEADLINE}
+    names = (*HEADLINE, N_CELLS, *unlisted(row))
+    found = {name.removeprefix("val/"): row.get(name, math.nan) for name in names}
     return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-def _mean(values: list[float]) -> float | None:
-    finite = [v for v in values if math.isfinite(v)]
-    return sum(finite) / len(finite) if finite else None
 
 
 def _line(name: str, text: str) -> str:

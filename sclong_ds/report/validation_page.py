@@ -12,13 +12,14 @@ import numpy as np
 from markupsafe import Markup
 
 from sclong_ds.page import html as page
-from sclong_ds.page.words import cell, counted, number
+from sclong_ds.page.words import cell, counted, recorded
 from sclong_ds.report import compare
 from sclong_ds.run_folder.metric_names import (
     BASELINES,
     DATASET_MSE,
     MEAN_MSE,
     MSE,
+    N_CELLS,
     N_HIDDEN,
     PEARSON,
     PER_GENE,
@@ -29,7 +30,15 @@ from sclong_ds.run_folder.metric_names import (
     of_baseline,
 )
 from sclong_ds.run_folder.record import Rows, RunRecord
-from sclong_ds.run_folder.rows import compared, is_hidden_only, sentence, standing, strongest
+from sclong_ds.run_folder.rows import (
+    cells_scored,
+    compared,
+    is_hidden_only,
+    sentence,
+    standing,
+    strongest,
+    unlisted,
+)
 
 _MAX_ROWS = 12
 PREDICTORS = {
@@ -67,6 +76,7 @@ _COLUMNS = (
     (PER_GENE, "per gene"),
     (SHOWN_MSE, "Shown targets"),
     (N_HIDDEN, "Hidden values"),
+    (N_CELLS, "Cells"),
 )
 
 
@@ -81,11 +91,12 @@ def verdict_sentence(record: RunRecord) -> str:
     last = record.validation[-1]
     when = f"After {counted(int(last['step']), 'step')}"
     if not is_hidden_only(last) or not standing(last):
-        text = f"{when} the error of the validation is {number(last[MSE])}"
+        text = f"{when} the error of the validation on {cells_scored(last)} is "
+        text += cell(last[MSE], MSE)
         if MEAN_MSE not in last:
             return f"{text}; no baseline was recorded to judge it by."
         mean = last[MEAN_MSE]
-        return f"{text}, {compared(last[MSE], mean)} the per-gene mean ({number(mean)})."
+        return f"{text}, {compared(last[MSE], mean)} the per-gene mean ({cell(mean, MSE)})."
     pearson = last.get(PER_GENE, math.nan)
     across = (
         f"; across cells, a gene's hidden values correlate with the predictions by {pearson:.2f}"
@@ -93,7 +104,7 @@ def verdict_sentence(record: RunRecord) -> str:
         else ""
     )
     return (
-        f"{when} the model's error on hidden values of held-out cells is {last[MSE]:.4f}, "
+        f"{when} the model's error on hidden values of {cells_scored(last)} is {last[MSE]:.4f}, "
         f"{standing(last)}{across}."
     )
 
@@ -103,7 +114,7 @@ def validation_section(record: RunRecord) -> Markup:
     if not record.validation:
         return Markup("")
     last = record.validation[-1]
-    parts = [_headline(last), _predictors(last), _datasets(last)]
+    parts = [_headline(last), _predictors(last), _unlisted(last), _datasets(last)]
     final = compare.scores_table(last, record.summary.get("expression_bins"))
     if final:
         head = ["last validation", "values", *compare.SCORE_HEAD]
@@ -174,7 +185,8 @@ def _change(error: float, whole: float, *, unused: bool) -> str:
     if not (math.isfinite(error) and math.isfinite(whole) and whole > 0):
         return "not comparable"
     share = (error - whole) / whole
-    words = f"{abs(share):.1%} {'higher' if share > 0 else 'lower'}"
+    size = f"{abs(share):.1%}"
+    words = f"{size} {'higher' if share > 0 else 'lower'}" if float(size[:-1]) else "equal to 0.1%"
     if unused and share < _UNUSED:
         return f"{words}: this attention is not used"
     return words
@@ -214,6 +226,16 @@ def _predictors(row: Mapping[str, float]) -> Markup:
     return page.table(head, body, numeric=True) + page.note(note)
 
 
+def _unlisted(row: Mapping[str, float]) -> Markup:
+    """Return the table of figures that no other table has, under their own names."""
+    best = strongest(row)
+    body = []
+    for name, value in unlisted(row).items():
+        other = of_baseline(best, name) if best else ""
+        body.append([name, recorded(value), recorded(row[other]) if other in row else ""])
+    return page.table(["other figures", "model", "strongest baseline"], body, numeric=True)
+
+
 def _datasets(row: Mapping[str, float]) -> Markup:
     """Return the table of errors by dataset."""
     best = strongest(row)
@@ -224,7 +246,7 @@ def _datasets(row: Mapping[str, float]) -> Markup:
     for name in names:
         ours = row[f"{DATASET_MSE}{name}"]
         other = row.get(of_baseline(best, f"{DATASET_MSE}{name}"), math.nan)
-        body.append([name, number(other), number(ours), compared(ours, other)])
+        body.append([name, cell(other, MSE), cell(ours, MSE), compared(ours, other)])
     head = ["dataset", f"MSE, strongest baseline ({best})", "MSE, model", "the model is"]
     return page.table(head, body, numeric=True)
 

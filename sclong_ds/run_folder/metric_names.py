@@ -36,6 +36,8 @@ WITHIN_CELL = "val/pearson_within_cell"
 """Correlation across the genes of a cell, mean over cells."""
 N_HIDDEN = "val/n_hidden"
 """Hidden values scored. Rows without it are of versions that scored shown targets among them."""
+N_CELLS = "val/n_cells"
+"""Held-out cells scored: the first `run.validation_cells` of the validation split."""
 DATASET_MSE = "val/mse/dataset/"
 """Followed by a dataset's name: error over its cells."""
 HEADLINE = (

@@ -19,21 +19,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sclong_ds.files.json_lines import each_row
+from sclong_ds.page import words
 from sclong_ds.run_folder.files import METRICS_FILE
 from sclong_ds.run_folder.metric_names import (
     BASELINES,
+    HEADLINE,
     MEAN_MSE,
     MSE,
+    N_CELLS,
     N_HIDDEN,
     PEARSON,
     PER_GENE,
     RELATIVE_MSE,
+    SHOWN_MSE,
     STRONGEST_MSE,
     of_baseline,
 )  # fmt: skip
 
 AnyRow = TypeVar("AnyRow", bound=Mapping[str, float])
 
+_LISTED = frozenset({
+    *HEADLINE, SHOWN_MSE, N_HIDDEN, N_CELLS, "val/spearman", "val/baseline_spearman",
+    "val/n_values", "val/target_variance",
+})  # fmt: skip
 _WHOLE = frozenset({"step", "cells_seen"})  # columns of integers, exact in a float up to 2**53
 
 
@@ -161,11 +169,16 @@ def verdict(row: Mapping[str, float]) -> str:
 
 
 def compared(error: float, other: float) -> str:
-    """Return where an error stands to another, in words that the other's name may follow."""
+    """Return where an error stands to another, in words that the other's name may follow.
+
+    Four decimals are shown: errors that differ beyond them are neither below nor above.
+    """
     if math.isnan(error):
         return "not a number, against"
     if math.isnan(other):
         return "not comparable with"
+    if error != other and f"{error:.4f}" == f"{other:.4f}":
+        return "equal at four decimals to"
     return "below" if error < other else "above" if error > other else "equal to"
 
 
@@ -181,6 +194,8 @@ def standing(row: Mapping[str, float]) -> str:
 def sentence(row: Mapping[str, float]) -> str:
     """Return the figures of a validation on one line, the strongest baseline first."""
     scored = "hidden values" if is_hidden_only(row) else "targets, shown ones among them,"
+    if N_CELLS in row:
+        scored += f" of {cells_scored(row)}"
     parts = [" ".join(filter(None, (f"MSE of {scored} {row[MSE]:.4f},", standing(row))))]
     parts[0] = parts[0].rstrip(",")
     for name, metric in (
@@ -188,7 +203,28 @@ def sentence(row: Mapping[str, float]) -> str:
     ):  # fmt: skip
         if metric in row:
             parts.append(f"{name} {row[metric]:.4f}")
+    parts += [f"{name.removeprefix('val/')} {words.number(v)}" for name, v in unlisted(row).items()]
     return "; ".join(parts)
+
+
+def cells_scored(row: Mapping[str, float]) -> str:
+    """Return on how many cells the figures of a validation stand, in words."""
+    return words.counted(int(row[N_CELLS]), "held-out cell") if N_CELLS in row else "held-out cells"
+
+
+def unlisted(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures of a validation that no list names, as a new metric's, by name.
+
+    Those of baselines, of parts of the values and of datasets are left out.
+    """
+    found = {}
+    for name, value in row.items():
+        kind, *path = name.split("/")
+        part = path[-1] if path else ""
+        is_part = part.startswith("bin_") or part in ("large", "mini", "zeros") or "dataset" in path
+        if kind == "val" and name not in _LISTED and path[0] not in BASELINES and not is_part:
+            found[name] = value
+    return found
 
 
 def is_hidden_only(row: Mapping[str, float]) -> bool:

@@ -34,7 +34,7 @@ from sclong_ds.objective.losses import ExpressedScore
 from sclong_ds.objective.metrics import MaskedMetrics, routed_large
 from sclong_ds.objective.nearest_cells import NearestCells
 from sclong_ds.objective.scores import MODEL, TargetTable, scores
-from sclong_ds.run_folder.metric_names import BASELINES, MSE
+from sclong_ds.run_folder.metric_names import BASELINES, MSE, N_CELLS
 from sclong_ds.run_folder.rows import judged, sentence
 from sclong_ds.training.build import first_output
 from sclong_ds.training.pictured import Pictures
@@ -139,7 +139,7 @@ class Validation:
             | _scores(self._cells.corpus, everyone)
             | attention
             | {
-                "val/n_cells": float(len(rows)),
+                N_CELLS: float(len(rows)),
                 "cells_seen": state.cells_seen,
                 "perf/validation_s": time.perf_counter() - started,
             }
@@ -307,10 +307,7 @@ class Validation:
             return
         self._saver.judge(state, by)
         self._tracker.event("validation", step=step, mse=figures[MSE])
-        log.info(
-            "step %d validation on %d cells: %s",
-            step, int(figures["val/n_cells"]), sentence(figures),
-        )  # fmt: skip
+        log.info("step %d validation: %s", step, sentence(figures))
 
 
 def _predicted_true(tables: list[dict[str, np.ndarray]]) -> np.ndarray:

@@ -16,7 +16,7 @@ from sclong_ds.datasheet.citations import COLUMNS, UNKNOWN, doi_address, table
 from sclong_ds.exported.recipe_file import ChosenRecipe
 from sclong_ds.model.pooling import MEAN
 from sclong_ds.page.words import counted
-from sclong_ds.run_folder.metric_names import MSE, N_HIDDEN
+from sclong_ds.run_folder.metric_names import MSE, N_CELLS, N_HIDDEN
 from sclong_ds.run_folder.rows import sentence
 
 CONFIG = "config.json"
@@ -162,7 +162,9 @@ def _training(provenance: Mapping[str, Any]) -> str:
     if not found:
         return text
     words = f"{sentence(found)}.\n\n" if MSE in found else ""
-    scores = [(n, f"{v:,.0f}" if n == N_HIDDEN else f"{v:.4f}") for n, v in found.items()]
+    scores = [
+        (n, f"{v:,.0f}" if n in (N_HIDDEN, N_CELLS) else f"{v:.4f}") for n, v in found.items()
+    ]
     return f"{text}\n## Validation\n\n{words}{table(('figure', 'value'), scores)}"
 
 

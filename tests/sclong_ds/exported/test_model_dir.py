@@ -361,7 +361,8 @@ def test_damaged_weights_are_refused(copy: Path) -> None:
 
 
 def test_the_card_says_who_trained_the_model(folder: Path, tmp_path: Path) -> None:
-    trained = {"step": 7, "validation": {"val/mse": 0.25}}
+    figures = {"val/mse": 0.25, "val/n_cells": 32.0, "val/mae": 0.5}
+    trained = {"step": 7, "validation": figures}
     file = {"file": "m.pth", "bytes": 12, "sha256": "abc"}
     for name, provenance in (("a", trained), ("b", {"imported_files": {"checkpoint": file}})):
         write_model_dir(tmp_path / name, **arguments(folder, provenance=provenance))
@@ -369,7 +370,9 @@ def test_the_card_says_who_trained_the_model(folder: Path, tmp_path: Path) -> No
     card = (tmp_path / "a" / "README.md").read_text()
     assert "trained with sclong_ds" in card
     assert "| step | 7 |" in card
+    assert "of 32 held-out cells 0.2500; mae 0.5." in card
     assert "| val/mse | 0.2500 |" in card
+    assert "| val/n_cells | 32 |" in card
     card = (tmp_path / "b" / "README.md").read_text()
     assert "trained with" not in card
     assert "imported" in card

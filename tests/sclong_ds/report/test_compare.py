@@ -192,3 +192,14 @@ def test_losses_of_two_kinds_are_told_apart(
     (other_run / "config.yaml").write_text("objective:\n  loss: mse\n")
     assert main(["compare", str(run_dir), str(other_run)]) == 0
     assert "do not compare" not in capsys.readouterr().out
+
+
+def test_cells_scored_and_metrics_that_no_list_names_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validated(tmp_path / "one", **{"val/n_cells": 1.0})
+    validated(tmp_path / "two", **{"val/n_cells": 32.0, "val/mae": 0.125})
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["val/n_cells", "1", "32"] in lines
+    assert ["val/mae", "0.1250"] in lines

@@ -178,7 +178,7 @@ def test_validation_names_the_strongest_baseline_first_and_says_below_or_above(
     assert cells.index("model") == first + 7
     assert cells[cells.index("gene's mean value") + 6] == "the model is below"
     at = cells.index("pbmc")
-    assert cells[at : at + 4] == ["pbmc", "0.75", "0.5", "below"]
+    assert cells[at : at + 4] == ["pbmc", "0.7500", "0.5000", "below"]
     assert "Left out: 1 validation of run by another version" in page.text
     assert "above the strongest baseline (linear, 0.2000)" in page.text
 
@@ -346,3 +346,32 @@ def test_a_loss_chart_explains_the_lines_that_are_there(run_dir: Path, tmp_path:
     text = report.build_page(read_run(tmp_path / "bare"))
     assert "The dashed line" not in text
     assert "baseline" not in text
+
+
+def test_the_page_names_the_cells_that_were_scored(tmp_path: Path) -> None:
+    record = validated(tmp_path / "run", **{"val/n_cells": 1.0})
+    update_run_json(record.folder, summary={"n_cells_validation": 64})
+    page = Page(report.build_page(read_run(record.folder)))
+    assert page.value("Cells of the validation split") == "64"
+    assert page.value("Validation cells scored") == "1"
+    assert "Validation cells" not in page.cells
+    assert "hidden values of 1 held-out cell is 0.2500" in page.text
+    assert "per-gene mean not recorded; of 1 held-out cell" in page.text
+
+
+def test_a_metric_that_no_list_names_is_on_the_page(tmp_path: Path) -> None:
+    more = {"val/mae": 0.125, "val/linear/mae": 0.25}
+    cells = Page(report.build_page(validated(tmp_path / "run", **more))).cells
+    at = cells.index("val/mae")
+    assert cells[at + 1 : at + 3] == ["0.125", "0.25"]
+
+
+def test_differences_below_what_is_shown_are_not_called_lower_or_higher(tmp_path: Path) -> None:
+    changes = {"val/mse": 0.200001, "attention/decoder/mean_mse": 0.400001}
+    text = Page(report.build_page(validated(tmp_path / "run", **changes))).text
+    assert "0.2000, equal at four decimals to the strongest baseline (linear, 0.2000)" in text
+    assert "0.0%" not in text
+    with RunFolder(tmp_path / "old") as files:
+        files.append_metrics(1, {"val/mse": 0.4999, "val/baseline_mse": 0.5})
+    text = Page(report.build_page(read_run(tmp_path / "old"))).text
+    assert "less than 1% lower than the per-gene mean" in text

@@ -216,3 +216,17 @@ def test_a_training_that_has_not_begun_says_what_preflight_found(
     (tmp_path / "preflight.json").write_text(json.dumps(verdict))
     with pytest.raises(FileNotFoundError, match="has not begun: preflight: n2: no corpus"):
         read_status(tmp_path)
+
+
+def test_a_short_run_names_the_steps_that_its_loss_is_of(tmp_path: Path):
+    with RunFolder(tmp_path) as files:
+        files.append_metrics(1, {"train/loss": 3.0, "cells_seen": 4})
+    update_run_json(tmp_path, run_id="abc", status="RUNNING")
+    assert "3.0000, mean of the last 1 step\n" in describe(read_status(tmp_path))
+    with RunFolder(tmp_path) as files:
+        files.append_metrics(2, {"train/loss": 1.0, "cells_seen": 8})
+        files.append_metrics(2, {"val/mse": 0.5, "val/n_cells": 1.0, "val/mae": 0.25})
+    status = read_status(tmp_path)
+    assert "2.0000, mean of the last 2 steps\n" in describe(status)
+    assert "of 1 held-out cell 0.5000; mae 0.25\n" in describe(status)
+    assert status.validation == {"mse": 0.5, "n_cells": 1.0, "mae": 0.25}

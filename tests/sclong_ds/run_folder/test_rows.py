@@ -17,6 +17,7 @@ from sclong_ds.run_folder.rows import (
     sentence,
     standing,
     strongest,
+    unlisted,
 )
 
 HIDDEN = {"val/n_hidden": 90.0, "val/mse": 0.25}
@@ -27,7 +28,8 @@ BESIDE = {"val/gene_mean/mse": 0.5, "val/linear/mse": 0.2, "val/strongest_mse": 
     ("error", "words"),
     [
         (0.1, "below"), (0.2, "equal to"), (0.3, "above"), (math.inf, "above"),
-        (math.nan, "not a number, against"),
+        (math.nan, "not a number, against"), (0.20001, "equal at four decimals to"),
+        (0.2001, "above"),
     ],
 )  # fmt: skip
 def test_an_error_that_is_no_number_is_called_so(error: float, words: str) -> None:
@@ -56,3 +58,12 @@ def test_checkpoints_are_judged_relative_to_the_baselines_that_were_there() -> N
     assert judged(HIDDEN) == Judged("val/mse (hidden)", 0.25)
     row = HIDDEN | BESIDE | {"val/relative_mse": 1.25}
     assert judged(row) == Judged("val/relative_mse (gene_mean, linear)", 1.25)
+
+
+def test_a_sentence_names_the_number_of_cells_and_what_no_list_names() -> None:
+    row = HIDDEN | {"val/n_cells": 1.0, "val/spearman": 0.5, "val/mae": 0.125}
+    parts = {"val/mae/bin_0": 1.0, "val/mae/large": 1.0, "val/mae/dataset/a/b": 1.0}
+    row |= parts | {"val/linear/mae": 1.0, "perf/validation_s": 1.0}
+    assert unlisted(row) == {"val/mae": 0.125}
+    assert sentence(row) == "MSE of hidden values of 1 held-out cell 0.2500; mae 0.125"
+    assert "of 32 held-out cells" in sentence(row | {"val/n_cells": 32.0})
