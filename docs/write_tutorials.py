@@ -1,7 +1,7 @@
 """Tutorials: run the scripts of docs/tutorials/, and write each as a notebook and as a page.
 
     python docs/write_tutorials.py            # run all, write .ipynb, .md and pictures
-    python docs/write_tutorials.py --check    # run all, write nothing into docs/
+    python docs/write_tutorials.py --check    # run all and compare what commands say; write nothing
     python docs/write_tutorials.py h5ad_to_umap --folder DIR    # one, in the folder of the first
 
 A script has cells in the percent format (`# %%`, text behind `# %% [markdown]`). A cell
@@ -19,6 +19,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -224,11 +225,38 @@ def write(name: str, cells: list[Cell]) -> None:
         (FOLDER / file).write_bytes(picture)
 
 
+def words_of(text: str) -> set[str]:
+    """Return the lines of an output without numbers, blanks and which embedding was chosen."""
+    lines = (re.sub(r"[-+]?\d[\d.,:e%-]*", "#", line).split() for line in text.splitlines())
+    return {" ".join(line) for line in lines if line[:1] != ["embedding:"]}
+
+
+def stale(name: str, cells: list[Cell]) -> list[str]:
+    """Return what commands say now and do not on the page, or the other way round.
+
+    Numbers may differ, and the log of a training.
+
+    Args:
+        name: Of `NAMES`.
+        cells: Those that were run.
+    """
+    written = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    found = []
+    for cell, entry in zip(cells, written, strict=True):
+        if not cell.source.startswith(COMMAND) or " train " in cell.source:
+            continue
+        outputs = "".join(line for out in entry["outputs"] for line in out.get("text", []))
+        now, then = words_of(cell.text), words_of(outputs)
+        found += [f"now: {line}" for line in sorted(now - then)]
+        found += [f"on the page: {line}" for line in sorted(then - now)]
+    return found
+
+
 def main() -> int:
     """Run tutorials and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="tutorials (default: all)")
-    parser.add_argument("--check", action="store_true", help="write nothing into docs/")
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--folder", type=Path, help="run in this folder, and keep it")
     args = parser.parse_args()
     sys.path.insert(0, str(FOLDER.parents[1]))
@@ -244,6 +272,9 @@ def main() -> int:
         cells = run_tutorial(names[0])
         if not args.check:
             write(names[0], cells)
+        elif differences := stale(names[0], cells):
+            print(f"{names[0]}: run python docs/write_tutorials.py", *differences, sep="\n  ")
+            return 1
     return 0
 
 

@@ -29,7 +29,7 @@ def test_tutorials_run(tmp_path: Path) -> None:
         [*command, "--folder", str(tmp_path)],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=800,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     left = {path.name for path in tmp_path.iterdir()}
     assert {"model", "report.html", "embedded.h5ad", "annotated", "effects.h5ad"} <= left
 
@@ -43,6 +43,23 @@ def test_a_notebook_is_that_of_its_script(name: str) -> None:
     page = (write_tutorials.FOLDER / f"{name}.md").read_text()
     for kind, source in ours:
         assert source.removeprefix("!" if kind == "code" else "") in page
+
+
+def test_pages_that_say_what_commands_no_longer_say_are_noticed() -> None:
+    name = "what_does_this_gene_do"
+    cells = write_tutorials.cells_of(name)
+    written = json.loads((write_tutorials.FOLDER / f"{name}.ipynb").read_text())["cells"]
+    for cell, entry in zip(cells, written, strict=True):
+        cell.text = "".join(
+            line for out in entry.get("outputs", []) for line in out.get("text", [])
+        )
+    assert write_tutorials.stale(name, cells) == []
+    (command,) = (c for c in cells if "sclong genes" in c.source)
+    command.text = command.text.replace("10 edges", "11 edges")
+    assert write_tutorials.stale(name, cells) == []
+    command.text = command.text.replace(" edges", " lines")
+    now, then = write_tutorials.stale(name, cells)
+    assert (now[:4], then[:12]) == ("now:", "on the page:")
 
 
 def test_every_script_is_run() -> None:
