@@ -8,8 +8,8 @@ activation checkpointing. Measured is the highest resident memory of rank 0 with
 run with a tiny model (python, libraries, corpus); predicted is the peak of
 `sclong_ds.planning.memory`, on a CPU with what is offloaded. Prints a table.
 
-Blocks of a MiB and more are given back to the system when they are freed (`MALLOC_MMAP_THRESHOLD_`):
-glibc else raises that limit to 32 MiB as a program goes on, and keeps up to 0.6 times as much again.
+What is freed in blocks of a MiB and more goes back to the system (`MALLOC_MMAP_THRESHOLD_`): glibc
+else raises that limit to 32 MiB as a program goes on, and keeps up to 0.6 times as much again.
 """
 
 from __future__ import annotations
