@@ -9,7 +9,7 @@ run with a tiny model (python, libraries, corpus); predicted is the peak of
 `sclong_ds.planning.memory`, on a CPU with what is offloaded. Prints a table.
 
 What is freed in blocks of a MiB and more goes back to the system (`MALLOC_MMAP_THRESHOLD_`): glibc
-else raises that limit to 32 MiB as a program goes on, and keeps up to 0.6 times as much again.
+else raises that limit to 32 MiB in the course of a run, and keeps up to 0.6 times as much again.
 """
 
 from __future__ import annotations
