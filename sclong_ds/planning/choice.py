@@ -22,7 +22,13 @@ from sclong_ds.planning.costs import (
     training_flops_per_cell,
 )
 from sclong_ds.planning.devices import Device, check_products
-from sclong_ds.planning.memory import Setup, Zero, memory_per_rank, zero_settings
+from sclong_ds.planning.memory import (
+    Setup,
+    Zero,
+    activation_bytes,
+    memory_per_rank,
+    zero_settings,
+)
 from sclong_ds.planning.step_time import FewerBits, Site, StepTime, Work, step_time
 
 IN_MEMORY, OFFLOADED = ("zero3", "zero2", "zero1"), "zero3_offload"
@@ -123,6 +129,10 @@ class Chooser:
             model, work.n_genes, work.n_edges, micro_batch=micro_batch, **cell
         )
         again = recompute_flops_per_cell(model, work.n_genes, **cell) if recompute else 0
+        kept = activation_bytes(
+            model, work.n_genes, element_bytes=self.element_bytes, recompute=False,
+            n_expressed=cell["n_expressed"], n_wanted=cell["n_wanted"],
+        )  # fmt: skip
         return step_time(
             Work(
                 parameters=sum(parameter_counts(model, work.n_genes).values()),
@@ -130,6 +140,7 @@ class Chooser:
                 element_bytes=self.element_bytes,
                 training_flops=flops,
                 recompute_flops=again,
+                kept_bytes=sum(kept.values()),
                 fewer_bits=self._fewer_bits(),
             ),
             zero,

@@ -44,7 +44,7 @@ class Device:
 
     def usable_bytes(self) -> int:
         """Return the memory that tensors may fill."""
-        return int((self.memory_gib * USABLE_SHARE - self.reserve_gib) * GIB)
+        return max(0, int((self.memory_gib * USABLE_SHARE - self.reserve_gib) * GIB))
 
 
 PCIE_4, PCIE_5 = 32.0, 64.0

@@ -5,6 +5,9 @@ gathering weights does. The three run side by side, so the longest counts; what 
 overlap is added. Products in fewer bits (`engine.linear_products`) save what matrix products of
 that size take less of, and cost what rounding their factors moves through memory. A prediction:
 nothing here was measured on a GPU.
+
+On a CPU the cores of a rank do all of it, one after the other, and what lies between the matrix
+products counts: at small widths it takes most of the time.
 """
 
 from __future__ import annotations
@@ -32,6 +35,10 @@ HOST_MEMORY_GB_PER_S = 200.0
 """Of a node, for optimizer steps on its CPUs."""
 GEMM_SHARE = 0.65
 """Share of its peak that a matrix product of the large encoder reaches; assumed."""
+CPU_PASSES = 55
+"""Times that a CPU moves what autograd keeps of a cell, besides matrix products: fitted between a
+step of the demo, 0.46 s of a core for 4 cells of `sclong_tiny` (0.41 s predicted), and one at the
+widths of `sclong_1b` (`benchmarks/results/cpu_step.json`; 1.7 times as long predicted)."""
 ADAM_BYTES = 28
 """That an optimizer step on a CPU moves per parameter: gradient, weight and moments, in fp32."""
 
@@ -129,6 +136,8 @@ class Work:
     """Of forward and backward of a cell, without what is recomputed."""
     recompute_flops: float
     """That activation checkpointing repeats of a cell; 0 without it."""
+    kept_bytes: int = 0
+    """That autograd keeps of a cell without activation checkpointing."""
     fewer_bits: FewerBits | None = None
     """None: all products are in `engine.precision`."""
 
@@ -142,6 +151,8 @@ class StepTime:
     links_s: float
     overlapped: bool
     """Whether the links are busy while the rank computes."""
+    alone: bool = False
+    """Whether the same cores compute, run Python and copy, one after the other: a CPU."""
     accumulated: int
     """Micro-batches of a step."""
     update_s: float
@@ -152,6 +163,8 @@ class StepTime:
     @property
     def micro_batch_s(self) -> float:
         """Seconds of a micro-batch."""
+        if self.alone:
+            return self.compute_s + self.host_s + self.links_s
         if self.overlapped:
             return max(self.compute_s, self.host_s, self.links_s)
         return max(self.compute_s, self.host_s) + self.links_s
@@ -190,9 +203,12 @@ def step_time(
     world, e, third = site.world_size, work.element_bytes, zero.stage == 3
     recomputed = work.recompute_flops > 0
     flops = micro_batch * (work.training_flops + work.recompute_flops)
-    saved = 0.0
+    on_cpu, saved = site.device == "cpu", 0.0
+    if on_cpu:
+        moved = micro_batch * work.kept_bytes * CPU_PASSES
+        saved = -moved / (device.memory_gb_per_s * 1e9)
     if work.fewer_bits is not None:
-        saved = work.fewer_bits.saves_s(
+        saved += work.fewer_bits.saves_s(
             device, precision=precision, mfu=site.mfu, micro_batch=micro_batch,
             forwards=1 + recomputed,
         )  # fmt: skip
@@ -206,11 +222,14 @@ def step_time(
     if zero.offload_optimizer:
         of_node = share * site.gpus_per_node * ADAM_BYTES / (HOST_MEMORY_GB_PER_S * 1e9)
         update += share * (4 + e) / to_host + of_node
+    elif on_cpu:
+        update += share * ADAM_BYTES / (device.memory_gb_per_s * 1e9)
     return StepTime(
         compute_s=flops / (device.flops_per_s(precision) * site.mfu) - saved,
         host_s=work.layers * HOST_MS_PER_LAYER[third, recomputed] / 1e3,
         links_s=links,
         overlapped=zero.overlap,
+        alone=on_cpu,
         accumulated=step_cells // (micro_batch * world),
         update_s=update,
         training_flops=work.training_flops,

@@ -107,9 +107,15 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
     hours = "rank-hours" if plan["device"]["name"] == "cpu" else "GPU-hours"
     micro = time["micro_batch"]
     beside = "side by side" if micro["overlapped"] else "the links after the others"
+    rough = ""
+    if plan["device"]["name"] == "cpu":
+        beside, rough = (
+            "one after the other",
+            "; of a CPU a rough estimate (a factor of 2), on idle cores",
+        )
     lines = [
         f"Time, predicted, validation and checkpoints not included: {plan['mfu']:.0%} of the peak "
-        f"while a rank computes, {time['reached_mfu']:.0%} MFU in all",
+        f"while a rank computes, {time['reached_mfu']:.0%} MFU in all{rough}",
         f"  a micro-batch: {1e3 * micro['compute_s']:,.3g} ms of arithmetic, "
         f"{1e3 * micro['host_s']:,.3g} ms of Python, {1e3 * micro['links_s']:,.3g} ms on the links "
         f"({beside}; {plan['network_gbit']:,.4g} Gbit/s to other nodes); "

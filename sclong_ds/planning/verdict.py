@@ -44,6 +44,11 @@ def advice_of(plan: Mapping[str, Any]) -> str | None:
         plan: What `make_plan` returns.
     """
     memory, time, fastest = plan["memory"], plan["time"], plan["fastest"]
+    if fastest is None and plan["device"]["name"] == "cpu":
+        return (
+            "No shipped setting fits here: the ranks of a node share its memory, so use fewer of "
+            "them on a node, or nodes with more memory."
+        )
     if fastest is None:
         return "No shipped setting fits here: use more ranks, or devices with more memory."
     if not fastest["overrides"]:

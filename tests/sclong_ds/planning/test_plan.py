@@ -6,6 +6,7 @@ Covers also `sclong_ds/planning/arguments.py` and `sclong_ds/planning/text.py`.
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from sclong_ds.planning.step_time import Site
 from sclong_ds.planning.text import format_plan
 
 GENES = 27_874
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 ZERO3 = zero_settings({"zero_optimization": {"stage": 3}})
 
 
@@ -103,7 +105,7 @@ def test_zero_settings_reads_the_json_and_knows_the_defaults():
         zero_settings({})
 
 
-def plan_of(preset="sclong_1b", *overrides, cells=1_000_000, **site):
+def plan_of(preset="sclong_1b", *overrides, cells=1_000_000, expressed=20, edges=0, **site):
     config = load_config(preset, overrides)
     engine = config.engine
     usual = {"nodes": 2, "gpus_per_node": 8, "device": "h100", "mfu": 0.4, "network_gbit": 400.0}
@@ -116,7 +118,7 @@ def plan_of(preset="sclong_1b", *overrides, cells=1_000_000, **site):
         // (engine.train_micro_batch_size_per_gpu * world),
         "zero_optimization": {"stage": 3},
     }
-    work = Workload(n_genes=GENES, n_edges=0, cells=cells, n_expressed=20)
+    work = Workload(n_genes=GENES, n_edges=edges, cells=cells, n_expressed=expressed)
     return make_plan(config, ds_config, site=site, work=work)
 
 
@@ -253,6 +255,43 @@ def test_products_on_a_cpu(bf16, faster, monkeypatch):
     assert 1.1 < ratio < 2
     assert plain["linear_products"]["times_as_fast"]["engine.linear_products=bf16"] == ratio
     assert rounded["memory"]["peak_bytes"] < 0.95 * plain["memory"]["peak_bytes"]
+
+
+PUBLISHED_WIDTHS = (
+    "model.gene_encoder=embedding", "model.large_encoder.depth=2", "model.mini_encoder.depth=1",
+    "model.decoder.depth=1", "engine.precision=fp32", "engine.train_batch_size=1",
+    "engine.train_micro_batch_size_per_gpu=1", "engine.activation_checkpointing=false",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("routing", ["top", "expressed"])
+def test_a_step_on_one_core_takes_what_was_measured(routing, monkeypatch):
+    """At the published widths, which matrix products fill."""
+    monkeypatch.setattr(devices, "_instruction_sets", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr(devices, "usable_cores", lambda: 1)
+    names = {"top": "as trained", "expressed": "expressed"}
+    measured = json.loads((RESULTS / "cpu_step.json").read_bytes())["result"]["median"]
+    given = (*PUBLISHED_WIDTHS, f"model.routing={routing}")
+    site = {"nodes": 1, "gpus_per_node": 1, "device": "cpu"}
+    plan = plan_of("sclong_1b", *given, expressed=1500, **site)
+    ratio = plan["time"]["step_time_s"] / measured[names[routing]]["total_s"]
+    assert 1 / 2 < ratio < 2
+
+
+def test_the_demo_takes_what_was_measured(monkeypatch):
+    """At a width of 32, where matrix products are the least of it."""
+    monkeypatch.setattr(devices, "_instruction_sets", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr(devices, "usable_cores", lambda: 2)
+    demo = json.loads((RESULTS / "demo.json").read_bytes())["result"]
+    given = ("engine.train_batch_size=8", "engine.train_micro_batch_size_per_gpu=4")
+    site = {"nodes": 1, "gpus_per_node": 2, "device": "cpu"}
+    plan = plan_of("sclong_tiny", *given, expressed=1200, edges=414_085, **site)
+    step_s = plan["time"]["step_time_s"]
+    # CPU seconds of a rank, over 60 steps of the demo's configuration.
+    assert 1 / 2 < step_s / 0.46 < 2
+    # Besides its steps the demo prepares, starts twice, validates, draws and embeds.
+    assert 1 / 3 < demo["steps"] * step_s / (60 * demo["minutes"]) < 1
+    assert "of a CPU a rough estimate" in format_plan(plan, verbose=False)
 
 
 def test_says_when_it_does_not_fit():

@@ -47,6 +47,18 @@ def test_what_does_not_fit_names_what_does(capsys: pytest.CaptureFixture[str]) -
     assert 0 < int(found[1]) < 512
 
 
+def test_more_ranks_do_not_help_where_they_share_the_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["plan", "--config", "sclong_tiny", "--nodes", "1", "--gpus-per-node", "100000"]
+    sizes = ["engine.train_batch_size=400000", "engine.train_micro_batch_size_per_gpu=4"]
+    assert main([*command, "--device", "cpu", *sizes]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("It DOES NOT FIT on 100,000 CPU processes: ")
+    assert first.endswith(" 0.0 GiB usable.")
+    assert "use fewer of them on a node" in second
+
+
 def test_the_advice_is_taken_at_its_word(capsys: pytest.CaptureFixture[str]) -> None:
     """Its overrides, given, make the plan that it promised, and leave nothing to advise."""
     command = ["plan", "--config", "sclong_1b", "--nodes", "8", "--gpus-per-node", "8", "--json"]
