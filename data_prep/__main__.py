@@ -385,7 +385,7 @@ def _tell_finished(args: argparse.Namespace, catalogue: dict[str, Any]) -> None:
     )
     parts = len(catalogue.get("parts", ()))
     print(
-        f"{args.corpus}: {catalogue['n_cells']} cells x {catalogue['n_genes']} genes of "
+        f"{args.corpus}: {counted(catalogue['n_cells'], 'cell')} x {catalogue['n_genes']} genes of "
         f"{counted(len(catalogue['datasets']), 'dataset')}; "
         f"{splits} (split by {catalogue['split_unit']}); "
         f"{counted(catalogue['duplicates_dropped'], 'duplicate')} dropped; "
@@ -475,7 +475,10 @@ def _run_verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report, indent=1))
     elif report["ok"]:
-        print(f"{args.corpus}: ok, {report['n_cells']} cells in {report['n_files']} files")
+        print(
+            f"{args.corpus}: ok, {counted(report['n_cells'], 'cell')} in "
+            f"{counted(report['n_files'], 'file')}"
+        )
         if args.sources:
             print(sources_line(report["sources"]))
         print(links_text(report["links"]))

@@ -34,6 +34,7 @@ from sclong_ds.input_checks import check_inputs, check_launch, check_run_dir
 from sclong_ds.job import failures
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
+from sclong_ds.page import words
 from sclong_ds.run_folder.identity import node_name
 
 
@@ -236,8 +237,9 @@ def train_as_rank(
                 return status
         outcome = "FINISHED"
         log.info(
-            "done: %d steps, %s cells; run folder %s",
-            counted.state.step, f"{counted.state.cells_seen:,}", run_dir,
+            "done: %s, %s; run folder %s",
+            words.counted(counted.state.step, "step"),
+            words.counted(counted.state.cells_seen, "cell"), run_dir,
         )  # fmt: skip
         return 0
     except Exception as error:

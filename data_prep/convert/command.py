@@ -27,6 +27,7 @@ from data_prep.manifest.where import WHERE_HELP, parse_where
 from data_prep.staging.settings import GENES_SHARE, MIN_GENES, Settings
 from sclong_ds.command_line import local_path, need, new_folder, positive, share, whole
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.page.words import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         first = " ".join(f"{failed[0]['dataset_id']}: {failed[0]['reason']}".split())
         print(
-            f"error: {len(failed)} of {len(entries)} datasets failed ({first}"
+            f"error: {len(failed)} of {counted(len(entries), 'dataset')} failed ({first}"
             f"{'; ...' if len(failed) > 1 else ''})",
             file=sys.stderr,
         )

@@ -308,7 +308,7 @@ def _report(entry: LedgerEntry, n_done: int, n_all: int, bar: Bar | None) -> Non
         bar.update()
     else:
         detail = (
-            f"{entry['n_cells']} cells{_dropped(entry)}"
+            f"{counted(entry['n_cells'], 'cell')}{_dropped(entry)}"
             if entry["status"] == "ok"
             else entry["reason"]
         )

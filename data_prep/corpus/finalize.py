@@ -46,6 +46,7 @@ from data_prep.passes.crew import Crew, WorkIsGone
 from data_prep.passes.dedup import Progress
 from sclong_ds.corpus.catalogue import read_catalogue
 from sclong_ds.files.atomic import named_errors
+from sclong_ds.page.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -302,6 +303,7 @@ def _dataset_warnings(corpus: Path, datasets: Sequence[Mapping[str, Any]]) -> li
         return []
     more = f", and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
     return [
-        f"{sum(numbers.values())} warnings about {len(found)} of the {len(datasets)} datasets "
+        f"{counted(sum(numbers.values()), 'warning')} about {len(found)} of the "
+        f"{counted(len(datasets), 'dataset')} "
         f"used: {', '.join(found[:_MOST_NAMES])}{more}; see: python -m data_prep status {corpus}"
     ]

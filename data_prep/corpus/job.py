@@ -34,6 +34,7 @@ from data_prep.passes.crew import has_failed
 from sclong_ds.corpus.catalogue import PARTS, read_catalogue, write_catalogue
 from sclong_ds.corpus.location import Location
 from sclong_ds.corpus.shards import read_metadata
+from sclong_ds.page.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ class Job:
             names = ", ".join(dataset.dataset_id for dataset in pending[:3])
             n_datasets = len(self.inputs.ledger) + len(pending)
             raise ValueError(
-                f"{self.corpus}: {len(pending)} of {n_datasets} datasets were not converted yet "
+                f"{self.corpus}: {len(pending)} of {counted(n_datasets, 'dataset')} not "
+                "converted yet "
                 f"({names}{', ...' if len(pending) > 3 else ''}): {tasks_to_run(pending)}, or "
                 "finalize with --allow-missing to continue without them"
             )

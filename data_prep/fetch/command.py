@@ -23,6 +23,7 @@ from data_prep.fetch.selection import TERM_FILTERS, Filters, select
 from data_prep.manifest.address import without_secrets
 from sclong_ds.command_line import local_path, new_folder, whole
 from sclong_ds.files.atomic import read_file, write_atomic
+from sclong_ds.page.words import counted
 
 _MARK = "# written by data_prep fetch; the next one replaces it\n"
 """First line of a manifest."""
@@ -165,7 +166,9 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         print(
-            json.dumps(facts, indent=1) if args.json else f"{manifest}: {len(lock.items)} datasets"
+            json.dumps(facts, indent=1)
+            if args.json
+            else f"{manifest}: {counted(len(lock.items), 'dataset')}"
         )
         return 0
     return _fetch_all(args, lock, lock_path, manifest, rules)
@@ -258,7 +261,7 @@ def _facts(items: Sequence[Item], rate: int) -> dict[str, Any]:
 
 def _plan_text(facts: dict[str, Any]) -> str:
     lines = [
-        f"{facts['datasets']:,} datasets, {facts['cells']:,} cells, of which "
+        f"{counted(facts['datasets'], 'dataset')}, {counted(facts['cells'], 'cell')}, of which "
         f"{facts['primary_cells']:,} primary; {size_text(facts['bytes'])}, the largest file "
         f"{size_text(facts['largest'])}; {facts['hours']:g} h at {size_text(facts['rate'])}/s"
     ]
@@ -303,11 +306,15 @@ def _fetch_all(
         facts = {"fetched": here, "bytes": total, "not_fetched": dict(missing)}
         print(json.dumps(facts | {"manifest": str(manifest)}, indent=1))
     else:
-        print(f"{args.out}: {len(here)} of {len(outcomes)} files, {size_text(total)}; {manifest}")
+        print(
+            f"{args.out}: {len(here)} of {counted(len(outcomes), 'file')}, "
+            f"{size_text(total)}; {manifest}"
+        )
     if missing:
         name, reason = missing[0]
         print(
-            f"error: {len(missing)} of {len(outcomes)} files are not there ({name}: {reason}"
+            f"error: not there: {len(missing)} of {counted(len(outcomes), 'file')} "
+            f"({name}: {reason}"
             f"{'; ...' if len(missing) > 1 else ''}); the same command tries them again",
             file=sys.stderr,
         )

@@ -17,6 +17,7 @@ from data_prep.ledger.ledger import LedgerEntry, check_staged, read_entry
 from sclong_ds.corpus.catalogue import PARTS, parts_of, read_catalogue
 from sclong_ds.files.atomic import file_sha256, files_below, listed, read_file
 from sclong_ds.files.checksums import check_file
+from sclong_ds.page.words import counted
 
 SOURCES = "drawn cells are those of the source files"
 LEDGER = "ledger entries have their own checksum"
@@ -94,7 +95,7 @@ def links_text(links: list[dict[str, Any]]) -> str:
     """
     lines = []
     for link in links:
-        state = f"checked, {link['files']} files" if link["checked"] else "not checked"
+        state = f"checked, {counted(link['files'], 'file')}" if link["checked"] else "not checked"
         reason = f" ({link['reason']})" if link["reason"] else ""
         lines.append(f"  {link['link']}: {state}{reason}")
     return "\n".join(lines)

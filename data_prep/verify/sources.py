@@ -43,6 +43,7 @@ from data_prep.verify.plain_text import plain_matrix_market, plain_npz, plain_ta
 from data_prep.verify.plain_where import failed_where, where_columns, where_reasons
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.files.atomic import read_json
+from sclong_ds.page.words import counted
 
 DEFAULT_SEED = 0
 BATCH = 256
@@ -199,14 +200,15 @@ def sources_line(summary: Mapping[str, Any]) -> str:
         summary: The summary.
     """
     text = (
-        f"{summary['cells']} cells of {summary['datasets']} datasets are as in their sources; "
-        f"{summary['dropped']} cells that are not in the corpus were left out rightly"
+        f"as in their sources: {counted(summary['cells'], 'cell')} of "
+        f"{counted(summary['datasets'], 'dataset')}; left out rightly: "
+        f"{counted(summary['dropped'], 'cell')}"
     )
     for name, what in (("gone", "gone"), ("removed", _REMOVED), ("changed", "changed")):
         if summary[name]:
             shown = ", ".join(summary[name][:_MOST_NAMES])
             more = ", ..." if len(summary[name]) > _MOST_NAMES else ""
-            text += f"; {len(summary[name])} sources {what}: {shown}{more}"
+            text += f"; {counted(len(summary[name]), 'source')} {what}: {shown}{more}"
     return text
 
 

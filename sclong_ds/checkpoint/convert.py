@@ -32,6 +32,7 @@ import torch.distributed as dist
 from sclong_ds.checkpoint.torch_files import plain_values_only
 from sclong_ds.engine.deepspeed_engine import Engine
 from sclong_ds.engine.ranks import on_first_rank
+from sclong_ds.page.words import counted
 
 log = logging.getLogger(__name__)
 _WORKERS = 4
@@ -135,7 +136,7 @@ def convert(checkpoint: Path, folder: Path, *, names: Iterable[str]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     target = folder / checkpoint.name
-    log.info("converting %s for %d ranks", checkpoint, dist.get_world_size())
+    log.info("converting %s for %s", checkpoint, counted(dist.get_world_size(), "rank"))
     # A signal to all of a job's processes asks the ranks to stop, which they do after this.
     deaf = ["sh", "-c", 'trap "" INT TERM USR1; exec "$@"', "sh"]
     command = [sys.executable, "-m", "sclong_ds.checkpoint.torch_files", "--input_folder",
@@ -148,7 +149,7 @@ def convert(checkpoint: Path, folder: Path, *, names: Iterable[str]) -> None:
         shutil.rmtree(folder)
         said = done.stderr.strip().splitlines()[-1:] if done.returncode else [missing[0]]
         raise ValueError(
-            f"{checkpoint} could not be converted for {dist.get_world_size()} ranks "
+            f"{checkpoint} could not be converted for {counted(dist.get_world_size(), 'rank')} "
             f"({'; '.join(said) or 'no message'}); it is untouched: start with the number of ranks "
             f"that saved it, or make room for three times its size"
         )

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sclong_ds.corpus.catalogue import DatasetInfo
+from sclong_ds.page.words import counted
 
 UNKNOWN = "not recorded"
 COLUMNS = ("title", "licence", "version", "doi")
@@ -38,7 +39,11 @@ def citations_text(datasets: Sequence[DatasetInfo]) -> str:
     used = [dataset for dataset in datasets if dataset.n_cells]
     named = [dataset for dataset in used if dataset.origin]
     n_cells = sum(dataset.n_cells for dataset in used)
-    lines = [f"{n_cells:,} cells of {len(used):,} datasets. Licences: {licences_text(used)}.", ""]
+    lines = [
+        f"{counted(n_cells, 'cell')} of {counted(len(used), 'dataset')}. "
+        f"Licences: {licences_text(used)}.",
+        "",
+    ]
     if named:
         rows = [
             (d.dataset_id, *(facts_of(d)[name] for name in COLUMNS), f"{d.n_cells:,}")
@@ -54,7 +59,10 @@ def citations_text(datasets: Sequence[DatasetInfo]) -> str:
             "Neither the manifest nor the file names title, publication or licence (manifest "
             "columns title, doi, licence, version, citation):",
             "",
-            *(f"- {dataset.dataset_id} ({dataset.n_cells:,} cells)" for dataset in nameless),
+            *(
+                f"- {dataset.dataset_id} ({counted(dataset.n_cells, 'cell')})"
+                for dataset in nameless
+            ),
             "",
         ]
     return _HEAD + "\n".join(lines)

@@ -38,6 +38,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.embedding.stored import measured_again
 from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.page.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -200,7 +201,9 @@ def _survey(
     outcome.check(entry, min_counts_kept=0, any_cell=not given)
     unproven = entry["dropped_cells"].get(UNPROVEN, 0)
     if unproven and not given:
-        entry["warnings"].append(f"{unproven} cells: {UNPROVEN}; their counts are taken as zero")
+        entry["warnings"].append(
+            f"{counted(unproven, 'cell')}: {UNPROVEN}; their counts are taken as zero"
+        )
     return outcome.kept if given else np.ones(len(outcome.kept), dtype=bool), entry
 
 

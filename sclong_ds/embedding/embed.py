@@ -60,6 +60,7 @@ from sclong_ds.files.hdf5_file import new_hdf5
 from sclong_ds.model.pooling import Part
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.page.words import counted
 from sclong_ds.progress import count_progress
 
 KEY = "X_sclong"
@@ -127,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
         )
     print(share_in_training(training_cells, coverage.n_cells_in_training, coverage.n_cells))
     print(
-        f"{args.out}: {coverage.n_cells} cells, {KEY} of width {embedding_width(model)}; "
+        f"{args.out}: {counted(coverage.n_cells, 'cell')}, {KEY} of width "
+        f"{embedding_width(model)}; "
         f"{coverage.n_genes_mapped} of the model's {coverage.n_genes_model} genes, "
         f"{coverage.counts_kept:.1%} of the counts{_left_out(cells)}"
     )
@@ -462,9 +464,9 @@ def _as_uint32(counts: csr_matrix) -> csr_matrix:
 def _warn(coverage: Coverage, *, masks: bool) -> None:
     if coverage.n_cells_without_counts:
         _log.warning(
-            "%d of %d cells have no count of a gene of the model: their embedding is zero",
+            "%d of %s without a count of any gene of the model: the embedding is zero there",
             coverage.n_cells_without_counts,
-            coverage.n_cells,
+            counted(coverage.n_cells, "cell"),
         )
     if coverage.n_genes_mapped < _FEW_GENES * coverage.n_genes_model:
         _log.warning(

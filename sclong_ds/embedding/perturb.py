@@ -39,6 +39,7 @@ from sclong_ds.embedding.record import origin_of, record_of
 from sclong_ds.embedding.stored import UNS_KEY
 from sclong_ds.files.atomic import make_folder
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.page.words import counted
 from sclong_ds.progress import count_progress
 
 FACTOR = 1.5
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     print(known_from_training(args.model_dir, cells))
     for name, row in zip(names, table.obs.itertuples(), strict=True):
         print(
-            f"{name}: {row.n_cells} cells, embedding moves {row.shift:.4g} (null "
+            f"{name}: {counted(row.n_cells, 'cell')}, embedding moves {row.shift:.4g} (null "
             f"{row.null_mean:.4g}), p {row.p:.3g}, q {row.q:.3g}"
         )
         if goal is not None:

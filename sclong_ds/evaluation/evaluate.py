@@ -61,6 +61,7 @@ from sclong_ds.exported.training_cells import (
 )
 from sclong_ds.files.atomic import make_folder, write_atomic
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.page.words import counted
 
 _MAX_DRAWN_CELLS = 3000
 _MAX_LEGEND = 30
@@ -112,7 +113,10 @@ def run(args: argparse.Namespace) -> int:
     report |= _facts(args, cells, scored) | _score_facts(scores, table)
     write_atomic(args.out / "scores.json", (json.dumps(report, indent=1) + "\n").encode())
     print("\n".join([*lines, *leaks, *([] if missing is None else [missing])]))
-    print(f"{len(scored.rows)} cells, {len(sizes_of(scored.labels))} labels of {args.label}")
+    print(
+        f"{counted(len(scored.rows), 'cell')}, "
+        f"{counted(len(sizes_of(scored.labels)), 'label')} of {args.label}"
+    )
     print(shown_table(scores, table).to_string(na_rep="-"))
     print(f"written to {args.out}")
     return 0

@@ -32,6 +32,7 @@ from sclong_ds.exported.manifest import CURE
 from sclong_ds.files.atomic import read_json
 from sclong_ds.files.npz import read_npz
 from sclong_ds.loader.weights import weights_of
+from sclong_ds.page.words import counted
 from sclong_ds.progress import count_progress
 
 TRAINING_CELLS = "training_cells.npz"
@@ -331,4 +332,5 @@ def share_in_training(known: TrainingCells | None, n_found: int, n_cells: int) -
             "training cells"
         )
     rest = "" if known.complete else "; the model that training started from does not tell its own"
-    return f"{n_found} of {n_cells} cells were in training{rest}"
+    were = "was" if n_cells == 1 else "were"
+    return f"{n_found} of {counted(n_cells, 'cell')} {were} in training{rest}"

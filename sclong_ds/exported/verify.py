@@ -28,6 +28,7 @@ from sclong_ds.exported import manifest as model_manifest
 from sclong_ds.files.atomic import file_sha256, is_partial, listed
 from sclong_ds.files.json_lines import damaged_lines
 from sclong_ds.files.sealed_json import CHECKSUM, read_object, read_sealed
+from sclong_ds.page.words import counted
 from sclong_ds.progress import count_progress
 from sclong_ds.run_folder.files import EVENTS_FILE, METRICS_FILE, RUN_FILE, SYSTEM_DIR
 from sclong_ds.run_folder.seal import changes
@@ -99,7 +100,8 @@ def _verify_model(folder: Path, findings: Findings) -> None:
             findings.problems += model_manifest.problems(folder, manifest, on_bytes=on_bytes)
         n_files = len(manifest["files"])
         findings.checked.append(
-            f"manifest.json (its own checksum) -> {n_files} files: size, CRC-32C, SHA-256"
+            f"manifest.json (its own checksum) -> {counted(n_files, 'file')}: size, "
+            "CRC-32C, SHA-256"
         )
     findings.problems += _not_finite(folder / model_manifest.WEIGHTS)
     findings.checked.append(f"{model_manifest.WEIGHTS}: all weights are finite")
@@ -152,7 +154,8 @@ def _verify_checkpoint(folder: Path, findings: Findings) -> None:
         return
     findings.checked.append(
         f"{folder.name}: manifest.json{' (its own checksum)' if manifest.digest else ''} -> "
-        f"{len(manifest.files)} files of {state.world_size} ranks, ZeRO stage {state.zero_stage}: "
+        f"{counted(len(manifest.files), 'file')} of {counted(state.world_size, 'rank')}, "
+        f"ZeRO stage {state.zero_stage}: "
         f"size, {manifest.crc}"
     )
     for name in checkpoint_files.extra_files(folder, manifest):

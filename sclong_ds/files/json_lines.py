@@ -117,7 +117,7 @@ def each_row(path: Path, *, numbers: bool = False) -> Iterator[dict[str, Any]]:
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         log.warning(
-            "%s: %d damaged lines are ignored (line %s); all others are used", path, len(bad), shown
+            "%s: damaged lines ignored: %d (line %s); all others are used", path, len(bad), shown
         )
 
 

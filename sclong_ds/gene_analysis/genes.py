@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         _benchmark(args, model, read, table)
     with whole_file(args.out) as partial:
         table.write_h5ad(partial)
-    print(f"{args.out}: {table.n_obs} genes, {', '.join(table.obsm)}")
+    print(f"{args.out}: {counted(table.n_obs, 'gene')}, {', '.join(table.obsm)}")
     return 0
 
 

@@ -33,6 +33,7 @@ from typing import Any
 from sclong_ds.command_line import parse_arguments
 from sclong_ds.config.arguments import add_training_arguments
 from sclong_ds.job.restarts import PREFLIGHT_FILE, read_verdict
+from sclong_ds.page.words import counted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -424,9 +425,9 @@ def publish(verdict: Mapping[str, Any], place: Place, run_dir: Path | None) -> N
     elif verdict["ok"]:
         reduced = verdict["all_reduce"]
         log.info(
-            "preflight: %d ranks are fit; all-reduce of %.0f MiB in %.2f s (%.2f GB/s a rank)",
-            place.world_size, reduced["bytes"] / 2**20, reduced["seconds"],
-            reduced["bytes_per_s"] / 1e9,
+            "preflight: %s %s fit; all-reduce of %.0f MiB in %.2f s (%.2f GB/s a rank)",
+            counted(place.world_size, "rank"), "is" if place.world_size == 1 else "are",
+            reduced["bytes"] / 2**20, reduced["seconds"], reduced["bytes_per_s"] / 1e9,
         )  # fmt: skip
     if run_dir is not None and run_dir.is_dir():
         write_sealed(run_dir / PREFLIGHT_FILE, verdict)

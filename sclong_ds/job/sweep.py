@@ -27,6 +27,7 @@ from sclong_ds.config.arguments import add_training_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.files.atomic import read_file
+from sclong_ds.page.words import counted
 from sclong_ds.run_folder.files import RUN_FILE
 from sclong_ds.sweep.folder import task_name, write_sweep
 
@@ -191,7 +192,8 @@ def _answer(args: argparse.Namespace) -> str:
     if wrong:
         raise ValueError("\n".join(wrong))
     if args.task is None:
-        return f"{args.sweep}: {len(tasks)} tasks, submit with sbatch --array=1-{len(tasks)}"
+        n = len(tasks)
+        return f"{args.sweep}: {counted(n, 'task')}, submit with sbatch --array=1-{n}"
     write_sweep(Path(run_dir), {task_name(n): t.words for n, t in enumerate(tasks, start=1)})
     words = task_arguments(
         tasks, args.task, folder=Path(run_dir), config=args.config, shared=args.overrides

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sclong_ds.command_line import new_file, positive, whole
 from sclong_ds.files.atomic import write_atomic
 from sclong_ds.files.cores import usable_cores
+from sclong_ds.page.words import counted
 
 if TYPE_CHECKING:
     from sclong_ds.loader.threads import Output
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
         + f", {found['cores']:.2f} of {found['cores_of_machine']} cores "
         f"({found['cpu_us_per_cell']:.1f} us a cell), first batch after "
         f"{found['first_batch_s']:.1f} s, at most {found['peak_bytes'] / 1e6:,.0f} MB a rank: "
-        f"{args.ranks} of {world_size} ranks, {args.output}, {asked.corpus}"
+        f"{args.ranks} of {counted(world_size, 'rank')}, {args.output}, {asked.corpus}"
     )
     if args.json:
         write_atomic(args.json, (json.dumps(found, indent=1) + "\n").encode())

@@ -22,6 +22,7 @@ import pandas as pd
 from sclong_ds.embedding.opening import cells_of, known_from_training, model_of
 from sclong_ds.files.atomic import make_folder, write_atomic
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.page.words import counted
 from sclong_ds.perturb_bench.metrics import METRICS, effect_scores, summary, worded
 from sclong_ds.perturb_bench.predictors import SIMPLE, Encodings, encode_targets, predictors
 from sclong_ds.perturb_bench.screen import Screen, folds_of, read_screen
@@ -100,8 +101,9 @@ def _write(args: argparse.Namespace, table: pd.DataFrame, scores: dict[str, pd.D
 def _headline(screen: Screen, model: ScLong) -> str:
     several = sum(len(genes) > 1 for genes in screen.targets)
     return (
-        f"{len(screen.names)} perturbations ({several} of several genes), "
-        f"{screen.controls.shape[0]} control cells to learn from, the others for the truth, "
+        f"{counted(len(screen.names), 'perturbation')} ({several} of several genes), "
+        f"{counted(screen.controls.shape[0], 'control cell')} to learn from, the others "
+        "for the truth, "
         f"{model.n_genes} genes; median {np.median(screen.n_changed):.0f} genes changed"
     )
 

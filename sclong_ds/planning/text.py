@@ -26,7 +26,8 @@ def format_plan(plan: Mapping[str, Any], *, verbose: bool) -> str:
         f"{counted(plan['nodes'], 'node')} x {plan['gpus_per_node']} {plan['device']['name']} = "
         f"{counted(plan['world_size'], 'rank')}, {plan['precision']}; {plan['n_genes']:,} genes, "
         + (f"{edges:,} graph edges" if edges else "no gene graph given"),
-        f"{batch['train_batch_size']} cells per step = {batch['train_micro_batch_size_per_gpu']} "
+        f"{counted(batch['train_batch_size'], 'cell')} per step = "
+        f"{batch['train_micro_batch_size_per_gpu']} "
         f"per rank x {counted(plan['world_size'], 'rank')} x "
         f"{batch['gradient_accumulation_steps']} accumulated",
         f"{plan['parameters']['total']:,} parameters, "
@@ -122,7 +123,7 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"{1e3 * time['update_s']:,.3g} ms a step on top",
         f"  {time['cells_per_s']:,.4g} cells/s, {time['cells_per_s_per_rank']:,.4g} per rank, "
         f"{time['step_time_s']:,.4g} s per step",
-        f"  epoch of {plan['cells']:,} cells: {time['steps_per_epoch']:,} steps, "
+        f"  epoch of {counted(plan['cells'], 'cell')}: {counted(time['steps_per_epoch'], 'step')}, "
         f"{time['epoch_hours']:,.4g} h, {time['gpu_hours_per_epoch']:,.4g} {hours}",
         f"  run.max_steps {time['run_steps']:,}: {time['run_epochs']:.3g} epochs, "
         f"{time['run_hours']:,.4g} h, {time['run_gpu_hours']:,.4g} {hours}; the learning rate of "
@@ -132,7 +133,8 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"  the loader of every rank must read and decode "
         f"{time['decoded_cells_per_s_per_rank']:,.4g} cells/s",
         "",
-        f"Checkpoint {_gib(saved['bytes'])} GiB every {saved['every_n_steps']} steps; disk for "
+        f"Checkpoint {_gib(saved['bytes'])} GiB every "
+        f"{counted(saved['every_n_steps'], 'step')}; disk for "
         f"those kept and the next {_gib(saved['disk_bytes'])} GiB, to continue with other ranks "
         f"{_gib(saved['conversion_bytes'])} GiB more; exported model "
         f"{_gib(saved['exported_bytes'])} GiB",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sclong_ds.page.words import counted
 from sclong_ds.planning.devices import GIB
 
 IDLE = 0.5
@@ -32,8 +33,8 @@ def verdict_of(plan: Mapping[str, Any]) -> str:
         bound = f"{bound} if cells came fast enough: reading them is TOO SLOW (see below)"
     return (
         f"It fits on {place} ({peak:,.1f} of {usable:,.1f} GiB usable) and takes "
-        f"{span(time['run_hours'])} for {time['run_steps']:,} steps, "
-        f"{time['run_epochs']:,.3g} epochs of {plan['cells']:,} cells, bound by {bound}."
+        f"{span(time['run_hours'])} for {counted(time['run_steps'], 'step')}, "
+        f"{time['run_epochs']:,.3g} epochs of {counted(plan['cells'], 'cell')}, bound by {bound}."
     )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from sclong_ds.page.words import counted
 from sclong_ds.report import curves as plots
 from sclong_ds.report.curves import (
     COLORS,
@@ -152,7 +153,7 @@ def gradient_figure(rows: Sequence[Row]) -> Figure:
     axes.set_yscale("log")
     shown = f"\nmean of {window} steps" if window > 1 else ""
     axes.set(xlabel="optimizer step", ylabel=f"norm of the gradient, before clipping{shown}")
-    axes.set_title(f"{skipped:.0f} skipped steps", fontsize=10, color=INK, loc="right")
+    axes.set_title(counted(int(skipped), "skipped step"), fontsize=10, color=INK, loc="right")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=4, loc="upper center",
                 bbox_to_anchor=(0.5, -0.16))  # fmt: skip
     return figure
@@ -334,4 +335,4 @@ def _agreement(predicted: NDArray[np.floating[Any]], true: NDArray[np.floating[A
     spread = predicted.std() * true.std()
     covariance = float(np.mean((predicted - predicted.mean()) * (true - true.mean())))
     pearson = f"Pearson {covariance / spread:.3f}   " if spread > 0 else ""
-    return f"{pearson}MSE {mse:.3f}   {len(true):,} values"
+    return f"{pearson}MSE {mse:.3f}   {counted(len(true), 'value')}"

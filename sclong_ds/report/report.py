@@ -236,7 +236,7 @@ def _cards(record: RunRecord) -> Markup:
             )
     if record.train:
         seen = record.train[-1].get("cells_seen")
-        sub = f"{int(seen):,} cells seen" if seen is not None else ""
+        sub = f"{words.counted(int(seen), 'cell')} seen" if seen is not None else ""
         cards.append(("Optimizer steps", f"{int(record.train[-1]['step']):,}", sub))
     speed = record.median("perf/cells_per_s")
     if math.isfinite(speed):

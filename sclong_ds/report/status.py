@@ -302,13 +302,13 @@ def _describe_ranks(status: RunStatus) -> list[str]:
     by_trouble = sorted(nodes, key=lambda n: (all(r.state == "alive" for r in nodes[n]), n))
     lines += [_line("", f"{n}: {_describe_node(nodes[n])}") for n in by_trouble[:_SHOWN_NODES]]
     if len(nodes) > _SHOWN_NODES:
-        lines.append(_line("", f"and {len(nodes) - _SHOWN_NODES} more nodes"))
+        lines.append(_line("", f"and {counted(len(nodes) - _SHOWN_NODES, 'more node')}"))
     return lines
 
 
 def _describe_node(ranks: list[RankStatus]) -> str:
     alive = [rank for rank in ranks if rank.state == "alive"]
-    text = f"{len(alive)} of {len(ranks)} ranks alive"
+    text = f"{len(alive)} of {counted(len(ranks), 'rank')} alive"
     if alive:
         last = min(alive, key=lambda r: (r.step, -r.phase_s))
         text += f"; rank {last.rank} in '{last.phase}' of step {last.step}"

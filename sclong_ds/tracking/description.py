@@ -102,7 +102,7 @@ def _own_tags(parent_run: str | None, run: Mapping[str, Any], run_dir: Path) -> 
     }
     for number, start in enumerate(run["starts"][1:], start=1):
         job = f", Slurm job {start['slurm_job_id']}" if start["slurm_job_id"] else ""
-        where = f"{start['world_size']} ranks from {start['host']}{job}"
+        where = f"{counted(start['world_size'], 'rank')} from {start['host']}{job}"
         tags[f"restart_{number:03d}"] = f"after step {start['step']}, {start['time']}, {where}"
     user = os.environ.get("USER") or os.environ.get("LOGNAME")
     optional = {
@@ -119,9 +119,10 @@ def _note(run: Mapping[str, Any], run_dir: Path) -> str:
     lines = [f"Run folder `{run_dir.resolve()}`, commit `{run['commit']}`."]
     if "corpus" in about:
         lines.append(
-            f"\n{about['n_cells_train']:,} training cells of "
+            f"\n{counted(about['n_cells_train'], 'training cell')} of "
             f"{counted(about['n_datasets'], 'dataset')}, "
-            f"{about['n_cells_validation']:,} validation cells, {about['n_genes']:,} genes, from "
+            f"{counted(about['n_cells_validation'], 'cell')} in the validation split, "
+            f"{about['n_genes']:,} genes, from "
             f"`{about['corpus']}`; {sum(about['parameters'].values()):,} parameters on "
             f"{about['world_size']} x {about['device']}."
         )

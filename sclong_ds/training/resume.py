@@ -25,6 +25,7 @@ from sclong_ds.exported.model_dir import FEATURES, GRAPH
 from sclong_ds.files.atomic import read_file, remove_partials, write_atomic
 from sclong_ds.job.starting import Starting
 from sclong_ds.job.watchdog import PATIENCE
+from sclong_ds.page.words import counted
 from sclong_ds.run_folder.files import RUN_FILE, RunFolder, read_events
 from sclong_ds.run_folder.heartbeats import HANG_FILE, read_json
 from sclong_ds.run_folder.identity import take_over_ids
@@ -195,7 +196,8 @@ def record_opening(
         "resume", step=step, world_size=world_size, saved_by=found.saved_by, path=found.name,
         seconds=round(found.seconds, 3), **({"compared_after": after} if after else {}),
     )  # fmt: skip
-    converted = "" if found.saved_by == world_size else f", converted from {found.saved_by} ranks"
+    by = counted(found.saved_by, "rank")
+    converted = "" if found.saved_by == world_size else f", converted from {by}"
     log.info("run folder %s: resuming after step %d%s", given.run_dir, step, converted)
 
 

@@ -23,6 +23,7 @@ from sclong_ds.job.watchdog import Watchdog
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.masked_cells import MaskedCells
 from sclong_ds.objective.metrics import bin_labels
+from sclong_ds.page.words import counted
 from sclong_ds.planning.devices import FP8_CAPABILITY, check_products
 from sclong_ds.tracking.tracker import Tracker
 from sclong_ds.training.callbacks.callback import Callback, TrainingRun
@@ -145,9 +146,10 @@ def describe(given: Given, corpus: Corpus, model: ScLong) -> None:
     stage = given.ds_config["zero_optimization"]["stage"]
     log.info("configuration:\n%s", to_yaml(config).rstrip())
     log.info(
-        "corpus: %d training cells, %d validation cells, %d genes, %d datasets",
-        len(corpus.splits["train"]), len(corpus.splits["validation"]),
-        len(corpus.genes), len(corpus.datasets),
+        "corpus: %s, %s, %s, %s",
+        counted(len(corpus.splits["train"]), "training cell"),
+        counted(len(corpus.splits["validation"]), "validation cell"),
+        counted(len(corpus.genes), "gene"), counted(len(corpus.datasets), "dataset"),
     )  # fmt: skip
     parts = parameters_by_part(model)
     log.info(
@@ -156,10 +158,10 @@ def describe(given: Given, corpus: Corpus, model: ScLong) -> None:
         ", ".join(f"{k} {v:,}" for k, v in parts.items()),
     )
     log.info(
-        "batch: %d cells = %d a micro-batch x %d accumulation steps x %d ranks; "
-        "ZeRO stage %d, %s, on %s",
-        e.train_batch_size, e.train_micro_batch_size_per_gpu,
-        accumulated, ranks.world_size, stage, e.precision, device_name(ranks.device),
+        "batch: %s = %d a micro-batch x %s x %s; ZeRO stage %d, %s, on %s",
+        counted(e.train_batch_size, "cell"), e.train_micro_batch_size_per_gpu,
+        counted(accumulated, "accumulation step"), counted(ranks.world_size, "rank"),
+        stage, e.precision, device_name(ranks.device),
     )  # fmt: skip
     describe_schedule(config.optim, max_steps=config.run.max_steps, warns=ranks.rank == 0)
     log.info("attention: %s", attention_path(e, model, device=ranks.device))
@@ -177,8 +179,9 @@ def describe_schedule(config: OptimConfig, *, max_steps: int, warns: bool) -> No
     steps, optim = max_steps, config.in_steps(max_steps)
     last = learning_rate(optim, steps - 1)
     log.info(
-        "learning rate: warm-up %d steps, at most %.3g, %.3g (%.0f%%) in the last of %d steps",
-        optim.warmup_steps, optim.lr, last, 100 * last / optim.lr, steps,
+        "learning rate: warm-up %s, at most %.3g, %.3g (%.0f%%) in the last of %s",
+        counted(int(optim.warmup_steps), "step"), optim.lr, last, 100 * last / optim.lr,
+        counted(steps, "step"),
     )  # fmt: skip
     warning = unfinished_schedule(config, max_steps=max_steps)
     if warns and warning is not None:

@@ -2,8 +2,8 @@
 
 The targets that keep their value are scored apart (`val/shown_mse`). Beside the model stand the
 depth baselines (`sclong_ds.objective.baselines`), of which the linear one is fitted on the first
-FIT_CELLS training cells, under masks drawn in the same way, and that one plus what the 30 nearest of
-the first SAMPLE_CELLS training cells have beyond it (`sclong_ds.objective.nearest_cells`).
+FIT_CELLS training cells, under masks drawn in the same way, and that one plus what the 30 nearest
+of the first SAMPLE_CELLS training cells have beyond it (`sclong_ds.objective.nearest_cells`).
 """
 
 from __future__ import annotations

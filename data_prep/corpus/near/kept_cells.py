@@ -25,6 +25,7 @@ from sclong_ds.corpus.cell_store import CellStore
 from sclong_ds.files.atomic import listed, write_atomic
 from sclong_ds.files.npz import npz_bytes, read_npz
 from sclong_ds.files.obs_table import obs_length, obs_names, read_coded
+from sclong_ds.page.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -52,12 +53,14 @@ class NearCounts:
         found = []
         if dropped := sum(self.near_dropped):
             found.append(
-                f"{dropped} cells are left out as near duplicates: the same counts as a cell of "
+                f"{counted(dropped, 'cell')} left out as near duplicates: the same counts "
+                "as a cell of "
                 "another gene list on the genes of both"
             )
         if kept := sum(self.near_kept):
             found.append(
-                f"{kept} cells are near duplicates of each other and stay (the same counts on the "
+                f"{counted(kept, 'cell')} kept as near duplicates of each other (the same "
+                "counts on the "
                 "genes of both): is_primary_data does not tell which is the copy; "
                 "--near-duplicates drop keeps one of each"
             )

@@ -77,7 +77,8 @@ def write_results(
     write_atomic(setting.out / REPORT, page(setting, outcome, facts, shown).encode())
     return [
         line,
-        f"{facts['n_cells']} cells of {n_groups} groups of {args.group}, {examples.n_folds} folds, "
+        f"{counted(facts['n_cells'], 'cell')} of {n_groups} groups of {args.group}, "
+        f"{examples.n_folds} folds, "
         f"{counted(args.seeds, 'seed')}",
         shown.to_string(),
         f"written to {setting.out}: report.html, predictions.h5ad, model",

@@ -150,7 +150,7 @@ def test_datasets_that_were_never_converted_are_an_error(
     folder = stage_corpus(three, not_ok={"d": "failed"})
     record_manifest(folder, list("abcdefghij"), tasks=4)
     message = (
-        r"6 of 10 datasets were not converted yet \(e, f, g, ...\): run convert again "
+        r"6 of 10 datasets not converted yet \(e, f, g, ...\): run convert again "
         r"\(task 0, 1, 2, 3 of 4; .* --allow-missing"
     )
     with pytest.raises(ValueError, match=message):

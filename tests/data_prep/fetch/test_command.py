@@ -119,7 +119,7 @@ def test_failed_files_are_named_and_the_others_listed(run, atlas, tmp_path):
     status, out, err = run("--ids", "a", "b")
     assert status == 1
     assert "1 of 2 files" in out
-    assert "error: 1 of 2 files are not there (b: no such file on the server (404))" in err
+    assert "error: not there: 1 of 2 files (b: no such file on the server (404))" in err
     assert "# not fetched: b: no such file" in (tmp_path / "raw" / "manifest.tsv").read_text()
     assert [d.dataset_id for d in read_manifest(tmp_path / "raw" / "manifest.tsv")] == ["a"]
 

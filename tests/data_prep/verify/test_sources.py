@@ -331,7 +331,7 @@ def test_sources_that_are_gone_or_changed(
         "cells": 2, "dropped": 0, "datasets": 1,
         "gone": ["a"], "removed": [], "changed": ["b"],
     }  # fmt: skip
-    assert "1 sources gone: a; 1 sources changed: b" in sources_line(report["sources"])
+    assert "1 source gone: a; 1 source changed: b" in sources_line(report["sources"])
     assert main(["verify", str(corpus), "--sources", "6", "--require-sources"]) == 1
     assert "a: its source is gone\nb: its source is not the one" in capsys.readouterr().out
 
@@ -349,8 +349,8 @@ def test_sources_that_convert_has_fetched_and_removed(
     assert main(["verify", str(corpus), "--sources", "6"]) == 0
     text = "fetched from an address and removed after conversion"
     assert (
-        f"0 datasets are as in their sources; 0 cells that are not in the corpus were left out "
-        f"rightly; 1 sources {text}" in capsys.readouterr().out
+        f"as in their sources: 0 cells of 0 datasets; left out rightly: 0 cells; 1 source {text}"
+        in capsys.readouterr().out
     )
     assert main(["verify", str(corpus), "--sources", "6", "--require-sources"]) == 1
     assert f"a: its source was {text} (to compare them" in capsys.readouterr().out

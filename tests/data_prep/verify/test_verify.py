@@ -224,6 +224,8 @@ def test_the_report_says_which_links_were_checked(corpus: Path) -> None:
     assert found[ORIGIN] == (True, 3)
     assert found[CHUNKS] == (True, 2)
     assert len(links_text(report["links"]).splitlines()) == len(report["links"])
+    one = {"link": "a -> b", "checked": True, "files": 1, "reason": None}
+    assert links_text([one]) == "  a -> b: checked, 1 file"
     shutil.rmtree(corpus / "staging")
     shutil.rmtree(corpus / "ledger")
     later = links_of(verify(corpus))

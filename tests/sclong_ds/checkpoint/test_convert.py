@@ -100,7 +100,7 @@ def test_two_ranks_then_one_then_two(straight, small_corpus, small_graph, tmp_pa
     train(1, run_dir, small_corpus, small_graph, **{"run.max_steps": SAVED + 2})
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     said = train(2, run_dir, small_corpus, small_graph)
-    assert f"resuming after step {SAVED + 2}, converted from 1 ranks" in said
+    assert f"resuming after step {SAVED + 2}, converted from 1 rank" in said
     assert_same_training(run_dir, straight, weights_atol=1e-5)
     resumed = [e for e in read_events(run_dir) if e["event"] == "resume"]
     assert [(e["saved_by"], e["world_size"]) for e in resumed] == [(2, 1), (1, 2)]

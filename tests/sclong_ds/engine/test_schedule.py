@@ -7,6 +7,7 @@ import pytest
 from sclong_ds.config.load import load_config, preset_names
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.engine.schedule import learning_rate, unfinished_schedule
+from sclong_ds.training.run import describe_schedule
 
 PUBLISHED = {
     "sclong_1b": (2000, 45000), "sclong_1b_recommended": (2000, 45000),
@@ -109,3 +110,10 @@ def test_a_warm_up_is_steps_or_a_share(text: str) -> None:
 def test_what_is_no_length_is_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config("sclong_1gpu", [override])
+
+
+def test_a_run_of_one_step_is_told_in_the_singular(caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config("sclong_tiny", ["run.max_steps=1", "optim.warmup_steps=0"])
+    with caplog.at_level("INFO"):
+        describe_schedule(config.optim, max_steps=1, warns=False)
+    assert caplog.text.rstrip().endswith("in the last of 1 step")

@@ -65,7 +65,11 @@ def test_the_figures_of_all_ranks_go_to_a_file_that_plan_takes(corpus, tmp_path,
     assert run(parsed(str(corpus.path), *words, "--world-size", "2")) == 0
     rate = read_rate(out)
     assert (rate["ranks"], rate["world_size"], rate["remote"]) == (1, 2, False)
-    assert f"{rate['cells_per_s']:,.0f} cells/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{rate['cells_per_s']:,.0f} cells/s" in printed
+    assert "1 of 2 ranks, " in printed
+    assert run(parsed(str(corpus.path), *words[:4])) == 0
+    assert "1 of 1 rank, " in capsys.readouterr().out
     out.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="bench-loader --json"):
         read_rate(out)

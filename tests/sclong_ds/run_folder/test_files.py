@@ -90,7 +90,7 @@ def test_a_damaged_line_is_left_out_and_reported(
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
     (record,) = caplog.records
     assert record.message == (
-        f"{tmp_path}/metrics.jsonl: 1 damaged lines are ignored (line 2); all others are used"
+        f"{tmp_path}/metrics.jsonl: damaged lines ignored: 1 (line 2); all others are used"
     )
 
 
