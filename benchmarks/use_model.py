@@ -78,11 +78,9 @@ def run(command: str, *args: object) -> str:
     return done.stdout
 
 
-def table_of(path: Path, index: int | list[int] = 0) -> dict[str, Any]:
+def table_of(path: Path) -> dict[str, Any]:
     """Return a table that a command has written, by rows; what is not defined is null."""
-    table = pd.read_csv(path, sep="\t", index_col=index)
-    table.index = [": ".join(i) if isinstance(i, tuple) else str(i) for i in table.index]
-    return json.loads(table.to_json(orient="index"))
+    return json.loads(pd.read_csv(path, sep="\t", index_col=0).to_json(orient="index"))
 
 
 def finetuned(model: str, cells: Path, label: str, group: str, work: Path) -> dict[str, Any]:
@@ -119,13 +117,18 @@ def main() -> int:
     """Run the commands and print their tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", metavar="MODEL", help="exported model, such as demo_run/model")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="DIR",
+        help="folder to make, or to continue in: fine-tuning does, the rest is made again",
+    )  # fmt: skip
     parser.add_argument("--input", type=Path, metavar="CELLS", help="cells with labels and groups")
     parser.add_argument("--label", default=LABEL, metavar="KEY")
     parser.add_argument("--group", default=GROUP, metavar="KEY")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the tables as JSON")
     args = parser.parse_args()
-    args.work.mkdir(parents=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for made in (*args.work.glob("genes.*"), *args.work.glob("effects.*")):
+        made.unlink()
     files = {"labelled": args.input, "whole": args.input}
     if args.input is None:
         files = bundled(args.work)
@@ -140,7 +143,11 @@ def main() -> int:
     result["evaluate"] = {"rows": table_of(args.work / "evaluated" / "scores.tsv")}
     run("genes", args.model, whole, "--by", label, "--benchmark", "--out",
         args.work / "genes.h5ad")  # fmt: skip
-    result["genes"] = {"rows": table_of(args.work / "genes.benchmark.tsv", [0, 1])}
+    table = pd.read_csv(args.work / "genes.benchmark.tsv", sep="\t", index_col=0)
+    result["genes"] = {
+        sets: json.loads(rows.drop(columns="sets").to_json(orient="index"))
+        for sets, rows in table.groupby("sets")
+    }
     if args.input is None:
         result["perturb"] = perturbed(args.model, files["few"], args.work)
     if args.json:
