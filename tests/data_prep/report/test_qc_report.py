@@ -228,7 +228,7 @@ def test_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "limits", [(0.9, 9.0), (1, 2.5), (800, 1200), (300, 4000), (40, 12_000), (1, 1e5), (0.5, 1e9)]
+    "limits", [(0.9, 9.0), (1, 2.5), (800, 1200), (300, 4000), (40, 12_000), (1, 1e5), (0.5, 1e8)]
 )
 def test_a_logarithmic_axis_has_some_numbers_and_not_too_many(limits: tuple[float, float]) -> None:
     axis = Figure().subplots().xaxis
