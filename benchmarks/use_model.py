@@ -34,7 +34,7 @@ MARKERS = {
 }
 LABEL, GROUP, N_GROUPS = "cell_type", "donor", 3
 PERTURBED, FROM, TOWARDS = "CD3E;IL7R;B2M;CD3E,CD3D", "T", "monocyte"
-N_PERTURBED, N_NULL = 12, 60
+N_PERTURBED, N_NULL = 12, 20
 MODES = {"frozen": (), "head": (), "lora": ("--max-epochs", "3", "--seeds", "1")}
 
 
