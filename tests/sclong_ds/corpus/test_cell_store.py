@@ -91,7 +91,8 @@ def test_unreadable_chunk_is_named(
     store.read_packed(0)
     monkeypatch.setattr("sclong_ds.corpus.location.Location.read_range", fail)
     expected = DamagedChunk if kind == errno.EIO else OSError
-    message = rf"gap/c/0: chunk 0 \(cells 0 to \d+\) .*{os.strerror(kind)}"
+    what = r"chunk 0 \(cells 0 to \d+\) .*" if kind == errno.EIO else "cells cannot be read: "
+    message = f"gap/c/0: {what}{os.strerror(kind)}"
     with pytest.raises(expected, match=message) as caught:
         store.read_packed(0)
     assert isinstance(caught.value, PermissionError) == (kind == errno.EACCES)

@@ -312,8 +312,9 @@ def test_a_place_that_takes_no_file_is_told_before_the_model_works(
     monkeypatch.setattr("sclong_ds.embedding.perturb.measure", lambda *_, **__: pytest.fail("late"))
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" / "a.tsv"
-    assert perturb(model_dir, h5ad, out, GENES.ids[1], "delete", "--null", "2") == 1
-    assert "file" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        perturb(model_dir, h5ad, out, GENES.ids[1], "delete", "--null", "2")
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
