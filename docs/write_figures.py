@@ -50,6 +50,13 @@ _AGREEMENT = (
     "float32: outputs to {float32.output:.1e}, gradients to {float32.gradients:.1e}"
 )
 _DEDUP = "duplicate search over {n_cells:,} cells |"
+
+
+def _bounded(path: str) -> str:
+    """Return a figure of a table with its bounds, as a text with fields."""
+    return f"{{{path}:.3f}} [{{{path}_low:.3f}}, {{{path}_high:.3f}}]"
+
+
 SENTENCES = [
     Sentence(README, "demo", "used model: about {minutes:.0f} minutes on 2 cores"),
     Sentence(README, "demo", _DEMO),
@@ -159,6 +166,53 @@ SENTENCES = [
         "loader_pair",
         "| {commit:.7} | packed {packed.ratio:.2f} ({packed.here:.2f} µs a cell), csr "
         "{csr.ratio:.2f}, dense {dense.ratio:.2f}, dense_norm {dense_norm.ratio:.2f} times",
+    ),
+    Sentence(
+        MEASURED,
+        "use_model",
+        "one CPU core | {commit:.7} | accuracy: frozen "
+        + _bounded("finetune.frozen.rows.fine-tuned.accuracy")
+        + ", head "
+        + _bounded("finetune.head.rows.fine-tuned.accuracy")
+        + ", LoRA (one seed, 3 passes) "
+        + _bounded("finetune.lora.rows.fine-tuned.accuracy")
+        + "; logistic regression on PCA "
+        + _bounded("finetune.frozen.rows.logistic on PCA.accuracy")
+        + ", on `X_sclong` "
+        + _bounded("finetune.frozen.rows.logistic on X_sclong.accuracy"),
+    ),
+    Sentence(
+        MEASURED,
+        "use_model",
+        "one CPU core | {commit:.7} | accuracy of the 15 nearest cells of other groups: `X_sclong` "
+        + _bounded("evaluate.rows.sclong.knn_accuracy")
+        + ", PCA "
+        + _bounded("evaluate.rows.pca.knn_accuracy")
+        + ", depth "
+        + _bounded("evaluate.rows.depth.knn_accuracy")
+        + ", untrained weights "
+        + _bounded("evaluate.rows.untrained.knn_accuracy"),
+    ),
+    Sentence(
+        MEASURED,
+        "use_model",
+        "one CPU core | {commit:.7} | GO, area under the ROC curve: the graph itself "
+        "{genes.GO.gene_graph.auroc:.3f}, gene vectors {genes.GO.gene_vectors.auroc:.3f}, "
+        "contextual {genes.GO.contextual.auroc:.3f}, SVD of the values "
+        "{genes.GO.svd_of_values.auroc:.3f}, expression level "
+        "{genes.GO.expression_level.auroc:.3f} (no term was held out); known sets: graph "
+        "{genes.known sets.gene_graph.auroc:.3f}, contextual "
+        "{genes.known sets.contextual.auroc:.3f} [{genes.known sets.contextual.low:.3f}, "
+        "{genes.known sets.contextual.high:.3f}], SVD {genes.known sets.svd_of_values.auroc:.3f} "
+        "[{genes.known sets.svd_of_values.low:.3f}, {genes.known sets.svd_of_values.high:.3f}], "
+        "gene vectors {genes.known sets.gene_vectors.auroc:.3f}",
+    ),
+    Sentence(
+        MEASURED,
+        "use_model",
+        "one CPU core | {commit:.7} | p of the embedding's shift against random genes of like "
+        "expression: CD3E {perturb.rows.CD3E.p:.2f}, IL7R {perturb.rows.IL7R.p:.2f}, B2M "
+        "{perturb.rows.B2M.p:.2f}, CD3E with CD3D {perturb.rows.CD3E,CD3D.p:.2f}",
     ),
     Sentence(README, "dedup", _DEDUP),
     Sentence(README, "dedup", "{seconds:.0f} s, {peak_rss_mib:,.0f} MiB of memory"),
