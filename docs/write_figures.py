@@ -217,11 +217,11 @@ SENTENCES = [
     Sentence(
         MEASURED,
         "loader",
-        "{n_cells:,} made cells, batches of {settings.batch}, {settings.rounds} rounds | 1 CPU core "
-        "| {commit:.7} | model-ready in memory that is used again {race.14.cells_per_cpu_s:,.0f}, "
-        "{gates.0.value:.1f} times the fastest other; copied, so that it can be kept, "
-        "{race.15.cells_per_cpu_s:,.0f}, {gates.1.value:.1f} times (the goal was 2); sparse that can "
-        "be kept {race.11.cells_per_cpu_s:,.0f}, {gates.2.value:.1f} times",
+        "{n_cells:,} made cells, batches of {settings.batch}, {settings.rounds} rounds | 1 CPU "
+        "core | {commit:.7} | model-ready in memory that is used again "
+        "{race.14.cells_per_cpu_s:,.0f}, {gates.0.value:.1f} times the fastest other; copied, so "
+        "that it can be kept, {race.15.cells_per_cpu_s:,.0f}, {gates.1.value:.1f} times (the goal "
+        "was 2); sparse that can be kept {race.11.cells_per_cpu_s:,.0f}, {gates.2.value:.1f} times",
     ),
     Sentence(README, "dedup", _DEDUP),
     Sentence(README, "dedup", "{seconds:.0f} s, {peak_rss_mib:,.0f} MiB of memory"),
