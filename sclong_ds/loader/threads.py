@@ -273,13 +273,7 @@ class LoaderThreads:
     def _assemble_ahead(self) -> None:
         try:
             if self._plan.output in ("dense", "dense_norm"):
-                # Memory comes with the first touch, which takes longer than a batch: before the
-                # first.
-                size = 4 * self._plan.micro * self._plan.corpus.n_genes
-                touched = [b.reserve(size) for buffers in self._buffers for b in buffers]
-                for block in touched:
-                    block.fill(0)
-                del touched, block
+                self._touch_memory()
             for item in self._assembled:
                 self._steps.put(item)
         except StoppedError:
@@ -287,6 +281,13 @@ class LoaderThreads:
         except BaseException as error:  # noqa: BLE001
             # Whatever it is: the training loop waits for this thread and must learn of its end.
             self._steps.put(error)
+
+    def _touch_memory(self) -> None:
+        """Let the memory of all dense batches come, which takes longer than to assemble one."""
+        size = 4 * self._plan.micro * self._plan.corpus.n_genes
+        # All at a time: an owned block that is let go is the next one's.
+        for block in [b.reserve(size) for buffers in self._buffers for b in buffers]:
+            block.fill(0)
 
     def _assemble_steps(self) -> Iterator[tuple[list[Buffer], StepBatch]]:
         plan, number, position = self._plan, 0, self._start

@@ -203,12 +203,13 @@ def step_time(
     world, e, third = site.world_size, work.element_bytes, zero.stage == 3
     recomputed = work.recompute_flops > 0
     flops = micro_batch * (work.training_flops + work.recompute_flops)
-    on_cpu, saved = site.device == "cpu", 0.0
+    compute_s = flops / (device.flops_per_s(precision) * site.mfu)
+    on_cpu = site.device == "cpu"
     if on_cpu:
         moved = micro_batch * work.kept_bytes * CPU_PASSES
-        saved = -moved / (device.memory_gb_per_s * 1e9)
+        compute_s += moved / (device.memory_gb_per_s * 1e9)
     if work.fewer_bits is not None:
-        saved += work.fewer_bits.saves_s(
+        compute_s -= work.fewer_bits.saves_s(
             device, precision=precision, mfu=site.mfu, micro_batch=micro_batch,
             forwards=1 + recomputed,
         )  # fmt: skip
@@ -225,7 +226,7 @@ def step_time(
     elif on_cpu:
         update += share * ADAM_BYTES / (device.memory_gb_per_s * 1e9)
     return StepTime(
-        compute_s=flops / (device.flops_per_s(precision) * site.mfu) - saved,
+        compute_s=compute_s,
         host_s=work.layers * HOST_MS_PER_LAYER[third, recomputed] / 1e3,
         links_s=links,
         overlapped=zero.overlap,

@@ -266,7 +266,7 @@ def finished_inputs(corpus: Path, catalogue: Mapping[str, Any]) -> dict[str, str
     found = dict(catalogue["documents"])
     for part in earlier_parts(corpus, catalogue).parts:
         _check_part(corpus, part, catalogue)
-        own = read_catalogue(corpus, name=part.info.catalogue)
+        own = _own_catalogue(corpus, part, catalogue)
         inputs = finished_documents(corpus / part.info.folder, own)
         found |= {name: digest for name, digest in inputs.items() if name.startswith("staging/")}
     return found
@@ -274,11 +274,9 @@ def finished_inputs(corpus: Path, catalogue: Mapping[str, Any]) -> dict[str, str
 
 def _check_part(corpus: Path, part: EarlierPart, catalogue: Mapping[str, Any]) -> None:
     """Refuse a part files of which are missing or cut, and damaged digests."""
-    own = catalogue
-    if PARTS in catalogue:
-        own = read_catalogue(corpus, name=part.info.catalogue)
-        if catalogue_checksum(own) != part.info.checksum:
-            raise ValueError(f"{corpus / part.info.catalogue}: of another part")
+    own = _own_catalogue(corpus, part, catalogue)
+    if PARTS in catalogue and catalogue_checksum(own) != part.info.checksum:
+        raise ValueError(f"{corpus / part.info.catalogue}: of another part")
     _check_there(corpus / part.info.folder, own)
     if part.digests is not None:
         name = part.digests.relative_to(corpus).as_posix()
@@ -286,8 +284,15 @@ def _check_part(corpus: Path, part: EarlierPart, catalogue: Mapping[str, Any]) -
         check_file(part.digests, (size, crc32c), cure=_CURE)
 
 
+def _own_catalogue(corpus: Path, part: EarlierPart, catalogue: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the catalogue of a part: that of the corpus where it has no list of parts."""
+    if PARTS not in catalogue:
+        return dict(catalogue)
+    return read_catalogue(corpus, name=part.info.catalogue)
+
+
 def _check_there(folder: Path, catalogue: Mapping[str, Any]) -> None:
-    """Refuse a corpus without parts that lacks a file, or has a cut shard; no cell is read."""
+    """Refuse a part, or a corpus without, that lacks a file or has a cut shard; reads no cell."""
     missing = [name for name in catalogue["files"] if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder / missing[0]}: missing")
@@ -305,9 +310,8 @@ def check_parts(parts: EarlierParts) -> None:
     """
     try:
         for part in parts.parts:
-            own, folder = parts.catalogue, parts.corpus / part.info.folder
-            if PARTS in own:
-                own = read_catalogue(parts.corpus, name=part.info.catalogue)
+            folder = parts.corpus / part.info.folder
+            own = _own_catalogue(parts.corpus, part, parts.catalogue)
             for name, (size, crc32c) in own["files"].items():
                 check_file(folder / name, (size, crc32c), cure=_CURE)
             CellStore(folder / "cells.zarr").check_shards(chunks=True)
