@@ -82,8 +82,8 @@ SENTENCES = [
     Sentence(
         MEASURED,
         "host_time",
-        "{layers} layers of width 16: Python, autograd and hooks alone | one CPU core beside other "
-        "work | {commit:.7} | CPU ms forward and backward: plain {cases.plain.total_ms:.0f}; "
+        "{layers} layers of width 16: Python, autograd and hooks alone | one CPU core | "
+        "{commit:.7} | CPU ms forward and backward: plain {cases.plain.total_ms:.0f}; "
         "ZeRO-1 {cases.zero1.total_ms:.0f}; ZeRO-2 {cases.zero2.total_ms:.0f}; ZeRO-3 "
         "{cases.zero3 by module.total_ms:.0f} where each module's weights are gathered by "
         "themselves, {cases.zero3.total_ms:.0f} as shipped ({cases.zero3.over_zero1:.2f} times "
@@ -219,9 +219,9 @@ SENTENCES = [
         "loader",
         "{n_cells:,} made cells, batches of {settings.batch}, {settings.rounds} rounds | 1 CPU "
         "core | {commit:.7} | model-ready in memory that is used again "
-        "{race.14.cells_per_cpu_s:,.0f}, {gates.0.value:.1f} times the fastest other; copied, so "
-        "that it can be kept, {race.15.cells_per_cpu_s:,.0f}, {gates.1.value:.1f} times (the goal "
-        "was 2); sparse that can be kept {race.11.cells_per_cpu_s:,.0f}, {gates.2.value:.1f} times",
+        "{race.14.cells_per_cpu_s:,.0f}, {gates.0.value:.1f} times the fastest other; that can be "
+        "kept (`CellLoader(owned=True)`) {race.15.cells_per_cpu_s:,.0f}, {gates.1.value:.1f} "
+        "times; sparse that can be kept {race.11.cells_per_cpu_s:,.0f}, {gates.2.value:.1f} times",
     ),
     Sentence(README, "dedup", _DEDUP),
     Sentence(README, "dedup", "{seconds:.0f} s, {peak_rss_mib:,.0f} MiB of memory"),
