@@ -20,7 +20,7 @@ spec.loader.exec_module(write_figures)
 
 
 NOT_RUN_SINCE = {
-    "elastic_runs", "random_kills", "rank_memory", "simulate_datasets",
+    "elastic_runs", "random_kills", "rank_memory",
 }  # fmt: skip
 """Results whose figures stand in the text as they were measured before the benchmark wrote them."""
 
