@@ -206,15 +206,14 @@ def _empty(kind: Any) -> Any:
 
 def _fits(value: object, kind: Any) -> bool:
     """Tell whether a value that was read from JSON is of a type."""
-    origin, parts = get_origin(kind), get_args(kind)
+    origin, parts, fields = _taken_apart(kind)
     if origin is Literal:
         return isinstance(value, str) and value in parts
     if origin is UnionType:
         return any(_fits(value, part) for part in parts)
     if origin is dict:
         return isinstance(value, dict) and all(_fits(v, parts[1]) for v in value.values())
-    if is_typeddict(kind):
-        fields = get_type_hints(kind)
+    if fields is not None:
         return (
             isinstance(value, dict)
             and value.keys() == fields.keys()
@@ -224,6 +223,13 @@ def _fits(value: object, kind: Any) -> bool:
         return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
     # True and 1 are not the same here; JSON of another program may write 1.0 as 1.
     return type(value) is kind or (kind is float and type(value) is int)
+
+
+@cache
+def _taken_apart(kind: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any] | None]:
+    """Return what a type is of, its arguments, and the keys of a TypedDict with their types."""
+    fields = get_type_hints(kind) if is_typeddict(kind) else None
+    return get_origin(kind), get_args(kind), fields
 
 
 def ledger_path(corpus: Path, dataset_id: str) -> Path:

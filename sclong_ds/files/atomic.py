@@ -175,7 +175,14 @@ def files_below(folder: str | Path) -> list[Path]:
     """
     if not Path(folder).is_dir():
         return []
-    return sorted(path for path in _walk(Path(folder)) if path.is_symlink() or not path.is_dir())
+    found: list[str] = []
+    folders = [str(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                inside = entry.is_dir(follow_symlinks=False)
+                (folders if inside else found).append(entry.path)
+    return sorted(Path(path) for path in found)
 
 
 @contextmanager
