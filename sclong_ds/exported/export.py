@@ -148,7 +148,7 @@ def _export(
         "checkpoint_digest": read_manifest(checkpoint).digest,
         "commit": trained.get("commit"),
         "run": recorded_ids(checkpoint),
-        "validation": _validation(checkpoint, state.step),
+        "validation": last_validation(checkpoint, state.step),
         "environment": trained.get("environment"),
         "exported_by": {"commit": git_commit(), "environment": environment()},
     }
@@ -224,10 +224,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _validation(checkpoint: Path, step: int) -> dict[str, float]:
-    """Return the last validation figures up to a step.
+def last_validation(checkpoint: Path, step: int) -> dict[str, float]:
+    """Return the last validation figures up to a step, and `step`, where they were made.
 
-    Empty unless the checkpoint still lies in its run folder.
+    Args:
+        checkpoint: Its folder; empty unless it still lies in its run folder.
+        step: Its step.
     """
     run_dir = checkpoint.parent.parent
     if not (run_dir / "metrics.jsonl").is_file():
@@ -237,4 +239,5 @@ def _validation(checkpoint: Path, step: int) -> dict[str, float]:
     names = (*HEADLINE, SHOWN_MSE, N_HIDDEN, N_CELLS, *errors)
     if not rows:
         return {}
-    return {n: rows[-1][n] for n in names if n in rows[-1]} | unlisted(rows[-1])
+    found = ("step", *names)
+    return {n: rows[-1][n] for n in found if n in rows[-1]} | unlisted(rows[-1])

@@ -161,11 +161,25 @@ def _training(provenance: Mapping[str, Any]) -> str:
     found: Mapping[str, float] = provenance.get("validation") or {}
     if not found:
         return text
-    words = f"{sentence(found)}.\n\n" if MSE in found else ""
     scores = [
-        (n, f"{v:,.0f}" if n in (N_HIDDEN, N_CELLS) else f"{v:.4f}") for n, v in found.items()
+        (n, f"{v:,.0f}" if n in ("step", N_HIDDEN, N_CELLS) else f"{v:.4f}")
+        for n, v in found.items()
     ]
+    words = f"{_when(found, provenance)}{sentence(found)}.\n\n" if MSE in found else ""
     return f"{text}\n## Validation\n\n{words}{table(('figure', 'value'), scores)}"
+
+
+def _when(found: Mapping[str, float], provenance: Mapping[str, Any]) -> str:
+    """Return of which step a validation is; nothing in folders that do not record it."""
+    if "step" not in found:
+        return ""
+    made, exported = int(found["step"]), provenance["step"]
+    if made == exported:
+        return f"Of step {made:,}: "
+    return (
+        f"No validation at step {exported:,}, which these weights are of. The last one before it, "
+        f"of step {made:,}, is of other weights: "
+    )
 
 
 def _trained_on(provenance: Mapping[str, Any]) -> str:

@@ -69,6 +69,8 @@ def write_model(
     provenance = json.loads(read_file(source / "provenance.json"))
     provenance |= {"training_cells": cells.facts(), "finetuned": _record(setting, facts)}
     changed = trainee.model is not None
+    if changed:
+        provenance.pop("validation", None)
     write_derived(
         out,
         base,

@@ -20,10 +20,14 @@ import torch
 import yaml
 from exported import write_model
 
+from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
+from sclong_ds.exported.described.model_card import model_card
+from sclong_ds.exported.export import last_validation
 from sclong_ds.exported.initial_weights import InitialWeights
 from sclong_ds.exported.manifest import model_digest, read_manifest, write_manifest
 from sclong_ds.exported.model_dir import load_model, write_model_dir
+from sclong_ds.files.json_lines import line_of
 from sclong_ds.files.sealed_json import write_sealed
 from sclong_ds.model.features_file import ALIGNMENT, read_features, write_features
 from sclong_ds.model.random_features import drawn_features
@@ -377,6 +381,27 @@ def test_the_card_says_who_trained_the_model(folder: Path, tmp_path: Path) -> No
     assert "trained with" not in card
     assert "imported" in card
     assert "| checkpoint | m.pth | 12 | abc |" in card
+
+
+def test_the_card_says_of_which_step_the_validation_is(tmp_path: Path) -> None:
+    """The figures of earlier weights are not shown as those of the exported ones."""
+    rows = ({"step": 2, "val/mse": 0.25}, {"step": 3, "train/loss": 1.0}, {"step": 5, "val/mse": 9})
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(line_of(row | {"time": 1.0}) for row in rows))
+    config = {
+        "model": dataclasses.asdict(load_config("sclong_tiny").model),
+        "transform": {"target_sum": 1e4},
+        "n_genes": 5,
+    }
+    cards = {}
+    for step in (1, 2, 3):
+        found = last_validation(tmp_path / "checkpoints" / f"step_{step}", step)
+        provenance = {"step": step, "validation": found}
+        cards[step] = model_card(config, provenance, n_parameters=1)
+    assert "## Validation" not in cards[1]
+    assert "\nOf step 2: MSE of" in cards[2]
+    assert "No validation at step 3, which these weights are of. The last one" in cards[3]
+    assert "before it, of step 2, is of other weights: MSE of" in cards[3]
+    assert "| step | 2 |\n| val/mse | 0.2500 |" in cards[3]
 
 
 def test_feature_files_are_checked(tmp_path: Path) -> None:
