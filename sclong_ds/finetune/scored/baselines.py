@@ -15,6 +15,7 @@ Shapes: N cells, W features, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,17 +114,20 @@ def _loss(outputs: NDArray[np.float64], y: NDArray[np.float64], examples: Exampl
     return nll(np.exp(outputs[known]), codes[known])
 
 
-def constant_outputs(examples: Examples, *, fold: int) -> NDArray[np.float64]:
+def constant_outputs(
+    examples: Examples, *, fold: int, centre: Callable[..., Any] = np.mean
+) -> NDArray[np.float64]:
     """Return the outputs (N, K) of a model that looks at no cell.
 
     Args:
         examples: The cells.
         fold: The fold to be tested.
+        centre: What it says of numbers: their mean, or the median, of least absolute error.
     """
     train, _, _ = examples.parts_of(fold)
     n_cells = len(examples.target)
     if not examples.classes:
-        return np.full((n_cells, 1), examples.target[train].mean())
+        return np.full((n_cells, 1), centre(examples.target[train]))
     sizes = np.bincount(examples.target[train].astype(np.int64), minlength=examples.width)
     with np.errstate(divide="ignore"):
         return np.tile(np.log(sizes / sizes.sum()), (n_cells, 1))

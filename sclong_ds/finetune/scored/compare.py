@@ -176,7 +176,7 @@ def _baselines(
     features: dict[str, Features | None] = {
         f"{kind} on PCA": principal_components(values),
         f"{kind} on X_sclong": lambda _: embedded,
-        "most common label" if examples.classes else "mean": None,
+        **dict.fromkeys(("most common label",) if examples.classes else ("mean", "median")),
     }
     found = {}
     for name, make in features.items():
@@ -184,7 +184,8 @@ def _baselines(
         for fold in range(examples.n_folds):
             train, held, test = examples.parts_of(fold)
             if make is None:
-                outputs = constant_outputs(examples, fold=fold)
+                centre = np.median if name == "median" else np.mean
+                outputs = constant_outputs(examples, fold=fold, centre=centre)
             else:
                 outputs = linear_outputs(
                     examples, make, fold=fold, balanced=setting.options.balanced

@@ -139,7 +139,7 @@ def test_labels_are_learnt_and_every_row_is_scored(statuses, folder, out):
 
 def test_numbers_are_learnt(statuses, folder):
     found = scores(folder, "age")
-    assert set(found) == {"fine-tuned", "ridge on PCA", "ridge on X_sclong", "mean"}
+    assert set(found) == {"fine-tuned", "ridge on PCA", "ridge on X_sclong", "mean", "median"}
     assert found["fine-tuned"]["mae"] < found["mean"]["mae"]
 
 

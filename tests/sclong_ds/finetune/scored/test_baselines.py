@@ -5,7 +5,11 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from sclong_ds.finetune.examples import Examples
-from sclong_ds.finetune.scored.baselines import linear_outputs, principal_components
+from sclong_ds.finetune.scored.baselines import (
+    constant_outputs,
+    linear_outputs,
+    principal_components,
+)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -35,3 +39,16 @@ def test_components_that_the_training_cells_do_not_span_are_left_out():
     spread = found[:24].std(axis=0)
     assert np.abs(found[24:] / spread).max() < 10
     assert principal_components(few)(np.arange(12, 52)).shape == (52, 39)
+
+
+def test_of_skewed_numbers_the_median_errs_less_than_the_mean():
+    target = np.exp(2 * np.random.default_rng(0).normal(size=300))
+    examples = Examples(
+        counts=csr_matrix((300, 1)), measured=None, classes=(), target=target,
+        groups=np.full(300, "g"), fold=np.arange(300) % 3, left_out={},
+    )  # fmt: skip
+    mean, median = (
+        np.abs(constant_outputs(examples, fold=0, centre=centre)[:, 0] - target).mean()
+        for centre in (np.mean, np.median)
+    )
+    assert median < 0.9 * mean
