@@ -43,7 +43,13 @@ from sclong_ds.evaluation.ladder import NO_CONTEXT
 from sclong_ds.evaluation.representations import embed_scored, representations
 from sclong_ds.evaluation.scib import add_scib_scores
 from sclong_ds.evaluation.scored_cells import ScoredCells, choose_cells, layout_of, sizes_of
-from sclong_ds.evaluation.scores import Scores, sample_cells, score
+from sclong_ds.evaluation.scores import (
+    Scores,
+    fewer_neighbours,
+    neighbours_of,
+    sample_cells,
+    score,
+)
 from sclong_ds.evaluation.verdict import (
     interval_table,
     intervals_of,
@@ -109,10 +115,14 @@ def run(args: argparse.Namespace) -> int:
     written = table.join(intervals)
     write_atomic(args.out / "scores.tsv", written.to_csv(sep="\t").encode())
     report: dict[str, object] = {"verdict": lines, "training_cells": _leak_facts(known, n_known)}
-    report |= {"recipe_cells": recipe_facts}
+    report |= {"recipe_cells": recipe_facts, "neighbours": neighbours_of(layout)}
     report |= _facts(args, cells, scored) | _score_facts(scores, table)
     write_atomic(args.out / "scores.json", (json.dumps(report, indent=1) + "\n").encode())
-    print("\n".join([*lines, *leaks, *([] if missing is None else [missing])]))
+    print(
+        "\n".join(
+            [*lines, *fewer_neighbours(layout), *leaks, *([] if missing is None else [missing])]
+        )
+    )
     print(
         f"{counted(len(scored.rows), 'cell')}, "
         f"{counted(len(sizes_of(scored.labels)), 'label')} of {args.label}"

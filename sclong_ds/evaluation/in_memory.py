@@ -78,7 +78,7 @@ def evaluate(
 def _scored(model: ScLong, scored: ScoredCells, *, batch_size: int, seed: int) -> DataFrame:
     from sclong_ds.evaluation.ladder import NO_CONTEXT
     from sclong_ds.evaluation.representations import embed_scored, representations
-    from sclong_ds.evaluation.scores import Layout, score
+    from sclong_ds.evaluation.scores import Layout, fewer_neighbours, score
     from sclong_ds.evaluation.verdict import intervals_of, score_table, verdict
 
     embedded = embed_scored(model, scored, batch_size=batch_size, what="embed")
@@ -87,5 +87,6 @@ def _scored(model: ScLong, scored: ScoredCells, *, batch_size: int, seed: int) -
     scores = {name: score(x, layout) for name, x in points.items()}
     table = score_table(scores)
     table.attrs["verdict"] = [verdict(scores, name="knn_accuracy", no_context=NO_CONTEXT)]
+    table.attrs["verdict"] += fewer_neighbours(layout)
     table.attrs["intervals"] = {name: intervals_of(found) for name, found in scores.items()}
     return table

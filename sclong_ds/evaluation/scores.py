@@ -9,12 +9,17 @@
 | batch_asw | mean over labels of 1 - |silhouette of the batches|; 1 |
 | batch_mixing | entropy of the batches among the 15 nearest cells / entropy over all cells; 1 |
 
+Fewer than 15 neighbours vote where a label is rare: 2 n - 1 if the smallest label of a fold has n
+training cells, which could not win with 15 however close they lie (`neighbours_of`).
 Folds are 5 of cells, or one per group (donor, dataset) where cells have groups. Intervals hold 95%
 of 1,000 resamples of cells, or of groups where there are 5: cells of a donor are not independent.
 Their bounds lie further from the score than the quantiles of the resamples, by
 t(0.975, U - 1) / 1.96 * sqrt(U / (U - 1)) with the quantile of Student's t: those of 6 groups would
 hold the truth in 85% of the cases. Source: the expanded percentile interval of Hesterberg,
 https://doi.org/10.1080/00031305.2015.1089789
+Resamples of predictions that are all right, or all wrong, are all the same. The far bound of such
+an accuracy is then that of Clopper and Pearson (https://doi.org/10.1093/biomet/26.4.404), which U
+units that are all right reach in 2.5% of the cases: 0.88 for 30 cells, 0.48 for 5 donors.
 All representations get the same resamples, so differences between them have intervals too. Source
 of the silhouette scales: scIB, https://doi.org/10.1038/s41592-021-01336-8; of the entropy of
 mixing: https://doi.org/10.1038/nbt.4091
@@ -24,6 +29,7 @@ Shapes: n cells, R resamples, U units (cells or groups), L labels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -97,6 +103,9 @@ class Scores:
     intervals."""
     units: dict[str, int] = field(default_factory=dict)
     """U, what was resampled, by name as `draws`."""
+    unseen: dict[str, float] = field(default_factory=dict)
+    """How far a score of 1 may lie above the truth, or one of 0 below it, by name as `draws`; the
+    scores of predictions that are right or wrong."""
 
     def interval(self, name: str) -> Interval | None:
         """Return the interval of a score; None if it has none."""
@@ -109,16 +118,23 @@ class Scores:
         lowest, highest = next(
             (ends for end, ends in _RANGES.items() if name.endswith(end)), (-np.inf, np.inf)
         )
-        return Interval(max(bounds.low, lowest), min(bounds.high, highest))
+        low, high = bounds
+        if name in self.unseen and value in (0.0, 1.0):
+            low, high = min(low, 1 - self.unseen[name]), max(high, self.unseen[name])
+            low, high = (low, 1.0) if value else (0.0, high)
+        return Interval(max(low, lowest), min(high, highest))
 
 
-def interval(draws: np.ndarray, estimate: float, *, n_units: int) -> Interval | None:
+def interval(
+    draws: np.ndarray, estimate: float, *, n_units: int, level: float = _LEVEL
+) -> Interval | None:
     """Return the bounds of a score, or of the difference of two with the same resamples.
 
     Args:
         draws: (R,) its value in each resample, NaN where it is undefined.
         estimate: Its value.
         n_units: U, the cells or groups that were resampled.
+        level: Share of the cases in which the bounds hold the truth.
 
     Returns:
         The bounds, widened for few units (see the head of this file); None of one unit, or where
@@ -126,11 +142,28 @@ def interval(draws: np.ndarray, estimate: float, *, n_units: int) -> Interval | 
     """
     if n_units < 2 or np.isnan(draws).mean() > _MOST_UNDEFINED:
         return None
-    level = (1 + _LEVEL) / 2
-    quantiles = np.nanquantile(draws, [1 - level, level])
-    wider = stdtrit(n_units - 1, level) / ndtri(level) * np.sqrt(n_units / (n_units - 1))
+    end = (1 + level) / 2
+    quantiles = np.nanquantile(draws, [1 - end, end])
+    wider = stdtrit(n_units - 1, end) / ndtri(end) * np.sqrt(n_units / (n_units - 1))
     low, high = estimate + wider * (quantiles - estimate)
     return Interval(float(low), float(high))
+
+
+def unseen_of(labels: np.ndarray, layout: Layout, cells: np.ndarray) -> tuple[float, float]:
+    """Return how far an accuracy and a macro F1 of 1 may lie above the truth.
+
+    Of U units that are all right, the accuracy is above 0.025 ** (1 / U); macro F1 is a mean over
+    labels, of which the rarest has the fewest units.
+
+    Args:
+        labels: (cells,) the true labels.
+        layout: What the cells are of.
+        cells: Their positions.
+    """
+    units, end = _units(layout, cells), (1 - _LEVEL) / 2
+    sizes = [len(np.unique(units[labels == label])) for label in np.unique(labels)]
+    accuracy = 1 - end ** (1 / count_units(layout, cells))
+    return accuracy, max(accuracy, (1 - end ** (1 / min(sizes))) / len(sizes))
 
 
 def score(x: np.ndarray, layout: Layout) -> Scores:
@@ -151,12 +184,8 @@ def score(x: np.ndarray, layout: Layout) -> Scores:
 
 def _label_scores(found: Scores, x: np.ndarray, layout: Layout) -> None:
     labels, seed, n = layout.labels, layout.seed, len(x)
-    if layout.groups is None:
-        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(x, labels)
-    else:
-        folds = LeaveOneGroupOut().split(x, labels, layout.groups)
     predicted = labels.copy()
-    for train, test in folds:
+    for train, test in _folds(layout):
         predicted[test] = _nearest_label(x, labels, train, test)
     _add_accuracy(found, "knn", labels, predicted, layout, np.arange(n))
     clusters = KMeans(len(np.unique(labels)), n_init=10, random_state=seed).fit_predict(x)
@@ -167,11 +196,47 @@ def _label_scores(found: Scores, x: np.ndarray, layout: Layout) -> None:
     _add_mean(found, "label_asw", widths, layout, sample)
 
 
+def _folds(layout: Layout) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Return the positions of training and of tested cells of every fold."""
+    labels, where = layout.labels, np.zeros(len(layout.labels))
+    if layout.groups is not None:
+        return iter(LeaveOneGroupOut().split(where, labels, layout.groups))
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=layout.seed)
+    return iter(folds.split(where, labels))
+
+
+def _n_neighbours(labels: np.ndarray) -> int:
+    """Return how many neighbours vote: a label is to be able to win with all its training cells."""
+    smallest = int(np.unique(labels, return_counts=True)[1].min())
+    return min(NEIGHBOURS, 2 * smallest - 1)
+
+
+def neighbours_of(layout: Layout) -> tuple[int, int]:
+    """Return the fewest and the most neighbours that vote in a fold, or in the transfer."""
+    trains = [train for train, _ in _folds(layout)]
+    if layout.train is not None:
+        trains.append(np.flatnonzero(layout.train))
+    found = [_n_neighbours(layout.labels[train]) for train in trains]
+    return min(found), max(found)
+
+
+def fewer_neighbours(layout: Layout) -> list[str]:
+    """Return a sentence where fewer than 15 neighbours vote; none where 15 always do."""
+    fewest, most = neighbours_of(layout)
+    if fewest == NEIGHBOURS:
+        return []
+    n = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return [
+        f"knn: {n} nearest cells and not {NEIGHBOURS}, in all rows: 2 n - 1 where the rarest label "
+        "of a fold has n training cells"
+    ]
+
+
 def _nearest_label(
     x: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray
 ) -> np.ndarray:
     """Return the most common label of the nearest of the cells `train`, for the cells `test`."""
-    classifier = KNeighborsClassifier(min(NEIGHBOURS, len(train)))
+    classifier = KNeighborsClassifier(_n_neighbours(labels[train]))
     return np.asarray(classifier.fit(x[train], labels[train]).predict(x[test]))
 
 
@@ -221,7 +286,9 @@ def _add_accuracy(
     # A label that a resample lacks is no part of its mean.
     there = n_true + n_given > 0
     macro = (f1 * there).sum(axis=1) / there.sum(axis=1)
-    for kind, draws in (("accuracy", accuracy), ("macro_f1", macro)):
+    kinds = (("accuracy", accuracy), ("macro_f1", macro))
+    for (kind, draws), unseen in zip(kinds, unseen_of(labels, layout, cells), strict=True):
+        found.unseen[f"{name}_{kind}"] = unseen
         found.values[f"{name}_{kind}"] = float(draws[0])
         found.draws[f"{name}_{kind}"] = draws[1:]
         found.units[f"{name}_{kind}"] = count_units(layout, cells)

@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sclong_ds.evaluation.scores import interval
 from sclong_ds.page.words import counted
 from sclong_ds.perturb_bench.screen import Screen
 
@@ -131,14 +132,20 @@ def _level(predictors: Iterable[str], simple: set[str]) -> float:
 def _bounded(
     name: str, values: NDArray[np.float64], drawn: NDArray[np.int64], *, level: float = 0.95
 ) -> dict[str, float]:
-    """Return the mean of values (P,), NaN left out, and the bounds of resampled means."""
+    """Return the mean of values (P,), NaN left out, and bounds as `evaluate` gives them.
+
+    They are NaN of one value, or where more than 5% of the resamples have none.
+    """
     known = np.isfinite(values)
     if not known.any():
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
     totals = np.where(known, values, 0.0)[drawn].sum(axis=1)
-    means = totals / np.maximum(known[drawn].sum(axis=1), 1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return {name: float(values[known].mean()), f"{name}_low": low, f"{name}_high": high}
+    sizes = known[drawn].sum(axis=1)
+    means = totals / np.where(sizes > 0, sizes, np.nan)
+    mean = float(values[known].mean())
+    bounds = interval(means, mean, n_units=int(known.sum()), level=level)
+    low, high = (np.nan, np.nan) if bounds is None else bounds
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
 def worded(table: pd.DataFrame, *, simple: set[str]) -> str:

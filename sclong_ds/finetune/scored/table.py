@@ -26,7 +26,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sclong_ds.evaluation.scores import Layout, Scores, count_units, interval, resampled_sums
+from sclong_ds.evaluation.scores import (
+    Layout,
+    Scores,
+    count_units,
+    interval,
+    resampled_sums,
+    unseen_of,
+)
 from sclong_ds.finetune.scored.calibration import losses
 
 BINS = 15
@@ -53,7 +60,7 @@ class Row:
 def row_of(found: Sequence[Scores]) -> Row:
     """Return the mean over seeds of scores that have the same resamples."""
     first = next(iter(found[0].values))
-    mean = Scores(units=found[0].units)
+    mean = Scores(units=found[0].units, unseen=found[0].unseen)
     for name in found[0].values:
         mean.values[name] = float(np.mean([s.values[name] for s in found]))
     for name in found[0].draws:
@@ -94,13 +101,16 @@ def label_scores(
     )
     there = n_true + n_given > 0
     f1 = 2 * hits / np.maximum(n_true + n_given, 1)
-    return _scores(
+    scores = _scores(
         groups,
         accuracy=n_right[:, 0] / count[:, 0],
         macro_f1=(f1 * there).sum(axis=1) / there.sum(axis=1),
         nll=loss[:, 0] / count[:, 0],
         ece=np.abs(gaps).sum(axis=1) / count[:, 0],
     )
+    unseen = unseen_of(target, *_resampled(groups))
+    scores.unseen |= dict(zip(LABEL_SCORES[:2], unseen, strict=True))
+    return scores
 
 
 def number_scores(

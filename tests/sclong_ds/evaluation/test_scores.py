@@ -5,7 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sclong_ds.evaluation.scores import Layout, Scores, interval, resampled_sums, score
+from sclong_ds.evaluation.scores import (
+    Layout,
+    Scores,
+    fewer_neighbours,
+    interval,
+    neighbours_of,
+    resampled_sums,
+    score,
+)
 
 
 def test_label_scores_tell_structure_from_noise() -> None:
@@ -29,6 +37,38 @@ def test_macro_f1_counts_a_small_label_as_much_as_a_large_one() -> None:
     scores = score(rng.normal(size=(100, 3)), layout).values
     assert scores["knn_accuracy"] > 0.9
     assert scores["knn_macro_f1"] < 0.6
+
+
+def test_a_rare_label_can_win_with_all_its_cells_and_15_vote_where_none_is_rare() -> None:
+    rng = np.random.default_rng(0)
+    layout = Layout(labels=np.repeat(["large", "rare"], [200, 6]))
+    x = rng.normal(size=(206, 5)) + 100 * (layout.labels == "rare")[:, None]
+    found = score(x, layout)
+    assert found.values["knn_macro_f1"] == 1.0
+    assert neighbours_of(layout) == (7, 9)
+    assert fewer_neighbours(layout)[0].startswith("knn: 7 to 9 nearest cells and not 15, in all rows")
+    usual = Layout(labels=np.repeat(["large", "small"], [200, 15]))
+    assert (neighbours_of(usual), fewer_neighbours(usual)) == ((15, 15), [])
+    groups = np.array([*(["d1", "d2"] * 100), "d1", "d2", "d2", "d2", "d2", "d2"])
+    assert neighbours_of(dataclasses.replace(layout, groups=groups)) == (1, 9)
+
+
+@pytest.mark.parametrize(("n", "groups"), [(30, None), (40, np.repeat(list("abcde"), 8))])
+def test_the_interval_of_cells_that_are_all_right_or_all_wrong_is_no_point(
+    n: int, groups: np.ndarray | None
+) -> None:
+    labels = np.tile(["a", "b"], n // 2)
+    x = np.random.default_rng(0).normal(size=(n, 3)) + 50 * (labels == "a")[:, None]
+    found, units = score(x, Layout(labels=labels, groups=groups)), 30 if groups is None else 5
+    low, high = found.interval("knn_accuracy")
+    assert (low, high) == (pytest.approx(0.025 ** (1 / units)), 1.0)
+    assert found.interval("knn_macro_f1").low < 0.89
+    train = np.zeros(n, dtype=bool)
+    train[: n // 2] = True
+    other = np.where((labels == "a") == train, 1.0, -1.0)[:, None]
+    wrong = score(other, Layout(labels=labels, train=train, test=~train))
+    low, high = wrong.interval("transfer_accuracy")
+    assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (2 / n)))
 
 
 def test_batch_scores_tell_mixed_from_separated() -> None:
