@@ -50,6 +50,8 @@ from sclong_ds.run_folder.metric_names import (
     N_CELLS,
     N_HIDDEN,
     SHOWN_MSE,
+    VS_STRONGEST_HIGH,
+    VS_STRONGEST_LOW,
     of_baseline,
 )
 from sclong_ds.run_folder.rows import read_metrics, unlisted
@@ -236,7 +238,7 @@ def last_validation(checkpoint: Path, step: int) -> dict[str, float]:
         return {}
     rows = [r for r in read_metrics(run_dir) if MSE in r and r["step"] <= step]
     errors = (of_baseline(name, MSE) for name in BASELINES)
-    names = (*HEADLINE, SHOWN_MSE, N_HIDDEN, N_CELLS, *errors)
+    names = (*HEADLINE, VS_STRONGEST_LOW, VS_STRONGEST_HIGH, SHOWN_MSE, N_HIDDEN, N_CELLS, *errors)
     if not rows:
         return {}
     found = ("step", *names)

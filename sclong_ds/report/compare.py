@@ -30,6 +30,8 @@ from sclong_ds.run_folder.metric_names import (
     RELATIVE_MSE,
     SEVERAL_MSE,
     STRONGEST_MSE,
+    VS_STRONGEST_HIGH,
+    VS_STRONGEST_LOW,
     WITHIN_CELL,
 )
 from sclong_ds.run_folder.record import RunRecord
@@ -129,6 +131,8 @@ def figures(record: RunRecord) -> dict[str, float | str | None]:
             name: last.get(name, math.nan)
             for name in (
                 RELATIVE_MSE,
+                VS_STRONGEST_LOW,
+                VS_STRONGEST_HIGH,
                 MEAN_MSE,
                 PEARSON,
                 MEAN_PEARSON,

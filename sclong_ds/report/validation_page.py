@@ -38,6 +38,7 @@ from sclong_ds.run_folder.rows import (
     standing,
     strongest,
     unlisted,
+    verdict,
 )
 
 _MAX_ROWS = 12
@@ -208,6 +209,8 @@ def _predictors(row: Mapping[str, float]) -> Markup:
     body = []
     for name in (best, None, *others):
         words = f"the model is {compared(row[MSE], row[of_baseline(name, MSE)])}" if name else ""
+        if name == best and STRONGEST_MSE in row:
+            words = f"the model is {verdict(row)}"
         figures = (
             row.get(metric if name is None else of_baseline(name, metric), math.nan)
             for metric, _ in _FIGURES

@@ -33,6 +33,8 @@ from sclong_ds.run_folder.metric_names import (
     RELATIVE_MSE,
     SHOWN_MSE,
     STRONGEST_MSE,
+    VS_STRONGEST_HIGH,
+    VS_STRONGEST_LOW,
     of_baseline,
 )  # fmt: skip
 
@@ -40,7 +42,7 @@ AnyRow = TypeVar("AnyRow", bound=Mapping[str, float])
 
 _LISTED = frozenset({
     *HEADLINE, SHOWN_MSE, N_HIDDEN, N_CELLS, "val/spearman", "val/baseline_spearman",
-    "val/n_values", "val/target_variance",
+    "val/n_values", "val/target_variance", VS_STRONGEST_LOW, VS_STRONGEST_HIGH,
 })  # fmt: skip
 _WHOLE = frozenset({"step", "cells_seen"})  # columns of integers, exact in a float up to 2**53
 
@@ -164,8 +166,21 @@ def strongest(row: Mapping[str, float]) -> str | None:
 
 
 def verdict(row: Mapping[str, float]) -> str:
-    """Return where the model's error stands to that of the strongest baseline, in words."""
-    return compared(row[MSE], row[STRONGEST_MSE])
+    """Return where the model's error stands to that of the strongest baseline, in words.
+
+    A difference that other cells could turn round is none, in rows that have its bounds.
+    """
+    words = compared(row[MSE], row[STRONGEST_MSE])
+    bounds = _bounds(row)
+    if words in ("below", "above") and bounds and bounds[0] <= 0 <= bounds[1]:
+        return "not told apart from"
+    return words
+
+
+def _bounds(row: Mapping[str, float]) -> tuple[float, float] | None:
+    """Return the bounds of the difference from the strongest baseline; None without them."""
+    low, high = (row.get(name, math.nan) for name in (VS_STRONGEST_LOW, VS_STRONGEST_HIGH))
+    return None if math.isnan(low) or math.isnan(high) else (low, high)
 
 
 def compared(error: float, other: float) -> str:
@@ -188,6 +203,10 @@ def standing(row: Mapping[str, float]) -> str:
         return ""
     name, value = strongest(row), f"{row[STRONGEST_MSE]:.4f}"
     named = value if name is None else f"{name.replace('_', ' ')}, {value}"
+    bounds = _bounds(row)
+    if bounds is not None:
+        gap = row[MSE] - row[STRONGEST_MSE]
+        named += f"; difference {gap:+.4f} [{bounds[0]:+.4f}, {bounds[1]:+.4f}]"
     return f"{verdict(row)} the strongest baseline ({named})"
 
 

@@ -46,7 +46,9 @@ def test_a_rare_label_can_win_with_all_its_cells_and_15_vote_where_none_is_rare(
     found = score(x, layout)
     assert found.values["knn_macro_f1"] == 1.0
     assert neighbours_of(layout) == (7, 9)
-    assert fewer_neighbours(layout)[0].startswith("knn: 7 to 9 nearest cells and not 15, in all rows")
+    assert fewer_neighbours(layout)[0].startswith(
+        "knn: 7 to 9 nearest cells and not 15, in all rows"
+    )
     usual = Layout(labels=np.repeat(["large", "small"], [200, 15]))
     assert (neighbours_of(usual), fewer_neighbours(usual)) == ((15, 15), [])
     groups = np.array([*(["d1", "d2"] * 100), "d1", "d2", "d2", "d2", "d2", "d2"])

@@ -63,6 +63,55 @@ def test_every_figure_is_that_of_a_loop() -> None:
     assert found["val/n_hidden"] == h.sum()
 
 
+def paired_table(gap: float, *, datasets: int, seed: int = 0) -> TargetTable:
+    """Return 64 cells in which the model's errors differ from the baseline's by `gap`, +- 1."""
+    rng = np.random.default_rng(seed)
+    n, cell = 6400, np.repeat(np.arange(64), 100)
+    own = rng.normal(size=64)[cell]
+    other = 2.0 + np.zeros(n)
+    return TargetTable(
+        true=np.zeros(n), hidden=np.ones(n, bool), several=np.zeros(n, bool), cell=cell,
+        gene=np.tile(np.arange(100), 64), dataset=cell % datasets,
+        predicted={"model": np.sqrt(other**2 + gap + own), "gene_mean": other},
+    )  # fmt: skip
+
+
+def bounds_of(table: TargetTable) -> tuple[float, float]:
+    found = scores(table, {})
+    return found["val/vs_strongest_low"], found["val/vs_strongest_high"]
+
+
+def test_the_bounds_of_the_difference_are_those_of_paired_cells_or_datasets() -> None:
+    for gap, datasets in ((0.0, 2), (-0.5, 2), (0.0, 8)):
+        table = paired_table(gap, datasets=datasets)
+        units = table.cell if datasets < 5 else table.dataset
+        error = table.predicted["model"] ** 2 - table.predicted["gene_mean"] ** 2
+        means = np.array([error[units == unit].mean() for unit in np.unique(units)])
+        half = {64: 1.998, 8: 2.365}[len(means)] * means.std(ddof=1) / np.sqrt(len(means))
+        low, high = bounds_of(table)
+        assert (low, high) == pytest.approx((means.mean() - half, means.mean() + half), abs=0.05)
+    assert bounds_of(paired_table(-0.5, datasets=2))[1] < 0
+
+
+def test_the_bounds_do_not_depend_on_the_rank_that_had_a_cell() -> None:
+    table = paired_table(0.0, datasets=2)
+    order = np.argsort(table.cell % 2, kind="stable")
+    columns = {name: getattr(table, name)[order] for name in (
+        "true", "hidden", "several", "cell", "gene", "dataset",
+    )}  # fmt: skip
+    predicted = {name: values[order] for name, values in table.predicted.items()}
+    assert bounds_of(TargetTable(**columns, predicted=predicted)) == bounds_of(table)
+
+
+def test_one_cell_has_no_bounds() -> None:
+    table = paired_table(0.0, datasets=1)
+    one = {name: getattr(table, name)[:100] for name in (
+        "true", "hidden", "several", "cell", "gene", "dataset",
+    )}  # fmt: skip
+    predicted = {name: values[:100] for name, values in table.predicted.items()}
+    assert "val/vs_strongest_low" not in scores(TargetTable(**one, predicted=predicted), {})
+
+
 def test_what_is_shown_changes_no_figure_but_its_own() -> None:
     table = made_table()
     shown = ~table.hidden

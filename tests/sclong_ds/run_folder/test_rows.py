@@ -18,6 +18,7 @@ from sclong_ds.run_folder.rows import (
     standing,
     strongest,
     unlisted,
+    verdict,
 )
 
 HIDDEN = {"val/n_hidden": 90.0, "val/mse": 0.25}
@@ -36,6 +37,29 @@ def test_an_error_that_is_no_number_is_called_so(error: float, words: str) -> No
     row = HIDDEN | BESIDE | {"val/mse": error}
     assert standing(row) == f"{words} the strongest baseline (linear, 0.2000)"
     assert compared(0.1, math.nan) == "not comparable with"
+
+
+@pytest.mark.parametrize(
+    ("error", "low", "high", "words"),
+    [
+        (0.199, -0.007, 0.003, "not told apart from"),
+        (0.199, -0.002, -0.0005, "below"),
+        (0.201, -0.0005, 0.002, "not told apart from"),
+        (0.201, 0.0005, 0.002, "above"),
+        (0.20001, 0.000001, 0.00002, "equal at four decimals to"),
+    ],
+)
+def test_a_difference_within_its_bounds_is_none(
+    error: float, low: float, high: float, words: str
+) -> None:
+    row = HIDDEN | BESIDE | {"val/mse": error}
+    row |= {"val/vs_strongest_low": low, "val/vs_strongest_high": high}
+    assert verdict(row) == words
+    assert standing(row) == (
+        f"{words} the strongest baseline (linear, 0.2000; difference {error - 0.2:+.4f} "
+        f"[{low:+.4f}, {high:+.4f}])"
+    )
+    assert "vs_strongest" not in sentence(row)
 
 
 def test_a_baseline_that_is_no_number_is_not_the_strongest() -> None:
