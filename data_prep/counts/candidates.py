@@ -23,7 +23,6 @@ import numpy as np
 from scipy import sparse
 
 from data_prep.counts.invert import find_target
-from data_prep.counts.not_counts import describe_limits, describe_whole
 from data_prep.counts.option import INVERT_LOG1P, CountsOption, parse_counts
 from data_prep.counts.proof import exact_counts
 from data_prep.counts.side_by_side import (
@@ -33,6 +32,7 @@ from data_prep.counts.side_by_side import (
     count_differences,
     shared_columns,
 )
+from data_prep.counts.whole_numbers import describe_limits, describe_whole
 from data_prep.ledger.ledger import MatrixFinding
 from data_prep.source.source import Matrix, UnusableError
 
@@ -245,7 +245,7 @@ def _look(matrix: Matrix, *, kept: bool) -> _Look:
     try:
         # The whole block: a head of counts says nothing about the cells after it.
         counts = exact_counts(block, where=matrix.name)
-        reason = describe_whole(counts)
+        reason = describe_whole(counts, first=first)
         if reason:
             raise UnusableError(
                 f"{matrix.name} {reason}; if they are raw counts, write counts = {matrix.name} in "

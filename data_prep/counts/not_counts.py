@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
 _EQUAL_SUMS = 0.02
-_MILLION = 2e-3
 LARGEST_LOG = 25.0
 """No count has a larger natural logarithm (7e10); larger values are not logarithms."""
 _WHOLE = 1e-3
@@ -26,15 +24,7 @@ _WHOLE = 1e-3
 Only for the message; the proof of restored counts is stricter (`invert.py`)."""
 _MOST_CELLS = 0.9
 _FEWEST_VALUES = 5
-_SIMILAR_TOTALS = 0.15
-_WITHOUT_ONE = 0.25
-_MANY_GENES = 200
-"""Rounding scaled cells moves their totals apart by 1 to 10 %. Simulated counts may come as close,
-so that it also takes cells of many genes without any 1: scaling by 1.5 and more leaves none, and
-hardly a cell of raw counts lacks one."""
-_RARE_ONES = 0.5
-_FEWEST_CELLS = 20
-_FEWEST_ONES = 1000
+FEWEST_CELLS = 20
 _DESCRIBED_VALUES = 2**20
 _SAME_SUM = 1e-3
 _SAME_LOG_SUM = 1e-5
@@ -42,12 +32,7 @@ _SAME_LOG_SUM = 1e-5
 _NOISE = 1e-6
 _SCALED_SHARE = 0.1
 """Share of the cells that must add up to one total; by chance it is a few in a thousand."""
-_FEWEST_GENES = 50
-"""Genes a cell on average, from which on it cannot be chance that no value is above 1."""
-_LARGEST_SHARE = 0.01
-"""Of a cell's counts its commonest transcript makes more than this."""
-_FEWEST_COUNTS = 500
-_PILE = 3
+FEWEST_COUNTS = 500
 _LOGS: dict[str, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]] = {
     "log1p": np.expm1,
     "log2(1 + x)": lambda x: np.exp2(x) - 1,
@@ -96,7 +81,7 @@ def describe(block: sparse.csr_matrix) -> Description:
     undone = {"": values} | _without_logs(values)
     # Small values are nearly their own logarithm: the transform that makes the sums most equal is
     # the one.
-    sums = {name: _sum_and_spread(matrix) for name, matrix in undone.items()}
+    sums = {name: sum_and_spread(matrix) for name, matrix in undone.items()}
     best = min(sums, key=lambda name: sums[name][1])
     if sums[best][1] <= _EQUAL_SUMS:
         name = _scaled_name(best, sums[best][0], _are_multiples(values))
@@ -139,7 +124,7 @@ def find_scaled_cells(block: sparse.csr_matrix) -> str:
         return f"holds {_scaled_name('', found, False)}, not counts"
     largest = np.maximum.reduceat(values.data, values.indptr[:-1]) if values.nnz else np.zeros(0)
     for name, matrix in _without_logs(values[np.flatnonzero(largest <= LARGEST_LOG)]).items():
-        found = _shared_total(matrix, within=_SAME_LOG_SUM, share=0, least=_FEWEST_COUNTS)
+        found = _shared_total(matrix, within=_SAME_LOG_SUM, share=0, least=FEWEST_COUNTS)
         found = found or _shared_total(matrix, within=_SAME_SUM, share=_SCALED_SHARE, least=0)
         if found:
             return f"holds {_scaled_name(name, found, False)}, not counts"
@@ -156,94 +141,13 @@ def _shared_total(values: sparse.csr_matrix, *, within: float, share: float, lea
         least: Smaller totals are not looked at: shallow cells have them by chance.
     """
     sums = np.sort(np.asarray(values.sum(axis=1)).ravel())
-    n_needed = max(_FEWEST_CELLS, int(share * len(sums)))
+    n_needed = max(FEWEST_CELLS, int(share * len(sums)))
     sums = sums[sums >= least]
     if len(sums) < n_needed:
         return 0.0
     first, last = sums[: len(sums) - n_needed + 1], sums[n_needed - 1 :]
     same = np.flatnonzero(last <= first * (1 + within))
     return float(first[same[0]]) if len(same) else 0.0
-
-
-def describe_whole(counts: sparse.csr_matrix) -> str:
-    """Say what a matrix of whole numbers is where it plainly holds no raw counts.
-
-    Args:
-        counts: (cells, genes) int64 without stored zeros.
-
-    Returns:
-        The end of a sentence that begins with the name of the matrix; '' if nothing speaks
-        against counts. Too few cells prove nothing.
-    """
-    totals = np.asarray(counts.sum(axis=1)).ravel()
-    totals = totals[totals > 0]
-    # A few bulk samples are enough: rounding leaves sums near a million, subsampling equal ones.
-    near = len(totals) > 1 and bool((np.abs(totals / 1e6 - 1) < _MILLION).all())
-    if near and totals.min() < totals.max():
-        return (
-            f"looks like TPM or CPM, rounded, not counts (rows add up to {totals.min()} to "
-            f"{totals.max()})"
-        )
-    if len(totals) < _FEWEST_CELLS:
-        return ""
-    genes_a_cell = counts.nnz / len(totals)
-    if counts.nnz >= _FEWEST_ONES and genes_a_cell >= _FEWEST_GENES and counts.data.max() == 1:
-        return "holds no other value than 1 (detected / not detected), not counts"
-    sparse_enough = counts.nnz >= _FEWEST_ONES and counts.nnz < len(totals) * counts.shape[1] / 2
-    if sparse_enough and counts.data.max() <= LARGEST_LOG:
-        numbers = np.bincount(counts.data)
-        commonest = int(numbers[1:].argmax()) + 1
-        if numbers[1] < _RARE_ONES * numbers[commonest]:
-            return (
-                f"looks like rounded logarithms, not counts (no value above {len(numbers) - 1}; "
-                f"{commonest} is commoner than 1, and 0 than both)"
-            )
-    similar = _sum_and_spread(counts)[1] < _SIMILAR_TOTALS
-    many = np.median(np.diff(counts.indptr)) >= _MANY_GENES
-    if similar and many and _share_without_one(counts) > _WITHOUT_ONE:
-        return (
-            f"looks normalised and rounded, not counts (cells add up to {totals.min()} to "
-            f"{totals.max()})"
-        )
-    return ""
-
-
-def describe_limits(counts: sparse.csr_matrix, *, dtype: np.dtype[Any]) -> str:
-    """Say what is odd about the largest values of a matrix that is taken for counts.
-
-    Args:
-        counts: (cells, genes) int64 without stored zeros.
-        dtype: Type that the values are stored in.
-
-    Returns:
-        The end of a sentence that begins with the name of the matrix; '' if nothing is.
-    """
-    totals = np.asarray(counts.sum(axis=1)).ravel()
-    if np.count_nonzero(totals) < _FEWEST_CELLS:
-        return ""
-    largest = int(counts.data.max())
-    n_largest = int(np.count_nonzero(counts.data == largest))
-    below = int(np.count_nonzero((counts.data >= 0.9 * largest) & (counts.data < largest)))
-    if dtype.kind in "iu" and largest == int(np.iinfo(dtype).max):
-        return (
-            f"holds {largest} {n_largest} times, the largest number of its type {dtype}: larger "
-            "counts may have been cut off"
-        )
-    if largest > 2 and n_largest >= max(_FEWEST_CELLS, _PILE * (below + 1)):
-        return f"holds its largest value {largest} {n_largest} times: counts may have been capped"
-    total = float(np.median(totals[totals > 0]))
-    if total >= _FEWEST_COUNTS and largest <= LARGEST_LOG and largest <= _LARGEST_SHARE * total:
-        return (
-            f"holds no value above {largest} in cells of {total:.0f} counts: these may be rounded "
-            "logarithms, bins or capped counts"
-        )
-    return ""
-
-
-def _share_without_one(counts: sparse.csr_matrix) -> float:
-    """Return the share of cells with values, none of which is 1."""
-    cells = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-    return 1 - len(np.unique(cells[counts.data == 1])) / max(1, len(np.unique(cells)))
 
 
 def _with_fractions(block: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -274,7 +178,7 @@ def _scaled_name(log: str, total: float, multiples: bool) -> str:
     return f"normalised to about {total:.3g} a cell"
 
 
-def _sum_and_spread(values: sparse.csr_matrix) -> tuple[float, float]:
+def sum_and_spread(values: sparse.csr_matrix) -> tuple[float, float]:
     """Return the median cell sum and how far the cells spread around it, as a share of it."""
     sums = np.asarray(values.sum(axis=1)).ravel()
     sums = sums[sums > 0]

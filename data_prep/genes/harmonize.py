@@ -19,9 +19,9 @@ from scipy import sparse
 
 from data_prep.counts.candidates import Choice, choose_counts
 from data_prep.counts.invert import Restored, restore_counts
-from data_prep.counts.not_counts import describe_whole
 from data_prep.counts.proof import exact_counts
 from data_prep.counts.rounding import round_counts
+from data_prep.counts.whole_numbers import describe_whole
 from data_prep.genes.cover import MIN_GENES_MAPPED, MIN_SHARE_MAPPED, check_cover
 from data_prep.genes.gene_names import GeneMap, GeneResolver
 from data_prep.genes.settlement import DATE, KINDS
@@ -99,19 +99,20 @@ class HarmonizedSource:
         return self.choice.target
 
     def proven_blocks(
-        self, blocks: Iterator[sparse.csr_matrix] | None = None
+        self, blocks: Iterator[sparse.csr_matrix] | None = None, *, first: int = 0
     ) -> Iterator[Restored]:
         """Yield consecutive blocks of raw counts in the genes of the file.
 
         Args:
             blocks: Those of a range of cells (`Matrix.ranges`); None: of all cells.
+            first: Number of the first of these cells, for messages.
 
         Yields:
             Counts int64 (cells, genes of the file) and the proof; without `target` every cell is
             proven, since anything else is an error.
 
         Raises:
-            UnusableError: A value that is not a count, wherever it stands; a block that is rounded
+            UnusableError: A value that is not a count, wherever it stands; cells that are rounded
                 or binarised where the matrix was not chosen by name.
             ValueError: A damaged value or file.
         """
@@ -122,11 +123,12 @@ class HarmonizedSource:
                 continue
             rounded = round_counts(block, where=name) if how == "round" else None
             counts = exact_counts(block if rounded is None else rounded.counts, where=name)
-            if how == "auto" and (reason := describe_whole(counts)):
+            if how == "auto" and (reason := describe_whole(counts, first=first)):
                 raise UnusableError(
                     f"{name} {reason}; if they are raw counts, write counts = {name} in the "
                     "manifest (--counts)"
                 )
+            first += counts.shape[0]
             proven = np.ones(counts.shape[0], dtype=bool)
             yield Restored(counts=counts, proven=proven, largest_residual=0.0, rounded=rounded)
 

@@ -118,7 +118,7 @@ class Outcome:
         mitochondrial = mitochondrial_genes(gene_map, genes)
         _describe_genes(self.opened, entry, int(mitochondrial.sum()))
         first, last, blocks = (0, matrix.shape[0], None) if rows is None else rows
-        for block in self.opened.proven_blocks(blocks):
+        for block in self.opened.proven_blocks(blocks, first=first):
             cells = gene_map.apply(block.counts)
             self._require_storable(cells, genes)
             here = slice(first, first + cells.shape[0])
