@@ -10,7 +10,7 @@ help:
 	@echo "make setup   virtual environment in $(VENV) with requirements.txt"
 	@echo "make demo    real cells to a trained, exported model (about 5 minutes on 2 cores)"
 	@echo "make test    all tests"
-	@echo "make test-quick  those that start no process"
+	@echo "make test-quick  those that start no process, but the thorough ones"
 	@echo "make check   ruff, mypy, links of the documentation"
 	@echo "make docs    the documentation as a site, below site/"
 
@@ -41,9 +41,10 @@ demo: $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --durations=25 $(if $(TEST_MINUTES),--minutes $(TEST_MINUTES))
 RANKS := distributed or slurm
 
-# Without processes: between two changes. MLflow, left in the middle of a start, takes no second one.
+# Without processes and in minutes: between two changes. MLflow, left in the middle of a start, takes
+# no second one.
 test-quick: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -q --quick -n 2 --ignore tests/sclong_ds/tracking -m "not ($(RANKS))"
+	$(BIN)/python -m pytest -q --quick -n 2 --ignore tests/sclong_ds/tracking -m "not ($(RANKS) or thorough)"
 
 # Side by side, since both mostly wait or use one core: what starts ranks or Slurm, in sight, and the
 # rest, whose output comes at the end.

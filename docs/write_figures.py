@@ -350,15 +350,10 @@ def pattern(sentence: Sentence) -> re.Pattern[str]:
     )
 
 
-def is_made(sentence: Sentence) -> bool:
-    """Tell whether the benchmark of a sentence has written its result."""
-    return (RESULTS / f"{sentence.result}.json").exists()
-
-
 def main() -> int:
     """Put the figures into the pages; return the exit status."""
     status = 0
-    for sentence in filter(is_made, SENTENCES):
+    for sentence in SENTENCES:
         page = ROOT / sentence.page
         text = page.read_text(encoding="utf-8")
         new, count = pattern(sentence).subn(expected(sentence), text)

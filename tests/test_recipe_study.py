@@ -76,6 +76,7 @@ def test_parameters_of_the_vector_are_counted_as_the_model_has_them() -> None:
     assert vector_parameters(8, 50) == sum(p.numel() for p in parts) + head
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("attention", ["favor", "softmax"])
 def test_uniform_attention_stays_for_the_whole_training(attention: str) -> None:
     net = small_model(attention=attention)

@@ -58,6 +58,7 @@ def saved(tmp_path: Path, writer: str) -> Path:
     return Path(shutil.copytree(GOLDEN / "written_by" / writer, tmp_path / "saved"))
 
 
+@pytest.mark.thorough
 @every_writer
 def test_a_run_folder_is_verified_read_and_reported(saved: Path, writer: str) -> None:
     run_dir = saved / "run"

@@ -91,6 +91,7 @@ def deterministic(name: str) -> settings:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
     @deterministic(name)

@@ -143,6 +143,7 @@ def verdict(example: Example, entry: LedgerEntry, corpus: Path) -> str:
     return f"lost: {len(lost)}" if lost else "exact"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_exact_or_refused(container: str, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"

@@ -139,6 +139,7 @@ def test_wrong_queries_and_keys(changes, message):
         favor_attention_kv(**(arguments | {"features": torch.zeros(20, 16)} | changes))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["packed", "queries and keys", "apart"])
 def test_torch_operator_is_registered_right(form):
     """What torch.compile sees of the torch backend."""

@@ -169,6 +169,7 @@ def test_features_of_all_heads_are_never_in_memory():
     assert largest == 3 * q.nbytes < 16 * 2000 * 70 * 4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [{"n": 1}, {"n": 13, "m": 31}, {"h": 1, "k": 16, "m": 44}])
 def test_gradcheck(shape):
     q, k, v, w = make(**({"b": 1, "n": 9} | shape))

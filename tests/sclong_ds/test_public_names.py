@@ -104,6 +104,7 @@ def test_what_is_no_model_is_told_in_words(cells: anndata.AnnData) -> None:
         sclong_ds.predict(model, cells)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "8"])
 def test_a_wrong_batch_size_or_seed_is_refused(cells: anndata.AnnData, wrong: object) -> None:
     model, message = load_model(MODEL / "model"), f"batch_size {wrong!r}: must be a whole number"

@@ -62,6 +62,7 @@ def test_the_least_of_the_control_groups_counts(
     assert default_memory_gib(1) == 16
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_process_cannot_take_more_than_allowed() -> None:
     program = (

@@ -151,6 +151,7 @@ def test_what_reads_back_otherwise_fails_alone(
     assert list((corpus / "staging").iterdir()) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fails", ["rename", "sync_folder", "write_entry", "killed"])
 def test_what_is_staged_outlives_a_conversion_that_fails(
     tmp_path: Path,

@@ -199,6 +199,7 @@ def test_citations_come_with_the_corpus(
 N_PRODUCTS = len(publish_module.PRODUCTS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("crash_at", range(N_PRODUCTS + 1))
 def test_killed_finalize_leaves_the_old_corpus_or_none(
     stage_corpus: Stage,

@@ -59,6 +59,7 @@ R_SPELLINGS: dict[str, Callable[[str, str], str]] = {
 """Spellings that a few genes share; of those nothing is said."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("spelling", [*SPELLINGS, *R_SPELLINGS])
 def test_each_gene_of_the_vocabulary_is_found(spelling: str) -> None:
     write = (SPELLINGS | R_SPELLINGS)[spelling]

@@ -145,6 +145,7 @@ def test_propagation_changes_the_weights(tmp_path: Path) -> None:
     assert pairs["all"][0, 1] == np.float32(2 / 3)  # {3, 2, 1} and {2, 1}
 
 
+@pytest.mark.thorough
 def test_bundled_ontology_covers_known_genes(tmp_path: Path) -> None:
     names = ("ENSG00000141510", "ENSG00000012048", "ENSG00000139618", "ENSG00000254647")
     (tmp_path / "genes.txt").write_text("\n".join(names))

@@ -156,6 +156,7 @@ def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:
         read_manifest(tmp_path / "binary")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("text", "message"),
     [

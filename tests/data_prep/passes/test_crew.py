@@ -264,6 +264,7 @@ def test_locks_are_needed_by_many_tasks_only(
     assert (folder / "corpus.json").stat() == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tasks", [None, 2])
 @pytest.mark.parametrize(
     ("stage", "lost", "message"),
@@ -318,6 +319,7 @@ CHANGED = (
 """Of the work folder, when all stages before `seal` are done."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tasks", [None, 2])
 def test_what_has_changed_since_a_kill_is_done_again(
     stage_corpus: Stage,
@@ -355,6 +357,7 @@ def test_what_has_changed_since_a_kill_is_done_again(
     assert all(str(work) in message for message in told)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "lost", ["obs/b.parquet", "cells.zarr/obs_row/c/0", "columns-made/0000.codes"]
 )

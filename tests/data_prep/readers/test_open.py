@@ -49,6 +49,7 @@ from data_prep.staging.chosen_cells import unwanted_cells
 from data_prep.verify.plain_arrays import plain_loom
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "matrix",
     [
@@ -116,6 +117,7 @@ def repeated(path: Path, dtype: str, parts: tuple[float, float]) -> Path:
     return path
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", ["csr.h5ad", "csc.h5ad", "csr.zarr", "csc.zarr", "csr.npz", "csc.npz", "v2.h5", "mtx"]
 )

@@ -83,6 +83,7 @@ def corpus(stage_corpus: Stage, counts: Counts) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_figures_before_and_after_finalize(corpus: Path) -> None:
     staged = summarize(corpus)
     assert staged.catalogue is None
@@ -105,6 +106,7 @@ def test_figures_before_and_after_finalize(corpus: Path) -> None:
     assert "87.5%" in text, "(100 x 0.5 + 300 x 1) / 400 of the counts"
 
 
+@pytest.mark.thorough
 def test_page_is_whole_and_escaped(corpus: Path) -> None:
     finalize(corpus)
     text = page(summarize(corpus))
@@ -135,6 +137,7 @@ def test_alt_texts_say_what_is_seen(corpus: Path) -> None:
     assert text.count('<input type="checkbox"') == text.count("<figure>") > 5
 
 
+@pytest.mark.thorough
 def test_health_is_on_top_with_what_to_do(corpus: Path) -> None:
     assert "<h2>Health" not in page(summarize(corpus))
     finalize(corpus, split_by="cell")
@@ -145,6 +148,7 @@ def test_health_is_on_top_with_what_to_do(corpus: Path) -> None:
     Page(text)
 
 
+@pytest.mark.thorough
 def test_sources_and_licences(corpus: Path) -> None:
     assert "No dataset names its title" in page(summarize(corpus))
     change(corpus, "b", origin={"title": "A <b>title", "licence": "CC0"}, about={"doi": "10.1/2"})
@@ -156,6 +160,7 @@ def test_sources_and_licences(corpus: Path) -> None:
     Page(text)
 
 
+@pytest.mark.thorough
 def test_restored_counts_ambiguous_names_and_pending_datasets_are_shown(corpus: Path) -> None:
     assert "Restored counts" not in page(summarize(corpus))
     change(corpus, "b", restored="log1p of cells scaled to 10000, undone", n_genes_input=200,
@@ -175,6 +180,7 @@ def test_restored_counts_ambiguous_names_and_pending_datasets_are_shown(corpus: 
     assert "1 excluded, 1 failed, 2 pending" in text
 
 
+@pytest.mark.thorough
 def test_warnings_are_counted_and_named_by_dataset(corpus: Path) -> None:
     assert 'id="warnings"' not in page(summarize(corpus))
     change(corpus, "a", warnings=["half of <it> is missing"])
@@ -191,6 +197,7 @@ def test_warnings_are_counted_and_named_by_dataset(corpus: Path) -> None:
     assert [row[11] for row in Page(text).rows] == ["1", "2", "", "1"]
 
 
+@pytest.mark.thorough
 def test_many_datasets_are_drawn_as_distributions(stage_corpus: Stage, counts: Counts) -> None:
     datasets = {f"d{i:02d}": counts(i, 3 + i) for i in range(30)}
     folder = stage_corpus(datasets)

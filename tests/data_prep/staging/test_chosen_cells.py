@@ -92,6 +92,7 @@ def test_conditions_are_counted_and_cells_found_again(source: Path) -> None:
     assert found.dropped > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [float, int, str, object])
 def test_truths_of_other_types_are_truths(source: Path, kind: type) -> None:
     adata = anndata.read_h5ad(source)

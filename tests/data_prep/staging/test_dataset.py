@@ -255,6 +255,7 @@ def test_left_over_temporary_folders_are_removed(
     assert sorted(path.name for path in (corpus / "staging").iterdir()) == [".ab~", "a"]
 
 
+@pytest.mark.thorough
 def test_demo_cells_of_three_formats_cover_the_same_genes(
     tmp_path: Path, corpus: Path, resolver: GeneResolver
 ) -> None:

@@ -52,6 +52,7 @@ def converted(
     return convert_dataset(dataset, corpus=corpus, settings=found, resolver=resolver)
 
 
+@pytest.mark.thorough
 def test_unfiltered_barcodes_are_excluded_unless_the_user_says_what_a_cell_is(
     tmp_path: Path, resolver: GeneResolver
 ) -> None:

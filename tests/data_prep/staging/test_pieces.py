@@ -96,6 +96,7 @@ def new_corpus(folder: Path) -> dict[str, Any]:
 STORED = ("csr", "dense", "raw", "types", "rounded", "twice", "by gene", "bad value")
 
 
+@pytest.mark.thorough
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n_cells=st.integers(3, 60),
@@ -133,6 +134,7 @@ def run_pieces(dataset: Dataset, corpus: dict[str, Any], *numbers: int) -> list[
     return [convert_piece(dataset, Piece(number=n, of=4), **corpus) for n in numbers]
 
 
+@pytest.mark.thorough
 def test_what_is_there_is_used_and_what_is_damaged_is_made_again(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +163,7 @@ def test_what_is_there_is_used_and_what_is_damaged_is_made_again(
     assert products(tmp_path / "cut") == products(tmp_path / "straight")
 
 
+@pytest.mark.thorough
 def test_a_dataset_that_is_done_is_looked_at_by_the_first_piece_alone(
     tmp_path: Path, dataset: Dataset
 ) -> None:

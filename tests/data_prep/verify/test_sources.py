@@ -106,6 +106,7 @@ def finalized(
     return corpus
 
 
+@pytest.mark.thorough
 def test_every_container_agrees(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     prepare_corpus(corpus, genes=GENES, settings=settings())
@@ -131,6 +132,7 @@ def test_every_container_agrees(tmp_path: Path) -> None:
     assert (found.cells, found.datasets) == (12 * len(CONTAINERS), len(CONTAINERS))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("container", ["h5ad_csr", "h5ad_csc", "tenx3", "mtx", "npz_csc"])
 def test_repeated_places_and_antibodies(tmp_path: Path, container: str) -> None:
     plain = made(2)

@@ -62,6 +62,7 @@ def test_a_good_corpus(corpus: Path) -> None:
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.thorough
 def test_every_file_is_covered(corpus: Path) -> None:
     """A flipped bit is reported with the name of its file."""
     files = files_of(corpus)
@@ -130,6 +131,7 @@ def add_one(values: np.ndarray) -> None:
     values[3] += 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "dtype", "change", "message"),
     [

@@ -148,6 +148,7 @@ def test_batch_size_and_batch_mates_do_not_matter(model_dir: Path, counts: csr_m
     assert np.abs(alone[0] - alone[1]).max() > 1e-3 * scale
 
 
+@pytest.mark.thorough
 def test_formats_and_blocks_give_the_same_embedding(
     model_dir: Path,
     h5ad: Path,
@@ -201,6 +202,7 @@ def corpus(h5ad: Path, genes: GeneVocabulary, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_corpus_and_its_splits(
     model_dir: Path, corpus: Path, h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ N_GENES = 60
 GENES = named_genes(N_GENES)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", ["perturb", "genes", "perturb-bench"])
 def test_commands_on_cells_say_how_many_the_model_was_trained_on(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -151,6 +151,7 @@ def test_settings_say_how_cells_are_read_as_the_command_does(
         _load_pyfunc(str(model_dir), SETTINGS | how | {"counts": "layers/no"}).predict(several)
 
 
+@pytest.mark.thorough
 def test_a_large_model_may_take_longer_than_a_metric(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

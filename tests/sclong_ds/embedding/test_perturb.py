@@ -174,6 +174,7 @@ def test_null_genes_of_a_deletion_are_expressed_in_as_many_cells_as_strongly(
     assert 0.35 < np.mean(p) < 0.75
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["delete", "set:2.5", "overexpress"])
 def test_both_formats_hold_the_same_and_a_seed_repeats_it(model_dir, h5ad, tmp_path, mode):
     genes = f"{GENES.symbols[1]},{GENES.ids[2]};{GENES.ids[3]}"
@@ -195,6 +196,7 @@ def test_both_formats_hold_the_same_and_a_seed_repeats_it(model_dir, h5ad, tmp_p
     ]
 
 
+@pytest.mark.thorough
 def test_what_makes_cells_ill_is_what_leads_back(model_dir, tmp_path, capsys):
     counts = 20 + np.random.default_rng(1).integers(0, 3, (24, N_GENES))
     # The ill cells express two genes more, within the factor of the null, and lack a third.

@@ -206,6 +206,7 @@ def test_stored_embedding_of_the_same_model_is_taken_over(
     assert "another model" in caplog.text
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "change",
     [{"model_digest": "0" * 64}, {"genes_hash": "other"}, {"weights_sha256": "other"}, None],

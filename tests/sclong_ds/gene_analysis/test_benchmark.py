@@ -77,6 +77,7 @@ def test_terms_are_held_out_by_their_ids_and_more_of_them_with_a_larger_share():
     assert abs(len(shares[2]) / 4000 - 0.3) < 0.03
 
 
+@pytest.mark.thorough
 def test_only_terms_that_the_graph_was_made_without_are_used(tmp_path: Path):
     genes = named_genes(400)
     genes.write(tmp_path / "genes.tsv")

@@ -70,6 +70,7 @@ def genes(model_dir: Path, *words: object) -> int:
     return main([*command, "--min-genes-mapped", "1", "--device", "cpu"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_contextual_vectors_are_means_over_the_expressing_cells_of_a_group(
     model_dir, h5ad, model, x, tmp_path, batch_size
@@ -200,6 +201,7 @@ def test_all_networks_and_scores_are_written_beside_the_table(model_dir, h5ad, t
     assert f"{len(GENES)} genes" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("words", "message"),
     [

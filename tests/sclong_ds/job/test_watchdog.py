@@ -125,6 +125,7 @@ def test_a_slow_phase_is_one_warning_that_progress_clears(
     assert "the run ends after 4 s" in caplog.text
 
 
+@pytest.mark.thorough
 def test_the_first_steps_tell_early_what_they_wait_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

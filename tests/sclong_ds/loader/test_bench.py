@@ -33,6 +33,7 @@ def parsed(*words):
     return parser.parse_args(words)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("output", ["packed", "dense_norm"])
 def test_a_rank_counts_its_own_cells_and_their_bytes(corpus, output):
     asked = Asked(

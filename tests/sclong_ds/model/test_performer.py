@@ -54,6 +54,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -120,6 +121,7 @@ def compiled():
 
 
 # torch.compile itself reads .grad of the tensors that it traces with.
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("wanted", ["all", "some"])

@@ -81,6 +81,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -159,6 +160,7 @@ def test_wrong_lengths_are_refused():
             model(x, mask, lengths=wrong)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", [{}, {"large_encoder": EXACT}], ids=["favor", "softmax"])
 @pytest.mark.parametrize("routing", ["top", "expressed"])
 @pytest.mark.parametrize("recompute", [False, True])

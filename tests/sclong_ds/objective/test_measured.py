@@ -53,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_stored_of_unmeasured_genes_changes_no_loss_and_no_gradient(

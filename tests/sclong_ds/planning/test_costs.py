@@ -164,6 +164,7 @@ def counted_flops(net, x, mask, *, backward, **options):
     return counter.get_total_flops(), parts
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_flops_equal_those_torch_counts(changes):
     model, cells = small(**changes), 3
@@ -180,6 +181,7 @@ def test_flops_equal_those_torch_counts(changes):
     assert training_flops_per_cell(model, 37, micro_batch=cells) == pytest.approx(both / cells)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("n_expressed", "n_wanted"), [(7, None), (30, None), (None, 5), (7, 5)])
 @pytest.mark.parametrize(
     "changes",
@@ -239,6 +241,7 @@ def test_expressed_genes_count_with_their_routing_alone():
         assert costs[1] == flops_per_cell(small(), 37)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_activation_checkpointing_repeats_the_performer_layers(changes):
     model = small(**changes)
@@ -448,6 +451,7 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("cells", [2, 10])
 @pytest.mark.parametrize(

@@ -327,6 +327,7 @@ def load_or_refuse(path: Path) -> None:
         assert load_plain(path) == {}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wrap", [bytes, zip_of, legacy_of])
 def test_no_name_can_be_changed(tmp_path: Path, wrap: Callable[[bytes], bytes]) -> None:
     before = fingerprint()

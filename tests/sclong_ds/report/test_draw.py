@@ -64,6 +64,7 @@ def rows() -> list[dict[str, float]]:
     return [*found, {"step": 5, "val/mse": 1.0, "val/mse/bin_0": 1.0, "val/pearson/bin_0": 0.3}]
 
 
+@pytest.mark.thorough
 def test_all_six_pictures_are_drawn_from_full_data() -> None:
     found = dict(draw.validation_figures(data(), rows(), step=5, bin_labels=["low"]))
     assert list(found) == [

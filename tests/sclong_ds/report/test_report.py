@@ -281,6 +281,7 @@ def test_unknown_run_without_a_store_is_one_clear_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", ["run.json", "events.jsonl", "config.yaml", "ds_config.json", "plots", "system"]
 )
@@ -311,6 +312,7 @@ def charts(text: str) -> dict[str, str]:
     return {alt.partition(". ")[0]: alt.partition(". ")[2] for alt in alts}
 
 
+@pytest.mark.thorough
 def test_a_likelihood_is_not_called_an_mse_and_has_a_chart_of_its_own(run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(LIKELIHOOD)
     record = read_run(run_dir)

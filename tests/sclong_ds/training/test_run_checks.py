@@ -232,6 +232,7 @@ def test_another_path_of_the_model_that_a_run_began_from_is_taken(
             resume(tmp_path / str(n), began, [f"run.init_from={path}"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_a_run_keeps_is_refused_by_name(tmp_path: Path, key: str) -> None:
     value, both = REFUSED[key]
@@ -242,6 +243,7 @@ def test_what_a_run_keeps_is_refused_by_name(tmp_path: Path, key: str) -> None:
         resume(tmp_path, both, [*both, f"{key}={value}", "run.accept_changes=true"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("key", [*APPLIED, *MOVED])
 def test_what_changes_is_said(tmp_path: Path, key: str) -> None:
     value = (APPLIED | MOVED)[key]

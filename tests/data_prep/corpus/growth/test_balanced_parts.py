@@ -66,6 +66,7 @@ def of_cells(corpus: Corpus, by: str) -> dict[tuple[str, int], int]:
     return dict(zip(zip(names, rows.tolist(), strict=True), by_row.tolist(), strict=True))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("by", ["dataset", "cell_type", "sex"])
 def test_a_cell_has_the_weight_that_it_has_in_one_corpus(
     folder: Path, tmp_path: Path, by: str
@@ -81,6 +82,7 @@ def test_a_cell_has_the_weight_that_it_has_in_one_corpus(
     assert sum(of_parts.values()) / ONE == pytest.approx(len(of_parts), rel=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("by", ["dataset", "cell_type", "sex"])
 def test_the_visits_of_all_parts_are_those_of_the_weights_on_any_number_of_ranks(
     folder: Path, by: str

@@ -14,6 +14,7 @@ from data_prep.verify.verify import verify
 from sclong_ds.corpus.corpus import Corpus
 
 
+@pytest.mark.thorough
 def test_compact_makes_what_finalize_makes_of_everything(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,6 +44,7 @@ def test_compact_makes_what_finalize_makes_of_everything(
         compact(made)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tasks", [None, 2])
 def test_where_nothing_is_to_do_the_staging_is_not_read(
     made: Path, tmp_path: Path, tasks: int | None

@@ -28,6 +28,7 @@ Stage = Callable[..., Path]
 Counts = Callable[..., sparse.csr_matrix]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "steps", [["a", "b", "c", "d", "e"], ["ac", "bde"], ["bd", "e", "ac"], ["d", "abce"]]
 )
@@ -56,6 +57,7 @@ def test_columns_that_an_old_part_left_out_are_none(
     assert verify(folder)["problems"] == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", ["primary", "drop"])
 def test_new_cells_meet_the_rule_of_near_duplicates(made: Path, tmp_path: Path, rule: str) -> None:
     folder = grown(made, tmp_path / "grown", ["abce", "d"], near_duplicates=rule)
@@ -107,6 +109,7 @@ def test_a_part_without_cells(made: Path, tmp_path: Path) -> None:
     assert verify(folder)["problems"] == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("change", ["convert", "forget", "options", "split"])
 def test_what_changed_makes_one_corpus_again(made: Path, tmp_path: Path, change: str) -> None:
     folder = grown(made, tmp_path / "grown", ["ab", "c"])
@@ -137,6 +140,7 @@ def without(folder: Path, name: str) -> None:
     shutil.rmtree(folder / "staging" / name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gone", ["b", "ab"])
 def test_a_dataset_that_comes_back_is_written_once(made: Path, tmp_path: Path, gone: str) -> None:
     options = {"near_duplicates": "keep"}
@@ -159,6 +163,7 @@ def set_status(folder: Path, name: str, status: str) -> None:
     write_entry(folder, {**entry, "dataset_id": name, "status": status, "reason": "x"} | files)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tasks", [None, 2])
 def test_a_dataset_that_failed_leaves_the_parts(
     made: Path, tmp_path: Path, tasks: int | None
@@ -182,6 +187,7 @@ def test_a_dataset_that_failed_leaves_the_parts(
     assert finalize(folder) == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("steps", "new", "files"),
     [
@@ -210,6 +216,7 @@ def test_staged_files_of_earlier_parts_are_compared_before_they_are_read(
     assert {n for n in before if now.get(n) != before[n] and not n.startswith("staging")} == set()
 
 
+@pytest.mark.thorough
 def test_killed_at_any_write_the_old_corpus_stays_or_the_new_one_is_there(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +255,7 @@ def test_killed_at_any_write_the_old_corpus_stays_or_the_new_one_is_there(
     assert read_catalogue(begun)["hash"] in seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tasks", [2, 3])
 def test_tasks_add_the_same_part(made: Path, tmp_path: Path, tasks: int) -> None:
     one = grown(made, tmp_path / "one", ["ab", "cd"])

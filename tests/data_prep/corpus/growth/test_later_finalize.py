@@ -52,6 +52,7 @@ def made_with(corpus: Path) -> tuple[str, str]:
     return codec, catalogue["near_duplicates"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tasks", [None, 2])
 def test_options_that_are_left_out_are_as_before(
     folder: Path, tasks: int | None, caplog: pytest.LogCaptureFixture
@@ -154,6 +155,7 @@ def test_compact_leaves_a_copy_without_staging_as_it_is(folder: Path, tmp_path: 
         compact(tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("again", [compact, finalize])
 @pytest.mark.parametrize("step", ["discard", "remove_unlisted"])
 def test_parts_that_a_killed_compact_has_left_are_removed_and_no_more(

@@ -95,6 +95,7 @@ def test_a_corpus_as_it_was_before_it_grew(made: Path, tmp_path: Path) -> None:
         as_it_was(before[0], now.hash)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("damage", ["missing", "cut", "other", "catalogue"])
 def test_a_damaged_part_is_named(made: Path, tmp_path: Path, damage: str) -> None:
     folder = grown(made, tmp_path / "grown", ["ab", "c", "d"])
@@ -130,6 +131,7 @@ def damaged(path: Path, how: str) -> Path:
     return path
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "how", "new"),
     [
@@ -157,6 +159,7 @@ def test_finalize_refuses_a_damaged_part_and_says_what_makes_it_again(
     assert verify(folder)["ok"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["missing", "cut"])
 def test_a_task_of_finalize_misses_a_shard(made: Path, tmp_path: Path, how: str) -> None:
     """Plain finalize makes a corpus without parts again in any case."""
@@ -186,6 +189,7 @@ def test_damage_is_of_the_same_cells_however_it_is_met(made: Path, tmp_path: Pat
     assert found == [True] * 3 * sum(len(cells) > 0 for cells in corpus.parts[1].splits.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_see_every_cell_of_all_parts_once_an_epoch(
     made: Path, tmp_path: Path, ranks: int

@@ -37,6 +37,7 @@ def staged(stage_corpus: Stage, counts: Callable[..., sparse.csr_matrix]) -> Pat
     return stage_corpus(tables, measured={"c": part}, obs=primary)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("rule", "dropped", "kept"),
     [("primary", [0, 0, 20, 0], [40, 0, 40, 0]), ("drop", [0, 0, 60, 0], [0, 0, 0, 0]),
@@ -58,12 +59,14 @@ def test_the_copies_that_are_not_primary_are_left_out(
     assert ("are the same as one of another" in health) == (rule != "drop")
 
 
+@pytest.mark.thorough
 def test_the_same_staging_and_rule_give_the_same_bytes(staged: Path) -> None:
     first = finalize(staged, split_by="cell")
     assert finalize(staged, split_by="cell")["hash"] == first["hash"]
     assert finalize(staged, near_duplicates="keep")["hash"] != first["hash"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "lost",
     [["near.npz"], ["near/asked/000000.bounds.npz"],

@@ -95,6 +95,7 @@ def expected(
     return kept_beside, dropped
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -250,6 +250,7 @@ def sides(datasets: list[SplitCells], plan: SplitPlan) -> dict[tuple[str, int], 
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("trial", range(60))
 def test_growth_moves_nobody(trial: int) -> None:
     """From one dataset or many, with donors or without, in one step or several, by any unit."""
