@@ -59,7 +59,8 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Parse a command line; overrides may stand before, between and behind the options.
 
-    argparse itself takes one group of positional arguments and calls later ones unrecognized.
+    argparse itself takes one group of positional arguments and calls later ones unrecognized. An
+    override that another one would undo is an error.
 
     Args:
         parser: Has a positional argument `overrides` of any number, perhaps in a subcommand.
@@ -71,7 +72,21 @@ def parse_arguments(
         if not (settings and hasattr(args, "overrides")):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides = [*args.overrides, *rest]
+    twice = repeated(getattr(args, "overrides", ()))
+    if twice:
+        parser.error(f"{' and '.join(twice)}: the same key twice; keep one of them")
     return args
+
+
+def repeated(overrides: Sequence[str]) -> list[str]:
+    """Return those overrides whose key is the first that is there more than once; else none.
+
+    Args:
+        overrides: `section.key=value` words.
+    """
+    keys = [word.partition("=")[0].strip() for word in overrides]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    return [word for word, key in zip(overrides, keys, strict=True) if key == twice]
 
 
 def add_example(command: argparse.ArgumentParser, words: str) -> None:

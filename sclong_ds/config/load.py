@@ -68,7 +68,8 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Args:
         source: Name of a preset (`sclong_tiny`) or path of a YAML file.
         overrides: `section.key=value` strings. The value of a key that takes text is what stands
-            there, quotes included, and null or ~ none; others are read as YAML.
+            there, quotes included, and null or ~ none; others are read as YAML. Of a key's that
+            is there twice the last counts; the command line refuses such.
 
     Returns:
         The checked configuration.

@@ -5,12 +5,13 @@
 
 A line holds the settings of one task, `key=value` words as on a command line (quotes as in a
 shell); what begins with # is a comment, and empty lines do not count. Every line is checked with
-the settings that all tasks share, before anything starts. Without `--task` the program says how to
-submit; slurm/pretrain.sh calls it with the number of its task and that of the array's last one. It
-then writes SWEEP_DIR/sweep.json and prints the arguments of the task's training, quoted for a
-shell: its run folder is SWEEP_DIR/task_N, and all tasks' MLflow runs have one parent. For a task
-that has begun its own line alone is checked, since others may be at work on the file. Exit status:
-0, or 2 with a line for everything that is wrong.
+the settings that all tasks share, before anything starts; a task's setting replaces a shared one of
+the same key, which is logged, and a key twice in a line is an error. Without `--task` the program
+says how to submit; slurm/pretrain.sh calls it with the number of its task and that of the array's
+last one. It then writes SWEEP_DIR/sweep.json and prints the arguments of the task's training,
+quoted for a shell: its run folder is SWEEP_DIR/task_N, and all tasks' MLflow runs have one parent.
+For a task that has begun its own line alone is checked, since others may be at work on the file.
+Exit status: 0, or 2 with a line for everything that is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sclong_ds.command_line import add_example, local_path, parse_arguments, whole
+from sclong_ds.command_line import add_example, local_path, parse_arguments, repeated, whole
 from sclong_ds.config.arguments import add_training_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
@@ -105,10 +106,14 @@ def problems(path: Path, tasks: Sequence[Task], config: str, shared: Sequence[st
     seen: dict[int, RunConfig] = {}
     for task in tasks:
         where = f"{path}, line {task.line}"
-        keys = [word.partition("=")[0] for word in task.settings]
+        keys = [_key(word) for word in task.settings]
         own = [key for key in keys if key in _OWN_KEYS]
         if own:
             found.append(f"{where}: {own[0]} is set by the sweep; give run.dir=SWEEP_DIR once")
+            continue
+        twice = repeated(task.settings)
+        if twice:
+            found.append(f"{where}: {' and '.join(twice)}: the same key twice; keep one of them")
             continue
         try:
             settings = load_config(config, [*shared, *task.settings])
@@ -135,10 +140,27 @@ def task_arguments(
         shared: Settings of all tasks.
     """
     task, name = tasks[number - 1], task_name(number)
+    over = replaced(task, shared)
+    shared = [word for word in shared if word not in over and _key(word) not in _OWN_KEYS]
     own = [f"run.dir={folder / name}", f"tracking.parent_run={folder.resolve()}"]
     if not any(word.startswith("tracking.run_name=") for word in (*shared, *task.settings)):
         own.append(f"tracking.run_name={name}: {task.words}")
     return ["--config", config, *shared, *task.settings, *own]
+
+
+def replaced(task: Task, shared: Sequence[str]) -> list[str]:
+    """Return the settings of all tasks that a task has values of its own for.
+
+    Args:
+        task: The task.
+        shared: Settings of all tasks.
+    """
+    keys = {_key(word) for word in task.settings}
+    return [word for word in shared if _key(word) in keys]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].strip()
 
 
 def sweep_parser() -> argparse.ArgumentParser:
@@ -186,14 +208,21 @@ def _answer(args: argparse.Namespace) -> str:
     wrong = problems(args.sweep, own if begun else tasks, args.config, args.overrides)
     if args.last is not None and args.last > len(tasks) and not begun:
         wrong.append(
-            f"{args.sweep}: {len(tasks)} lines of settings, but the array goes to {args.last}: "
-            f"submit with --array=1-{len(tasks)}"
+            f"{args.sweep}: {counted(len(tasks), 'line')} of settings, but the array goes to "
+            f"{args.last}: submit with --array=1-{len(tasks)}"
+        )
+    elif args.task is not None and args.task > len(tasks):
+        wrong.append(
+            f"--task {args.task}: {args.sweep} has {counted(len(tasks), 'line')} of settings; "
+            f"allowed: 1 to {len(tasks)}"
         )
     if wrong:
         raise ValueError("\n".join(wrong))
     if args.task is None:
         n = len(tasks)
         return f"{args.sweep}: {counted(n, 'task')}, submit with sbatch --array=1-{n}"
+    for word in replaced(own[0], args.overrides):
+        sys.stderr.write(f"task {args.task}: line {own[0].line} replaces {word} of all tasks\n")
     write_sweep(Path(run_dir), {task_name(n): t.words for n, t in enumerate(tasks, start=1)})
     words = task_arguments(
         tasks, args.task, folder=Path(run_dir), config=args.config, shared=args.overrides

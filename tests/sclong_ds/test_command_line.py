@@ -107,3 +107,15 @@ def test_each_program_says_its_version(
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out.split() == [__version__]
+
+
+@pytest.mark.parametrize(
+    "command", ["config sclong_tiny", "plan --config sclong_tiny --nodes 1 --gpus-per-node 1"]
+)
+def test_a_key_twice_on_a_command_line_is_an_error(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sclong([*command.split(), "run.max_steps=3", "run.seed=1", "run.max_steps=4"])
+    said = "run.max_steps=3 and run.max_steps=4: the same key twice; keep one of them"
+    assert said in capsys.readouterr().err

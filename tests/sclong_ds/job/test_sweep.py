@@ -75,6 +75,8 @@ def test_without_a_task_it_says_how_to_submit_and_writes_nothing(
         ("run.seed=1\n\n#\nrun.seed=2 run.dir=x\n", "1", "line 4: run.dir is set by the sweep"),
         ("optim.lr=1e-4\noptim.lr=0.0001\n", "1", "line 2: trains the same as line 1"),
         ("run.seed='1\n", "1", "line 1: No closing quotation"),
+        ("run.seed=1 optim.lr=1 run.seed=2\n", "1", "line 1: run.seed=1 and run.seed=2: the same"),
+        ("run.seed=1\n", "2", "1 line of settings, but the array goes to 2: submit with"),
         ("# nothing\n\n", "1", "no settings in it"),
     ],
 )
@@ -86,6 +88,26 @@ def test_what_is_wrong_with_any_line_stops_every_task(
     assert line.startswith("error: ")
     assert said in line
     assert not (tmp_path / "s w").exists()
+
+
+def test_a_task_of_no_line_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path, "run.seed=1\n", "--task", "2") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --task 2: ")
+    assert line.endswith("has 1 line of settings; allowed: 1 to 1")
+
+
+def test_a_line_replaces_a_setting_of_all_tasks_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "run.seed=1\nrun.seed=2 optim.lr=2e-4\n"
+    assert sweep(tmp_path, text, "optim.lr=1e-4", "--task", "2", "--last", "2") == 0
+    said = capsys.readouterr()
+    assert said.err == "task 2: line 2 replaces optim.lr=1e-4 of all tasks\n"
+    words = shlex.split(said.out)[2:]
+    keys = [word.partition("=")[0] for word in words]
+    assert len(set(keys)) == len(keys)  # the training refuses a key that it is given twice
+    assert "optim.lr=2e-4" in words
 
 
 def test_a_task_that_has_begun_continues_whatever_the_other_lines_are(
