@@ -128,7 +128,11 @@ def _objective_rules(o: ObjectiveConfig) -> list[tuple[bool, str]]:
             f"null",
         ),
         (0 <= zeros <= 1, f"objective.zero_mask_prob: got {zeros}, allowed: 0 to 1"),
-        (0 <= hidden <= 1, f"objective.replace_prob: got {hidden}, allowed: 0 to 1"),
+        (
+            0 < hidden <= 1,
+            f"objective.replace_prob: got {hidden}, allowed: above 0 to 1 (at 0 every target is "
+            f"shown to the model)",
+        ),
     ]
 
 

@@ -303,7 +303,7 @@ class Validation:
         self._tracker.log(step, figures)
         by = judged(figures)
         if by is None:
-            log.info("step %d validation: none of the cells has a target", step)
+            log.info("step %d validation: none of the cells has a hidden value", step)
             return
         self._saver.judge(state, by)
         self._tracker.event("validation", step=step, mse=figures[MSE])

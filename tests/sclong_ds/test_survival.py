@@ -390,4 +390,4 @@ def test_a_damaged_shard_stops_the_run_or_is_skipped(corpus, tmp_path):
         said = re.findall(rf"^[\d:]+ {shard}: chunk {chunk} ", log.read_text(), re.MULTILINE)
         assert 1 <= len(ranks) <= len(said) <= 2
     assert f"{validation}: chunk 6 " in log.read_text()
-    assert "validation: none of the cells has a target" in log.read_text()
+    assert "validation: none of the cells has a hidden value" in log.read_text()

@@ -188,6 +188,7 @@ def test_the_home_folder_stands_for_its_sign_in_overrides_and_files(tmp_path, mo
         ("objective.mask_prob=1.5", "allowed: 0 < p <= 1"),
         ("objective.mask_prob_range=[0.5, 0.2]", "allowed: 0 < low <= high <= 1"),
         ("objective.mask_prob_range=[0.0, 0.2]", "allowed: 0 < low <= high <= 1"),
+        ("objective.replace_prob=0", "objective.replace_prob: got 0.0, allowed: above 0 to 1"),
         ("objective.zero_mask_prob=-0.1", "objective.zero_mask_prob: got -0.1, allowed: 0 to 1"),
         ("run.max_steps", "write section.key=value"),
         ("optim.betas=[0.9]", "expected a list of 2 values"),
@@ -233,9 +234,9 @@ def test_overrides_stand_anywhere_and_what_is_no_override_is_refused(capsys):
     parser.add_argument("--config")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("overrides", nargs="*")
-    args = parse_arguments(parser, ["a.b=1", "--config", "x", "a.c=2", "--dry-run", "a.b=3"])
+    args = parse_arguments(parser, ["a.b=1", "--config", "x", "a.c=2", "--dry-run", "a.d=3"])
     assert (args.config, args.dry_run) == ("x", True)
-    assert args.overrides == ["a.b=1", "a.c=2", "a.b=3"]
+    assert args.overrides == ["a.b=1", "a.c=2", "a.d=3"]
     for wrong in (["a.b=1", "--config", "x", "plain"], ["--cells=9"]):
         with pytest.raises(SystemExit):
             parse_arguments(parser, wrong)
