@@ -48,6 +48,8 @@ TWO_LOSSES = (
     "The training losses of these runs do not compare: they are means of different things "
     "(train/loss is of)."
 )
+_SAME = ("objective.mask_prob", "objective.replace_prob", "data.target_sum")
+"""Settings that decide which values a validation scores, and in what unit."""
 _SCORES = ("mse", "pearson", "spearman")
 _FACTS = (
     "n_cells_train", "n_genes", "world_size", "device", "corpus_hash", "genes_hash", "graph_hash",
@@ -107,7 +109,25 @@ def not_comparable(records: Sequence[RunRecord]) -> list[str]:
     scored = {_scored(record.validation[-1]) for record in records if record.validation}
     losses = {record.loss_kind for record in records if record.train}
     found = ((TWO_KINDS, scored), (TWO_LOSSES, losses))
-    return [sentence for sentence, kinds in found if len(kinds) > 1]
+    notes = [sentence for sentence, kinds in found if len(kinds) > 1]
+    others = _other_values([record for record in records if record.validation])
+    if others:
+        notes.append(
+            "The errors of these runs cannot be set side by side, since they are of other values: "
+            f"{'; '.join(others)}. Compare runs in which these are the same, or each model with "
+            "the baselines of its own run."
+        )
+    return notes
+
+
+def _other_values(records: Sequence[RunRecord]) -> list[str]:
+    """Return what differs in the values that the last validations scored, as `name: a, b`."""
+    kinds = {name: [r.settings.get(name) for r in records] for name in _SAME}
+    kinds["corpus"] = [str(r.summary.get("corpus_hash") or "")[:8] for r in records]
+    cells = (r.validation[-1].get(N_CELLS) for r in records)
+    kinds["validation cells"] = [None if n is None else f"{n:,.0f}" for n in cells]
+    known = {name: list(dict.fromkeys(filter(None, values))) for name, values in kinds.items()}
+    return [f"{name}: {', '.join(values)}" for name, values in known.items() if len(values) > 1]
 
 
 def figures(record: RunRecord) -> dict[str, float | str | None]:

@@ -76,6 +76,38 @@ def test_runs_of_one_name_are_told_apart(run_dir: Path, tmp_path: Path) -> None:
     assert Page(report.build_comparison(records)).text.count("bob/runs/trial") > 1
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("mask_prob", "objective:\n  mask_prob: {}\n", "objective.mask_prob: 0.1, 0.2"),
+        ("replace_prob", "objective:\n  replace_prob: {}\n", "objective.replace_prob: 0.1, 0.2"),
+        ("target_sum", "data:\n  target_sum: {}\n", "data.target_sum: 0.1, 0.2"),
+        ("corpus", "", "corpus: aaaa, bbbb"),
+        ("cells", "", "validation cells: 64, 512"),
+    ],
+)
+def test_errors_of_other_values_are_said_not_to_compare(
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    text: str,
+    said: str,
+) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "copy"))
+    assert compare.not_comparable([read_run(run_dir), read_run(copy)]) == []
+    values = (("0.1", "aaaa", 64.0), ("0.2", "bbbb", 512.0))
+    for folder, (value, digest, n) in zip((run_dir, copy), values, strict=True):
+        (folder / "config.yaml").write_text(text.format(value))
+        if key == "corpus":
+            update_run_json(folder, summary={"corpus_hash": digest})
+        if key == "cells":
+            validated(folder, **{"val/n_cells": n})
+    assert main(["compare", str(run_dir), str(copy)]) == 0
+    assert f"they are of other values: {said}. " in capsys.readouterr().out
+    assert said in Page(report.build_comparison([read_run(run_dir), read_run(copy)])).text
+
+
 def test_one_run_is_refused(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
