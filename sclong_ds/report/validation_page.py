@@ -236,7 +236,8 @@ def _unlisted(row: Mapping[str, float]) -> Markup:
     for name, value in unlisted(row).items():
         other = of_baseline(best, name) if best else ""
         body.append([name, recorded(value), recorded(row[other]) if other in row else ""])
-    return page.table(["other figures", "model", "strongest baseline"], body, numeric=True)
+    head = ["other figures", "model", "strongest baseline"]
+    return page.table(head, body, numeric=True) if body else Markup("")
 
 
 def _datasets(row: Mapping[str, float]) -> Markup:

@@ -368,6 +368,18 @@ def test_a_metric_that_no_list_names_is_on_the_page(tmp_path: Path) -> None:
     assert cells[at + 1 : at + 3] == ["0.125", "0.25"]
 
 
+def test_without_other_figures_there_is_no_table_of_them(tmp_path: Path) -> None:
+    assert "other figures" not in report.build_page(validated(tmp_path / "run"))
+    more = {"val/mae": 0.5}
+    assert "other figures" in report.build_page(validated(tmp_path / "more", **more))
+
+
+def test_wide_tables_scroll_in_boxes_of_their_own(tmp_path: Path) -> None:
+    page = report.build_page(validated(tmp_path / "run"))
+    assert page.count("<table><thead>") == page.count('<div class="wide"><table><thead>') > 2
+    assert ".wide{overflow-x:auto" in page
+
+
 def test_differences_below_what_is_shown_are_not_called_lower_or_higher(tmp_path: Path) -> None:
     changes = {"val/mse": 0.200001, "attention/decoder/mean_mse": 0.400001}
     text = Page(report.build_page(validated(tmp_path / "run", **changes))).text
