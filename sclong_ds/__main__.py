@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -129,6 +130,9 @@ FORWARDED = {
 """Commands that another program's module runs with the words behind them."""
 _READ_FIRST = ("input", "checkpoint", "hyper_params", "genes")
 """Arguments that, where they are paths, name what a command reads before all else."""
+_NO_RANKS = frozenset({"export", "plan"})
+"""Commands that import DeepSpeed and train nothing: on import it looks for an accelerator, and it
+warns where there is none."""
 _JOINS_RANKS = {"finetune"}
 """Commands whose process ends as a rank must, see `sclong_ds.job.failures.run_to_end`."""
 
@@ -184,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         _refuse_missing(args)
+        if own_process and args.command in _NO_RANKS:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         status = import_module(COMMANDS[args.command][0]).run(args)
         if own_process and args.command in _JOINS_RANKS:
             import_module("sclong_ds.job.failures").run_to_end(lambda: status)

@@ -222,7 +222,7 @@ def opened_cells(
         if isinstance(cells, str | Path):
             path = Path(cells)
         elif not len(cells):
-            raise ValueError(f"got a {type(cells).__name__} of 0 cells; give one or more")
+            raise ValueError(f"got 0 cells ({type(cells).__name__}); give one or more")
         else:
             # Through a file, so that the one reader of h5ad decides what counts and genes are.
             path = Path(folder) / "cells.h5ad"

@@ -203,7 +203,7 @@ def check_absent(out: Path) -> None:
         FileExistsError: It exists.
     """
     if out.exists():
-        raise FileExistsError(f"{out} exists: give another --out or remove it first")
+        raise FileExistsError(f"{out} exists: name another folder or remove it first")
 
 
 def _description(model: ModelConfig, transform: Transform, folder: Path) -> dict[str, Any]:

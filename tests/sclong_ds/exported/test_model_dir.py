@@ -11,6 +11,8 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import safetensors.torch
 import torch
 import yaml
 from exported import write_model
+from launching import ROOT, environment
 
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.genes import GeneVocabulary
@@ -207,7 +210,7 @@ def test_features_of_another_model_leave_nothing_behind(folder: Path, tmp_path: 
 
 def test_an_existing_folder_is_not_replaced(folder: Path) -> None:
     before = (folder / "config.yaml").read_text()
-    with pytest.raises(FileExistsError, match=r"exists: give another --out"):
+    with pytest.raises(FileExistsError, match=r"exists: name another folder"):
         write_model_dir(folder, **arguments(folder))
     assert (folder / "config.yaml").read_text() == before
 
@@ -402,6 +405,14 @@ def test_the_card_says_of_which_step_the_validation_is(tmp_path: Path) -> None:
     assert "No validation at step 3, which these weights are of. The last one" in cards[3]
     assert "before it, of step 2, is of other weights: MSE of" in cards[3]
     assert "| step | 2 |\n| val/mse | 0.2500 |" in cards[3]
+
+
+def test_export_prints_no_warning_of_a_missing_accelerator(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sclong_ds", "export", tmp_path, "--out", tmp_path / "x"]
+    env = {k: v for k, v in environment().items() if k != "DS_ACCELERATOR"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "holds no checkpoint" in done.stderr
+    assert "accelerator" not in done.stdout + done.stderr
 
 
 def test_feature_files_are_checked(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(
 def test_an_existing_folder_is_kept(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (inputs.parent / "out" / "model").mkdir(parents=True)
     assert run(inputs) == 1
-    assert "exists: give another --out" in capsys.readouterr().err
+    assert "exists: name another folder" in capsys.readouterr().err
 
 
 def test_a_given_graph_takes_the_place_of_the_pickled_one(inputs: Path) -> None:
