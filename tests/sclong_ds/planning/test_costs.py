@@ -492,12 +492,7 @@ def test_predicted_peak_is_near_the_counted_one(changes, cells, recompute):
     with PeakBytes(known) as counted:
         (net(x, mask) - x).square().sum().backward()
     predicted_peak = peak_activation_bytes(
-        model,
-        400,
-        micro_batch=cells,
-        element_bytes=4,
-        recompute=recompute,
-        n_expressed=n_expressed,
-        products=products,
-    )
+        model, 400, micro_batch=cells, element_bytes=4, recompute=recompute,
+        n_expressed=n_expressed, products=products,
+    )  # fmt: skip
     assert predicted_peak == pytest.approx(counted.peak, rel=0.045)
