@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 
 HUB = "hf://"
@@ -98,6 +99,31 @@ def add_example(command: argparse.ArgumentParser, words: str) -> None:
     """
     example = f"example:\n  {command.prog} {words}".replace("%", "%%")
     command.epilog = f"{command.epilog.rstrip()}\n\n{example}" if command.epilog else example
+
+
+def check_whole(name: str, value: object, *, least: int, most: int | None = None) -> int:
+    """Return an argument of a call from Python that must be a whole number.
+
+    Raises:
+        ValueError: It is none, or less than `least` or more than `most`.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
+        allowed = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} {value!r}: must be a whole number {allowed}")
+    return int(value)  # type: ignore[call-overload]
+
+
+def check_positive(name: str, value: object) -> float:
+    """Return an argument of a call from Python that must be a finite number above 0.
+
+    Raises:
+        ValueError: It is not.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"{name} {value!r}: must be a finite number above 0")
+    return float(value)  # type: ignore[arg-type]
 
 
 def local_path(text: str) -> Path:

@@ -7,6 +7,7 @@ a wrong command is told at once.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from sclong_ds.config.sections import RunConfig
@@ -46,6 +47,25 @@ def check_launch() -> None:
             f"RANK: got {os.environ['RANK']}, must be below WORLD_SIZE={os.environ['WORLD_SIZE']}; "
             f"{_LAUNCH}"
         )
+
+
+def check_call(config: object, callbacks: object) -> None:
+    """Check what `sclong_ds.train` is given, and by what launcher.
+
+    Raises:
+        TypeError: No configuration, or no list of callbacks.
+        ValueError: As for `check_launch`.
+    """
+    if not isinstance(config, RunConfig):
+        raise TypeError(
+            f"config: got {type(config).__name__}; give what sclong_ds.load_config(PRESET_OR_FILE, "
+            "overrides) returns"
+        )
+    if not isinstance(callbacks, Sequence) or isinstance(callbacks, str):
+        raise TypeError(
+            f"callbacks: got {type(callbacks).__name__}; give a list of sclong_ds.Callback"
+        )
+    check_launch()
 
 
 def check_run_dir(given: str | None) -> Path | None:

@@ -30,7 +30,7 @@ from sclong_ds.command_line import add_example, need, parse_arguments
 from sclong_ds.config.arguments import EXAMPLE, add_training_arguments
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import EngineConfig, RunConfig
-from sclong_ds.input_checks import check_inputs, check_launch, check_run_dir
+from sclong_ds.input_checks import check_call, check_inputs, check_launch, check_run_dir
 from sclong_ds.job import failures
 from sclong_ds.job.signals import StopRequest
 from sclong_ds.job.starting import Starting
@@ -151,14 +151,14 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         The run folder, when all of `run.max_steps` are made.
 
     Raises:
-        InterruptedError: A signal (Ctrl-C, say) or a callback asked for a stop; a checkpoint was
-            saved.
+        InterruptedError: A signal (Ctrl-C) or a callback asked for a stop: a checkpoint is saved.
+        TypeError: No configuration, or no list of callbacks.
         ValueError: A wrong setting, a damaged file, or another configuration than the run's.
         FileNotFoundError: A file that the configuration names is absent.
         RuntimeError: A device or another rank failed.
         Exception: What a callback raised, after a checkpoint was saved.
     """
-    check_launch()
+    check_call(config, callbacks)
     check_run_dir(config.run.dir)
     check_inputs(config)
     stop = StopRequest()

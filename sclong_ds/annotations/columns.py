@@ -248,6 +248,20 @@ def positions(rows: Rows, n_cells: int) -> NDArray[np.int64] | range:
     return wanted
 
 
+def names_of(columns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of columns; a text is one name.
+
+    Raises:
+        ValueError: A name that comes twice, or that is no text.
+    """
+    names = (columns,) if isinstance(columns, str) else tuple(columns)
+    for name in names:
+        if not isinstance(name, str) or names.count(name) > 1:
+            wrong = "comes twice" if isinstance(name, str) else "is no text"
+            raise ValueError(f"columns: {name!r} {wrong}; give each column once, by its name")
+    return names
+
+
 def bits_of(n_values: int) -> int:
     """Return the bits of a code of so many values."""
     return max(1, (n_values - 1).bit_length())

@@ -67,9 +67,9 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Args:
         source: Name of a preset (`sclong_tiny`) or path of a YAML file.
-        overrides: `section.key=value` strings. The value of a key that takes text is what stands
-            there, quotes included, and null or ~ none; others are read as YAML. Of a key's that
-            is there twice the last counts; the command line refuses such.
+        overrides: `section.key=value` strings, or one. The value of a key that takes text is what
+            stands there, quotes included, and null or ~ none; others are read as YAML. Of a key's
+            that is there twice the last counts; the command line refuses such.
 
     Returns:
         The checked configuration.
@@ -87,7 +87,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
             f"{', '.join(preset_names())}"
         )
     tree = preset_tree(path.stem) if path.resolve().parent == PRESETS_DIR else _own_tree(path)
-    for item in overrides:
+    for item in [overrides] if isinstance(overrides, str) else overrides:
         _apply_override(tree, item)
     _expand_home(tree)
     # An override may replace a whole stack by one that lacks the later keys, as files do.

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
-from sclong_ds.annotations.columns import CellColumn, CellColumns, Rows, positions
+from sclong_ds.annotations.columns import CellColumn, CellColumns, Rows, names_of, positions
 from sclong_ds.annotations.joined_columns import JoinedColumns
 from sclong_ds.corpus.byte_code import MAX_COUNT, PackedCells, decode, encode, slices_to_index
 from sclong_ds.corpus.catalogue import (
@@ -407,7 +407,7 @@ class Corpus:
             return JoinedColumns(parts, self.cells.by_part, len(self), [dataset])
         return CellColumns(self.location, len(self), [dataset])
 
-    def obs(self, rows: Rows = None, columns: Sequence[str] | None = None) -> DataFrame:
+    def obs(self, rows: Rows = None, columns: str | Sequence[str] | None = None) -> DataFrame:
         """Return the annotations of chosen cells without reading their counts.
 
         Args:
@@ -430,6 +430,7 @@ class Corpus:
         wanted = np.asarray(positions(rows, len(self)), dtype=np.int64)
         if columns is None:
             return self._obs_of_datasets(wanted)
+        columns = names_of(columns)
         missing = [name for name in columns if name not in self.columns]
         texts = self._obs_of_datasets(wanted, missing) if missing else pd.DataFrame()
         unknown = {*missing} - {*texts}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from data_prep.manifest.input_options import input_dataset
+from sclong_ds.command_line import check_whole
 from sclong_ds.embedding.cells import Cells, open_cells
 from sclong_ds.exported.model_dir import load_model
 from sclong_ds.exported.training_cells import read_training_cells, share_in_training
@@ -146,16 +146,6 @@ def cells_of_a_batch(model: ScLong, batch_size: int, device: torch.device) -> in
     if device.type == "cpu" and model.config.zero_genes is None:
         return min(batch_size, max(1, CPU_TOKENS // model.n_genes))
     return batch_size
-
-
-def check_whole(name: str, value: object, *, least: int) -> None:
-    """Refuse an argument of a call from Python that is no whole number of `least` or more.
-
-    Raises:
-        ValueError: Name and value.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} {value!r}: must be a whole number of {least} or more")
 
 
 def choose_device(name: str) -> torch.device:

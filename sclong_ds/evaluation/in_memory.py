@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Unpack
 from anndata import AnnData
 from pandas import DataFrame
 
+from sclong_ds.command_line import check_whole
 from sclong_ds.embedding.in_memory import CellSource, Reading, opened_cells
-from sclong_ds.embedding.opening import check_whole
 from sclong_ds.model.sclong import ScLong
 
 if TYPE_CHECKING:

@@ -30,12 +30,16 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.annotations.columns import names_of
+from sclong_ds.command_line import check_whole
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
 from sclong_ds.files.cores import usable_cores
@@ -43,6 +47,7 @@ from sclong_ds.loader.batches import CellBatch, StepBatch, empty_bytes
 from sclong_ds.loader.lanes import LaneStream, lanes_for
 from sclong_ds.loader.order import CellOrder, CellStream, CellWeights, VisitWeights
 from sclong_ds.loader.threads import (
+    MOST_CELLS,
     LoaderPlan,
     LoaderThreads,
     Output,
@@ -54,6 +59,9 @@ MOST_LANES = 256
 """Chunks in use at a time on one rank, unless told otherwise: 256 MB of chunks of 2^19 entries."""
 MEMORY_BYTES = 512_000_000
 """What the chunks and steps of a rank may take, unless told otherwise."""
+_FROM_ZERO = {"rank", "prefetch_batches", "stop_at"}
+_OPTIONAL = {"group_chunks", "lanes", "batch", "micro_batch_size", "stop_at", "memory_bytes",
+             "read_threads"}  # fmt: skip
 _STEPS = 6  # in memory, with the usual prefetch_batches
 _READ_THREADS, _REMOTE_READ_THREADS = 4, 32  # on this machine as many as it has cores
 
@@ -61,7 +69,7 @@ __all__ = ["CellBatch", "CellLoader", "Output", "StepBatch", "log1p_normalise", 
 
 
 def open_stream(
-    corpus: Corpus,
+    corpus: Corpus | str | Path,
     *,
     split: str = "train",
     seed: int,
@@ -73,7 +81,7 @@ def open_stream(
     """Return the order in which the cells of a split are visited.
 
     Args:
-        corpus: The corpus; its chunks never straddle a split border.
+        corpus: The corpus, or its path or address; its chunks never straddle a split border.
         split: Name of the split.
         seed: `run.seed`.
         group_chunks: For the order by groups: chunks that are shuffled together.
@@ -85,7 +93,13 @@ def open_stream(
     Raises:
         ValueError: No such split, a split without cells, weights that do not fit the corpus, or
             neither group_chunks nor both lanes and batch.
+        TypeError: Neither a corpus nor its path.
     """
+    corpus = opened_corpus(corpus)
+    seed = check_whole("seed", seed, least=0, most=2**128 - 1)
+    group_chunks, lanes, batch = _checked(
+        group_chunks=group_chunks, lanes=lanes, batch=batch
+    ).values()
     if split not in corpus.splits:
         raise ValueError(f"split '{split}': this corpus has {', '.join(corpus.splits)}")
     if isinstance(weights, np.ndarray):
@@ -104,7 +118,9 @@ def open_stream(
     return LaneStream(borders, seed=seed, lanes=lanes, batch=batch, weights=weights)
 
 
-def most_lanes(corpus: Corpus, batch: int, *, most: int, memory_bytes: int) -> int:
+def most_lanes(
+    corpus: Corpus, batch: int, *, most: int, memory_bytes: int, prefetch_batches: int = 4
+) -> int:
     """Return the number of lanes of a new run, so that one rank alone can hold their chunks.
 
     Args:
@@ -113,8 +129,9 @@ def most_lanes(corpus: Corpus, batch: int, *, most: int, memory_bytes: int) -> i
         most: Most lanes.
         memory_bytes: What chunks and steps of a rank may take; a quarter is left for the steps, or
             what those of one rank take.
+        prefetch_batches: As for `CellLoader`.
     """
-    steps = _STEPS * batch * step_bytes_a_cell(corpus)
+    steps = max(_STEPS, prefetch_batches + 2) * batch * step_bytes_a_cell(corpus)
     steps += _threads_for(corpus) * corpus.chunk_entries
     fitting = (memory_bytes - max(memory_bytes // 4, steps)) // chunk_bytes(corpus) - 1
     return lanes_for(batch, most=max(1, min(most, fitting)))
@@ -138,7 +155,7 @@ class CellLoader:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | str | Path,
         *,
         train_batch_size: int,
         stream: CellOrder | None = None,
@@ -156,12 +173,12 @@ class CellLoader:
         owned: bool = False,
         memory_bytes: int | None = MEMORY_BYTES,
         read_threads: int | None = None,
-        columns: Sequence[str] = (),
+        columns: str | Sequence[str] = (),
     ) -> None:
         """Check the arguments; nothing is read before the first `next`.
 
         Args:
-            corpus: Where the cells are.
+            corpus: Where the cells are: a corpus, or its path or address.
             train_batch_size: Cells of a global batch.
             stream: Their order, see `open_stream`; None: all training cells, shuffled with seed 0.
             cells_seen: Position: cells consumed by all ranks so far.
@@ -172,7 +189,7 @@ class CellLoader:
             output: What `CellBatch.counts` is.
             target_sum: Total that dense_norm scales a cell to; None for the other outputs.
             on_damage: stop: `next` raises for a damaged chunk; skip: its cells have no counts.
-            stop_at: Position at which the stream ends; None: never.
+            stop_at: Position at which the stream ends, `cells_seen` or after it; None: never.
             finish: Called in a thread with each micro-batch; its result becomes `extra`.
             allocate: Makes the uint8 buffers of counts, one a micro-batch; for instance pinned.
             owned: `counts` stay valid while an array of them is kept; adds to `memory_bytes`.
@@ -182,17 +199,17 @@ class CellLoader:
 
         Raises:
             ValueError: Sizes that do not divide, wrong or ignored settings, too little memory.
+            TypeError: Neither a corpus nor its path.
         """
-        stream = stream or _stream_for(corpus, train_batch_size, memory_bytes or MEMORY_BYTES)
-        if micro_batch_size is None:
-            micro_batch_size = train_batch_size // max(world_size, 1)
-        self._plan = LoaderPlan(
-            corpus, stream, rank, world_size, train_batch_size, micro_batch_size, prefetch_batches,
-            output, target_sum, on_damage, stop_at, finish, allocate, owned, memory_bytes,
-            _threads_for(corpus) if read_threads is None else read_threads, tuple(columns),
+        self._plan = _plan_of(
+            opened_corpus(corpus), stream, columns, output=output, target_sum=target_sum,
+            on_damage=on_damage, finish=finish, allocate=allocate, owned=owned, sizes=_checked(
+                train_batch_size=train_batch_size, rank=rank, world_size=world_size,
+                micro_batch_size=micro_batch_size, stop_at=stop_at, memory_bytes=memory_bytes,
+                prefetch_batches=prefetch_batches, read_threads=read_threads,
+            ),
         )  # fmt: skip
-        self._plan.check_start(cells_seen)
-        self.stream, self.position = stream, cells_seen
+        self.stream, self.position = self._plan.stream, self._plan.check_start(cells_seen)
         self.waited_s, self.skipped_cells, self._closed = 0.0, 0, False
         self._threads: LoaderThreads | None = None
         self._finalizer: weakref.finalize | None = None
@@ -261,6 +278,21 @@ class CellLoader:
         self._threads = self._finalizer = None
 
 
+def opened_corpus(corpus: object) -> Corpus:
+    """Return a corpus that is given as one, or as its path or address.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(corpus, str | Path):
+        return Corpus(corpus)
+    if not isinstance(corpus, Corpus):
+        raise TypeError(
+            f"corpus: got {type(corpus).__name__}; give a sclong_ds.Corpus, or the path of one"
+        )
+    return corpus
+
+
 def _threads_for(corpus: Corpus) -> int:
     """Return the number of threads that read a corpus."""
     if not corpus.location.is_local:
@@ -268,7 +300,45 @@ def _threads_for(corpus: Corpus) -> int:
     return min(_READ_THREADS, usable_cores())
 
 
-def _stream_for(corpus: Corpus, batch: int, memory_bytes: int) -> CellOrder:
+def _checked(**sizes: int | None) -> dict[str, Any]:
+    """Return arguments that must be whole numbers.
+
+    Raises:
+        ValueError: One is none, or is too small or too large.
+    """
+    return {
+        name: None if value is None and name in _OPTIONAL else check_whole(
+            name, value, least=0 if name in _FROM_ZERO else 1,
+            most=MOST_CELLS if name == "stop_at" else None,
+        )
+        for name, value in sizes.items()
+    }  # fmt: skip
+
+
+def _plan_of(
+    corpus: Corpus,
+    stream: CellOrder | None,
+    columns: str | Sequence[str],
+    *,
+    sizes: Mapping[str, Any],
+    **settings: Any,
+) -> LoaderPlan:
+    """Return what a loader was asked to do, with the order and the sizes that it left open."""
+    batch, world_size, memory = (
+        sizes[name] for name in ("train_batch_size", "world_size", "memory_bytes")
+    )
+    return LoaderPlan(
+        corpus=corpus, stream=stream or _stream_for(corpus, batch, memory_bytes=memory),
+        rank=sizes["rank"], world_size=world_size, batch=batch,
+        micro=sizes["micro_batch_size"] or max(1, batch // world_size),
+        prefetch_batches=sizes["prefetch_batches"], stop_at=sizes["stop_at"], memory_bytes=memory,
+        read_threads=sizes["read_threads"] or _threads_for(corpus), columns=names_of(columns),
+        order=None if stream is not None else partial(_stream_for, corpus, batch), **settings,
+    )  # fmt: skip
+
+
+def _stream_for(corpus: Corpus, batch: int, *, memory_bytes: int | None) -> CellOrder:
     """Return all training cells by lanes, with seed 0."""
-    lanes = most_lanes(corpus, batch, most=MOST_LANES, memory_bytes=memory_bytes)
+    memory = MEMORY_BYTES if memory_bytes is None else memory_bytes
+    lanes = most_lanes(corpus, batch, most=MOST_LANES, memory_bytes=memory)
     return open_stream(corpus, seed=0, lanes=lanes, batch=batch)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sclong_ds.command_line import check_positive, check_whole
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.batches import Buffer, CellBatch, OwnedBuffer, StepBatch, assemble
 from sclong_ds.loader.order import CellOrder
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 Output = Literal["packed", "csr", "dense", "dense_norm"]
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")
+MOST_CELLS = 2**62
+"""Largest position of a stream."""
 WAIT_WARNING_S = 30.0
 _REMOTE_AHEAD = 24  # more chunks: an answer takes as long as reading many from a disk
 _JOIN_S = 10.0  # a thread that hangs on a dead disk is left behind: it is a daemon
@@ -59,13 +62,10 @@ class LoaderPlan:
     memory_bytes: int | None
     read_threads: int
     columns: tuple[str, ...] = ()
+    order: Callable[..., CellOrder] | None = None
+    """Makes the stream for a `memory_bytes`; None: it is the caller's."""
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.micro, self.world_size) < 1:
-            raise ValueError(
-                f"batch {self.batch}, micro-batch {self.micro}, {self.world_size} ranks: each must "
-                "be at least 1"
-            )
         if self.batch % (self.micro * self.world_size):
             raise ValueError(
                 f"engine.train_batch_size {self.batch} must be a multiple of "
@@ -73,8 +73,6 @@ class LoaderPlan:
             )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank}: allowed are 0 to {self.world_size - 1}")
-        if self.prefetch_batches < 0:
-            raise ValueError(f"prefetch_batches {self.prefetch_batches}: must be at least 0")
         if self.output not in OUTPUTS:
             raise ValueError(f"output '{self.output}': allowed are {', '.join(OUTPUTS)}")
         if (self.output == "dense_norm") != (self.target_sum is not None):
@@ -82,10 +80,10 @@ class LoaderPlan:
                 f"target_sum {self.target_sum} with output '{self.output}': dense_norm needs it, "
                 "the others deliver raw counts and would ignore it"
             )
+        if self.target_sum is not None:
+            check_positive("target_sum", self.target_sum)
         if self.on_damage not in ("stop", "skip"):
             raise ValueError(f"on_damage '{self.on_damage}': allowed are stop and skip")
-        if self.read_threads < 1:
-            raise ValueError(f"read_threads {self.read_threads}: must be at least 1")
         for name in self.columns:
             if name not in self.corpus.columns:
                 raise ValueError(
@@ -93,16 +91,23 @@ class LoaderPlan:
                     f"{', '.join(sorted(self.corpus.columns))}"
                 )
 
-    def check_start(self, cells_seen: int) -> None:
-        """Check what depends on the position of the first visit.
+    def check_start(self, cells_seen: int) -> int:
+        """Return the position of the first visit, and check what depends on it.
 
         Raises:
-            ValueError: A negative position, or too little memory.
+            ValueError: No position, one after the end, or too little memory.
         """
-        if cells_seen < 0:
-            raise ValueError(f"cells_seen {cells_seen}: must be at least 0")
+        cells_seen = check_whole("cells_seen", cells_seen, least=0, most=MOST_CELLS)
+        if self.stop_at is not None and self.stop_at < cells_seen:
+            raise ValueError(
+                f"stop_at {self.stop_at}: the stream begins at cells_seen {cells_seen}; give "
+                f"{cells_seen} or more, or None for no end"
+            )
         if self.memory_bytes is not None:
-            self.places(self.share(cells_seen))
+            share = self.share(cells_seen)
+            if self.places_in_memory(share) < self.least_places(share):
+                raise ValueError(self._too_little_memory(share, cells_seen))
+        return cells_seen
 
     @property
     def steps_in_memory(self) -> int:
@@ -116,33 +121,58 @@ class LoaderPlan:
             rank=self.rank, world_size=self.world_size,
         )  # fmt: skip
 
+    def least_places(self, share: Share) -> int:
+        """Return how many chunks of a rank are in use at a time."""
+        least, _ = self.stream.chunks_in_use(len(share.lanes))
+        return min(least, 2 * (len(self.corpus.chunk_rows) - 1))
+
     def places(self, share: Share) -> int:
-        """Return how many chunks to hold in memory.
+        """Return how many chunks of a rank to hold in memory.
 
         Args:
             share: Of the rank.
-
-        Raises:
-            ValueError: `memory_bytes` is less than what is in use at a time.
         """
-        least, enough = self.stream.chunks_in_use(len(share.lanes))
+        _, enough = self.stream.chunks_in_use(len(share.lanes))
         enough += 0 if self.corpus.location.is_local else _REMOTE_AHEAD
-        n_chunks = 2 * (len(self.corpus.chunk_rows) - 1)
-        if self.memory_bytes is None:
-            return min(enough, n_chunks)
+        enough = min(enough, 2 * (len(self.corpus.chunk_rows) - 1))
+        return enough if self.memory_bytes is None else min(enough, self.places_in_memory(share))
+
+    def places_in_memory(self, share: Share) -> int:
+        """Return for how many chunks of a rank `memory_bytes` leaves room."""
+        assert self.memory_bytes is not None
+        return (self.memory_bytes - self._step_bytes(share)) // self._chunk_bytes
+
+    def needed_bytes(self, share: Share) -> int:
+        """Return the least `memory_bytes` of a rank."""
+        return self._step_bytes(share) + self.least_places(share) * self._chunk_bytes
+
+    @property
+    def _chunk_bytes(self) -> int:
+        return chunk_bytes(self.corpus, self.stream.epoch_visits)
+
+    def _step_bytes(self, share: Share) -> int:
+        """Return about how much memory the steps of a rank take, with what is being read."""
         steps = self.steps_in_memory * share.size * step_bytes_a_cell(self.corpus, self.output)
-        a_chunk = chunk_bytes(self.corpus, self.stream.epoch_visits)
         # A thread holds a stored chunk while it reads it.
-        steps += self.read_threads * self.corpus.chunk_entries
-        fitting = (self.memory_bytes - steps) // a_chunk
-        if fitting < min(least, n_chunks):
-            raise ValueError(
-                f"data.loader_memory {self.memory_bytes / 1e6:.0f} MB: this rank has {least} "
-                f"chunks of {a_chunk / 1e6:.1f} MB in use at a time, and {self.steps_in_memory} "
-                f"steps of {share.size} cells ({steps / 1e6:.0f} MB with what is being read): set "
-                f"it to at least {(steps + least * a_chunk) / 1e6:.0f}, or use more ranks"
-            )
-        return min(enough, fitting, n_chunks)
+        return steps + self.read_threads * self.corpus.chunk_entries
+
+    def _too_little_memory(self, share: Share, cells_seen: int) -> str:
+        """Return what to do about it."""
+        cure = -(-self.needed_bytes(share) // 10**6)
+        while self.order is not None:
+            # Of more memory the order may make more lanes, which need more.
+            more = replace(self, stream=self.order(memory_bytes=cure * 10**6))
+            needed = more.needed_bytes(more.share(cells_seen))
+            if needed <= cure * 10**6:
+                break
+            cure = -(-needed // 10**6)
+        return (
+            f"memory_bytes={self.memory_bytes}: this rank has {self.least_places(share)} chunks of "
+            f"{self._chunk_bytes / 1e6:.1f} MB in use at a time, and {self.steps_in_memory} steps "
+            f"of {share.size} cells ({self._step_bytes(share) / 1e6:.0f} MB with what is being "
+            f"read): set memory_bytes={cure * 10**6} (data.loader_memory: {cure} MB), or use more "
+            "ranks"
+        )
 
 
 def chunk_bytes(corpus: Corpus, epoch_visits: int | None = None) -> int:

@@ -139,7 +139,9 @@ def first_state(given: Given, corpus: Corpus, weights: Weights | None) -> TrainS
     lanes = 0
     if data.order == "lanes":
         most, memory = data.shuffle_group_chunks, data.loader_memory * 10**6
-        lanes = most_lanes(corpus, batch, most=most, memory_bytes=memory)
+        lanes = most_lanes(
+            corpus, batch, most=most, memory_bytes=memory, prefetch_batches=data.prefetch_batches
+        )
     return TrainState(
         step=0,
         cells_seen=0,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
-from sclong_ds.input_checks import check_launch, check_run_dir
+import sclong_ds
+from sclong_ds.input_checks import check_call, check_launch, check_run_dir
 
 RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1",
         "MASTER_PORT": "29500"}  # fmt: skip
@@ -67,3 +68,15 @@ def test_the_first_checks_import_nothing_that_takes_long() -> None:
     )
     assert done.returncode == 1
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("wrong", [{}, "sclong_tiny", None, Path("config.yaml")])
+def test_train_takes_a_configuration_and_a_list_of_callbacks(wrong: object) -> None:
+    with pytest.raises(TypeError, match=r"config: got .*; give what sclong_ds\.load_config"):
+        check_call(wrong, ())
+    with pytest.raises(TypeError, match=r"config: got .*; give what sclong_ds\.load_config"):
+        sclong_ds.train(wrong)  # type: ignore[arg-type]
+    config = sclong_ds.load_config("sclong_tiny", "run.dir=unused")
+    assert config.run.dir == "unused"
+    with pytest.raises(TypeError, match=r"callbacks: got Callback; give a list"):
+        sclong_ds.train(config, sclong_ds.Callback())  # type: ignore[arg-type]

@@ -4,9 +4,11 @@ Covers also `sclong_ds/corpus/transform.py`, `sclong_ds/loader/batches.py` and
 `sclong_ds/loader/shares.py`.
 """
 
+import re
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from scipy import sparse
 
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.loader.loader import most_lanes, open_stream
+from sclong_ds.loader.loader import CellLoader, most_lanes, open_stream
 from sclong_ds.loader.order import ONE
 from sclong_ds.loader.weights import ColumnWeights
 
@@ -327,8 +329,42 @@ def test_the_memory_of_a_rank_stays_within_its_limit(
 
 
 def test_more_lanes_than_fit_are_refused(many_cells):
-    with pytest.raises(ValueError, match=r"data\.loader_memory .* set it to at least"):
-        open_loader(many_cells, lanes=(64, 64), train_batch_size=64, memory_bytes=2_000_000)
+    options = {"lanes": (64, 64), "train_batch_size": 64}
+    with pytest.raises(ValueError, match=r"memory_bytes=2000000: .* or use more ranks") as error:
+        open_loader(many_cells, memory_bytes=2_000_000, **options)
+    open_loader(many_cells, memory_bytes=asked_for(error.value), **options)
+
+
+def asked_for(error):
+    """Return the bytes that a message asks for; the megabytes beside them are the same."""
+    n, mb = re.search(
+        r"set memory_bytes=(\d+) \(data\.loader_memory: (\d+) MB\)", str(error)
+    ).groups()
+    assert int(n) == int(mb) * 10**6
+    return int(n)
+
+
+@pytest.mark.parametrize("batch", [8, 64, 256])
+@pytest.mark.parametrize("output", ["packed", "csr", "dense"])
+@pytest.mark.parametrize("prefetch", [0, 4, 100, 5000])
+@pytest.mark.parametrize("few", [True, False])
+def test_the_memory_that_a_message_asks_for_is_enough(
+    many_cells, corpus, batch, output, prefetch, few
+):
+    options = {"train_batch_size": batch, "output": output, "prefetch_batches": prefetch}
+    cells = corpus if few else many_cells
+    for memory_bytes in (1,) if few else (1, 10**5):
+        with pytest.raises(ValueError, match="use more ranks") as error:
+            CellLoader(cells, memory_bytes=memory_bytes, **options)
+        CellLoader(cells, memory_bytes=asked_for(error.value), **options)
+
+
+def test_the_memory_is_enough_for_the_chunks_that_a_small_corpus_has(corpus):
+    """An order may ask for more chunks than there are."""
+    with pytest.raises(ValueError, match="this rank has") as error:
+        open_loader(corpus, lanes=(512, 8), memory_bytes=1)
+    assert asked_for(error.value) == 10**6
+    open_loader(corpus, lanes=(512, 8), memory_bytes=10**6)
 
 
 def test_only_chunks_with_cells_between_start_and_end_are_read(corpora, monkeypatch):
@@ -378,7 +414,7 @@ def test_without_prefetching_nothing_is_read_before_a_batch_needs_it(
     ("options", "message"),
     [
         ({"world_size": 3}, "must be a multiple"),
-        ({"micro_batch_size": 0}, "at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size 0: must be a whole number of 1 or more"),
         ({"rank": 1}, "rank 1: allowed are 0 to 0"),
         ({"prefetch_batches": -1}, "prefetch_batches -1"),
         ({"output": "arrow"}, "allowed are packed, csr, dense, dense_norm"),
@@ -389,11 +425,67 @@ def test_without_prefetching_nothing_is_read_before_a_batch_needs_it(
         ({"split": "dev"}, "this corpus has train, validation, test"),
         ({"split": "test"}, "has no cells"),
         ({"weights": np.ones(2, np.int64)}, "has 3 datasets"),
+        *(
+            (
+                {"output": "dense_norm", "target_sum": wrong},
+                f"target_sum {wrong!r}: must be a finite",
+            )
+            for wrong in (0, -1.0, float("nan"), float("inf"), "1e4", True)
+        ),
+        *(
+            ({name: wrong}, f"{name} {wrong!r}: must be a whole number")
+            for name in (
+                "train_batch_size",
+                "micro_batch_size",
+                "cells_seen",
+                "rank",
+                "world_size",
+                "prefetch_batches",
+                "stop_at",
+                "memory_bytes",
+                "read_threads",
+            )
+            for wrong in (-1, 2.0, "8", True)
+        ),
+        ({"train_batch_size": 0}, "train_batch_size 0: must be a whole number of 1 or more"),
+        ({"world_size": 0}, "world_size 0: must be a whole number of 1 or more"),
+        ({"memory_bytes": 0}, "memory_bytes 0: must be a whole number of 1 or more"),
+        ({"cells_seen": 2**63}, f"from 0 to {2**62}"),
+        ({"cells_seen": 9, "stop_at": 8}, "stop_at 8: the stream begins at cells_seen 9"),
+        ({"seed": 1.5}, "seed 1.5: must be a whole number from 0"),
+        ({"group": 2.0}, "group_chunks 2.0: must be a whole number"),
+        ({"lanes": (4, "8")}, "batch '8': must be a whole number"),
     ],
 )
 def test_mistakes_are_refused(corpus, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         open_loader(corpus, **options)
+
+
+def test_sizes_are_checked_before_the_order_is_made_of_them(corpus):
+    for wrong in (0, 2.0, "8"):
+        with pytest.raises(ValueError, match=f"train_batch_size {wrong!r}: must be a whole number"):
+            CellLoader(corpus, train_batch_size=wrong)
+    with CellLoader(corpus, train_batch_size=8, cells_seen=2**62 - 8) as loader:
+        assert next(loader).n_cells == 8
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_corpus_may_be_given_by_its_path(corpus, kind):
+    path = kind(corpus.path)
+    stream = open_stream(path, seed=0, lanes=8, batch=8)
+    with (
+        CellLoader(path, train_batch_size=8, stream=stream) as one,
+        CellLoader(corpus, train_batch_size=8, stream=stream) as other,
+    ):
+        assert next(one).cell_ids.tolist() == next(other).cell_ids.tolist()
+    for wrong in (None, 3, corpus.cells):
+        with pytest.raises(
+            TypeError, match=r"corpus: got .*; give a sclong_ds\.Corpus, or the path"
+        ):
+            CellLoader(wrong, train_batch_size=8)
+        with pytest.raises(TypeError, match=r"give a sclong_ds\.Corpus"):
+            open_stream(wrong, seed=0, lanes=8, batch=8)
 
 
 def test_log1p_normalise():
