@@ -233,6 +233,7 @@ def positions(rows: Rows, n_cells: int) -> NDArray[np.int64] | range:
         n_cells: Cells of the corpus.
 
     Raises:
+        ValueError: Not a list of whole numbers.
         IndexError: A position outside the corpus.
     """
     if rows is None or isinstance(rows, slice):
@@ -241,10 +242,21 @@ def positions(rows: Rows, n_cells: int) -> NDArray[np.int64] | range:
         wanted: NDArray[np.int64] | range = rows
         ends = [rows[0], rows[-1]] if rows else []
     else:
-        wanted = np.asarray(rows, dtype=np.int64)
-        ends = [int(wanted.min()), int(wanted.max())] if wanted.size else []
-    if ends and not 0 <= min(ends) <= max(ends) < n_cells:
-        raise IndexError(f"cells {min(ends)} to {max(ends)}: the corpus has {n_cells}")
+        try:
+            found = np.asarray(rows)
+        except ValueError:  # lists of different lengths
+            found = np.array(None)
+        if found.ndim != 1 or (found.dtype.kind not in "iu" and found.size):
+            raise ValueError(
+                f"cells: got {found.dtype} of shape {found.shape}; give a list of whole numbers, "
+                "or a slice"
+            )
+        ends = [int(found.min()), int(found.max())] if found.size else []
+        wanted = found.astype(np.int64, copy=False)
+    outside = [end for end in ends if not 0 <= end < n_cells]
+    if outside:
+        from_end = "; a slice counts from the end" if outside[0] < 0 else ""
+        raise IndexError(f"cell {outside[0]}: there are cells 0 to {n_cells - 1}{from_end}")
     return wanted
 
 

@@ -193,7 +193,8 @@ class DataConfig:
     """File of `dataset_id<TAB>weight` lines, relative visits to a cell of each dataset; 0 leaves a
     dataset out. Instead of balance_by."""
     on_damage: Literal["stop", "skip"]
-    """A damaged shard: stop the run, or log it, count its cells and train without them."""
+    """A damaged shard: stop the run, or log it, count its cells and train without them. A missing
+    file, and damage of more than a tenth of the cells of a rank, stop the run in any case."""
     grown: bool
     """true: a run is resumed on its corpus with parts that were added since. From there on the
     order of cells is that of the grown corpus at the same position, and validation is not compared

@@ -48,9 +48,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from sclong_ds.annotations.columns import Rows, positions
 from sclong_ds.corpus.byte_code import PackedCells, decode, slices_to_index
 from sclong_ds.corpus.location import Location
 from sclong_ds.corpus.shards import DamagedShard, ShardedArray, read_metadata
@@ -65,6 +66,7 @@ CHUNK_TABLES = ("chunk_rows", "gap_crc32c", "count_crc32c")
 ROW_TABLES = ("row_entries", "row_nnz", "row_total")
 OWN_TABLES = CHUNK_TABLES + ROW_TABLES
 """The store's own tables; a writer may be given more."""
+_MISSING = "the file is missing"
 _NUMBERS = ("n_cells", "n_genes", "n_values", "chunk_entries")
 # A map keeps its file open: finalize would run out with 1,000 stores of up to 200,000 cells.
 _MAPPED_BYTES, _MAPPED_CHUNK_BYTES = 2**20, 2**16
@@ -92,6 +94,11 @@ class DamagedChunk(ValueError):
         )
         self.reason, self.chunk, self.path = reason, chunk, path
         self.first_cell, self.last_cell = first_cell, last_cell
+
+    @property
+    def missing(self) -> bool:
+        """Whether the file is not there at all."""
+        return self.reason == _MISSING
 
     def __reduce__(self) -> tuple[Callable[[], DamagedChunk], tuple[()]]:
         """Pickle with all attributes, for instance on the way out of a worker process."""
@@ -410,7 +417,7 @@ class CellStore:
             crc32c = None if checksums is None else int(checksums[chunk])
             stream.read(chunk, out=buffer, crc32c=crc32c)
         except FileNotFoundError:
-            raise self._damaged("the file is missing", chunk, path) from None
+            raise self._damaged(_MISSING, chunk, path) from None
         except DamagedShard as error:
             raise self._damaged(str(error), chunk, path) from None
         except OSError as error:
@@ -436,11 +443,11 @@ class CellStore:
         cells = self.read_packed(chunk)
         return decode(cells.gap, cells.count, cells.row_entries, self.n_genes)
 
-    def rows(self, indices: ArrayLike) -> csr_matrix:
+    def rows(self, indices: Rows) -> csr_matrix:
         """Return chosen cells as counts; as `packed_rows`.
 
         Args:
-            indices: (cells,) positions, in any order, repeats allowed.
+            indices: (cells,) positions, in any order, repeats allowed; or a slice.
 
         Returns:
             (cells, n_genes) CSR of uint32 counts, in the order given.
@@ -448,17 +455,17 @@ class CellStore:
         cells = self.packed_rows(indices)
         return decode(cells.gap, cells.count, cells.row_entries, self.n_genes)
 
-    def packed_rows(self, indices: ArrayLike) -> PackedCells:
+    def packed_rows(self, indices: Rows) -> PackedCells:
         """Return chosen cells; each chunk is read once, the last one is kept for the next call.
 
         Args:
-            indices: (cells,) positions, in any order, repeats allowed.
+            indices: (cells,) positions, in any order, repeats allowed; or a slice.
 
         Returns:
             The cells in the byte code of `sclong_ds.corpus.byte_code`, in the order given.
 
         Raises:
-            ValueError: Not a list of integers.
+            ValueError: Not a list of whole numbers, nor a slice.
             IndexError: A position outside the store.
             DamagedChunk: A chunk with one of the cells is damaged.
         """
@@ -484,14 +491,7 @@ class CellStore:
             gap[place], count[place] = cells.gap[source], cells.count[source]
         return PackedCells(gap, count, row_entries, self.row_nnz[wanted], self.row_total[wanted])
 
-    def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
-        wanted = np.asarray(indices)
-        if wanted.ndim != 1 or (wanted.dtype.kind not in "iu" and wanted.size):
-            raise ValueError(
-                f"cell indices: got {wanted.dtype} of shape {wanted.shape}, need a list of integers"
-            )
-        wanted = wanted.astype(np.int64)
-        outside = wanted[(wanted < 0) | (wanted >= self.n_cells)]
-        if len(outside):
-            raise IndexError(f"cell {outside[0]}: the store has cells 0 to {self.n_cells - 1}")
-        return wanted
+    def _positions(self, indices: Rows) -> NDArray[np.int64]:
+        if indices is None:
+            raise ValueError("cells: got None; give their positions, or slice(None) for all")
+        return np.asarray(positions(indices, self.n_cells), dtype=np.int64)

@@ -23,6 +23,7 @@ The cells themselves are read by `sclong_ds.corpus.cell_store`, where their form
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import cached_property
@@ -31,7 +32,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from sclong_ds.annotations.columns import CellColumn, CellColumns, Rows, names_of, positions
@@ -62,22 +63,10 @@ if TYPE_CHECKING:
     from sclong_ds.corpus.cell_writer import CellWriter
 
 __all__ = [
-    "MAX_COUNT",
-    "SPLITS",
-    "CellStore",
-    "CellWriter",
-    "Corpus",
-    "DamagedChunk",
-    "DatasetInfo",
-    "GeneStats",
-    "GeneVocabulary",
-    "PackedCells",
-    "decode",
-    "encode",
-    "read_catalogue",
-    "slices_to_index",
-    "write_catalogue",
-]
+    "MAX_COUNT", "SPLITS", "CellStore", "CellWriter", "Corpus", "DamagedChunk", "DatasetInfo",
+    "GeneStats", "GeneVocabulary", "PackedCells", "decode", "encode", "read_catalogue",
+    "slices_to_index", "write_catalogue",
+]  # fmt: skip
 
 
 class Corpus:
@@ -226,13 +215,24 @@ class Corpus:
 
     def __getitem__(self, index: int) -> csr_matrix:
         """Return one cell as (1, G) CSR of uint32 counts; negative positions count from the end."""
-        return self.cells.rows([index + len(self) if index < 0 else index])
+        place = operator.index(index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"cell {place}: there are cells 0 to {len(self) - 1}")
+        return self.cells.rows([place % len(self)])
 
-    def rows(self, indices: ArrayLike) -> csr_matrix:
-        """Return chosen cells as (cells, G) CSR of uint32 counts, in the order given."""
+    def rows(self, indices: Rows) -> csr_matrix:
+        """Return chosen cells as (cells, G) CSR of uint32 counts, in the order given.
+
+        Args:
+            indices: (cells,) positions from 0 on, repeats allowed, or a slice.
+
+        Raises:
+            ValueError: Not a list of whole numbers, nor a slice.
+            IndexError: A position that the corpus lacks.
+        """
         return self.cells.rows(indices)
 
-    def packed_rows(self, indices: ArrayLike) -> PackedCells:
+    def packed_rows(self, indices: Rows) -> PackedCells:
         """Return chosen cells, byte-coded (`sclong_ds.corpus.byte_code`), in the order given."""
         return self.cells.packed_rows(indices)
 
@@ -354,11 +354,11 @@ class Corpus:
         # A part has no finalize of its own.
         return "restore the file, or run: python -m data_prep finalize on the corpus"
 
-    def to_anndata(self, indices: ArrayLike) -> AnnData:
+    def to_anndata(self, indices: Rows) -> AnnData:
         """Return chosen cells as AnnData.
 
         Args:
-            indices: (cells,) positions.
+            indices: (cells,) positions, or a slice of them.
 
         Returns:
             Counts in X; obs with dataset_id, barcode and the kept columns, named by position; genes
@@ -373,7 +373,7 @@ class Corpus:
         )
         varm = {}
         if self.measured_genes is not None:
-            codes = np.unique(self.row_dataset[np.asarray(indices, dtype=np.int64)])
+            codes = np.unique(self.row_dataset[np.asarray(positions(indices, len(self)), np.int64)])
             names = [self.datasets[code].dataset_id for code in codes]
             measured = self.measured_genes[codes].T
             varm["measured"] = pd.DataFrame(measured, index=var.index, columns=names)
@@ -412,7 +412,7 @@ class Corpus:
 
         Args:
             rows: (cells,) positions, or a slice of them; None: all cells.
-            columns: Names, for instance cell_type or cell_type_ontology_term_id: those columns
+            columns: A name or several, as cell_type or cell_type_ontology_term_id: those columns
                 alone, typed, from `columns`. None: all that the datasets keep, as text, from the
                 table of each dataset.
 
@@ -423,7 +423,7 @@ class Corpus:
 
         Raises:
             IndexError: A position that the corpus lacks.
-            ValueError: A column that no dataset has.
+            ValueError: Not positions, a column that no dataset has, or one that is given twice.
         """
         import pandas as pd
 

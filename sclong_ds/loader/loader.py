@@ -33,7 +33,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,7 @@ from sclong_ds.loader.threads import (
     MOST_CELLS,
     LoaderPlan,
     LoaderThreads,
+    OnDamage,
     Output,
     chunk_bytes,
     step_bytes_a_cell,
@@ -109,6 +110,13 @@ def open_stream(
             )
         weights = CellWeights(weights, corpus)
     cells, bounds = corpus.splits[split], np.asarray(corpus.chunk_rows)
+    if not len(cells):
+        there = ", ".join(name for name, found in corpus.splits.items() if len(found)) or "none"
+        raise ValueError(
+            f"split '{split}' of {corpus.location} has no cells; splits with cells: {there}; "
+            "`python -m data_prep finalize` holds cells out with --validation-fraction and "
+            "--test-fraction"
+        )
     # An empty split leaves one border, or none.
     borders = np.append(bounds[(bounds >= cells.start) & (bounds < cells.stop)], cells.stop)
     if group_chunks is not None and lanes is batch is None:
@@ -166,7 +174,7 @@ class CellLoader:
         prefetch_batches: int = 4,
         output: Output = "packed",
         target_sum: float | None = None,
-        on_damage: Literal["stop", "skip"] = "stop",
+        on_damage: OnDamage = "stop",
         stop_at: int | None = None,
         finish: Callable[[CellBatch], Any] | None = None,
         allocate: Callable[[int], NDArray[np.uint8]] = empty_bytes,
@@ -188,7 +196,7 @@ class CellLoader:
             prefetch_batches: Steps kept ready; 0: the caller of `next` assembles each step itself.
             output: What `CellBatch.counts` is.
             target_sum: Total that dense_norm scales a cell to; None for the other outputs.
-            on_damage: stop: `next` raises for a damaged chunk; skip: its cells have no counts.
+            on_damage: stop: `next` raises at a damaged chunk; skip: see `OnDamage`.
             stop_at: Position at which the stream ends, `cells_seen` or after it; None: never.
             finish: Called in a thread with each micro-batch; its result becomes `extra`.
             allocate: Makes the uint8 buffers of counts, one a micro-batch; for instance pinned.
@@ -210,7 +218,7 @@ class CellLoader:
             ),
         )  # fmt: skip
         self.stream, self.position = self._plan.stream, self._plan.check_start(cells_seen)
-        self.waited_s, self.skipped_cells, self._closed = 0.0, 0, False
+        self.waited_s, self.skipped_cells, self._began, self._closed = 0.0, 0, self.position, False
         self._threads: LoaderThreads | None = None
         self._finalizer: weakref.finalize | None = None
 
@@ -232,6 +240,9 @@ class CellLoader:
         started = time.perf_counter()
         try:
             step = self._running_threads().next_step()
+            if step.skipped:
+                skipped, end = self.skipped_cells + step.skipped, self.position + step.n_cells
+                self._plan.check_skipped(skipped, end - self._began)
             self.position += step.n_cells
             self.skipped_cells += step.skipped
             return step

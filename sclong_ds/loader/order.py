@@ -391,7 +391,7 @@ def split_borders(chunk_rows: ArrayLike) -> NDArray[np.int64]:
     bounds = np.asarray(chunk_rows, dtype=np.int64)
     if bounds[-1] - bounds[0] < 1:
         raise ValueError(
-            "the training split has no cells: check the split of `python -m data_prep finalize`"
+            "the split has no cells: check the split of `python -m data_prep finalize`"
         )
     return bounds
 

@@ -304,7 +304,7 @@ class ChunkReader:
         try:
             return corpus.read_packed(chunk, out=out), False
         except DamagedChunk as error:
-            if self._on_damage == "stop":
+            if self._on_damage == "stop" or error.missing:
                 raise
             say_skipped(str(error))
             n = int(self._chunk_rows[chunk + 1] - self._chunk_rows[chunk])

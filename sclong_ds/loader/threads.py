@@ -33,11 +33,15 @@ from sclong_ds.loader.shares import Share
 log = logging.getLogger(__name__)
 
 Output = Literal["packed", "csr", "dense", "dense_norm"]
+OnDamage = Literal["stop", "skip"]
+"""stop: a damaged chunk is an error. skip: its cells are delivered without counts, until they are
+more than a tenth of what a rank got; a missing file is an error all the same."""
 OUTPUTS = ("packed", "csr", "dense", "dense_norm")
 MOST_CELLS = 2**62
 """Largest position of a stream."""
 WAIT_WARNING_S = 30.0
 _REMOTE_AHEAD = 24  # more chunks: an answer takes as long as reading many from a disk
+_MOST_SKIPPED = 0.1
 _JOIN_S = 10.0  # a thread that hangs on a dead disk is left behind: it is a daemon
 
 
@@ -54,7 +58,7 @@ class LoaderPlan:
     prefetch_batches: int
     output: Output
     target_sum: float | None
-    on_damage: Literal["stop", "skip"]
+    on_damage: OnDamage
     stop_at: int | None
     finish: Callable[[CellBatch], Any] | None
     allocate: Callable[[int], NDArray[np.uint8]]
@@ -108,6 +112,29 @@ class LoaderPlan:
             if self.places_in_memory(share) < self.least_places(share):
                 raise ValueError(self._too_little_memory(share, cells_seen))
         return cells_seen
+
+    def check_skipped(self, skipped: int, visits: int) -> None:
+        """Check how much of what a loader delivered was without counts.
+
+        One damaged chunk is the more of it the earlier it comes, so it is looked at after 32
+        batches, and 20 chunks or an epoch.
+
+        Args:
+            skipped: Cells that this rank got without counts.
+            visits: Cells that all ranks got.
+
+        Raises:
+            ValueError: More than a tenth.
+        """
+        n_chunks = self.world_size * 20 * self.stream.epoch_visits // (len(self.corpus.chunk_rows))
+        few = max(32 * self.batch, min(n_chunks, self.stream.epoch_visits))
+        own = visits // self.world_size
+        if visits >= few and skipped > _MOST_SKIPPED * own:
+            raise ValueError(
+                f"{self.corpus.location}: {skipped} of {own} cells that this rank got are damaged "
+                f"and were skipped, more than {_MOST_SKIPPED:.0%}; restore the corpus "
+                "(python -m data_prep verify CORPUS lists all damage)"
+            )
 
     @property
     def steps_in_memory(self) -> int:

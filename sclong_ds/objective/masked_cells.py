@@ -97,7 +97,7 @@ class MaskedCells:
         try:
             cells = self.corpus.packed_rows(rows)
         except DamagedChunk as error:
-            if self.data.on_damage == "stop":
+            if self.data.on_damage == "stop" or error.missing:
                 return None, str(error)
             say_skipped(str(error))
             cells = encode(csr_matrix((len(rows), self.corpus.n_genes), dtype=np.uint32))

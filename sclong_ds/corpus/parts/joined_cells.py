@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from sclong_ds.annotations.columns import Rows
 from sclong_ds.corpus.byte_code import PackedCells, slices_to_index
 from sclong_ds.corpus.cell_store import CHUNK_TABLES, ROW_TABLES, CellStore, DamagedChunk
 from sclong_ds.corpus.location import Location
@@ -218,7 +219,7 @@ class JoinedCells(CellStore):
                 last_cell=rows[1] - 1,
             ) from error  # fmt: skip
 
-    def packed_rows(self, indices: ArrayLike) -> PackedCells:
+    def packed_rows(self, indices: Rows) -> PackedCells:
         """Return chosen cells, as `CellStore.packed_rows`; row tables of parts stay on the disk."""
         wanted = self._positions(indices)
         found = []

@@ -88,7 +88,10 @@ def test_chosen_columns_of_chosen_cells_are_typed(annotated: Path) -> None:
     assert corpus.obs(slice(5, 8), columns=["age"]).index.tolist() == ["5", "6", "7"]
     with pytest.raises(ValueError, match=r"no cell annotation 'celltype'.*cell_type"):
         corpus.obs(rows, columns=["celltype"])
-    with pytest.raises(IndexError, match="the corpus has 72"):
+    assert list(corpus.obs(rows, columns="cell_type")) == ["cell_type"]
+    with pytest.raises(ValueError, match="columns: 'age' comes twice; give each column once"):
+        corpus.obs(rows, columns=["age", "age"])
+    with pytest.raises(IndexError, match="there are cells 0 to 71"):
         corpus.obs([72], columns=["age"])
 
 

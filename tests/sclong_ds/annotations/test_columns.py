@@ -80,8 +80,11 @@ def test_positions_outside_the_corpus_are_refused() -> None:
     assert positions(None, 3) == range(3)
     assert positions(slice(-2, None), 3) == range(1, 3)
     for rows in ([0, 3], [-1], range(2, 5)):
-        with pytest.raises(IndexError, match="the corpus has 3"):
+        with pytest.raises(IndexError, match="there are cells 0 to 2"):
             positions(rows, 3)
+    for wrong in ([0.5], [True], "a", [[1, 2]], [[1], [1, 2]], 1):
+        with pytest.raises(ValueError, match=r"cells: got .*; give a list of whole numbers, or a"):
+            positions(wrong, 3)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

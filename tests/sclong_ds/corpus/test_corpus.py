@@ -16,6 +16,7 @@ import scipy
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded_cells import make_corpus
 from scipy import sparse
 
 from sclong_ds.corpus.byte_code import PackedCells, decode, decode_genes, encode
@@ -303,10 +304,10 @@ def test_store_refuses(tmp_path: Path) -> None:
     write_store(tmp_path / "cells.zarr", random_counts(6, n_cells=5))
     store = CellStore(tmp_path / "cells.zarr")
     for wrong in (5, -1):
-        with pytest.raises(IndexError, match="has cells 0 to 4"):
+        with pytest.raises(IndexError, match="there are cells 0 to 4"):
             store.rows([0, wrong])
     for wrong_type in ([0.5], [[1]], np.array([True, False])):
-        with pytest.raises(ValueError, match="list of integers"):
+        with pytest.raises(ValueError, match="list of whole numbers"):
             store.rows(wrong_type)
     with pytest.raises(ValueError, match=r"there are chunk_rows, .*source_row"):
         store.table("barcode")
@@ -314,6 +315,25 @@ def test_store_refuses(tmp_path: Path) -> None:
     group.attrs["version"] = 99
     with pytest.raises(ValueError, match=r"later version of sclong_ds .* version 99,"):
         CellStore(tmp_path / "cells.zarr")
+
+
+def test_cells_are_chosen_alike_in_all_ways(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", n_train=9)
+    cells = corpus.rows(np.arange(9)).toarray()
+    np.testing.assert_array_equal(corpus.rows(slice(-2, None)).toarray(), cells[-2:])
+    np.testing.assert_array_equal(corpus.rows(range(2, 4)).toarray(), cells[2:4])
+    for place in (0, 8, -1, -9, np.int32(3)):
+        np.testing.assert_array_equal(corpus[place].toarray()[0], cells[place])
+    for place in (9, -10):
+        with pytest.raises(IndexError, match=f"cell {place}: there are cells 0 to 8"):
+            corpus[place]
+    for way in (corpus.rows, corpus.packed_rows, corpus.obs):
+        with pytest.raises(IndexError, match="cell -1: there are cells 0 to 8; a slice counts"):
+            way([0, -1])
+        with pytest.raises(ValueError, match="give a list of whole numbers, or a slice"):
+            way([0.5])
+    with pytest.raises(ValueError, match=r"slice\(None\) for all"):
+        corpus.rows(None)
 
 
 def test_packed_cells_can_be_moved_between_stores(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ OUTPUTS = ("packed", "csr", "dense", "dense_norm")
 
 @pytest.fixture
 def damaged(tmp_path):
-    """A corpus without one of its shards, and the rows that were in it."""
+    """A corpus with a cut shard, and the rows that were in it."""
     corpus = make_corpus(tmp_path / "corpus", n_train=61, chunk_entries=150)
-    (tmp_path / "corpus" / "cells.zarr" / "gap" / "c" / "1").unlink()
+    (tmp_path / "corpus" / "cells.zarr" / "gap" / "c" / "1").write_bytes(b"cut")
     return corpus, range(int(corpus.chunk_rows[2]), int(corpus.chunk_rows[4]))
 
 
@@ -90,6 +90,41 @@ def test_skipped_cells_keep_their_place_without_counts(damaged, output, caplog):
     assert len(warnings) == 2  # both ranks are of this process
     assert all("gap/c/1" in w for w in warnings)
     assert in_order(ranks) == in_stream(corpus, 122, seed=0, group_chunks=2)
+
+
+def test_a_missing_file_stops_the_loop_even_when_damage_is_skipped(damaged):
+    corpus, _ = damaged
+    (corpus.path / "cells.zarr" / "count" / "c" / "0").unlink()
+    with (
+        open_loader(corpus, on_damage="skip", stop_at=61) as loader,
+        pytest.raises(DamagedChunk, match=r"count/c/0: .* the file is missing; restore"),
+    ):
+        list(loader)
+
+
+def test_skipping_ends_where_much_is_damaged(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", n_train=400, chunk_entries=150)
+    shards = sorted((tmp_path / "corpus" / "cells.zarr" / "gap" / "c").iterdir())
+    for shard in shards[1:]:
+        shard.write_bytes(b"cut")
+    options = {"on_damage": "skip", "lanes": (8, 8), "seed": 1}
+    with open_loader(corpus, **options) as loader:
+        with pytest.raises(ValueError, match=r"of \d+ cells .* skipped, more than 10%; restore"):
+            list(loader)
+        position, skipped = loader.position, loader.skipped_cells
+        assert 0.5 * position < skipped <= position < 400
+        with pytest.raises(ValueError, match="more than 10%"):
+            next(loader)
+        assert (loader.position, loader.skipped_cells) == (position, skipped)
+
+
+def test_a_little_damage_is_skipped_for_ever(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", n_train=400, chunk_entries=150)
+    shard = tmp_path / "corpus" / "cells.zarr" / "gap" / "c" / "1"
+    shard.write_bytes(b"cut")
+    with open_loader(corpus, on_damage="skip", lanes=(8, 8), stop_at=2000) as loader:
+        list(loader)
+    assert 0 < loader.skipped_cells < 200
 
 
 def test_cells_that_do_not_decode_stop_the_loop_even_when_damage_is_skipped(corpora, monkeypatch):

@@ -136,8 +136,8 @@ def test_other_splits_and_weights_of_datasets(corpus):
 
 
 def test_a_batch_has_the_columns_that_were_asked_for(corpus):
-    for options in ({}, {"lanes": (4, 8), "world_size": 2, "rank": 1}):
-        options |= {"columns": ["dataset_id"], "stop_at": 24}
+    for options in ({"columns": "dataset_id"}, {"lanes": (4, 8), "world_size": 2, "rank": 1}):
+        options = {"columns": ["dataset_id"], "stop_at": 24} | options
         with open_loader(corpus, **options) as loader:
             for batch in (batch for step in loader for batch in step.micro_batches):
                 codes = batch.columns["dataset_id"]
@@ -423,7 +423,10 @@ def test_without_prefetching_nothing_is_read_before_a_batch_needs_it(
         ({"on_damage": "ignore"}, "allowed are stop and skip"),
         ({"cells_seen": -1}, "cells_seen -1"),
         ({"split": "dev"}, "this corpus has train, validation, test"),
-        ({"split": "test"}, "has no cells"),
+        ({"split": "test"}, " has no cells; splits with cells: train, validation; `python -m"),
+        ({"columns": "nothing"}, "has no column 'nothing'"),
+        ({"columns": ["dataset_id", "dataset_id"]}, "columns: 'dataset_id' comes twice"),
+        ({"columns": [3]}, "columns: 3 is no text"),
         ({"weights": np.ones(2, np.int64)}, "has 3 datasets"),
         *(
             (
@@ -448,7 +451,6 @@ def test_without_prefetching_nothing_is_read_before_a_batch_needs_it(
             for wrong in (-1, 2.0, "8", True)
         ),
         ({"train_batch_size": 0}, "train_batch_size 0: must be a whole number of 1 or more"),
-        ({"world_size": 0}, "world_size 0: must be a whole number of 1 or more"),
         ({"memory_bytes": 0}, "memory_bytes 0: must be a whole number of 1 or more"),
         ({"cells_seen": 2**63}, f"from 0 to {2**62}"),
         ({"cells_seen": 9, "stop_at": 8}, "stop_at 8: the stream begins at cells_seen 9"),
