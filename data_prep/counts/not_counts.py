@@ -22,6 +22,10 @@ LARGEST_LOG = 25.0
 _WHOLE = 1e-3
 """Distance of a multiple from a whole number, relative to it: tables are printed with few digits.
 Only for the message; the proof of restored counts is stricter (`invert.py`)."""
+_LARGEST_TOLD = 100.0
+"""Of larger values that tolerance makes too many whole."""
+_MOSTLY_WHOLE = 0.5
+"""Logarithms of counts, and counts times a factor, are whole by chance only."""
 _MOST_CELLS = 0.9
 _FEWEST_VALUES = 5
 FEWEST_CELLS = 20
@@ -78,24 +82,28 @@ def describe(block: sparse.csr_matrix) -> Description:
     if block.nnz > _DESCRIBED_VALUES:
         block = block[: max(2, int(np.searchsorted(block.indptr, _DESCRIBED_VALUES)))]
     values = block.astype(np.float64)
+    values.eliminate_zeros()
     undone = {"": values} | _without_logs(values)
     # Small values are nearly their own logarithm: the transform that makes the sums most equal is
     # the one.
     sums = {name: sum_and_spread(matrix) for name, matrix in undone.items()}
     best = min(sums, key=lambda name: sums[name][1])
-    if sums[best][1] <= _EQUAL_SUMS:
+    whole = float(np.mean(_are_whole(values.data)))
+    # 2**x - 1 of a whole x is whole: a logarithm is found by what is not whole, if that is most.
+    if sums[best][1] <= _EQUAL_SUMS and (not best or whole <= _MOSTLY_WHOLE):
         name = _scaled_name(best, sums[best][0], _are_multiples(values))
         return Description(text=f"is {name}, not counts")
+    fractions = ~_are_whole(values.data)
     for name, matrix in undone.items():
-        if name and _mostly_whole(matrix):
+        if name and _mostly_whole(matrix.data[fractions]):
             return Description(text=f"is {name} of raw counts, not counts")
+    if whole > _MOSTLY_WHOLE:
+        text = f"holds estimated counts ({1 - whole:.1%} of the values are not whole), not counts"
+        return Description(text=text, corrected=True)
+    for name, matrix in undone.items():
         if _are_multiples(matrix):
             scaled = "counts scaled by a factor per cell (size factors)"
             return Description(text=f"is {f'{name} of ' if name else ''}{scaled}, not counts")
-    whole = float(np.mean(np.abs(values.data - np.rint(values.data)) <= _WHOLE * values.data))
-    if whole > 1 / 2:
-        text = f"holds estimated counts ({1 - whole:.1%} of the values are not whole), not counts"
-        return Description(text=text, corrected=True)
     if len(undone) > 1:
         text = f"looks log-transformed, not counts (largest value {values.data.max():.3g})"
         return Description(text=text, corrected=True)
@@ -118,17 +126,37 @@ def find_scaled_cells(block: sparse.csr_matrix) -> str:
         cells nearly exactly.
     """
     values = _with_fractions(block).astype(np.float64)
+    values.eliminate_zeros()
     values = values[np.flatnonzero(np.diff(values.indptr) >= _FEWEST_VALUES)]
     found = _shared_total(values, within=_SAME_SUM, share=_SCALED_SHARE, least=0)
     if found:
         return f"holds {_scaled_name('', found, False)}, not counts"
-    largest = np.maximum.reduceat(values.data, values.indptr[:-1]) if values.nnz else np.zeros(0)
-    for name, matrix in _without_logs(values[np.flatnonzero(largest <= LARGEST_LOG)]).items():
+    for name, matrix in _without_logs(_maybe_logs(values)).items():
+        matrix = matrix[np.flatnonzero(~_carried_by_one(matrix))]
         found = _shared_total(matrix, within=_SAME_LOG_SUM, share=0, least=FEWEST_COUNTS)
         found = found or _shared_total(matrix, within=_SAME_SUM, share=_SCALED_SHARE, least=0)
         if found:
             return f"holds {_scaled_name(name, found, False)}, not counts"
     return ""
+
+
+def _maybe_logs(values: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return the cells whose values may be logarithms: none large, and most not whole."""
+    if not values.nnz:
+        return values
+    first = values.indptr[:-1]
+    small = np.maximum.reduceat(values.data, first) <= LARGEST_LOG
+    n_whole = np.add.reduceat(_are_whole(values.data), first, dtype=np.int64)
+    return values[np.flatnonzero(small & (n_whole <= _MOSTLY_WHOLE * np.diff(values.indptr)))]
+
+
+def _carried_by_one(values: sparse.csr_matrix) -> npt.NDArray[np.bool_]:
+    """Return which cells have most of their total in one value: others share it by chance."""
+    if not values.nnz:
+        return np.zeros(values.shape[0], dtype=bool)
+    totals = np.asarray(values.sum(axis=1)).ravel()
+    found: npt.NDArray[np.bool_] = np.maximum.reduceat(values.data, values.indptr[:-1]) > totals / 2
+    return found
 
 
 def _shared_total(values: sparse.csr_matrix, *, within: float, share: float, least: float) -> float:
@@ -153,8 +181,7 @@ def _shared_total(values: sparse.csr_matrix, *, within: float, share: float, lea
 def _with_fractions(block: sparse.csr_matrix) -> sparse.csr_matrix:
     """Return the cells that have a value that is not whole."""
     cells = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
-    off = np.abs(block.data - np.rint(block.data)) > _NOISE
-    return block[np.unique(cells[off])]
+    return block[np.unique(cells[~_are_whole(block.data)])]
 
 
 def _without_logs(values: sparse.csr_matrix) -> dict[str, sparse.csr_matrix]:
@@ -189,9 +216,17 @@ def sum_and_spread(values: sparse.csr_matrix) -> tuple[float, float]:
     return median, float(high - low) / median
 
 
-def _mostly_whole(values: sparse.csr_matrix) -> bool:
-    off = np.abs(values.data - np.rint(values.data))
-    return bool(np.mean(off <= _WHOLE * values.data) > _MOST_CELLS)
+def _are_whole(values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Return which values are whole except for float noise."""
+    whole: npt.NDArray[np.bool_] = np.abs(values - np.rint(values)) <= _NOISE
+    return whole
+
+
+def _mostly_whole(values: npt.NDArray[np.float64]) -> bool:
+    """Return whether values are whole as far as they can be told; large ones say nothing."""
+    told = values[values <= _LARGEST_TOLD]
+    off = np.abs(told - np.rint(told))
+    return bool(len(told) and np.mean(off <= _WHOLE * told) > _MOST_CELLS)
 
 
 def _are_multiples(values: sparse.csr_matrix) -> bool:

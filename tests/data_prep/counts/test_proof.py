@@ -113,6 +113,21 @@ def test_what_is_not_counts_is_told_apart(message: str, values: np.ndarray, dtyp
         exact_counts(sparse.csr_matrix(kept), where="X")
 
 
+_SOME = np.random.default_rng(12)
+DEEP = np.minimum(_SOME.poisson(_SOME.gamma(0.6, 1.5, 600), (60, 600)), 12)
+HALVED = np.where(_SOME.random(DEEP.shape) < 0.02, 0.5 * DEEP, DEEP)
+LESSENED = np.where(_SOME.random(DEEP.shape) < 0.03, 0.7 * DEEP, DEEP)
+CAPPED = np.where((DEEP > 0) & (np.arange(600) == 7), 20, LESSENED)
+
+
+@pytest.mark.parametrize("values", [HALVED, LESSENED, CAPPED])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_counts_with_a_few_fractions_are_estimated_counts(values: np.ndarray, dtype: type) -> None:
+    message = r"X holds estimated counts \([1-4]\.\d% of the values are not whole\).*round:X"
+    with pytest.raises(UnusableError, match=message):
+        exact_counts(sparse.csr_matrix(values.astype(dtype)), where="X")
+
+
 def test_floats_too_large_to_be_exact_are_refused() -> None:
     assert exact_counts(sparse.csr_matrix(np.float32([[2**24]])), where="X")[0, 0] == 2**24
     with pytest.raises(ValueError, match=r"16777218 as float32.*the count may have been rounded"):

@@ -58,3 +58,16 @@ def test_normalised_cells_among_corrected_ones_are_found() -> None:
     mixed[-21:] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         rounded(mixed)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_a_total_that_one_gene_carries_is_no_total(share: float) -> None:
+    """exp of the largest of these values is most of the sum, and many cells have the same."""
+    rng = np.random.default_rng(1)
+    means = np.append(rng.lognormal(-3.2, 1.1, 600), 14)
+    counts = rng.poisson(means, (600, 601)).astype(np.float64)
+    few = counts - 0.3 * ((counts > 0) & (rng.random(counts.shape) < share))
+    few[:, 600] = counts[:, 600]
+    np.testing.assert_array_equal(
+        round_counts(sparse.csr_matrix(few), where="X").counts.toarray(), counts
+    )
