@@ -33,6 +33,7 @@ from data_prep.genes.settlement import (
     KINDS,
     UNLISTED,
     ReadColumn,
+    compare,
     join,
     kind_counts,
     repair_counts,
@@ -79,6 +80,8 @@ class GeneMap:
     """(n_input,) the names as they were understood."""
     n_genes: int
     """Size of the vocabulary."""
+    warnings: tuple[str, ...] = ()
+    """Where another gene column contradicts the one that was used."""
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -291,7 +294,8 @@ class GeneResolver:
             The mapping; it may be poor, `check_cover` decides.
 
         Raises:
-            UnusableError: The ids are those of another species, or plain numbers.
+            UnusableError: The ids are those of another species, or plain numbers, or another
+                column contradicts them in most rows.
             ValueError: There is no such column.
         """
         candidates = _candidates(matrix.gene_columns, column, id_type)
@@ -306,6 +310,7 @@ class GeneResolver:
             if found.n_mapped >= _ENSEMBL_PREFERENCE * most and _are_ids(found.names):
                 chosen = name
                 break
+        warnings = compare(read, chosen, self.genes.symbols)
         joined = settle(
             join(read, chosen), self._meanings, self.genes.index, n_genes=len(self.genes)
         )
@@ -317,6 +322,7 @@ class GeneResolver:
             repairs=repair_counts(joined),
             read=joined.names,
             n_genes=len(self.genes),
+            warnings=tuple(warnings),
         )
 
 

@@ -2,7 +2,8 @@
 
 `join` takes each gene from the column that knows most of it, ids first: names change hands, ids do
 not. A gene whose id is of no known gene (retired) falls back to the symbol beside it, one whose id
-is of a gene that is not listed does not.
+is of a gene that is not listed does not. `compare` looks for rows of one column that were shifted
+or sorted beside those of another one.
 
 `settle` then looks at the list as a whole. An annotation names a gene once: where the list has a
 gene by its current name, an alias of it is another place of the genome, which that annotation held
@@ -19,13 +20,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.source.source import StringArray
+from data_prep.source.source import StringArray, UnusableError
 
 KINDS = ("ensembl", "symbol", "alias", "settled", "yielded", "ambiguous", "date", "unlisted")
 """How a gene name was resolved. The first four are: by id, by current symbol, by another name of
@@ -35,6 +36,18 @@ still; date: made a date by Excel; unlisted: of no gene of the vocabulary."""
 ENSEMBL, SYMBOL, ALIAS, SETTLED, YIELDED, AMBIGUOUS, DATE, UNLISTED = range(len(KINDS))
 _LEAST_AGREEMENT = 0.9
 """Two columns name the same genes: ids and symbols of one annotation differ in less than 1%."""
+_MOSTLY_APART = 0.5
+_FEWEST_PAIRS = 20
+_EXAMPLES = 2
+_OWN_NAMES = re.compile(
+    r"_?index|column \d+|genes?|features?|hgnc|ensembl|accession|"
+    r"(?:(?:hgnc|ensembl|gene|feature|var|hugo)[ _.-]*)*(?:ids?|index|names?|symbols?|short_name)",
+    re.IGNORECASE,
+)
+"""Columns of the gene itself, and not of the nearest gene or of a paralog."""
+_FEWEST_APART = 10
+_APART = 0.01
+"""Of the pairs of one annotation, fewer name two genes: symbols that a later gene got."""
 _MOSTLY_IDS = 0.9
 """Share of ids from which on a symbol is a second feature of the gene that is there by its id, such
 as its antibody."""
@@ -126,6 +139,65 @@ def join(columns: Mapping[str, ReadColumn], first: str) -> ReadColumn:
         elsewhere=elsewhere & ~by_id,
         repairs=repairs,
     )
+
+
+def compare(columns: Mapping[str, ReadColumn], first: str, symbols: Sequence[str]) -> list[str]:
+    """Count the genes that another column calls something else than the one that names them.
+
+    Aliases are no other names. Columns of other genes (the nearest, a paralog) are left out.
+
+    Args:
+        columns: All gene columns of a matrix.
+        first: The one that names the genes.
+        symbols: Of the vocabulary.
+
+    Returns:
+        Warnings where some genes are called something else.
+
+    Raises:
+        UnusableError: Most are, in each other column with the same genes.
+    """
+    main, warnings, refused, agreed = columns[first], [], "", False
+    there = np.unique(main.target[main.target >= 0])
+    for name, other in columns.items():
+        both = (main.target >= 0) & (other.target >= 0)
+        n_both, known = int(both.sum()), other.target[other.target >= 0]
+        same_genes = np.isin(np.unique(known), there).sum()
+        own = name != first and _OWN_NAMES.fullmatch(name) is not None
+        if not own or n_both < _FEWEST_PAIRS or 2 * same_genes < len(known):
+            continue
+        apart = np.flatnonzero(both & (main.target != other.target))
+        agreed |= len(apart) <= _MOSTLY_APART * n_both
+        # A symbol that changed hands stands beside one id; rows that changed places are two.
+        moved = np.isin(other.target[apart], main.target[apart]).sum()
+        if moved < _FEWEST_APART and len(apart) < max(_FEWEST_APART, _APART * n_both):
+            continue
+        text = (
+            f"the gene columns {first} and {name} name different genes in {len(apart)} of {n_both} "
+            f"rows ({_examples(main, other, apart, symbols)})"
+        )
+        if len(apart) > _MOSTLY_APART * n_both:
+            refused = refused or f"{text}: rows of one were shifted or sorted"
+        warnings.append(f"{text}; {first} was taken, find out which one is right")
+    if refused and not agreed:
+        raise UnusableError(
+            f"{refused}; correct the table, or name the column that is right in the manifest "
+            "column gene_column (--gene-column)"
+        )
+    return warnings
+
+
+def _examples(
+    one: ReadColumn, other: ReadColumn, rows: npt.NDArray[np.int64], symbols: Sequence[str]
+) -> str:
+    found = []
+    for row in rows[:_EXAMPLES].tolist():
+        by_id, beside = (one, other) if one.kind[row] == ENSEMBL else (other, one)
+        found.append(
+            f"{by_id.names[row]} is {symbols[by_id.target[row]]}, beside it stands "
+            f"{beside.names[row]}"
+        )
+    return "; ".join(found)
 
 
 def settle(

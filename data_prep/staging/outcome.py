@@ -345,7 +345,7 @@ def _describe_genes(opened: HarmonizedSource, entry: LedgerEntry, n_mitochondria
     entry["matrix"], entry["gene_column"] = matrix.name, gene_map.column
     entry["features_left_out"] = dict(matrix.left_out)
     entry["matrix_reason"] = opened.choice.reason
-    entry["warnings"] = list(opened.choice.warnings)
+    entry["warnings"] = [*opened.choice.warnings, *gene_map.warnings]
     entry["features_read"] = _runs(matrix.features)
     entry["n_genes_input"], entry["n_genes_mapped"] = matrix.shape[1], gene_map.n_mapped
     entry["n_genes_known"] = len(known)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import anndata
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from gene_matrices import GENES, matrix, names
 
 from data_prep.genes.gene_names import RESOURCES, GeneMap, GeneResolver
 from data_prep.genes.harmonize import counts_lost, excel_dates
+from data_prep.source.source import UnusableError
 
 RESOLVER = GeneResolver(GENES)
 
@@ -168,3 +171,55 @@ def test_a_symbol_among_ids_yields_to_the_gene_that_is_there_by_its_id() -> None
     # Where symbols are no exception, the list is a mixture: the gene twice.
     half = resolved(index=names(*ids[:8], *GENES.symbols[8:16], GENES.symbols[3]))
     assert half.target.tolist() == [*range(16), listed]
+
+
+N_BOTH = 400
+IDS, SYMBOLS = list(GENES.ids[:N_BOTH]), list(GENES.symbols[:N_BOTH])
+
+
+@pytest.mark.parametrize(
+    "ids", [IDS[1:] + IDS[:1], sorted(IDS, reverse=True), IDS[:100] + IDS[101:] + IDS[100:101]]
+)
+@pytest.mark.parametrize("index", ["symbols", "ids"])
+def test_ids_shifted_beside_their_symbols_are_refused(ids: list[str], index: str) -> None:
+    columns = {"symbols": names(*SYMBOLS), "ids": names(*ids)}
+    ordered = {name: columns[name] for name in sorted(columns, key=lambda name: name != index)}
+    row = next(row for row in range(N_BOTH) if ids[row] != IDS[row])
+    beside = f"{ids[row]} is {SYMBOLS[IDS.index(ids[row])]}, beside it stands {SYMBOLS[row]}"
+    with pytest.raises(UnusableError, match=re.escape(beside)) as error:
+        resolved(**ordered)
+    for part in (f"of {N_BOTH} rows", "correct the table", "gene_column (--gene-column)"):
+        assert part in str(error.value)
+    values = matrix(np.ones((1, N_BOTH), dtype=int), **ordered)
+    for named in ({"column": "symbols"}, {"id_type": "symbol"}):
+        assert RESOLVER.resolve(values, **named).target.tolist() == list(range(N_BOTH))
+
+
+def test_some_rows_that_changed_places_are_a_warning() -> None:
+    moved = IDS[:30] + IDS[31:50] + IDS[30:31] + IDS[50:]
+    (warning,) = resolved(symbols=names(*SYMBOLS), ids=names(*moved)).warnings
+    assert f"ids and symbols name different genes in 20 of {N_BOTH} rows" in warning
+    assert f"{IDS[31]} is {SYMBOLS[31]}, beside it stands {SYMBOLS[30]}" in warning
+    third = resolved(
+        symbols=names(*SYMBOLS), ids=names(*IDS), feature_name=names(*reversed(SYMBOLS))
+    )
+    assert third.target.tolist() == list(range(N_BOTH))
+    assert (
+        f"ids and feature_name name different genes in {N_BOTH} of {N_BOTH} rows"
+        in third.warnings[0]
+    )
+
+
+def test_old_names_and_columns_of_other_genes_are_no_contradiction() -> None:
+    alias = {
+        RESOLVER._columns[name]: name for name, kind in RESOLVER._kinds.items() if kind == "alias"
+    }
+    before = [alias.get(column, SYMBOLS[column]) for column in range(N_BOTH)]
+    assert sum(old != new for old, new in zip(before, SYMBOLS, strict=True)) > 100
+    elsewhere = GENES.symbols[N_BOTH : 2 * N_BOTH]
+    nearest = [SYMBOLS[row // 10] for row in range(1, N_BOTH + 1)]
+    passed_on = [SYMBOLS[row + 200 if row < 3 else row] for row in range(N_BOTH)]
+    for column in (before, elsewhere, nearest, passed_on):
+        gene_map = resolved(ids=names(*IDS), gene_name=names(*column))
+        assert gene_map.warnings == ()
+        assert gene_map.target.tolist() == list(range(N_BOTH))
