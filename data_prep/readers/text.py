@@ -46,6 +46,7 @@ from data_prep.source.source import (
 _MATRIX_MARKET = b"%%MatrixMarket"
 _MOST_REPLACED = 0.1
 SEPARATORS = {"csv": ",", "tsv": "\t"}
+_OTHER_SEPARATORS = {"semicolons": ";", "vertical bars": "|", "blanks": None}
 _CORNER_WORDS = frozenset(
     "barcode barcodes bc cb cell cells cellid gene genes geneid id ids idx index key name names "
     "number row rowname rownames sample spot symbol unnamed v1 x".split()
@@ -110,9 +111,17 @@ def tell(path: Path, start: bytes | None) -> str | None:
     suffix = path.suffix.lower()
     if suffix in (".h5ad", ".h5", ".hdf5", ".loom"):
         raise ValueError(f"the name ends in {suffix}, but the content is text, not HDF5")
-    header = text.splitlines()[0]
+    header, *others = text.splitlines()
     tabs, commas = header.count("\t"), header.count(",")
     if not tabs and not commas:
+        for name, separator in _OTHER_SEPARATORS.items():
+            n_names = len(header.split(separator))
+            # write.table of R leaves out the name of the first column.
+            if n_names > 1 and others and len(others[0].split(separator)) - n_names in (0, 1):
+                raise ValueError(
+                    f"text separated by {name}; save the table with commas (csv) or tabs (tsv) "
+                    "between its fields, and with decimal points"
+                )
         raise ValueError(
             "text, but the first line has neither tabs nor commas; "
             "expected a table with a header line"

@@ -251,6 +251,23 @@ def break_utf16(folder: Path) -> Path:
     return folder / "a.csv"
 
 
+def break_semicolons(folder: Path) -> Path:
+    (folder / "a.csv").write_text(table_text(";", genes_in_rows=False))
+    return folder / "a.csv"
+
+
+def break_blanks(folder: Path) -> Path:
+    lines = table_text(" ", genes_in_rows=True).splitlines()
+    lines[0] = lines[0].split(" ", 1)[1]
+    (folder / "a.txt").write_text("\n".join(lines) + "\n")
+    return folder / "a.txt"
+
+
+def break_prose(folder: Path) -> Path:
+    (folder / "a.txt").write_text("These are the counts\nof all cells that we have measured\n")
+    return folder / "a.txt"
+
+
 def break_image(folder: Path) -> Path:
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     return folder / "a.png"
@@ -306,6 +323,9 @@ def break_empty_folder(folder: Path) -> Path:
         (break_announced_values, "announces 1000000000000000 values and holds .* at most"),
         (break_endless_line, "holds a line of more than 67108864 bytes"),
         (break_utf16, "text in UTF-16; iconv -f utf-16 -t utf-8 a.csv"),
+        (break_semicolons, r"separated by semicolons; save .* with commas \(csv\) or tabs \(tsv\)"),
+        (break_blanks, r"separated by blanks; save .* with commas \(csv\) or tabs \(tsv\)"),
+        (break_prose, "neither tabs nor commas; expected a table with a header line"),
         (break_image, "neither HDF5 nor text"),
         (break_empty_file, "the file is empty"),
         (break_empty_folder, "a folder with nothing"),
