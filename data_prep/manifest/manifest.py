@@ -38,7 +38,8 @@ ORIGIN: Mapping[str, str] = {
 }
 """Columns that tell where the data come from."""
 COLUMNS: Mapping[str, str] = {
-    "dataset_id": "name of the dataset: letters, digits, '_', '-' and '.', unique (required)",
+    "dataset_id": "name of the dataset: letters, digits, '_', '-' and '.', unique in any case "
+    "of its letters (required)",
     "path": "file or folder, relative to the folder of the manifest, or the address of a file "
     "(http, https, s3, gs, ftp, file), which is fetched and removed again (required)",
     "format": f"auto (default) or one of {', '.join(FORMATS)}",
@@ -287,7 +288,7 @@ def _check_header(header: Sequence[str], where: str) -> None:
 
 def _problems(rows: _Rows) -> list[str]:
     problems: list[str] = []
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, str]] = {}
     for where, row in rows:
         problems.extend(f"{where}: {name} is empty" for name in REQUIRED if not row.get(name))
         name = row.get("dataset_id", "")
@@ -298,9 +299,16 @@ def _problems(rows: _Rows) -> list[str]:
             )
         # Two ids that differ only in case would share a folder on a case-insensitive file system.
         if name.lower() in seen:
-            problems.append(f"{where}: dataset_id '{name}' is already on {seen[name.lower()]}")
+            other, line = seen[name.lower()]
+            differs = (
+                f" as '{other}', which differs in case only: one folder on some file systems; "
+                "rename one"
+            )
+            problems.append(
+                f"{where}: dataset_id '{name}' is already on {line}{differs * (other != name)}"
+            )
         elif name:
-            seen[name.lower()] = where
+            seen[name.lower()] = name, where
         problems.extend(
             f"{where}: {name} {row[name][:200]!r} cannot be the name of a file"
             for name in ("path", "gene_list")

@@ -109,11 +109,14 @@ def test_every_column_is_a_field(tmp_path: Path) -> None:
 
 def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
     lines = ["dataset_id\tpath\tformat\tcounts\tid_type", "a\tf", "A\tf", "../b\tf", "c\t"]
-    lines += ["d\tf\txls\tY\tentrez", "e\tf\t\tinvert_log1p:Z"]
+    lines += ["d\tf\txls\tY\tentrez", "e\tf\t\tinvert_log1p:Z", "a\tf"]
     with pytest.raises(ValueError, match="manifest") as error:
         read_manifest(write(tmp_path, "\n".join(lines) + "\n"))
     message = str(error.value)
-    assert "line 3: dataset_id 'A' is already on line 2" in message
+    assert (
+        "line 3: dataset_id 'A' is already on line 2 as 'a', which differs in case only" in message
+    )
+    assert message.endswith("line 8: dataset_id 'a' is already on line 2")
     assert "line 4: dataset_id '../b' cannot be a file name" in message
     assert "line 5: path is empty" in message
     assert "line 6: format 'xls'" in message
