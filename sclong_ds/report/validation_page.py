@@ -48,6 +48,7 @@ PREDICTORS = {
     "poisson": "Poisson counts of the visible depth",
     "linear": "linear in gene mean and visible depth",
     "nearest": "linear + 30 most similar cells of a training sample",
+    "principal": "linear + 32 principal directions of a training sample",
 }
 """What each baseline predicts with; none of them is trained for more than a few numbers."""
 _FIGURES = (

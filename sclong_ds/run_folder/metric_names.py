@@ -15,7 +15,7 @@ SPIKE_METRIC = "train/spike"
 
 DEPTH_BASELINES = ("gene_mean", "offset", "poisson", "linear")
 """Those that know a gene's mean and a cell's depth alone (`sclong_ds.objective.baselines`)."""
-BASELINES = (*DEPTH_BASELINES, "nearest")
+BASELINES = (*DEPTH_BASELINES, "nearest", "principal")
 """What validation holds the model to, weakest first as a rule."""
 MSE = "val/mse"
 STRONGEST_MSE = "val/strongest_mse"

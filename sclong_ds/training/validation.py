@@ -2,8 +2,9 @@
 
 The targets that keep their value are scored apart (`val/shown_mse`). Beside the model stand the
 depth baselines (`sclong_ds.objective.baselines`), of which the linear one is fitted on the first
-FIT_CELLS training cells, under masks drawn in the same way, and that one plus what the 30 nearest
-of the first SAMPLE_CELLS training cells have beyond it (`sclong_ds.objective.nearest_cells`).
+FIT_CELLS training cells, under masks drawn in the same way, and that one plus what the first
+SAMPLE_CELLS training cells have beyond it: the 30 nearest of them, and their principal directions
+(`sclong_ds.objective.sampled_cells`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sclong_ds.objective.baselines import DepthBaselines
 from sclong_ds.objective.batch import MaskedBatch
 from sclong_ds.objective.losses import ExpressedScore
 from sclong_ds.objective.metrics import MaskedMetrics, routed_large
-from sclong_ds.objective.nearest_cells import NearestCells
+from sclong_ds.objective.sampled_cells import NearestCells, PrincipalResiduals
 from sclong_ds.objective.scores import MODEL, TargetTable, scores
 from sclong_ds.run_folder.metric_names import BASELINES, MSE, N_CELLS
 from sclong_ds.run_folder.rows import judged, sentence
@@ -48,10 +49,12 @@ log = logging.getLogger("sclong_ds.pretrain")
 FIT_CELLS = 512
 """Training cells of the fit, of `sample`. About 10^5 values for 7 weights."""
 SAMPLE_CELLS = 2048
-"""Training cells among which neighbours are sought; every rank holds their expressed values."""
+"""Training cells of `sample` that a cell is set beside; every rank holds their values."""
 ATTENTION_CELLS = 4
 """Cells on which it is asked whether attention is used: four or five more forward passes of theirs,
 of at most this many cells a rank, per validation."""
+
+_Baselines = tuple[DepthBaselines, NearestCells, PrincipalResiduals]
 
 
 class Validation:
@@ -82,7 +85,7 @@ class Validation:
         self._tracker, self._rank_times = opened.tracker, rank_times
         self._callbacks = opened.callbacks
         self._saver, self._pictures = saver, pictures
-        self._baselines: tuple[DepthBaselines, NearestCells] | None = None
+        self._baselines: _Baselines | None = None
         self._step = 0
 
     def is_due(self, step: int) -> bool:
@@ -177,7 +180,7 @@ class Validation:
             if len(mine):
                 yield cells, masked, predicted
 
-    def _fitted_baselines(self) -> tuple[DepthBaselines, NearestCells]:
+    def _fitted_baselines(self) -> _Baselines:
         """Fit the baselines on the same training cells at every start, shared by the ranks."""
         found = DepthBaselines(self._cells.corpus.gene_stats, self._ranks.device)
         rows = sample(self._cells.corpus, "train", FIT_CELLS)
@@ -193,10 +196,14 @@ class Validation:
         sum_or_raise(self._ranks, 0, problem=problem)
         dist.all_reduce(found.normal)
         found.fit()
-        return found, self._sampled_cells(found)
+        sampled = self._sampled_residuals(found)
+        return found, NearestCells(sampled), PrincipalResiduals(sampled)
 
-    def _sampled_cells(self, depth: DepthBaselines) -> NearestCells:
-        """Return the same sample of training cells on every rank; each rank reads a part of it."""
+    def _sampled_residuals(self, depth: DepthBaselines) -> csr_matrix:
+        """Return what the linear baseline leaves of a sample of training cells, on every rank.
+
+        Each rank reads a part of it.
+        """
         n_genes = self._cells.corpus.n_genes
         rows = sample(self._cells.corpus, "train", SAMPLE_CELLS)
         parts: list[csr_matrix] = []
@@ -211,7 +218,7 @@ class Validation:
         everyone: list[Any] = [None] * self._ranks.world_size
         dist.all_gather_object(everyone, parts, group=self._ranks.control)
         empty = csr_matrix((0, n_genes), dtype=np.float32)
-        return NearestCells(vstack([empty, *(part for own in everyone for part in own)]).tocsr())
+        return vstack([empty, *(part for own in everyone for part in own)]).tocsr()
 
     def _attention(self, rows: np.ndarray) -> dict[str, float]:
         """Return the figures of attention on the first ATTENTION_CELLS validation cells.
@@ -278,11 +285,15 @@ class Validation:
     ) -> dict[str, np.ndarray]:
         """Return the targets above 0 of a batch, with what each predictor says of them."""
         assert self._baselines is not None
-        depth, nearest = self._baselines
+        depth, nearest, principal = self._baselines
         baselines = depth.predict(masked.x, _unknown(masked), masked.positions)
         residuals = depth.residuals(masked.x, _unknown(masked))
-        beyond = torch.from_numpy(nearest.predict(residuals, masked.positions.cpu().numpy()))
-        neighbours = baselines[-1] + beyond.to(baselines.device)
+        positions = masked.positions.cpu().numpy()
+        others = [
+            baselines[-1]
+            + torch.from_numpy(of_sample.predict(residuals, positions)).to(baselines.device)
+            for of_sample in (nearest, principal)
+        ]
         counts = self._cells.counts(batch)
         rows = torch.from_numpy(batch.cell_ids).to(masked.positions.device)
         wanted = masked.valid & (masked.true > 0)
@@ -293,7 +304,7 @@ class Validation:
             "cell": rows[:, None].expand_as(masked.positions),
             "gene": masked.positions,
             MODEL: predicted.double(),
-            **dict(zip(BASELINES, (*baselines, neighbours), strict=True)),
+            **dict(zip(BASELINES, (*baselines, *others), strict=True)),
         }
         return {name: values[wanted].cpu().numpy() for name, values in columns.items()}
 
