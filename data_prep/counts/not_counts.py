@@ -86,7 +86,7 @@ def describe(block: sparse.csr_matrix) -> Description:
     undone = {"": values} | _without_logs(values)
     # Small values are nearly their own logarithm: the transform that makes the sums most equal is
     # the one.
-    sums = {name: sum_and_spread(matrix) for name, matrix in undone.items()}
+    sums = {name: _sum_and_spread(matrix) for name, matrix in undone.items()}
     best = min(sums, key=lambda name: sums[name][1])
     whole = float(np.mean(_are_whole(values.data)))
     # 2**x - 1 of a whole x is whole: a logarithm is found by what is not whole, if that is most.
@@ -205,7 +205,7 @@ def _scaled_name(log: str, total: float, multiples: bool) -> str:
     return f"normalised to about {total:.3g} a cell"
 
 
-def sum_and_spread(values: sparse.csr_matrix) -> tuple[float, float]:
+def _sum_and_spread(values: sparse.csr_matrix) -> tuple[float, float]:
     """Return the median cell sum and how far the cells spread around it, as a share of it."""
     sums = np.asarray(values.sum(axis=1)).ravel()
     sums = sums[sums > 0]

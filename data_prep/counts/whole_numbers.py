@@ -26,7 +26,6 @@ from data_prep.counts.not_counts import (
     FEWEST_CELLS,
     FEWEST_COUNTS,
     LARGEST_LOG,
-    sum_and_spread,
 )
 
 _MILLION = 2e-3
@@ -77,10 +76,10 @@ class _Cells:
         found: npt.NDArray[np.int64] = np.maximum.reduceat(self.counts.data, self._starts)
         return found
 
-    def genes_with(self, value: int) -> npt.NDArray[np.int64]:
+    def genes_with(self, value: int) -> npt.NDArray[np.int32]:
         """Return how many genes of each cell have a value."""
         there = (self.counts.data == value).view(np.int8)
-        found: npt.NDArray[np.int64] = np.add.reduceat(there, self._starts, dtype=np.int64)
+        found: npt.NDArray[np.int32] = np.add.reduceat(there, self._starts, dtype=np.int32)
         return found
 
     def of(self, some: npt.NDArray[np.bool_]) -> sparse.csr_matrix:
@@ -131,7 +130,7 @@ def describe_whole(counts: sparse.csr_matrix, *, first: int = 0) -> str:
     return _detected(cells, ones) or _rounded_logs(cells, ones) or _skipping(cells, ones)
 
 
-def _only_multiples(cells: _Cells, ones: npt.NDArray[np.int64]) -> str:
+def _only_multiples(cells: _Cells, ones: npt.NDArray[np.int32]) -> str:
     """Say of which number the values of cells are multiples, '' if of none."""
     without = (ones == 0) & (cells.n_genes >= _GENES_OF_MULTIPLES)
     if cells.n_genes[without].sum() < _FEWEST_ONES:
@@ -145,7 +144,7 @@ def _only_multiples(cells: _Cells, ones: npt.NDArray[np.int64]) -> str:
     )
 
 
-def _detected(cells: _Cells, ones: npt.NDArray[np.int64]) -> str:
+def _detected(cells: _Cells, ones: npt.NDArray[np.int32]) -> str:
     """Say where cells of many genes have no value above 1."""
     n_genes, counts = cells.n_genes, cells.counts
     text = "holds no other value than 1 (detected / not detected)"
@@ -162,11 +161,12 @@ def _detected(cells: _Cells, ones: npt.NDArray[np.int64]) -> str:
     return f"{text}{cells.where(single)}, not counts" if single.sum() >= FEWEST_CELLS else ""
 
 
-def _rounded_logs(cells: _Cells, ones: npt.NDArray[np.int64]) -> str:
+def _rounded_logs(cells: _Cells, ones: npt.NDArray[np.int32]) -> str:
     """Say where cells without large values have rarely a 1."""
     everything = np.ones(len(ones), dtype=bool)
     part = (cells.n_genes >= _FEWEST_GENES) & (cells.largest() <= LARGEST_LOG)
-    part &= ones < _RARE_ONES * np.maximum(cells.genes_with(2), cells.genes_with(3))
+    if part.sum() >= FEWEST_CELLS:
+        part &= ones < _RARE_ONES * np.maximum(cells.genes_with(2), cells.genes_with(3))
     for some in (everything, part):
         counts = cells.of(some)
         sparse_enough = _FEWEST_ONES <= counts.nnz < counts.shape[0] * counts.shape[1] / 2
@@ -182,10 +182,11 @@ def _rounded_logs(cells: _Cells, ones: npt.NDArray[np.int64]) -> str:
     return ""
 
 
-def _skipping(cells: _Cells, ones: npt.NDArray[np.int64]) -> str:
+def _skipping(cells: _Cells, ones: npt.NDArray[np.int32]) -> str:
     """Say where cells of many genes lack a small number, as scaled and rounded ones do."""
     totals, without_one = cells.totals, ones == 0
-    similar = sum_and_spread(cells.counts)[1] < _SIMILAR_TOTALS
+    low, middle, high = np.quantile(totals, [0.05, 0.5, 0.95])
+    similar = high - low < _SIMILAR_TOTALS * middle
     many = np.median(cells.n_genes) >= _MANY_GENES
     if similar and many and without_one.mean() > _WITHOUT_ONE:
         return (
@@ -196,7 +197,9 @@ def _skipping(cells: _Cells, ones: npt.NDArray[np.int64]) -> str:
     skipping = without_one & (cells.n_genes >= _MANY_GENES) & (cells.n_genes < n_columns / 2)
     threes = cells.genes_with(3)
     skipping |= (threes >= _NEXT_GENES) & (cells.genes_with(2) == 0)
-    skipping |= (threes == 0) & (cells.genes_with(4) >= _NEXT_GENES)
+    without_three = (threes == 0) & (cells.n_genes >= _FEWEST_GENES)
+    if without_three.sum() >= FEWEST_CELLS:
+        skipping |= without_three & (cells.genes_with(4) >= _NEXT_GENES)
     if skipping.sum() < FEWEST_CELLS:
         return ""
     found = totals[skipping]
