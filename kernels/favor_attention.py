@@ -62,13 +62,14 @@ def favor_attention(
         cu_seqlens: int32 (B + 1,), rising from 0 to T: cell b has the rows from cu_seqlens[b] up to
             cu_seqlens[b + 1]. Cells do not see each other.
         max_seqlen: At least the longest cell's tokens; read from cu_seqlens, which makes a GPU wait
-            for the host, if None.
+            for the host, if None. Both are checked on the CPU alone, so that no GPU waits.
 
     Returns:
         Shaped like q, contiguous, in its dtype.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, or `backend` is `triton` where it cannot run.
+        ValueError: Shapes, dtypes or cells do not fit, there is no such scope or max_grad, eps is
+            below 0, or `backend` is `triton` where it cannot run.
     """
     if q.shape != k.shape or q.shape != v.shape or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
@@ -76,7 +77,7 @@ def favor_attention(
             f"{tuple(k.shape)} {k.dtype}, {tuple(v.shape)} {v.dtype}"
         )
     longest = _check(q, features, cu_seqlens, max_seqlen)
-    setting = _Call(scope, eps, max_grad == "exact", backend, longest, longest)
+    setting = _Call(*favor_torch.checked(scope, eps, max_grad), backend, longest, longest)
     return _attention(q, k, v, features, cu_seqlens, None, setting)
 
 
@@ -115,7 +116,7 @@ def favor_attention_packed(
     if qkv.dim() < 4 or qkv.shape[-3] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, K) or (T, 3, H, K): got {tuple(qkv.shape)}")
     longest = _check(qkv.select(-3, 0), features, cu_seqlens, max_seqlen)
-    setting = _Call(scope, eps, max_grad == "exact", backend, longest, longest)
+    setting = _Call(*favor_torch.checked(scope, eps, max_grad), backend, longest, longest)
     return _attention(qkv, None, None, features, cu_seqlens, None, setting)
 
 
@@ -173,7 +174,7 @@ def favor_attention_kv(
             f"queries and keys must be of the same cells: got {tuple(ends[0].shape)} and "
             f"{tuple(ends[1].shape)}"
         )
-    setting = _Call(scope, eps, max_grad == "exact", backend, longest, most)
+    setting = _Call(*favor_torch.checked(scope, eps, max_grad), backend, longest, most)
     return _attention(q, kv, None, features, cu_seqlens, query_cu_seqlens, setting)
 
 
@@ -232,6 +233,8 @@ def _check(q: Tensor, features: Tensor, cu_seqlens: Tensor | None, longest: int 
         raise ValueError(
             f"cu_seqlens must be int32 (B + 1,): got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
+    if type(cu_seqlens) is Tensor and cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+        favor_torch.check_cells(cu_seqlens.tolist(), len(q), longest)
     return int(cu_seqlens.diff().max()) if longest is None else longest
 
 

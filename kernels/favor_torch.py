@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 Scope = Literal["sample", "head", "tensor"]
+SCOPES, MAX_GRADS = ("sample", "head", "tensor"), ("exact", "detach")
 _BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**30}
 """Features in work at a time: what a core's second-level cache holds; on a GPU, few launches."""
 _BLOCK_HEADS = 8
@@ -55,6 +56,35 @@ class _Features(NamedTuple):
     """s w (M, K)."""
     base2: Tensor
     """s w log2(e) (M, K)."""
+
+
+def checked(scope: str, eps: float, max_grad: str) -> tuple[Any, float, bool]:
+    """Return the scope, eps, and whether gradients flow through the maxima.
+
+    Raises:
+        ValueError: There is no such scope or max_grad, or eps is no finite number of 0 or more.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope {scope!r}: allowed are {', '.join(SCOPES)}")
+    if max_grad not in MAX_GRADS:
+        raise ValueError(f"max_grad {max_grad!r}: allowed are {', '.join(MAX_GRADS)}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps {eps}: must be a finite number of 0 or more")
+    return scope, eps, max_grad == "exact"
+
+
+def check_cells(ends: list[int], tokens: int, longest: int | None) -> None:
+    """Check where cells start and end, by `cu_seqlens` as numbers.
+
+    Raises:
+        ValueError: They do not rise from 0 to the number of tokens, or a cell has more than said.
+    """
+    if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
+        shown = ", ".join(map(str, ends[:8])) + (", ..." if len(ends) > 8 else "")
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, all tokens: got {shown}")
+    most = max(b - a for a, b in itertools.pairwise(ends))
+    if longest is not None and longest < most:
+        raise ValueError(f"max_seqlen {longest}: a cell has {most} tokens; give {most} or more")
 
 
 def by_argument(

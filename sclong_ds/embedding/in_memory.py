@@ -166,7 +166,8 @@ def predict(
 
     Raises:
         FileNotFoundError: No such model or path.
-        ValueError: A model that was not fine-tuned, or what `embed` refuses.
+        ValueError: A model that was not fine-tuned, a device that is not there, or what `embed`
+            refuses.
     """
     if not isinstance(model, str | Path):
         raise ValueError(
@@ -177,7 +178,7 @@ def predict(
     head = read_head(folder)
     if head is None:
         raise ValueError(f"{folder} predicts nothing: give the folder model/ that `finetune` wrote")
-    loaded = load_model(folder, device=choose_device(device))
+    loaded = load_model(folder, device=choose_device("auto") if device == "auto" else device)
     with opened_cells(loaded, cells, (), reading) as opened:
         parts = []
         for place, block, measured in opened.placed_blocks():

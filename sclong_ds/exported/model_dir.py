@@ -347,14 +347,35 @@ def load_model(model_dir: str | Path, *, device: str | torch.device = "cpu") -> 
 
     Raises:
         FileNotFoundError: Not there, or a file is missing.
-        ValueError: A damaged file, another format version, or files that do not belong together.
+        ValueError: A damaged file, another format version, files that do not belong together, or a
+            device that is not there.
     """
-    folder = Path(model_dir)
+    place, folder = checked_device(device), Path(model_dir)
     model = _with_weights(folder, read_description(folder))
     sizes = {"base_dim": model.config.base_dim, "n_genes": model.n_genes}
     model.recipe, model.control = read_recipe(folder, **sizes), read_control(folder, **sizes)
     model.folder = folder
-    return model.to(device).eval()
+    return model.to(place).eval()
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Return a device of torch that a call from Python names.
+
+    Raises:
+        ValueError: There is none of that name, or no such GPU here.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device={device!r}: no device of torch; use device='cpu' or device='cuda'"
+        ) from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        there = (
+            f"{torch.cuda.device_count()} CUDA GPUs" if torch.cuda.is_available() else "no CUDA GPU"
+        )
+        raise ValueError(f"device={str(found)!r}: torch sees {there} here; use device='cpu'")
+    return found
 
 
 def _with_weights(folder: Path, config: Mapping[str, Any]) -> ScLong:

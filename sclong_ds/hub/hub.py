@@ -77,10 +77,12 @@ def load_model(place: str | Path, *, device: str | torch.device = "cpu") -> ScLo
     Raises:
         FileNotFoundError: Not there, or a file is missing.
         OSError: A server does not answer.
-        ValueError: A damaged file, another format version, or files that do not belong together.
+        ValueError: A damaged file, another format version, files that do not belong together, or a
+            device that is not there.
     """
     from sclong_ds.exported import model_dir
 
+    model_dir.checked_device(device)  # before anything is fetched
     return model_dir.load_model(model_folder(place), device=device)
 
 

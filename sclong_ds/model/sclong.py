@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from sclong_ds.config.sections import ModelConfig, PerformerConfig
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.corpus.transform import Transform
+from sclong_ds.model.counts_input import check_input
 from sclong_ds.model.gene_encoder import GeneEncoder, GeneGraph
 from sclong_ds.model.performer import CellSpans, Performer, select_tokens
 from sclong_ds.model.pooling import (
@@ -340,6 +341,7 @@ class ScLong(Pretrained, nn.Module):
             found["gene_vectors"] = genes[: self.n_genes]
         if set(layers) <= {"gene_vectors"}:
             return found
+        check_input(self, x, mask, unmeasured)
         routed = x if routes is None else routes
         if unmeasured is not None:
             x, routed = x.masked_fill(unmeasured, 0.0), routed.masked_fill(unmeasured, 0.0)

@@ -104,6 +104,10 @@ def test_cells_of_different_lengths_have_the_bits_of_each_alone():
         ({"features": torch.zeros(20, 8)}, r"features must be \(M, 16\)"),
         ({"max_seqlen": 5}, "max_seqlen has a meaning with cu_seqlens only"),
         ({"cu_seqlens": torch.tensor([0, 50])}, r"must be \(T, H, K\), as cu_seqlens is given"),
+        ({"scope": "x"}, "scope 'x': allowed are sample, head, tensor"),
+        ({"max_grad": "none"}, "max_grad 'none': allowed are exact, detach"),
+        ({"eps": -1e-4}, "eps -0.0001: must be a finite number of 0 or more"),
+        ({"eps": float("nan")}, "eps nan: must be"),
     ],
 )
 def test_wrong_arguments(changes, message, monkeypatch):
@@ -113,6 +117,22 @@ def test_wrong_arguments(changes, message, monkeypatch):
     arguments = {"q": q, "k": k, "v": v, "features": w} | changes
     with pytest.raises(ValueError, match=message):
         favor_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("ends", "longest", "message"),
+    [
+        ([0, 20, 49], None, "must rise from 0 to 50, all tokens: got 0, 20, 49"),
+        ([1, 20, 50], 50, "must rise from 0 to 50"),
+        ([0, 30, 20, 50], None, "must rise from 0 to 50"),
+        ([0, 20, 50], 29, "max_seqlen 29: a cell has 30 tokens; give 30 or more"),
+    ],
+)
+def test_cells_that_are_not_those_of_the_tokens(ends, longest, message):
+    qkv, w, _ = make(b=1)
+    cells = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32), "max_seqlen": longest}
+    with pytest.raises(ValueError, match=message):
+        favor_attention_packed(qkv[0], w, **cells)
 
 
 def test_wrong_packed_arguments():

@@ -174,6 +174,36 @@ def test_align_keeps_annotations_that_no_file_can_hold(cells: anndata.AnnData) -
     assert (odd.obs["when"] != 0).all()
 
 
+@pytest.mark.parametrize("wrong", [-0.5, float("nan"), float("inf"), 300.0])
+def test_a_model_refuses_what_is_no_input(wrong: float) -> None:
+    model = load_model(MODEL / "model")
+    x = torch.zeros(2, model.n_genes)
+    x[:, :3] = 2.0
+    told = r"model\(x\) takes log1p values of counts .*sclong_ds\.embed"
+    x[1, 5] = wrong
+    for ask in (model, model.embed, lambda x: model.encode(x, genes="all")):
+        with pytest.raises(ValueError, match=told):
+            ask(x)
+    # What is hidden or unmeasured may be anything.
+    hidden = torch.zeros(x.shape, dtype=torch.bool)
+    hidden[1, 5] = True
+    assert torch.isfinite(model(x, unmeasured=hidden)).all()
+    for shape in ((2, model.n_genes - 1), (model.n_genes,)):
+        with pytest.raises(ValueError, match=rf"must be \(cells, {model.n_genes}\)"):
+            model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda", "cuda:99", None, 1.5])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    told = "use device='cpu'"
+    with pytest.raises(ValueError, match=told):
+        sclong_ds.load_model(MODEL / "model", device=device)
+    with pytest.raises(ValueError, match=told):
+        sclong_ds.load_model("hf://nobody/fetches-this", device=device)
+
+
 def test_evaluate_scores_the_model_and_the_baselines(cells: anndata.AnnData) -> None:
     model = load_model(MODEL / "model")
     scores = evaluate(model, cells, label="kind", batch="day")
