@@ -70,9 +70,10 @@ run_dir = sclong_ds.train(sclong_ds.load_config("sclong_tiny", settings))
 # %% [markdown]
 # ## Review
 #
-# The model must be better than simple predictors of the same hidden values, above all than `nearest`,
-# a linear prediction corrected by the most similar training cells. A run of eight steps is not; the
-# columns are what to look at in a run of your own, in MLflow or, as here, in the run folder.
+# The model must be better than simple predictors of the same hidden values, above all than `nearest`
+# and `principal`, a linear prediction corrected by the most similar training cells or by principal
+# directions of training cells. A run of eight steps is not; the columns are what to look at in a run
+# of your own, in MLflow or, as here, in the run folder.
 
 # %%
 rows = pd.read_json(run_dir / "metrics.jsonl", lines=True)
