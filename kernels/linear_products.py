@@ -48,8 +48,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -
     """
     if products not in _FEWER:
         return nn.functional.linear(x, weight, bias)
-    out = _Product.apply(x, weight, products == "fp8")
-    return out if bias is None else out + bias
+    out: Tensor = _Product.apply(x, weight, bias, products == "fp8")
+    return out
 
 
 def scaled_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -97,10 +97,10 @@ def fp8_matmul(a: Tensor, b: Tensor, a_dtype: torch.dtype) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T in fewer bits; keeps the input in bfloat16."""
+    """x W^T in fewer bits, plus the bias; keeps the input in bfloat16."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, fp8: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fp8: bool) -> Tensor:
         rows = x.flatten(0, -2)
         rounded = rows.bfloat16()
         # The weight itself, not a copy: ZeRO-3 gathers it again before the backward pass.
@@ -110,6 +110,8 @@ class _Product(torch.autograd.Function):
             out = fp8_matmul(rows, weight, torch.float8_e4m3fn)
         else:
             out = torch.matmul(rounded, weight.bfloat16().T).to(x.dtype)
+        if bias is not None:
+            out.add_(bias)  # on a CPU a second tensor takes longer than the sum
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -117,7 +119,7 @@ class _Product(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         g = grad.flatten(0, -2)
         rounded = g.bfloat16()
-        dx = dw = None
+        dx = dw = db = None
         if ctx.needs_input_grad[0]:
             if ctx.fp8:
                 dx = fp8_matmul(g, weight.T, torch.float8_e5m2)
@@ -126,4 +128,6 @@ class _Product(torch.autograd.Function):
             dx = dx.unflatten(0, grad.shape[:-1])
         if ctx.needs_input_grad[1]:
             dw = torch.matmul(rounded.T, rows).to(weight.dtype)
-        return dx, dw, None
+        if ctx.needs_input_grad[2]:
+            db = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(weight.dtype)
+        return dx, dw, db, None
