@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds.corpus.transform import log1p_normalise
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 _ROUNDING = 1.01
 """Of a value by bfloat16, at most."""
