@@ -192,6 +192,7 @@ def through_the_corpus(corpus: Path, staged: dict[str, Example]) -> None:
     assert found.cells == len(opened)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "container", [name for name in SPARSE if name[:3] in ("h5a", "zar", "npz")]
 )

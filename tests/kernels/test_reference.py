@@ -134,6 +134,7 @@ def test_detached_maxima():
     assert not torch.allclose(results["ours", "detach"][1], results["ours", "exact"][1], rtol=0.01)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scope", ["sample", "head", "tensor"])
 def test_many_blocks_of_heads_and_tokens(scope):
     """Features of 9 heads and 900 tokens take several blocks; sums and maxima go across them."""

@@ -114,6 +114,7 @@ def test_what_is_different_in_every_cell_is_no_column(
     assert corpus.obs(of_a, columns=["note"])["note"].tolist() == ["", "", ""]
 
 
+@pytest.mark.thorough
 def test_a_dataset_with_both_donor_columns_keeps_both(
     annotated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
+@pytest.mark.thorough
 def test_a_done_dataset_is_skipped_until_its_file_or_options_change(
     tmp_path: Path, corpus: Path, resolver: GeneResolver
 ) -> None:

@@ -117,6 +117,7 @@ def test_the_entry_binds_every_file_and_the_genes_that_the_source_names(
     assert measured[[GENES.symbols.index(name) for name in GENES.symbols[:N_GENES]]].all()
 
 
+@pytest.mark.thorough
 def test_staged_files_that_are_damaged_or_lost_are_made_again(
     tmp_path: Path, corpus: Path, resolver: GeneResolver
 ) -> None:

@@ -68,6 +68,7 @@ def test_every_cell_is_there_once_with_its_origin(
     np.testing.assert_array_equal(corpus.row_nnz, np.diff(found.indptr))
 
 
+@pytest.mark.thorough
 def test_same_input_same_bytes(
     stage_corpus: Stage, three: dict[str, sparse.csr_matrix], monkeypatch: pytest.MonkeyPatch
 ) -> None:

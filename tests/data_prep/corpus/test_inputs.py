@@ -51,6 +51,7 @@ def test_every_flipped_bit_of_an_input_is_refused(folder: Path) -> None:
     assert finalize(folder)["n_cells"] == 50
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["staging/a/obs.parquet", "ledger/a.json", "settings.json"])
 @pytest.mark.parametrize("step", ["repeated_in", "write_unit", "column_of"])
 def test_an_input_that_changes_meanwhile_is_refused(

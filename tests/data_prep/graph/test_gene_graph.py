@@ -131,6 +131,7 @@ def test_graph_file_is_read_back_and_the_same_inputs_give_the_same_bytes(tmp_pat
     assert {p.name for p in tmp_path.iterdir()} == {*inputs, "a.npz", "a.png", "b.npz", "b.png"}
 
 
+@pytest.mark.thorough
 def test_propagation_changes_the_weights(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path, row("11", "GO:0000003") + row("12", "GO:0000002"))
     genes_hash = GeneVocabulary.read(inputs["genes"]).hash

@@ -135,6 +135,7 @@ def outcome(path: Path) -> LedgerEntry | str:
         return str(error)
 
 
+@pytest.mark.thorough
 def test_every_flipped_bit_of_an_entry_is_named_or_harmless(corpus: Path) -> None:
     path = ledger_path(corpus, "c")
     data, before = path.read_bytes(), read_entry(path)
@@ -149,6 +150,7 @@ def test_every_flipped_bit_of_an_entry_is_named_or_harmless(corpus: Path) -> Non
     assert named > len(data) / 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", sorted(empty_entry("a", Path(), organism="", tissue="", settings_hash=""))
 )

@@ -90,6 +90,7 @@ def draft(tree: Path) -> Draft:
     return draft_manifest(tree, genes=GENES, relative_to=tree)
 
 
+@pytest.mark.thorough
 def test_every_format_is_found_once(draft: Draft) -> None:
     found = {dataset["path"]: dataset["format"] for dataset in draft["datasets"]}
     assert found == {

@@ -111,6 +111,7 @@ def test_whole_numbers_of_any_type_are_read(tmp_path, format):
         np.testing.assert_array_equal(read(path), COUNTS.toarray())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wrong", OUTSIDE)
 @pytest.mark.parametrize("format", FORMATS)
 def test_indices_that_lie_outside_are_refused(tmp_path, format, wrong):

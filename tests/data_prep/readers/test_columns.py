@@ -44,6 +44,7 @@ def of_every_type() -> pd.DataFrame:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["h5ad", "zarr 2", "zarr 3"])
 def test_columns_of_every_type_are_those_that_anndata_reads(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"a.{kind[:4]}"

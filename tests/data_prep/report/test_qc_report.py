@@ -220,6 +220,7 @@ def test_nothing_usable(stage_corpus: Stage) -> None:
     assert "Datasets that stand out" not in text
 
 
+@pytest.mark.thorough
 def test_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     arguments.add_arguments(parser)

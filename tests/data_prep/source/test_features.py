@@ -353,6 +353,7 @@ def test_antibodies_stay_out_of_every_matrix_of_every_format(tmp_path: Path, kin
         assert not any("CD4_TotalSeqB" in names for names in matrix.gene_columns.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["h5ad", "zarr", "loom"])
 @pytest.mark.parametrize("dtype", ["i1", "u8", "f4", "?"])
 @pytest.mark.filterwarnings("ignore:Writing zarr v2 data", "ignore:Consolidated metadata")

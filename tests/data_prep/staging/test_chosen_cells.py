@@ -77,6 +77,7 @@ def test_cells_that_are_not_primary_are_left_out_and_it_is_said(source: Path) ->
     assert not [text for text in entry["warnings"] if "primary" in text]
 
 
+@pytest.mark.thorough
 def test_conditions_are_counted_and_cells_found_again(source: Path) -> None:
     entry = run(source, "suspension_type!=nucleus; is_primary_data=false")
     expected = [i for i in range(20, N_CELLS) if i % 3 != 1]
@@ -128,6 +129,7 @@ def test_values_that_do_not_occur_or_are_no_truths_are_said(source: Path) -> Non
     assert entry["notes"] == {"where is_primary_data!=False": text}
 
 
+@pytest.mark.thorough
 def test_a_cell_lost_beside_conditions_is_found(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

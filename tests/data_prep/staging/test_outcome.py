@@ -85,6 +85,7 @@ def test_a_name_that_says_raw_needs_less_to_be_unfiltered(
     assert "25 of 65 columns" in entry["reason"]
 
 
+@pytest.mark.thorough
 def test_the_default_threshold_is_said(tmp_path: Path, resolver: GeneResolver) -> None:
     values = CELLS.copy()
     values[3] = BARCODES[3]

@@ -161,6 +161,7 @@ def test_antibodies_read_as_genes_are_found(
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["mod/rna", "tables/table", "zip"])
 def test_anndata_inside_of_something_larger(tmp_path: Path, place: str) -> None:
     inside = write("zarr3_csc" if place != "mod/rna" else "h5ad_csr", tmp_path, made(11))
@@ -300,6 +301,7 @@ def test_rounded_counts(tmp_path: Path) -> None:
     assert (found.problems, found.cells) == ([], 12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", ["layers/a+layers/b", "round:layers/a+layers/b", "round:X"])
 def test_sums_and_rounded_counts(tmp_path: Path, option: str) -> None:
     source = made(12)

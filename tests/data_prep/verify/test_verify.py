@@ -152,6 +152,7 @@ def test_wrong_content_behind_right_checksums(
     assert any(message in problem for problem in problems), problems
 
 
+@pytest.mark.thorough
 def test_wrong_splits(corpus: Path) -> None:
     catalogue = read_catalogue(corpus)
     for splits in (

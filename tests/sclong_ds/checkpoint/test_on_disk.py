@@ -299,6 +299,7 @@ def flips(content, n):
         yield bytes(data)
 
 
+@pytest.mark.thorough
 def test_a_damaged_best_json_is_made_again_from_the_metrics(validated):
     path = validated / "best.json"
     whole = path.read_bytes()

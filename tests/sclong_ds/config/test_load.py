@@ -223,6 +223,7 @@ def test_whole_powers_of_ten_are_integers(text):
     assert load_config("sclong_tiny", [f"run.max_steps={text}"]).run.max_steps == expected
 
 
+@pytest.mark.thorough
 @given(st.floats(1e-300, 1e300), st.sampled_from([".17e", ".17E", "r"]))
 def test_any_positive_number_is_read_as_it_is_written(number, form):
     text = repr(number) if form == "r" else format(number, form)

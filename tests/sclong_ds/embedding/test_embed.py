@@ -171,6 +171,7 @@ def test_formats_and_blocks_give_the_same_embedding(
         np.testing.assert_allclose(other.obsm[embed.KEY], a.obsm[embed.KEY], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_output_can_be_embedded_again(model_dir: Path, h5ad: Path, tmp_path: Path) -> None:
     run(model_dir, h5ad, "--out", tmp_path / "once.h5ad", "--device", "cpu")
     run(model_dir, tmp_path / "once.h5ad", "--out", tmp_path / "twice.h5ad", "--device", "cpu")
@@ -231,6 +232,7 @@ def test_corpus_and_its_splits(
     )
 
 
+@pytest.mark.thorough
 def test_refuses_an_unknown_split_and_a_corpus_of_other_genes(
     model_dir: Path, corpus: Path, genes: GeneVocabulary
 ) -> None:
@@ -314,6 +316,7 @@ def test_refuses_what_is_not_there(model_dir: Path, h5ad: Path, tmp_path: Path) 
         run(model_dir, h5ad, "--out", tmp_path / "out.h5ad", "--split", "validation")
 
 
+@pytest.mark.thorough
 def test_thresholds_leave_cells_out_and_say_so(
     model_dir: Path, h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,6 +345,7 @@ def test_thresholds_leave_cells_out_and_say_so(
         run(model_dir, h5ad, "--out", out, "--device", "cpu", "--min-counts", 10**9)
 
 
+@pytest.mark.thorough
 def test_the_options_of_a_manifest_say_how_to_read(
     model_dir: Path, h5ad: Path, genes: GeneVocabulary, tmp_path: Path
 ) -> None:
@@ -472,6 +476,7 @@ def test_cells_of_several_inputs_keep_what_each_of_them_measured(
         stored.measured_again(tmp_path / "other.h5ad", cells.obs, genes)
 
 
+@pytest.mark.thorough
 def test_a_corpus_says_which_genes_its_datasets_measure(
     mask_model: Path, corpus: Path, h5ad: Path, tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_null_genes_have_nearly_the_same_mean_and_are_none_of_the_named():
     assert len({a for a, _ in sets}) == 15
 
 
+@pytest.mark.thorough
 def test_null_genes_of_a_deletion_are_expressed_in_as_many_cells_as_strongly(
     model_dir, tmp_path, monkeypatch
 ):
@@ -259,6 +260,7 @@ def test_shares_of_the_way_are_exact():
     assert shares_of_way(before, after, before[0].double()).tolist() == [0.0] * 4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("genes", "mode", "more", "message"),
     [

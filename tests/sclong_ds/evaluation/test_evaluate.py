@@ -171,6 +171,7 @@ def test_tells_how_many_cells_were_in_training(
     assert record["coverage"]["n_cells_in_training"] == 15
 
 
+@pytest.mark.thorough
 def test_stored_embedding_of_the_same_model_is_taken_over(
     model_dir: Path,
     cells: Path,

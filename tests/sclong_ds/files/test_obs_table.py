@@ -10,6 +10,7 @@ from sclong_ds.files.obs_table import read_obs, write_obs
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
+@pytest.mark.thorough
 @settings(max_examples=200, deadline=None)
 @given(rows=st.lists(st.tuples(TEXT, TEXT), max_size=20))
 def test_any_text_comes_back(tmp_path_factory, rows):

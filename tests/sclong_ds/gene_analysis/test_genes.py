@@ -186,6 +186,7 @@ def test_ablation_is_what_perturb_measures(model, cells, x):
     np.testing.assert_allclose(found.values[0], moved, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_all_networks_and_scores_are_written_beside_the_table(model_dir, h5ad, tmp_path, capsys):
     out = tmp_path / "deep" / "g.h5ad"
     kinds = ["cosine", "attention", "gradient", "ablation"]

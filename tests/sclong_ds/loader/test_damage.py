@@ -39,6 +39,7 @@ def damaged(tmp_path):
     return corpus, range(int(corpus.chunk_rows[2]), int(corpus.chunk_rows[4]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize(("group", "lanes"), [(1, None), (3, None), (2, (2, 8)), (2, (8, 8))])
 def test_damage_stops_the_loop_where_it_is_met_and_says_where(damaged, group, lanes, prefetch):
@@ -58,6 +59,7 @@ def test_damage_stops_the_loop_where_it_is_met_and_says_where(damaged, group, la
             next(loader)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_skipped_cells_keep_their_place_without_counts(damaged, output, caplog):
     corpus, lost = damaged

@@ -105,6 +105,7 @@ def check_all(matrix: csr_matrix, cells: np.ndarray, *, seed: int = 0) -> None:
     same(out, log1p_normalise(wanted, target_sum=1e4))
 
 
+@pytest.mark.thorough
 @given(
     cells=st.lists(CELLS, min_size=1, max_size=8),
     batch=st.lists(st.integers(0, 7), max_size=12),

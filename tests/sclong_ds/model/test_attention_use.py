@@ -82,6 +82,7 @@ EXACT = PerformerConfig(
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "changes",
     [

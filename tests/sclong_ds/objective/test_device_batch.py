@@ -59,6 +59,7 @@ def check(cells: PackedCells, n_genes: int, device: str = "cpu") -> None:
     np.testing.assert_array_equal(x.cpu().numpy(), expected)
 
 
+@pytest.mark.thorough
 @given(CELLS)
 @example([])
 @example([{}, {}])

@@ -119,6 +119,7 @@ def test_the_summary_begins_with_the_strongest_simple_predictor_and_pairs_pertur
     assert shown.loc["no_change", "mae"] == "0.000 [0.000, 0.000]"
 
 
+@pytest.mark.thorough
 def test_what_follows_from_the_vectors_of_genes_is_predicted_from_them_alone() -> None:
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(G, 6))
@@ -238,6 +239,7 @@ def test_one_warning_names_each_perturbation_that_is_left_out_or_taken_as_one(
     ]
 
 
+@pytest.mark.thorough
 def test_the_command_ranks_predictors_of_a_made_screen(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -288,6 +288,7 @@ def kept_bytes(net, cells, n_genes, n_expressed=None, n_wanted=None):
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("changes", VARIANTS[:-1])
 def test_kept_activations_equal_what_autograd_saves(changes, recompute):
@@ -331,6 +332,7 @@ def test_kept_activations_with_products_in_fewer_bits(products, changes, recompu
     assert 0 <= per_cell - sum(parts.values()) <= 12
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("products", "changes"), [*FEWER, ("precision", {})])
 @pytest.mark.parametrize("n_wanted", [None, 5])
 def test_sizes_of_what_is_rounded(products, changes, n_wanted):
@@ -359,6 +361,7 @@ def test_sizes_of_what_is_rounded(products, changes, n_wanted):
     assert counted <= cells * found.elements <= 1.3 * counted
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "changes",

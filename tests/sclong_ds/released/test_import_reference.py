@@ -252,6 +252,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(

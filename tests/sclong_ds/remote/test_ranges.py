@@ -167,6 +167,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fil
     server.stop()
 
 
+@pytest.mark.thorough
 def test_cells_through_faults_and_from_the_cache_are_the_cells(
     store: tuple[FileServer, Location], tmp_path: Path
 ) -> None:

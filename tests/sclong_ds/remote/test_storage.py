@@ -28,6 +28,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     server.stop()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", ["503", "500", "429", "cut", "reset"])
 def test_a_request_that_fails_in_passing_is_repeated(
     server: FileServer, tmp_path: Path, fault: str

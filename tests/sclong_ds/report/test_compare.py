@@ -27,6 +27,7 @@ def other_run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_runs_are_compared_on_one_page(run_dir: Path, other_run: Path, tmp_path: Path) -> None:
     (run_dir / "config.yaml").write_text("optim:\n  lr: 0.1\nrun:\n  dir: y\n  seed: 0\n")
     out = tmp_path / "two.html"

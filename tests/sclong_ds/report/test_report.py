@@ -47,6 +47,7 @@ def test_page_states_the_numbers_of_the_run(
     assert [p.name for p in out.parent.iterdir()] == ["report.html"]
 
 
+@pytest.mark.thorough
 def test_restart_shows_as_two_processes(run_dir: Path) -> None:
     text = report.build_page(read_run(run_dir))
     cells = Page(text).cells
@@ -110,6 +111,7 @@ def test_hashes_are_short_and_last_and_parts_have_names(run_dir: Path) -> None:
     assert "1 restart · " in page.text
 
 
+@pytest.mark.thorough
 def test_alt_texts_say_what_the_curves_do(run_dir: Path) -> None:
     text = report.build_page(read_run(run_dir))
     assert (
@@ -120,6 +122,7 @@ def test_alt_texts_say_what_the_curves_do(run_dir: Path) -> None:
     assert "per-gene mean from 0.8 at 10 to 0.8 at 30" in text
 
 
+@pytest.mark.thorough
 def test_page_says_which_validation_the_pictures_show(run_dir: Path, tmp_path: Path) -> None:
     late = "not drawn yet: python -m sclong_ds.report.draw"
     text = Page(report.build_page(read_run(run_dir))).text
@@ -328,6 +331,7 @@ def test_a_likelihood_is_not_called_an_mse_and_has_a_chart_of_its_own(run_dir: P
     assert not [title for title in seen if "MSE" in title]
 
 
+@pytest.mark.thorough
 def test_losses_before_a_change_of_their_kind_are_left_out(run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(LIKELIHOOD)
     with RunFolder(run_dir) as files:
@@ -338,6 +342,7 @@ def test_losses_before_a_change_of_their_kind_are_left_out(run_dir: Path) -> Non
     assert any("training from 1.429 at 21" in seen for seen in charts(text).values())
 
 
+@pytest.mark.thorough
 def test_a_loss_chart_explains_the_lines_that_are_there(run_dir: Path, tmp_path: Path) -> None:
     text = report.build_page(read_run(run_dir))
     assert "Training: the mean over all targets, those shown to the model among them." in text

@@ -12,6 +12,7 @@ import data_prep.corpus.growth.digests as digests_module
 from sclong_ds.corpus.corpus import Corpus
 
 
+@pytest.mark.thorough
 def test_the_digests_of_parts_are_kept_and_read_in_pieces(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def test_grown_is_finalized_at_once(made: Path, tmp_path: Path, steps: list[str]
     assert all(link["checked"] for link in report["links"][1:])
 
 
+@pytest.mark.thorough
 def test_columns_that_an_old_part_left_out_are_none(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +74,7 @@ def test_new_cells_meet_the_rule_of_near_duplicates(made: Path, tmp_path: Path, 
     assert Corpus(folder).hash == one.hash
 
 
+@pytest.mark.thorough
 def test_growth_writes_none_of_the_files_that_are_there(made: Path, tmp_path: Path) -> None:
     folder = grown(made, tmp_path / "grown", ["ab"])
     kept = sums(folder)

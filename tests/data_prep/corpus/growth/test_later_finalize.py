@@ -76,6 +76,7 @@ def test_other_options_make_one_corpus_with_a_warning(
     assert made_with(folder) == ("zstd", "drop")
 
 
+@pytest.mark.thorough
 def test_killed_while_it_is_published_the_options_are_those_that_were_given(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_file_that_is_not_of_its_part_is_named(folder: Path) -> None:
     assert found == [f"parts/000001/{n}: not part of the corpus" for n in ("obs/b.json", "stray")]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["corpus.json", "checksums.json", "cells.zarr/zarr.json"])
 def test_what_cannot_be_read_is_no_reason_to_make_the_corpus_again(folder: Path, name: str) -> None:
     path, aside = folder / name, folder.parent / "of_before"

@@ -51,6 +51,7 @@ def test_chosen_rows_of_a_table_need_no_whole_one(
     assert len(corpus.obs(rows[:3])) == 3
 
 
+@pytest.mark.thorough
 def test_a_sample_takes_of_every_part_what_it_has_of_the_split(made: Path, tmp_path: Path) -> None:
     corpus = Corpus(grown(made, tmp_path / "grown", ["ab", "c", "de"]))
     for split in SPLITS:
@@ -70,6 +71,7 @@ def test_a_sample_takes_of_every_part_what_it_has_of_the_split(made: Path, tmp_p
     np.testing.assert_array_equal(sample(alone, "train", 9), alone.split("train")[:9])
 
 
+@pytest.mark.thorough
 def test_a_corpus_as_it_was_before_it_grew(made: Path, tmp_path: Path) -> None:
     folder = grown(made, tmp_path / "grown", ["ab"])
     before = [Corpus(shutil.copytree(folder, tmp_path / "first"))]
@@ -170,6 +172,7 @@ def test_a_task_of_finalize_misses_a_shard(made: Path, tmp_path: Path, how: str)
     assert verify(folder)["ok"]
 
 
+@pytest.mark.thorough
 def test_damage_is_of_the_same_cells_however_it_is_met(made: Path, tmp_path: Path) -> None:
     folder = grown(made, tmp_path / "grown", ["ab", "c"])
     path = damaged(folder / "parts" / "000001" / "cells.zarr" / "gap" / "c" / "0", "missing")

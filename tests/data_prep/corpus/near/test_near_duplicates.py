@@ -182,6 +182,7 @@ def test_lists_without_a_gene_in_common_are_not_compared(tmp_path: Path) -> None
     assert sets.set_of[1, 2] == -1
 
 
+@pytest.mark.thorough
 def test_units_in_any_order_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over many buckets and runs."""
     counts, measured, primary = drawn(3, 5)

@@ -152,6 +152,7 @@ def test_one_dataset_is_split_by_cell_with_a_warning(
     assert "overrates the model" in caplog.text
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -175,6 +176,7 @@ def test_impossible_options(
     assert not list(folder.glob(".finalize*"))
 
 
+@pytest.mark.thorough
 def test_a_corpus_that_grows_keeps_its_split_whatever_was_given_first(
     stage_corpus: Stage, counts: Counts, three: dict[str, sparse.csr_matrix]
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_corpus_that_grows_keeps_its_split_whatever_was_given_first(
     assert finalize(grown, validation_fraction=0.1)["options"]["validation_datasets"] == []
 
 
+@pytest.mark.thorough
 def test_another_seed_draws_again_and_says_so(
     stage_corpus: Stage, three: dict[str, sparse.csr_matrix], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -318,6 +321,7 @@ def test_a_share_below_every_group_takes_the_smallest() -> None:
     assert again.held_out["validation"] == plan.held_out["validation"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("donors", [False, True])
 def test_a_corpus_that_an_earlier_version_split_keeps_its_groups(
     stage_corpus: Stage, three: dict[str, sparse.csr_matrix], donors: bool
