@@ -234,7 +234,7 @@ def _check(q: Tensor, features: Tensor, cu_seqlens: Tensor | None, longest: int 
             f"cu_seqlens must be int32 (B + 1,): got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     if type(cu_seqlens) is Tensor and cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-        favor_torch.check_cells(cu_seqlens.tolist(), len(q), longest)
+        favor_torch.check_cells(cu_seqlens, len(q), longest)
     return int(cu_seqlens.diff().max()) if longest is None else longest
 
 

@@ -73,12 +73,13 @@ def checked(scope: str, eps: float, max_grad: str) -> tuple[Any, float, bool]:
     return scope, eps, max_grad == "exact"
 
 
-def check_cells(ends: list[int], tokens: int, longest: int | None) -> None:
-    """Check where cells start and end, by `cu_seqlens` as numbers.
+def check_cells(cu_seqlens: Tensor, tokens: int, longest: int | None) -> None:
+    """Check where cells start and end, of a tensor on the CPU: a GPU would be waited for.
 
     Raises:
         ValueError: They do not rise from 0 to the number of tokens, or a cell has more than said.
     """
+    ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
         shown = ", ".join(map(str, ends[:8])) + (", ..." if len(ends) > 8 else "")
         raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, all tokens: got {shown}")

@@ -24,8 +24,11 @@ WAITING = {
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 COPIES = ("tolist", "cpu", "numpy")
 """Methods that wait for a GPU and, on a CPU, call no operator."""
-ALLOWED = {("favor_torch.py", "_parts"), ("routing.py", "route"), ("batch.py", "_sent")}
-"""Functions that may: the torch backend, a check on CPUs alone, what begins on the host."""
+ALLOWED = {
+    ("favor_torch.py", "_parts"), ("favor_torch.py", "check_cells"), ("routing.py", "route"),
+    ("batch.py", "_sent"),
+}  # fmt: skip
+"""Functions that may: the torch backend, checks on CPUs alone, what begins on the host."""
 
 
 def _refused(name: str) -> Callable[..., Any]:
