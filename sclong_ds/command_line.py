@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -60,8 +61,8 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Parse a command line; overrides may stand before, between and behind the options.
 
-    argparse itself takes one group of positional arguments and calls later ones unrecognized. An
-    override that another one would undo is an error.
+    argparse itself takes one group of positional arguments and calls later ones unrecognized. Where
+    overrides give a key twice, the last counts, and a line on standard error says so.
 
     Args:
         parser: Has a positional argument `overrides` of any number, perhaps in a subcommand.
@@ -75,7 +76,7 @@ def parse_arguments(
         args.overrides = [*args.overrides, *rest]
     twice = repeated(getattr(args, "overrides", ()))
     if twice:
-        parser.error(f"{' and '.join(twice)}: the same key twice; keep one of them")
+        sys.stderr.write(f"{' and '.join(twice)}: the same key twice; the last one counts\n")
     return args
 
 

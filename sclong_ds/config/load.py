@@ -69,7 +69,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         source: Name of a preset (`sclong_tiny`) or path of a YAML file.
         overrides: `section.key=value` strings, or one. The value of a key that takes text is what
             stands there, quotes included, and null or ~ none; others are read as YAML. Of a key's
-            that is there twice the last counts; the command line refuses such.
+            that is there twice the last counts; the command line says so.
 
     Returns:
         The checked configuration.

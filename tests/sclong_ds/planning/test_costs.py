@@ -332,7 +332,6 @@ def test_kept_activations_with_products_in_fewer_bits(products, changes, recompu
     assert 0 <= per_cell - sum(parts.values()) <= 12
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("products", "changes"), [*FEWER, ("precision", {})])
 @pytest.mark.parametrize("n_wanted", [None, 5])
 def test_sizes_of_what_is_rounded(products, changes, n_wanted):
