@@ -14,13 +14,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Scope = Literal["sample", "head", "tensor"]
-SCOPES, MAX_GRADS = ("sample", "head", "tensor"), ("exact", "detach")
+SCOPES, MAX_GRADS = get_args(Scope), ("exact", "detach")
 _BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**30}
 """Features in work at a time: what a core's second-level cache holds; on a GPU, few launches."""
 _BLOCK_HEADS = 8

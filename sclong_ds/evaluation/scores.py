@@ -31,26 +31,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from scipy.special import ndtri, stdtrit
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples
 from sklearn.model_selection import LeaveOneGroupOut, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
+from sclong_ds.objective.scores import LEVEL, RESAMPLES, Interval, interval
+
 FOLDS = 5
 NEIGHBOURS = 15
-RESAMPLES = 1000
 MIN_GROUPS = 5
 """With fewer groups among the cells of a score, cells are resampled: of one group, every resample
 would be the same and its interval a point."""
-_LEVEL = 0.95
 _MAX_SILHOUETTE_CELLS = 10_000  # quadratic in the cells
-_MOST_UNDEFINED = 0.05
-"""Share of resamples in which a score may be undefined and still have an interval."""
 _RANGES = {
     "accuracy": (0.0, 1.0),
     "macro_f1": (0.0, 1.0),
@@ -63,13 +59,6 @@ _RANGES = {
 }
 """What a score can be, by the end of its name; a wider interval ends there."""
 _BLOCK = 20_000_000  # numbers of resampled weights in memory at once
-
-
-class Interval(NamedTuple):
-    """Bounds that hold the truth in 95% of the cases."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,30 +114,6 @@ class Scores:
         return Interval(max(low, lowest), min(high, highest))
 
 
-def interval(
-    draws: np.ndarray, estimate: float, *, n_units: int, level: float = _LEVEL
-) -> Interval | None:
-    """Return the bounds of a score, or of the difference of two with the same resamples.
-
-    Args:
-        draws: (R,) its value in each resample, NaN where it is undefined.
-        estimate: Its value.
-        n_units: U, the cells or groups that were resampled.
-        level: Share of the cases in which the bounds hold the truth.
-
-    Returns:
-        The bounds, widened for few units (see the head of this file); None of one unit, or where
-        more than 5% of the resamples are undefined.
-    """
-    if n_units < 2 or np.isnan(draws).mean() > _MOST_UNDEFINED:
-        return None
-    end = (1 + level) / 2
-    quantiles = np.nanquantile(draws, [1 - end, end])
-    wider = stdtrit(n_units - 1, end) / ndtri(end) * np.sqrt(n_units / (n_units - 1))
-    low, high = estimate + wider * (quantiles - estimate)
-    return Interval(float(low), float(high))
-
-
 def unseen_of(labels: np.ndarray, layout: Layout, cells: np.ndarray) -> tuple[float, float]:
     """Return how far an accuracy and a macro F1 of 1 may lie above the truth.
 
@@ -160,7 +125,7 @@ def unseen_of(labels: np.ndarray, layout: Layout, cells: np.ndarray) -> tuple[fl
         layout: What the cells are of.
         cells: Their positions.
     """
-    units, end = _units(layout, cells), (1 - _LEVEL) / 2
+    units, end = _units(layout, cells), (1 - LEVEL) / 2
     sizes = [len(np.unique(units[labels == label])) for label in np.unique(labels)]
     accuracy = 1 - end ** (1 / count_units(layout, cells))
     return accuracy, max(accuracy, (1 - end ** (1 / min(sizes))) / len(sizes))

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from sclong_ds.evaluation.scores import Interval, Scores, interval
+from sclong_ds.evaluation.scores import Scores
+from sclong_ds.objective.scores import Interval, interval
 
 
 def verdict(scores: Mapping[str, Scores], *, name: str, no_context: Sequence[str]) -> str:

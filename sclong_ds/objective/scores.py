@@ -6,14 +6,14 @@ for each baseline. Values that are zero genes are left out: their error is a fig
 
 The bounds of the model's error less that of the strongest baseline hold 95% of 1,000 resamples of
 cells, or of datasets where there are 5: a unit keeps its two sums of squared errors and its number
-of hidden values. They are widened for few units as the intervals of `sclong_ds.evaluation.scores`,
-whose source they share: https://doi.org/10.1080/00031305.2015.1089789
+of hidden values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,9 @@ MOST_DATASETS = 100
 MODEL = "model"
 """The predictor whose figures are without a prefix."""
 RESAMPLES = 1000
+LEVEL = 0.95
+MOST_UNDEFINED = 0.05
+"""Share of resamples in which a score may be undefined and still have an interval."""
 LEAST_DATASETS = 5
 """With fewer datasets the cells are resampled: cells of a dataset are not independent, but 4 units
 tell nothing of their spread."""
@@ -48,6 +51,13 @@ LEAST_CELLS = 8
 """Hidden values of a gene in a dataset, below which it has no correlation across cells."""
 LEAST_GENES = 20
 """Hidden values of a cell, below which it has no correlation across genes."""
+
+
+class Interval(NamedTuple):
+    """Bounds that hold the truth in 95% of the cases."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +124,30 @@ def _name(predictor: str, metric: str) -> str:
     return metric if predictor == MODEL else of_baseline(predictor, metric)
 
 
+def interval(
+    draws: np.ndarray, estimate: float, *, n_units: int, level: float = LEVEL
+) -> Interval | None:
+    """Return the bounds of a score, or of the difference of two with the same resamples.
+
+    Args:
+        draws: (R,) its value in each resample, NaN where it is undefined.
+        estimate: Its value.
+        n_units: U, the cells or groups that were resampled.
+        level: Share of the cases in which the bounds hold the truth.
+
+    Returns:
+        The bounds, widened for few units (see the head of `sclong_ds.evaluation.scores`); None of
+        one unit, or where more than 5% of the resamples are undefined.
+    """
+    if n_units < 2 or np.isnan(draws).mean() > MOST_UNDEFINED:
+        return None
+    end = (1 + level) / 2
+    quantiles = np.nanquantile(draws, [1 - end, end])
+    wider = stdtrit(n_units - 1, end) / ndtri(end) * np.sqrt(n_units / (n_units - 1))
+    low, high = estimate + wider * (quantiles - estimate)
+    return Interval(float(low), float(high))
+
+
 def _against(table: TargetTable, best: str) -> dict[str, float]:
     """Return the bounds of the model's error less a baseline's; nothing of fewer than 2 cells.
 
@@ -126,16 +160,14 @@ def _against(table: TargetTable, best: str) -> dict[str, float]:
     n = len(sizes)
     ours, other = ((table.predicted[name] - table.true)[hidden] ** 2 for name in (MODEL, best))
     gap = np.bincount(place, ours - other)
-    if n < 2 or not np.isfinite(gap).all():
+    if not np.isfinite(gap).all():
         return {}
     rng, draws = np.random.default_rng(0), np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         drawn = rng.integers(n, size=n)
         draws[i] = gap[drawn].sum() / sizes[drawn].sum()
-    mean, end = gap.sum() / sizes.sum(), 0.975
-    wider = stdtrit(n - 1, end) / ndtri(end) * np.sqrt(n / (n - 1))
-    low, high = mean + wider * (np.quantile(draws, [1 - end, end]) - mean)
-    return {VS_STRONGEST_LOW: float(low), VS_STRONGEST_HIGH: float(high)}
+    bounds = interval(draws, gap.sum() / sizes.sum(), n_units=n)
+    return {} if bounds is None else {VS_STRONGEST_LOW: bounds.low, VS_STRONGEST_HIGH: bounds.high}
 
 
 def _by_dataset(

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sclong_ds.evaluation.scores import interval
+from sclong_ds.objective.scores import interval
 from sclong_ds.page.words import counted
 from sclong_ds.perturb_bench.screen import Screen
 

@@ -30,11 +30,11 @@ from sclong_ds.evaluation.scores import (
     Layout,
     Scores,
     count_units,
-    interval,
     resampled_sums,
     unseen_of,
 )
 from sclong_ds.finetune.scored.calibration import losses
+from sclong_ds.objective.scores import interval
 
 BINS = 15
 LABEL_SCORES = ("accuracy", "macro_f1", "nll", "ece")

@@ -9,11 +9,11 @@ from sclong_ds.evaluation.scores import (
     Layout,
     Scores,
     fewer_neighbours,
-    interval,
     neighbours_of,
     resampled_sums,
     score,
 )
+from sclong_ds.objective.scores import interval
 
 
 def test_label_scores_tell_structure_from_noise() -> None:
