@@ -42,15 +42,15 @@ from benchmarks.recipe.__main__ import read
 from benchmarks.recipe.baselines import hidden_mask
 from benchmarks.recipe.intervals import difference
 from benchmarks.recipe.panel import Cells, read_panel
-from benchmarks.recipe.training import Study, build, change, train
+from benchmarks.recipe.training import BEFORE, Study, build, change, train
 from sclong_ds.config.load import load_config
 from sclong_ds.config.sections import RunConfig
 from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model.values.value_head import expected_value, one_count
+from sclong_ds.model.values.depth import expected_value, one_count
 
 Matrix = NDArray[np.float32]
-OVERRIDES = ["engine.train_batch_size=16", "run.max_steps=600", "model.top_seq_len=1000"]
+OVERRIDES = ["engine.train_batch_size=16", "run.max_steps=600", "model.top_seq_len=1000", *BEFORE]
 SHRINKAGE = (3.0, 10.0, 30.0, 100.0)
 """Of a gene's residual variance that is noise of its own, in variances of the gene."""
 NEIGHBOURS = (30, 100, 300)

@@ -38,10 +38,10 @@ from scipy.special import gammaln
 from scipy.stats import gamma
 
 from benchmarks.recipe.panel import Cells, Panel, read_panel
-from benchmarks.recipe.training import Study, build, change, predict, train
+from benchmarks.recipe.training import BEFORE, Study, build, change, predict, train
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.corpus import Corpus
-from sclong_ds.model.values.value_head import one_count
+from sclong_ds.model.values.depth import one_count
 
 PRIOR = (0, 1, 5, 20, 50, 100)
 RATES = (0.5, 1, 2, 4, 8)
@@ -157,7 +157,7 @@ def replicate_errors(
 def hidden_values(study: Study, *, seed: int) -> Hidden:
     """Train the cell's vector alone, 2,400 visits, and return what it says of hidden values."""
     sizes = ["model.top_seq_len=1000", "run.max_steps=600", "engine.train_batch_size=4"]
-    config = load_config("sclong_tiny", sizes)
+    config = load_config("sclong_tiny", [*sizes, *BEFORE])  # its vector is part of the log rate
     torch.manual_seed(seed)
     net = build(study.panel, config, {}, seed=seed)
     change(net, {"parts": "vector"})

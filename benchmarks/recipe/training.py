@@ -1,7 +1,7 @@
 """One run of the study: the product's model, objective, schedule and optimizer in a plain loop.
 
-A candidate is a list of configuration overrides. What is no configuration key, because it is a
-control or has not earned one, begins with `study.`:
+A candidate is a list of configuration overrides (of `sclong_tiny` behind `BEFORE`). What is no
+configuration key, because it is a control or has not earned one, begins with `study.`:
 
 - `study.graph=permuted`: the gene graph with its genes permuted (another permutation each seed).
 - `study.vectors_sd=1`: gene vectors and the gene table start at normal(0, sd).
@@ -48,17 +48,19 @@ from sclong_ds.engine.deepspeed_engine import parameter_groups
 from sclong_ds.engine.schedule import learning_rate
 from sclong_ds.model import performer
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model.values.cell_vector import CellStart, principal_directions
-from sclong_ds.model.values.value_head import expected_value, one_count
+from sclong_ds.model.values.cell_vector import CellStart, above_centre, principal_directions
+from sclong_ds.model.values.depth import expected_value, one_count
 from sclong_ds.model.values.zero_head import expressed_chance
 from sclong_ds.objective.batch import MaskedBatch
 from sclong_ds.objective.losses import ExpressedScore, loss_of, n_scored, outputs_of
 from sclong_ds.objective.scores import TargetTable, scores
+from sclong_ds.objective.starts import first_output, start_from
 from sclong_ds.objective.targets import Targets
 from sclong_ds.planning.costs import training_flops_per_cell
-from sclong_ds.training.build import first_output
 
 PREFIX = "study."
+BEFORE = ["model.cell_vector=svd", "optim.lr=1e-3"]
+"""What `sclong_tiny` had when most candidates were tried: they name what they have instead."""
 
 
 class Study:
@@ -108,7 +110,10 @@ def run(
 ) -> dict[str, Any]:
     """Train one candidate and return its figures, CPU seconds and number of parameters."""
     extra = dict(o[len(PREFIX) :].split("=") for o in overrides if o.startswith(PREFIX))
-    config = load_config(preset, [o for o in overrides if not o.startswith(PREFIX)])
+    before = BEFORE if preset == "sclong_tiny" else []
+    config = load_config(preset, [*before, *(o for o in overrides if not o.startswith(PREFIX))])
+    if config.model.cell_vector == "residuals" and {"vector_steps", "tokens"} & set(extra):
+        raise ValueError("study.vector_steps and study.tokens need model.cell_vector=svd")
     panel = study.panel
     if "cells" in extra:
         panel = with_share(panel, float(extra["cells"]), seed=seed)
@@ -181,7 +186,8 @@ def build(panel: Panel, config: RunConfig, extra: dict[str, str], *, seed: int) 
     vectors = None
     start = _cell_start(panel, config)
     if extra.get("gene_vectors") == "svd":
-        found = principal_directions(_train_values(panel), start.centre, config.model.base_dim)
+        centred = above_centre(_train_values(panel), panel.stats.mean_expressed)
+        found = principal_directions(centred, config.model.base_dim)
         vectors = found * np.sqrt(n_genes)
     if "vectors_sd" in extra:
         vectors = rng.normal(0, float(extra["vectors_sd"]), (n_genes, config.model.base_dim))
@@ -198,10 +204,9 @@ def build(panel: Panel, config: RunConfig, extra: dict[str, str], *, seed: int) 
 def _cell_start(panel: Panel, config: RunConfig) -> CellStart:
     """Return what the cell's vector starts from, as training does, of all training cells."""
     centre = panel.stats.mean_expressed
-    if config.model.cell_vector != "svd":
+    if config.model.cell_vector in ("none", "random"):
         return CellStart(centre, None)
-    found = principal_directions(_train_values(panel), centre, config.model.base_dim)
-    return CellStart(centre, found)
+    return start_from(config.model, _train_values(panel), panel.stats)
 
 
 def _train_values(panel: Panel) -> csr_matrix:

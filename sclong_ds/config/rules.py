@@ -141,6 +141,11 @@ def _loss_rules(m: ModelConfig, o: ObjectiveConfig) -> list[tuple[bool, str]]:
     likelihood = o.loss == "likelihood"
     return [
         (
+            not likelihood or m.cell_vector != "residuals",
+            "objective.loss=likelihood teaches log rates, and what model.cell_vector=residuals "
+            "says is added to values: set model.cell_vector=svd, or objective.loss=mse",
+        ),
+        (
             not likelihood or m.cell_offset in COUNT_OFFSETS,
             f"objective.loss=likelihood needs model.cell_offset=poisson or negative_binomial, the "
             f"distribution of counts; got {m.cell_offset}",
@@ -204,17 +209,6 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
             f"needs model.routing=expressed and model.pad_token=false",
         ),
         (
-            m.cell_offset == "none" or m.gene_bias,
-            f"model.cell_offset={m.cell_offset} is measured from the genes' biases: needs "
-            f"model.gene_bias=true",
-        ),
-        (
-            not m.zero_head or (m.cell_vector != "none" and m.cell_offset in COUNT_OFFSETS),
-            f"model.zero_head reads the cell's vector and starts at the genes' rates: needs "
-            f"model.cell_vector=random or svd (got {m.cell_vector}) and model.cell_offset=poisson "
-            f"or negative_binomial (got {m.cell_offset})",
-        ),
-        (
             m.random_features_file is None or "favor" in kinds,
             "model.random_features_file is set but model.attention=softmax would ignore it: set it "
             "to null",
@@ -229,7 +223,29 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
         sizes = {k: getattr(stack, k) for k in ("depth", "heads", "dim_head", "ff_mult")}
         sizes["nb_features"] = stack.features()
         rules += [(v >= 1, f"model.{name}.{k}: got {v}, must be >= 1") for k, v in sizes.items()]
-    return rules
+    return rules + _cell_rules(m)
+
+
+def _cell_rules(m: ModelConfig) -> list[tuple[bool, str]]:
+    """Return what must hold between the parts that read a cell as a whole."""
+    return [
+        (
+            m.cell_offset == "none" or m.gene_bias,
+            f"model.cell_offset={m.cell_offset} is measured from the genes' biases: needs "
+            f"model.gene_bias=true",
+        ),
+        (
+            not m.zero_head or (m.cell_vector != "none" and m.cell_offset in COUNT_OFFSETS),
+            f"model.zero_head reads the cell's vector and starts at the genes' rates: needs "
+            f"model.cell_vector=random, svd or residuals (got {m.cell_vector}) and "
+            f"model.cell_offset=poisson or negative_binomial (got {m.cell_offset})",
+        ),
+        (
+            m.cell_vector != "residuals" or m.cell_offset == "poisson",
+            f"model.cell_vector=residuals reads what Poisson counts do not explain: needs "
+            f"model.cell_offset=poisson (got {m.cell_offset})",
+        ),
+    ]
 
 
 def _optim_rules(p: OptimConfig) -> list[tuple[bool, str]]:

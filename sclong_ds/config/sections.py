@@ -108,12 +108,14 @@ class ModelConfig:
     taken for one count, so counts must be whole. negative_binomial: the same of a negative binomial
     count, with a learned dispersion per gene; for objective.loss=likelihood, which teaches it.
     none: nothing (scLong)."""
-    cell_vector: Literal["none", "random", "svd"]
+    cell_vector: Literal["none", "random", "svd", "residuals"]
     """A vector of the cell, made of its visible values, that every prediction reads beside its
     gene's representation: the values less the gene's mean, summed with a learned vector per gene,
     and an MLP. random: these vectors start at normal(0, 0.02); svd: they start at the principal
     directions of the first training cells, and so the model at a principal component imputation.
-    none: scLong."""
+    residuals: as svd, but of the values less what a Poisson count leads to expect at the cell's
+    depth, and what is read from it is added to the value that cell_offset gives; needs
+    cell_offset=poisson and objective.loss=mse. none: scLong."""
     zero_head: bool
     """A second head for the chance that a gene is expressed at all, read from the cell's vector and
     depth, so that `predict` gives P(expressed) and the expected value. Learns from zero targets:

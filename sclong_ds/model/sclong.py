@@ -54,8 +54,9 @@ from sclong_ds.model.routing import (
     unknown_genes,
 )
 from sclong_ds.model.values.cell_vector import CellStart, CellVector
+from sclong_ds.model.values.depth import one_count
 from sclong_ds.model.values.expression_encoder import ExpressionEncoder
-from sclong_ds.model.values.value_head import Output, ValueHead, one_count
+from sclong_ds.model.values.value_head import Output, ValueHead
 from sclong_ds.model.values.zero_head import ZeroHead, expressed_chance
 
 
@@ -80,8 +81,7 @@ class ScLong(Pretrained, nn.Module):
         gene_vectors: (G, C) initial gene vectors or None.
         features: Random features (M, K) by `stack.layer` to use before the first redraw, or None.
         output_mean: Initial prediction with head_init `mean`: (G,) with gene_bias, else one number.
-        cell_start: What the cell's vector starts from, with config.cell_vector; None: zeros and
-            random vectors.
+        cell_start: Where the cell's vector starts; None: at zeros and random vectors.
     """
 
     genes: GeneVocabulary
@@ -128,7 +128,7 @@ class ScLong(Pretrained, nn.Module):
         self.decoder = self._performer("decoder", base, features)
         self.norm = nn.LayerNorm(base)
         if config.cell_vector != "none":
-            self.cell_vector = CellVector(n_genes, base, start=cell_start)
+            self.cell_vector = CellVector(n_genes, base, config.cell_vector, start=cell_start)
         mean = np.broadcast_to(output_mean, n_genes) if config.gene_bias else output_mean
         self.head = ValueHead(
             base,
@@ -136,6 +136,7 @@ class ScLong(Pretrained, nn.Module):
             mean=mean if config.head_init == "mean" else None,
             offset=config.cell_offset,
             cell_genes=0 if config.cell_vector == "none" else n_genes,
+            direct=config.cell_vector == "residuals",
             start=cell_start,
         )
         if config.zero_head:

@@ -25,7 +25,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sclong_ds.corpus.corpus import GeneStats
-from sclong_ds.model.values.value_head import expected_value
+from sclong_ds.model.values.depth import expected_value
 
 N_FEATURES = 7
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sclong_ds.config.sections import ModelConfig, ObjectiveConfig
-from sclong_ds.model.values.value_head import DISPERSIONS, Output, one_count
+from sclong_ds.model.values.depth import one_count
+from sclong_ds.model.values.value_head import DISPERSIONS, Output
 from sclong_ds.model.values.zero_head import expressed_chance, log_chances
 from sclong_ds.objective.batch import MaskedBatch, masked_squared_error
 from sclong_ds.objective.targets import Targets

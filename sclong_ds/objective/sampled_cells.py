@@ -77,8 +77,7 @@ class PrincipalResiduals:
     """
 
     def __init__(self, residuals: csr_matrix) -> None:
-        nothing = np.zeros(residuals.shape[1])
-        self._directions = principal_directions(residuals, nothing, DIRECTIONS).astype(np.float64)
+        self._directions = principal_directions(residuals, DIRECTIONS).astype(np.float64)
 
     def predict(self, residuals: csr_matrix, positions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return what the directions add to the linear prediction at the targets.

@@ -324,6 +324,8 @@ def _head_bytes(model: ModelConfig, n_genes: int, n_wanted: int | None, e: int) 
     kept = wanted * c * e * (3 if model.head == "mlp" else 1)
     if model.cell_vector != "none" and n_wanted is not None:
         kept += wanted * c * max(e, 4)  # a copy of the weights of these genes, in fp32
+    if model.cell_vector == "residuals" and n_wanted is None:
+        kept -= wanted * max(e, 4)  # the level is the bias itself
     return kept + _offset_bytes(model, n_genes, wanted)
 
 
@@ -357,6 +359,9 @@ def _cell_vector_bytes(model: ModelConfig, n_genes: int, e: int) -> int:
     # centres; the MLP's inputs and result, of which two are twice as wide.
     e = max(e, 4)
     visible = 0 if model.cell_offset == "visible" else n_genes
+    if model.cell_vector == "residuals":
+        # What the expected value of each gene needs: three numbers and a choice.
+        visible += n_genes * (3 * e + 1) + e
     return visible + n_genes * e + 7 * model.base_dim * e + 8
 
 

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sclong_ds.checkpoint.on_disk import complete_checkpoints
 from sclong_ds.config.sections import (
-    COUNT_OFFSETS,
     DataConfig,
     EngineConfig,
     ModelConfig,
     RunSection,
 )
-from sclong_ds.corpus.corpus import Corpus, GeneStats
+from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.gene_graph import read_gene_graph
 from sclong_ds.datasheet.health import health_of
 from sclong_ds.engine.deepspeed_engine import (
@@ -40,12 +38,9 @@ from sclong_ds.exported.training_cells import validation_digests, validation_war
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.performer import PerformerLayer
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.objective.cell_start import cell_start
 from sclong_ds.objective.measured import MeasuredGenes
+from sclong_ds.objective.starts import cell_start, first_output
 from sclong_ds.training.run import Given
-
-LEAST_SHARE = 1e-9
-"""Of a gene without counts."""
 
 # The messages are part of the training log.
 log = logging.getLogger("sclong_ds.pretrain")
@@ -238,14 +233,3 @@ def make_model(model: ModelConfig, corpus: Corpus, *, restored: bool = False) ->
         output_mean=first_output(model, stats),
         cell_start=None if restored else cell_start(model, corpus),
     )
-
-
-def first_output(model: ModelConfig, stats: GeneStats) -> float | NDArray[np.float64]:
-    """Return the head's first output, one number or one per gene (G,).
-
-    The mean value; where `model.cell_offset` names a distribution of counts the log of the mean
-    share of the counts of a cell that measures the gene, scaled as values are.
-    """
-    if model.cell_offset in COUNT_OFFSETS:
-        return np.log(stats.target_sum * np.maximum(stats.share(), LEAST_SHARE))
-    return stats.mean_expressed if model.gene_bias else stats.mean_expressed_all

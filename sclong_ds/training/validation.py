@@ -35,9 +35,9 @@ from sclong_ds.objective.losses import ExpressedScore
 from sclong_ds.objective.metrics import MaskedMetrics, routed_large
 from sclong_ds.objective.sampled_cells import NearestCells, PrincipalResiduals
 from sclong_ds.objective.scores import MODEL, TargetTable, scores
+from sclong_ds.objective.starts import first_output
 from sclong_ds.run_folder.metric_names import BASELINES, MSE, N_CELLS
 from sclong_ds.run_folder.rows import judged, sentence
-from sclong_ds.training.build import first_output
 from sclong_ds.training.pictured import Pictures
 from sclong_ds.training.run import Opened
 from sclong_ds.training.saving import Saver

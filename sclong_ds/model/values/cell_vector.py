@@ -4,12 +4,16 @@ Attention must find out what cell it looks at from tokens that say one value eac
 at once: the visible values, less what is usual for the gene, are summed with one learned vector
 per gene, and a small MLP is added to the sum,
 
-    z = sum_j (x_j - c_j) r_j,  v = z + MLP(LayerNorm(z)),
+    z = sum_j (x_j - u_j) r_j,  v = z + MLP(LayerNorm(z)),
 
 and the head adds w_g . v to what it predicts for gene g (`value_head.py`). With r and w at the
 principal directions of training cells the model starts as a principal component imputation, whose
 error the rest of the model then lowers. The vector is trained to summarise the cell: it predicts
 what was hidden. Not in scLong.
+
+What is usual is a learned value of the gene, u_j = c_j; or, of `residuals`, the value that a
+Poisson count of the learned level c_j leads to expect at the cell's depth. Then z knows nothing of
+the depth, which the head's offset adds already, and is added to the value itself.
 
 In float32 at least, also where the weights are bf16: a sum over thousands of genes that every
 prediction reads would carry its rounding into all of them.
@@ -26,20 +30,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sclong_ds.model.values.depth import expected_values, one_count
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 STARTING_SD = 0.02
 """Of the genes' vectors that no training cells gave."""
+_CELLS_AT_ONCE = 64
 
 
 class CellStart(NamedTuple):
     """What a cell vector starts from."""
 
     centre: NDArray[np.floating]
-    """(G,) usual value of each gene where it is expressed."""
+    """(G,) usual value of each gene where it is expressed; of `residuals` its log level."""
     directions: NDArray[np.floating] | None
     """(G, K) orthonormal columns, the first of C; None: random vectors."""
+    scale: float = 1.0
+    """What the head's weights are of them: hidden values are missing in the sum."""
 
 
 class _WideNorm(nn.LayerNorm):
@@ -63,11 +72,15 @@ class CellVector(nn.Module):
     Args:
         n_genes: Number of genes G.
         dim: Base width C.
+        kind: `model.cell_vector`.
         start: Centre and directions; None: zeros and random vectors.
     """
 
-    def __init__(self, n_genes: int, dim: int, *, start: CellStart | None = None) -> None:
+    def __init__(
+        self, n_genes: int, dim: int, kind: str = "random", *, start: CellStart | None = None
+    ) -> None:
         super().__init__()
+        self.residuals = kind == "residuals"
         self.centre = nn.Parameter(torch.zeros(n_genes))
         self.vectors = nn.Parameter(torch.randn(n_genes, dim) * STARTING_SD)
         self.norm = _WideNorm(dim)
@@ -78,7 +91,7 @@ class CellVector(nn.Module):
         self.shift = nn.Parameter(torch.zeros(dim))
         if start is not None:
             with torch.no_grad():
-                self.centre.copy_(torch.as_tensor(np.asarray(start.centre)))
+                self.centre.copy_(torch.tensor(start.centre))
                 fill_columns(self.vectors, start)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
@@ -89,7 +102,10 @@ class CellVector(nn.Module):
             visible: (B, G) bool, the values that count.
         """
         kind = torch.promote_types(self.centre.dtype, torch.float32)
-        above = torch.where(visible, x.to(kind) - self.centre.to(kind), 0.0)
+        x, usual = x.to(kind), self.centre.to(kind)
+        if self.residuals:
+            usual = expected_values(usual, one_count(x, visible))
+        above = torch.where(visible, x - usual, 0.0)
         z = above @ self.vectors.to(kind)
         wide = self.body(self.norm(z))
         return z + nn.functional.linear(wide, self.down.to(kind), self.shift.to(kind))
@@ -100,28 +116,54 @@ class CellVector(nn.Module):
         return x.to(kind) @ self.vectors.to(kind)
 
 
-def fill_columns(weight: Tensor, start: CellStart | None) -> None:
+def fill_columns(weight: Tensor, start: CellStart | None, scale: float = 1.0) -> None:
     """Set the first columns of a weight (G, C) to the directions of a start, if it has any.
 
     Args:
         weight: Is changed.
         start: Of K directions; those beyond C are left out, columns beyond K stay.
+        scale: The directions are multiplied by it.
     """
     if start is None or start.directions is None:
         return
     given = torch.as_tensor(np.asarray(start.directions, dtype=np.float32))[:, : weight.shape[1]]
     with torch.no_grad():
-        weight[:, : given.shape[1]].copy_(given)
+        weight[:, : given.shape[1]].copy_(scale * given)
 
 
-def principal_directions(
-    values: csr_matrix, centre: NDArray[np.floating], k: int
-) -> NDArray[np.float32]:
-    """Return the right singular vectors of values less their centres where they are stored.
+def above_centre(values: csr_matrix, centre: NDArray[np.floating]) -> csr_matrix:
+    """Return values (n, G) less their genes' centres (G,) where they are stored, float64."""
+    centred = values.astype(np.float64)
+    centred.data -= np.asarray(centre, dtype=np.float64)[centred.indices]
+    return centred
+
+
+def above_depth(values: csr_matrix, log_level: NDArray[np.floating]) -> csr_matrix:
+    """Return values (n, G) less what is expected at each cell's depth where they are stored.
 
     Args:
         values: (n, G) values of cells, stored where above 0.
-        centre: (G,).
+        log_level: (G,) as `expected_values`.
+
+    Returns:
+        float64.
+    """
+    levels, left = torch.tensor(log_level), values.astype(np.float64)
+    for first in range(0, values.shape[0], _CELLS_AT_ONCE):
+        cells = values[first : first + _CELLS_AT_ONCE]
+        x = torch.from_numpy(cells.toarray())
+        usual = expected_values(levels, one_count(x, x > 0).double()).numpy()
+        rows, genes = np.repeat(np.arange(cells.shape[0]), np.diff(cells.indptr)), cells.indices
+        begin = values.indptr[first]
+        left.data[begin : begin + len(genes)] -= usual[rows, genes]
+    return left
+
+
+def principal_directions(centred: csr_matrix, k: int) -> NDArray[np.float32]:
+    """Return the right singular vectors of what of cells' values is not usual.
+
+    Args:
+        centred: (n, G), stored where a gene is expressed.
         k: How many; fewer where cells or genes are not more than k.
 
     Returns:
@@ -130,8 +172,7 @@ def principal_directions(
     """
     from scipy.sparse.linalg import svds  # models are made on machines without scipy, too
 
-    centred = values.astype(np.float64)
-    centred.data -= np.asarray(centre, dtype=np.float64)[centred.indices]
+    centred = centred.astype(np.float64)
     k = min(k, min(centred.shape) - 1)
     if k < 1 or not np.any(centred.data):
         return np.zeros((centred.shape[1], 0), dtype=np.float32)

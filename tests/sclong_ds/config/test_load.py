@@ -86,7 +86,7 @@ def test_a_recommended_preset_is_the_published_one_except_for_what_its_comment_a
     assert changed >= own | {"cell_offset", "cell_vector"}
     assert changed <= own | recipe
     model = load_config(name).model
-    assert (model.routing, model.gene_bias, model.cell_vector) == ("expressed", True, "svd")
+    assert (model.routing, model.gene_bias, model.cell_vector) == ("expressed", True, "residuals")
 
 
 SINCE_CHANGED = {
@@ -94,6 +94,7 @@ SINCE_CHANGED = {
         "sclong_tiny_published",
         ["model.routing=expressed", "model.zero_genes=256", "model.gene_bias=true"],
     ),
+    "sclong_1b_recommended": ("sclong_1b_recommended", ["model.cell_vector=svd"]),
     "sclong_100m": (
         "sclong_100m",
         ["model.routing=top", "model.zero_genes=null", "model.cell_offset=none",

@@ -12,7 +12,7 @@ from scipy import stats
 from small_model import G, cells, small_model
 
 from sclong_ds.config.load import load_config
-from sclong_ds.model.values.value_head import expected_value
+from sclong_ds.model.values.depth import expected_value
 from sclong_ds.model.values.zero_head import ZeroHead, expressed_chance, log_chances
 from sclong_ds.objective.batch import MaskedBatch
 from sclong_ds.objective.losses import ExpressedScore, count_loss, loss_of, outputs_of, zero_loss

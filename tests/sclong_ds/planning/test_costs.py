@@ -369,9 +369,8 @@ def test_sizes_of_what_is_rounded(products, changes, n_wanted):
         {"pad_token": True},
         {"attention": "softmax"},
         {"contextual_encoder": "large"},
-        {"cell_offset": "visible", "gene_bias": True},
-        {"cell_offset": "poisson", "gene_bias": True},
-        {"cell_offset": "poisson", "gene_bias": True, "zero_genes": 9},
+        {"cell_offset": "visible", "gene_bias": True, "cell_vector": "none"},
+        {"cell_offset": "poisson", "gene_bias": True, "cell_vector": "svd"},
         {"zero_genes": 9},
         {"zero_genes": 60},
         {"zero_genes": 9, "attention": "softmax"},
@@ -395,7 +394,8 @@ def test_kept_activations_of_packed_cells(changes, recompute):
 
 @pytest.mark.parametrize("n_wanted", [3, 20])
 @pytest.mark.parametrize(
-    ("offset", "cell"), [("none", "none"), ("poisson", "none"), ("none", "random")]
+    ("offset", "cell"),
+    [("none", "none"), ("poisson", "none"), ("none", "random"), ("poisson", "residuals")],
 )
 def test_kept_activations_of_some_predictions(offset, cell, n_wanted):
     """All except the ends of the cells, the positions and the genes' bias there."""

@@ -114,7 +114,7 @@ NEEDED = {
 """What such a value demands of other keys."""
 
 
-MODEL_OF = {"objective.loss": ["model.cell_offset=poisson"]}
+MODEL_OF = {"objective.loss": ["model.cell_vector=svd"]}
 """What such a value demands of the model, which a run keeps from its start."""
 
 
@@ -132,7 +132,8 @@ def saved_run(tmp_path: Path, overrides: Sequence[str] = ()) -> Path:
 
 
 NO_ZEROS = ["model.zero_genes=null"]
-NO_OFFSET = ["model.gene_bias=false", "model.cell_offset=none"]
+VECTOR = "model.cell_vector=svd"
+NO_OFFSET = ["model.gene_bias=false", "model.cell_offset=none", VECTOR]
 BALANCED = ["data.balance_by=dataset"]
 STACK = {
     "depth": "9", "heads": "9", "dim_head": "9", "nb_features": "9", "ff_mult": "9",
@@ -146,7 +147,8 @@ REFUSED: dict[str, tuple[str, Sequence[str]]] = {
     "model.gene_encoder_layers": ("2", []), "model.use_gene_vectors": ("false", []),
     "model.contextual_encoder": ("mini", []), "model.qkv_bias": ("true", []),
     "model.head": ("linear", []), "model.head_init": ("random", NO_OFFSET),
-    "model.gene_bias": ("false", ["model.cell_offset=none"]), "model.cell_offset": ("none", []),
+    "model.gene_bias": ("false", ["model.cell_offset=none", VECTOR]),
+    "model.cell_offset": ("none", [VECTOR]),
     "model.cell_vector": ("none", []),
     "model.zero_head": ("true", ["objective.zero_mask_prob=0.1"]),
     "model.attention": ("softmax", []), "model.favor_eps": ("1e-3", []),

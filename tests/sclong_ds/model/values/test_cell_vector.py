@@ -13,12 +13,21 @@ from sclong_ds.engine.gradient_norms import PARTS
 from sclong_ds.exported.choose_recipe import candidates, without_context
 from sclong_ds.model.pooling import OF_CELLS, Part, Recipe
 from sclong_ds.model.sclong import ScLong
-from sclong_ds.model.values.cell_vector import CellStart, CellVector, principal_directions
+from sclong_ds.model.values.cell_vector import (
+    CellStart,
+    CellVector,
+    above_centre,
+    above_depth,
+    principal_directions,
+)
+from sclong_ds.model.values.depth import expected_value, one_count
+
+RESIDUALS = {"cell_vector": "residuals", "cell_offset": "poisson", "gene_bias": True}
 
 
 def moved(seed=0, **changes):
     """Return a model whose weights that start at zero were moved, as training moves them."""
-    model = small_model(cell_vector="random", **changes)
+    model = small_model(**({"cell_vector": "random"} | changes))
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in (model.head.cell_weight, model.cell_vector.down):
@@ -27,7 +36,9 @@ def moved(seed=0, **changes):
     return model
 
 
-@pytest.mark.parametrize("changes", [{}, {"routing": "expressed", "zero_genes": 5}])
+@pytest.mark.parametrize(
+    "changes", [{}, RESIDUALS, {"routing": "expressed", "zero_genes": 5, **RESIDUALS}]
+)
 def test_it_reads_visible_values_alone(changes):
     model = moved(**changes)
     x, mask = cells()
@@ -44,8 +55,9 @@ def test_it_reads_visible_values_alone(changes):
     assert torch.equal(vector[1:], moved_vector[1:])
 
 
-def test_every_prediction_has_its_own_weights():
-    model = moved()
+@pytest.mark.parametrize("changes", [{}, RESIDUALS])
+def test_every_prediction_has_its_own_weights(changes):
+    model = moved(**changes)
     x, mask = cells()
     positions = torch.tensor([[3, 11, 59]]).repeat(len(x), 1)
     before = model(x, mask)
@@ -57,8 +69,9 @@ def test_every_prediction_has_its_own_weights():
     assert changed.nonzero().flatten().tolist() == [11]
 
 
-def test_a_cell_does_not_depend_on_its_batch_and_may_be_empty():
-    model = moved(cell_offset="none")
+@pytest.mark.parametrize("changes", [{"cell_offset": "none"}, RESIDUALS])
+def test_a_cell_does_not_depend_on_its_batch_and_may_be_empty(changes):
+    model = moved(**changes)
     x, mask = cells(6)
     x[4] = 0
     whole = model(x, mask & (x > 0))
@@ -68,10 +81,12 @@ def test_a_cell_does_not_depend_on_its_batch_and_may_be_empty():
         assert (whole[b] - alone).norm() <= 1e-6 * alone.norm()
 
 
-@pytest.mark.parametrize("offset", ["none", "poisson"])
-def test_bf16_weights_are_the_only_rounding(offset):
+@pytest.mark.parametrize(
+    "changes", [{"gene_bias": True}, {"gene_bias": True, "cell_offset": "poisson"}, RESIDUALS]
+)
+def test_bf16_weights_are_the_only_rounding(changes):
     """The vector and what it adds are those of float32 arithmetic on the weights as they are."""
-    model = moved(cell_offset=offset, gene_bias=True).bfloat16()
+    model = moved(**changes).bfloat16()
     x, mask = cells(6)
     visible, vector = (x > 0) & ~mask, model.cell_vector
     found = vector(x, visible)
@@ -89,9 +104,10 @@ def test_bf16_weights_are_the_only_rounding(offset):
     assert torch.allclose(some, wide(h.float(), **given)[:, [3, 11, 59]], rtol=1e-5)
 
 
-def test_gradients():
+@pytest.mark.parametrize("kind", ["random", "residuals"])
+def test_gradients(kind):
     torch.manual_seed(0)
-    part = CellVector(7, 3).double()
+    part = CellVector(7, 3, kind).double()
     with torch.no_grad():
         part.down.normal_()
         part.centre.uniform_(0, 1)
@@ -111,8 +127,9 @@ def test_the_gradients_norms_know_its_part():
     assert children <= {child for own in PARTS.values() for child in own}
 
 
-def test_every_weight_is_trained():
-    model = moved().train()
+@pytest.mark.parametrize("changes", [{}, RESIDUALS])
+def test_every_weight_is_trained(changes):
+    model = moved(**changes).train()
     x, mask = cells()
     model(x, mask).square().mean().backward()
     for name, parameter in model.named_parameters():
@@ -124,7 +141,7 @@ def test_started_at_principal_directions_the_model_is_that_imputation():
     rng = np.random.default_rng(0)
     values = rng.random((30, G)).astype(np.float32) * (rng.random((30, G)) < 0.5)
     centre = rng.random(G).astype(np.float32)
-    directions = principal_directions(csr_matrix(values), centre, 4)
+    directions = principal_directions(above_centre(csr_matrix(values), centre), 4)
     config = small_model(cell_vector="svd", gene_bias=True).config
     model = ScLong(
         config, n_genes=G, graph=small_graph(), output_mean=centre,
@@ -138,24 +155,66 @@ def test_started_at_principal_directions_the_model_is_that_imputation():
     assert np.allclose(model(x, mask).detach().numpy(), wanted, atol=1e-5)
 
 
+def counted_cells(n, seed):
+    """Return values (n, G) of cells of two kinds and many depths, and the genes' log levels."""
+    share = np.random.default_rng(9).dirichlet(np.full(G, 0.5), 2)[np.arange(n) % 2]
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(share * rng.integers(60, 3000, n)[:, None])
+    values = np.log1p(1e4 * counts / np.maximum(counts.sum(1, keepdims=True), 1))
+    return values.astype(np.float32), np.log(1e4 * np.maximum(share[:2].mean(0), 1e-9))
+
+
+def test_started_at_residuals_what_depth_explains_is_left_out_and_added_once():
+    values, level = counted_cells(40, seed=0)
+    directions = principal_directions(above_depth(csr_matrix(values), level), 4)
+    model = ScLong(
+        small_model(**RESIDUALS).config, n_genes=G, graph=small_graph(), output_mean=level,
+        cell_start=CellStart(level, directions, 1.5),
+    )  # fmt: skip
+    x = torch.from_numpy(counted_cells(30, seed=1)[0])
+    mask = (torch.rand(30, G, generator=torch.Generator().manual_seed(0)) < 0.2) & (x > 0)
+    visible = (x > 0) & ~mask
+    one = one_count(x, visible).double()
+    usual = expected_value(torch.from_numpy(level).expand(30, -1), one).numpy()
+    above = np.where(visible, x.numpy() - usual, 0)
+    found = model(x, mask).detach().double().numpy()
+    assert np.allclose(found, usual + 1.5 * above @ directions @ directions.T, atol=2e-3)
+    hidden = (mask & visible.any(1, keepdim=True)).numpy()
+    errors = [np.square((said - x.numpy())[hidden]).mean() for said in (found, usual)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_the_residuals_of_cells_are_those_that_the_model_reads():
+    values, level = counted_cells(150, seed=2)
+    values[3] = 0
+    found = above_depth(csr_matrix(values), level)
+    x = torch.from_numpy(values).double()
+    one = one_count(x, x > 0)
+    usual = expected_value(torch.from_numpy(level).expand(150, -1), one)
+    assert found.nnz == np.count_nonzero(values)
+    wanted = np.where(values > 0, x - usual, 0)
+    assert np.allclose(found.toarray(), wanted, atol=5e-4)
+
+
 def test_principal_directions_are_those_of_the_centred_values():
     rng = np.random.default_rng(1)
     values = rng.random((25, 12)) * (rng.random((25, 12)) < 0.7)
     centre = rng.random(12)
-    found = principal_directions(csr_matrix(values), centre, 3)
+    centred = above_centre(csr_matrix(values), centre)
+    found = principal_directions(centred, 3)
     rows = np.linalg.svd(np.where(values > 0, values - centre, 0))[2][:3]
     assert np.allclose(np.abs((found.T * rows).sum(1)), 1, atol=1e-5)
     assert (found.sum(0) >= 0).all()
-    again = principal_directions(csr_matrix(values), centre, 3)
+    again = principal_directions(centred, 3)
     assert np.array_equal(found, again)
 
 
 def test_few_cells_have_few_directions():
     values = csr_matrix(np.diag([3.0, 2.0, 1.0, 0.0, 0.0])[:3])
-    assert principal_directions(values, np.zeros(5), 4).shape == (5, 2)
-    assert principal_directions(values[:1], np.zeros(5), 4).shape == (5, 0)
-    assert principal_directions(values[:0], np.zeros(5), 4).shape == (5, 0)
-    assert principal_directions(csr_matrix((3, 5)), np.zeros(5), 4).shape == (5, 0)
+    assert principal_directions(values, 4).shape == (5, 2)
+    assert principal_directions(values[:1], 4).shape == (5, 0)
+    assert principal_directions(values[:0], 4).shape == (5, 0)
+    assert principal_directions(csr_matrix((3, 5)), 4).shape == (5, 0)
     part = CellVector(5, 4, start=CellStart(np.ones(5), np.eye(5)[:, :2]))
     assert torch.equal(part.vectors[:, :2], torch.eye(5)[:, :2])
     assert part.vectors[:, 2:].std() > 0.005

@@ -9,10 +9,10 @@ from small_model import G, small_model
 from small_model import cells as small_cells
 
 from sclong_ds.corpus.corpus import GeneStats
-from sclong_ds.model.values.value_head import expected_value, one_count, pairwise_sum
+from sclong_ds.model.values.depth import expected_value, one_count, pairwise_sum
 from sclong_ds.objective.baselines import DepthBaselines
+from sclong_ds.objective.starts import first_output
 from sclong_ds.run_folder.metric_names import DEPTH_BASELINES
-from sclong_ds.training.build import first_output
 
 
 def test_a_cells_offset_is_the_mean_over_its_visible_values():

@@ -1,4 +1,4 @@
-"""Where the cell's vector starts, from the training cells of a corpus."""
+"""Where training starts: the cell's vector, from the training cells of a corpus."""
 
 import dataclasses
 import shutil
@@ -10,8 +10,8 @@ from scipy.sparse import csr_matrix
 from sclong_ds.config.load import load_config
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.transform import log1p_normalise
-from sclong_ds.model.values.cell_vector import principal_directions
-from sclong_ds.objective.cell_start import cell_start
+from sclong_ds.model.values.cell_vector import above_centre, above_depth, principal_directions
+from sclong_ds.objective.starts import RESIDUALS_SCALE, cell_start, first_output
 from sclong_ds.training.build import make_model
 
 
@@ -29,9 +29,26 @@ def test_it_is_made_of_the_training_cells_alone(small_corpus):
     assert np.array_equal(found.centre, mean)
     assert found.directions is not None
     assert found.directions.shape == (300, 5)
-    assert np.allclose(found.directions, principal_directions(values, mean, 5), atol=1e-5)
+    wanted = principal_directions(above_centre(values, mean), 5)
+    assert np.allclose(found.directions, wanted, atol=1e-5)
     everyone = csr_matrix(log1p_normalise(corpus.rows(np.arange(len(corpus))), target_sum=1e4))
-    assert not np.allclose(found.directions, principal_directions(everyone, mean, 5), atol=1e-3)
+    other = principal_directions(above_centre(everyone, mean), 5)
+    assert not np.allclose(found.directions, other, atol=1e-3)
+
+
+def test_that_of_residuals_is_made_of_what_depth_does_not_explain(small_corpus):
+    corpus, model = Corpus(small_corpus), with_start("residuals")
+    found = cell_start(model, corpus)
+    values = csr_matrix(log1p_normalise(corpus.rows(corpus.split("train")), target_sum=1e4))
+    level = first_output(model, corpus.gene_stats)
+    assert found is not None
+    assert found.directions is not None
+    assert np.array_equal(found.centre, level)
+    assert found.scale == RESIDUALS_SCALE
+    wanted = principal_directions(above_depth(values, np.asarray(level)), 5)
+    assert np.allclose(found.directions, wanted, atol=1e-5)
+    centred = principal_directions(above_centre(values, corpus.gene_stats.mean_expressed), 5)
+    assert not np.allclose(found.directions, centred, atol=1e-3)
 
 
 def test_without_directions_no_cell_is_read(small_corpus, monkeypatch):
