@@ -4,7 +4,8 @@
 
 Runs `python -m sclong_ds.demo` below FOLDER, as a user would, and reads the metrics of its run:
 errors of the hidden values of the held-out cells before the first step and after the last one,
-beside those of every baseline, and the correlation per gene across cells.
+beside those of every baseline, where the model stands to the strongest, and the correlation per
+gene across cells.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from benchmarks.environment import write_result
 from sclong_ds.run_folder.files import read_run_json
 from sclong_ds.run_folder.metric_names import BASELINES, LOSS, MSE, PER_GENE, of_baseline
-from sclong_ds.run_folder.rows import read_metrics
+from sclong_ds.run_folder.rows import read_metrics, standing
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +44,7 @@ def figures(run_dir: Path) -> dict[str, Any]:
         "world_size": about["world_size"],
         "first_mse": first[MSE],
         "mse": last[MSE],
+        "standing": standing(last),
         "per_gene": last[PER_GENE],
         "baselines": {name: last[of_baseline(name, MSE)] for name in BASELINES},
         "baselines_per_gene": {name: last[of_baseline(name, PER_GENE)] for name in BASELINES},

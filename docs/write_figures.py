@@ -33,14 +33,11 @@ class Sentence(NamedTuple):
 
 README, MEASURED = "README.md", "docs/measured.md"
 _DEMO = (
-    "MSE of the hidden values of {n_held_out} held-out cells {mse:.4f} (one seed): below every "
-    "depth baseline (linear {baselines.linear:.3f}, Poisson {baselines.poisson:.3f}, gene mean + "
-    "offset {baselines.offset:.3f}, per-gene mean {baselines.gene_mean:.3f}; no training), and no "
-    "better than the linear one plus what training cells have beyond it: their principal "
-    "directions {baselines.principal:.4f}, the 30 nearest of them {baselines.nearest:.4f}; "
-    "correlation per gene across cells {per_gene:.2f} (nearest {baselines_per_gene.nearest:.2f}). "
-    "Before its first step "
-    "{first_mse:.3f}:"
+    "MSE of the hidden values of {n_held_out} held-out cells {mse:.4f} (one seed), {standing}; "
+    "the 30 nearest training cells {baselines.nearest:.4f}, depth alone {baselines.linear:.4f} "
+    "(linear) and {baselines.poisson:.4f} (Poisson), gene mean + offset {baselines.offset:.4f}, "
+    "per-gene mean {baselines.gene_mean:.4f}; correlation per gene across cells {per_gene:.3f} "
+    "(principal {baselines_per_gene.principal:.3f}). Before its first step {first_mse:.4f}:"
 )
 _KILLS = (
     "SIGKILL of a random rank at {kills} random moments: {starting} while starting, {training} "
