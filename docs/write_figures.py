@@ -303,7 +303,8 @@ test (Slurm), by a study that takes hours (docs/explain/recipe.md), or beside a 
 
 
 _NUMBER = r"-?\d[\d.,]*(?:e[+-]?\d+)?(?<![.,])"
-_COMMIT = r"[0-9a-f]{7,12}"
+_TEXTS = {"commit": r"[0-9a-f]{7,12}", "standing": r"[a-z ]+ \([^()]*\)"}
+"""Fields that are no numbers."""
 
 
 class _Paths(string.Formatter):
@@ -343,8 +344,7 @@ def pattern(sentence: Sentence) -> re.Pattern[str]:
     parts = string.Formatter().parse(sentence.text)
     return re.compile(
         "".join(
-            re.escape(literal)
-            + ("" if field is None else _COMMIT if field == "commit" else _NUMBER)
+            re.escape(literal) + ("" if field is None else _TEXTS.get(field, _NUMBER))
             for literal, field, _, _ in parts
         )
     )
