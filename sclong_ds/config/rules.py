@@ -242,8 +242,8 @@ def _cell_rules(m: ModelConfig) -> list[tuple[bool, str]]:
         ),
         (
             m.cell_vector != "residuals" or m.cell_offset == "poisson",
-            f"model.cell_vector=residuals reads what Poisson counts do not explain: needs "
-            f"model.cell_offset=poisson (got {m.cell_offset})",
+            f"model.cell_vector=residuals reads what Poisson counts do not explain: set "
+            f"model.cell_offset=poisson (got {m.cell_offset}), or model.cell_vector=svd",
         ),
     ]
 

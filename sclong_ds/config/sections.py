@@ -114,8 +114,9 @@ class ModelConfig:
     and an MLP. random: these vectors start at normal(0, 0.02); svd: they start at the principal
     directions of the first training cells, and so the model at a principal component imputation.
     residuals: as svd, but of the values less what a Poisson count leads to expect at the cell's
-    depth, and what is read from it is added to the value that cell_offset gives; needs
-    cell_offset=poisson and objective.loss=mse. none: scLong."""
+    depth, and what is read from it, and from the gene's representation, is added to the value that
+    cell_offset gives for the gene's bias; needs cell_offset=poisson and objective.loss=mse. none:
+    scLong."""
     zero_head: bool
     """A second head for the chance that a gene is expressed at all, read from the cell's vector and
     depth, so that `predict` gives P(expressed) and the expected value. Learns from zero targets:
@@ -226,8 +227,8 @@ class ObjectiveConfig:
     loss: Literal["mse", "likelihood"]
     """Of a target above 0. mse: squared error of its value (scLong). likelihood: negative log
     likelihood of its count, known to be 1 or more, under the distribution that model.cell_offset
-    names: poisson or negative_binomial. Other zero targets than those of model.zero_head have
-    none."""
+    names: poisson or negative_binomial; not with model.cell_vector=residuals. Other zero targets
+    than those of model.zero_head have none."""
     target_rounding: Literal["exact", "float32"]
     """exact: ceil(mask_prob * n) targets of n values; float32: the product is rounded to float32
     before, which makes one more at some n (the released code)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -279,3 +280,22 @@ def _plain_number(number: float) -> str:
 
 def _show(value: Any) -> str:
     return "null" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the values of a section by the keys of overrides, `model.large_encoder.depth`.
+
+    Args:
+        tree: The section.
+        prefix: Its name.
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}"
+        found |= flat(value, name) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def override(key: str, value: Any) -> str:
+    """Return a setting as a command line writes it: `key=null`, `key=true`, `key=text`."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"

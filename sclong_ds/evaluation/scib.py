@@ -16,6 +16,7 @@ is no requirement. Source: https://doi.org/10.1038/s41592-021-01336-8
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -59,6 +60,8 @@ def scib_scores(x: np.ndarray, layout: Layout) -> dict[str, float | None]:
     Returns:
         Score by name, each beginning with `scib_`; None where the library finds it undefined.
     """
+    # It logs which accelerators it has not.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     import scib_metrics
     from scib_metrics.nearest_neighbors import pynndescent
 

@@ -7,16 +7,13 @@ the model, so that weights mean the same in both.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sclong_ds.config.sections import ModelConfig
-from sclong_ds.config.strict_yaml import to_dict
+from sclong_ds.config.strict_yaml import flat, override, to_dict
 from sclong_ds.corpus.genes import GeneVocabulary
 from sclong_ds.exported.manifest import WEIGHTS
 from sclong_ds.exported.model_dir import check_finite, read_description
@@ -78,7 +75,7 @@ def check_initial_model(
             f"run.init_from={folder}: its genes are not those of data.corpus; convert the corpus "
             f"with --genes {folder / 'genes.tsv'}"
         )
-    theirs, ours = dict(_flat(saved["model"])), dict(_flat(to_dict(model)))
+    theirs, ours = flat(saved["model"], "model"), flat(to_dict(model), "model")
     theirs["data.target_sum"] = saved["transform"]["target_sum"]
     ours["data.target_sum"] = target_sum
     free = {f"model.{key}" for key in _FREE}
@@ -93,20 +90,6 @@ def check_initial_model(
         else:
             same = want == have
         if not same:
-            lines.append(f"{key}={_override(want)}")
+            lines.append(override(key, want))
     if lines:
         raise ValueError(f"run.init_from={folder}: its model is another one; set {' '.join(lines)}")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "model") -> Iterator[tuple[str, Any]]:
-    """Yield override keys and values of a section."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}.{key}")
-        else:
-            yield f"{prefix}.{key}", value
-
-
-def _override(value: Any) -> str:
-    """Write a value as on the command line: null, true, 3, text."""
-    return value if isinstance(value, str) else json.dumps(value)

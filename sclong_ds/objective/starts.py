@@ -1,4 +1,4 @@
-"""Where training starts: the head at the genes' means, the cell's vector at principal directions.
+"""Where training starts: the head at what genes have, the cell's vector at principal directions.
 
 Every rank computes it from the same cells; DeepSpeed then hands the first rank's weights to all.
 """

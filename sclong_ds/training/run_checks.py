@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from sclong_ds.checkpoint.state import TrainState
 from sclong_ds.config.history import read_saved
 from sclong_ds.config.sections import DataConfig, ObjectiveConfig, OptimConfig, RunConfig
-from sclong_ds.config.strict_yaml import to_dict
+from sclong_ds.config.strict_yaml import flat, override, to_dict
 from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.corpus.parts.views import earlier_hashes
 from sclong_ds.engine.ds_config import changed_keys
@@ -99,7 +100,8 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
     if lines:
         raise ValueError(
             f"run.dir={run_dir}: cannot resume with a changed configuration "
-            f"({'; '.join(lines)}); undo the change or use a new run.dir"
+            f"({'; '.join(lines)}); to continue it set {_as_before(before, now, free)}, or use a "
+            f"new run.dir"
         )
     changed = _differences(before, now, "objective")
     if changed and not config.run.accept_changes:
@@ -108,6 +110,24 @@ def refuse_changes(checkpoint: Path, config: RunConfig) -> None:
             f"which losses mean something else: undo the change, use a new run.dir, or add "
             f"run.accept_changes=true to continue with losses that cannot be compared"
         )
+
+
+def _as_before(before: Mapping[str, Any], now: Mapping[str, Any], free: AbstractSet[str]) -> str:
+    """Return the settings with which a run continues as it began, as a command line has them.
+
+    Those of the optimizer are among them: a preset may have changed more than is refused.
+    """
+    found = []
+    for section in ("model", "data", "optim", "run"):
+        current = flat(now[section], section)
+        keys = current if section != "run" else ("run.init_from",)
+        saved = flat(before.get(section, {}), section)
+        found += [
+            override(key, saved[key])
+            for key in keys
+            if key in saved and key not in free and saved[key] != current[key]
+        ]
+    return " ".join(found)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], section: str) -> list[str]:

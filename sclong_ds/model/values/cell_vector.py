@@ -13,7 +13,8 @@ what was hidden. Not in scLong.
 
 What is usual is a learned value of the gene, u_j = c_j; or, of `residuals`, the value that a
 Poisson count of the learned level c_j leads to expect at the cell's depth. Then z knows nothing of
-the depth, which the head's offset adds already, and is added to the value itself.
+the depth, which the head's offset adds already, and all that the head reads is added to the value
+that this offset gives, where otherwise it is added to the level before.
 
 In float32 at least, also where the weights are bf16: a sum over thousands of genes that every
 prediction reads would carry its rounding into all of them.
@@ -73,7 +74,7 @@ class CellVector(nn.Module):
         n_genes: Number of genes G.
         dim: Base width C.
         kind: `model.cell_vector`.
-        start: Centre and directions; None: zeros and random vectors.
+        start: Centre and directions; None: zeros, for weights that will be set, and random vectors.
     """
 
     def __init__(
@@ -148,11 +149,11 @@ def above_depth(values: csr_matrix, log_level: NDArray[np.floating]) -> csr_matr
     Returns:
         float64.
     """
-    levels, left = torch.tensor(log_level), values.astype(np.float64)
+    levels, left = torch.tensor(log_level, dtype=torch.float32), values.astype(np.float64)
     for first in range(0, values.shape[0], _CELLS_AT_ONCE):
-        cells = values[first : first + _CELLS_AT_ONCE]
+        cells = values[first : first + _CELLS_AT_ONCE].astype(np.float32)
         x = torch.from_numpy(cells.toarray())
-        usual = expected_values(levels, one_count(x, x > 0).double()).numpy()
+        usual = expected_values(levels, one_count(x, x > 0)).numpy()
         rows, genes = np.repeat(np.arange(cells.shape[0]), np.diff(cells.indptr)), cells.indices
         begin = values.indptr[first]
         left.data[begin : begin + len(genes)] -= usual[rows, genes]

@@ -77,7 +77,8 @@ def expected_value(log_level: Tensor, one: Tensor, log_dispersion: Tensor | None
 def expected_values(log_level: Tensor, one: Tensor) -> Tensor:
     """Return `expected_value` of Poisson counts of all genes, read off a table for each cell.
 
-    Linear between the table's places: an error below 3e-4 for a small part of the arithmetic.
+    Linear between the table's places: an error below 3e-4 for a small part of the arithmetic of
+    `expected_value`; of 27,874 genes still four times that of the sum they are part of.
 
     Args:
         log_level: (G,) as `expected_value`.
@@ -91,14 +92,13 @@ def expected_values(log_level: Tensor, one: Tensor) -> Tensor:
     most = math.log(_LARGE_RATE)
     log_one = one.clamp(min=1e-6).log()
     log_rate = log_level - log_one
-    with torch.no_grad():
-        step = (most - _LEAST_LOG_RATE) / _STEPS
-        numbers = torch.arange(_STEPS + 1, dtype=log_level.dtype, device=log_level.device)
-        rates = _LEAST_LOG_RATE + step * numbers
-        table = expected_value(rates + log_one, one)
-        place = ((log_rate - _LEAST_LOG_RATE) / step).clamp(0, _STEPS - 1).long()
-        low = table.gather(1, place)
-        slope = (table.gather(1, place + 1) - low) / step
+    step = (most - _LEAST_LOG_RATE) / _STEPS
+    numbers = torch.arange(_STEPS + 1, dtype=log_level.dtype, device=log_level.device)
+    rates = _LEAST_LOG_RATE + step * numbers
+    table = expected_value(rates + log_one, one)
+    place = ((log_rate.detach() - _LEAST_LOG_RATE) / step).clamp(0, _STEPS - 1).long()
+    low = table.gather(1, place)
+    slope = (table.gather(1, place + 1) - low) / step
     small = low + slope * (log_rate.clamp(_LEAST_LOG_RATE, most) - rates[place])
     return torch.where(log_rate > most, _large(log_level, one), small)
 

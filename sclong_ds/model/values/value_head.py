@@ -112,6 +112,7 @@ class ValueHead(nn.Module):
         if self.dispersion is not None:
             dispersion = self.dispersion.to(level.dtype).clamp(*DISPERSIONS)
             dispersion = dispersion.expand_as(level) if positions is None else dispersion[positions]
+        assert not (self.direct and "log_level" in outputs), "values are no levels alone"
         said: dict[str, Any] = {"log_level": level, "log_dispersion": dispersion}
         if "value" in outputs:
             value = self._value(level, dispersion, x, visible)

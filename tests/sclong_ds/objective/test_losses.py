@@ -168,9 +168,11 @@ def test_the_keys_that_need_each_other():
         ([*poisson, zeros[0]], "zero_mask_prob above 0"),
         ([*poisson, *zeros, "objective.mask_prob_range=[0.1, 0.2]"], "mask_prob_range=null"),
         (
-            ["objective.loss=likelihood", "model.cell_offset=none"],
+            [poisson[0], "objective.loss=likelihood", "model.cell_offset=none"],
             "needs model.cell_offset=poisson",
         ),
+        (["objective.loss=likelihood"], "set model.cell_vector=svd, or objective.loss=mse"),
+        (["model.cell_offset=visible"], r"\(got visible\), or model.cell_vector=svd"),
         ([*poisson, "objective.loss=likelihood", zeros[1]], "zero targets"),
     ):
         with pytest.raises(ValueError, match=message):

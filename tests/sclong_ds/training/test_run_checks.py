@@ -245,6 +245,16 @@ def test_what_a_run_keeps_is_refused_by_name(tmp_path: Path, key: str) -> None:
         resume(tmp_path, both, [*both, f"{key}={value}", "run.accept_changes=true"])
 
 
+def test_what_a_run_is_continued_with_is_said_as_a_command_line_has_it(tmp_path: Path) -> None:
+    """Also of a preset that changed meanwhile, with what of it would have been accepted."""
+    before = ["model.cell_vector=svd", "model.decoder.depth=2", "optim.lr=1e-3"]
+    with pytest.raises(ValueError, match=r"svd' -> 'residuals'") as error:
+        resume(tmp_path, before, [])
+    said = str(error.value).partition("to continue it set ")[2].partition(", or use a new")[0]
+    assert sorted(said.split()) == sorted([*before[:2], "optim.lr=0.001"])
+    assert resume(tmp_path / "again", before, said.split()) == {}
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("key", [*APPLIED, *MOVED])
 def test_what_changes_is_said(tmp_path: Path, key: str) -> None:

@@ -184,6 +184,18 @@ def test_started_at_residuals_what_depth_explains_is_left_out_and_added_once():
     assert errors[0] < 0.9 * errors[1]
 
 
+def test_what_is_said_of_representations_is_added_to_the_value_too():
+    model = moved(**RESIDUALS)
+    x, mask = cells()
+    with torch.no_grad():
+        model.head.cell_weight.zero_()
+    h = torch.randn(len(x), G, 16, generator=torch.Generator().manual_seed(0))
+    visible = (x > 0) & ~mask
+    found = model.head(h, x=x, visible=visible, cell=model.cell_vector(x, visible))
+    usual = expected_value(model.head.bias.expand(len(x), -1), one_count(x, visible))
+    assert torch.allclose(found - usual, model.head.body(h) @ model.head.weight, atol=1e-5)
+
+
 def test_the_residuals_of_cells_are_those_that_the_model_reads():
     values, level = counted_cells(150, seed=2)
     values[3] = 0

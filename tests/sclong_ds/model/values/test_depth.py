@@ -46,3 +46,13 @@ def test_the_gradient_is_that_of_the_sum():
     assert inside.sum() > 100
     assert torch.allclose(found[inside], exact[inside], atol=0.02)
     assert not found.isnan().any()
+
+
+def test_the_gradient_by_the_size_of_a_count_is_that_of_the_value():
+    """What a slope of the model by its input goes through."""
+    level = torch.tensor([-3.0, -0.4, 0.0, 1.5, 4.0, 9.0], dtype=torch.float64)
+    one = torch.tensor([[0.3], [3.0], [40.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda one: expected_values(level, one), (one,))
+    (found,) = torch.autograd.grad(expected_values(level, one).sum(), one)
+    (exact,) = torch.autograd.grad(expected_value(level.expand(3, -1), one).sum(), one)
+    assert torch.allclose(found, exact, rtol=0.05)
