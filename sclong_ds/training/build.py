@@ -38,6 +38,7 @@ from sclong_ds.exported.training_cells import validation_digests, validation_war
 from sclong_ds.model.features_file import read_features
 from sclong_ds.model.performer import PerformerLayer
 from sclong_ds.model.sclong import ScLong
+from sclong_ds.model.values.cell_vector import CellStart
 from sclong_ds.objective.measured import MeasuredGenes
 from sclong_ds.objective.starts import cell_start, first_output
 from sclong_ds.training.run import Given
@@ -67,9 +68,10 @@ def open_model(given: Given, corpus: Corpus) -> tuple[ScLong, InitialWeights | N
         )
         if weights is not None:
             on_first_rank(lambda: compare_validation(config.run, corpus))
-    given_weights = resumes or weights is not None
+    # Here and not while the model is built: ZeRO-3 then rounds every new tensor to its precision.
+    start = None if resumes or weights is not None else cell_start(config.model, corpus)
     model = build_partitioned(
-        lambda: make_model(config.model, corpus, restored=given_weights),
+        lambda: make_model(config.model, corpus, start),
         seed=config.run.seed,
         ds_config=given.ds_config,
     )
@@ -206,7 +208,7 @@ def read_gene_vectors(path: str) -> np.ndarray:
     return vectors
 
 
-def make_model(model: ModelConfig, corpus: Corpus, *, restored: bool = False) -> ScLong:
+def make_model(model: ModelConfig, corpus: Corpus, start: CellStart | None = None) -> ScLong:
     """Build the model for a corpus.
 
     Built from its genes, the gene graph, and the data's mean as the first prediction.
@@ -214,7 +216,7 @@ def make_model(model: ModelConfig, corpus: Corpus, *, restored: bool = False) ->
     Args:
         model: The `model` section.
         corpus: The corpus.
-        restored: All weights are replaced afterwards: what would only be a start is not computed.
+        start: What the cell's vector starts from; None where all weights are replaced afterwards.
     """
     stats = corpus.gene_stats
     graph = (
@@ -231,5 +233,5 @@ def make_model(model: ModelConfig, corpus: Corpus, *, restored: bool = False) ->
         gene_vectors=vectors,
         features=features,
         output_mean=first_output(model, stats),
-        cell_start=None if restored else cell_start(model, corpus),
+        cell_start=start,
     )
