@@ -32,6 +32,7 @@ from sclong_ds.corpus.corpus import Corpus
 from sclong_ds.loader.batches import CellBatch
 from sclong_ds.model.sclong import ScLong
 from sclong_ds.objective.batch import MaskedBatch, masked_batch, masked_squared_error
+from sclong_ds.objective.starts import cell_start
 from sclong_ds.objective.targets import VALIDATION_EPOCH, Prepared, prepare
 from sclong_ds.training.build import make_model
 
@@ -92,7 +93,7 @@ def train(
 ) -> tuple[int, ScLong]:
     """Train for some CPU-seconds; return the visits and the model."""
     torch.manual_seed(config.run.seed)
-    model = make_model(config.model, corpus)
+    model = make_model(config.model, corpus, cell_start(config.model, corpus))
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.optim.lr,
@@ -191,7 +192,7 @@ def hidden_mse(config: RunConfig, corpus: Corpus, model: ScLong, n_cells: int) -
 
 def print_step(name: str, config: RunConfig, corpus: Corpus, micro: int) -> None:
     """Print the CPU-seconds of a micro-batch and the shares of its operators."""
-    model = make_model(config.model, corpus)
+    model = make_model(config.model, corpus, cell_start(config.model, corpus))
     masked, prepared = next(batches(config, corpus, micro, micro))[0]
     loss(model, masked, prepared).backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

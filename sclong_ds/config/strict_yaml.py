@@ -282,18 +282,23 @@ def _show(value: Any) -> str:
     return "null" if value is None else f"{value!r} ({type(value).__name__})"
 
 
-def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the values of a section by the keys of overrides, `model.large_encoder.depth`.
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested mapping by dotted keys, `model.large_encoder.depth`.
 
     Args:
-        tree: The section.
-        prefix: Its name.
+        tree: The mapping.
+        prefix: Its own key, of a section its name.
     """
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        name = f"{prefix}.{key}"
+        name = f"{prefix}.{key}" if prefix else key
         found |= flat(value, name) if isinstance(value, Mapping) else {name: value}
     return found
+
+
+def flat_texts(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return `flat` with values as texts to be shown; null for None."""
+    return {k: "null" if v is None else str(v) for k, v in flat(tree, prefix).items()}
 
 
 def override(key: str, value: Any) -> str:

@@ -358,11 +358,11 @@ def _cell_vector_bytes(model: ModelConfig, n_genes: int, e: int) -> int:
     # In fp32: which values are visible, unless the offset keeps it already; values less their
     # centres; the MLP's inputs and result, of which two are twice as wide.
     e = max(e, 4)
-    visible = 0 if model.cell_offset == "visible" else n_genes
+    kept = 0 if model.cell_offset == "visible" else n_genes
     if model.cell_vector == "residuals":
         # What the expected value of each gene needs: three numbers and a choice.
-        visible += n_genes * (3 * e + 1) + e
-    return visible + n_genes * e + 7 * model.base_dim * e + 8
+        kept += n_genes * (3 * e + 1) + e
+    return kept + n_genes * e + 7 * model.base_dim * e + 8
 
 
 def _layer_bytes(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sclong_ds.config.history import complete
-from sclong_ds.config.strict_yaml import parse_yaml
+from sclong_ds.config.strict_yaml import flat_texts, parse_yaml
 from sclong_ds.run_folder.credentials import without_credentials
 from sclong_ds.run_folder.files import (
     METRICS_FILE,
@@ -110,7 +110,7 @@ class RunRecord:
     def settings(self) -> dict[str, str]:
         """Both resolved configurations by dotted key; nothing where there is none."""
         found: dict[str, str] = {}
-        for name, prefix in (("config.yaml", ""), ("ds_config.json", "ds_config.")):
+        for name, prefix in (("config.yaml", ""), ("ds_config.json", "ds_config")):
             try:
                 # JSON is YAML; both were written by training.
                 text = self.texts.get(name)
@@ -120,7 +120,7 @@ class RunRecord:
                 continue
             if name == "config.yaml":
                 tree = complete({k: v for k, v in tree.items() if k != "version"})
-            found |= dict(_flat(tree, prefix))
+            found |= flat_texts(tree, prefix)
         return found
 
     @cached_property
@@ -306,11 +306,3 @@ def _add_hours(rows: Iterable[Any], sessions: Iterable[Session]) -> None:
     alive_s = sum(np.maximum(0.0, np.minimum(s.end, times) - s.start) for s in sessions)
     for row, hours in zip(rows, (alive_s / 3600).tolist(), strict=True):
         row[HOURS] = hours
-
-
-def _flat(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", "null" if value is None else str(value)

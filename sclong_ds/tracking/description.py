@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclong_ds.config.sections import TrackingConfig
+from sclong_ds.config.strict_yaml import flat_texts
 from sclong_ds.page.words import counted
 from sclong_ds.tracking.client import MAX_DIGEST_CHARS
 
@@ -78,7 +79,7 @@ def describe(
     return Description(
         experiment=settings.experiment,
         run_name=name,
-        params=_flatten({**params, "environment": packages}),
+        params=flat_texts({**params, "environment": packages}),
         tags={
             "mlflow.source.name": "sclong_ds.pretrain",
             **settings.tags,
@@ -128,17 +129,6 @@ def _note(run: Mapping[str, Any], run_dir: Path) -> str:
         )
     lines.append(f"\n`python -m sclong_ds report {run_dir.resolve()}` writes a page about it.")
     return "\n".join(lines)
-
-
-def _flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Return dotted names and text values of a nested mapping."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "null" if value is None else str(value)
-    return flat
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -208,7 +208,7 @@ def read_gene_vectors(path: str) -> np.ndarray:
     return vectors
 
 
-def make_model(model: ModelConfig, corpus: Corpus, start: CellStart | None = None) -> ScLong:
+def make_model(model: ModelConfig, corpus: Corpus, start: CellStart | None) -> ScLong:
     """Build the model for a corpus.
 
     Built from its genes, the gene graph, and the data's mean as the first prediction.

@@ -70,7 +70,7 @@ def test_a_model_that_will_be_filled_reads_no_cell(small_corpus, monkeypatch):
     whole = make_model(model, corpus, cell_start(model, corpus))
     monkeypatch.setattr(Corpus, "rows", None)
     torch.manual_seed(3)
-    rest = make_model(model, corpus)
+    rest = make_model(model, corpus, None)
     started = {"cell_vector.centre", "cell_vector.vectors", "head.cell_weight"}
     for (name, one), other in zip(whole.named_parameters(), rest.parameters(), strict=True):
         assert torch.equal(one, other) == (name not in started), name
